@@ -1,0 +1,273 @@
+// Python bindings: shapes and types are checked here and in Executor::check, nothing else happens.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "executor.h"
+#include "sampler.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace squall;
+
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using NewMatrix = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+using MaybeId = std::optional<size_t>;
+
+std::span<const int32_t> span(const Ints& a) { return {a.data(), a.size()}; }
+Vector vector(const std::optional<Floats>& a) {
+  return a ? Vector(a->data(), a->data() + a->size()) : Vector();
+}
+size_t id(const MaybeId& v) { return v.value_or(kNone); }
+
+NewMatrix new_matrix(size_t rows, size_t cols) {
+  auto* data = new float[rows * cols];
+  return NewMatrix(data, {rows, cols},
+                   nb::capsule(data, [](void* p) noexcept { delete[] static_cast<float*>(p); }));
+}
+
+Activation activation_named(const std::optional<std::string>& name) {
+  if (!name) return Activation::kNone;
+  if (*name == "silu") return Activation::kSilu;
+  if (*name == "gelu") return Activation::kGelu;
+  if (*name == "gelu_tanh") return Activation::kGeluTanh;
+  if (*name == "relu") return Activation::kRelu;
+  throw nb::value_error(("unknown activation " + *name).c_str());
+}
+
+constexpr const char* kIsas[] = {"avx512", "avx2", "scalar"};
+
+std::vector<std::string> isas() {
+  std::vector<std::string> found;
+  for (const char* isa : kIsas)
+    if (find_kernels(isa, false) != nullptr) found.emplace_back(isa);
+  return found;
+}
+
+std::string default_isa() {
+  const char* forced = std::getenv("SQUALL_ISA");
+  if (forced == nullptr || *forced == 0) return isas().front();
+  if (find_kernels(forced, false) != nullptr) return forced;
+  std::string known;
+  for (const std::string& isa : isas()) known += " " + isa;
+  throw nb::value_error(
+      ("SQUALL_ISA=" + std::string(forced) + " does not run on this machine; it runs:" + known)
+          .c_str());
+}
+
+std::shared_ptr<Tile> pack(const std::string& format, const Bytes& data, size_t rows, size_t cols,
+                           const std::shared_ptr<ThreadPool>& pool) {
+  const auto known = format_named(format);
+  if (!known) throw nb::value_error(("unknown format " + format).c_str());
+  const nb::gil_scoped_release release;
+  ThreadPool alone(1);
+  return std::make_shared<Tile>(*known, std::span(data.data(), data.size()), rows, cols,
+                                pool ? *pool : alone);
+}
+
+NewMatrix dequantize(const Tile& tile) {
+  NewMatrix out = new_matrix(tile.rows(), tile.cols());
+  for (size_t r = 0; r < tile.rows(); ++r) tile.dequantize_row(r, out.data() + r * tile.cols());
+  return out;
+}
+
+// One linear op by itself, through the executor.
+NewMatrix linear(const Matrix& x, const std::shared_ptr<Tile>& tile, const std::string& isa,
+                 size_t threads) {
+  const size_t rows = x.shape(0), cols = x.shape(1);
+  if (cols != tile->cols()) throw nb::value_error("x and the weight differ in columns");
+  NewMatrix out = new_matrix(rows, tile->rows());
+  const nb::gil_scoped_release release;
+  ThreadPool pool(threads);
+  const Kernels* kernels = find_kernels(isa, false);
+  if (kernels == nullptr) throw std::invalid_argument("this machine has no kernels for " + isa);
+  linear_alone(*kernels, pool, *tile, {x.data(), x.size()}, rows, out.data());
+  return out;
+}
+
+int32_t sample_py(const Floats& logits, double temperature, size_t top_k, double top_p,
+                  double min_p, uint64_t seed, uint64_t position) {
+  if (logits.size() == 0) throw nb::value_error("no logits");
+  return sample({logits.data(), logits.size()}, {temperature, top_k, top_p, min_p, seed}, position);
+}
+
+// Bytes a second that `threads` threads read from memory: best of seven passes over 256 MiB.
+double read_bandwidth(size_t threads) {
+  constexpr size_t kBytes = size_t{256} << 20, kPart = size_t{1} << 20;
+  const nb::gil_scoped_release release;
+  const Memory memory(kBytes);
+  std::memset(memory.data(), 1, kBytes);
+  ThreadPool pool(threads);
+  std::atomic<uint64_t> keep{0};
+  double best = 0;
+  for (int pass = 0; pass < 7; ++pass) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.run(kBytes / kPart, [&](size_t part, size_t) {
+      const auto* p = reinterpret_cast<const uint64_t*>(memory.data() + part * kPart);
+      uint64_t sums[8] = {};
+      for (size_t i = 0; i < kPart / 8; i += 8)
+        for (size_t j = 0; j < 8; ++j) sums[j] += p[i + j];
+      for (const uint64_t s : sums) keep += s;
+    });
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(kBytes) / took.count());
+  }
+  return best;
+}
+
+void step(Executor& self, const Ints& tokens, const Ints& positions, const Ints& slots,
+          const Ints& bounds, const IntTable& tables, const Ints& outputs,
+          const OutMatrix& logits) {
+  const Batch batch{
+      span(tokens),  span(positions), span(slots), span(bounds), {tables.data(), tables.size()},
+      span(outputs), tables.shape(1)};
+  if (bounds.size() < 2 || logits.shape(0) != outputs.size() || logits.shape(1) != self.vocab())
+    throw nb::value_error("logits must be [outputs, vocab], bounds at least [2]");
+  const nb::gil_scoped_release release;
+  self.step(batch, logits.data());
+}
+
+void bind_ops(nb::class_<Executor>& c) {
+  c.def("value", &Executor::add_value, "width"_a, "outputs"_a, "kept"_a, "multiple"_a = 1)
+      .def("cache", &Executor::add_cache, "kv_heads"_a, "head_dim"_a)
+      .def(
+          "embed",
+          [](Executor& e, size_t out, std::shared_ptr<Tile> table, float scale) {
+            e.embed(out, std::move(table), scale);
+          },
+          "out"_a, "table"_a, "scale"_a)
+      .def(
+          "rope_angles",
+          [](Executor& e, size_t out, Vector frequencies, float magnitude) {
+            e.rope_angles(out, std::move(frequencies), magnitude);
+          },
+          "out"_a, "frequencies"_a, "magnitude"_a)
+      .def(
+          "normalize",
+          [](Executor& e, size_t out, size_t x, const Floats& weight,
+             const std::optional<Floats>& bias, bool rms,
+             float eps) { e.normalize({out, x, vector(weight), vector(bias), rms, eps}); },
+          "out"_a, "x"_a, "weight"_a, "bias"_a.none(), "rms"_a, "eps"_a)
+      .def(
+          "linear",
+          [](Executor& e, size_t out, size_t x, std::shared_ptr<Tile> weight,
+             const std::optional<Floats>& bias, const std::optional<std::string>& act, float scale,
+             MaybeId residual) {
+            e.linear({out, x, std::move(weight), vector(bias), activation_named(act), scale,
+                      id(residual)});
+          },
+          "out"_a, "x"_a, "weight"_a, "bias"_a.none(), "activation"_a.none(), "scale"_a,
+          "residual"_a.none())
+      .def(
+          "gated_linear",
+          [](Executor& e, size_t out, size_t x, std::shared_ptr<Tile> gate,
+             std::shared_ptr<Tile> up, const std::optional<Floats>& gate_bias,
+             const std::optional<Floats>& up_bias, const std::string& act) {
+            e.gated_linear({out, x, std::move(gate), std::move(up), vector(gate_bias),
+                            vector(up_bias), activation_named(act)});
+          },
+          "out"_a, "x"_a, "gate"_a, "up"_a, "gate_bias"_a.none(), "up_bias"_a.none(),
+          "activation"_a)
+      .def(
+          "rotate",
+          [](Executor& e, size_t out, size_t x, size_t angles, size_t heads, size_t head_dim,
+             bool interleaved) { e.rotate({out, x, angles, heads, head_dim, interleaved}); },
+          "out"_a, "x"_a, "angles"_a, "heads"_a, "head_dim"_a, "interleaved"_a)
+      .def(
+          "attend",
+          [](Executor& e, size_t out, size_t q, size_t k, size_t v, size_t layer, size_t heads,
+             size_t kv_heads, size_t head_dim, float scale, std::optional<size_t> window,
+             std::optional<float> softcap) {
+            e.attend({out, q, k, v, layer, heads, kv_heads, head_dim, scale, window.value_or(0),
+                      softcap.value_or(0.0f)});
+          },
+          "out"_a, "q"_a, "k"_a, "v"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a,
+          "window"_a.none(), "softcap"_a.none())
+      .def(
+          "mixture_of_experts",
+          [](Executor& e, size_t out, size_t x, std::shared_ptr<Tile> router,
+             const std::vector<std::shared_ptr<Tile>>& gate,
+             const std::vector<std::shared_ptr<Tile>>& up,
+             const std::vector<std::shared_ptr<Tile>>& down, size_t top_k, const std::string& act,
+             bool normalize, float scale, MaybeId residual) {
+            const auto all = [](const auto& tiles) {
+              return std::vector<TilePtr>(tiles.begin(), tiles.end());
+            };
+            e.mixture_of_experts({out, x, std::move(router), all(gate), all(up), all(down), top_k,
+                                  activation_named(act), normalize, scale, id(residual)});
+          },
+          "out"_a, "x"_a, "router"_a, "gate"_a, "up"_a, "down"_a, "top_k"_a, "activation"_a,
+          "normalize"_a, "scale"_a, "residual"_a.none())
+      .def("add", &Executor::add, "out"_a, "a"_a, "b"_a, "scale"_a)
+      .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
+      .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("isas", &isas);
+  m.def("default_isa", &default_isa);
+  m.def("default_threads", [] {
+    const ThreadLimit limit = default_threads();
+    return std::pair(limit.threads, limit.why);
+  });
+  m.def("read_bandwidth", &read_bandwidth, "threads"_a);
+  m.def("sample", &sample_py, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+        "seed"_a, "position"_a);
+
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(nb::init<size_t>(), "threads"_a)
+      .def_prop_ro("threads", &ThreadPool::threads);
+
+  nb::class_<Tile>(m, "Tile")
+      .def_prop_ro("rows", &Tile::rows)
+      .def_prop_ro("cols", &Tile::cols)
+      .def_prop_ro("nbytes", &Tile::nbytes)
+      .def("dequantize", &dequantize);
+  m.def("pack", &pack, "format"_a, "data"_a, "rows"_a, "cols"_a, "pool"_a.none() = nb::none());
+  m.def("linear", &linear, "x"_a, "tile"_a, "isa"_a, "threads"_a);
+
+  nb::class_<Executor> executor(m, "Executor");
+  executor.def(
+      "__init__",
+      [](Executor* self, const std::string& isa, std::shared_ptr<ThreadPool> pool, size_t rows,
+         size_t outputs, size_t blocks, size_t block_size, size_t context, bool f32_cache) {
+        new (self)
+            Executor(isa, std::move(pool), {rows, outputs, blocks, block_size, context, f32_cache});
+      },
+      "isa"_a, "pool"_a, "rows"_a, "outputs"_a, "blocks"_a, "block_size"_a, "context"_a,
+      "f32_cache"_a);
+  bind_ops(executor);
+  executor.def("plan", &Executor::plan, "logits"_a)
+      .def("step", &step, "tokens"_a, "positions"_a, "slots"_a, "bounds"_a, "block_tables"_a,
+           "outputs"_a, "logits"_a)
+      .def(
+          "read",
+          [](const Executor& e, size_t value) {
+            size_t rows = 0;
+            const std::vector<float> data = e.value(value, &rows);
+            NewMatrix out = new_matrix(rows, rows == 0 ? 0 : data.size() / rows);
+            std::copy(data.begin(), data.end(), out.data());
+            return out;
+          },
+          "value"_a)
+      .def_prop_ro("buffer_bytes", &Executor::buffer_bytes)
+      .def_prop_ro("cache_bytes", &Executor::cache_bytes);
+}

@@ -1,0 +1,528 @@
+#include "executor.h"
+
+#include <stdexcept>
+
+#include "phases.h"
+
+namespace squall {
+namespace {
+
+constexpr size_t kRowsOfAttention = 8;  // rows of a sequence in one attention task
+
+const Kernels& require(std::string_view isa, bool f32_cache) {
+  const Kernels* kernels = find_kernels(isa, f32_cache);
+  if (kernels == nullptr)
+    throw std::invalid_argument("this machine has no kernels for ISA " + std::string(isa));
+  return *kernels;
+}
+
+size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+void expect(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+std::vector<RowRun> attention_runs(const Batch& batch) {
+  std::vector<RowRun> runs;
+  for (size_t s = 0; s < batch.sequences(); ++s) {
+    const size_t end = static_cast<size_t>(batch.bounds[s + 1]);
+    for (size_t r = static_cast<size_t>(batch.bounds[s]); r < end; r += kRowsOfAttention)
+      runs.push_back({s, r, std::min(end, r + kRowsOfAttention)});
+  }
+  return runs;
+}
+
+}  // namespace
+
+Executor::Executor(std::string_view isa, std::shared_ptr<ThreadPool> pool, const Limits& limits)
+    : kernels_(require(isa, limits.f32_cache)), pool_(std::move(pool)), limits_(limits) {
+  expect(limits.rows > 0 && limits.outputs > 0 && limits.blocks > 0, "limits must be positive");
+  expect(limits.block_size > 0 && limits.block_size % kLanes == 0 && limits.block_size <= 1024,
+         "block_size must be a multiple of 16, at most 1024");
+  expect(limits.blocks <= size_t{INT32_MAX} / limits.block_size, "too many KV blocks");
+}
+
+Executor::~Executor() = default;
+
+size_t Executor::add_value(size_t width, bool outputs, bool kept, size_t multiple) {
+  expect(width > 0 && width < size_t{1} << 28, "a value's width is out of range");
+  auto buffer = std::make_unique<Buffer>();
+  buffer->width = width;
+  buffer->outputs = outputs;
+  buffer->kept = kept;
+  buffer->multiple = multiple;
+  buffers_.push_back(std::move(buffer));
+  return buffers_.size() - 1;
+}
+
+void Executor::add_cache(size_t kv_heads, size_t head_dim) {
+  expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
+  const size_t element = limits_.f32_cache ? 4 : 2;
+  const size_t slots = limits_.blocks * limits_.block_size * kv_heads;
+  caches_.push_back({kv_heads, head_dim, std::make_unique<Memory>(slots * head_dim * element),
+                     std::make_unique<Memory>(slots * padded(head_dim) * element)});
+}
+
+size_t Executor::cache_bytes() const {
+  size_t bytes = 0;
+  for (const CacheLayer& cache : caches_) bytes += cache.keys->bytes() + cache.values->bytes();
+  return bytes;
+}
+
+void Executor::add_phase(std::unique_ptr<Phase> phase) { phases_.push_back(std::move(phase)); }
+
+void Executor::read(Phase& phase, size_t x, const Tile& weight) {
+  expect(buffers_[x]->width == weight.cols(), "a linear's input and weight differ in width");
+  phase.reads.push_back(x);
+  if (weight.is_integer()) buffers_[x]->wants_quant = true;
+}
+
+void Executor::embed(size_t out, TilePtr table, float scale) {
+  const Buffer& to = *buffers_[out];
+  expect(to.width == table->cols(), "the embedding's width differs from its table's");
+  vocab_in_ = std::min(vocab_in_, table->rows());
+  auto phase = row_phase(to, pool_->threads(), [&to, table, scale](const Step& step, size_t r) {
+    float* row = to.row(r);
+    table->dequantize_row(static_cast<size_t>(step.batch.tokens[r]), row);
+    if (scale != 1.0f)
+      for (size_t i = 0; i < to.width; ++i) row[i] *= scale;
+  });
+  phase->writes = {out};
+  add_phase(std::move(phase));
+}
+
+void Executor::rope_angles(size_t out, Vector frequencies, float magnitude) {
+  const Buffer& to = *buffers_[out];
+  expect(to.width == 2 * frequencies.size(), "angles are twice as wide as the frequencies");
+  auto phase =
+      row_phase(to, pool_->threads(), [&to, frequencies, magnitude](const Step& step, size_t r) {
+        const size_t n = frequencies.size();
+        for (size_t i = 0; i < n; ++i) {
+          const float angle = static_cast<float>(step.batch.positions[r]) * frequencies[i];
+          to.row(r)[i] = static_cast<float>(std::cos(static_cast<double>(angle))) * magnitude;
+          to.row(r)[n + i] = static_cast<float>(std::sin(static_cast<double>(angle))) * magnitude;
+        }
+      });
+  phase->writes = {out};
+  add_phase(std::move(phase));
+}
+
+void Executor::normalize(NormalizeOp op) {
+  const Buffer &x = *buffers_[op.x], &to = *buffers_[op.out];
+  expect(x.width == to.width && !op.weight.empty() && x.width % op.weight.size() == 0 &&
+             (op.bias.empty() || op.bias.size() == op.weight.size()),
+         "a norm's weight does not fit its input");
+  const size_t in = op.x, out = op.out;
+  auto phase = row_phase(
+      to, pool_->threads(), [&k = kernels_, &x, &to, op = std::move(op)](const Step&, size_t r) {
+        const size_t group = op.weight.size();
+        if (op.rms)
+          k.rms_norm(x.row(r), x.width, group, op.weight.data(), op.eps, to.row(r));
+        else
+          k.layer_norm(x.row(r), x.width, group, op.weight.data(), or_null(op.bias), op.eps,
+                       to.row(r));
+        if (to.quant != nullptr) k.quantize(to.row(r), to.width, to.quant_row(r));
+      });
+  phase->reads = {in};
+  phase->writes = {out};
+  phase->quantizes = true;
+  add_phase(std::move(phase));
+}
+
+void Executor::linear(LinearOp op) {
+  const Buffer& to = *buffers_[op.out];
+  expect(to.width == op.weight->rows() && (op.bias.empty() || op.bias.size() == to.width),
+         "a linear's weight or bias does not fit its output");
+  const Buffer* residual = op.residual == kNone ? nullptr : buffers_[op.residual].get();
+  expect(residual == nullptr || residual->width == to.width, "a residual differs in width");
+  const size_t out = op.out, in = op.x, rest = op.residual;
+  const TilePtr weight = op.weight;
+  auto phase = std::make_unique<LinearPhase>(kernels_, pool_->threads(), std::move(op),
+                                             *buffers_[in], to, residual);
+  read(*phase, in, *weight);
+  if (rest != kNone) phase->reads.push_back(rest);
+  phase->writes = {out};
+  add_phase(std::move(phase));
+}
+
+void Executor::gated_linear(GatedLinearOp op) {
+  const Buffer& to = *buffers_[op.out];
+  expect(to.width == op.gate->rows() && to.width == op.up->rows() &&
+             op.gate->is_integer() == op.up->is_integer(),
+         "gate and up differ in shape or kind");
+  expect((op.gate_bias.empty() || op.gate_bias.size() == to.width) &&
+             (op.up_bias.empty() || op.up_bias.size() == to.width),
+         "a gated linear's bias does not fit");
+  const size_t out = op.out, in = op.x;
+  const TilePtr gate = op.gate, up = op.up;
+  auto phase = std::make_unique<GatedLinearPhase>(kernels_, pool_->threads(), std::move(op),
+                                                  *buffers_[in], to);
+  read(*phase, in, *gate);
+  read(*phase, in, *up);
+  phase->writes = {out};
+  phase->quantizes = true;
+  add_phase(std::move(phase));
+}
+
+void Executor::rotate(RotateOp op) {
+  const Buffer &x = *buffers_[op.x], &angles = *buffers_[op.angles], &to = *buffers_[op.out];
+  expect(x.width == op.heads * op.head_dim && to.width == x.width && angles.width <= op.head_dim,
+         "a rotation does not fit its heads");
+  auto phase = row_phase(to, pool_->threads(), [&x, &angles, &to, op](const Step&, size_t r) {
+    const size_t n = angles.width / 2, step = op.interleaved ? 2 : 1,
+                 apart = op.interleaved ? 1 : n;
+    const float *c = angles.row(r), *s = c + n;
+    for (size_t h = 0; h < op.heads; ++h) {
+      const float* from = x.row(r) + h * op.head_dim;
+      float* head = to.row(r) + h * op.head_dim;
+      for (size_t i = 0; i < n; ++i) {
+        const float a = from[i * step], b = from[i * step + apart];
+        head[i * step] = a * c[i] - b * s[i];
+        head[i * step + apart] = b * c[i] + a * s[i];
+      }
+      std::copy(from + 2 * n, from + op.head_dim, head + 2 * n);
+    }
+  });
+  phase->reads = {op.x, op.angles};
+  phase->writes = {op.out};
+  add_phase(std::move(phase));
+}
+
+void Executor::attend(AttendOp op) {
+  expect(op.layer < caches_.size(), "attention names a cache layer that does not exist");
+  const CacheLayer& cache = caches_[op.layer];
+  expect(op.kv_heads == cache.kv_heads && op.head_dim == cache.head_dim &&
+             op.heads % op.kv_heads == 0 && buffers_[op.q]->width == op.heads * op.head_dim &&
+             buffers_[op.out]->width == buffers_[op.q]->width &&
+             buffers_[op.k]->width == op.kv_heads * op.head_dim &&
+             buffers_[op.v]->width == buffers_[op.k]->width,
+         "attention's heads do not fit its inputs or its cache");
+  // The cache has no buffer; this value stands for it, so that the reader waits for the writer.
+  const size_t stored = add_value(1, false, false);
+  auto store = std::make_unique<StorePhase>(kernels_, limits_.block_size, limits_.f32_cache ? 4 : 2,
+                                            cache, *buffers_[op.k], *buffers_[op.v]);
+  store->reads = {op.k, op.v};
+  store->writes = {stored};
+  add_phase(std::move(store));
+  auto phase = std::make_unique<AttendPhase>(kernels_, limits_.block_size, op, cache,
+                                             *buffers_[op.q], *buffers_[op.out]);
+  phase->reads = {op.q, stored};
+  phase->writes = {op.out};
+  phase->quantizes = op.heads / op.kv_heads * op.head_dim % kGroup == 0;
+  add_phase(std::move(phase));
+}
+
+void Executor::mixture_of_experts(MoeOp op) {
+  const size_t experts = op.gate.size(), threads = pool_->threads();
+  const size_t hidden = buffers_[op.x]->width, width = op.gate.at(0)->rows();
+  expect(op.top_k > 0 && op.top_k <= experts && op.up.size() == experts &&
+             op.down.size() == experts && op.router->rows() == experts,
+         "a mixture's experts do not fit");
+  const size_t scores = add_value(experts, false, false);
+  linear({scores, op.x, op.router, {}, Activation::kNone, 1.0f, kNone});
+
+  auto routing = std::make_shared<Routing>(limits_.rows, experts, op.top_k);
+  const size_t routed = add_value(1, false, false);
+  auto route = std::make_unique<RoutePhase>(kernels_, *routing, *buffers_[scores], op.normalize);
+  route->reads = {scores};
+  route->writes = {routed};
+  add_phase(std::move(route));
+
+  const size_t gathered = add_value(hidden, false, false, op.top_k);
+  const Buffer &x = *buffers_[op.x], &in = *buffers_[gathered];
+  auto gather = row_phase(in, threads, [&k = kernels_, &x, &in, routing](const Step&, size_t pair) {
+    std::copy_n(x.row(routing->row_of[pair]), x.width, in.row(pair));
+    if (in.quant != nullptr) k.quantize(in.row(pair), in.width, in.quant_row(pair));
+  });
+  gather->reads = {op.x, routed};
+  gather->writes = {gathered};
+  gather->quantizes = true;
+  add_phase(std::move(gather));
+
+  const size_t inner = add_value(width, false, false, op.top_k);
+  const size_t outer = add_value(hidden, false, false, op.top_k);
+  const Buffer &mid = *buffers_[inner], &last = *buffers_[outer];
+  std::vector<GatedLinearOp> gated;
+  for (size_t e = 0; e < experts; ++e)
+    gated.push_back({inner, gathered, op.gate[e], op.up[e], {}, {}, op.activation});
+  auto up = expert_phase(
+      *routing, ceil_div(width, kLanes), threads,
+      [&k = kernels_, &in, &mid, gated](size_t e, size_t tile, size_t row, size_t rows) {
+        gated_block(k, gated[e], in, mid, tile, row, rows);
+      });
+  auto down = expert_phase(*routing, ceil_div(hidden, kLanes), threads,
+                           [&k = kernels_, &mid, &last, tiles = op.down](size_t e, size_t tile,
+                                                                         size_t row, size_t rows) {
+                             alignas(64) float acc[kRowsAtOnce * kLanes];
+                             matmul(k, *tiles[e], tile, mid, row, rows, acc);
+                             const size_t column = tile * kLanes,
+                                          n = std::min(kLanes, last.width - column);
+                             for (size_t r = 0; r < rows; ++r)
+                               std::copy_n(acc + r * kLanes, n, last.row(row + r) + column);
+                           });
+  for (size_t e = 0; e < experts; ++e) {
+    expect(op.gate[e]->rows() == width && op.up[e]->rows() == width && op.down[e]->rows() == hidden,
+           "the experts differ in shape");
+    expect(op.gate[e]->is_integer() == op.gate[0]->is_integer() &&
+               op.up[e]->is_integer() == op.gate[0]->is_integer() &&
+               op.down[e]->is_integer() == op.down[0]->is_integer(),
+           "the experts mix float and integer formats");
+    read(*up, gathered, *op.gate[e]);
+    read(*down, inner, *op.down[e]);
+  }
+  up->writes = {inner};
+  up->quantizes = true;
+  down->writes = {outer};
+  add_phase(std::move(up));
+  add_phase(std::move(down));
+
+  const Buffer& to = *buffers_[op.out];
+  const Buffer* residual = op.residual == kNone ? nullptr : buffers_[op.residual].get();
+  auto combine = row_phase(
+      to, threads,
+      [&k = kernels_, &to, &last, residual, routing, scale = op.scale](const Step&, size_t r) {
+        float* row = to.row(r);
+        std::fill_n(row, to.width, 0.0f);
+        for (size_t i = r * routing->top_k; i < (r + 1) * routing->top_k; ++i)
+          k.add_scaled(row, last.row(routing->pair_of[i]), routing->weight[i], to.width, row);
+        if (residual != nullptr)
+          k.add_scaled(residual->row(r), row, scale, to.width, row);
+        else if (scale != 1.0f)
+          for (size_t c = 0; c < to.width; ++c) row[c] *= scale;
+      });
+  combine->reads = {outer, routed};
+  if (op.residual != kNone) combine->reads.push_back(op.residual);
+  combine->writes = {op.out};
+  add_phase(std::move(combine));
+}
+
+void Executor::add(size_t out, size_t a, size_t b, float scale) {
+  const Buffer &x = *buffers_[a], &y = *buffers_[b], &to = *buffers_[out];
+  expect(x.width == y.width && x.width == to.width, "a sum's inputs differ in width");
+  auto phase =
+      row_phase(to, pool_->threads(), [&k = kernels_, &x, &y, &to, scale](const Step&, size_t r) {
+        k.add_scaled(x.row(r), y.row(r), scale, to.width, to.row(r));
+      });
+  phase->reads = {a, b};
+  phase->writes = {out};
+  add_phase(std::move(phase));
+}
+
+void Executor::softcap(size_t out, size_t x, float cap) {
+  const Buffer &from = *buffers_[x], &to = *buffers_[out];
+  expect(from.width == to.width && cap > 0.0f, "a softcap must be positive and keep its width");
+  auto phase =
+      row_phase(to, pool_->threads(), [&k = kernels_, &from, &to, cap](const Step&, size_t r) {
+        k.softcap(from.row(r), cap, to.width, to.row(r));
+      });
+  phase->reads = {x};
+  phase->writes = {out};
+  add_phase(std::move(phase));
+}
+
+void Executor::gather_rows(size_t out, size_t x) {
+  const Buffer &from = *buffers_[x], &to = *buffers_[out];
+  expect(from.width == to.width && to.outputs, "gathered rows keep their width");
+  auto phase = row_phase(to, pool_->threads(), [&from, &to](const Step& step, size_t r) {
+    std::copy_n(from.row(static_cast<size_t>(step.batch.outputs[r])), to.width, to.row(r));
+  });
+  phase->reads = {x};
+  phase->writes = {out};
+  add_phase(std::move(phase));
+}
+
+// ---- planning ----
+
+void Executor::plan(size_t logits) {
+  expect(logits < buffers_.size() && buffers_[logits]->outputs,
+         "logits must be rows of the output");
+  logits_ = logits;
+  buffers_[logits]->kept = true;
+  add_quantize_phases();
+  group_phases();
+  layout();
+}
+
+namespace {
+
+bool meets(const std::vector<size_t>& a, const std::vector<size_t>& b) {
+  return std::find_first_of(a.begin(), a.end(), b.begin(), b.end()) != a.end();
+}
+
+}  // namespace
+
+void Executor::add_quantize_phases() {
+  std::vector<std::unique_ptr<Phase>> phases;
+  for (auto& phase : phases_) {
+    const size_t out = phase->writes.at(0);
+    const Buffer& value = *buffers_[out];
+    const bool missing = value.wants_quant && !phase->quantizes;
+    phases.push_back(std::move(phase));
+    if (!missing) continue;
+    auto extra = row_phase(value, pool_->threads(), [&k = kernels_, &value](const Step&, size_t r) {
+      k.quantize(value.row(r), value.width, value.quant_row(r));
+    });
+    extra->reads = extra->writes = {out};
+    phases.push_back(std::move(extra));
+  }
+  phases_ = std::move(phases);
+}
+
+void Executor::group_phases() {
+  for (const auto& phase : phases_) {
+    const bool clash =
+        groups_.empty() ||
+        std::any_of(groups_.back().begin(), groups_.back().end(), [&](const Phase* before) {
+          return meets(phase->reads, before->writes) || meets(phase->writes, before->reads);
+        });
+    if (clash) groups_.emplace_back();
+    groups_.back().push_back(phase.get());
+  }
+}
+
+void Executor::layout() {
+  struct Life {
+    size_t first = SIZE_MAX, last = 0, bytes = 0, offset = 0;
+  };
+  std::vector<Life> lives(buffers_.size());
+  for (size_t g = 0; g < groups_.size(); ++g)
+    for (const Phase* phase : groups_[g]) {
+      for (const size_t v : phase->writes) lives[v].first = std::min(lives[v].first, g);
+      for (const auto* side : {&phase->reads, &phase->writes})
+        for (const size_t v : *side) lives[v].last = std::max(lives[v].last, g);
+    }
+  const auto rows = [&](const Buffer& b) {
+    return (b.outputs ? limits_.outputs : limits_.rows) * b.multiple;
+  };
+  size_t end = 0;
+  std::vector<size_t> placed;
+  for (size_t v = 0; v < buffers_.size(); ++v) {
+    const Buffer& b = *buffers_[v];
+    Life& life = lives[v];
+    if (life.first == SIZE_MAX) continue;
+    if (b.kept) life.last = SIZE_MAX;
+    const size_t floats = round_up(rows(b) * b.width * 4, 64);
+    life.bytes = floats + (b.wants_quant ? rows(b) * b.quant_stride() * sizeof(QuantGroup) : 0);
+    // First fit among those alive at the same time, in order of place.
+    for (const size_t other : placed) {
+      const Life& o = lives[other];
+      const bool together = o.first <= life.last && life.first <= o.last;
+      if (together && life.offset < o.offset + o.bytes && o.offset < life.offset + life.bytes)
+        life.offset = o.offset + o.bytes;
+    }
+    placed.insert(
+        std::upper_bound(placed.begin(), placed.end(), v,
+                         [&](size_t a, size_t c) { return lives[a].offset < lives[c].offset; }),
+        v);
+    end = std::max(end, life.offset + life.bytes);
+  }
+  arena_ = std::make_unique<Memory>(std::max(end, size_t{64}));
+  for (const size_t v : placed) {
+    Buffer& b = *buffers_[v];
+    b.data = reinterpret_cast<float*>(arena_->data() + lives[v].offset);
+    if (b.wants_quant)
+      b.quant = reinterpret_cast<QuantGroup*>(arena_->data() + lives[v].offset +
+                                              round_up(rows(b) * b.width * 4, 64));
+  }
+}
+
+// ---- running ----
+
+void Executor::check(const Batch& b) const {
+  expect(logits_ != kNone, "the program is not planned");
+  const size_t rows = b.rows();
+  expect(rows > 0 && rows <= limits_.rows, "too many or no rows in a step");
+  expect(b.positions.size() == rows && b.slots.size() == rows,
+         "positions or slots differ from rows");
+  expect(b.outputs.size() <= limits_.outputs, "too many outputs in a step");
+  expect(
+      b.bounds.size() >= 2 && b.bounds.front() == 0 && static_cast<size_t>(b.bounds.back()) == rows,
+      "sequence bounds must run from 0 to the number of rows");
+  expect(b.block_tables.size() == b.sequences() * b.table_width, "one block table a sequence");
+  const auto below = [](int32_t x, size_t limit) {
+    return x >= 0 && static_cast<size_t>(x) < limit;
+  };
+  for (size_t s = 0; s < b.sequences(); ++s) {
+    expect(b.bounds[s] <= b.bounds[s + 1], "sequence bounds must ascend");
+    const int32_t* table = b.block_tables.data() + s * b.table_width;
+    size_t needed = 0;
+    for (int32_t r = b.bounds[s]; r < b.bounds[s + 1]; ++r) {
+      const size_t row = static_cast<size_t>(r);
+      expect(below(b.tokens[row], vocab_in_), "a token id is outside the vocabulary");
+      expect(below(b.positions[row], limits_.context), "a position is outside the context");
+      expect(r == b.bounds[s] || b.positions[row] == b.positions[row - 1] + 1,
+             "positions of a sequence must ascend by one");
+      const size_t block = static_cast<size_t>(b.positions[row]) / limits_.block_size;
+      expect(block < b.table_width, "a block table is shorter than its sequence");
+      const size_t slot = static_cast<size_t>(table[block]) * limits_.block_size +
+                          static_cast<size_t>(b.positions[row]) % limits_.block_size;
+      expect(b.slots[row] >= 0 && static_cast<size_t>(b.slots[row]) == slot,
+             "a slot is not its position's place in the block table");
+      needed = block + 1;
+    }
+    for (size_t i = 0; i < needed; ++i)
+      expect(below(table[i], limits_.blocks), "a block is outside the KV cache");
+  }
+  for (const int32_t row : b.outputs) expect(below(row, rows), "an output row is outside the step");
+}
+
+void Executor::step(const Batch& batch, float* logits) {
+  const std::lock_guard lock(mutex_);
+  check(batch);
+  const Step step{batch, attention_runs(batch)};
+  run_groups(step);
+  tokens_seen_ = batch.rows();
+  outputs_seen_ = batch.outputs.size();
+  std::copy_n(buffers_[logits_]->data, outputs_seen_ * buffers_[logits_]->width, logits);
+}
+
+void Executor::run_groups(const Step& step) {
+  struct alignas(64) Counter {
+    std::atomic<size_t> next{0};
+  };
+  std::vector<Counter> counters(groups_.size());
+  Barrier barrier(pool_->threads());
+  pool_->run_all([&](size_t) {
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      size_t total = 0;
+      for (const Phase* phase : groups_[g]) total += phase->tasks(step);
+      for (size_t i; (i = counters[g].next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+        auto phase = groups_[g].begin();
+        for (size_t tasks; i >= (tasks = (*phase)->tasks(step)); ++phase) i -= tasks;
+        (*phase)->run(step, i);
+      }
+      barrier.wait();
+    }
+  });
+}
+
+std::vector<float> Executor::value(size_t id, size_t* rows) const {
+  const std::lock_guard lock(mutex_);
+  expect(id < buffers_.size() && buffers_[id]->kept && buffers_[id]->data != nullptr,
+         "only a kept value can be read after a step");
+  const Buffer& b = *buffers_[id];
+  *rows = (b.outputs ? outputs_seen_ : tokens_seen_) * b.multiple;
+  return {b.data, b.data + *rows * b.width};
+}
+
+void linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
+                  std::span<const float> x, size_t rows, float* out) {
+  Buffer in;
+  in.width = tile.cols();
+  const Memory floats(rows * tile.cols() * 4);
+  const Memory groups(rows * in.quant_stride() * sizeof(QuantGroup));
+  in.data = reinterpret_cast<float*>(floats.data());
+  in.quant = reinterpret_cast<QuantGroup*>(groups.data());
+  std::copy(x.begin(), x.end(), in.data);
+  if (tile.is_integer())
+    for (size_t r = 0; r < rows; ++r) kernels.quantize(in.row(r), in.width, in.quant_row(r));
+  pool.run(tile.tiles(), [&](size_t t, size_t) {
+    std::vector<float> acc(rows * kLanes);
+    matmul(kernels, tile, t, in, 0, rows, acc.data());
+    const size_t column = t * kLanes, n = std::min(kLanes, tile.rows() - column);
+    for (size_t r = 0; r < rows; ++r)
+      std::copy_n(acc.data() + r * kLanes, n, out + r * tile.rows() + column);
+  });
+}
+
+}  // namespace squall

@@ -1,0 +1,102 @@
+// Number formats and how each lies in a tile.
+//
+// A tile is 16 rows of a weight, interleaved so that a SIMD lane is a row. Integer formats hold two
+// regions:
+//   codes   for every 32 columns: bit planes of 16 x 32 codes. A vector of 64 bytes is 16 rows x 4
+//   columns; the
+//           4-bit plane holds columns 8v..8v+3 of vector v in its low nibbles and 8v+4..8v+7 in its
+//           high ones, the 2-bit plane four such runs of 4 columns, the 1-bit plane eight. 8-bit
+//           codes lie as they are.
+//   scales  per 32 columns (direct: f16 d[16], f16 m[16] when there is a minimum) or per 256
+//   columns (super:
+//           f16 d[16], f16 dmin[16], then 16 byte-sized sub-scales, and sub-minima, per group).
+// Float formats hold for every column the 16 rows' values.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+namespace squall {
+
+constexpr size_t kLanes = 16;   // rows of a tile
+constexpr size_t kGroup = 32;   // columns quantized together in an activation
+constexpr size_t kSuper = 256;  // columns of a K-quant block
+
+enum class Format : uint8_t {
+  kF32,
+  kF16,
+  kBF16,
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kQ8_0,
+  kQ8_1,
+  kQ2K,
+  kQ3K,
+  kQ4K,
+  kQ5K,
+  kQ6K,
+  kQ8K,
+};
+constexpr size_t kFormats = 15;
+
+struct FormatInfo {
+  std::string_view name;
+  size_t block;        // columns of a block in the file
+  size_t block_bytes;  // its bytes
+  size_t bits;         // of a code in the tile; 0: a float format
+  size_t scale_block;  // columns that one run of the scale region covers
+  size_t scale_bytes;  // bytes of that run, for 16 rows
+};
+
+constexpr std::array<FormatInfo, kFormats> kFormatInfo = {{
+    {"f32", 1, 4, 0, 0, 0},
+    {"f16", 1, 2, 0, 0, 0},
+    {"bf16", 1, 2, 0, 0, 0},
+    {"q4_0", 32, 18, 4, 32, 32},
+    {"q4_1", 32, 20, 4, 32, 64},
+    {"q5_0", 32, 22, 5, 32, 32},
+    {"q5_1", 32, 24, 5, 32, 64},
+    {"q8_0", 32, 34, 8, 32, 32},
+    {"q8_1", 32, 36, 8, 32, 32},
+    {"q2_k", 256, 84, 2, 256, 64 + 16 * 16},
+    {"q3_k", 256, 110, 3, 256, 32 + 16 * 16},
+    {"q4_k", 256, 144, 4, 256, 64 + 8 * 32},
+    {"q5_k", 256, 176, 5, 256, 64 + 8 * 32},
+    {"q6_k", 256, 210, 6, 256, 32 + 16 * 16},
+    {"q8_k", 256, 292, 8, 256, 64},
+}};
+
+inline const FormatInfo& info(Format format) { return kFormatInfo[static_cast<size_t>(format)]; }
+
+inline std::optional<Format> format_named(std::string_view name) {
+  for (size_t i = 0; i < kFormats; ++i)
+    if (kFormatInfo[i].name == name) return static_cast<Format>(i);
+  return std::nullopt;
+}
+
+inline size_t codes_bytes(Format format, size_t cols) {  // of one tile
+  const FormatInfo& f = info(format);
+  return f.bits == 0 ? cols * kLanes * f.block_bytes : cols * kLanes * f.bits / 8;
+}
+inline size_t scales_bytes(Format format, size_t cols) {
+  const FormatInfo& f = info(format);
+  return f.bits == 0 ? 0 : cols / f.scale_block * f.scale_bytes;
+}
+
+// 32 activations as int8, with what the kernels need of them; one cache line.
+struct alignas(64) QuantGroup {
+  int8_t q[kGroup];
+  float scale;        // x ~ q * scale
+  float sum;          // scale * sum of q
+  float half_sum[2];  // the same for each 16
+  int32_t minus_q;    // -(sum of q): the zero points of unsigned codes
+  int32_t minus_half_q[2];
+  int32_t unused;
+};
+static_assert(sizeof(QuantGroup) == 64);
+
+}  // namespace squall

@@ -1,0 +1,77 @@
+// The table of kernels: one per ISA, all with the same results for a row whatever the other rows
+// are.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "format.h"
+
+namespace squall {
+
+enum class Activation : uint8_t { kNone, kSilu, kGelu, kGeluTanh, kRelu };
+
+// out[rows][16] = x[rows] . one tile
+using MatmulQuantized = void (*)(const uint8_t* codes, const uint8_t* scales, size_t cols,
+                                 const QuantGroup* x, size_t x_stride, size_t rows, float* out);
+using MatmulFloat = void (*)(const uint8_t* tile, size_t cols, const float* x, size_t x_stride,
+                             size_t rows, float* out);
+
+// One query head at one position.
+struct Query {
+  const float* q;  // [head_dim]
+  float* out;      // [head_dim]
+  int32_t begin;   // first position it sees
+  int32_t end;     // one past the last
+};
+
+struct AttendArgs {
+  const Query* queries;
+  size_t count;           // at most kMaxQueries
+  const uint8_t* keys;    // [blocks][kv_heads][head_dim][block_size], one layer
+  const uint8_t* values;  // [blocks][kv_heads][block_size][padded head_dim]
+  const int32_t* table;   // block of each run of block_size positions
+  size_t block_size, kv_heads, kv_head, head_dim;
+  float scale, softcap;  // softcap 0: none
+};
+constexpr size_t kMaxQueries = 4;
+constexpr size_t kMaxHeadDim = 512;
+
+constexpr size_t padded(size_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+
+struct Kernels {
+  std::string_view isa;
+  MatmulQuantized matmul_quantized[kFormats];                      // null for float formats
+  MatmulFloat matmul_float[kFormats];                              // null for the others
+  void (*quantize)(const float* x, size_t cols, QuantGroup* out);  // cols a multiple of 32
+  // Each run of `group` of the `cols` columns by itself; bias may be null.
+  void (*rms_norm)(const float* x, size_t cols, size_t group, const float* weight, float eps,
+                   float* out);
+  void (*layer_norm)(const float* x, size_t cols, size_t group, const float* weight,
+                     const float* bias, float eps, float* out);
+  // out = residual + scale * act(acc + bias) for n <= 16 columns; bias and residual may be null
+  void (*finish)(const float* acc, const float* bias, Activation act, float scale,
+                 const float* residual, float* out, size_t n);
+  // out = act(gate + gate_bias) * (up + up_bias)
+  void (*finish_gated)(const float* gate, const float* up, const float* gate_bias,
+                       const float* up_bias, Activation act, float* out, size_t n);
+  void (*add_scaled)(const float* a, const float* b, float scale, size_t n, float* out);
+  void (*softcap)(const float* x, float cap, size_t n, float* out);
+  void (*softmax)(float* x, size_t n);
+  void (*store_key)(const float* k, size_t head_dim, size_t block_size, size_t offset,
+                    uint8_t* keys);
+  void (*store_value)(const float* v, size_t head_dim, uint8_t* value);
+  void (*attend)(const AttendArgs& args);
+};
+
+// Tables per KV element type: [0] f16, [1] f32.
+extern const Kernels kScalar[2];
+#if defined(__x86_64__)
+extern const Kernels kAvx2[2];
+extern const Kernels kAvx512[2];
+#endif
+
+// The kernels of an ISA by name, or null when this machine cannot run them.
+const Kernels* find_kernels(std::string_view isa, bool f32_cache);
+
+}  // namespace squall

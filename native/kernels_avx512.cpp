@@ -1,0 +1,7 @@
+#include "simd_avx512.h"
+//
+#include "kernels_impl.h"
+
+namespace squall {
+const Kernels kAvx512[2] = {table<CacheF16>("avx512"), table<CacheF32>("avx512")};
+}  // namespace squall

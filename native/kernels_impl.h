@@ -1,0 +1,716 @@
+// Every kernel, written once over sixteen lanes. Included by kernels_<isa>.cpp after that ISA's
+// simd_<isa>.h.
+//
+// Bit-exactness: the operations on a row, and their order, depend on that row alone. Sums of codes
+// are integers; float sums run over groups, columns or positions in ascending order, one
+// accumulator a lane. No templates of the standard library here: the linker might keep this ISA's
+// copy for the others.
+#pragma once
+#include <cfloat>
+#include <cmath>
+
+#include "kernels.h"
+
+namespace {
+
+using squall::Activation;
+using squall::AttendArgs;
+using squall::kGroup;
+using squall::kLanes;
+using squall::kMaxHeadDim;
+using squall::kMaxQueries;
+using squall::kSuper;
+using squall::padded;
+using squall::QuantGroup;
+using squall::Query;
+
+inline const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
+
+// ---- codes ----
+
+template <int kBits>
+struct Planes;  // vector(p, j): the codes of columns 4j..4j+3 of a 32-column run at p
+
+template <>
+struct Planes<8> {
+  template <int j>
+  static inline U8x64 vector(const uint8_t* p) {
+    return load_codes(p + 64 * j);
+  }
+};
+template <>
+struct Planes<4> {
+  template <int j>
+  static inline U8x64 vector(const uint8_t* p) {
+    return bits_of<4 * (j % 2), 0>(load_codes(p + 64 * (j / 2)), 15);
+  }
+};
+template <>
+struct Planes<2> {
+  template <int j>
+  static inline U8x64 vector(const uint8_t* p) {
+    return bits_of<2 * (j % 4), 0>(load_codes(p + 64 * (j / 4)), 3);
+  }
+};
+template <>
+struct Planes<3> {
+  template <int j>
+  static inline U8x64 vector(const uint8_t* p) {
+    const U8x64 high = bits_of<(j > 2 ? j - 2 : 0), (j < 2 ? 2 - j : 0)>(load_codes(p + 128), 4);
+    return either(Planes<2>::vector<j>(p), high);
+  }
+};
+template <>
+struct Planes<5> {
+  template <int j>
+  static inline U8x64 vector(const uint8_t* p) {
+    const U8x64 high = bits_of<(j > 4 ? j - 4 : 0), (j < 4 ? 4 - j : 0)>(load_codes(p + 256), 16);
+    return either(Planes<4>::vector<j>(p), high);
+  }
+};
+template <>
+struct Planes<6> {
+  template <int j>
+  static inline U8x64 vector(const uint8_t* p) {
+    constexpr int kAt = 2 * (j % 4);
+    const U8x64 high = bits_of<(kAt > 4 ? kAt - 4 : 0), (kAt < 4 ? 4 - kAt : 0)>(
+        load_codes(p + 256 + 64 * (j / 4)), 48);
+    return either(Planes<4>::vector<j>(p), high);
+  }
+};
+
+// ---- scales: `of(p, run)` gives the scales of 32-column run `run` of a scale block at p ----
+
+struct Scale {
+  F32x16 scale[2];  // of the two halves when groups are 16 wide, else [0]
+  F32x16 minimum[2];
+};
+
+struct Direct {  // f16 d a run
+  static constexpr size_t kRuns = 1, kBytes = 32;
+  static constexpr bool kHalves = false, kMinimum = false;
+  static inline Scale of(const uint8_t* p, size_t) {
+    const F32x16 d = load(halves(p));
+    return {{d, d}, {d, d}};
+  }
+};
+struct DirectMinimum {  // f16 d, f16 m a run
+  static constexpr size_t kRuns = 1, kBytes = 64;
+  static constexpr bool kHalves = false, kMinimum = true;
+  static inline Scale of(const uint8_t* p, size_t) {
+    const F32x16 d = load(halves(p)), m = load(halves(p + 32));
+    return {{d, d}, {m, m}};
+  }
+};
+struct Super4 {  // q4_k, q5_k: f16 d, f16 dmin a 256; u8 scale, u8 minimum a run
+  static constexpr size_t kRuns = 8, kBytes = 64 + 8 * 32;
+  static constexpr bool kHalves = false, kMinimum = true;
+  static inline Scale of(const uint8_t* p, size_t run) {
+    const uint8_t* sub = p + 64 + 32 * run;
+    const F32x16 d = mul(load(halves(p)), load_u8(sub));
+    const F32x16 m = mul(load(halves(p + 32)), load_u8(sub + 16));
+    const F32x16 minus = sub_zero(m);
+    return {{d, d}, {minus, minus}};
+  }
+  static inline F32x16 sub_zero(F32x16 m) { return ::sub(zero(), m); }
+};
+struct Super2 {  // q2_k: f16 d, f16 dmin a 256; nibbles (scale, minimum) a half run
+  static constexpr size_t kRuns = 8, kBytes = 64 + 16 * 16;
+  static constexpr bool kHalves = true, kMinimum = true;
+  static inline Scale of(const uint8_t* p, size_t run) {
+    const uint8_t* sub = p + 64 + 32 * run;
+    const F32x16 d = load(halves(p)), m = ::sub(zero(), load(halves(p + 32)));
+    return {{mul(d, load_nibbles(sub, false)), mul(d, load_nibbles(sub + 16, false))},
+            {mul(m, load_nibbles(sub, true)), mul(m, load_nibbles(sub + 16, true))}};
+  }
+};
+struct Super6 {  // q3_k, q6_k: f16 d a 256; i8 scale a half run
+  static constexpr size_t kRuns = 8, kBytes = 32 + 16 * 16;
+  static constexpr bool kHalves = true, kMinimum = false;
+  static inline Scale of(const uint8_t* p, size_t run) {
+    const uint8_t* sub = p + 32 + 32 * run;
+    const F32x16 d = load(halves(p));
+    const F32x16 a = mul(d, load_i8(sub)), b = mul(d, load_i8(sub + 16));
+    return {{a, b}, {a, b}};
+  }
+};
+struct Super8 {  // q8_k: f32 d a 256
+  static constexpr size_t kRuns = 8, kBytes = 64;
+  static constexpr bool kHalves = false, kMinimum = false;
+  static inline Scale of(const uint8_t* p, size_t) {
+    const F32x16 d = load(reinterpret_cast<const float*>(p));
+    return {{d, d}, {d, d}};
+  }
+};
+
+// ---- integer matmul ----
+
+// kZero: log2 of the code that means zero, or -1
+template <int kBits_, class Scales_, int kZero_>
+struct IntegerTile {
+  static constexpr int kBits = kBits_;
+  static constexpr int kZero = kBits_ == 8 && kSignedDot8 ? -1 : kZero_;
+  using Scales = Scales_;
+};
+
+template <class Tile>
+inline I32x16 start(const int32_t* minus_q) {
+  if constexpr (Tile::kZero >= 0)
+    return splat_shifted<Tile::kZero>(minus_q);
+  else
+    return izero();
+}
+
+template <class Tile, int kRows, int j>
+inline void dots(I32x16* acc, const uint8_t* codes, const QuantGroup* x, size_t stride) {
+  if constexpr (j < 8) {
+    const U8x64 w = Planes<Tile::kBits>::template vector<j>(codes);
+    constexpr int kAt = Tile::Scales::kHalves && j >= 4 ? kRows : 0;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+      acc[kAt + r] =
+          dot<Tile::kBits>(acc[kAt + r], w, x[static_cast<size_t>(r) * stride].q + 4 * j);
+    dots<Tile, kRows, j + 1>(acc, codes, x, stride);
+  }
+}
+
+template <class Tile, int kRows>
+inline void accumulate(F32x16* out, const uint8_t* codes, const Scale& s, const QuantGroup* x,
+                       size_t stride) {
+  using Scales = typename Tile::Scales;
+  I32x16 acc[Scales::kHalves ? 2 * kRows : kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const QuantGroup& g = x[static_cast<size_t>(r) * stride];
+    if constexpr (Scales::kHalves) {
+      acc[r] = start<Tile>(g.minus_half_q);
+      acc[kRows + r] = start<Tile>(g.minus_half_q + 1);
+    } else {
+      acc[r] = start<Tile>(&g.minus_q);
+    }
+  }
+  dots<Tile, kRows, 0>(acc, codes, x, stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const QuantGroup& g = x[static_cast<size_t>(r) * stride];
+    F32x16 t = mul(to_float(acc[r]), s.scale[0]);
+    if constexpr (Scales::kHalves) t = fma(to_float(acc[kRows + r]), s.scale[1], t);
+    out[r] = fma(t, set1(g.scale), out[r]);
+    if constexpr (Scales::kMinimum && Scales::kHalves) {
+      out[r] = fma(s.minimum[0], set1(g.half_sum[0]), out[r]);
+      out[r] = fma(s.minimum[1], set1(g.half_sum[1]), out[r]);
+    } else if constexpr (Scales::kMinimum) {
+      out[r] = fma(s.minimum[0], set1(g.sum), out[r]);
+    }
+  }
+}
+
+template <class Tile, int kRows>
+void matmul_rows(const uint8_t* codes, const uint8_t* scales, size_t cols, const QuantGroup* x,
+                 size_t stride, float* out) {
+  using Scales = typename Tile::Scales;
+  F32x16 acc[kRows];
+  for (F32x16& a : acc) a = zero();
+  for (size_t run = 0; run < cols / kGroup; ++run) {
+    const Scale s = Scales::of(scales + run / Scales::kRuns * Scales::kBytes, run % Scales::kRuns);
+    accumulate<Tile, kRows>(acc, codes, s, x + run, stride);
+    codes += 64 * Tile::kBits;
+  }
+  for (int r = 0; r < kRows; ++r) store(out + static_cast<size_t>(r) * kLanes, acc[r]);
+}
+
+template <class Tile>
+void matmul_integer(const uint8_t* codes, const uint8_t* scales, size_t cols, const QuantGroup* x,
+                    size_t stride, size_t rows, float* out) {
+  constexpr size_t kBlock = kRowBlock;
+  for (; rows >= kBlock; rows -= kBlock, x += kBlock * stride, out += kBlock * kLanes)
+    matmul_rows<Tile, kBlock>(codes, scales, cols, x, stride, out);
+  if constexpr (kBlock > 4) {
+    if (rows >= 4) {
+      matmul_rows<Tile, 4>(codes, scales, cols, x, stride, out);
+      rows -= 4, x += 4 * stride, out += 4 * kLanes;
+    }
+  }
+  if (rows >= 2) {
+    matmul_rows<Tile, 2>(codes, scales, cols, x, stride, out);
+    rows -= 2, x += 2 * stride, out += 2 * kLanes;
+  }
+  if (rows == 1) matmul_rows<Tile, 1>(codes, scales, cols, x, stride, out);
+}
+
+// ---- float matmul ----
+
+struct Float32 {
+  static constexpr size_t kBytes = 4;
+  static inline F32x16 of(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+};
+struct Float16 {
+  static constexpr size_t kBytes = 2;
+  static inline F32x16 of(const uint8_t* p) { return load(halves(p)); }
+};
+struct BFloat16 {
+  static constexpr size_t kBytes = 2;
+  static inline F32x16 of(const uint8_t* p) { return load_bf16(halves(p)); }
+};
+
+template <class Element, int kRows>
+void matmul_float_rows(const uint8_t* tile, size_t cols, const float* x, size_t stride,
+                       float* out) {
+  F32x16 acc[kRows];
+  for (F32x16& a : acc) a = zero();
+  for (size_t k = 0; k < cols; ++k) {
+    const F32x16 w = Element::of(tile + k * kLanes * Element::kBytes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+      acc[r] = fma(w, set1(x[static_cast<size_t>(r) * stride + k]), acc[r]);
+  }
+  for (int r = 0; r < kRows; ++r) store(out + static_cast<size_t>(r) * kLanes, acc[r]);
+}
+
+template <class Element>
+void matmul_float(const uint8_t* tile, size_t cols, const float* x, size_t stride, size_t rows,
+                  float* out) {
+  constexpr size_t kBlock = kRowBlock;
+  for (; rows >= kBlock; rows -= kBlock, x += kBlock * stride, out += kBlock * kLanes)
+    matmul_float_rows<Element, kBlock>(tile, cols, x, stride, out);
+  for (; rows >= 2; rows -= 2, x += 2 * stride, out += 2 * kLanes)
+    matmul_float_rows<Element, 2>(tile, cols, x, stride, out);
+  if (rows == 1) matmul_float_rows<Element, 1>(tile, cols, x, stride, out);
+}
+
+// ---- activations to int8 ----
+
+void quantize(const float* x, size_t cols, QuantGroup* out) {
+  for (size_t c = 0; c < cols; c += kGroup, ++out) {
+    const F32x16 a = load(x + c), b = load(x + c + 16);
+    const float peak = max_of(max(abs(a), abs(b)));
+    const float scale = peak / 127.0f;
+    const F32x16 step = set1(scale > 0.0f ? scale : 1.0f);
+    const F32x16 limit = set1(127.0f), floor = set1(-127.0f);
+    store_i8(out->q, max(min(round_even(div(a, step)), limit), floor));
+    store_i8(out->q + 16, max(min(round_even(div(b, step)), limit), floor));
+    int32_t half[2] = {0, 0};
+    for (size_t i = 0; i < kGroup; ++i) half[i / 16] += out->q[i];
+    out->scale = scale;
+    out->sum = scale * static_cast<float>(half[0] + half[1]);
+    out->minus_q = -(half[0] + half[1]);
+    for (int h = 0; h < 2; ++h) {
+      out->half_sum[h] = scale * static_cast<float>(half[h]);
+      out->minus_half_q[h] = -half[h];
+    }
+    out->unused = 0;
+  }
+}
+
+// ---- functions of a lane ----
+
+// e^x within 2 ulp on [-87, 88]; 0 below, e^88 above. Cephes' expf polynomial.
+inline F32x16 exp(F32x16 x) {
+  const Mask tiny = less(x, set1(-87.0f));
+  x = max(min(x, set1(88.0f)), set1(-87.0f));
+  const F32x16 n = round_even(mul(x, set1(1.44269504088896341f)));
+  F32x16 r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  F32x16 p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(p, mul(r, r), add(r, set1(1.0f)));
+  return select(tiny, zero(), scale_exponent(p, n));
+}
+
+inline F32x16 sigmoid(F32x16 x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }
+
+inline F32x16 tanh(F32x16 x) {
+  const F32x16 square = mul(x, x);  // near 0 the exponential form cancels: Taylor's series there
+  F32x16 p = set1(62.0f / 2835.0f);
+  p = fma(p, square, set1(-17.0f / 315.0f));
+  p = fma(p, square, set1(2.0f / 15.0f));
+  p = fma(p, square, set1(-1.0f / 3.0f));
+  const F32x16 near = fma(mul(p, square), x, x);
+  const F32x16 far = sub(set1(1.0f), div(set1(2.0f), add(exp(add(x, x)), set1(1.0f))));
+  return select(less(abs(x), set1(0.3f)), near, far);
+}
+
+inline F32x16 gelu_exact(F32x16 x) {
+  float lane[kLanes];
+  store(lane, x);
+  for (float& v : lane) v = 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
+  return load(lane);
+}
+
+inline F32x16 activate(Activation act, F32x16 x) {
+  switch (act) {
+    case Activation::kSilu:
+      return mul(x, sigmoid(x));
+    case Activation::kGelu:
+      return gelu_exact(x);
+    case Activation::kGeluTanh: {
+      const F32x16 inner = fma(mul(mul(x, x), x), set1(0.044715f), x);
+      return mul(x, sigmoid(mul(inner, set1(2.0f * 0.79788456080286536f))));
+    }
+    case Activation::kRelu:
+      return max(x, zero());
+    case Activation::kNone:
+      break;
+  }
+  return x;
+}
+
+// ---- rows ----
+
+template <class Fn>  // fn(offset, lanes) over [0, n)
+inline void spans(size_t n, Fn fn) {
+  for (size_t i = 0; i < n; i += kLanes) fn(i, n - i < kLanes ? n - i : kLanes);
+}
+
+inline void rms_norm_group(const float* x, size_t n, const float* weight, float eps, float* out) {
+  F32x16 squares = zero();
+  spans(n, [&](size_t i, size_t m) {
+    const F32x16 v = load_first(x + i, m);
+    squares = fma(v, v, squares);
+  });
+  const F32x16 factor = set1(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps));
+  spans(n, [&](size_t i, size_t m) {
+    store_first(out + i, mul(mul(load_first(x + i, m), factor), load_first(weight + i, m)), m);
+  });
+}
+
+void rms_norm(const float* x, size_t cols, size_t group, const float* weight, float eps,
+              float* out) {
+  for (size_t c = 0; c < cols; c += group) rms_norm_group(x + c, group, weight, eps, out + c);
+}
+
+void layer_norm(const float* x, size_t cols, size_t group, const float* weight, const float* bias,
+                float eps, float* out) {
+  for (size_t c = 0; c < cols; c += group) {
+    F32x16 total = zero(), squares = zero();
+    spans(group, [&](size_t i, size_t m) { total = add(total, load_first(x + c + i, m)); });
+    const float mean = sum(total) / static_cast<float>(group);
+    spans(group, [&](size_t i, size_t m) {
+      const F32x16 v = select(lanes(0, m), sub(load_first(x + c + i, m), set1(mean)), zero());
+      squares = fma(v, v, squares);
+    });
+    const float variance = sum(squares) / static_cast<float>(group);
+    const F32x16 factor = set1(1.0f / __builtin_sqrtf(variance + eps));
+    spans(group, [&](size_t i, size_t m) {
+      const F32x16 v = mul(sub(load_first(x + c + i, m), set1(mean)), factor);
+      const F32x16 b = bias != nullptr ? load_first(bias + i, m) : zero();
+      store_first(out + c + i, fma(v, load_first(weight + i, m), b), m);
+    });
+  }
+}
+
+inline F32x16 biased(const float* acc, const float* bias, size_t n) {
+  const F32x16 x = load(acc);
+  return bias != nullptr ? add(x, load_first(bias, n)) : x;
+}
+
+void finish(const float* acc, const float* bias, Activation act, float scale, const float* residual,
+            float* out, size_t n) {
+  F32x16 x = activate(act, biased(acc, bias, n));
+  if (residual != nullptr)
+    x = fma(x, set1(scale), load_first(residual, n));
+  else if (scale != 1.0f)
+    x = mul(x, set1(scale));
+  store_first(out, x, n);
+}
+
+void finish_gated(const float* gate, const float* up, const float* gate_bias, const float* up_bias,
+                  Activation act, float* out, size_t n) {
+  store_first(out, mul(activate(act, biased(gate, gate_bias, n)), biased(up, up_bias, n)), n);
+}
+
+void add_scaled(const float* a, const float* b, float scale, size_t n, float* out) {
+  spans(n, [&](size_t i, size_t m) {
+    store_first(out + i, fma(load_first(b + i, m), set1(scale), load_first(a + i, m)), m);
+  });
+}
+
+void softcap(const float* x, float cap, size_t n, float* out) {
+  spans(n, [&](size_t i, size_t m) {
+    store_first(out + i, mul(tanh(div(load_first(x + i, m), set1(cap))), set1(cap)), m);
+  });
+}
+
+void softmax(float* x, size_t n) {
+  F32x16 peak = set1(-FLT_MAX), total = zero();
+  spans(n, [&](size_t i, size_t m) {
+    peak = max(peak, select(lanes(0, m), load_first(x + i, m), set1(-FLT_MAX)));
+  });
+  const F32x16 top = set1(max_of(peak));
+  spans(n, [&](size_t i, size_t m) {
+    const F32x16 e = exp(sub(load_first(x + i, m), top));
+    store_first(x + i, e, m);
+    total = add(total, select(lanes(0, m), e, zero()));
+  });
+  const F32x16 all = set1(sum(total));
+  spans(n, [&](size_t i, size_t m) { store_first(x + i, div(load_first(x + i, m), all), m); });
+}
+
+// ---- attention ----
+//
+// A query walks its context in tiles of 64 positions aligned to 0, with a running maximum and sum.
+// Positions that it does not see never enter a sum, so what lies in their slots does not matter.
+
+constexpr size_t kTilePositions = 64;
+
+struct CacheF16 {
+  using Element = uint16_t;
+  static inline F32x16 read(const Element* p) { return load(p); }
+  static inline void write(Element* p, F32x16 x) {  // saturate: infinities would become NaN in sums
+    store(p, max(min(x, set1(65504.0f)), set1(-65504.0f)));
+  }
+};
+struct CacheF32 {
+  using Element = float;
+  static inline F32x16 read(const Element* p) { return load(p); }
+  static inline void write(Element* p, F32x16 x) { store(p, x); }
+};
+
+template <class Cache>
+void store_key(const float* k, size_t head_dim, size_t block_size, size_t offset, uint8_t* keys) {
+  auto* base = reinterpret_cast<typename Cache::Element*>(keys);
+  spans(head_dim, [&](size_t i, size_t m) {
+    typename Cache::Element row[kLanes];
+    Cache::write(row, load_first(k + i, m));
+    for (size_t d = 0; d < m; ++d) base[(i + d) * block_size + offset] = row[d];
+  });
+}
+
+template <class Cache>
+void store_value(const float* v, size_t head_dim, uint8_t* value) {
+  auto* base = reinterpret_cast<typename Cache::Element*>(value);
+  spans(head_dim, [&](size_t i, size_t m) { Cache::write(base + i, load_first(v + i, m)); });
+}
+
+struct Running {  // the state of one query
+  float peak, total;
+  size_t from, to;          // lanes of the tile that it sees
+  float p[kTilePositions];  // scores, then weights
+  float acc[kMaxHeadDim];
+};
+
+template <class Cache>
+struct Attention {
+  using Element = typename Cache::Element;
+
+  // 16 positions' keys of this head: [head_dim][stride]
+  static inline const Element* key(const AttendArgs& a, size_t position) {
+    const size_t block = static_cast<size_t>(a.table[position / a.block_size]);
+    return reinterpret_cast<const Element*>(a.keys) +
+           (block * a.kv_heads + a.kv_head) * a.head_dim * a.block_size + position % a.block_size;
+  }
+  static inline const Element* value(const AttendArgs& a, size_t position) {
+    const size_t block = static_cast<size_t>(a.table[position / a.block_size]);
+    const size_t row = (block * a.kv_heads + a.kv_head) * a.block_size + position % a.block_size;
+    return reinterpret_cast<const Element*>(a.values) + row * padded(a.head_dim);
+  }
+
+  template <int kQueries, int kSubs>
+  static inline void scores(const AttendArgs& a, const float* const* q, Running* const* run,
+                            size_t position, size_t lane) {
+    const Element* k[kSubs];
+    for (int s = 0; s < kSubs; ++s) k[s] = key(a, position + 16 * static_cast<size_t>(s));
+    F32x16 acc[kQueries * kSubs];
+    for (F32x16& x : acc) x = zero();
+    for (size_t d = 0; d < a.head_dim; ++d) {
+#pragma GCC unroll 4
+      for (int s = 0; s < kSubs; ++s) {
+        const F32x16 keys = Cache::read(k[s] + d * a.block_size);
+#pragma GCC unroll 4
+        for (int i = 0; i < kQueries; ++i)
+          acc[i * kSubs + s] = fma(keys, set1(q[i][d]), acc[i * kSubs + s]);
+      }
+    }
+    for (int i = 0; i < kQueries; ++i)
+      for (int s = 0; s < kSubs; ++s)
+        store(run[i]->p + lane + 16 * static_cast<size_t>(s), acc[i * kSubs + s]);
+  }
+
+  template <int kQueries>
+  static inline void all_scores(const AttendArgs& a, const float* const* q, Running* const* run,
+                                size_t tile, size_t from, size_t to) {
+    size_t lane = from / 16 * 16;
+    if (lane == 0 && to > 48) return scores<kQueries, 4>(a, q, run, tile, 0);
+    for (; lane < to; lane += 16) scores<kQueries, 1>(a, q, run, tile + lane, lane);
+  }
+
+  // Scores of the lanes it sees to weights; the sums so far are brought to the new maximum.
+  static inline void weigh(const AttendArgs& a, Running& run) {
+    const size_t first_lane = run.from / 16 * 16;
+    F32x16 peak = set1(-FLT_MAX);
+    for (size_t lane = first_lane; lane < run.to; lane += 16) {
+      F32x16 s = mul(load(run.p + lane), set1(a.scale));
+      if (a.softcap != 0.0f) s = mul(tanh(div(s, set1(a.softcap))), set1(a.softcap));
+      s = select(visible(run, lane), s, set1(-FLT_MAX));
+      store(run.p + lane, s);
+      peak = max(peak, s);
+    }
+    const float top = max_of(peak);
+    const float next = run.peak > top ? run.peak : top;
+    float change[kLanes];
+    store(change, exp(sub(set1(run.peak), set1(next))));
+    run.peak = next;
+    run.total *= change[0];
+    if (change[0] != 1.0f)
+      spans(padded(a.head_dim),
+            [&](size_t i, size_t) { store(run.acc + i, mul(load(run.acc + i), set1(change[0]))); });
+    F32x16 total = zero();
+    for (size_t lane = first_lane; lane < run.to; lane += 16) {
+      const F32x16 p = select(visible(run, lane), exp(sub(load(run.p + lane), set1(next))), zero());
+      store(run.p + lane, p);
+      total = add(total, p);
+    }
+    run.total += sum(total);
+  }
+  static inline Mask visible(const Running& run, size_t lane) {
+    const size_t from = run.from > lane ? run.from - lane : 0;
+    return lanes(from < 16 ? from : 16, run.to - lane < 16 ? run.to - lane : 16);
+  }
+
+  // acc += weights . values for lanes [from, to) within one block, in ascending order
+  template <int kQueries, int kVectors>
+  static inline void mix(const AttendArgs& a, Running* const* run, size_t tile, size_t from,
+                         size_t to, size_t column) {
+    F32x16 acc[kQueries * kVectors];
+    for (int i = 0; i < kQueries; ++i)
+      for (int c = 0; c < kVectors; ++c)
+        acc[i * kVectors + c] = load(run[i]->acc + column + 16 * static_cast<size_t>(c));
+    const size_t width = padded(a.head_dim);
+    const Element* v = value(a, tile + from) + column;
+    for (size_t lane = from; lane < to; ++lane, v += width) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) {
+        const F32x16 values = Cache::read(v + 16 * c);
+#pragma GCC unroll 4
+        for (int i = 0; i < kQueries; ++i)
+          acc[i * kVectors + c] = fma(values, set1(run[i]->p[lane]), acc[i * kVectors + c]);
+      }
+    }
+    for (int i = 0; i < kQueries; ++i)
+      for (int c = 0; c < kVectors; ++c)
+        store(run[i]->acc + column + 16 * static_cast<size_t>(c), acc[i * kVectors + c]);
+  }
+
+  template <int kQueries>
+  static inline void mix_columns(const AttendArgs& a, Running* const* run, size_t tile, size_t from,
+                                 size_t to) {
+    size_t column = 0;
+    const size_t width = padded(a.head_dim);
+    for (; column + 64 <= width; column += 64) mix<kQueries, 4>(a, run, tile, from, to, column);
+    for (; column < width; column += 16) mix<kQueries, 1>(a, run, tile, from, to, column);
+  }
+
+  template <int kQueries>
+  static inline void mix_tile(const AttendArgs& a, Running* const* run, size_t tile) {
+    for (size_t lane = 0; lane < kTilePositions; lane += 16) {
+      bool whole = true;
+      for (int i = 0; i < kQueries; ++i)
+        whole = whole && run[i]->from <= lane && run[i]->to >= lane + 16;
+      if (whole) {
+        mix_columns<kQueries>(a, run, tile, lane, lane + 16);
+        continue;
+      }
+      for (int i = 0; i < kQueries; ++i) {
+        const size_t from = run[i]->from > lane ? run[i]->from : lane;
+        const size_t to = run[i]->to < lane + 16 ? run[i]->to : lane + 16;
+        if (from < to) mix_columns<1>(a, run + i, tile, from, to);
+      }
+    }
+  }
+
+  template <int kQueries>
+  static void run(const AttendArgs& a) {
+    Running state[kQueries];
+    Running* all[kQueries];
+    const float* q[kQueries];
+    size_t begin = SIZE_MAX, end = 0;
+    for (int i = 0; i < kQueries; ++i) {
+      const Query& query = a.queries[i];
+      state[i].peak = -FLT_MAX;
+      state[i].total = 0.0f;
+      spans(padded(a.head_dim), [&](size_t c, size_t) { store(state[i].acc + c, zero()); });
+      all[i] = &state[i];
+      q[i] = query.q;
+      begin = static_cast<size_t>(query.begin) < begin ? static_cast<size_t>(query.begin) : begin;
+      end = static_cast<size_t>(query.end) > end ? static_cast<size_t>(query.end) : end;
+    }
+    for (size_t tile = begin / kTilePositions * kTilePositions; tile < end; tile += kTilePositions)
+      step<kQueries>(a, q, all, tile);
+    for (int i = 0; i < kQueries; ++i)
+      spans(a.head_dim, [&](size_t c, size_t m) {
+        store_first(a.queries[i].out + c, div(load(state[i].acc + c), set1(state[i].total)), m);
+      });
+  }
+
+  template <int kQueries>
+  static inline void step(const AttendArgs& a, const float* const* q, Running* const* run,
+                          size_t tile) {
+    size_t from = kTilePositions, to = 0;
+    for (int i = 0; i < kQueries; ++i) {
+      const auto clamp = [&](int32_t p) {
+        const size_t at = static_cast<size_t>(p);
+        return at < tile ? 0 : (at - tile < kTilePositions ? at - tile : kTilePositions);
+      };
+      run[i]->from = clamp(a.queries[i].begin);
+      run[i]->to = clamp(a.queries[i].end);
+      if (run[i]->from >= run[i]->to) {
+        run[i]->from = run[i]->to = 0;
+        continue;
+      }
+      from = run[i]->from < from ? run[i]->from : from;
+      to = run[i]->to > to ? run[i]->to : to;
+    }
+    all_scores<kQueries>(a, q, run, tile, from, to);
+    for (int i = 0; i < kQueries; ++i)
+      if (run[i]->to > 0) weigh(a, *run[i]);
+    mix_tile<kQueries>(a, run, tile);
+  }
+};
+
+template <class Cache>
+void attend(const AttendArgs& args) {
+  switch (args.count) {
+    case 1:
+      return Attention<Cache>::template run<1>(args);
+    case 2:
+      return Attention<Cache>::template run<2>(args);
+    case 3:
+      return Attention<Cache>::template run<3>(args);
+    default:
+      return Attention<Cache>::template run<4>(args);
+  }
+}
+
+// ---- the table ----
+
+template <class Cache>
+constexpr squall::Kernels table(const char* isa) {
+  return {
+      isa,
+      {nullptr, nullptr, nullptr, matmul_integer<IntegerTile<4, Direct, 3>>,
+       matmul_integer<IntegerTile<4, DirectMinimum, -1>>, matmul_integer<IntegerTile<5, Direct, 4>>,
+       matmul_integer<IntegerTile<5, DirectMinimum, -1>>, matmul_integer<IntegerTile<8, Direct, 7>>,
+       matmul_integer<IntegerTile<8, Direct, 7>>, matmul_integer<IntegerTile<2, Super2, -1>>,
+       matmul_integer<IntegerTile<3, Super6, 2>>, matmul_integer<IntegerTile<4, Super4, -1>>,
+       matmul_integer<IntegerTile<5, Super4, -1>>, matmul_integer<IntegerTile<6, Super6, 5>>,
+       matmul_integer<IntegerTile<8, Super8, 7>>},
+      {matmul_float<Float32>, matmul_float<Float16>, matmul_float<BFloat16>},
+      quantize,
+      rms_norm,
+      layer_norm,
+      finish,
+      finish_gated,
+      add_scaled,
+      softcap,
+      softmax,
+      store_key<Cache>,
+      store_value<Cache>,
+      attend<Cache>,
+  };
+}
+
+}  // namespace

@@ -1,0 +1,336 @@
+// What the ops do, as phases. Rows and tiles are dealt out as tasks.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "executor.h"
+
+namespace squall {
+
+constexpr size_t kRowsAtOnce = 64;  // rows that one tile is multiplied with before the next tile
+
+inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+inline const float* or_null(const Vector& v) { return v.empty() ? nullptr : v.data(); }
+
+// Work that is done row by row.
+class RowPhase : public Phase {
+ public:
+  RowPhase(const Buffer& rows, size_t threads) : rows_(rows), threads_(threads) {}
+  size_t tasks(const Step& step) const override {
+    const size_t rows = step.rows_of(rows_);
+    return ceil_div(rows, rows_a_task(rows));
+  }
+  void run(const Step& step, size_t task) override {
+    const size_t rows = step.rows_of(rows_), many = rows_a_task(rows);
+    for (size_t r = task * many; r < std::min(rows, (task + 1) * many); ++r) row(step, r);
+  }
+
+ protected:
+  virtual void row(const Step& step, size_t r) = 0;
+
+ private:
+  size_t rows_a_task(size_t rows) const { return std::max(size_t{1}, rows / (threads_ * 8)); }
+  const Buffer& rows_;
+  size_t threads_;
+};
+
+template <class Fn>
+class RowsOf final : public RowPhase {
+ public:
+  RowsOf(const Buffer& rows, size_t threads, Fn fn) : RowPhase(rows, threads), fn_(std::move(fn)) {}
+
+ private:
+  void row(const Step& step, size_t r) override { fn_(step, r); }
+  Fn fn_;
+};
+
+template <class Fn>
+std::unique_ptr<Phase> row_phase(const Buffer& rows, size_t threads, Fn fn) {
+  return std::make_unique<RowsOf<Fn>>(rows, threads, std::move(fn));
+}
+
+// acc[rows][16] = x . one tile, x read as the tile's format wants it
+inline void matmul(const Kernels& k, const Tile& w, size_t tile, const Buffer& x, size_t row,
+                   size_t rows, float* acc) {
+  const size_t format = static_cast<size_t>(w.format());
+  if (w.is_integer())
+    k.matmul_quantized[format](w.codes(tile), w.scales(tile), w.cols(), x.quant_row(row),
+                               x.quant_stride(), rows, acc);
+  else
+    k.matmul_float[format](w.codes(tile), w.cols(), x.row(row), x.width, rows, acc);
+}
+
+// Work that is done tile by tile of a weight, each for all rows.
+class TilePhase : public Phase {
+ public:
+  TilePhase(size_t tiles, size_t threads)
+      : tiles_(tiles),
+        tiles_a_task_(std::clamp(tiles / (threads * 6) / 2 * 2, size_t{2}, size_t{8})) {}
+  size_t tasks(const Step&) const override { return tasks_a_weight(); }
+
+ protected:
+  size_t tasks_a_weight() const { return ceil_div(tiles_, tiles_a_task_); }
+  // fn(tile, row, rows) over a task's tiles and blocks of rows
+  template <class Fn>
+  void blocks(size_t task, size_t begin, size_t end, Fn fn) const {
+    const size_t last = std::min(tiles_, (task + 1) * tiles_a_task_);
+    for (size_t row = begin; row < end; row += kRowsAtOnce)
+      for (size_t tile = task * tiles_a_task_; tile < last; ++tile)
+        fn(tile, row, std::min(kRowsAtOnce, end - row));
+  }
+
+ private:
+  size_t tiles_, tiles_a_task_;
+};
+
+class LinearPhase final : public TilePhase {
+ public:
+  LinearPhase(const Kernels& k, size_t threads, LinearOp op, const Buffer& x, const Buffer& out,
+              const Buffer* residual)
+      : TilePhase(op.weight->tiles(), threads),
+        k_(k),
+        op_(std::move(op)),
+        x_(x),
+        out_(out),
+        residual_(residual) {}
+
+  void run(const Step& step, size_t task) override {
+    blocks(task, 0, step.rows_of(out_), [&](size_t tile, size_t row, size_t rows) {
+      alignas(64) float acc[kRowsAtOnce * kLanes];
+      matmul(k_, *op_.weight, tile, x_, row, rows, acc);
+      const size_t column = tile * kLanes, n = std::min(kLanes, out_.width - column);
+      const float* bias = op_.bias.empty() ? nullptr : op_.bias.data() + column;
+      for (size_t r = 0; r < rows; ++r)
+        k_.finish(acc + r * kLanes, bias, op_.activation, op_.scale,
+                  residual_ != nullptr ? residual_->row(row + r) + column : nullptr,
+                  out_.row(row + r) + column, n);
+    });
+  }
+
+ private:
+  const Kernels& k_;
+  LinearOp op_;
+  const Buffer &x_, &out_;
+  const Buffer* residual_;
+};
+
+// One or more gated linears over ranges of rows: all rows for a dense layer, an expert's rows for a
+// mixture.
+inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer& x,
+                        const Buffer& out, size_t tile, size_t row, size_t rows) {
+  alignas(64) float gate[kRowsAtOnce * kLanes], up[kRowsAtOnce * kLanes];
+  matmul(k, *op.gate, tile, x, row, rows, gate);
+  matmul(k, *op.up, tile, x, row, rows, up);
+  const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
+  const float* gate_bias = op.gate_bias.empty() ? nullptr : op.gate_bias.data() + column;
+  const float* up_bias = op.up_bias.empty() ? nullptr : op.up_bias.data() + column;
+  for (size_t r = 0; r < rows; ++r) {
+    float* to = out.row(row + r) + column;
+    k.finish_gated(gate + r * kLanes, up + r * kLanes, gate_bias, up_bias, op.activation, to, n);
+    // A task's tiles come in pairs, so the second completes a group of 32 columns.
+    if (out.quant != nullptr && tile % 2 == 1)
+      k.quantize(to - kLanes, kGroup, out.quant_row(row + r) + column / kGroup);
+  }
+}
+
+class GatedLinearPhase final : public TilePhase {
+ public:
+  GatedLinearPhase(const Kernels& k, size_t threads, GatedLinearOp op, const Buffer& x,
+                   const Buffer& out)
+      : TilePhase(op.gate->tiles(), threads), k_(k), op_(std::move(op)), x_(x), out_(out) {}
+
+  void run(const Step& step, size_t task) override {
+    blocks(task, 0, step.rows_of(out_), [&](size_t tile, size_t row, size_t rows) {
+      gated_block(k_, op_, x_, out_, tile, row, rows);
+    });
+  }
+
+ private:
+  const Kernels& k_;
+  GatedLinearOp op_;
+  const Buffer &x_, &out_;
+};
+
+// ---- attention ----
+
+class StorePhase final : public Phase {
+ public:
+  StorePhase(const Kernels& k, size_t block_size, size_t element, const CacheLayer& cache,
+             const Buffer& key, const Buffer& value)
+      : k_(k),
+        block_size_(block_size),
+        element_(element),
+        cache_(cache),
+        key_(key),
+        value_(value) {}
+  size_t tasks(const Step& step) const override { return ceil_div(step.batch.rows(), kRows); }
+  void run(const Step& step, size_t task) override {
+    const size_t dim = cache_.head_dim, width = padded(dim);
+    for (size_t r = task * kRows; r < std::min(step.batch.rows(), (task + 1) * kRows); ++r) {
+      const size_t slot = static_cast<size_t>(step.batch.slots[r]);
+      const size_t block = slot / block_size_, offset = slot % block_size_;
+      for (size_t h = 0; h < cache_.kv_heads; ++h) {
+        const size_t head = (block * cache_.kv_heads + h) * block_size_;
+        k_.store_key(key_.row(r) + h * dim, dim, block_size_, offset,
+                     cache_.keys->data() + head * dim * element_);
+        k_.store_value(value_.row(r) + h * dim, dim,
+                       cache_.values->data() + (head + offset) * width * element_);
+      }
+    }
+  }
+
+ private:
+  static constexpr size_t kRows = 16;
+  const Kernels& k_;
+  size_t block_size_, element_;
+  const CacheLayer& cache_;
+  const Buffer &key_, &value_;
+};
+
+class AttendPhase final : public Phase {
+ public:
+  AttendPhase(const Kernels& k, size_t block_size, const AttendOp& op, const CacheLayer& cache,
+              const Buffer& q, const Buffer& out)
+      : k_(k), block_size_(block_size), op_(op), cache_(cache), q_(q), out_(out) {}
+  size_t tasks(const Step& step) const override { return step.runs.size() * op_.kv_heads; }
+
+  void run(const Step& step, size_t task) override {
+    // The last rows have the longest contexts: they go first, so that no long task is left for the
+    // end.
+    const RowRun& run = step.runs[step.runs.size() - 1 - task / op_.kv_heads];
+    const size_t kv_head = task % op_.kv_heads, group = op_.heads / op_.kv_heads;
+    const int32_t* table = step.batch.block_tables.data() + run.sequence * step.batch.table_width;
+    Query queries[kMaxQueries];
+    size_t count = 0;
+    for (size_t i = 0; i < (run.end - run.begin) * group; ++i) {
+      queries[count++] = query(step, run.begin + i / group, kv_head * group + i % group);
+      if (count == kMaxQueries || i + 1 == (run.end - run.begin) * group) {
+        attend(queries, count, table, kv_head);
+        count = 0;
+      }
+    }
+    if (out_.quant == nullptr || !quantizes) return;
+    const size_t column = kv_head * group * op_.head_dim, width = group * op_.head_dim;
+    for (size_t r = run.begin; r < run.end; ++r)
+      k_.quantize(out_.row(r) + column, width, out_.quant_row(r) + column / kGroup);
+  }
+
+ private:
+  Query query(const Step& step, size_t row, size_t head) const {
+    const int32_t end = step.batch.positions[row] + 1;
+    const int32_t window = static_cast<int32_t>(op_.window);
+    const size_t column = head * op_.head_dim;
+    return {q_.row(row) + column, out_.row(row) + column,
+            window != 0 && end > window ? end - window : 0, end};
+  }
+  void attend(const Query* queries, size_t count, const int32_t* table, size_t kv_head) const {
+    k_.attend({queries, count, cache_.keys->data(), cache_.values->data(), table, block_size_,
+               op_.kv_heads, kv_head, op_.head_dim, op_.scale, op_.softcap});
+  }
+
+  const Kernels& k_;
+  size_t block_size_;
+  AttendOp op_;
+  const CacheLayer& cache_;
+  const Buffer &q_, &out_;
+};
+
+// ---- mixture of experts ----
+//
+// A pair is a row and one of its top_k experts. Pairs are sorted by expert (then row), so that an
+// expert's rows lie together; pair_of finds them again for the sum, which runs in order of score.
+
+struct Routing {
+  size_t experts, top_k;
+  std::vector<int32_t> chosen;  // [rows * top_k] expert, best first
+  std::vector<float> weight;    // [rows * top_k]
+  std::vector<size_t> begin;    // [experts + 1] first pair of each expert
+  std::vector<size_t> pair_of;  // [rows * top_k]
+  std::vector<size_t> row_of;   // [pairs]
+
+  Routing(size_t rows, size_t experts_, size_t top_k_)
+      : experts(experts_),
+        top_k(top_k_),
+        chosen(rows * top_k_),
+        weight(rows * top_k_),
+        begin(experts_ + 1),
+        pair_of(rows * top_k_),
+        row_of(rows * top_k_) {}
+
+  void choose(size_t row, const float* scores, bool normalize) {
+    int32_t* best = chosen.data() + row * top_k;
+    float* share = weight.data() + row * top_k;
+    float total = 0.0f;
+    for (size_t i = 0; i < top_k; ++i) {
+      int32_t winner = -1;
+      for (size_t e = 0; e < experts; ++e) {
+        const int32_t expert = static_cast<int32_t>(e);
+        if (std::find(best, best + i, expert) != best + i) continue;
+        if (winner < 0 || scores[e] > scores[static_cast<size_t>(winner)]) winner = expert;
+      }
+      best[i] = winner;
+      share[i] = scores[static_cast<size_t>(winner)];
+      total += share[i];
+    }
+    for (size_t i = 0; normalize && i < top_k; ++i) share[i] /= total;
+  }
+
+  void sort(size_t rows) {
+    std::fill(begin.begin(), begin.end(), size_t{0});
+    for (size_t i = 0; i < rows * top_k; ++i) ++begin[static_cast<size_t>(chosen[i]) + 1];
+    for (size_t e = 0; e < experts; ++e) begin[e + 1] += begin[e];
+    std::vector<size_t> next(begin.begin(), begin.end() - 1);
+    for (size_t i = 0; i < rows * top_k; ++i) {
+      pair_of[i] = next[static_cast<size_t>(chosen[i])]++;
+      row_of[pair_of[i]] = i / top_k;
+    }
+  }
+};
+
+// One task for all rows: the sort is short and needs every row's choice.
+class RoutePhase final : public Phase {
+ public:
+  RoutePhase(const Kernels& k, Routing& routing, const Buffer& scores, bool normalize)
+      : k_(k), routing_(routing), scores_(scores), normalize_(normalize) {}
+  size_t tasks(const Step&) const override { return 1; }
+  void run(const Step& step, size_t) override {
+    for (size_t r = 0; r < step.batch.rows(); ++r) {
+      k_.softmax(scores_.row(r), scores_.width);
+      routing_.choose(r, scores_.row(r), normalize_);
+    }
+    routing_.sort(step.batch.rows());
+  }
+
+ private:
+  const Kernels& k_;
+  Routing& routing_;
+  const Buffer& scores_;
+  bool normalize_;
+};
+
+// Tile tasks for each expert in turn; fn(expert, tile, first pair, pairs).
+template <class Fn>
+class ExpertPhase final : public TilePhase {
+ public:
+  ExpertPhase(const Routing& routing, size_t tiles, size_t threads, Fn fn)
+      : TilePhase(tiles, threads), routing_(routing), fn_(std::move(fn)) {}
+  size_t tasks(const Step&) const override { return routing_.experts * tasks_a_weight(); }
+  void run(const Step&, size_t task) override {
+    const size_t expert = task / tasks_a_weight();
+    blocks(task % tasks_a_weight(), routing_.begin[expert], routing_.begin[expert + 1],
+           [&](size_t tile, size_t row, size_t rows) { fn_(expert, tile, row, rows); });
+  }
+
+ private:
+  const Routing& routing_;
+  Fn fn_;
+};
+
+template <class Fn>
+std::unique_ptr<Phase> expert_phase(const Routing& routing, size_t tiles, size_t threads, Fn fn) {
+  return std::make_unique<ExpertPhase<Fn>>(routing, tiles, threads, std::move(fn));
+}
+
+}  // namespace squall

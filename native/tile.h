@@ -1,0 +1,52 @@
+// A weight in memory: the rows of a matrix as tiles (format.h), packed from a file's blocks.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "format.h"
+#include "thread_pool.h"
+
+namespace squall {
+
+// Page-aligned, zeroed memory that asks for huge pages; freed with its last owner.
+class Memory {
+ public:
+  explicit Memory(size_t bytes);
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uint8_t* data_;
+  size_t bytes_;
+};
+
+class Tile {
+ public:
+  // `data` holds rows * row_bytes of the file's blocks. Throws std::invalid_argument on a size that
+  // does not fit.
+  Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t cols, ThreadPool& pool);
+
+  Format format() const { return format_; }
+  size_t rows() const { return rows_; }
+  size_t cols() const { return cols_; }
+  size_t tiles() const { return tiles_; }
+  size_t nbytes() const { return memory_->bytes(); }
+  bool is_integer() const { return info(format_).bits != 0; }
+  const uint8_t* codes(size_t tile) const { return memory_->data() + tile * tile_bytes_; }
+  const uint8_t* scales(size_t tile) const { return codes(tile) + codes_bytes_; }
+  void dequantize_row(size_t row, float* out) const;
+
+ private:
+  void pack_tile(size_t tile, const uint8_t* data, size_t row_bytes);
+
+  Format format_;
+  size_t rows_, cols_, tiles_, codes_bytes_, tile_bytes_;
+  std::unique_ptr<Memory> memory_;
+};
+
+}  // namespace squall

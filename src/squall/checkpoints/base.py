@@ -1,0 +1,80 @@
+"""What a checkpoint is, whatever file it came from: metadata, and tensors viewing mapped bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from squall.quant import FORMATS
+
+Scalar = int | float | bool
+Field = Scalar | str | list[str] | NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor without its bytes; its format may be unknown, and then `nbytes` 0."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tensor:
+    """A stored tensor: row-major, the last axis contiguous; `data` its read-only bytes."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor seen as a matrix; a vector is one row."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def cols(self) -> int:
+        """Elements of the last axis."""
+        return self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.data.size
+
+    def to_float32(self) -> NDArray[np.float32]:
+        """The values as float32, in `shape`."""
+        return FORMATS[self.format].dequantize(self.data).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Header:
+    """Everything about a checkpoint but its weights."""
+
+    path: Path
+    metadata: Mapping[str, Field]
+    tensors: Mapping[str, TensorInfo]
+    size_bytes: int
+    version: int = 0
+    parts: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """An open checkpoint; reading a tensor's `data` is what brings its pages in."""
+
+    path: Path
+    metadata: Mapping[str, Field]
+    tensors: Mapping[str, Tensor]
+    size_bytes: int
+    version: int = 0
+    parts: tuple[Path, ...] = ()

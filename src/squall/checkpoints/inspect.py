@@ -1,0 +1,147 @@
+"""A checkpoint described as plain data, safe to print: text from the file is escaped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from squall.checkpoints.base import Field
+
+Item = int | float | bool | str
+
+
+class Described(Protocol):
+    """What a tensor of a `Checkpoint` and one of a `Header` have in common."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Source(Protocol):
+    """What a `Checkpoint` and a `Header` have in common."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def metadata(self) -> Mapping[str, Field]: ...
+    @property
+    def tensors(self) -> Mapping[str, Described]: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def parts(self) -> tuple[Path, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataField:
+    """One metadata field: `items` is its value, or the first values of an array of `length`.
+
+    `kind` is bool, int, float, text or, of an array, text or a NumPy dtype; `cut`: there is more.
+    """
+
+    key: str
+    kind: str
+    items: tuple[Item, ...]
+    length: int | None = None
+    cut: bool = False
+
+    def __str__(self) -> str:
+        text = ", ".join(map(str, self.items)) + ("..." if self.cut else "")
+        return text if self.length is None else f"{self.kind}[{self.length}] {text}".rstrip()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLine:
+    """One tensor, without its data."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FormatTotal:
+    """All tensors of one number format."""
+
+    format: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What is in a checkpoint; every text in it can be written to a terminal."""
+
+    path: str
+    size_bytes: int
+    version: int
+    parts: tuple[str, ...]
+    metadata: tuple[MetadataField, ...]
+    tensors: tuple[TensorLine, ...]
+    formats: tuple[FormatTotal, ...]
+    parameters: int
+
+
+def describe(source: Source, *, array_items: int = 6, text_chars: int = 200) -> Inspection:
+    """Describe an open checkpoint or a header; arrays and texts are cut to the given lengths."""
+    tensors = tuple(
+        TensorLine(escape(t.name), t.format, t.shape, t.nbytes) for t in source.tensors.values()
+    )
+    return Inspection(
+        path=escape(str(source.path)),
+        size_bytes=source.size_bytes,
+        version=source.version,
+        parts=tuple(escape(str(part)) for part in source.parts),
+        metadata=tuple(_field(k, v, array_items, text_chars) for k, v in source.metadata.items()),
+        tensors=tensors,
+        formats=_totals(tensors),
+        parameters=sum(prod(tensor.shape) for tensor in tensors),
+    )
+
+
+def escape(text: str) -> str:
+    """Escape what could steer a terminal: controls, line ends, bidi marks, surrogates."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _field(key: str, value: Field, array_items: int, text_chars: int) -> MetadataField:
+    key = escape(key)
+    if isinstance(value, str):
+        cut = len(value) > text_chars
+        return MetadataField(key, "text", (escape(value[:text_chars]),), cut=cut)
+    if isinstance(value, list):
+        texts = tuple(escape(text[:text_chars]) for text in value[:array_items])
+        return MetadataField(key, "text", texts, len(value), len(value) > array_items)
+    if isinstance(value, np.ndarray):
+        numbers = tuple(value[:array_items].tolist())
+        return MetadataField(key, value.dtype.name, numbers, value.size, value.size > array_items)
+    return MetadataField(key, type(value).__name__, (value,))
+
+
+def _totals(tensors: tuple[TensorLine, ...]) -> tuple[FormatTotal, ...]:
+    count, parameters, nbytes = Counter[str](), Counter[str](), Counter[str]()
+    for tensor in tensors:
+        count[tensor.format] += 1
+        parameters[tensor.format] += prod(tensor.shape)
+        nbytes[tensor.format] += tensor.nbytes
+    return tuple(
+        FormatTotal(f, count[f], parameters[f], nbytes[f]) for f, _ in nbytes.most_common()
+    )

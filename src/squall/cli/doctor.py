@@ -1,0 +1,79 @@
+"""`squall doctor`: what Squall found on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterator
+
+import typer
+
+from squall import __version__
+from squall.cli.options import Json
+from squall.errors import InvalidRequest, SquallError
+
+PACKAGES = ("numpy", "tokenizers", "jinja2", "typer", "rich", "prompt_toolkit")
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show instruction sets, threads and why so many, memory and its bandwidth, and versions."""
+    lines = dict(_findings())
+    if as_json:
+        typer.echo(json.dumps(lines))
+        return
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        typer.echo(f"{name:{width}}  {value}")
+
+
+def _findings() -> Iterator[tuple[str, str]]:
+    yield "squall", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield "processor", _processor()
+    yield from _native()
+    yield "free memory", _memory()
+    yield "default model", _embedded()
+    for name in PACKAGES:
+        yield name, importlib.metadata.version(name)
+
+
+def _native() -> Iterator[tuple[str, str]]:
+    from squall import _native
+
+    threads, reason = _native.default_threads()
+    try:
+        chosen = _native.default_isa()
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    yield "instructions", f"{chosen} (this machine has {', '.join(_native.isas())})"
+    yield "threads", f"{threads} ({reason})"
+    yield "bandwidth", f"{_native.read_bandwidth(threads) / 1e9:.1f} GB/s, reading"
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8") as file:
+                names = [line.split(":", 1)[1] for line in file if line.startswith("model name")]
+        except OSError:
+            names = []
+        if names:
+            return names[0].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> str:
+    from squall.engine.memory import available_bytes
+
+    found = available_bytes()
+    return "unknown" if found is None else f"{found / 2**30:.1f} GiB"
+
+
+def _embedded() -> str:
+    from squall import embedded
+
+    try:
+        return str(embedded.find())
+    except SquallError as error:
+        return f"none: {error}"

@@ -1,0 +1,90 @@
+"""`squall inspect`: what is in a model file, and whether Squall can run it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from squall.cli.options import Json
+from squall.errors import SquallError
+
+if TYPE_CHECKING:
+    from squall.checkpoints import Inspection
+
+
+def inspect(
+    file: Annotated[
+        str | None,
+        typer.Argument(help="A GGUF file, or a folder with one; by default the default."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show metadata, tensors and types of a model file, and whether Squall can run it.
+
+    Only the header is read. The exit status is 1 if the file is broken; a model that is well-formed
+    but not supported is shown all the same.
+
+    Example:
+
+    squall inspect model.gguf
+    """
+    from squall.checkpoints import describe, read_header
+    from squall.locate import locate
+
+    path = locate(file)
+    found = describe(read_header(path))
+    obstacle = _obstacle(path)
+    if as_json:
+        report = asdict(found) | {"runs": obstacle is None, "obstacle": obstacle}
+        typer.echo(json.dumps(report))
+    else:
+        _print(found, obstacle)
+
+
+def _obstacle(path: Path) -> str | None:
+    """Why Squall cannot run the model; None if it can."""
+    from squall import recipes
+    from squall.checkpoints import open_gguf
+    from squall.text.tokenizer import Tokenizer
+
+    try:
+        checkpoint = open_gguf(path)
+        recipes.load(checkpoint)
+        Tokenizer.from_gguf(checkpoint.metadata)
+    except SquallError as error:
+        return str(error)
+    return None
+
+
+def _print(found: Inspection, obstacle: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    metadata = Table("key", "value", title="metadata", title_justify="left")
+    metadata.columns[0].overflow = "fold"
+    for field in found.metadata:
+        metadata.add_row(Text(field.key), Text(str(field)))
+    tensors = Table("tensor", "type", "shape", "bytes", title="tensors", title_justify="left")
+    tensors.columns[0].overflow = "fold"
+    for tensor in found.tensors:
+        shape = " x ".join(map(str, tensor.shape))
+        tensors.add_row(Text(tensor.name), Text(tensor.format), shape, str(tensor.nbytes))
+    totals = Table("type", "tensors", "parameters", "MiB", title="types", title_justify="left")
+    for total in found.formats:
+        size = f"{total.nbytes / 2**20:.1f}"
+        totals.add_row(Text(total.format), str(total.tensors), str(total.parameters), size)
+    for table in (metadata, tensors, totals):
+        console.print(table)
+    console.print(
+        Text(
+            f"{found.path}: GGUF {found.version}, {found.parameters / 1e6:.1f} million parameters, "
+            f"{found.size_bytes / 2**20:.1f} MiB"
+        )
+    )
+    console.print(Text(f"Squall can run it: {'yes' if obstacle is None else f'no: {obstacle}'}"))

@@ -1,0 +1,77 @@
+"""Options that several commands share, and what they open."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from squall.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from squall.model import Model
+
+File = Annotated[
+    Path | None, typer.Option("-f", "--file", help="A GGUF file; of a split one any part.")
+]
+Folder = Annotated[
+    str | None,
+    typer.Option("-m", "--model", metavar="DIR_OR_ID", help="A folder with one GGUF model."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads; by default as many as this process may use."),
+]
+ContextSize = Annotated[
+    int | None,
+    typer.Option("--context", min=1, help="Tokens of prompt and answer together."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+class Weights(str, Enum):
+    """How weights are computed with."""
+
+    packed = "packed"
+    f32 = "f32"
+
+
+WeightsOption = Annotated[
+    Weights,
+    typer.Option("--weights", help="f32: the file's exact values, for comparisons; slow."),
+]
+
+
+def source(file: Path | None, folder: str | None) -> str | Path | None:
+    """What -f and -m name together; None is the default model."""
+    if file is not None and folder is not None:
+        raise InvalidRequest("-f and -m both name a model; give one of them")
+    return file if file is not None else folder
+
+
+def open_model(
+    path: str | Path | None,
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    weights: Weights = Weights.packed,
+) -> Model:
+    """Open a model; a terminal is told how far it is."""
+    from squall.model import Model
+
+    return Model.open(
+        path,
+        context=context,
+        threads=threads,
+        weights=weights.value,
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )
+
+
+def _show_progress(done: int, whole: int) -> None:
+    line = f"\rloading {100 * done // max(whole, 1)} %" if done < whole else "\r\x1b[K"
+    sys.stderr.write(line)
+    sys.stderr.flush()

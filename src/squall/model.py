@@ -1,0 +1,277 @@
+"""A model that is open: text in, text out, and the logits between."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from squall import decoder, recipes
+from squall.checkpoints import Checkpoint, open_gguf
+from squall.engine.context import Context, Executor
+from squall.engine.generation import Generation
+from squall.engine.memory import choose_context, token_bytes
+from squall.engine.sampling import MIN_P, TEMPERATURE, TOP_K, TOP_P, Sampling, random_seed
+from squall.errors import ContextLengthExceeded, InvalidRequest, TemplateError
+from squall.executors.native import NativeExecutor
+from squall.locate import locate
+from squall.program import Program
+from squall.recipes import Recipe
+from squall.spec import Decoder
+from squall.text.chat import ChatTemplate
+from squall.text.stream import TextStream
+from squall.text.tokenizer import Tokenizer
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[int] | Sequence[Message]
+Progress = Callable[[int, int], None]
+
+BLOCK_SIZE = 16
+MAX_ROWS = 512
+MAX_OUTPUTS = 64
+
+
+class Model:
+    """A language model, open and ready. Make one with `Model.open`.
+
+    The KV cache keeps the last sequence, and a prompt that begins like it is computed only from
+    where it differs; so a chat does not read its history again. Threads may share a model: their
+    answers are computed one after the other.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        program: Program,
+        tokenizer: Tokenizer,
+        executor: Executor,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = recipe.architecture
+        self.spec: Decoder = recipe.decoder
+        self.program = program
+        self.tokenizer = tokenizer
+        self.cache = Context(
+            executor,
+            size=program.context,
+            block_size=BLOCK_SIZE,
+            max_rows=MAX_ROWS,
+            max_outputs=MAX_OUTPUTS,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        weights: Literal["packed", "f32"] = "packed",
+        kv_dtype: Literal["f16", "f32"] = "f16",
+        progress: Progress | None = None,
+    ) -> Model:
+        """Open a GGUF file, a folder with one, or, without `path`, the default model.
+
+        context: tokens of prompt and answer together; by default what the model was trained for,
+            up to 8192 and to half of the free memory.
+        threads: by default as many as this process may use.
+        weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
+        progress: called with (bytes loaded, bytes in all).
+        """
+        checkpoint = open_gguf(locate(path))
+        recipe = recipes.load(checkpoint)
+        size = choose_context(
+            context,
+            trained=recipe.decoder.context,
+            bytes_per_token=token_bytes(recipe.decoder, kv_dtype),
+            weight_bytes=checkpoint.size_bytes,
+        )
+        program = decoder.compile(recipe.decoder, recipe.names, context=size)
+        tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
+        executor = NativeExecutor(
+            program,
+            checkpoint,
+            threads=threads,
+            weights=weights,
+            kv_dtype=kv_dtype,
+            blocks=-(-size // BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
+            max_rows=MAX_ROWS,
+            max_outputs=MAX_OUTPUTS,
+            progress=progress,
+        )
+        return cls(checkpoint, recipe, program, tokenizer, executor)
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.program.context
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the program; knows threads, instruction set and sizes."""
+        return self.cache.executor
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template of the file, if it has one."""
+        return ChatTemplate.from_gguf(self.checkpoint.metadata)
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Token ids of plain text; control tokens in it are not special. BOS if it is used."""
+        return self.tokenizer.encode(text, add_bos=add_bos)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation in the chat template, up to where the answer begins."""
+        if self.chat_template is None:
+            raise TemplateError("this model has no chat template; give the prompt as plain text")
+        return self.tokenizer.encode_pieces(self.chat_template.render(messages))
+
+    def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(ids, skip_specials=skip_specials)
+
+    def logits(self, ids: Sequence[int], *, chunk: int = MAX_OUTPUTS) -> NDArray[np.float32]:
+        """Logits `[tokens, vocab]`, row i after token i, computed `chunk` tokens a step."""
+        checked = self._check_ids(ids)
+        if not 1 <= chunk <= MAX_ROWS:
+            raise InvalidRequest(f"chunk is {chunk}; it must be between 1 and {MAX_ROWS}")
+        logits = np.empty((len(checked), self.spec.vocab), np.float32)
+        for start, rows in self.cache.logit_chunks(checked, chunk=chunk):
+            logits[start : start + len(rows)] = rows
+        return logits
+
+    def log_probabilities(self, ids: Sequence[int], *, start: int = 1) -> NDArray[np.float64]:
+        """log p(ids[i] | ids[:i]) for `i` from `start` (at least 1) to the last."""
+        checked = self._check_ids(ids)
+        if not 1 <= start <= len(checked):
+            raise InvalidRequest(f"start is {start}; it must be between 1 and {len(checked)}")
+        found = [np.empty(0)]
+        chunks = self.cache.logit_chunks(checked[:-1], chunk=MAX_OUTPUTS, start=start - 1)
+        for first, rows in chunks:
+            wanted = checked[first + 1 : first + 1 + len(rows)]
+            found.append(_log_softmax_at(rows, wanted))
+        return np.concatenate(found)
+
+    def generate(  # noqa: PLR0913
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = TEMPERATURE,
+        top_k: int = TOP_K,
+        top_p: float = TOP_P,
+        min_p: float = MIN_P,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Continue a text, token ids, or a conversation (messages of `role` and `content`).
+
+        The result is an iterator of pieces; it also tells the `seed`, `ids`, `finish_reason` and
+        `usage`. Arguments are checked here, before the first piece is asked for.
+
+        max_tokens: by default whatever the context leaves.
+        temperature: 0 always takes the likeliest token. `top_k` 0, `top_p` 1, `min_p` 0 mean "off".
+        seed: by default random, and told by the result. The same seed gives the same answer.
+        stop: strings that end the answer and are not part of it.
+        """
+        seed = random_seed() if seed is None else seed
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        ids = self._prompt_ids(prompt)
+        return Generation(
+            self.cache,
+            ids,
+            TextStream(self.tokenizer, _check_stop(stop), at_start=_is_chat(prompt)),
+            sampling=sampling,
+            max_tokens=self._check_max_tokens(max_tokens, len(ids)),
+            stop_ids=self.tokenizer.stop_ids,
+        )
+
+    def close(self) -> None:
+        """Free weights and cache. A closed model cannot be used."""
+        self.cache.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._check_ids(self.encode(prompt))
+        if _is_chat(prompt):
+            return self._check_ids(self.encode_chat(_check_messages(prompt)))
+        return self._check_ids(prompt)
+
+    def _check_ids(self, ids: Sequence[object]) -> list[int]:
+        try:
+            array = np.asarray(ids).astype(np.int64, casting="same_kind")
+        except (TypeError, ValueError):
+            raise InvalidRequest(
+                "a prompt is text, a list of token ids, or a list of messages "
+                "such as {'role': 'user', 'content': 'Hi'}"
+            ) from None
+        if array.ndim != 1 or array.size == 0:
+            raise InvalidRequest("the prompt is empty; give at least one token")
+        if array.min() < 0 or array.max() >= self.spec.vocab:
+            raise InvalidRequest(
+                f"token ids go from 0 to {self.spec.vocab - 1}; "
+                f"found {array.min() if array.min() < 0 else array.max()}"
+            )
+        if array.size > self.context:
+            raise ContextLengthExceeded(self._too_long(f"{array.size} tokens"))
+        checked: list[int] = array.tolist()
+        return checked
+
+    def _check_max_tokens(self, max_tokens: int | None, prompt_tokens: int) -> int:
+        room = self.context - prompt_tokens
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {max_tokens}; it must be at least 1")
+        if room < (max_tokens or 1):
+            asked = f"{prompt_tokens} tokens of prompt and {max_tokens or 1} of answer"
+            raise ContextLengthExceeded(self._too_long(asked))
+        return max_tokens or room
+
+    def _too_long(self, what: str) -> str:
+        remedy = "shorten them"
+        if self.context < self.spec.context:
+            remedy += f", or open the model with a longer context (up to {self.spec.context})"
+        return f"{what} do not fit the context of {self.context} tokens; {remedy}"
+
+
+def _log_softmax_at(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float64]:
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    chosen = rows[np.arange(len(ids)), ids]
+    result: NDArray[np.float64] = chosen - np.log(np.exp(rows).sum(axis=1))
+    return result
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise InvalidRequest("stop strings must be text, and not empty")
+    return strings
+
+
+def _check_messages(messages: Sequence[object]) -> list[Message]:
+    for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise InvalidRequest(f"a message has a role and a content; this one is {message!r}")
+    return list(messages)  # type: ignore[arg-type]

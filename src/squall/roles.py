@@ -1,0 +1,79 @@
+"""Which weights a decoder has: a role such as `layers.3.attention.q.weight`, and its shape.
+
+Recipes find a checkpoint tensor for every role, `squall.decoder` uses it;
+both take the shapes from here.
+"""
+
+from __future__ import annotations
+
+from squall.spec import Attention, Decoder, Layer, Mlp, Moe, Norm
+
+Shapes = dict[str, tuple[int, ...]]
+
+HAS_PRE_NORM = {"pre": True, "sandwich": True, "post": False, "parallel": True}
+HAS_POST_NORM = {"pre": False, "sandwich": True, "post": True, "parallel": False}
+
+
+def roles(decoder: Decoder) -> Shapes:
+    """Every weight: matrices `[rows, cols]`, experts `[experts, rows, cols]`, vectors `[size]`."""
+    shapes = _linear("embed", decoder.vocab, decoder.hidden)
+    for index, layer in enumerate(decoder.layers):
+        shapes |= {f"layers.{index}.{k}": v for k, v in _layer(layer, decoder.hidden).items()}
+    shapes |= _norm("norm", decoder.norm, decoder.hidden)
+    if not decoder.tied:
+        shapes |= _linear("head", decoder.vocab, decoder.hidden)
+    if decoder.head_bias:
+        shapes["head.bias"] = (decoder.vocab,)
+    return shapes
+
+
+def _linear(role: str, rows: int, cols: int, *, bias: bool = False) -> Shapes:
+    weight: Shapes = {f"{role}.weight": (rows, cols)}
+    return weight | {f"{role}.bias": (rows,)} if bias else weight
+
+
+def _norm(role: str, norm: Norm, size: int) -> Shapes:
+    weight: Shapes = {f"{role}.weight": (size,)}
+    return weight | {f"{role}.bias": (size,)} if norm.bias else weight
+
+
+def _layer(layer: Layer, hidden: int) -> Shapes:
+    shapes: Shapes = {}
+    if HAS_PRE_NORM[layer.wiring]:
+        shapes |= _norm("attention.norm", layer.norm, hidden)
+    shapes |= _attention(layer.attention, hidden)
+    if HAS_POST_NORM[layer.wiring]:
+        shapes |= _norm("attention.post_norm", layer.norm, hidden)
+    if HAS_PRE_NORM[layer.wiring] and layer.wiring != "parallel":
+        shapes |= _norm("feed_forward.norm", layer.norm, hidden)
+    shapes |= _feed_forward(layer.feed_forward, hidden)
+    if HAS_POST_NORM[layer.wiring]:
+        shapes |= _norm("feed_forward.post_norm", layer.norm, hidden)
+    return shapes
+
+
+def _attention(a: Attention, hidden: int) -> Shapes:
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    shapes = _linear("attention.q", q, hidden, bias=a.qkv_bias)
+    shapes |= _linear("attention.k", kv, hidden, bias=a.qkv_bias)
+    shapes |= _linear("attention.v", kv, hidden, bias=a.qkv_bias)
+    if a.qk_norm is not None:
+        per_head = a.qk_norm_scope == "head"
+        shapes |= _norm("attention.q_norm", a.qk_norm, a.head_dim if per_head else q)
+        shapes |= _norm("attention.k_norm", a.qk_norm, a.head_dim if per_head else kv)
+    return shapes | _linear("attention.out", hidden, q, bias=a.out_bias)
+
+
+def _feed_forward(f: Mlp | Moe, hidden: int) -> Shapes:
+    match f:
+        case Mlp(width=width, gated=gated, bias=bias):
+            gate = _linear("feed_forward.gate", width, hidden, bias=bias) if gated else {}
+            up = _linear("feed_forward.up", width, hidden, bias=bias)
+            return gate | up | _linear("feed_forward.down", hidden, width, bias=bias)
+        case Moe(experts=experts, width=width):
+            return {
+                "feed_forward.router.weight": (experts, hidden),
+                "feed_forward.experts.gate.weight": (experts, width, hidden),
+                "feed_forward.experts.up.weight": (experts, width, hidden),
+                "feed_forward.experts.down.weight": (experts, hidden, width),
+            }

@@ -1,0 +1,188 @@
+"""What a decoder is, as frozen data. No architecture names, no tensors, no file formats.
+
+A recipe makes a `Decoder` from a checkpoint's configuration; `squall.decoder` compiles it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Wiring = Literal["pre", "sandwich", "post", "parallel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMS norm or LayerNorm; `unit_offset`: the checkpoint stores `weight - 1`."""
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    bias: bool = False
+    unit_offset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Positions divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Low frequencies divided by `factor`, high ones kept, a ramp between (Llama 3.1)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): a ramp from kept to interpolated frequencies, and a magnitude."""
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    magnitude: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FactorScaling:
+    """Each frequency divided by its factor: `long` above `original_context`, else `short`."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_context: int
+    magnitude: float = 1.0
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FactorScaling
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding of a head's first `dims`; `interleaved` pairs (0, 1), else (0, dims / 2)."""
+
+    theta: float
+    dims: int
+    interleaved: bool = False
+    scaling: RopeScaling | None = None
+
+    def frequencies(self, context: int) -> tuple[tuple[float, ...], float]:
+        """The `dims / 2` frequencies (radians a position), and the magnitude of cos and sin."""
+        base = [self.theta ** (-2 * i / self.dims) for i in range(self.dims // 2)]
+        match self.scaling:
+            case None:
+                return tuple(base), 1.0
+            case LinearScaling(factor):
+                return tuple(f / factor for f in base), 1.0
+            case Llama3Scaling() as scaling:
+                return tuple(_llama3(f, scaling) for f in base), 1.0
+            case YarnScaling() as scaling:
+                return self._yarn(base, scaling)
+            case FactorScaling() as scaling:
+                factors = scaling.long if context > scaling.original_context else scaling.short
+                return tuple(f / by for f, by in zip(base, factors, strict=True)), scaling.magnitude
+
+    def _yarn(self, base: list[float], s: YarnScaling) -> tuple[tuple[float, ...], float]:
+        def dim_of(rotations: float) -> float:
+            turns = s.original_context / (rotations * 2 * math.pi)
+            return self.dims * math.log(turns) / (2 * math.log(self.theta))
+
+        low = max(math.floor(dim_of(s.beta_fast)), 0)
+        high = min(math.ceil(dim_of(s.beta_slow)), self.dims - 1)
+        span = max(high - low, 0.001)
+        kept = [1 - min(max((i - low) / span, 0.0), 1.0) for i in range(self.dims // 2)]
+        mixed = (f * k + f / s.factor * (1 - k) for f, k in zip(base, kept, strict=True))
+        default = 0.1 * math.log(s.factor) + 1.0 if s.factor > 1 else 1.0
+        return tuple(mixed), default if s.magnitude is None else s.magnitude
+
+
+def _llama3(frequency: float, s: Llama3Scaling) -> float:
+    wavelength = 2 * math.pi / frequency
+    if wavelength < s.original_context / s.high_freq_factor:
+        return frequency
+    if wavelength > s.original_context / s.low_freq_factor:
+        return frequency / s.factor
+    span = s.high_freq_factor - s.low_freq_factor
+    smooth = (s.original_context / wavelength - s.low_freq_factor) / span
+    return (1 - smooth) * frequency / s.factor + smooth * frequency
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query causal attention; `window` counts the positions seen, itself included."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    window: int | None = None
+    softcap: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Norm | None = None
+    qk_norm_scope: Literal["head", "row"] = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """`down(act(gate(x)) * up(x))` when gated, else `down(act(up(x)))`."""
+
+    width: int
+    activation: Activation
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """`top_k` of `experts` gated MLPs, weighted by their softmax scores.
+
+    `normalize`: the chosen scores are divided by their sum.
+    """
+
+    experts: int
+    top_k: int
+    width: int
+    activation: Activation
+    normalize: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block.
+
+    pre:      x += attn(norm(x)); x += ffn(norm(x))
+    sandwich: x += norm(attn(norm(x))); x += norm(ffn(norm(x)))
+    post:     x += norm(attn(x)); x += norm(ffn(x))
+    parallel: h = norm(x); x += attn(h) + ffn(h)
+    """
+
+    attention: Attention
+    feed_forward: Mlp | Moe
+    norm: Norm
+    wiring: Wiring = "pre"
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A whole decoder-only language model."""
+
+    vocab: int
+    hidden: int
+    context: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    tied: bool = False
+    head_bias: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None

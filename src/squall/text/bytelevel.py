@@ -1,0 +1,93 @@
+"""Byte-level BPE (`tokenizer.ggml.model = gpt2`) on the `tokenizers` library."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Library
+
+from squall.errors import InvalidCheckpoint
+from squall.text import pretokenizers
+from squall.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, literals
+
+_LONG = 1 << 14  # characters; from here on the batch call, which tracks no offsets, is worth it
+
+
+def _symbols() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself where printable Latin-1, else 256 upwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
+
+
+_BYTE_OF = _symbols()
+
+
+class ByteLevel:
+    """Words by pattern, then merges by rank over the UTF-8 bytes of each word."""
+
+    space_prefix = False
+
+    def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
+        pre = pretokenizers.by_name(metadata.get("tokenizer.ggml.pre"))
+        self.add_bos = pre.add_bos
+        self._nfc = pre.nfc
+        self._vocabulary = vocabulary
+        tokens = vocabulary.tokens
+        self._user = {tokens[i]: i for i in vocabulary.of_type(USER_DEFINED)}
+        self._user_pattern = literals(self._user)
+        self._library = _library(vocabulary, metadata.get("tokenizer.ggml.merges"), pre)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text that holds no control token."""
+        if self._nfc:
+            text = unicodedata.normalize("NFC", text)
+        ids: list[int] = []
+        start = 0
+        for match in self._user_pattern.finditer(text) if self._user else ():
+            ids += self._words(text[start : match.start()])
+            ids.append(self._user[match.group()])
+            start = match.end()
+        return ids + self._words(text[start:])
+
+    def _words(self, text: str) -> list[int]:
+        if len(text) < _LONG:
+            return self._library.encode(text, add_special_tokens=False).ids if text else []
+        return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for."""
+        text = self._vocabulary.tokens[token]
+        if self._vocabulary.types[token] in (CONTROL, UNKNOWN, USER_DEFINED):
+            return text.encode()
+        try:
+            return bytes([_BYTE_OF[character] for character in text])
+        except KeyError:  # not written in byte symbols, such as "[PAD151646]"
+            return text.encode()
+
+
+def _library(vocabulary: Vocabulary, merges: Any, pre: pretokenizers.Pre) -> Library:
+    if not isinstance(merges, list):
+        raise InvalidCheckpoint("tokenizer.ggml.merges is missing; a gpt2 vocabulary needs it")
+    hidden = {i for i, kind in enumerate(vocabulary.types) if kind in (CONTROL, UNKNOWN)}
+    ids = {token: i for i, token in enumerate(vocabulary.tokens) if i not in hidden}
+    try:
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+        model = models.BPE(vocab=ids, merges=pairs, ignore_merges=pre.ignore_merges)
+    except Exception as error:
+        raise InvalidCheckpoint(
+            f"tokenizer.ggml.merges do not fit the vocabulary: {error}"
+        ) from error
+    library = Library(model)
+    steps = pre.steps if pretokenizers.BYTES in pre.steps else (*pre.steps, pretokenizers.BYTES)
+    library.pre_tokenizer = pre_tokenizers.Sequence([_step(step) for step in steps])
+    return library
+
+
+def _step(step: str) -> Any:
+    if step == pretokenizers.BYTES:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Split(Regex(step), "isolated")

@@ -1,0 +1,208 @@
+"""Chat templates: messages to a prompt whose control tokens all come from the template.
+
+Before rendering, each character of a message that could begin a control token is followed by a mark, a
+character that occurs nowhere else; afterwards the prompt is cut at the marks, and control tokens are read
+inside of a part only. So the template works on plain strings, and a message can never hold a token.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from squall.errors import InvalidRequest, TemplateError
+from squall.text.tokenizer import Piece, Tokenizer
+from squall.text.vocabulary import literals
+
+if TYPE_CHECKING:
+    import jinja2
+
+MAX_SOURCE = 100_000  # characters
+_KEY = "tokenizer.chat_template"
+_USUAL_STARTS = "<[{|｜"  # noqa: RUF001
+_REMEDY = "give one with --chat-template, or send a plain prompt instead of messages"
+_Value = TypeVar("_Value")
+
+
+class ChatTemplate:
+    """A template, or several by name of which requests with tools use `tool_use`.
+
+    `controls` are the texts of the control tokens that messages must not produce; without them every
+    character that usually begins one is taken for one.
+    """
+
+    def __init__(
+        self,
+        source: str | Mapping[str, str] | None,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        controls: Sequence[str] = (),
+    ) -> None:
+        sources = {"default": source} if isinstance(source, str) else dict(source or {})
+        self.sources: Mapping[str, str] = sources
+        self._controls = controls
+        self._constants = {
+            name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None
+        }
+        self._compiled: dict[str, _Compiled] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
+        """The templates in a GGUF file's metadata, if any."""
+        sources = {
+            key.removeprefix(_KEY).removeprefix(".") or "default": text
+            for key, text in metadata.items()
+            if (key == _KEY or key.startswith(_KEY + ".")) and isinstance(text, str)
+        }
+        return cls(
+            sources,
+            bos=_text(tokenizer, tokenizer.bos),
+            eos=_text(tokenizer, tokenizer.eos),
+            controls=tokenizer.controls,
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **extra: Any,
+    ) -> list[Piece]:
+        """The prompt; `extra`, such as `tools`, goes to the template as it is.
+
+        Raises TemplateError, with the template's line, for whatever goes wrong in it.
+        """
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise InvalidRequest("each message must be an object with a role and a content")
+        given = {"tools": None, "documents": None, **extra, "messages": list(messages)}
+        compiled = self._template(with_tools=bool(given["tools"]))
+        mark = _absent([compiled.source, *self._constants.values(), *_strings(given)])
+        given = _mapped(given, lambda text: compiled.starts.sub(_marker(mark), text))
+        text = compiled.run(
+            {**self._constants, "add_generation_prompt": add_generation_prompt, **given}
+        )
+        return list(_cut(text, mark))
+
+    def _template(self, *, with_tools: bool) -> _Compiled:
+        name = "tool_use" if with_tools and "tool_use" in self.sources else "default"
+        if not self.sources:
+            raise TemplateError(f"the model has no chat template; {_REMEDY}")
+        if name not in self.sources:
+            names = ", ".join(sorted(self.sources))
+            raise TemplateError(f"the model has no {name!r} chat template, only {names}; {_REMEDY}")
+        with self._lock:
+            if name not in self._compiled:
+                self._compiled[name] = _Compiled(self.sources[name], self._controls)
+            return self._compiled[name]
+
+
+class _Compiled:
+    """One template, ready to run, and where messages for it need marks."""
+
+    def __init__(self, source: str, controls: Sequence[str]) -> None:
+        if len(source) > MAX_SOURCE:
+            raise TemplateError(
+                f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed"
+            )
+        # Jinja takes a tenth of a second to import, and who sends no messages needs none of it.
+        from squall.text.sandbox import Environment
+
+        self.source = source
+        self._environment = Environment()
+        self._template: jinja2.Template = _attempt(lambda: self._environment.from_string(source))
+        self.starts = _starts(_constants(self._environment, source), controls)
+
+    def run(self, variables: Mapping[str, Any]) -> str:
+        """The text the template writes."""
+        return _attempt(lambda: self._environment.run(self._template, variables))
+
+
+def _attempt(action: Callable[[], _Value]) -> _Value:
+    """Hands a template can fail in any way Python code can; all of them are the template's fault."""
+    try:
+        return action()
+    except Exception as error:
+        line = _line(error)
+        reason = str(error) or type(error).__name__
+        where = f", line {line}" if line else ""
+        raise TemplateError(f"chat template{where}: {reason}") from error
+
+
+def _line(error: Exception) -> int | None:
+    from jinja2 import TemplateSyntaxError
+
+    if isinstance(error, TemplateSyntaxError):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((f.lineno for f in reversed(frames) if f.filename == "<template>"), None)
+
+
+def _constants(environment: Any, source: str) -> set[str]:
+    """The strings in a template's code, which it may look for in messages."""
+    from jinja2 import nodes
+
+    tree = environment.parse(source)
+    return {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+
+
+def _starts(constants: Iterable[str], controls: Sequence[str]) -> re.Pattern[str]:
+    """Matches characters that may begin a control token; group 1 takes part where no mark is wanted.
+
+    That is where a string of the template begins: it may be cut off there (`</think>`), and a mark within
+    would hide it. Strings that are the beginning of a control token do not count.
+    """
+    starts = {text[0] for text in controls} or set(_USUAL_STARTS)
+    wanted = [
+        text
+        for text in constants
+        if text[:1] in starts and not any(c.startswith(text) or c in text for c in controls)
+    ]
+    control, constant = literals(controls).pattern, literals(wanted).pattern
+    first = "".join(map(re.escape, sorted(starts)))
+    return re.compile(f"((?!{control})(?={constant}))?[{first}]")
+
+
+def _marker(mark: str) -> Callable[[re.Match[str]], str]:
+    return lambda match: match[0] if match[1] is not None else match[0] + mark
+
+
+def _cut(text: str, mark: str) -> Iterable[Piece]:
+    *marked, last = text.split(mark)
+    for part in marked:
+        if part[:-1]:
+            yield Piece(part[:-1])
+        if part:
+            yield Piece(part[-1], content=True)
+    if last:
+        yield Piece(last)
+
+
+def _absent(texts: Iterable[str]) -> str:
+    """A private-use character that is in none of the texts."""
+    everything = "".join(texts)
+    return next(c for c in map(chr, range(0x10FFFD, 0x100000, -1)) if c not in everything)
+
+
+def _strings(value: Any) -> Iterable[str]:
+    found: list[str] = []
+    _mapped(value, lambda text: found.append(text) or text)
+    return found
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mapped(item, change) for item in value]
+    return value
+
+
+def _text(tokenizer: Tokenizer, token: int | None) -> str | None:
+    return None if token is None else tokenizer.decode([token])

@@ -1,0 +1,83 @@
+"""Tokens to text as they come: never half a character, never a part of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from squall.errors import InvalidRequest
+from squall.text.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Text that is safe to show after each token; all of it together is the decoded text.
+
+    `at_start=False` says that the tokens go on with a text, so that a leading space is part of it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, at_start: bool = True
+    ) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = [_Matcher(text) for text in stop]
+        self._held = ""
+        self._at_start = at_start and tokenizer.space_prefix
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token; control tokens have none."""
+        if self.stopped:
+            return ""
+        if self._tokenizer.is_special(token):
+            self._at_start = self._tokenizer.space_prefix
+            return ""
+        part = self._tokenizer.token_bytes(token)
+        if self._at_start:
+            part, self._at_start = part.removeprefix(b" "), False
+        return self._release(self._utf8.decode(part))
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        if self.stopped:
+            return ""
+        text = self._release(self._utf8.decode(b"", final=True))
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, text: str) -> str:
+        text, seen = self._held + text, len(self._held)
+        for end in range(seen, len(text)):
+            # All matchers see each character, so the first stop string to be complete wins.
+            done = [stop.length for stop in self._stops if stop.feed(text[end])]
+            if done:
+                self.stopped, self._held = True, ""
+                return text[: end + 1 - max(done)]
+        kept = len(text) - max((stop.matched for stop in self._stops), default=0)
+        self._held = text[kept:]
+        return text[:kept]
+
+
+class _Matcher:
+    """Knuth-Morris-Pratt: how much of the stop string the text so far ends with."""
+
+    def __init__(self, text: str) -> None:
+        if not text:
+            raise InvalidRequest("a stop string must not be empty")
+        self.length = len(text)
+        self.matched = 0
+        self._text = text
+        self._shorter = [0]  # for each prefix, its longest proper suffix that is a prefix too
+        for character in text[1:]:
+            self._shorter.append(self._next(self._shorter[-1], character))
+
+    def feed(self, character: str) -> bool:
+        """Takes the next character; whether the stop string is now complete."""
+        self.matched = self._next(self.matched, character)
+        return self.matched == self.length
+
+    def _next(self, matched: int, character: str) -> int:
+        while matched and self._text[matched] != character:
+            matched = self._shorter[matched - 1]
+        return matched + (self._text[matched] == character)

@@ -1,0 +1,145 @@
+"""Text to token ids and back, from what a GGUF file says.
+
+Control tokens (`<|im_end|>`, `</s>`) come from text only where the caller says so, so a user's message can
+never hold one; user-defined tokens are part of the vocabulary's text and always do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
+from squall.text.bytelevel import ByteLevel
+from squall.text.pieces import SentencePiece
+from squall.text.vocabulary import CONTROL, UNKNOWN, Vocabulary, literals
+
+
+class Piece(NamedTuple):
+    """A part of a prompt; control tokens are read in it unless it is message `content`."""
+
+    text: str
+    content: bool = False
+
+
+class Codec(Protocol):
+    """One kind of vocabulary: text without control tokens to ids, and ids to bytes."""
+
+    add_bos: bool
+    space_prefix: bool  # text starts with a space that was not written, at the start and after controls
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text that holds no control token."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for."""
+
+
+CODECS: dict[str, type[ByteLevel] | type[SentencePiece]] = {
+    "gpt2": ByteLevel,
+    "llama": SentencePiece,
+}
+
+
+class Tokenizer:
+    """Encodes and decodes; immutable but for caches, and safe to share between threads."""
+
+    def __init__(self, vocabulary: Vocabulary, codec: Codec, *, add_bos: bool, rstrip: bool) -> None:
+        self.bos = vocabulary.bos
+        self.eos = vocabulary.eos
+        self.stop_ids = vocabulary.stops
+        self.vocab_size = len(vocabulary.tokens)
+        self.add_bos = add_bos
+        self.space_prefix = codec.space_prefix
+        self._codec = codec
+        self._rstrip = rstrip
+        special = vocabulary.of_type(CONTROL, UNKNOWN)
+        self._special = frozenset(special)
+        self._controls = {vocabulary.tokens[i]: i for i in special}
+        self._control_pattern = literals(self._controls)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer that `tokenizer.ggml.*` describes; `llama` and `gpt2` vocabularies."""
+        model = metadata.get("tokenizer.ggml.model")
+        if model is None:
+            raise InvalidCheckpoint("the GGUF file has no tokenizer.ggml.model; convert it again")
+        if model not in CODECS:
+            known = ", ".join(sorted(CODECS))
+            raise UnsupportedModel(f"unknown tokenizer.ggml.model {model!r}; known: {known}")
+        vocabulary = Vocabulary.from_gguf(metadata)
+        codec = CODECS[model](vocabulary, metadata)
+        add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", codec.add_bos))
+        # GGUF does not say it, but Phi-3's control tokens swallow the white space after them.
+        name = str(metadata.get("general.name", "")).lower()
+        return cls(vocabulary, codec, add_bos=add_bos, rstrip="phi-3" in name or "phi3" in name)
+
+    @property
+    def controls(self) -> Sequence[str]:
+        """The texts of all control tokens."""
+        return tuple(self._controls)
+
+    def encode(self, text: str, *, add_bos: bool = True, specials: bool = False) -> list[int]:
+        """Ids of `text`; `specials`: control tokens in it are read as such.
+
+        BOS comes first if the model wants one, `add_bos` allows it, and the text brings none.
+        """
+        return self.encode_pieces([Piece(text, content=not specials)], add_bos=add_bos)
+
+    def encode_pieces(self, pieces: Iterable[Piece], *, add_bos: bool = True) -> list[int]:
+        """Ids of the joined pieces; tokens may span pieces, control tokens are read inside one only."""
+        ids: list[int] = []
+        run: list[str] = []
+        for text, content in pieces:
+            start = 0
+            for match in () if content else self._control_pattern.finditer(text):
+                run.append(text[start : match.start()])
+                ids += self._encode_run(run, ids)
+                ids.append(self._controls[match.group()])
+                run, start = [], match.end()
+            run.append(text[start:])
+        ids += self._encode_run(run, ids)
+        if add_bos and self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
+            ids.insert(0, self.bos)
+        return ids
+
+    def _encode_run(self, run: list[str], before: list[int]) -> list[int]:
+        text = "".join(run)
+        if self._rstrip and before and before[-1] not in (self.bos, self.eos):
+            text = text.lstrip()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"the text holds half a surrogate pair at character {error.start}; send valid Unicode"
+            ) from None
+        return self._codec.encode(text) if text else []
+
+    def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        parts: list[bytes] = []
+        at_start = self.space_prefix
+        for token in ids:
+            part = self.token_bytes(token)
+            if token in self._special:
+                at_start = self.space_prefix
+                if not skip_specials:
+                    parts.append(part)
+                continue
+            parts.append(part.removeprefix(b" ") if at_start else part)
+            at_start = False
+        return b"".join(parts).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; those of a control token are its name."""
+        found = self._bytes.get(token)
+        if found is None:
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequest(f"token id {token} is outside 0..{self.vocab_size - 1}")
+            found = self._bytes[token] = self._codec.token_bytes(token)
+        return found
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is a control token (or the unknown token): structure, not text."""
+        return token in self._special

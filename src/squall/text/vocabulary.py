@@ -1,0 +1,112 @@
+"""What a GGUF file says of its vocabulary, checked once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from squall.errors import InvalidCheckpoint
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+_KEY = "tokenizer.ggml."
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
+
+# Tokens that end a turn or a text whatever the metadata says of them.
+STOP_TEXTS = (
+    "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <end_of_turn> <turn|> "
+    "<|endoftext|> <|end_of_text|> <|END_OF_TURN_TOKEN|> <|eot|> <EOT> _<EOT> [EOT] [EOS] <eos> "
+    "<end_of_utterance> <｜end▁of▁sentence｜> [e~["  # noqa: RUF001
+).split()
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Tokens by id, their types (GGUF's numbers) and the ids with a meaning."""
+
+    tokens: list[str]
+    types: list[int]
+    bos: int | None
+    eos: int | None
+    unknown: int | None
+    stops: frozenset[int]
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Vocabulary:
+        """Reads `tokenizer.ggml.*`; raises InvalidCheckpoint where it is absent or inconsistent."""
+        tokens = metadata.get(_KEY + "tokens")
+        if not isinstance(tokens, list) or not tokens:
+            raise InvalidCheckpoint(f"{_KEY}tokens is missing; convert the model with its tokenizer")
+        types = _types(metadata.get(_KEY + "token_type"), tokens)
+        ids = {
+            name: _id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")
+        }
+        stops = _stops(tokens, [ids["eos"], ids["eot"], ids["eom"]])
+        named = [i for i in (ids["bos"], *stops) if i is not None]
+        for i in named:  # some files call them normal, and then no template would work
+            types[i] = CONTROL
+        return cls(tokens, types, ids["bos"], ids["eos"], ids["unknown"], stops)
+
+    def of_type(self, *types: int) -> list[int]:
+        """The ids of all tokens of these types, without empty ones."""
+        return [i for i, kind in enumerate(self.types) if kind in types and self.tokens[i]]
+
+
+def _types(value: Any, tokens: list[str]) -> list[int]:
+    if value is None:
+        return [BYTE if _BYTE_TOKEN.match(token) else 1 for token in tokens]
+    types = [int(x) for x in value]
+    if len(types) != len(tokens):
+        raise InvalidCheckpoint(
+            f"{_KEY}token_type has {len(types)} entries for {len(tokens)} tokens"
+        )
+    return types
+
+
+def _id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
+    value = metadata.get(f"{_KEY}{name}_token_id")
+    if value is None:
+        return None
+    if not 0 <= int(value) < size:
+        raise InvalidCheckpoint(f"{_KEY}{name}_token_id is {value}, the vocabulary has {size} tokens")
+    return int(value)
+
+
+def _stops(tokens: list[str], named: Iterable[int | None]) -> frozenset[int]:
+    known = set(STOP_TEXTS)
+    found = {token: i for i, token in enumerate(tokens) if token in known}
+    # Harmony ends messages, not answers, with <|end|>; it has <|return|> and <|call|> for those.
+    if {"<|return|>", "<|call|>"} <= found.keys() or {"<|flush|>", "<|calls|>"} <= found.keys():
+        found.pop("<|end|>", None)
+    return frozenset(found.values()) | {i for i in named if i is not None}
+
+
+def literals(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for the longest of `texts` at a place; linear however many there are."""
+    trie: dict[str, Any] = {}
+    for text in texts:
+        node = trie
+        for character in text:
+            node = node.setdefault(character, {})
+        node[""] = {}
+    try:
+        return re.compile(_branch(trie) or r"(?!)")
+    except RecursionError:
+        raise InvalidCheckpoint("the special tokens nest too deep to be matched") from None
+
+
+def _branch(node: dict[str, Any]) -> str:
+    branches = []
+    for character, child in node.items():
+        if not character:
+            continue
+        path = re.escape(character)
+        while len(child) == 1 and "" not in child:
+            ((character, child),) = child.items()
+            path += re.escape(character)
+        branches.append(path + _branch(child))
+    if not branches:
+        return ""
+    body = f"(?:{'|'.join(branches)})"
+    return body + "?" if "" in node else body

@@ -1,0 +1,30 @@
+"""`squall bench`: the form of its reports; the numbers are the machine's."""
+
+from __future__ import annotations
+
+import json
+
+from command import squall
+
+SMALL = ("-p", "24", "-g", "4", "-r", "2", "--threads", "1")
+
+
+def test_json() -> None:
+    done = squall("bench", *SMALL, "--json")
+    report = json.loads(done.stdout)
+    assert [result["test"] for result in report["results"]] == ["pp24", "tg4"]
+    assert all(len(result["tokens_per_second"]) == 2 for result in report["results"])
+    assert all(rate > 0 for result in report["results"] for rate in result["tokens_per_second"])
+    assert report["threads"] == 1
+
+
+def test_table() -> None:
+    out = squall("bench", *SMALL).stdout
+    assert "pp24" in out
+    assert "±" in out
+
+
+def test_one_of_both() -> None:
+    report = json.loads(squall("bench", "-p", "0", "-g", "2", "-r", "1", "--json").stdout)
+    assert [result["test"] for result in report["results"]] == ["tg2"]
+    assert squall("bench", "-p", "0", "-g", "0").returncode == 1

@@ -1,0 +1,57 @@
+"""What `linear` must compute, in float64, and how far a result is from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+GROUP = 32
+
+
+def linear(
+    x: NDArray[np.floating[Any]],  # [rows, cols]
+    weight: NDArray[np.float32],  # [outputs, cols]
+) -> NDArray[np.float64]:
+    return x.astype(np.float64) @ weight.astype(np.float64).T
+
+
+def quantize_activations(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The values the integer kernels see: int8 codes per row and per 32 values."""
+    groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
+    scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
+    codes = np.rint(np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0))
+    return (codes.astype(np.float64) * scale).reshape(x.shape)
+
+
+def nmse(
+    actual: NDArray[np.float32],
+    expected: NDArray[np.float64],
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+) -> float:
+    """Squared error over the energy that products of this size have.
+
+    Not over the energy of `expected`, which cancellation can make small by chance.
+    """
+    energy = (_norms(x)[:, None] * _norms(weight)).sum() / max(1, x.shape[1])
+    error = np.square(actual - expected).sum()
+    return float(error / energy) if energy else float(error)
+
+
+def relative_error(
+    actual: NDArray[np.float32],
+    expected: NDArray[np.float64],
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+) -> float:
+    """The largest error over |x| |w| / sqrt(cols), the usual size of one product."""
+    size = np.sqrt(_norms(x)[:, None] * _norms(weight) / max(1, x.shape[1]))
+    error = np.abs(actual - expected)
+    return float(np.divide(error, size, out=error.copy(), where=size > 0).max())
+
+
+def _norms(matrix: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Squared length of each row."""
+    return np.square(matrix.astype(np.float64)).sum(axis=1)

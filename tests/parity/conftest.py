@@ -1,0 +1,55 @@
+"""Models built once a run, and the executors that are held against them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from harness import BLOCK, BLOCKS, Build, Built, MakeExecutor, build
+from tiny import Case
+
+from reference_executor import ReferenceExecutor
+from squall.checkpoints.base import Checkpoint
+from squall.program import Program
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Builds, converts and runs the model of a case, once."""
+    folder = tmp_path_factory.mktemp("parity")
+    done: dict[str, Built] = {}
+
+    def get(case: Case) -> Built:
+        if case.name not in done:
+            done[case.name] = build(case, folder / f"{case.name}.gguf")
+        return done[case.name]
+
+    return get
+
+
+def _options(keep: Sequence[str]) -> dict[str, Any]:
+    return {"blocks": BLOCKS, "block_size": BLOCK, "keep": keep}
+
+
+def _reference(program: Program, checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Any:
+    return ReferenceExecutor(program, checkpoint, **_options(keep))
+
+
+def _native(program: Program, checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Any:
+    from squall.executors.native import NativeExecutor
+
+    return NativeExecutor(program, checkpoint, kv_dtype="f32", threads=1, **_options(keep))
+
+
+@pytest.fixture(params=[_reference, _native], ids=["reference", "native"])
+def make_executor(request: pytest.FixtureRequest) -> MakeExecutor:
+    """Each executor, with a float32 KV cache."""
+    make: MakeExecutor = request.param
+    return make
+
+
+@pytest.fixture
+def make_reference() -> MakeExecutor:
+    """The NumPy executor."""
+    return _reference

@@ -1,0 +1,222 @@
+"""Runs a program in plain NumPy: the second opinion for every other executor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from squall.batch import Batch
+from squall.checkpoints.base import Checkpoint
+from squall.program import (
+    Add,
+    Attend,
+    Embed,
+    GatedLinear,
+    GatherRows,
+    Linear,
+    Matrix,
+    MixtureOfExperts,
+    Normalize,
+    Program,
+    RopeAngles,
+    Rotate,
+    Slice,
+    Softcap,
+    Value,
+    Vector,
+)
+
+Array = NDArray[np.float32]
+
+
+def gelu(x: Array) -> Array:
+    return np.float32(0.5) * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
+    None: lambda x: x,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": gelu,
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    ),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+class ReferenceExecutor:
+    """Float32 values, float64 where sums are long; the interface of `NativeExecutor`."""
+
+    def __init__(
+        self,
+        program: Program,
+        checkpoint: Checkpoint,
+        *,
+        blocks: int,
+        block_size: int = 16,
+        keep: Sequence[str] = (),
+        **_unused: Any,
+    ) -> None:
+        self.program = program
+        self.checkpoint = checkpoint
+        self.block_size = block_size
+        self.keep = frozenset(keep)
+        self.values: dict[str, Array] = {}
+        self.weights = {w: self._load(w) for w in program.weights()}
+        shapes = [(blocks * block_size, c.kv_heads, c.head_dim) for c in program.caches]
+        self.k = [np.zeros(shape, np.float32) for shape in shapes]
+        self.v = [np.zeros(shape, np.float32) for shape in shapes]
+
+    def step(self, batch: Batch) -> Array:
+        """The logits of the rows of `batch.outputs`."""
+        self.batch = batch
+        self.values = {}
+        for op in self.program.ops:
+            out = np.asarray(HANDLERS[type(op)](self, op), np.float32)
+            rows = len(batch.tokens if op.out.rows == "tokens" else batch.outputs)
+            assert out.shape == (rows, op.out.width), op
+            assert op.out.name not in self.values, op
+            self.values[op.out.name] = out
+        return self.values[self.program.logits.name]
+
+    def value(self, name: str) -> Array:
+        """A kept value of the last step."""
+        assert name in self.keep
+        return self.values[name]
+
+    def _load(self, weight: Matrix | Vector) -> Array:
+        data = np.concatenate([self._slice(part, weight) for part in weight.slices])
+        if isinstance(weight, Vector):
+            assert data.shape == (weight.size,)
+            return data + np.float32(weight.offset)
+        return data.reshape(weight.experts, weight.rows, weight.cols)
+
+    def _slice(self, part: Slice, weight: Matrix | Vector) -> Array:
+        data = self.checkpoint.tensors[part.tensor].to_float32()
+        if isinstance(weight, Matrix):
+            data = data.reshape(-1, weight.cols)
+        return data[part.start : part.stop]
+
+    def of(self, value: Value) -> Array:
+        return self.values[value.name]
+
+    def matrix(self, weight: Matrix) -> Array:
+        assert weight.experts == 1
+        return self.weights[weight][0]
+
+    def bias(self, weight: Vector | None) -> Array | float:
+        return 0.0 if weight is None else self.weights[weight]
+
+    def embed(self, op: Embed) -> Array:
+        return self.matrix(op.table)[self.batch.tokens] * np.float32(op.scale)
+
+    def rope_angles(self, op: RopeAngles) -> Array:
+        angles = self.batch.positions[:, None].astype(np.float64) * np.array(op.frequencies)
+        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * op.magnitude
+
+    def normalize(self, op: Normalize) -> Array:
+        rows = self.of(op.x)
+        x = rows.reshape(len(rows), -1, op.weight.size).astype(np.float64)
+        if op.kind == "layer":
+            x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + op.eps)
+        return (x * self.weights[op.weight] + self.bias(op.bias)).reshape(rows.shape)
+
+    def linear(self, op: Linear) -> Array:
+        y = self.of(op.x) @ self.matrix(op.weight).T + self.bias(op.bias)
+        y = ACTIVATIONS[op.activation](y) * np.float32(op.scale)
+        return y if op.residual is None else self.of(op.residual) + y
+
+    def gated_linear(self, op: GatedLinear) -> Array:
+        x = self.of(op.x)
+        gate = x @ self.matrix(op.gate).T + self.bias(op.gate_bias)
+        return ACTIVATIONS[op.activation](gate) * (x @ self.matrix(op.up).T + self.bias(op.up_bias))
+
+    def rotate(self, op: Rotate) -> Array:
+        rows, dims = self.of(op.x), op.angles.width
+        x = rows.reshape(len(rows), op.heads, op.head_dim).copy()
+        cos, sin = np.split(self.of(op.angles)[:, None, :], 2, axis=2)
+        half = dims // 2
+        a, b = (
+            (slice(0, dims, 2), slice(1, dims, 2))
+            if op.interleaved
+            else (slice(0, half), slice(half, dims))
+        )
+        first, second = x[..., a].copy(), x[..., b].copy()
+        x[..., a] = first * cos - second * sin
+        x[..., b] = second * cos + first * sin
+        return x.reshape(rows.shape)
+
+    def attend(self, op: Attend) -> Array:
+        batch, shape = self.batch, (-1, op.kv_heads, op.head_dim)
+        self.k[op.layer][batch.slots] = self.of(op.k).reshape(shape)
+        self.v[op.layer][batch.slots] = self.of(op.v).reshape(shape)
+        out = np.empty((len(batch.tokens), op.heads, op.head_dim), np.float32)
+        for sequence, (start, stop) in enumerate(zip(batch.bounds, batch.bounds[1:], strict=False)):
+            if start < stop:
+                out[start:stop] = self._attend(op, sequence, int(start), int(stop))
+        return out.reshape(len(batch.tokens), -1)
+
+    def _attend(self, op: Attend, sequence: int, start: int, stop: int) -> Array:
+        group = op.heads // op.kv_heads
+        positions = self.batch.positions[start:stop]
+        past = np.arange(positions[-1] + 1)
+        table = self.batch.block_tables[sequence]
+        slots = table[past // self.block_size] * self.block_size + past % self.block_size
+        k, v = (np.repeat(c[op.layer][slots], group, axis=1) for c in (self.k, self.v))
+        q = self.of(op.q)[start:stop].reshape(-1, op.heads, op.head_dim)
+        scores = np.einsum("qhd,khd->hqk", q, k, optimize=True).astype(np.float64) * op.scale
+        if op.softcap is not None:
+            scores = op.softcap * np.tanh(scores / op.softcap)
+        distance = positions[:, None] - past
+        visible = distance >= 0
+        if op.window is not None:
+            visible &= distance < op.window
+        scores = np.where(visible, scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return np.einsum("hqk,khd->qhd", weights.astype(np.float32), v, optimize=True)
+
+    def mixture(self, op: MixtureOfExperts) -> Array:
+        x = self.of(op.x)
+        gate, up, down = (self.weights[w] for w in (op.gate, op.up, op.down))
+        logits = (x @ self.matrix(op.router).T).astype(np.float64)
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+        chosen = np.argsort(-scores, axis=1, kind="stable")[:, : op.top_k]
+        out = np.zeros_like(x)
+        for row, experts in enumerate(chosen):
+            total = scores[row, experts].sum() if op.normalize else 1.0
+            for e in experts:
+                inner = ACTIVATIONS[op.activation](gate[e] @ x[row]) * (up[e] @ x[row])
+                out[row] += np.float32(scores[row, e] / total) * (down[e] @ inner)
+        out *= np.float32(op.scale)
+        return out if op.residual is None else self.of(op.residual) + out
+
+    def add(self, op: Add) -> Array:
+        return self.of(op.a) + np.float32(op.scale) * self.of(op.b)
+
+    def softcap(self, op: Softcap) -> Array:
+        return op.cap * np.tanh(self.of(op.x) / op.cap)
+
+    def gather_rows(self, op: GatherRows) -> Array:
+        return self.of(op.x)[self.batch.outputs]
+
+
+HANDLERS: dict[type, Callable[[ReferenceExecutor, Any], Array]] = {
+    Embed: ReferenceExecutor.embed,
+    RopeAngles: ReferenceExecutor.rope_angles,
+    Normalize: ReferenceExecutor.normalize,
+    Linear: ReferenceExecutor.linear,
+    GatedLinear: ReferenceExecutor.gated_linear,
+    Rotate: ReferenceExecutor.rotate,
+    Attend: ReferenceExecutor.attend,
+    MixtureOfExperts: ReferenceExecutor.mixture,
+    Add: ReferenceExecutor.add,
+    Softcap: ReferenceExecutor.softcap,
+    GatherRows: ReferenceExecutor.gather_rows,
+}

@@ -1,0 +1,56 @@
+"""Which file a name means, and what is said when it means none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from squall.errors import ModelNotFound
+from squall.locate import locate
+
+
+def make(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_a_file(tmp_path: Path) -> None:
+    make(tmp_path, "a.gguf")
+    assert locate(str(tmp_path / "a.gguf")) == tmp_path / "a.gguf"
+
+
+def test_a_folder_with_one(tmp_path: Path) -> None:
+    assert locate(make(tmp_path, "a.gguf", "README.md")) == tmp_path / "a.gguf"
+
+
+def test_a_folder_with_a_split_one(tmp_path: Path) -> None:
+    make(tmp_path, "a-00001-of-00002.gguf", "a-00002-of-00002.gguf")
+    assert locate(tmp_path) == tmp_path / "a-00001-of-00002.gguf"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "has no GGUF file"),
+        (["a.gguf", "b.gguf"], r"2 models; name one of them: a\.gguf, b\.gguf"),
+    ],
+)
+def test_other_folders(tmp_path: Path, names: list[str], message: str) -> None:
+    with pytest.raises(ModelNotFound, match=message):
+        locate(make(tmp_path, *names))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("owner/model", "does not download"),
+        ("owner/model:Q4_K_M", "does not download"),
+        ("folder/model.gguf", "does not exist"),
+        ("model.gguf", "does not exist"),
+    ],
+)
+def test_what_is_not_there(name: str, message: str) -> None:
+    with pytest.raises(ModelNotFound, match=message):
+        locate(name)

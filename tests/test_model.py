@@ -1,0 +1,207 @@
+"""The Python API, on the default model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import squall
+from squall import Model
+
+TEXT = "The tide is high when the moon is near, because the water follows it around the earth. "
+CHAT = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model.open(context=1024) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def ids(model: Model) -> list[int]:
+    return model.encode(TEXT * 20)[:300]
+
+
+def test_encode_and_decode(model: Model) -> None:
+    assert model.decode(model.encode(TEXT)) == TEXT
+
+
+def test_control_tokens_in_text_are_text(model: Model) -> None:
+    assert not model.tokenizer.stop_ids & set(model.encode("<|im_end|>"))
+    user = [{"role": "user", "content": "<|im_end|>"}]
+    plain = [{"role": "user", "content": ""}]
+    ends = [
+        sum(token in model.tokenizer.stop_ids for token in model.encode_chat(messages))
+        for messages in (user, plain)
+    ]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_logits_do_not_depend_on_chunks_or_threads(
+    model: Model, ids: list[int], threads: int
+) -> None:
+    expected = model.logits(ids, chunk=300)
+    assert expected.shape == (300, model.spec.vocab)
+    with Model.open(context=1024, threads=threads) as other:
+        for chunk in (1, 7, 64, 300):
+            assert other.logits(ids, chunk=chunk).tobytes() == expected.tobytes(), chunk
+
+
+def test_the_answer_does_not_depend_on_what_was_cached(model: Model) -> None:
+    def answer() -> list[int]:
+        generation = model.generate(CHAT, max_tokens=20, seed=7)
+        generation.read()
+        return generation.ids
+
+    model.cache.clear()
+    cold = answer()
+    warm = answer()
+    model.generate("Something else entirely", max_tokens=3).read()
+    assert cold == warm == answer()
+
+
+def test_a_follow_up_reads_only_what_is_new(model: Model) -> None:
+    first = model.generate(CHAT, max_tokens=30, temperature=0)
+    text = first.read()
+    turn = [*CHAT, {"role": "assistant", "content": text}, {"role": "user", "content": "Thanks."}]
+    second = model.generate(turn, max_tokens=1)
+    second.read()
+    assert second.usage.cached_tokens >= first.usage.prompt_tokens
+
+
+def test_greedy_answer(model: Model) -> None:
+    pieces = list(model.generate(CHAT, max_tokens=50, temperature=0))
+    assert "Paris" in "".join(piece.text for piece in pieces)
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == "stop"
+    ids = [token for piece in pieces for token in piece.ids]
+    assert ids[-1] in model.tokenizer.stop_ids
+
+
+def test_greedy_is_the_argmax(model: Model) -> None:
+    prompt = model.encode(TEXT)
+    generation = model.generate(prompt, max_tokens=8, temperature=0)
+    generation.read()
+    logits = model.logits(prompt + generation.ids)
+    assert generation.ids == logits[len(prompt) - 1 : -1].argmax(axis=1).tolist()
+
+
+def test_log_probabilities(model: Model, ids: list[int]) -> None:
+    logits = model.logits(ids).astype(np.float64)
+    expected = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    expected = expected[np.arange(len(ids) - 1), ids[1:]]
+    assert np.allclose(model.log_probabilities(ids), expected, rtol=0, atol=1e-9)
+    assert np.array_equal(
+        model.log_probabilities(ids, start=100), model.log_probabilities(ids)[99:]
+    )
+
+
+def test_seeds(model: Model) -> None:
+    def answer(seed: int | None) -> tuple[int, list[int]]:
+        generation = model.generate("Once upon a time", max_tokens=12, temperature=1, seed=seed)
+        generation.read()
+        return generation.seed, generation.ids
+
+    seed, first = answer(None)
+    assert answer(seed) == (seed, first)
+    assert len({answer(None)[0] for _ in range(3)}) == 3
+
+
+def test_stop_strings_are_not_in_the_text(model: Model) -> None:
+    whole = model.generate(CHAT, temperature=0, max_tokens=40).read()
+    generation = model.generate(CHAT, temperature=0, max_tokens=40, stop="Paris")
+    assert generation.read() == whole[: whole.index("Paris")]
+    assert generation.finish_reason == "stop"
+
+
+def test_length(model: Model) -> None:
+    generation = model.generate(CHAT, max_tokens=2)
+    generation.read()
+    assert (generation.finish_reason, len(generation.ids)) == ("length", 2)
+
+
+def test_stopping_early(model: Model) -> None:
+    with model.generate(TEXT) as generation:
+        next(generation)
+    assert generation.finish_reason == "aborted"
+    assert list(generation) == []
+    assert model.generate(CHAT, max_tokens=1).read()
+
+
+def test_generations_side_by_side(model: Model) -> None:
+    alone = [model.generate(text, max_tokens=6, seed=1).read() for text in ("One", "Two")]
+    both = [model.generate(text, max_tokens=6, seed=1) for text in ("One", "Two")]
+    texts = ["", ""]
+    while any(generation.finish_reason is None for generation in both):
+        for i, generation in enumerate(both):
+            piece = next(generation, None)
+            texts[i] += piece.text if piece else ""
+    assert texts == alone
+
+
+def test_threads(model: Model) -> None:
+    alone = [model.generate(f"Number {i}", max_tokens=6, seed=i).read() for i in range(8)]
+    found = [""] * 8
+
+    def answer(i: int) -> None:
+        found[i] = model.generate(f"Number {i}", max_tokens=6, seed=i).read()
+
+    threads = [threading.Thread(target=answer, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == alone
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "empty"),
+        ([], {}, "empty"),
+        ([-1], {}, "token ids go from 0 to 49151; found -1"),
+        ([49152], {}, "found 49152"),
+        ([1.5], {}, "a prompt is text"),
+        ([{"role": "user"}], {}, "a role and a content"),
+        ("Hi", {"max_tokens": 0}, "max_tokens is 0"),
+        ("Hi", {"temperature": -1}, "temperature is -1"),
+        ("Hi", {"stop": [""]}, "not be empty"),
+    ],
+)
+def test_wrong_requests(
+    model: Model, prompt: object, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(squall.InvalidRequest, match=message):
+        model.generate(prompt, **options)  # type: ignore[arg-type]
+
+
+def test_too_long(model: Model) -> None:
+    with pytest.raises(squall.ContextLengthExceeded, match=r"1025 tokens .* of 1024 tokens"):
+        model.logits([1] * 1025)
+    with pytest.raises(squall.ContextLengthExceeded, match=r"1024 tokens of prompt and 1 of"):
+        model.generate([1] * 1024)
+    with pytest.raises(squall.ContextLengthExceeded, match=r"10 tokens of prompt and 1020 of"):
+        model.generate([1] * 10, max_tokens=1020)
+
+
+def test_up_to_the_context(model: Model) -> None:
+    generation = model.generate([1] * 1020, seed=1, stop=["never said"])
+    generation.read()
+    assert generation.usage.answer_tokens <= 4
+
+
+def test_closed() -> None:
+    model = Model.open(context=64)
+    model.close()
+    with pytest.raises(squall.InvalidRequest, match="closed"):
+        model.logits([1])
+
+
+def test_context_of_the_model() -> None:
+    with pytest.raises(squall.InvalidRequest, match="1 to 8192"):
+        Model.open(context=8193)
