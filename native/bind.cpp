@@ -118,7 +118,8 @@ double read_bandwidth(size_t threads) {
   double best = 0;
   for (int pass = 0; pass < 7; ++pass) {
     const auto start = std::chrono::steady_clock::now();
-    pool.run(kBytes / kPart, [&](size_t part, size_t) {
+    const size_t parts = kBytes / kPart;
+    pool.run({&parts, 1}, [&](size_t, size_t part) {
       const auto* p = reinterpret_cast<const uint64_t*>(memory.data() + part * kPart);
       uint64_t sums[8] = {};
       for (size_t i = 0; i < kPart / 8; i += 8)

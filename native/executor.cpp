@@ -477,22 +477,16 @@ void Executor::step(const Batch& batch, float* logits) {
 }
 
 void Executor::run_groups(const Step& step) {
-  struct alignas(64) Counter {
-    std::atomic<size_t> next{0};
-  };
-  std::vector<Counter> counters(groups_.size());
-  Barrier barrier(pool_->threads());
-  pool_->run_all([&](size_t) {
-    for (size_t g = 0; g < groups_.size(); ++g) {
-      size_t total = 0;
-      for (const Phase* phase : groups_[g]) total += phase->tasks(step);
-      for (size_t i; (i = counters[g].next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-        auto phase = groups_[g].begin();
-        for (size_t tasks; i >= (tasks = (*phase)->tasks(step)); ++phase) i -= tasks;
-        (*phase)->run(step, i);
-      }
-      barrier.wait();
-    }
+  std::vector<size_t> totals;
+  for (const auto& group : groups_) {
+    size_t total = 0;
+    for (const Phase* phase : group) total += phase->tasks(step);
+    totals.push_back(total);
+  }
+  pool_->run(totals, [&](size_t group, size_t i) {
+    auto phase = groups_[group].begin();
+    for (size_t tasks; i >= (tasks = (*phase)->tasks(step)); ++phase) i -= tasks;
+    (*phase)->run(step, i);
   });
 }
 
@@ -516,7 +510,8 @@ void linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
   std::copy(x.begin(), x.end(), in.data);
   if (tile.is_integer())
     for (size_t r = 0; r < rows; ++r) kernels.quantize(in.row(r), in.width, in.quant_row(r));
-  pool.run(tile.tiles(), [&](size_t t, size_t) {
+  const size_t tiles = tile.tiles();
+  pool.run({&tiles, 1}, [&](size_t, size_t t) {
     std::vector<float> acc(rows * kLanes);
     matmul(kernels, tile, t, in, 0, rows, acc.data());
     const size_t column = t * kLanes, n = std::min(kLanes, tile.rows() - column);

@@ -10,8 +10,8 @@
 namespace squall {
 namespace {
 
-constexpr int kBarrierSpins = 20000;  // a phase takes microseconds
-constexpr int kIdleSpins = 4000;      // about 50 us between two steps
+constexpr int kStageSpins = 20000;  // a stage takes microseconds
+constexpr int kIdleSpins = 4000;    // about 50 us between two steps
 
 void relax() {
 #if defined(__x86_64__)
@@ -32,19 +32,37 @@ void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int spins
 
 }  // namespace
 
-void Barrier::wait() {
-  const uint32_t round = round_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    round_.store(round + 1, std::memory_order_release);
-    round_.notify_all();
-  } else {
-    wait_for_change(round_, round, kBarrierSpins);
-  }
-}
+// Owned by every thread that works on it, so a late one finds its counters, all spent, and leaves.
+struct ThreadPool::Job {
+  struct alignas(64) Stage {
+    std::atomic<size_t> next{0}, done{0};
+    std::atomic<uint32_t> complete{0};
+  };
+  std::vector<size_t> totals;
+  std::vector<Stage> stages;
+  const std::function<void(size_t, size_t)>& task;  // alive while a task is left
 
-ThreadPool::ThreadPool(size_t threads) : done_(threads) {
-  for (size_t i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  Job(std::span<const size_t> sizes, const std::function<void(size_t, size_t)>& fn)
+      : totals(sizes.begin(), sizes.end()), stages(sizes.size()), task(fn) {}
+
+  void work() {
+    for (size_t s = 0; s < stages.size(); ++s) {
+      Stage& stage = stages[s];
+      const size_t total = totals[s];
+      for (size_t i; (i = stage.next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+        task(s, i);
+        if (stage.done.fetch_add(1, std::memory_order_acq_rel) + 1 == total) {
+          stage.complete.store(1, std::memory_order_release);
+          stage.complete.notify_all();
+        }
+      }
+      if (total > 0) wait_for_change(stage.complete, 0, kStageSpins);
+    }
+  }
+};
+
+ThreadPool::ThreadPool(size_t threads) {
+  for (size_t i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -54,30 +72,30 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::work(size_t thread) {
+void ThreadPool::work() {
   for (uint32_t seen = 0;;) {
     wait_for_change(round_, seen, kIdleSpins);
-    ++seen;
+    seen = round_.load(std::memory_order_acquire);
     if (stop_.load()) return;
-    (*job_)(thread);
-    done_.wait();
+    std::shared_ptr<Job> job;
+    {
+      const std::lock_guard lock(mutex_);
+      job = job_;
+    }
+    if (job) job->work();
   }
 }
 
-void ThreadPool::run_all(const std::function<void(size_t)>& job) {
-  if (workers_.empty()) return job(0);
-  job_ = &job;
-  round_.fetch_add(1, std::memory_order_release);
-  round_.notify_all();
-  job(0);
-  done_.wait();
-}
-
-void ThreadPool::run(size_t tasks, const std::function<void(size_t, size_t)>& task) {
-  std::atomic<size_t> next{0};
-  run_all([&](size_t thread) {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i, thread);
-  });
+void ThreadPool::run(std::span<const size_t> totals,
+                     const std::function<void(size_t, size_t)>& task) {
+  const auto job = std::make_shared<Job>(totals, task);
+  if (!workers_.empty()) {
+    const std::lock_guard lock(mutex_);
+    job_ = job;
+    round_.fetch_add(1, std::memory_order_release);
+    round_.notify_all();
+  }
+  job->work();
 }
 
 namespace {

@@ -12,9 +12,9 @@
 
 namespace squall {
 
-Memory::Memory(size_t bytes) : bytes_(bytes) {
+Memory::Memory(size_t bytes) : bytes_(std::max(bytes, size_t{64})) {
   constexpr size_t kHuge = size_t{2} << 20;
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<uint8_t*>(p);
 #ifdef MADV_HUGEPAGE
@@ -335,7 +335,7 @@ Tile::Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t col
   codes_bytes_ = round_up(codes_bytes(format, cols), 64);
   tile_bytes_ = codes_bytes_ + round_up(scales_bytes(format, cols), 64);
   memory_ = std::make_unique<Memory>(tiles_ * tile_bytes_);
-  pool.run(tiles_, [&](size_t tile, size_t) { pack_tile(tile, data.data(), row_bytes); });
+  pool.run({&tiles_, 1}, [&](size_t, size_t tile) { pack_tile(tile, data.data(), row_bytes); });
 }
 
 void Tile::pack_tile(size_t tile, const uint8_t* data, size_t row_bytes) {

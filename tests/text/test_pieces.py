@@ -52,12 +52,14 @@ def train(strings: list[str], **options: Any) -> sentencepiece.SentencePieceProc
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def metadata(sp: sentencepiece.SentencePieceProcessor, *, space_prefix: bool) -> dict[str, Any]:
+def metadata(
+    sp: sentencepiece.SentencePieceProcessor, *, space_prefix: bool, user: list[str] | None = None
+) -> dict[str, Any]:
     ids = range(sp.get_piece_size())
     tokens = [sp.id_to_piece(i) for i in ids]
 
     def kind(i: int) -> int:
-        if tokens[i] in USER:
+        if tokens[i] in (user or []):
             return 4
         return 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1
 
@@ -86,7 +88,7 @@ def gemma(strings: list[str]) -> Pair:
     sp = train(
         strings, byte_fallback=True, add_dummy_prefix=False, user_defined_symbols=USER, split_digits=True
     )
-    return sp, Tokenizer.from_gguf(metadata(sp, space_prefix=False))
+    return sp, Tokenizer.from_gguf(metadata(sp, space_prefix=False, user=USER))
 
 
 @pytest.fixture(scope="module")

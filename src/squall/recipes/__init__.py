@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from squall.checkpoints.base import Checkpoint
+from squall.checkpoints.gguf_header import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.program import Names
 from squall.recipes.fields import Fields
@@ -34,10 +35,12 @@ def load(checkpoint: Checkpoint) -> Recipe:
         raise InvalidCheckpoint("the metadata key general.architecture is missing or not a string")
     kind = checkpoint.metadata.get("general.type", "model")
     if kind != "model":
-        raise UnsupportedModel(f"the file is of type {kind!r}; only whole models can be run")
+        raise UnsupportedModel(
+            f"the file is of type {quote(str(kind))}; only whole models can be run"
+        )
     if architecture not in RECIPES:
         known = ", ".join(KNOWN)
-        raise UnsupportedModel(f"unknown architecture {architecture!r}; known: {known}")
+        raise UnsupportedModel(f"unknown architecture {quote(architecture)}; known: {known}")
     fields = Fields(architecture, checkpoint.metadata, checkpoint.tensors)
     decoder = RECIPES[architecture](fields)
     fields.check_all_read()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from squall.checkpoints.base import Tensor
+from squall.checkpoints.gguf_header import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 
 HARMLESS = frozenset(
@@ -120,7 +121,7 @@ class Fields:
         unread = {k: v for k, v in self._values.items() if k not in self._read | HARMLESS}
         wrong = sorted(key for key, value in unread.items() if not _is_neutral(key, value))
         if wrong:
-            keys = ", ".join(f"{self.architecture}.{key}" for key in wrong[:8])
+            keys = ", ".join(quote(f"{self.architecture}.{key}") for key in wrong[:6])
             raise UnsupportedModel(
                 f"the metadata has {keys}, which Squall cannot follow in this architecture; "
                 "ignoring it could change the results"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from squall.checkpoints.base import Tensor
+from squall.checkpoints.gguf_header import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.program import Names, Slice
 from squall.roles import Shapes
@@ -50,7 +51,8 @@ def locate(shapes: Shapes, tensors: Mapping[str, Tensor], *, read: set[str]) -> 
     used = read | {part.tensor for parts in names.values() for part in parts}
     unused = sorted(name for name in tensors if name not in used and not HARMLESS.fullmatch(name))
     if unused:
-        listed = ", ".join(unused[:8]) + (f" and {len(unused) - 8} more" if unused[8:] else "")
+        listed = ", ".join(quote(name) for name in unused[:6])
+        listed += f" and {len(unused) - 6} more" if unused[6:] else ""
         raise UnsupportedModel(
             f"the file has tensors that its architecture does not use: {listed}; "
             "it is a variant that Squall cannot run"

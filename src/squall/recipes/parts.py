@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from squall.checkpoints.gguf_header import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.recipes.fields import Fields
 from squall.spec import (
@@ -77,12 +78,12 @@ def scaling(c: Fields, dims: int) -> RopeScaling | None:
     if factors is not None:
         if kind not in ("none", "longrope") or factor != 1.0:
             raise UnsupportedModel(
-                f"rope scaling {kind!r} together with rope factor tensors is not supported"
+                f"rope scaling {quote(kind)} with rope factor tensors is not supported"
             )
         return factors
     if kind not in SCALINGS:
         known = ", ".join([*SCALINGS, "longrope"])
-        raise UnsupportedModel(f"rope scaling of type {kind!r} is not supported; known: {known}")
+        raise UnsupportedModel(f"rope scaling {quote(kind)} is not supported; known: {known}")
     if kind != "yarn" and _magnitude(c) != 1.0:
         raise UnsupportedModel(
             f"rope scaling {kind!r} with rope.scaling.attn_factor is not supported"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from squall.errors import InvalidRequest, TemplateError
-from squall.text.tokenizer import Piece, Tokenizer
-from squall.text.vocabulary import literals
+from squall.text.tokenizer import Piece
+from squall.text.vocabulary import CONTROL, UNKNOWN, Vocabulary, literals
 
 if TYPE_CHECKING:
     import jinja2
@@ -52,18 +52,20 @@ class ChatTemplate:
         self._lock = threading.Lock()
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
-        """The templates in a GGUF file's metadata, if any."""
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
+        """The templates in a GGUF file's metadata; without any, rendering raises TemplateError."""
         sources = {
             key.removeprefix(_KEY).removeprefix(".") or "default": text
             for key, text in metadata.items()
             if (key == _KEY or key.startswith(_KEY + ".")) and isinstance(text, str)
         }
+        vocabulary = Vocabulary.from_gguf(metadata)
+        tokens = vocabulary.tokens
         return cls(
             sources,
-            bos=_text(tokenizer, tokenizer.bos),
-            eos=_text(tokenizer, tokenizer.eos),
-            controls=tokenizer.controls,
+            bos=None if vocabulary.bos is None else tokens[vocabulary.bos],
+            eos=None if vocabulary.eos is None else tokens[vocabulary.eos],
+            controls=[tokens[i] for i in vocabulary.of_type(CONTROL, UNKNOWN)],
         )
 
     def render(
@@ -202,7 +204,3 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_mapped(item, change) for item in value]
     return value
-
-
-def _text(tokenizer: Tokenizer, token: int | None) -> str | None:
-    return None if token is None else tokenizer.decode([token])

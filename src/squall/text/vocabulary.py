@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from squall.errors import InvalidCheckpoint
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
@@ -56,7 +58,7 @@ class Vocabulary:
 def _types(value: Any, tokens: list[str]) -> list[int]:
     if value is None:
         return [BYTE if _BYTE_TOKEN.match(token) else 1 for token in tokens]
-    types = [int(x) for x in value]
+    types: list[int] = np.asarray(value).tolist()
     if len(types) != len(tokens):
         raise InvalidCheckpoint(
             f"{_KEY}token_type has {len(types)} entries for {len(tokens)} tokens"
