@@ -8,12 +8,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
-PROMPT ?= Why is the sky blue? Answer in two sentences.
+PROMPT ?= What is the capital of France, and what is it known for?
 FUZZ_S ?= 600
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build demo test lint bench fuzz sanitize clean
+.PHONY: help setup build stub demo test lint bench fuzz sanitize clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -46,7 +46,10 @@ build: $(VENV)/built ## Build the native core and install squall, editable, into
 setup: $(VENV)/built $(VENV)/model $(VENV)/dev ## Everything that development needs, in .venv
 
 demo: $(VENV)/built $(VENV)/model ## Start from nothing and let the default model answer
-	@$(BIN)/squall run "$(PROMPT)" --max-tokens 128 < /dev/null
+	@$(BIN)/squall run "$(PROMPT)" --temperature 0 < /dev/null
+
+stub: $(VENV)/dev ## Write src/squall/_native.pyi anew, after a change of the bindings
+	@$(BIN)/python -m nanobind.stubgen -q -m squall._native -o src/squall/_native.pyi
 
 lint: setup ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .

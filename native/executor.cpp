@@ -160,7 +160,6 @@ void Executor::gated_linear(GatedLinearOp op) {
   read(*phase, in, *gate);
   read(*phase, in, *up);
   phase->writes = {out};
-  phase->quantizes = true;
   add_phase(std::move(phase));
 }
 
@@ -208,7 +207,6 @@ void Executor::attend(AttendOp op) {
                                              *buffers_[op.q], *buffers_[op.out]);
   phase->reads = {op.q, stored};
   phase->writes = {op.out};
-  phase->quantizes = op.heads / op.kv_heads * op.head_dim % kGroup == 0;
   add_phase(std::move(phase));
 }
 
@@ -271,7 +269,6 @@ void Executor::mixture_of_experts(MoeOp op) {
     read(*down, inner, *op.down[e]);
   }
   up->writes = {inner};
-  up->quantizes = true;
   down->writes = {outer};
   add_phase(std::move(up));
   add_phase(std::move(down));

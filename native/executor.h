@@ -33,9 +33,8 @@ struct Buffer {
   QuantGroup* quant = nullptr;
 
   size_t groups() const { return width / kGroup; }
-  size_t quant_stride() const {
-    return groups() + 1;
-  }  // one more, so that rows fall in other cache sets
+  // One more than its groups take, so that rows fall in other cache sets.
+  size_t quant_stride() const { return 2 * groups() + 1; }
   float* row(size_t r) const { return data + r * width; }
   QuantGroup* quant_row(size_t r) const { return quant + r * quant_stride(); }
 };

@@ -15,6 +15,8 @@ namespace {
 
 using squall::Activation;
 using squall::AttendArgs;
+using squall::FineGroup;
+using squall::kFineRatio;
 using squall::kGroup;
 using squall::kLanes;
 using squall::kMaxHeadDim;
@@ -161,7 +163,8 @@ inline I32x16 start(const int32_t* minus_q) {
     return izero();
 }
 
-template <class Tile, int kRows, int j>
+// acc[row] += the 32 codes . the row's int8 at x, for codes that are columns 0..31 of a run
+template <class Tile, int kRows, int j = 0>
 inline void dots(I32x16* acc, const uint8_t* codes, const QuantGroup* x, size_t stride) {
   if constexpr (j < 8) {
     const U8x64 w = Planes<Tile::kBits>::template vector<j>(codes);
@@ -174,14 +177,33 @@ inline void dots(I32x16* acc, const uint8_t* codes, const QuantGroup* x, size_t 
   }
 }
 
+// The digits of fine groups join: acc = 256 * acc + codes . r. Rows whose group is not fine have r
+// = 0, and the factor 256 is exact in what follows, so they come out the same as without.
+template <class Tile, int kRows>
+inline void refine(I32x16* acc, const uint8_t* codes, const QuantGroup* fine, size_t stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const auto& g = reinterpret_cast<const FineGroup&>(fine[static_cast<size_t>(r) * stride]);
+    if constexpr (Tile::Scales::kHalves) {
+      acc[r] = add(shift_left<8>(acc[r]), start<Tile>(g.minus_half_r));
+      acc[kRows + r] = add(shift_left<8>(acc[kRows + r]), start<Tile>(g.minus_half_r + 1));
+    } else {
+      acc[r] = add(shift_left<8>(acc[r]), start<Tile>(&g.minus_r));
+    }
+  }
+  dots<Tile, kRows>(acc, codes, fine, stride);
+}
+
 template <class Tile, int kRows>
 inline void accumulate(F32x16* out, const uint8_t* codes, const Scale& s, const QuantGroup* x,
-                       size_t stride) {
+                       size_t stride, size_t groups) {
   using Scales = typename Tile::Scales;
   I32x16 acc[Scales::kHalves ? 2 * kRows : kRows];
+  int32_t fine = 0;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const QuantGroup& g = x[static_cast<size_t>(r) * stride];
+    fine |= g.fine;
     if constexpr (Scales::kHalves) {
       acc[r] = start<Tile>(g.minus_half_q);
       acc[kRows + r] = start<Tile>(g.minus_half_q + 1);
@@ -189,13 +211,15 @@ inline void accumulate(F32x16* out, const uint8_t* codes, const Scale& s, const 
       acc[r] = start<Tile>(&g.minus_q);
     }
   }
-  dots<Tile, kRows, 0>(acc, codes, x, stride);
+  dots<Tile, kRows>(acc, codes, x, stride);
+  if (fine != 0) refine<Tile, kRows>(acc, codes, x + groups, stride);
+  const float unit = fine != 0 ? 1.0f / 256.0f : 1.0f;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const QuantGroup& g = x[static_cast<size_t>(r) * stride];
     F32x16 t = mul(to_float(acc[r]), s.scale[0]);
     if constexpr (Scales::kHalves) t = fma(to_float(acc[kRows + r]), s.scale[1], t);
-    out[r] = fma(t, set1(g.scale), out[r]);
+    out[r] = fma(t, set1(g.scale * unit), out[r]);
     if constexpr (Scales::kMinimum && Scales::kHalves) {
       out[r] = fma(s.minimum[0], set1(g.half_sum[0]), out[r]);
       out[r] = fma(s.minimum[1], set1(g.half_sum[1]), out[r]);
@@ -211,9 +235,10 @@ void matmul_rows(const uint8_t* codes, const uint8_t* scales, size_t cols, const
   using Scales = typename Tile::Scales;
   F32x16 acc[kRows];
   for (F32x16& a : acc) a = zero();
-  for (size_t run = 0; run < cols / kGroup; ++run) {
+  const size_t groups = cols / kGroup;
+  for (size_t run = 0; run < groups; ++run) {
     const Scale s = Scales::of(scales + run / Scales::kRuns * Scales::kBytes, run % Scales::kRuns);
-    accumulate<Tile, kRows>(acc, codes, s, x + run, stride);
+    accumulate<Tile, kRows>(acc, codes, s, x + run, stride, groups);
     codes += 64 * Tile::kBits;
   }
   for (int r = 0; r < kRows; ++r) store(out + static_cast<size_t>(r) * kLanes, acc[r]);
@@ -280,26 +305,50 @@ void matmul_float(const uint8_t* tile, size_t cols, const float* x, size_t strid
 
 // ---- activations to int8 ----
 
-void quantize(const float* x, size_t cols, QuantGroup* out) {
-  for (size_t c = 0; c < cols; c += kGroup, ++out) {
-    const F32x16 a = load(x + c), b = load(x + c + 16);
-    const float peak = max_of(max(abs(a), abs(b)));
-    const float scale = peak / 127.0f;
-    const F32x16 step = set1(scale > 0.0f ? scale : 1.0f);
-    const F32x16 limit = set1(127.0f), floor = set1(-127.0f);
-    store_i8(out->q, max(min(round_even(div(a, step)), limit), floor));
-    store_i8(out->q + 16, max(min(round_even(div(b, step)), limit), floor));
-    int32_t half[2] = {0, 0};
-    for (size_t i = 0; i < kGroup; ++i) half[i / 16] += out->q[i];
-    out->scale = scale;
-    out->sum = scale * static_cast<float>(half[0] + half[1]);
-    out->minus_q = -(half[0] + half[1]);
-    for (int h = 0; h < 2; ++h) {
-      out->half_sum[h] = scale * static_cast<float>(half[h]);
-      out->minus_half_q[h] = -half[h];
-    }
-    out->unused = 0;
+inline F32x16 to_int8(F32x16 x) { return max(min(round_even(x), set1(127.0f)), set1(-127.0f)); }
+
+inline void sums(const int8_t* q, int32_t* half) {
+  half[0] = half[1] = 0;
+  for (size_t i = 0; i < kGroup; ++i) half[i / 16] += q[i];
+}
+
+inline void quantize_group(const float* x, float fine_above, QuantGroup* out, FineGroup* digits) {
+  const F32x16 a = load(x), b = load(x + 16);
+  const float peak = max_of(max(abs(a), abs(b)));
+  const float scale = peak / 127.0f;
+  const F32x16 step = set1(scale > 0.0f ? scale : 1.0f);
+  const F32x16 steps[2] = {div(a, step), div(b, step)};
+  int32_t q[2], r[2] = {0, 0};
+  out->fine = peak > fine_above;
+  for (int h = 0; h < 2; ++h) {
+    const F32x16 whole = to_int8(steps[h]);
+    store_i8(out->q + 16 * h, whole);
+    const F32x16 rest = out->fine ? mul(sub(steps[h], whole), set1(256.0f)) : zero();
+    store_i8(digits->r + 16 * h, to_int8(rest));
   }
+  sums(out->q, q);
+  if (out->fine) sums(digits->r, r);
+  out->scale = scale;
+  const float unit = scale * (1.0f / 256.0f);
+  out->sum = unit * static_cast<float>(256 * (q[0] + q[1]) + r[0] + r[1]);
+  out->minus_q = -(q[0] + q[1]);
+  digits->minus_r = -(r[0] + r[1]);
+  for (int h = 0; h < 2; ++h) {
+    out->half_sum[h] = unit * static_cast<float>(256 * q[h] + r[h]);
+    out->minus_half_q[h] = -q[h];
+    digits->minus_half_r[h] = -r[h];
+  }
+}
+
+void quantize(const float* x, size_t cols, QuantGroup* out) {
+  F32x16 squares = zero();
+  for (size_t c = 0; c < cols; c += kLanes) {
+    const F32x16 v = load(x + c);
+    squares = fma(v, v, squares);
+  }
+  const float above = kFineRatio * __builtin_sqrtf(sum(squares) / static_cast<float>(cols));
+  auto* digits = reinterpret_cast<FineGroup*>(out + cols / kGroup);
+  for (size_t c = 0; c < cols; c += kGroup) quantize_group(x + c, above, out++, digits++);
 }
 
 // ---- functions of a lane ----

@@ -66,8 +66,7 @@ inline void matmul(const Kernels& k, const Tile& w, size_t tile, const Buffer& x
 class TilePhase : public Phase {
  public:
   TilePhase(size_t tiles, size_t threads)
-      : tiles_(tiles),
-        tiles_a_task_(std::clamp(tiles / (threads * 6) / 2 * 2, size_t{2}, size_t{8})) {}
+      : tiles_(tiles), tiles_a_task_(std::clamp(tiles / (threads * 6), size_t{1}, size_t{8})) {}
   size_t tasks(const Step&) const override { return tasks_a_weight(); }
 
  protected:
@@ -126,13 +125,9 @@ inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer&
   const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
   const float* gate_bias = op.gate_bias.empty() ? nullptr : op.gate_bias.data() + column;
   const float* up_bias = op.up_bias.empty() ? nullptr : op.up_bias.data() + column;
-  for (size_t r = 0; r < rows; ++r) {
-    float* to = out.row(row + r) + column;
-    k.finish_gated(gate + r * kLanes, up + r * kLanes, gate_bias, up_bias, op.activation, to, n);
-    // A task's tiles come in pairs, so the second completes a group of 32 columns.
-    if (out.quant != nullptr && tile % 2 == 1)
-      k.quantize(to - kLanes, kGroup, out.quant_row(row + r) + column / kGroup);
-  }
+  for (size_t r = 0; r < rows; ++r)
+    k.finish_gated(gate + r * kLanes, up + r * kLanes, gate_bias, up_bias, op.activation,
+                   out.row(row + r) + column, n);
 }
 
 class GatedLinearPhase final : public TilePhase {
@@ -211,10 +206,6 @@ class AttendPhase final : public Phase {
         count = 0;
       }
     }
-    if (out_.quant == nullptr || !quantizes) return;
-    const size_t column = kv_head * group * op_.head_dim, width = group * op_.head_dim;
-    for (size_t r = run.begin; r < run.end; ++r)
-      k_.quantize(out_.row(r) + column, width, out_.quant_row(r) + column / kGroup);
   }
 
  private:

@@ -136,6 +136,13 @@ inline I32x16 splat_shifted(const int32_t* p) {
   const __m256i v = _mm256_slli_epi32(_mm256_set1_epi32(*p), kShift);
   return {v, v};
 }
+inline I32x16 add(I32x16 x, I32x16 y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
+template <int kShift>
+inline I32x16 shift_left(I32x16 x) {
+  return {_mm256_slli_epi32(x.a, kShift), _mm256_slli_epi32(x.b, kShift)};
+}
 inline F32x16 to_float(I32x16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline void store_i8(int8_t* p, F32x16 x) {
   const __m256i words =

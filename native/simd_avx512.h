@@ -93,6 +93,11 @@ template <int kShift>
 inline I32x16 splat_shifted(const int32_t* p) {
   return {_mm512_slli_epi32(_mm512_set1_epi32(*p), kShift)};
 }
+inline I32x16 add(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+template <int kShift>
+inline I32x16 shift_left(I32x16 a) {
+  return {_mm512_slli_epi32(a.v, kShift)};
+}
 inline F32x16 to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline void store_i8(int8_t* p, F32x16 a) {  // a holds integers in [-127, 127]
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));

@@ -123,6 +123,15 @@ inline I32x16 splat_shifted(const int32_t* p) {
   for (int32_t& x : r.v) x = *p * (1 << kShift);
   return r;
 }
+inline I32x16 add(I32x16 a, I32x16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+template <int kShift>
+inline I32x16 shift_left(I32x16 a) {
+  for (int32_t& x : a.v) x *= 1 << kShift;
+  return a;
+}
 inline F32x16 to_float(I32x16 a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });
 }

@@ -12,7 +12,7 @@ import squall
 from squall import Model
 
 TEXT = "The tide is high when the moon is near, because the water follows it around the earth. "
-CHAT = [{"role": "user", "content": "What is the capital of France?"}]
+CHAT = [{"role": "user", "content": "What is the capital of France, and what is it known for?"}]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_follow_up_reads_only_what_is_new(model: Model) -> None:
 
 
 def test_greedy_answer(model: Model) -> None:
-    pieces = list(model.generate(CHAT, max_tokens=50, temperature=0))
+    pieces = list(model.generate(CHAT, max_tokens=100, temperature=0))
     assert "Paris" in "".join(piece.text for piece in pieces)
     assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert pieces[-1].finish_reason == "stop"
@@ -167,10 +167,12 @@ def test_threads(model: Model) -> None:
         ([-1], {}, "token ids go from 0 to 49151; found -1"),
         ([49152], {}, "found 49152"),
         ([1.5], {}, "a prompt is text"),
+        ([[1, 2]], {}, "a prompt is text"),
+        (["Hi"], {}, "a prompt is text"),
         ([{"role": "user"}], {}, "a role and a content"),
         ("Hi", {"max_tokens": 0}, "max_tokens is 0"),
         ("Hi", {"temperature": -1}, "temperature is -1"),
-        ("Hi", {"stop": [""]}, "not be empty"),
+        ("Hi", {"stop": [""]}, "not empty"),
     ],
 )
 def test_wrong_requests(
@@ -183,14 +185,12 @@ def test_wrong_requests(
 def test_too_long(model: Model) -> None:
     with pytest.raises(squall.ContextLengthExceeded, match=r"1025 tokens .* of 1024 tokens"):
         model.logits([1] * 1025)
-    with pytest.raises(squall.ContextLengthExceeded, match=r"1024 tokens of prompt and 1 of"):
+    with pytest.raises(squall.ContextLengthExceeded, match=r"1024 tokens and an answer"):
         model.generate([1] * 1024)
-    with pytest.raises(squall.ContextLengthExceeded, match=r"10 tokens of prompt and 1020 of"):
-        model.generate([1] * 10, max_tokens=1020)
 
 
 def test_up_to_the_context(model: Model) -> None:
-    generation = model.generate([1] * 1020, seed=1, stop=["never said"])
+    generation = model.generate([1] * 1020, max_tokens=100, seed=1)
     generation.read()
     assert generation.usage.answer_tokens <= 4
 

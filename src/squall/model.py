@@ -17,7 +17,7 @@ from squall.engine.context import Context, Executor
 from squall.engine.generation import Generation
 from squall.engine.memory import choose_context, token_bytes
 from squall.engine.sampling import MIN_P, TEMPERATURE, TOP_K, TOP_P, Sampling, random_seed
-from squall.errors import ContextLengthExceeded, InvalidRequest, TemplateError
+from squall.errors import ContextLengthExceeded, InvalidRequest
 from squall.executors.native import NativeExecutor
 from squall.locate import locate
 from squall.program import Program
@@ -34,6 +34,7 @@ Progress = Callable[[int, int], None]
 BLOCK_SIZE = 16
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
+_TEMPLATE = "tokenizer.chat_template"
 
 
 class Model:
@@ -119,9 +120,14 @@ class Model:
         return self.cache.executor
 
     @cached_property
-    def chat_template(self) -> ChatTemplate | None:
-        """The chat template of the file, if it has one."""
+    def chat_template(self) -> ChatTemplate:
+        """The chat template: the file's, unless another one is assigned."""
         return ChatTemplate.from_gguf(self.checkpoint.metadata)
+
+    def set_chat_template(self, source: str) -> None:
+        """Use this Jinja template instead of the file's."""
+        others = {k: v for k, v in self.checkpoint.metadata.items() if not k.startswith(_TEMPLATE)}
+        self.chat_template = ChatTemplate.from_gguf(others | {_TEMPLATE: source})
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text; control tokens in it are not special. BOS if it is used."""
@@ -129,8 +135,6 @@ class Model:
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation in the chat template, up to where the answer begins."""
-        if self.chat_template is None:
-            raise TemplateError("this model has no chat template; give the prompt as plain text")
         return self.tokenizer.encode_pieces(self.chat_template.render(messages))
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
@@ -176,7 +180,7 @@ class Model:
         The result is an iterator of pieces; it also tells the `seed`, `ids`, `finish_reason` and
         `usage`. Arguments are checked here, before the first piece is asked for.
 
-        max_tokens: by default whatever the context leaves.
+        max_tokens: at most so many, and no more than the context leaves, which is the default.
         temperature: 0 always takes the likeliest token. `top_k` 0, `top_p` 1, `min_p` 0 mean "off".
         seed: by default random, and told by the result. The same seed gives the same answer.
         stop: strings that end the answer and are not part of it.
@@ -216,22 +220,23 @@ class Model:
         return self._check_ids(prompt)
 
     def _check_ids(self, ids: Sequence[object]) -> list[int]:
+        if not len(ids):
+            raise InvalidRequest("the prompt is empty; give at least one token")
         try:
             array = np.asarray(ids).astype(np.int64, casting="same_kind")
+            (size,) = array.shape
         except (TypeError, ValueError):
             raise InvalidRequest(
                 "a prompt is text, a list of token ids, or a list of messages "
                 "such as {'role': 'user', 'content': 'Hi'}"
             ) from None
-        if array.ndim != 1 or array.size == 0:
-            raise InvalidRequest("the prompt is empty; give at least one token")
         if array.min() < 0 or array.max() >= self.spec.vocab:
             raise InvalidRequest(
                 f"token ids go from 0 to {self.spec.vocab - 1}; "
                 f"found {array.min() if array.min() < 0 else array.max()}"
             )
-        if array.size > self.context:
-            raise ContextLengthExceeded(self._too_long(f"{array.size} tokens"))
+        if size > self.context:
+            raise ContextLengthExceeded(self._too_long(f"{size} tokens"))
         checked: list[int] = array.tolist()
         return checked
 
@@ -239,10 +244,9 @@ class Model:
         room = self.context - prompt_tokens
         if max_tokens is not None and max_tokens < 1:
             raise InvalidRequest(f"max_tokens is {max_tokens}; it must be at least 1")
-        if room < (max_tokens or 1):
-            asked = f"{prompt_tokens} tokens of prompt and {max_tokens or 1} of answer"
-            raise ContextLengthExceeded(self._too_long(asked))
-        return max_tokens or room
+        if room < 1:
+            raise ContextLengthExceeded(self._too_long(f"{prompt_tokens} tokens and an answer"))
+        return room if max_tokens is None else min(max_tokens, room)
 
     def _too_long(self, what: str) -> str:
         remedy = "shorten them"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command import squall
 
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of France, and what is it known for?"
 SHORT = ("--context", "512", "--max-tokens", "12")
 
 

@@ -1,5 +1,7 @@
 """Metadata of a real tokenizer, and strings that tokenizers get wrong."""
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 import random
@@ -40,7 +42,21 @@ SCRIPTS = (
     "\n\n\n \n\t\t  \r\n   x    y     \n      z\n ",
     "0123456789 1 22 333 4444 55555 1,000,000.00 1e10 ''s 'S 'RE''ll don’t",
 )
-SPECIAL = ("", " ", "  ", "\n", "\t", "<|im_end|>", "<|im_start|>", "0", "'s", "\u200d", "🫠", "é", "▂")
+SPECIAL = (
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "<|im_end|>",
+    "<|im_start|>",
+    "0",
+    "'s",
+    "\u200d",
+    "🫠",
+    "é",
+    "▂",
+)
 
 
 def _sample(random_: random.Random) -> str:
@@ -51,7 +67,9 @@ def _sample(random_: random.Random) -> str:
         parts.append(script[start : start + random_.choice((1, 3, 8, 20, 60))])
         parts.append(random_.choice(SPECIAL))
     if random_.random() < 0.1:
-        parts.append(chr(random_.choice((random_.randrange(0xD800), random_.randrange(0xE000, 0x110000)))))
+        parts.append(
+            chr(random_.choice((random_.randrange(0xD800), random_.randrange(0xE000, 0x110000))))
+        )
     return random_.choice(SPECIAL) + "".join(parts)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import itertools
 import json
 import random
 import string
@@ -25,11 +24,8 @@ Pair = tuple[sentencepiece.SentencePieceProcessor, Tokenizer]
 
 
 def text_lines(strings: list[str]) -> Iterator[str]:
-    for module in (inspect, json, random, string, itertools, io, pieces):
-        try:
-            yield from inspect.getsource(module).splitlines()
-        except (OSError, TypeError):
-            continue
+    for module in (inspect, json, random, string, io, pieces):
+        yield from inspect.getsource(module).splitlines()
     yield from (line for text in strings[:3000] for line in text.splitlines())
 
 
@@ -86,7 +82,11 @@ def llama(strings: list[str]) -> Pair:
 def gemma(strings: list[str]) -> Pair:
     """As Gemma has it: nothing before the text, and tokens for mark-up and runs of space."""
     sp = train(
-        strings, byte_fallback=True, add_dummy_prefix=False, user_defined_symbols=USER, split_digits=True
+        strings,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        user_defined_symbols=USER,
+        split_digits=True,
     )
     return sp, Tokenizer.from_gguf(metadata(sp, space_prefix=False, user=USER))
 
@@ -128,9 +128,16 @@ def test_ties_and_long_words(alphabet: str, monkeypatch: pytest.MonkeyPatch) -> 
     lines = ["".join(random_.choices(alphabet, k=40)) for _ in range(300)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=330, hard_vocab_limit=False,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=330,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     texts = ["".join(random_.choices(alphabet, k=random_.randint(1, 60))) for _ in range(2000)]
     texts += ["".join(random_.choices(alphabet, k=3000)), "ab" * 1000, "aab" * 1000]
@@ -155,13 +162,15 @@ def test_control_tokens_and_their_spaces(llama: Pair) -> None:
 
 def test_a_megabyte_is_quick(llama: Pair, gemma: Pair) -> None:
     letters = random.Random(5).choices(string.ascii_lowercase, k=1_000_000)
-    texts = [c * (1_000_000 // len(c.encode())) for c in ("a", " ", "\n", "1", "é", "漢", "\t ", "ab ")]
+    texts = [
+        c * (1_000_000 // len(c.encode())) for c in ("a", " ", "\n", "1", "é", "漢", "\t ", "ab ")
+    ]
     for _, tokenizer in (llama, gemma):
         for text in [*texts, "".join(letters)]:
-            start = time.thread_time()
+            start = time.process_time()
             ids = tokenizer.encode(text, add_bos=False)
             assert tokenizer.decode(ids) == text
-            assert time.thread_time() - start < 2.0, text[:5]  # half that when nothing else runs
+            assert time.process_time() - start < 2.0, text[:5]  # half that when nothing else runs
 
 
 def test_scores_are_needed(llama: Pair) -> None:

@@ -71,6 +71,16 @@ def open_model(
     )
 
 
+def read_text(path: Path) -> str:
+    """The content of a text file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{path} is not UTF-8 text; convert it first") from None
+
+
 def _show_progress(done: int, whole: int) -> None:
     line = f"\rloading {100 * done // max(whole, 1)} %" if done < whole else "\r\x1b[K"
     sys.stderr.write(line)

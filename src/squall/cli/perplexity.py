@@ -20,6 +20,7 @@ from squall.cli.options import (
     Weights,
     WeightsOption,
     open_model,
+    read_text,
     source,
 )
 from squall.errors import InvalidRequest
@@ -64,7 +65,7 @@ def perplexity(
 
     squall perplexity -f model.gguf --text wiki.txt
     """
-    content = _read_text(text)
+    content = read_text(text)
     with open_model(
         source(file, model), context=window, threads=threads, weights=weights
     ) as opened:
@@ -112,15 +113,6 @@ def _mean_and_error(values: list[float]) -> tuple[float, float]:
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
     return mean, math.sqrt(variance / len(values))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InvalidRequest(f"{path} is not UTF-8 text; convert it first") from None
 
 
 def _show_progress(done: int, whole: int) -> None:

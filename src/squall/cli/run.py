@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ from squall.cli.options import (
     Weights,
     WeightsOption,
     open_model,
+    read_text,
     source,
 )
 
@@ -30,7 +32,7 @@ INTERRUPTED = 130
 class Settings:
     """How answers are made."""
 
-    max_tokens: int | None
+    max_tokens: int
     temperature: float
     top_k: int
     top_p: float
@@ -58,7 +60,7 @@ def run(
     ] = None,
     file: File = None,
     model: Folder = None,
-    max_tokens: Annotated[int | None, typer.Option(help="At most so many tokens.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
     top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Only the likeliest that sum to p; 1: off.")] = 0.95,
@@ -68,6 +70,9 @@ def run(
     seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file to use instead of the model's own template.")
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text; no chat template.")
     ] = False,
@@ -89,6 +94,8 @@ def run(
     path = source(file, model)
     try:
         with open_model(path, context=context, threads=threads, weights=weights) as opened:
+            if chat_template is not None:
+                opened.set_chat_template(read_text(chat_template))
             if prompt is None:
                 from squall.cli.chat import Chat
 
@@ -104,7 +111,7 @@ def run(
 def _prompt(model: Model, text: str, system: str | None, *, raw: bool) -> Prompt:
     if raw:
         return text
-    if model.chat_template is None:
+    if not model.chat_template.sources:
         sys.stderr.write("note: this model has no chat template; it continues the text\n")
         return text
     first = [{"role": "system", "content": system}] if system is not None else []

@@ -190,5 +190,5 @@ def smollm3(c: Fields) -> Decoder:
 def gemma_scale(c: Fields, *, layers_of_27b: int) -> float:
     """The scale of the scores. The metadata lacks it; the 27B models, told by depth, differ."""
     heads = c.counts("attention.head_count", layers=depth(c))[0]
-    size = hidden(c) // heads if depth(c) == layers_of_27b else head_dim(c)
+    size = max(hidden(c) // heads, 1) if depth(c) == layers_of_27b else head_dim(c)
     return c.optional("attention.scale") or size**-0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +14,15 @@ from squall.errors import InvalidCheckpoint
 from squall.text import pretokenizers
 from squall.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, literals
 
-_LONG = 1 << 14  # characters; from here on the batch call, which tracks no offsets, is worth it
+_LONG = 1 << 14  # characters; from here on the batch call pays, which tracks no offsets
+
+
+# A million words of one digit take the library a second; between digits they need no context.
+_DIGITS = re.compile(r"(?<=\d)\d{256,}(?=\d)")
 
 
 def _symbols() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where printable Latin-1, else 256 upwards."""
+    """GPT-2's printable stand-ins for bytes: themselves in Latin-1, or else from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
@@ -40,6 +45,7 @@ class ByteLevel:
         self._user = {tokens[i]: i for i in vocabulary.of_type(USER_DEFINED)}
         self._user_pattern = literals(self._user)
         self._library = _library(vocabulary, metadata.get("tokenizer.ggml.merges"), pre)
+        self._digits_alone = len(self._library.pre_tokenizer.pre_tokenize_str("11")) == 2
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that holds no control token."""
@@ -56,6 +62,18 @@ class ByteLevel:
     def _words(self, text: str) -> list[int]:
         if len(text) < _LONG:
             return self._library.encode(text, add_special_tokens=False).ids if text else []
+        if not self._digits_alone:
+            return self._long(text)
+        ids: list[int] = []
+        start = 0
+        for match in _DIGITS.finditer(text):
+            of = {digit: self._words(digit) for digit in set(match.group())}
+            ids += self._long(text[start : match.start()])
+            ids += [i for digit in match.group() for i in of[digit]]
+            start = match.end()
+        return ids + self._long(text[start:])
+
+    def _long(self, text: str) -> list[int]:
         return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def token_bytes(self, token: int) -> bytes:

@@ -1,8 +1,9 @@
 """Chat templates: messages to a prompt whose control tokens all come from the template.
 
-Before rendering, each character of a message that could begin a control token is followed by a mark, a
-character that occurs nowhere else; afterwards the prompt is cut at the marks, and control tokens are read
-inside of a part only. So the template works on plain strings, and a message can never hold a token.
+Before rendering, each character of a message that could begin a control token gets a mark behind
+it, a character that occurs nowhere else; afterwards the prompt is cut at the marks, and control
+tokens are read inside of a part only. So templates see plain strings, and no message can hold a
+token.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from squall.errors import InvalidRequest, TemplateError
@@ -30,8 +31,8 @@ _Value = TypeVar("_Value")
 class ChatTemplate:
     """A template, or several by name of which requests with tools use `tool_use`.
 
-    `controls` are the texts of the control tokens that messages must not produce; without them every
-    character that usually begins one is taken for one.
+    `controls` are the texts of the control tokens that messages must not produce; without them
+    every character that usually begins one is taken to do so.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class ChatTemplate:
         self.sources: Mapping[str, str] = sources
         self._controls = controls
         self._constants = {
-            name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None
+            name: text
+            for name, text in (("bos_token", bos), ("eos_token", eos))
+            if text is not None
         }
         self._compiled: dict[str, _Compiled] = {}
         self._lock = threading.Lock()
@@ -125,7 +128,7 @@ class _Compiled:
 
 
 def _attempt(action: Callable[[], _Value]) -> _Value:
-    """Hands a template can fail in any way Python code can; all of them are the template's fault."""
+    """Templates fail in any way that Python code can, and it is always the template's fault."""
     try:
         return action()
     except Exception as error:
@@ -153,10 +156,10 @@ def _constants(environment: Any, source: str) -> set[str]:
 
 
 def _starts(constants: Iterable[str], controls: Sequence[str]) -> re.Pattern[str]:
-    """Matches characters that may begin a control token; group 1 takes part where no mark is wanted.
+    """Matches characters that may begin a control token; with group 1 where no mark is wanted.
 
-    That is where a string of the template begins: it may be cut off there (`</think>`), and a mark within
-    would hide it. Strings that are the beginning of a control token do not count.
+    That is where a string of the template's code begins: the template may look for it there, as for
+    `</think>`, and a mark would hide it. Not so for the beginning of a control token.
     """
     starts = {text[0] for text in controls} or set(_USUAL_STARTS)
     wanted = [
@@ -190,10 +193,12 @@ def _absent(texts: Iterable[str]) -> str:
     return next(c for c in map(chr, range(0x10FFFD, 0x100000, -1)) if c not in everything)
 
 
-def _strings(value: Any) -> Iterable[str]:
-    found: list[str] = []
-    _mapped(value, lambda text: found.append(text) or text)
-    return found
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -1,8 +1,8 @@
 """SentencePiece BPE (`tokenizer.ggml.model = llama`): merges by score, bytes for what has no piece.
 
-Text is cut where no piece of the vocabulary holds both characters, so no merge can cross the cut; the
-parts, mostly words, are merged one by one and remembered. The merges need no table built at load, which
-for 256,000 pieces would take seconds.
+Text is cut where no piece of the vocabulary holds both characters, so that no merge can cross the
+cut; the parts, mostly words, are merged one by one and remembered. That needs no table of merges,
+which for 256,000 pieces would take seconds to build at every start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REMEMBERED = 100_000  # words
 
 
 class SentencePiece:
-    """Merges neighbours whose joint piece has the best score, leftmost first, until none is left."""
+    """Merges neighbours whose joint piece has the best score, leftmost first, until none has."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         scores = metadata.get("tokenizer.ggml.scores")
@@ -80,7 +80,9 @@ class SentencePiece:
     def _cut(self, text: str) -> list[str]:
         joined = self._joined
         cuts = [i for i, pair in enumerate(map(add, text, text[1:]), 1) if pair not in joined]
-        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)] if text else []
+        return (
+            [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)] if text else []
+        )
 
     def _merged(self, words: set[str]) -> dict[str, list[int]]:
         if sum(map(len, words)) >= _LONG:
@@ -89,7 +91,9 @@ class SentencePiece:
             costs = {self._cost[piece] for piece in pieces}
             if len(costs) == len(pieces) and 3 * len(pieces) < sum(map(len, words)):
                 return self._merged_by_library(sorted(words), characters, pieces)
-        return {word: [i for part in self._merge(word) for i in self._fallback(part)] for word in words}
+        return {
+            word: [i for part in self._merge(word) for i in self._fallback(part)] for word in words
+        }
 
     def _merge(self, word: str) -> list[str]:
         cost, last = self._cost, len(word)
@@ -120,7 +124,9 @@ class SentencePiece:
         if found is not None:
             return [found]
         unknown = self._vocabulary.unknown
-        as_bytes = [self._bytes.get(byte, unknown) for byte in part.encode()] if self._bytes else [unknown]
+        as_bytes = (
+            [self._bytes.get(byte, unknown) for byte in part.encode()] if self._bytes else [unknown]
+        )
         return [i for i in as_bytes if i is not None]
 
     def _merged_by_library(

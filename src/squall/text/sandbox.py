@@ -1,7 +1,7 @@
-"""A Jinja environment for templates that nobody has checked: no way out, bounded time, bounded memory.
+"""A Jinja environment for templates nobody has checked: no way out, bounded time and memory.
 
-Jinja's own sandbox keeps templates from Python's internals but not from `'a' * 10**9`. Here every loop turn
-is counted, and every operator, filter and call that can make something large is first asked how large.
+Jinja's own sandbox keeps templates from Python's internals, but not from `'a' * 10**9`. Here every
+loop turn is counted, and whatever can make something large is first asked how large.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ MAX_ITEMS = 250_000  # in one value, nested ones counted
 MAX_NUMBER = 100_000  # of what a width or a count may be
 MAX_BITS = 4096  # of an integer
 
-FILTERS = (
-    "abs batch capitalize count d default dictsort e escape first float format groupby indent int items "
-    "join last length list lower map max min reject rejectattr replace reverse round safe select "
-    "selectattr slice sort string sum title trim truncate unique upper urlencode wordcount"
-).split()
+_ALLOWED = """
+abs batch capitalize count d default dictsort e escape first float format groupby indent int items
+join last length list lower map max min reject rejectattr replace reverse round safe select
+selectattr slice sort string sum title trim truncate unique upper urlencode wordcount
+"""
+FILTERS = _ALLOWED.split()
 GLOBALS = ("range", "dict", "cycler", "joiner", "namespace")
-# Filters whose cost and result do not grow with how much their argument holds inside.
-_SHALLOW = frozenset(
-    "abs batch count d default first float int items last length list map reject rejectattr reverse select "
-    "selectattr slice".split()
-)
+# Filters whose cost and result do not grow with what their argument's items hold.
+_ITEMWISE = """
+abs batch count d default first float int items last length list map reject rejectattr reverse
+select selectattr slice
+"""
+_SHALLOW = frozenset(_ITEMWISE.split())
 # Methods and filters that take a width or a count, and those whose result is a product of sizes.
-_COUNTING = frozenset(
-    "batch center expandtabs indent ljust rjust round slice to_bytes truncate zfill".split()
-)
-_GROWING = frozenset("center expandtabs indent join ljust replace rjust translate zfill".split())
+_PADDING = "center expandtabs indent ljust rjust zfill"
+_COUNTING = frozenset([*_PADDING.split(), "batch", "round", "slice", "to_bytes", "truncate"])
+_GROWING = frozenset([*_PADDING.split(), "join", "replace", "translate"])
 _DIRECTIVE = re.compile(r"[%{]")
 _WIDE = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4})|\{[^{}]*:[^{}]*(?:\d{4}|\{)")
 
@@ -80,7 +81,7 @@ _BUDGET: ContextVar[_Budget] = ContextVar("budget")
 
 
 def weigh(*values: Any) -> int:
-    """Characters, roughly, that `values` come to when written out; raises when they are too many."""
+    """Characters, roughly, that `values` are when written out; raises if they are too many."""
     size, items, rest = 0, 0, list(values)
     while rest:
         value = rest.pop()
@@ -156,7 +157,7 @@ def _modulo(left: Any, right: Any) -> Any:
     return left % right
 
 
-def to_json(  # noqa: PLR0913
+def to_json(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
@@ -290,7 +291,7 @@ class Environment(ImmutableSandboxedEnvironment):
         budget.tick()
         return budget.charge(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Any call, if its arguments and its result are not too large."""
         budget = _BUDGET.get()
         budget.tick()

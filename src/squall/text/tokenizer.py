@@ -1,7 +1,7 @@
 """Text to token ids and back, from what a GGUF file says.
 
-Control tokens (`<|im_end|>`, `</s>`) come from text only where the caller says so, so a user's message can
-never hold one; user-defined tokens are part of the vocabulary's text and always do.
+Control tokens (`<|im_end|>`, `</s>`) come from text only where the caller says so, so that a user's
+message can never hold one. User-defined tokens are words like any other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Codec(Protocol):
     """One kind of vocabulary: text without control tokens to ids, and ids to bytes."""
 
     add_bos: bool
-    space_prefix: bool  # text starts with a space that was not written, at the start and after controls
+    space_prefix: (
+        bool  # text starts with a space that was not written, at the start and after controls
+    )
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that holds no control token."""
@@ -44,7 +46,9 @@ CODECS: dict[str, type[ByteLevel] | type[SentencePiece]] = {
 class Tokenizer:
     """Encodes and decodes; immutable but for caches, and safe to share between threads."""
 
-    def __init__(self, vocabulary: Vocabulary, codec: Codec, *, add_bos: bool, rstrip: bool) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, codec: Codec, *, add_bos: bool, rstrip: bool
+    ) -> None:
         self.bos = vocabulary.bos
         self.eos = vocabulary.eos
         self.stop_ids = vocabulary.stops
@@ -88,7 +92,7 @@ class Tokenizer:
         return self.encode_pieces([Piece(text, content=not specials)], add_bos=add_bos)
 
     def encode_pieces(self, pieces: Iterable[Piece], *, add_bos: bool = True) -> list[int]:
-        """Ids of the joined pieces; tokens may span pieces, control tokens are read inside one only."""
+        """Ids of the joined pieces; tokens may span pieces, except for control tokens."""
         ids: list[int] = []
         run: list[str] = []
         for text, content in pieces:
@@ -112,7 +116,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(
-                f"the text holds half a surrogate pair at character {error.start}; send valid Unicode"
+                f"the text has half a surrogate pair at character {error.start}; send valid Unicode"
             ) from None
         return self._codec.encode(text) if text else []
 

@@ -16,11 +16,12 @@ _KEY = "tokenizer.ggml."
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
 
 # Tokens that end a turn or a text whatever the metadata says of them.
-STOP_TEXTS = (
-    "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <end_of_turn> <turn|> "
-    "<|endoftext|> <|end_of_text|> <|END_OF_TURN_TOKEN|> <|eot|> <EOT> _<EOT> [EOT] [EOS] <eos> "
-    "<end_of_utterance> <｜end▁of▁sentence｜> [e~["  # noqa: RUF001
-).split()
+_STOP_TEXTS = """
+<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <end_of_turn>
+<turn|> <|endoftext|> <|end_of_text|> <|END_OF_TURN_TOKEN|> <|eot|> <EOT> _<EOT> [EOT] [EOS] <eos>
+<end_of_utterance> <｜end▁of▁sentence｜> [e~[
+"""  # noqa: RUF001
+STOP_TEXTS = frozenset(_STOP_TEXTS.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,13 @@ class Vocabulary:
         """Reads `tokenizer.ggml.*`; raises InvalidCheckpoint where it is absent or inconsistent."""
         tokens = metadata.get(_KEY + "tokens")
         if not isinstance(tokens, list) or not tokens:
-            raise InvalidCheckpoint(f"{_KEY}tokens is missing; convert the model with its tokenizer")
+            raise InvalidCheckpoint(
+                f"{_KEY}tokens is missing; convert the model with its tokenizer"
+            )
         types = _types(metadata.get(_KEY + "token_type"), tokens)
         ids = {
-            name: _id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")
+            name: _id(metadata, name, len(tokens))
+            for name in ("bos", "eos", "eot", "eom", "unknown")
         }
         stops = _stops(tokens, [ids["eos"], ids["eot"], ids["eom"]])
         named = [i for i in (ids["bos"], *stops) if i is not None]
@@ -71,13 +75,14 @@ def _id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
     if value is None:
         return None
     if not 0 <= int(value) < size:
-        raise InvalidCheckpoint(f"{_KEY}{name}_token_id is {value}, the vocabulary has {size} tokens")
+        raise InvalidCheckpoint(
+            f"{_KEY}{name}_token_id is {value}, the vocabulary has {size} tokens"
+        )
     return int(value)
 
 
 def _stops(tokens: list[str], named: Iterable[int | None]) -> frozenset[int]:
-    known = set(STOP_TEXTS)
-    found = {token: i for i, token in enumerate(tokens) if token in known}
+    found = {token: i for i, token in enumerate(tokens) if token in STOP_TEXTS}
     # Harmony ends messages, not answers, with <|end|>; it has <|return|> and <|call|> for those.
     if {"<|return|>", "<|call|>"} <= found.keys() or {"<|flush|>", "<|calls|>"} <= found.keys():
         found.pop("<|end|>", None)
