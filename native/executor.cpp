@@ -203,8 +203,8 @@ void Executor::attend(AttendOp op) {
   store->reads = {op.k, op.v};
   store->writes = {stored};
   add_phase(std::move(store));
-  auto phase = std::make_unique<AttendPhase>(kernels_, limits_.block_size, op, cache,
-                                             *buffers_[op.q], *buffers_[op.out]);
+  auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_.block_size, op,
+                                             cache, *buffers_[op.q], *buffers_[op.out]);
   phase->reads = {op.q, stored};
   phase->writes = {op.out};
   add_phase(std::move(phase));

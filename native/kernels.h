@@ -61,7 +61,7 @@ struct Kernels {
   void (*store_key)(const float* k, size_t head_dim, size_t block_size, size_t offset,
                     uint8_t* keys);
   void (*store_value)(const float* v, size_t head_dim, uint8_t* value);
-  void (*attend)(const AttendArgs& args);
+  void (*attend)(AttendArgs args);
 };
 
 // Tables per KV element type: [0] f16, [1] f32.

@@ -36,28 +36,28 @@ struct Planes;  // vector(p, j): the codes of columns 4j..4j+3 of a 32-column ru
 template <>
 struct Planes<8> {
   template <int j>
-  static inline U8x64 vector(const uint8_t* p) {
+  [[gnu::always_inline]] static inline U8x64 vector(const uint8_t* p) {
     return load_codes(p + 64 * j);
   }
 };
 template <>
 struct Planes<4> {
   template <int j>
-  static inline U8x64 vector(const uint8_t* p) {
+  [[gnu::always_inline]] static inline U8x64 vector(const uint8_t* p) {
     return bits_of<4 * (j % 2), 0>(load_codes(p + 64 * (j / 2)), 15);
   }
 };
 template <>
 struct Planes<2> {
   template <int j>
-  static inline U8x64 vector(const uint8_t* p) {
+  [[gnu::always_inline]] static inline U8x64 vector(const uint8_t* p) {
     return bits_of<2 * (j % 4), 0>(load_codes(p + 64 * (j / 4)), 3);
   }
 };
 template <>
 struct Planes<3> {
   template <int j>
-  static inline U8x64 vector(const uint8_t* p) {
+  [[gnu::always_inline]] static inline U8x64 vector(const uint8_t* p) {
     const U8x64 high = bits_of<(j > 2 ? j - 2 : 0), (j < 2 ? 2 - j : 0)>(load_codes(p + 128), 4);
     return either(Planes<2>::vector<j>(p), high);
   }
@@ -65,7 +65,7 @@ struct Planes<3> {
 template <>
 struct Planes<5> {
   template <int j>
-  static inline U8x64 vector(const uint8_t* p) {
+  [[gnu::always_inline]] static inline U8x64 vector(const uint8_t* p) {
     const U8x64 high = bits_of<(j > 4 ? j - 4 : 0), (j < 4 ? 4 - j : 0)>(load_codes(p + 256), 16);
     return either(Planes<4>::vector<j>(p), high);
   }
@@ -73,7 +73,7 @@ struct Planes<5> {
 template <>
 struct Planes<6> {
   template <int j>
-  static inline U8x64 vector(const uint8_t* p) {
+  [[gnu::always_inline]] static inline U8x64 vector(const uint8_t* p) {
     constexpr int kAt = 2 * (j % 4);
     const U8x64 high = bits_of<(kAt > 4 ? kAt - 4 : 0), (kAt < 4 ? 4 - kAt : 0)>(
         load_codes(p + 256 + 64 * (j / 4)), 48);
@@ -91,7 +91,7 @@ struct Scale {
 struct Direct {  // f16 d a run
   static constexpr size_t kRuns = 1, kBytes = 32;
   static constexpr bool kHalves = false, kMinimum = false;
-  static inline Scale of(const uint8_t* p, size_t) {
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
     const F32x16 d = load(halves(p));
     return {{d, d}, {d, d}};
   }
@@ -99,7 +99,7 @@ struct Direct {  // f16 d a run
 struct DirectMinimum {  // f16 d, f16 m a run
   static constexpr size_t kRuns = 1, kBytes = 64;
   static constexpr bool kHalves = false, kMinimum = true;
-  static inline Scale of(const uint8_t* p, size_t) {
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
     const F32x16 d = load(halves(p)), m = load(halves(p + 32));
     return {{d, d}, {m, m}};
   }
@@ -107,7 +107,7 @@ struct DirectMinimum {  // f16 d, f16 m a run
 struct Super4 {  // q4_k, q5_k: f16 d, f16 dmin a 256; u8 scale, u8 minimum a run
   static constexpr size_t kRuns = 8, kBytes = 64 + 8 * 32;
   static constexpr bool kHalves = false, kMinimum = true;
-  static inline Scale of(const uint8_t* p, size_t run) {
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t run) {
     const uint8_t* sub = p + 64 + 32 * run;
     const F32x16 d = mul(load(halves(p)), load_u8(sub));
     const F32x16 m = mul(load(halves(p + 32)), load_u8(sub + 16));
@@ -119,7 +119,7 @@ struct Super4 {  // q4_k, q5_k: f16 d, f16 dmin a 256; u8 scale, u8 minimum a ru
 struct Super2 {  // q2_k: f16 d, f16 dmin a 256; nibbles (scale, minimum) a half run
   static constexpr size_t kRuns = 8, kBytes = 64 + 16 * 16;
   static constexpr bool kHalves = true, kMinimum = true;
-  static inline Scale of(const uint8_t* p, size_t run) {
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t run) {
     const uint8_t* sub = p + 64 + 32 * run;
     const F32x16 d = load(halves(p)), m = ::sub(zero(), load(halves(p + 32)));
     return {{mul(d, load_nibbles(sub, false)), mul(d, load_nibbles(sub + 16, false))},
@@ -129,7 +129,7 @@ struct Super2 {  // q2_k: f16 d, f16 dmin a 256; nibbles (scale, minimum) a half
 struct Super6 {  // q3_k, q6_k: f16 d a 256; i8 scale a half run
   static constexpr size_t kRuns = 8, kBytes = 32 + 16 * 16;
   static constexpr bool kHalves = true, kMinimum = false;
-  static inline Scale of(const uint8_t* p, size_t run) {
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t run) {
     const uint8_t* sub = p + 32 + 32 * run;
     const F32x16 d = load(halves(p));
     const F32x16 a = mul(d, load_i8(sub)), b = mul(d, load_i8(sub + 16));
@@ -139,7 +139,7 @@ struct Super6 {  // q3_k, q6_k: f16 d a 256; i8 scale a half run
 struct Super8 {  // q8_k: f32 d a 256
   static constexpr size_t kRuns = 8, kBytes = 64;
   static constexpr bool kHalves = false, kMinimum = false;
-  static inline Scale of(const uint8_t* p, size_t) {
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
     const F32x16 d = load(reinterpret_cast<const float*>(p));
     return {{d, d}, {d, d}};
   }
@@ -156,7 +156,7 @@ struct IntegerTile {
 };
 
 template <class Tile>
-inline I32x16 start(const int32_t* minus_q) {
+[[gnu::always_inline]] inline I32x16 start(const int32_t* minus_q) {
   if constexpr (Tile::kZero >= 0)
     return splat_shifted<Tile::kZero>(minus_q);
   else
@@ -165,7 +165,8 @@ inline I32x16 start(const int32_t* minus_q) {
 
 // acc[row] += the 32 codes . the row's int8 at x, for codes that are columns 0..31 of a run
 template <class Tile, int kRows, int j = 0>
-inline void dots(I32x16* acc, const uint8_t* codes, const QuantGroup* x, size_t stride) {
+[[gnu::always_inline]] inline void dots(I32x16* acc, const uint8_t* codes, const QuantGroup* x,
+                                        size_t stride) {
   if constexpr (j < 8) {
     const U8x64 w = Planes<Tile::kBits>::template vector<j>(codes);
     constexpr int kAt = Tile::Scales::kHalves && j >= 4 ? kRows : 0;
@@ -180,7 +181,8 @@ inline void dots(I32x16* acc, const uint8_t* codes, const QuantGroup* x, size_t 
 // The digits of fine groups join: acc = 256 * acc + codes . r. Rows whose group is not fine have r
 // = 0, and the factor 256 is exact in what follows, so they come out the same as without.
 template <class Tile, int kRows>
-inline void refine(I32x16* acc, const uint8_t* codes, const QuantGroup* fine, size_t stride) {
+[[gnu::always_inline]] inline void refine(I32x16* acc, const uint8_t* codes, const QuantGroup* fine,
+                                          size_t stride) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const auto& g = reinterpret_cast<const FineGroup&>(fine[static_cast<size_t>(r) * stride]);
@@ -195,8 +197,8 @@ inline void refine(I32x16* acc, const uint8_t* codes, const QuantGroup* fine, si
 }
 
 template <class Tile, int kRows>
-inline void accumulate(F32x16* out, const uint8_t* codes, const Scale& s, const QuantGroup* x,
-                       size_t stride, size_t groups) {
+[[gnu::always_inline]] inline void accumulate(F32x16* out, const uint8_t* codes, const Scale& s,
+                                              const QuantGroup* x, size_t stride, size_t groups) {
   using Scales = typename Tile::Scales;
   I32x16 acc[Scales::kHalves ? 2 * kRows : kRows];
   int32_t fine = 0;
@@ -229,6 +231,8 @@ inline void accumulate(F32x16* out, const uint8_t* codes, const Scale& s, const 
   }
 }
 
+constexpr size_t kPrefetch = 2048;  // bytes ahead
+
 template <class Tile, int kRows>
 void matmul_rows(const uint8_t* codes, const uint8_t* scales, size_t cols, const QuantGroup* x,
                  size_t stride, float* out) {
@@ -238,29 +242,22 @@ void matmul_rows(const uint8_t* codes, const uint8_t* scales, size_t cols, const
   const size_t groups = cols / kGroup;
   for (size_t run = 0; run < groups; ++run) {
     const Scale s = Scales::of(scales + run / Scales::kRuns * Scales::kBytes, run % Scales::kRuns);
+    if constexpr (kRows <= 2)  // few rows wait for memory, and a tile ends before the hardware sees
+                               // its pattern
+      for (size_t at = 0; at < 64 * Tile::kBits; at += 64) prefetch(codes + kPrefetch + at);
     accumulate<Tile, kRows>(acc, codes, s, x + run, stride, groups);
     codes += 64 * Tile::kBits;
   }
   for (int r = 0; r < kRows; ++r) store(out + static_cast<size_t>(r) * kLanes, acc[r]);
 }
 
-template <class Tile>
+template <class Tile, size_t kBlock = kRowBlock>
 void matmul_integer(const uint8_t* codes, const uint8_t* scales, size_t cols, const QuantGroup* x,
                     size_t stride, size_t rows, float* out) {
-  constexpr size_t kBlock = kRowBlock;
   for (; rows >= kBlock; rows -= kBlock, x += kBlock * stride, out += kBlock * kLanes)
     matmul_rows<Tile, kBlock>(codes, scales, cols, x, stride, out);
-  if constexpr (kBlock > 4) {
-    if (rows >= 4) {
-      matmul_rows<Tile, 4>(codes, scales, cols, x, stride, out);
-      rows -= 4, x += 4 * stride, out += 4 * kLanes;
-    }
-  }
-  if (rows >= 2) {
-    matmul_rows<Tile, 2>(codes, scales, cols, x, stride, out);
-    rows -= 2, x += 2 * stride, out += 2 * kLanes;
-  }
-  if (rows == 1) matmul_rows<Tile, 1>(codes, scales, cols, x, stride, out);
+  if constexpr (kBlock > 1)
+    matmul_integer<Tile, kBlock / 2>(codes, scales, cols, x, stride, rows, out);
 }
 
 // ---- float matmul ----
@@ -292,52 +289,51 @@ void matmul_float_rows(const uint8_t* tile, size_t cols, const float* x, size_t 
   for (int r = 0; r < kRows; ++r) store(out + static_cast<size_t>(r) * kLanes, acc[r]);
 }
 
-template <class Element>
+template <class Element, size_t kBlock = kRowBlock>
 void matmul_float(const uint8_t* tile, size_t cols, const float* x, size_t stride, size_t rows,
                   float* out) {
-  constexpr size_t kBlock = kRowBlock;
   for (; rows >= kBlock; rows -= kBlock, x += kBlock * stride, out += kBlock * kLanes)
     matmul_float_rows<Element, kBlock>(tile, cols, x, stride, out);
-  for (; rows >= 2; rows -= 2, x += 2 * stride, out += 2 * kLanes)
-    matmul_float_rows<Element, 2>(tile, cols, x, stride, out);
-  if (rows == 1) matmul_float_rows<Element, 1>(tile, cols, x, stride, out);
+  if constexpr (kBlock > 1) matmul_float<Element, kBlock / 2>(tile, cols, x, stride, rows, out);
 }
 
 // ---- activations to int8 ----
 
 inline F32x16 to_int8(F32x16 x) { return max(min(round_even(x), set1(127.0f)), set1(-127.0f)); }
 
-inline void sums(const int8_t* q, int32_t* half) {
-  half[0] = half[1] = 0;
-  for (size_t i = 0; i < kGroup; ++i) half[i / 16] += q[i];
+// Rounds to int8, stores, and returns the sum (exact: floats hold integers up to 2^24).
+inline int32_t store_rounded(int8_t* to, F32x16 x) {
+  const F32x16 whole = to_int8(x);
+  store_i8(to, whole);
+  return static_cast<int32_t>(sum(whole));
 }
 
 inline void quantize_group(const float* x, float fine_above, QuantGroup* out, FineGroup* digits) {
-  const F32x16 a = load(x), b = load(x + 16);
-  const float peak = max_of(max(abs(a), abs(b)));
+  const F32x16 part[2] = {load(x), load(x + 16)};
+  const float peak = max_of(max(abs(part[0]), abs(part[1])));
   const float scale = peak / 127.0f;
   const F32x16 step = set1(scale > 0.0f ? scale : 1.0f);
-  const F32x16 steps[2] = {div(a, step), div(b, step)};
-  int32_t q[2], r[2] = {0, 0};
+  int32_t total[2];  // of 256 q + r
   out->fine = peak > fine_above;
-  for (int h = 0; h < 2; ++h) {
-    const F32x16 whole = to_int8(steps[h]);
-    store_i8(out->q + 16 * h, whole);
-    const F32x16 rest = out->fine ? mul(sub(steps[h], whole), set1(256.0f)) : zero();
-    store_i8(digits->r + 16 * h, to_int8(rest));
-  }
-  sums(out->q, q);
-  if (out->fine) sums(digits->r, r);
   out->scale = scale;
-  const float unit = scale * (1.0f / 256.0f);
-  out->sum = unit * static_cast<float>(256 * (q[0] + q[1]) + r[0] + r[1]);
-  out->minus_q = -(q[0] + q[1]);
-  digits->minus_r = -(r[0] + r[1]);
   for (int h = 0; h < 2; ++h) {
-    out->half_sum[h] = unit * static_cast<float>(256 * q[h] + r[h]);
-    out->minus_half_q[h] = -q[h];
-    digits->minus_half_r[h] = -r[h];
+    const F32x16 steps = div(part[h], step);
+    const int32_t q = store_rounded(out->q + 16 * h, steps);
+    int32_t r = 0;
+    if (out->fine != 0) {
+      const F32x16 rest = sub(steps, to_int8(steps));
+      r = store_rounded(digits->r + 16 * h, mul(rest, set1(256.0f)));
+    } else {
+      store_i8(digits->r + 16 * h, zero());
+    }
+    out->minus_half_q[h] = -q;
+    digits->minus_half_r[h] = -r;
+    total[h] = 256 * q + r;
+    out->half_sum[h] = scale * (1.0f / 256.0f) * static_cast<float>(total[h]);
   }
+  out->sum = scale * (1.0f / 256.0f) * static_cast<float>(total[0] + total[1]);
+  out->minus_q = out->minus_half_q[0] + out->minus_half_q[1];
+  digits->minus_r = digits->minus_half_r[0] + digits->minus_half_r[1];
 }
 
 void quantize(const float* x, size_t cols, QuantGroup* out) {
@@ -720,18 +716,12 @@ struct Attention {
   }
 };
 
-template <class Cache>
-void attend(const AttendArgs& args) {
-  switch (args.count) {
-    case 1:
-      return Attention<Cache>::template run<1>(args);
-    case 2:
-      return Attention<Cache>::template run<2>(args);
-    case 3:
-      return Attention<Cache>::template run<3>(args);
-    default:
-      return Attention<Cache>::template run<4>(args);
-  }
+template <class Cache, int kQueries = kQueryBlock>
+void attend(AttendArgs args) {
+  if constexpr (kQueries > 1)
+    if (args.count < kQueries) return attend<Cache, kQueries - 1>(args);
+  for (size_t left = args.count; left > 0; left -= kQueries, args.queries += kQueries)
+    Attention<Cache>::template run<kQueries>(args);
 }
 
 // ---- the table ----

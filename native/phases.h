@@ -186,29 +186,43 @@ class StorePhase final : public Phase {
 
 class AttendPhase final : public Phase {
  public:
-  AttendPhase(const Kernels& k, size_t block_size, const AttendOp& op, const CacheLayer& cache,
-              const Buffer& q, const Buffer& out)
-      : k_(k), block_size_(block_size), op_(op), cache_(cache), q_(q), out_(out) {}
-  size_t tasks(const Step& step) const override { return step.runs.size() * op_.kv_heads; }
+  AttendPhase(const Kernels& k, size_t threads, size_t block_size, const AttendOp& op,
+              const CacheLayer& cache, const Buffer& q, const Buffer& out)
+      : k_(k),
+        threads_(threads),
+        block_size_(block_size),
+        op_(op),
+        cache_(cache),
+        q_(q),
+        out_(out) {}
+  size_t tasks(const Step& step) const override {
+    return step.runs.size() * op_.kv_heads * parts(step);
+  }
 
   void run(const Step& step, size_t task) override {
+    const size_t group = op_.heads / op_.kv_heads, split = parts(step);
+    const size_t part = task % split, kv_head = task / split % op_.kv_heads;
     // The last rows have the longest contexts: they go first, so that no long task is left for the
     // end.
-    const RowRun& run = step.runs[step.runs.size() - 1 - task / op_.kv_heads];
-    const size_t kv_head = task % op_.kv_heads, group = op_.heads / op_.kv_heads;
+    const RowRun& run = step.runs[step.runs.size() - 1 - task / split / op_.kv_heads];
     const int32_t* table = step.batch.block_tables.data() + run.sequence * step.batch.table_width;
+    const size_t heads = group / split, first = kv_head * group + part * heads;
+    const size_t total = (run.end - run.begin) * heads;
     Query queries[kMaxQueries];
-    size_t count = 0;
-    for (size_t i = 0; i < (run.end - run.begin) * group; ++i) {
-      queries[count++] = query(step, run.begin + i / group, kv_head * group + i % group);
-      if (count == kMaxQueries || i + 1 == (run.end - run.begin) * group) {
-        attend(queries, count, table, kv_head);
-        count = 0;
-      }
+    for (size_t done = 0; done < total;) {
+      const size_t count = std::min(kMaxQueries, total - done);
+      for (size_t i = 0; i < count; ++i, ++done)
+        queries[i] = query(step, run.begin + done / heads, first + done % heads);
+      k_.attend({queries, count, cache_.keys->data(), cache_.values->data(), table, block_size_,
+                 op_.kv_heads, kv_head, op_.head_dim, op_.scale, op_.softcap});
     }
   }
 
  private:
+  // A group's heads share keys and values, so they stay together unless threads would idle.
+  size_t parts(const Step& step) const {
+    return step.runs.size() * op_.kv_heads < 4 * threads_ ? op_.heads / op_.kv_heads : 1;
+  }
   Query query(const Step& step, size_t row, size_t head) const {
     const int32_t end = step.batch.positions[row] + 1;
     const int32_t window = static_cast<int32_t>(op_.window);
@@ -216,13 +230,9 @@ class AttendPhase final : public Phase {
     return {q_.row(row) + column, out_.row(row) + column,
             window != 0 && end > window ? end - window : 0, end};
   }
-  void attend(const Query* queries, size_t count, const int32_t* table, size_t kv_head) const {
-    k_.attend({queries, count, cache_.keys->data(), cache_.values->data(), table, block_size_,
-               op_.kv_heads, kv_head, op_.head_dim, op_.scale, op_.softcap});
-  }
 
   const Kernels& k_;
-  size_t block_size_;
+  size_t threads_, block_size_;
   AttendOp op_;
   const CacheLayer& cache_;
   const Buffer &q_, &out_;

@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int kRowBlock = 4;
+constexpr size_t kRowBlock = 4;  // rows a matmul keeps in registers
+constexpr int kQueryBlock = 4;   // queries attention keeps there
 constexpr bool kSignedDot8 =
     true;  // maddubs saturates on two products of 8-bit codes, so sign them
 

@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int kRowBlock = 8;         // rows a matmul keeps in registers
+constexpr size_t kRowBlock = 8;      // rows a matmul keeps in registers
+constexpr int kQueryBlock = 4;       // queries attention keeps there
 constexpr bool kSignedDot8 = false;  // dot() takes 8-bit codes as unsigned
 
 struct F32x16 {

@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int kRowBlock = 4;
+constexpr size_t kRowBlock = 1;
+constexpr int kQueryBlock = 1;
 constexpr bool kSignedDot8 = false;
 
 struct F32x16 {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -24,9 +25,11 @@ def chat(*lines: str, options: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
-def test_history() -> None:
-    out = chat("My name is Ada. Say hello.", "What is my name?")
-    assert "Ada" in out.splitlines()[-1]
+def test_history_is_kept_and_not_read_again() -> None:
+    done = squall(*OPTIONS, stdin="My name is Ada. Say hello.\nWhat is my name?\n")
+    first, second = re.findall(r"\[(\d+) prompt tokens.*?(?:\((\d+) known\))?;", done.stderr)
+    assert int(second[0]) > int(first[0])
+    assert int(second[1]) >= int(first[0])
 
 
 def test_commands() -> None:
@@ -42,9 +45,15 @@ def test_an_answer_cut_by_length_ends_in_dots() -> None:
 
 
 def test_a_conversation_that_is_too_long_goes_on_after_clear() -> None:
-    out = chat("word " * 2000, "\\clear", "What is the capital of France?")
+    out = chat(
+        "word " * 2000, "\\clear", "What is the capital of France, and what is it known for?"
+    )
     assert "\\clear begins anew" in out
     assert "Paris" in out
+
+
+# What the line editor sends when it begins to wait for a line, and when it has one.
+PROMPT, ANSWER = "\x1b[?2004h", "\x1b[?2004l"
 
 
 class Terminal:
@@ -90,22 +99,22 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None:
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("Write a long story about a ship, with many chapters.\r")
-    terminal.wait_for("chapters.")
+    terminal.wait_for(ANSWER)
     terminal.wait_for(" ")
-    time.sleep(0.3)
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for("^C")
-    terminal.wait_for("> ")
-    terminal.type("What is the capital of France?\r")
+    terminal.wait_for(PROMPT)
+    terminal.type("What is the capital of France, and what is it known for?\r")
+    terminal.wait_for(ANSWER)
     terminal.wait_for("Paris")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("\\exit\r")
     assert terminal.process.wait(30) == 0
 
 
 def test_ctrl_d_leaves(terminal: Terminal) -> None:
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0

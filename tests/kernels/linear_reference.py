@@ -18,11 +18,18 @@ def linear(
 
 
 def quantize_activations(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The values the integer kernels see: int8 codes per row and per 32 values."""
+    """The values the integer kernels see: int8 codes per row and per 32 values.
+
+    A group whose peak is above 5 times its row's root mean square has a second digit, 1/256 of the first.
+    """
     groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
-    scale = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
-    codes = np.rint(np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0))
-    return (codes.astype(np.float64) * scale).reshape(x.shape)
+    peak = np.abs(groups).max(axis=2, keepdims=True)
+    scale = peak / np.float32(127)
+    steps = np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0)
+    codes = np.rint(steps)
+    digits = np.clip(np.rint((steps - codes) * np.float32(256)), -127, 127)
+    fine = peak[..., 0] > 5 * np.sqrt(_norms(x) / x.shape[1])[:, None]
+    return ((codes + digits / 256 * fine[..., None]) * scale.astype(np.float64)).reshape(x.shape)
 
 
 def nmse(

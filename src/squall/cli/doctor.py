@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import sys
@@ -29,6 +28,8 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _findings() -> Iterator[tuple[str, str]]:
+    import importlib.metadata
+
     yield "squall", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "processor", _processor()
     yield from _native()

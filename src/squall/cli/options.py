@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +16,8 @@ from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from squall.model import Model
+
+PROGRESS_S = 0.3
 
 File = Annotated[
     Path | None, typer.Option("-f", "--file", help="A GGUF file; of a split one any part.")
@@ -67,7 +72,7 @@ def open_model(
         context=context,
         threads=threads,
         weights=weights.value,
-        progress=_show_progress if sys.stderr.isatty() else None,
+        progress=progress("loading"),
     )
 
 
@@ -81,7 +86,18 @@ def read_text(path: Path) -> str:
         raise InvalidRequest(f"{path} is not UTF-8 text; convert it first") from None
 
 
-def _show_progress(done: int, whole: int) -> None:
-    line = f"\rloading {100 * done // max(whole, 1)} %" if done < whole else "\r\x1b[K"
-    sys.stderr.write(line)
-    sys.stderr.flush()
+def progress(what: str) -> Callable[[int, int], None]:
+    """A line on a terminal's stderr that tells the share done; nothing if it is done quickly."""
+    last_s = time.monotonic() if sys.stderr.isatty() else math.inf
+    shown = False
+
+    def show(done: int, whole: int) -> None:
+        nonlocal last_s, shown
+        if done == whole and shown:
+            sys.stderr.write("\r\x1b[K")
+        elif done < whole and time.monotonic() - last_s > PROGRESS_S:
+            last_s, shown = time.monotonic(), True
+            sys.stderr.write(f"\r{what} {100 * done // whole} %")
+        sys.stderr.flush()
+
+    return show

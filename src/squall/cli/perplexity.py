@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from squall.cli.options import (
     Weights,
     WeightsOption,
     open_model,
+    progress,
     read_text,
     source,
 )
@@ -69,7 +69,8 @@ def perplexity(
     with open_model(
         source(file, model), context=window, threads=threads, weights=weights
     ) as opened:
-        score = measure(opened, content, window=window, stride=stride or max(window // 2, 1))
+        stride = stride or max(window // 2, 1)
+        score = measure(opened, content, window=window, stride=stride)
     if as_json:
         typer.echo(json.dumps(asdict(score)))
     else:
@@ -82,6 +83,7 @@ def perplexity(
 
 def measure(model: Model, text: str, *, window: int, stride: int) -> Score:
     """The perplexity of `text` as `perplexity` defines it."""
+    shown = progress("scoring")
     ids = model.encode(text, add_bos=False)
     bos = model.encode("")
     room = window - len(bos)
@@ -93,7 +95,7 @@ def measure(model: Model, text: str, *, window: int, stride: int) -> Score:
         # Without a BOS the first token of the text has nothing before it.
         first_scored = max(len(bos) + first - start, 1)
         found += model.log_probabilities(seen, start=first_scored).tolist()
-        _show_progress(stop, len(ids))
+        shown(stop, len(ids))
     if not found:
         raise InvalidRequest("the text has fewer than two tokens; there is nothing to predict")
     mean, error = _mean_and_error(found)
@@ -113,9 +115,3 @@ def _mean_and_error(values: list[float]) -> tuple[float, float]:
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
     return mean, math.sqrt(variance / len(values))
-
-
-def _show_progress(done: int, whole: int) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r{100 * done // whole} %" if done < whole else "\r\x1b[K")
-        sys.stderr.flush()
