@@ -1,15 +1,15 @@
 // Number formats and how each lies in a tile.
 //
-// A tile is 16 rows of a weight, interleaved so that a SIMD lane is a row. Integer formats hold two
-// regions:
-//   codes   for every 32 columns: bit planes of 16 x 32 codes. A vector of 64 bytes is 16 rows x 4
-//   columns; the
-//           4-bit plane holds columns 8v..8v+3 of vector v in its low nibbles and 8v+4..8v+7 in its
-//           high ones, the 2-bit plane four such runs of 4 columns, the 1-bit plane eight. 8-bit
-//           codes lie as they are.
-//   scales  per 32 columns (direct: f16 d[16], f16 m[16] when there is a minimum) or per 256
-//   columns (super:
-//           f16 d[16], f16 dmin[16], then 16 byte-sized sub-scales, and sub-minima, per group).
+// A tile is 16 rows of a weight, interleaved so that a SIMD lane is a row, and read from front to
+// back. Integer formats are chunks of 32, 64 or 256 columns, each scales, then codes:
+//   scales  direct: for every 32 columns f16 d[16], and f16 m[16] when there is a minimum. Super,
+//   for 256 columns:
+//           f16 d[16], f16 dmin[16], then 16 byte-sized sub-scales, and sub-minima, per group.
+//   codes   for every 32 columns bit planes of 16 x 32 codes. A vector of 64 bytes is 16 rows x 4
+//   columns; the 4-bit
+//           plane holds columns 8v..8v+3 of vector v in its low nibbles and 8v+4..8v+7 in its high
+//           ones, the 2-bit plane four such runs of 4 columns, the 1-bit plane eight. 8-bit codes
+//           lie as they are.
 // Float formats hold for every column the 16 rows' values.
 #pragma once
 #include <array>
@@ -48,20 +48,23 @@ struct FormatInfo {
   size_t block;        // columns of a block in the file
   size_t block_bytes;  // its bytes
   size_t bits;         // of a code in the tile; 0: a float format
-  size_t scale_block;  // columns that one run of the scale region covers
-  size_t scale_bytes;  // bytes of that run, for 16 rows
+  size_t chunk;        // columns of a chunk of the tile, a multiple of the block
+  size_t scale_bytes;  // bytes of 16 blocks' scales in a chunk
+
+  size_t chunk_scales() const { return chunk / block * scale_bytes; }
+  size_t chunk_bytes() const { return chunk_scales() + chunk * kLanes * bits / 8; }
 };
 
 constexpr std::array<FormatInfo, kFormats> kFormatInfo = {{
-    {"f32", 1, 4, 0, 0, 0},
-    {"f16", 1, 2, 0, 0, 0},
-    {"bf16", 1, 2, 0, 0, 0},
-    {"q4_0", 32, 18, 4, 32, 32},
+    {"f32", 1, 4, 0, 1, 0},
+    {"f16", 1, 2, 0, 1, 0},
+    {"bf16", 1, 2, 0, 1, 0},
+    {"q4_0", 32, 18, 4, 64, 32},
     {"q4_1", 32, 20, 4, 32, 64},
-    {"q5_0", 32, 22, 5, 32, 32},
+    {"q5_0", 32, 22, 5, 64, 32},
     {"q5_1", 32, 24, 5, 32, 64},
-    {"q8_0", 32, 34, 8, 32, 32},
-    {"q8_1", 32, 36, 8, 32, 32},
+    {"q8_0", 32, 34, 8, 64, 32},
+    {"q8_1", 32, 36, 8, 64, 32},
     {"q2_k", 256, 84, 2, 256, 64 + 16 * 16},
     {"q3_k", 256, 110, 3, 256, 32 + 16 * 16},
     {"q4_k", 256, 144, 4, 256, 64 + 8 * 32},
@@ -76,15 +79,6 @@ inline std::optional<Format> format_named(std::string_view name) {
   for (size_t i = 0; i < kFormats; ++i)
     if (kFormatInfo[i].name == name) return static_cast<Format>(i);
   return std::nullopt;
-}
-
-inline size_t codes_bytes(Format format, size_t cols) {  // of one tile
-  const FormatInfo& f = info(format);
-  return f.bits == 0 ? cols * kLanes * f.block_bytes : cols * kLanes * f.bits / 8;
-}
-inline size_t scales_bytes(Format format, size_t cols) {
-  const FormatInfo& f = info(format);
-  return f.bits == 0 ? 0 : cols / f.scale_block * f.scale_bytes;
 }
 
 // 32 activations: x ~ scale * q, or scale * (q + r / 256) where `fine` is set. One cache line.

@@ -12,8 +12,8 @@ namespace squall {
 enum class Activation : uint8_t { kNone, kSilu, kGelu, kGeluTanh, kRelu };
 
 // out[rows][16] = x[rows] . one tile
-using MatmulQuantized = void (*)(const uint8_t* codes, const uint8_t* scales, size_t cols,
-                                 const QuantGroup* x, size_t x_stride, size_t rows, float* out);
+using MatmulQuantized = void (*)(const uint8_t* tile, size_t cols, const QuantGroup* x,
+                                 size_t x_stride, size_t rows, float* out);
 using MatmulFloat = void (*)(const uint8_t* tile, size_t cols, const float* x, size_t x_stride,
                              size_t rows, float* out);
 

@@ -81,7 +81,7 @@ struct Planes<6> {
   }
 };
 
-// ---- scales: `of(p, run)` gives the scales of 32-column run `run` of a scale block at p ----
+// ---- scales: `of(p, run)` gives those of the 32-column run `run` of a chunk at p ----
 
 struct Scale {
   F32x16 scale[2];  // of the two halves when groups are 16 wide, else [0]
@@ -89,10 +89,10 @@ struct Scale {
 };
 
 struct Direct {  // f16 d a run
-  static constexpr size_t kRuns = 1, kBytes = 32;
+  static constexpr size_t kRuns = 2, kBytes = 64;
   static constexpr bool kHalves = false, kMinimum = false;
-  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
-    const F32x16 d = load(halves(p));
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t run) {
+    const F32x16 d = load(halves(p + 32 * run));
     return {{d, d}, {d, d}};
   }
 };
@@ -234,30 +234,34 @@ template <class Tile, int kRows>
 constexpr size_t kPrefetch = 2048;  // bytes ahead
 
 template <class Tile, int kRows>
-void matmul_rows(const uint8_t* codes, const uint8_t* scales, size_t cols, const QuantGroup* x,
-                 size_t stride, float* out) {
+void matmul_rows(const uint8_t* chunk, size_t cols, const QuantGroup* x, size_t stride,
+                 float* out) {
   using Scales = typename Tile::Scales;
   F32x16 acc[kRows];
   for (F32x16& a : acc) a = zero();
   const size_t groups = cols / kGroup;
-  for (size_t run = 0; run < groups; ++run) {
-    const Scale s = Scales::of(scales + run / Scales::kRuns * Scales::kBytes, run % Scales::kRuns);
-    if constexpr (kRows <= 2)  // few rows wait for memory, and a tile ends before the hardware sees
-                               // its pattern
+  const uint8_t* codes = chunk + Scales::kBytes;
+  for (size_t group = 0, run = 0; group < groups; ++group) {
+    // Few rows wait for memory.
+    if constexpr (kRows <= 2)
       for (size_t at = 0; at < 64 * Tile::kBits; at += 64) prefetch(codes + kPrefetch + at);
-    accumulate<Tile, kRows>(acc, codes, s, x + run, stride, groups);
+    accumulate<Tile, kRows>(acc, codes, Scales::of(chunk, run), x + group, stride, groups);
     codes += 64 * Tile::kBits;
+    if (++run == Scales::kRuns) {
+      run = 0;
+      chunk = codes;
+      codes += Scales::kBytes;
+    }
   }
   for (int r = 0; r < kRows; ++r) store(out + static_cast<size_t>(r) * kLanes, acc[r]);
 }
 
 template <class Tile, size_t kBlock = kRowBlock>
-void matmul_integer(const uint8_t* codes, const uint8_t* scales, size_t cols, const QuantGroup* x,
-                    size_t stride, size_t rows, float* out) {
+void matmul_integer(const uint8_t* tile, size_t cols, const QuantGroup* x, size_t stride,
+                    size_t rows, float* out) {
   for (; rows >= kBlock; rows -= kBlock, x += kBlock * stride, out += kBlock * kLanes)
-    matmul_rows<Tile, kBlock>(codes, scales, cols, x, stride, out);
-  if constexpr (kBlock > 1)
-    matmul_integer<Tile, kBlock / 2>(codes, scales, cols, x, stride, rows, out);
+    matmul_rows<Tile, kBlock>(tile, cols, x, stride, out);
+  if constexpr (kBlock > 1) matmul_integer<Tile, kBlock / 2>(tile, cols, x, stride, rows, out);
 }
 
 // ---- float matmul ----

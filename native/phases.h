@@ -56,10 +56,10 @@ inline void matmul(const Kernels& k, const Tile& w, size_t tile, const Buffer& x
                    size_t rows, float* acc) {
   const size_t format = static_cast<size_t>(w.format());
   if (w.is_integer())
-    k.matmul_quantized[format](w.codes(tile), w.scales(tile), w.cols(), x.quant_row(row),
-                               x.quant_stride(), rows, acc);
+    k.matmul_quantized[format](w.tile(tile), w.cols(), x.quant_row(row), x.quant_stride(), rows,
+                               acc);
   else
-    k.matmul_float[format](w.codes(tile), w.cols(), x.row(row), x.width, rows, acc);
+    k.matmul_float[format](w.tile(tile), w.cols(), x.row(row), x.width, rows, acc);
 }
 
 // Work that is done tile by tile of a weight, each for all rows.

@@ -182,7 +182,7 @@ uint8_t get_code(size_t bits, const uint8_t* run, size_t lane, size_t column) { 
 
 struct Target {
   size_t lane;
-  uint8_t* scales;  // the block's run of the scale region
+  uint8_t* scales;  // the block's, for all lanes
   void half(size_t at, const uint8_t* from) const { memcpy(scales + at + 2 * lane, from, 2); }
   void byte(size_t at, uint8_t v) const { scales[at + lane] = v; }
 };
@@ -332,51 +332,55 @@ Tile::Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t col
                                 " x " + std::to_string(cols) + " takes " +
                                 std::to_string(rows * row_bytes) + " bytes, not " +
                                 std::to_string(data.size()));
-  codes_bytes_ = round_up(codes_bytes(format, cols), 64);
-  tile_bytes_ = codes_bytes_ + round_up(scales_bytes(format, cols), 64);
+  tile_bytes_ = f.bits == 0 ? cols * kLanes * f.block_bytes
+                            : (cols + f.chunk - 1) / f.chunk * f.chunk_bytes();
+  tile_bytes_ = round_up(tile_bytes_, 64);
   memory_ = std::make_unique<Memory>(tiles_ * tile_bytes_);
   pool.run({&tiles_, 1}, [&](size_t, size_t tile) { pack_tile(tile, data.data(), row_bytes); });
 }
 
 void Tile::pack_tile(size_t tile, const uint8_t* data, size_t row_bytes) {
   const FormatInfo& f = info(format_);
-  uint8_t* const codes = memory_->data() + tile * tile_bytes_;
-  uint8_t* const scales = codes + codes_bytes_;
+  uint8_t* const to = memory_->data() + tile * tile_bytes_;
   const size_t count = std::min(kLanes, rows_ - tile * kLanes);
   const uint8_t* const first = data + tile * kLanes * row_bytes;
   if (f.bits == 0) {
     for (size_t c = 0; c < cols_; ++c)
       for (size_t lane = 0; lane < count; ++lane)
-        memcpy(codes + (c * kLanes + lane) * f.block_bytes,
+        memcpy(to + (c * kLanes + lane) * f.block_bytes,
                first + lane * row_bytes + c * f.block_bytes, f.block_bytes);
     return;
   }
   uint8_t block[kSuper];
-  const size_t runs = f.block / kGroup;
-  for (size_t b = 0; b < cols_ / f.block; ++b)
+  const size_t runs = f.block / kGroup, blocks = f.chunk / f.block;
+  for (size_t b = 0; b < cols_ / f.block; ++b) {
+    uint8_t* const chunk = to + b / blocks * f.chunk_bytes();
+    uint8_t* const codes = chunk + f.chunk_scales() + b % blocks * runs * 64 * f.bits;
     for (size_t lane = 0; lane < count; ++lane) {
       unpack_block(format_, first + lane * row_bytes + b * f.block_bytes, block,
-                   {lane, scales + b * f.scale_bytes});
+                   {lane, chunk + b % blocks * f.scale_bytes});
       for (size_t run = 0; run < runs; ++run)
-        put_codes(f.bits, block + kGroup * run, lane, codes + (b * runs + run) * 64 * f.bits);
+        put_codes(f.bits, block + kGroup * run, lane, codes + run * 64 * f.bits);
     }
+  }
 }
 
 void Tile::dequantize_row(size_t row, float* out) const {
   const FormatInfo& f = info(format_);
   const size_t lane = row % kLanes;
-  const uint8_t* const c = codes(row / kLanes);
-  const uint8_t* const s = scales(row / kLanes);
+  const uint8_t* const from = tile(row / kLanes);
   for (size_t k = 0; k < cols_; ++k) {
     if (f.bits != 0) {
-      const int code = get_code(f.bits, c + k / kGroup * 64 * f.bits, lane, k % kGroup);
-      out[k] =
-          value_of(format_, s + k / f.scale_block * f.scale_bytes, lane, k % f.scale_block, code);
+      const uint8_t* const chunk = from + k / f.chunk * f.chunk_bytes();
+      const uint8_t* const run = chunk + f.chunk_scales() + k % f.chunk / kGroup * 64 * f.bits;
+      const uint8_t* const scales = chunk + k % f.chunk / f.block * f.scale_bytes;
+      const int code = get_code(f.bits, run, lane, k % kGroup);
+      out[k] = value_of(format_, scales, lane, k % f.block, code);
     } else if (format_ == Format::kF32) {
-      memcpy(out + k, c + (k * kLanes + lane) * 4, 4);
+      memcpy(out + k, from + (k * kLanes + lane) * 4, 4);
     } else {
       uint16_t h;
-      memcpy(&h, c + (k * kLanes + lane) * 2, 2);
+      memcpy(&h, from + (k * kLanes + lane) * 2, 2);
       out[k] = format_ == Format::kF16 ? half_to_float(h) : bf16_to_float(h);
     }
   }

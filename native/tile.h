@@ -37,15 +37,14 @@ class Tile {
   size_t tiles() const { return tiles_; }
   size_t nbytes() const { return memory_->bytes(); }
   bool is_integer() const { return info(format_).bits != 0; }
-  const uint8_t* codes(size_t tile) const { return memory_->data() + tile * tile_bytes_; }
-  const uint8_t* scales(size_t tile) const { return codes(tile) + codes_bytes_; }
+  const uint8_t* tile(size_t index) const { return memory_->data() + index * tile_bytes_; }
   void dequantize_row(size_t row, float* out) const;
 
  private:
   void pack_tile(size_t tile, const uint8_t* data, size_t row_bytes);
 
   Format format_;
-  size_t rows_, cols_, tiles_, codes_bytes_, tile_bytes_;
+  size_t rows_, cols_, tiles_, tile_bytes_;
   std::unique_ptr<Memory> memory_;
 };
 
