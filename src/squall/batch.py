@@ -14,10 +14,11 @@ Int32 = NDArray[np.int32]
 class Batch:
     """The rows of a step, sequence after sequence.
 
-    tokens, positions, slots: [rows]; slot = block * block_size + offset, where the row's K and V are stored.
-    bounds: [sequences + 1]; rows `bounds[s]:bounds[s + 1]` belong to sequence s, positions ascending by 1.
-    block_tables: [sequences, blocks]; block b of sequence s holds positions `b * block_size ...`.
-    outputs: [outputs], ascending; the rows whose logits are wanted.
+    tokens, positions, slots: [rows]. A row's K and V go to slot = block * block_size + offset.
+    bounds: [sequences + 1]. Rows `bounds[s]:bounds[s + 1]` belong to sequence s; their positions
+        ascend by 1.
+    block_tables: [sequences, blocks]. Block b of a sequence holds positions `b * block_size ...`.
+    outputs: [outputs]. The rows whose logits are wanted.
     """
 
     tokens: Int32

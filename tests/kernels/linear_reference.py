@@ -20,7 +20,7 @@ def linear(
 def quantize_activations(x: NDArray[np.float32]) -> NDArray[np.float64]:
     """The values the integer kernels see: int8 codes per row and per 32 values.
 
-    A group whose peak is above 5 times its row's root mean square has a second digit, 1/256 of the first.
+    A group with a peak above 5 times its row's root mean square has a second digit of 1/256.
     """
     groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
     peak = np.abs(groups).max(axis=2, keepdims=True)

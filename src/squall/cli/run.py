@@ -136,7 +136,7 @@ def show(generation: Generation, written: list[str]) -> None:
 
 
 def summary(generation: Generation) -> str:
-    """Counts, rates and the seed, in one line."""
+    """Counts, rates and, if it mattered, the seed, in one line."""
     usage = generation.usage
     parts = [f"{usage.prompt_tokens} prompt tokens, {usage.prompt_rate:.0f} tokens/s"]
     if usage.cached_tokens:
@@ -144,4 +144,6 @@ def summary(generation: Generation) -> str:
     parts.append(f"{usage.answer_tokens} answer tokens, {usage.answer_rate:.1f} tokens/s")
     if generation.finish_reason == "length":
         parts.append("stopped by length")
-    return f"[{'; '.join(parts)}; seed {generation.seed}]"
+    if generation.sampling.temperature > 0:
+        parts.append(f"seed {generation.seed}")
+    return f"[{'; '.join(parts)}]"

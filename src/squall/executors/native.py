@@ -1,4 +1,4 @@
-"""The CPU executor: packs a checkpoint's weights into tiles and hands the program's ops to the native core."""
+"""The CPU executor: packs weights into tiles and hands the program's ops to the native core."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class _Loader:
         ]
         vector = np.ascontiguousarray(np.concatenate(parts) + np.float32(weight.offset))
         if vector.size != weight.size:
-            raise InvalidCheckpoint(f"{weight.slices[0].tensor} has {vector.size} values, not {weight.size}")
+            raise InvalidCheckpoint(
+                f"{weight.slices[0].tensor} has {vector.size} values, not {weight.size}"
+            )
         return vector
 
 
@@ -174,7 +176,7 @@ class NativeExecutor:
     progress: called with (weights packed, weights in all).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         program: p.Program,
         checkpoint: Checkpoint,
@@ -213,8 +215,8 @@ class NativeExecutor:
             self._lower(loader)
         except MemoryError:
             raise OutOfMemory(
-                f"the KV cache ({blocks} blocks of {block_size} tokens) or the buffers for {max_rows} "
-                "rows do not fit in memory; choose a smaller context"
+                f"the KV cache ({blocks} blocks of {block_size} tokens) or the buffers for "
+                f"{max_rows} rows do not fit in memory; choose a smaller context"
             ) from None
         self.weight_bytes = loader.bytes
         self.kv_bytes = self._native.cache_bytes
