@@ -221,7 +221,7 @@ class AttendPhase final : public Phase {
  private:
   // A group's heads share keys and values, so they stay together unless threads would idle.
   size_t parts(const Step& step) const {
-    return step.runs.size() * op_.kv_heads < 4 * threads_ ? op_.heads / op_.kv_heads : 1;
+    return step.runs.size() * op_.kv_heads < threads_ ? op_.heads / op_.kv_heads : 1;
   }
   Query query(const Step& step, size_t row, size_t head) const {
     const int32_t end = step.batch.positions[row] + 1;

@@ -41,17 +41,6 @@ def test_control_tokens_in_text_are_text(model: Model) -> None:
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_logits_do_not_depend_on_chunks_or_threads(
-    model: Model, ids: list[int], threads: int
-) -> None:
-    expected = model.logits(ids, chunk=300)
-    assert expected.shape == (300, model.spec.vocab)
-    with Model.open(context=1024, threads=threads) as other:
-        for chunk in (1, 7, 64, 300):
-            assert other.logits(ids, chunk=chunk).tobytes() == expected.tobytes(), chunk
-
-
 def test_the_answer_does_not_depend_on_what_was_cached(model: Model) -> None:
     def answer() -> list[int]:
         generation = model.generate(CHAT, max_tokens=20, seed=7)
