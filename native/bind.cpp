@@ -72,13 +72,15 @@ std::string default_isa() {
 }
 
 std::shared_ptr<Tile> pack(const std::string& format, const Bytes& data, size_t rows, size_t cols,
-                           const std::shared_ptr<ThreadPool>& pool) {
+                           const std::shared_ptr<ThreadPool>& pool,
+                           const std::shared_ptr<Arena>& arena) {
   const auto known = format_named(format);
   if (!known) throw nb::value_error(("unknown format " + format).c_str());
   const nb::gil_scoped_release release;
   ThreadPool alone(1);
+  Arena own;
   return std::make_shared<Tile>(*known, std::span(data.data(), data.size()), rows, cols,
-                                pool ? *pool : alone);
+                                pool ? *pool : alone, arena ? *arena : own);
 }
 
 NewMatrix dequantize(const Tile& tile) {
@@ -237,12 +239,15 @@ NB_MODULE(_native, m) {
       .def(nb::init<size_t>(), "threads"_a)
       .def_prop_ro("threads", &ThreadPool::threads);
 
+  nb::class_<Arena>(m, "Arena").def(nb::init<>());
+
   nb::class_<Tile>(m, "Tile")
       .def_prop_ro("rows", &Tile::rows)
       .def_prop_ro("cols", &Tile::cols)
       .def_prop_ro("nbytes", &Tile::nbytes)
       .def("dequantize", &dequantize);
-  m.def("pack", &pack, "format"_a, "data"_a, "rows"_a, "cols"_a, "pool"_a.none() = nb::none());
+  m.def("pack", &pack, "format"_a, "data"_a, "rows"_a, "cols"_a, "pool"_a.none() = nb::none(),
+        "arena"_a.none() = nb::none());
   m.def("linear", &linear, "x"_a, "tile"_a, "isa"_a, "threads"_a);
 
   nb::class_<Executor> executor(m, "Executor");

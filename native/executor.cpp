@@ -57,8 +57,7 @@ size_t Executor::add_value(size_t width, bool outputs, bool kept, size_t multipl
 
 void Executor::add_cache(size_t kv_heads, size_t head_dim) {
   expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
-  const size_t element = limits_.f32_cache ? 4 : 2;
-  const size_t slots = limits_.blocks * limits_.block_size * kv_heads;
+  const size_t element = limits_.element(), slots = limits_.slots() * kv_heads;
   caches_.push_back({kv_heads, head_dim, std::make_unique<Memory>(slots * head_dim * element),
                      std::make_unique<Memory>(slots * padded(head_dim) * element)});
 }
@@ -121,7 +120,7 @@ void Executor::normalize(NormalizeOp op) {
         else
           k.layer_norm(x.row(r), x.width, group, op.weight.data(), or_null(op.bias), op.eps,
                        to.row(r));
-        if (to.quant != nullptr) k.quantize(to.row(r), to.width, to.quant_row(r));
+        if (to.quant != nullptr) to.quantize(k, r, 0, to.width);
       });
   phase->reads = {in};
   phase->writes = {out};
@@ -160,6 +159,7 @@ void Executor::gated_linear(GatedLinearOp op) {
   read(*phase, in, *gate);
   read(*phase, in, *up);
   phase->writes = {out};
+  phase->quantizes = true;
   add_phase(std::move(phase));
 }
 
@@ -198,15 +198,16 @@ void Executor::attend(AttendOp op) {
          "attention's heads do not fit its inputs or its cache");
   // The cache has no buffer; this value stands for it, so that the reader waits for the writer.
   const size_t stored = add_value(1, false, false);
-  auto store = std::make_unique<StorePhase>(kernels_, limits_.block_size, limits_.f32_cache ? 4 : 2,
-                                            cache, *buffers_[op.k], *buffers_[op.v]);
+  auto store =
+      std::make_unique<StorePhase>(kernels_, limits_, cache, *buffers_[op.k], *buffers_[op.v]);
   store->reads = {op.k, op.v};
   store->writes = {stored};
   add_phase(std::move(store));
-  auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_.block_size, op,
-                                             cache, *buffers_[op.q], *buffers_[op.out]);
+  auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, cache,
+                                             *buffers_[op.q], *buffers_[op.out]);
   phase->reads = {op.q, stored};
   phase->writes = {op.out};
+  phase->quantizes = op.head_dim % kGroup == 0;
   add_phase(std::move(phase));
 }
 
@@ -230,7 +231,7 @@ void Executor::mixture_of_experts(MoeOp op) {
   const Buffer &x = *buffers_[op.x], &in = *buffers_[gathered];
   auto gather = row_phase(in, threads, [&k = kernels_, &x, &in, routing](const Step&, size_t pair) {
     std::copy_n(x.row(routing->row_of[pair]), x.width, in.row(pair));
-    if (in.quant != nullptr) k.quantize(in.row(pair), in.width, in.quant_row(pair));
+    if (in.quant != nullptr) in.quantize(k, pair, 0, in.width);
   });
   gather->reads = {op.x, routed};
   gather->writes = {gathered};
@@ -245,18 +246,20 @@ void Executor::mixture_of_experts(MoeOp op) {
     gated.push_back({inner, gathered, op.gate[e], op.up[e], {}, {}, op.activation});
   auto up = expert_phase(
       *routing, ceil_div(width, kLanes), threads,
-      [&k = kernels_, &in, &mid, gated](size_t e, size_t tile, size_t row, size_t rows) {
-        gated_block(k, gated[e], in, mid, tile, row, rows);
+      [&k = kernels_, &in, &mid, gated](size_t e, const TileRange& tiles, size_t row, size_t rows) {
+        gated_block(k, gated[e], in, mid, tiles, row, rows);
       });
   auto down = expert_phase(*routing, ceil_div(hidden, kLanes), threads,
-                           [&k = kernels_, &mid, &last, tiles = op.down](size_t e, size_t tile,
-                                                                         size_t row, size_t rows) {
+                           [&k = kernels_, &mid, &last, weights = op.down](
+                               size_t e, const TileRange& tiles, size_t row, size_t rows) {
                              alignas(64) float acc[kRowsAtOnce * kLanes];
-                             matmul(k, *tiles[e], tile, mid, row, rows, acc);
-                             const size_t column = tile * kLanes,
-                                          n = std::min(kLanes, last.width - column);
-                             for (size_t r = 0; r < rows; ++r)
-                               std::copy_n(acc + r * kLanes, n, last.row(row + r) + column);
+                             for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
+                               matmul(k, *weights[e], tile, mid, row, rows, acc);
+                               const size_t column = tile * kLanes,
+                                            n = std::min(kLanes, last.width - column);
+                               for (size_t r = 0; r < rows; ++r)
+                                 std::copy_n(acc + r * kLanes, n, last.row(row + r) + column);
+                             }
                            });
   for (size_t e = 0; e < experts; ++e) {
     expect(op.gate[e]->rows() == width && op.up[e]->rows() == width && op.down[e]->rows() == hidden,
@@ -269,6 +272,7 @@ void Executor::mixture_of_experts(MoeOp op) {
     read(*down, inner, *op.down[e]);
   }
   up->writes = {inner};
+  up->quantizes = true;
   down->writes = {outer};
   add_phase(std::move(up));
   add_phase(std::move(down));
@@ -357,7 +361,7 @@ void Executor::add_quantize_phases() {
     phases.push_back(std::move(phase));
     if (!missing) continue;
     auto extra = row_phase(value, pool_->threads(), [&k = kernels_, &value](const Step&, size_t r) {
-      k.quantize(value.row(r), value.width, value.quant_row(r));
+      for (size_t c = 0; c < value.width; c += kGroup) value.quantize(k, r, c, kGroup);
     });
     extra->reads = extra->writes = {out};
     phases.push_back(std::move(extra));
@@ -506,7 +510,7 @@ void linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
   in.quant = reinterpret_cast<QuantGroup*>(groups.data());
   std::copy(x.begin(), x.end(), in.data);
   if (tile.is_integer())
-    for (size_t r = 0; r < rows; ++r) kernels.quantize(in.row(r), in.width, in.quant_row(r));
+    for (size_t r = 0; r < rows; ++r) in.quantize(kernels, r, 0, in.width);
   const size_t tiles = tile.tiles();
   pool.run({&tiles, 1}, [&](size_t, size_t t) {
     std::vector<float> acc(rows * kLanes);

@@ -37,6 +37,12 @@ struct Buffer {
   size_t quant_stride() const { return 2 * groups() + 1; }
   float* row(size_t r) const { return data + r * width; }
   QuantGroup* quant_row(size_t r) const { return quant + r * quant_stride(); }
+  // Writes the int8 form of `cols` columns from `column` on, as one span.
+  void quantize(const Kernels& k, size_t r, size_t column, size_t cols) const {
+    QuantGroup* groups_of_row = quant_row(r);
+    auto* digits = reinterpret_cast<FineGroup*>(groups_of_row + groups());
+    k.quantize(row(r) + column, cols, groups_of_row + column / kGroup, digits + column / kGroup);
+  }
 };
 
 // A run of consecutive rows of one sequence.
@@ -66,6 +72,9 @@ struct Limits {
   size_t blocks, block_size;  // of the KV cache
   size_t context;             // positions
   bool f32_cache;
+
+  size_t slots() const { return blocks * block_size; }
+  size_t element() const { return f32_cache ? 4 : 2; }
 };
 
 struct CacheLayer {
@@ -156,7 +165,7 @@ class Executor {
   void add_phase(std::unique_ptr<Phase> phase);
   // Float or int8 reading of `x`, whichever the weight wants.
   void read(Phase& phase, size_t x, const Tile& weight);
-  // Phases that make the int8 form of values whose writers do not.
+  // Phases that make the int8 form of values whose writers do not, group by group.
   void add_quantize_phases();
   void group_phases();
   void layout();

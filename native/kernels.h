@@ -28,10 +28,10 @@ struct Query {
 struct AttendArgs {
   const Query* queries;
   size_t count;           // at most kMaxQueries
-  const uint8_t* keys;    // [blocks][kv_heads][head_dim][block_size], one layer
-  const uint8_t* values;  // [blocks][kv_heads][block_size][padded head_dim]
+  const uint8_t* keys;    // [blocks][head_dim][block_size], one layer and head
+  const uint8_t* values;  // [blocks][block_size][padded head_dim]
   const int32_t* table;   // block of each run of block_size positions
-  size_t block_size, kv_heads, kv_head, head_dim;
+  size_t block_size, head_dim;
   float scale, softcap;  // softcap 0: none
 };
 constexpr size_t kMaxQueries = 4;
@@ -41,9 +41,10 @@ constexpr size_t padded(size_t head_dim) { return (head_dim + kLanes - 1) / kLan
 
 struct Kernels {
   std::string_view isa;
-  MatmulQuantized matmul_quantized[kFormats];                      // null for float formats
-  MatmulFloat matmul_float[kFormats];                              // null for the others
-  void (*quantize)(const float* x, size_t cols, QuantGroup* out);  // cols a multiple of 32
+  MatmulQuantized matmul_quantized[kFormats];  // null for float formats
+  MatmulFloat matmul_float[kFormats];          // null for the others
+  // One span of a row; cols a multiple of 32. Groups are fine by the span's root mean square.
+  void (*quantize)(const float* x, size_t cols, QuantGroup* out, FineGroup* digits);
   // Each run of `group` of the `cols` columns by itself; bias may be null.
   void (*rms_norm)(const float* x, size_t cols, size_t group, const float* weight, float eps,
                    float* out);

@@ -340,14 +340,13 @@ inline void quantize_group(const float* x, float fine_above, QuantGroup* out, Fi
   digits->minus_r = digits->minus_half_r[0] + digits->minus_half_r[1];
 }
 
-void quantize(const float* x, size_t cols, QuantGroup* out) {
+void quantize(const float* x, size_t cols, QuantGroup* out, FineGroup* digits) {
   F32x16 squares = zero();
   for (size_t c = 0; c < cols; c += kLanes) {
     const F32x16 v = load(x + c);
     squares = fma(v, v, squares);
   }
   const float above = kFineRatio * __builtin_sqrtf(sum(squares) / static_cast<float>(cols));
-  auto* digits = reinterpret_cast<FineGroup*>(out + cols / kGroup);
   for (size_t c = 0; c < cols; c += kGroup) quantize_group(x + c, above, out++, digits++);
 }
 
@@ -546,15 +545,15 @@ template <class Cache>
 struct Attention {
   using Element = typename Cache::Element;
 
-  // 16 positions' keys of this head: [head_dim][stride]
+  // 16 positions' keys: [head_dim][block_size]
   static inline const Element* key(const AttendArgs& a, size_t position) {
     const size_t block = static_cast<size_t>(a.table[position / a.block_size]);
-    return reinterpret_cast<const Element*>(a.keys) +
-           (block * a.kv_heads + a.kv_head) * a.head_dim * a.block_size + position % a.block_size;
+    return reinterpret_cast<const Element*>(a.keys) + block * a.head_dim * a.block_size +
+           position % a.block_size;
   }
   static inline const Element* value(const AttendArgs& a, size_t position) {
     const size_t block = static_cast<size_t>(a.table[position / a.block_size]);
-    const size_t row = (block * a.kv_heads + a.kv_head) * a.block_size + position % a.block_size;
+    const size_t row = block * a.block_size + position % a.block_size;
     return reinterpret_cast<const Element*>(a.values) + row * padded(a.head_dim);
   }
 

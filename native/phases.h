@@ -62,22 +62,27 @@ inline void matmul(const Kernels& k, const Tile& w, size_t tile, const Buffer& x
     k.matmul_float[format](w.tile(tile), w.cols(), x.row(row), x.width, rows, acc);
 }
 
+struct TileRange {
+  size_t begin, end;
+};
+constexpr size_t kTilesAtOnce = 8;
+
 // Work that is done tile by tile of a weight, each for all rows.
 class TilePhase : public Phase {
  public:
   TilePhase(size_t tiles, size_t threads)
-      : tiles_(tiles), tiles_a_task_(std::clamp(tiles / (threads * 6), size_t{1}, size_t{8})) {}
+      : tiles_(tiles),
+        tiles_a_task_(std::clamp(tiles / (threads * 6) / 2 * 2, size_t{2}, kTilesAtOnce)) {}
   size_t tasks(const Step&) const override { return tasks_a_weight(); }
 
  protected:
   size_t tasks_a_weight() const { return ceil_div(tiles_, tiles_a_task_); }
-  // fn(tile, row, rows) over a task's tiles and blocks of rows
+  // fn(tiles, row, rows) over blocks of rows of a task, whose tiles begin at an even one
   template <class Fn>
   void blocks(size_t task, size_t begin, size_t end, Fn fn) const {
-    const size_t last = std::min(tiles_, (task + 1) * tiles_a_task_);
+    const TileRange tiles{task * tiles_a_task_, std::min(tiles_, (task + 1) * tiles_a_task_)};
     for (size_t row = begin; row < end; row += kRowsAtOnce)
-      for (size_t tile = task * tiles_a_task_; tile < last; ++tile)
-        fn(tile, row, std::min(kRowsAtOnce, end - row));
+      fn(tiles, row, std::min(kRowsAtOnce, end - row));
   }
 
  private:
@@ -96,38 +101,47 @@ class LinearPhase final : public TilePhase {
         residual_(residual) {}
 
   void run(const Step& step, size_t task) override {
-    blocks(task, 0, step.rows_of(out_), [&](size_t tile, size_t row, size_t rows) {
-      alignas(64) float acc[kRowsAtOnce * kLanes];
-      matmul(k_, *op_.weight, tile, x_, row, rows, acc);
-      const size_t column = tile * kLanes, n = std::min(kLanes, out_.width - column);
-      const float* bias = op_.bias.empty() ? nullptr : op_.bias.data() + column;
-      for (size_t r = 0; r < rows; ++r)
-        k_.finish(acc + r * kLanes, bias, op_.activation, op_.scale,
-                  residual_ != nullptr ? residual_->row(row + r) + column : nullptr,
-                  out_.row(row + r) + column, n);
+    blocks(task, 0, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
+      for (size_t tile = tiles.begin; tile < tiles.end; ++tile) block(tile, row, rows);
     });
   }
 
  private:
+  void block(size_t tile, size_t row, size_t rows) const {
+    alignas(64) float acc[kRowsAtOnce * kLanes];
+    matmul(k_, *op_.weight, tile, x_, row, rows, acc);
+    const size_t column = tile * kLanes, n = std::min(kLanes, out_.width - column);
+    const float* bias = op_.bias.empty() ? nullptr : op_.bias.data() + column;
+    for (size_t r = 0; r < rows; ++r)
+      k_.finish(acc + r * kLanes, bias, op_.activation, op_.scale,
+                residual_ != nullptr ? residual_->row(row + r) + column : nullptr,
+                out_.row(row + r) + column, n);
+  }
+
   const Kernels& k_;
   LinearOp op_;
   const Buffer &x_, &out_;
   const Buffer* residual_;
 };
 
-// One or more gated linears over ranges of rows: all rows for a dense layer, an expert's rows for a
-// mixture.
+// All gate tiles, then all up tiles: each is read as one stream.
 inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer& x,
-                        const Buffer& out, size_t tile, size_t row, size_t rows) {
-  alignas(64) float gate[kRowsAtOnce * kLanes], up[kRowsAtOnce * kLanes];
-  matmul(k, *op.gate, tile, x, row, rows, gate);
-  matmul(k, *op.up, tile, x, row, rows, up);
-  const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
-  const float* gate_bias = op.gate_bias.empty() ? nullptr : op.gate_bias.data() + column;
-  const float* up_bias = op.up_bias.empty() ? nullptr : op.up_bias.data() + column;
-  for (size_t r = 0; r < rows; ++r)
-    k.finish_gated(gate + r * kLanes, up + r * kLanes, gate_bias, up_bias, op.activation,
-                   out.row(row + r) + column, n);
+                        const Buffer& out, const TileRange& tiles, size_t row, size_t rows) {
+  alignas(64) float gate[kTilesAtOnce][kRowsAtOnce * kLanes], up[kRowsAtOnce * kLanes];
+  for (size_t tile = tiles.begin; tile < tiles.end; ++tile)
+    matmul(k, *op.gate, tile, x, row, rows, gate[tile - tiles.begin]);
+  for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    matmul(k, *op.up, tile, x, row, rows, up);
+    const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
+    const float* gate_bias = op.gate_bias.empty() ? nullptr : op.gate_bias.data() + column;
+    const float* up_bias = op.up_bias.empty() ? nullptr : op.up_bias.data() + column;
+    for (size_t r = 0; r < rows; ++r) {
+      k.finish_gated(gate[tile - tiles.begin] + r * kLanes, up + r * kLanes, gate_bias, up_bias,
+                     op.activation, out.row(row + r) + column, n);
+      // Tasks begin at an even tile, so an odd one completes a group.
+      if (out.quant != nullptr && tile % 2 == 1) out.quantize(k, row + r, column - kLanes, kGroup);
+    }
+  }
 }
 
 class GatedLinearPhase final : public TilePhase {
@@ -137,8 +151,8 @@ class GatedLinearPhase final : public TilePhase {
       : TilePhase(op.gate->tiles(), threads), k_(k), op_(std::move(op)), x_(x), out_(out) {}
 
   void run(const Step& step, size_t task) override {
-    blocks(task, 0, step.rows_of(out_), [&](size_t tile, size_t row, size_t rows) {
-      gated_block(k_, op_, x_, out_, tile, row, rows);
+    blocks(task, 0, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
+      gated_block(k_, op_, x_, out_, tiles, row, rows);
     });
   }
 
@@ -150,28 +164,31 @@ class GatedLinearPhase final : public TilePhase {
 
 // ---- attention ----
 
+// Where a head's keys and values lie. Heads are apart, so that a head's blocks follow each other in
+// memory.
+struct HeadCache {
+  uint8_t *keys, *values;
+  HeadCache(const CacheLayer& cache, size_t head, size_t slots, size_t element)
+      : keys(cache.keys->data() + head * slots * cache.head_dim * element),
+        values(cache.values->data() + head * slots * padded(cache.head_dim) * element) {}
+};
+
 class StorePhase final : public Phase {
  public:
-  StorePhase(const Kernels& k, size_t block_size, size_t element, const CacheLayer& cache,
-             const Buffer& key, const Buffer& value)
-      : k_(k),
-        block_size_(block_size),
-        element_(element),
-        cache_(cache),
-        key_(key),
-        value_(value) {}
+  StorePhase(const Kernels& k, const Limits& limits, const CacheLayer& cache, const Buffer& key,
+             const Buffer& value)
+      : k_(k), limits_(limits), cache_(cache), key_(key), value_(value) {}
   size_t tasks(const Step& step) const override { return ceil_div(step.batch.rows(), kRows); }
   void run(const Step& step, size_t task) override {
-    const size_t dim = cache_.head_dim, width = padded(dim);
+    const size_t dim = cache_.head_dim, element = limits_.element();
     for (size_t r = task * kRows; r < std::min(step.batch.rows(), (task + 1) * kRows); ++r) {
       const size_t slot = static_cast<size_t>(step.batch.slots[r]);
-      const size_t block = slot / block_size_, offset = slot % block_size_;
+      const size_t offset = slot % limits_.block_size;
       for (size_t h = 0; h < cache_.kv_heads; ++h) {
-        const size_t head = (block * cache_.kv_heads + h) * block_size_;
-        k_.store_key(key_.row(r) + h * dim, dim, block_size_, offset,
-                     cache_.keys->data() + head * dim * element_);
-        k_.store_value(value_.row(r) + h * dim, dim,
-                       cache_.values->data() + (head + offset) * width * element_);
+        const HeadCache head(cache_, h, limits_.slots(), element);
+        k_.store_key(key_.row(r) + h * dim, dim, limits_.block_size, offset,
+                     head.keys + (slot - offset) * dim * element);
+        k_.store_value(value_.row(r) + h * dim, dim, head.values + slot * padded(dim) * element);
       }
     }
   }
@@ -179,22 +196,16 @@ class StorePhase final : public Phase {
  private:
   static constexpr size_t kRows = 16;
   const Kernels& k_;
-  size_t block_size_, element_;
+  const Limits& limits_;
   const CacheLayer& cache_;
   const Buffer &key_, &value_;
 };
 
 class AttendPhase final : public Phase {
  public:
-  AttendPhase(const Kernels& k, size_t threads, size_t block_size, const AttendOp& op,
+  AttendPhase(const Kernels& k, size_t threads, const Limits& limits, const AttendOp& op,
               const CacheLayer& cache, const Buffer& q, const Buffer& out)
-      : k_(k),
-        threads_(threads),
-        block_size_(block_size),
-        op_(op),
-        cache_(cache),
-        q_(q),
-        out_(out) {}
+      : k_(k), threads_(threads), limits_(limits), op_(op), cache_(cache), q_(q), out_(out) {}
   size_t tasks(const Step& step) const override {
     return step.runs.size() * op_.kv_heads * parts(step);
   }
@@ -208,14 +219,19 @@ class AttendPhase final : public Phase {
     const int32_t* table = step.batch.block_tables.data() + run.sequence * step.batch.table_width;
     const size_t heads = group / split, first = kv_head * group + part * heads;
     const size_t total = (run.end - run.begin) * heads;
+    const HeadCache head(cache_, kv_head, limits_.slots(), limits_.element());
     Query queries[kMaxQueries];
     for (size_t done = 0; done < total;) {
       const size_t count = std::min(kMaxQueries, total - done);
       for (size_t i = 0; i < count; ++i, ++done)
         queries[i] = query(step, run.begin + done / heads, first + done % heads);
-      k_.attend({queries, count, cache_.keys->data(), cache_.values->data(), table, block_size_,
-                 op_.kv_heads, kv_head, op_.head_dim, op_.scale, op_.softcap});
+      k_.attend({queries, count, head.keys, head.values, table, limits_.block_size, op_.head_dim,
+                 op_.scale, op_.softcap});
     }
+    if (out_.quant == nullptr || !quantizes) return;
+    for (size_t r = run.begin; r < run.end; ++r)
+      for (size_t h = first; h < first + heads; ++h)
+        out_.quantize(k_, r, h * op_.head_dim, op_.head_dim);
   }
 
  private:
@@ -232,7 +248,8 @@ class AttendPhase final : public Phase {
   }
 
   const Kernels& k_;
-  size_t threads_, block_size_;
+  size_t threads_;
+  const Limits& limits_;
   AttendOp op_;
   const CacheLayer& cache_;
   const Buffer &q_, &out_;
@@ -311,7 +328,7 @@ class RoutePhase final : public Phase {
   bool normalize_;
 };
 
-// Tile tasks for each expert in turn; fn(expert, tile, first pair, pairs).
+// Tile tasks for each expert in turn; fn(expert, tiles, first pair, pairs).
 template <class Fn>
 class ExpertPhase final : public TilePhase {
  public:
@@ -321,7 +338,7 @@ class ExpertPhase final : public TilePhase {
   void run(const Step&, size_t task) override {
     const size_t expert = task / tasks_a_weight();
     blocks(task % tasks_a_weight(), routing_.begin[expert], routing_.begin[expert + 1],
-           [&](size_t tile, size_t row, size_t rows) { fn_(expert, tile, row, rows); });
+           [&](const TileRange& tiles, size_t row, size_t rows) { fn_(expert, tiles, row, rows); });
   }
 
  private:

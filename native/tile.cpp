@@ -24,6 +24,17 @@ Memory::Memory(size_t bytes) : bytes_(std::max(bytes, size_t{64})) {
 
 Memory::~Memory() { munmap(data_, bytes_); }
 
+std::shared_ptr<uint8_t> Arena::take(size_t bytes) {
+  constexpr size_t kChunk = size_t{64} << 20, kAlign = 4096;
+  bytes = (bytes + kAlign - 1) / kAlign * kAlign;
+  if (memory_ == nullptr || memory_->bytes() - used_ < bytes) {
+    memory_ = std::make_shared<Memory>(std::max(bytes, kChunk));
+    used_ = 0;
+  }
+  used_ += bytes;
+  return {memory_, memory_->data() + used_ - bytes};
+}
+
 namespace {
 
 // ---- one block of the file, taken apart: codes in column order ----
@@ -318,7 +329,8 @@ size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 
-Tile::Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t cols, ThreadPool& pool)
+Tile::Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t cols, ThreadPool& pool,
+           Arena& arena)
     : format_(format), rows_(rows), cols_(cols), tiles_((rows + kLanes - 1) / kLanes) {
   const FormatInfo& f = info(format);
   constexpr size_t kLimit = size_t{1} << 31;
@@ -335,13 +347,13 @@ Tile::Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t col
   tile_bytes_ = f.bits == 0 ? cols * kLanes * f.block_bytes
                             : (cols + f.chunk - 1) / f.chunk * f.chunk_bytes();
   tile_bytes_ = round_up(tile_bytes_, 64);
-  memory_ = std::make_unique<Memory>(tiles_ * tile_bytes_);
+  data_ = arena.take(tiles_ * tile_bytes_);
   pool.run({&tiles_, 1}, [&](size_t, size_t tile) { pack_tile(tile, data.data(), row_bytes); });
 }
 
 void Tile::pack_tile(size_t tile, const uint8_t* data, size_t row_bytes) {
   const FormatInfo& f = info(format_);
-  uint8_t* const to = memory_->data() + tile * tile_bytes_;
+  uint8_t* const to = data_.get() + tile * tile_bytes_;
   const size_t count = std::min(kLanes, rows_ - tile * kLanes);
   const uint8_t* const first = data + tile * kLanes * row_bytes;
   if (f.bits == 0) {

@@ -25,19 +25,31 @@ class Memory {
   size_t bytes_;
 };
 
+// Hands out parts of large memory, so that small weights lie on huge pages too: with 4 KiB pages
+// decode waits for the address translation. Parts keep their memory alive. Not thread-safe.
+class Arena {
+ public:
+  std::shared_ptr<uint8_t> take(size_t bytes);
+
+ private:
+  std::shared_ptr<Memory> memory_;
+  size_t used_ = 0;
+};
+
 class Tile {
  public:
   // `data` holds rows * row_bytes of the file's blocks. Throws std::invalid_argument on a size that
   // does not fit.
-  Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t cols, ThreadPool& pool);
+  Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t cols, ThreadPool& pool,
+       Arena& arena);
 
   Format format() const { return format_; }
   size_t rows() const { return rows_; }
   size_t cols() const { return cols_; }
   size_t tiles() const { return tiles_; }
-  size_t nbytes() const { return memory_->bytes(); }
+  size_t nbytes() const { return tiles_ * tile_bytes_; }
   bool is_integer() const { return info(format_).bits != 0; }
-  const uint8_t* tile(size_t index) const { return memory_->data() + index * tile_bytes_; }
+  const uint8_t* tile(size_t index) const { return data_.get() + index * tile_bytes_; }
   void dequantize_row(size_t row, float* out) const;
 
  private:
@@ -45,7 +57,7 @@ class Tile {
 
   Format format_;
   size_t rows_, cols_, tiles_, tile_bytes_;
-  std::unique_ptr<Memory> memory_;
+  std::shared_ptr<uint8_t> data_;
 };
 
 }  // namespace squall

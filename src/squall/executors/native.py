@@ -27,6 +27,7 @@ class _Loader:
         self.pool = pool
         self.weights = weights
         self.bytes = 0
+        self._arena = _native.Arena()
         self._tiles: dict[p.Matrix, list[_native.Tile]] = {}
         self._vectors: dict[p.Vector, NDArray[np.float32]] = {}
 
@@ -68,7 +69,7 @@ class _Loader:
         name = formats.pop()
         if self.weights == "f32" and name != "f32":
             data, name = quant.FORMATS[name].dequantize(data).view(np.uint8), "f32"
-        return _native.pack(name, data, weight.rows, weight.cols, self.pool)
+        return _native.pack(name, data, weight.rows, weight.cols, self.pool, self._arena)
 
     def _rows(self, name: str, start: int, stop: int, cols: int) -> NDArray[np.uint8]:
         tensor = self.checkpoint.tensors[name]
