@@ -49,7 +49,7 @@ size_t Executor::add_value(size_t width, bool outputs, bool kept, size_t multipl
   auto buffer = std::make_unique<Buffer>();
   buffer->width = width;
   buffer->outputs = outputs;
-  buffer->kept = kept;
+  buffer->kept = buffer->wants_float = kept;
   buffer->multiple = multiple;
   buffers_.push_back(std::move(buffer));
   return buffers_.size() - 1;
@@ -70,10 +70,15 @@ size_t Executor::cache_bytes() const {
 
 void Executor::add_phase(std::unique_ptr<Phase> phase) { phases_.push_back(std::move(phase)); }
 
+const Buffer& Executor::floats(size_t id) {
+  buffers_.at(id)->wants_float = true;
+  return *buffers_[id];
+}
+
 void Executor::read(Phase& phase, size_t x, const Tile& weight) {
   expect(buffers_[x]->width == weight.cols(), "a linear's input and weight differ in width");
   phase.reads.push_back(x);
-  if (weight.is_integer()) buffers_[x]->wants_quant = true;
+  (weight.is_integer() ? buffers_[x]->wants_quant : buffers_[x]->wants_float) = true;
 }
 
 void Executor::embed(size_t out, TilePtr table, float scale) {
@@ -107,7 +112,7 @@ void Executor::rope_angles(size_t out, Vector frequencies, float magnitude) {
 }
 
 void Executor::normalize(NormalizeOp op) {
-  const Buffer &x = *buffers_[op.x], &to = *buffers_[op.out];
+  const Buffer &x = floats(op.x), &to = *buffers_[op.out];
   expect(x.width == to.width && !op.weight.empty() && x.width % op.weight.size() == 0 &&
              (op.bias.empty() || op.bias.size() == op.weight.size()),
          "a norm's weight does not fit its input");
@@ -120,7 +125,7 @@ void Executor::normalize(NormalizeOp op) {
         else
           k.layer_norm(x.row(r), x.width, group, op.weight.data(), or_null(op.bias), op.eps,
                        to.row(r));
-        if (to.quant != nullptr) to.quantize(k, r, 0, to.width);
+        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
       });
   phase->reads = {in};
   phase->writes = {out};
@@ -132,7 +137,7 @@ void Executor::linear(LinearOp op) {
   const Buffer& to = *buffers_[op.out];
   expect(to.width == op.weight->rows() && (op.bias.empty() || op.bias.size() == to.width),
          "a linear's weight or bias does not fit its output");
-  const Buffer* residual = op.residual == kNone ? nullptr : buffers_[op.residual].get();
+  const Buffer* residual = op.residual == kNone ? nullptr : &floats(op.residual);
   expect(residual == nullptr || residual->width == to.width, "a residual differs in width");
   const size_t out = op.out, in = op.x, rest = op.residual;
   const TilePtr weight = op.weight;
@@ -164,7 +169,7 @@ void Executor::gated_linear(GatedLinearOp op) {
 }
 
 void Executor::rotate(RotateOp op) {
-  const Buffer &x = *buffers_[op.x], &angles = *buffers_[op.angles], &to = *buffers_[op.out];
+  const Buffer &x = floats(op.x), &angles = floats(op.angles), &to = *buffers_[op.out];
   expect(x.width == op.heads * op.head_dim && to.width == x.width && angles.width <= op.head_dim,
          "a rotation does not fit its heads");
   auto phase = row_phase(to, pool_->threads(), [&x, &angles, &to, op](const Step&, size_t r) {
@@ -198,13 +203,12 @@ void Executor::attend(AttendOp op) {
          "attention's heads do not fit its inputs or its cache");
   // The cache has no buffer; this value stands for it, so that the reader waits for the writer.
   const size_t stored = add_value(1, false, false);
-  auto store =
-      std::make_unique<StorePhase>(kernels_, limits_, cache, *buffers_[op.k], *buffers_[op.v]);
+  auto store = std::make_unique<StorePhase>(kernels_, limits_, cache, floats(op.k), floats(op.v));
   store->reads = {op.k, op.v};
   store->writes = {stored};
   add_phase(std::move(store));
   auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, cache,
-                                             *buffers_[op.q], *buffers_[op.out]);
+                                             floats(op.q), *buffers_[op.out]);
   phase->reads = {op.q, stored};
   phase->writes = {op.out};
   phase->quantizes = op.head_dim % kGroup == 0;
@@ -222,16 +226,16 @@ void Executor::mixture_of_experts(MoeOp op) {
 
   auto routing = std::make_shared<Routing>(limits_.rows, experts, op.top_k);
   const size_t routed = add_value(1, false, false);
-  auto route = std::make_unique<RoutePhase>(kernels_, *routing, *buffers_[scores], op.normalize);
+  auto route = std::make_unique<RoutePhase>(kernels_, *routing, floats(scores), op.normalize);
   route->reads = {scores};
   route->writes = {routed};
   add_phase(std::move(route));
 
   const size_t gathered = add_value(hidden, false, false, op.top_k);
-  const Buffer &x = *buffers_[op.x], &in = *buffers_[gathered];
+  const Buffer &x = floats(op.x), &in = *buffers_[gathered];
   auto gather = row_phase(in, threads, [&k = kernels_, &x, &in, routing](const Step&, size_t pair) {
     std::copy_n(x.row(routing->row_of[pair]), x.width, in.row(pair));
-    if (in.quant != nullptr) in.quantize(k, pair, 0, in.width);
+    if (in.quant != nullptr) in.quantize(k, pair, 0, in.width, in.row(pair));
   });
   gather->reads = {op.x, routed};
   gather->writes = {gathered};
@@ -240,7 +244,7 @@ void Executor::mixture_of_experts(MoeOp op) {
 
   const size_t inner = add_value(width, false, false, op.top_k);
   const size_t outer = add_value(hidden, false, false, op.top_k);
-  const Buffer &mid = *buffers_[inner], &last = *buffers_[outer];
+  const Buffer &mid = *buffers_[inner], &last = floats(outer);
   std::vector<GatedLinearOp> gated;
   for (size_t e = 0; e < experts; ++e)
     gated.push_back({inner, gathered, op.gate[e], op.up[e], {}, {}, op.activation});
@@ -278,7 +282,7 @@ void Executor::mixture_of_experts(MoeOp op) {
   add_phase(std::move(down));
 
   const Buffer& to = *buffers_[op.out];
-  const Buffer* residual = op.residual == kNone ? nullptr : buffers_[op.residual].get();
+  const Buffer* residual = op.residual == kNone ? nullptr : &floats(op.residual);
   auto combine = row_phase(
       to, threads,
       [&k = kernels_, &to, &last, residual, routing, scale = op.scale](const Step&, size_t r) {
@@ -298,7 +302,7 @@ void Executor::mixture_of_experts(MoeOp op) {
 }
 
 void Executor::add(size_t out, size_t a, size_t b, float scale) {
-  const Buffer &x = *buffers_[a], &y = *buffers_[b], &to = *buffers_[out];
+  const Buffer &x = floats(a), &y = floats(b), &to = *buffers_[out];
   expect(x.width == y.width && x.width == to.width, "a sum's inputs differ in width");
   auto phase =
       row_phase(to, pool_->threads(), [&k = kernels_, &x, &y, &to, scale](const Step&, size_t r) {
@@ -310,7 +314,7 @@ void Executor::add(size_t out, size_t a, size_t b, float scale) {
 }
 
 void Executor::softcap(size_t out, size_t x, float cap) {
-  const Buffer &from = *buffers_[x], &to = *buffers_[out];
+  const Buffer &from = floats(x), &to = *buffers_[out];
   expect(from.width == to.width && cap > 0.0f, "a softcap must be positive and keep its width");
   auto phase =
       row_phase(to, pool_->threads(), [&k = kernels_, &from, &to, cap](const Step&, size_t r) {
@@ -322,7 +326,7 @@ void Executor::softcap(size_t out, size_t x, float cap) {
 }
 
 void Executor::gather_rows(size_t out, size_t x) {
-  const Buffer &from = *buffers_[x], &to = *buffers_[out];
+  const Buffer &from = floats(x), &to = *buffers_[out];
   expect(from.width == to.width && to.outputs, "gathered rows keep their width");
   auto phase = row_phase(to, pool_->threads(), [&from, &to](const Step& step, size_t r) {
     std::copy_n(from.row(static_cast<size_t>(step.batch.outputs[r])), to.width, to.row(r));
@@ -338,7 +342,7 @@ void Executor::plan(size_t logits) {
   expect(logits < buffers_.size() && buffers_[logits]->outputs,
          "logits must be rows of the output");
   logits_ = logits;
-  buffers_[logits]->kept = true;
+  buffers_[logits]->kept = buffers_[logits]->wants_float = true;
   add_quantize_phases();
   group_phases();
   layout();
@@ -361,7 +365,8 @@ void Executor::add_quantize_phases() {
     phases.push_back(std::move(phase));
     if (!missing) continue;
     auto extra = row_phase(value, pool_->threads(), [&k = kernels_, &value](const Step&, size_t r) {
-      for (size_t c = 0; c < value.width; c += kGroup) value.quantize(k, r, c, kGroup);
+      for (size_t c = 0; c < value.width; c += kGroup)
+        value.quantize(k, r, c, kGroup, value.row(r) + c);
     });
     extra->reads = extra->writes = {out};
     phases.push_back(std::move(extra));
@@ -510,7 +515,7 @@ void linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
   in.quant = reinterpret_cast<QuantGroup*>(groups.data());
   std::copy(x.begin(), x.end(), in.data);
   if (tile.is_integer())
-    for (size_t r = 0; r < rows; ++r) in.quantize(kernels, r, 0, in.width);
+    for (size_t r = 0; r < rows; ++r) in.quantize(kernels, r, 0, in.width, in.row(r));
   const size_t tiles = tile.tiles();
   pool.run({&tiles, 1}, [&](size_t, size_t t) {
     std::vector<float> acc(rows * kLanes);

@@ -29,6 +29,7 @@ struct Buffer {
   size_t multiple = 1;   // rows a token
   bool kept = false;     // readable after the step
   bool wants_quant = false;
+  bool wants_float = false;  // someone reads it as it is
   float* data = nullptr;
   QuantGroup* quant = nullptr;
 
@@ -37,11 +38,11 @@ struct Buffer {
   size_t quant_stride() const { return 2 * groups() + 1; }
   float* row(size_t r) const { return data + r * width; }
   QuantGroup* quant_row(size_t r) const { return quant + r * quant_stride(); }
-  // Writes the int8 form of `cols` columns from `column` on, as one span.
-  void quantize(const Kernels& k, size_t r, size_t column, size_t cols) const {
-    QuantGroup* groups_of_row = quant_row(r);
-    auto* digits = reinterpret_cast<FineGroup*>(groups_of_row + groups());
-    k.quantize(row(r) + column, cols, groups_of_row + column / kGroup, digits + column / kGroup);
+  // Writes the int8 form of `cols` columns from `column` on, which are at x, as one span.
+  void quantize(const Kernels& k, size_t r, size_t column, size_t cols, const float* x) const {
+    QuantGroup* first = quant_row(r);
+    auto* digits = reinterpret_cast<FineGroup*>(first + groups());
+    k.quantize(x, cols, first + column / kGroup, digits + column / kGroup);
   }
 };
 
@@ -163,6 +164,8 @@ class Executor {
  private:
   void check(const Batch& batch) const;
   void add_phase(std::unique_ptr<Phase> phase);
+  // The value, which someone is going to read as it is.
+  const Buffer& floats(size_t id);
   // Float or int8 reading of `x`, whichever the weight wants.
   void read(Phase& phase, size_t x, const Tile& weight);
   // Phases that make the int8 form of values whose writers do not, group by group.

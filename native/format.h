@@ -98,8 +98,8 @@ struct alignas(64) QuantGroup {
 };
 static_assert(sizeof(QuantGroup) == 64);
 
-// The finer digits of a fine group. A quantized row is `groups` of QuantGroup, then as many of
-// these.
+// The finer digits of a fine group; undefined for others. A quantized row is `groups` of
+// QuantGroup, then as many of these.
 struct alignas(64) FineGroup {
   int8_t r[kGroup];
   int32_t minus_r;

@@ -163,37 +163,39 @@ template <class Tile>
     return izero();
 }
 
-// acc[row] += the 32 codes . the row's int8 at x, for codes that are columns 0..31 of a run
-template <class Tile, int kRows, int j = 0>
-[[gnu::always_inline]] inline void dots(I32x16* acc, const uint8_t* codes, const QuantGroup* x,
-                                        size_t stride) {
+// acc[row] += 32 codes . the row's int8; rows(r) is where they are
+template <class Tile, int kRows, int j = 0, class Rows>
+[[gnu::always_inline]] inline void dots(I32x16* acc, const uint8_t* codes, Rows rows) {
   if constexpr (j < 8) {
     const U8x64 w = Planes<Tile::kBits>::template vector<j>(codes);
     constexpr int kAt = Tile::Scales::kHalves && j >= 4 ? kRows : 0;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-      acc[kAt + r] =
-          dot<Tile::kBits>(acc[kAt + r], w, x[static_cast<size_t>(r) * stride].q + 4 * j);
-    dots<Tile, kRows, j + 1>(acc, codes, x, stride);
+      acc[kAt + r] = dot<Tile::kBits>(acc[kAt + r], w, rows(r) + 4 * j);
+    dots<Tile, kRows, j + 1>(acc, codes, rows);
   }
 }
 
-// The digits of fine groups join: acc = 256 * acc + codes . r. Rows whose group is not fine have r
-// = 0, and the factor 256 is exact in what follows, so they come out the same as without.
+constexpr FineGroup kNoDigits = {};
+
+// The digits of fine groups join: acc = 256 * acc + codes . r. For rows whose group is not fine r
+// is 0, and as the factor 256 is exact in what follows, they come out the same as without.
 template <class Tile, int kRows>
-[[gnu::always_inline]] inline void refine(I32x16* acc, const uint8_t* codes, const QuantGroup* fine,
-                                          size_t stride) {
+[[gnu::always_inline]] inline void refine(I32x16* acc, const uint8_t* codes, const QuantGroup* x,
+                                          size_t stride, size_t groups) {
+  const FineGroup* digits[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const auto& g = reinterpret_cast<const FineGroup&>(fine[static_cast<size_t>(r) * stride]);
+    const QuantGroup* g = x + static_cast<size_t>(r) * stride;
+    digits[r] = g->fine != 0 ? reinterpret_cast<const FineGroup*>(g + groups) : &kNoDigits;
     if constexpr (Tile::Scales::kHalves) {
-      acc[r] = add(shift_left<8>(acc[r]), start<Tile>(g.minus_half_r));
-      acc[kRows + r] = add(shift_left<8>(acc[kRows + r]), start<Tile>(g.minus_half_r + 1));
+      acc[r] = add(shift_left<8>(acc[r]), start<Tile>(digits[r]->minus_half_r));
+      acc[kRows + r] = add(shift_left<8>(acc[kRows + r]), start<Tile>(digits[r]->minus_half_r + 1));
     } else {
-      acc[r] = add(shift_left<8>(acc[r]), start<Tile>(&g.minus_r));
+      acc[r] = add(shift_left<8>(acc[r]), start<Tile>(&digits[r]->minus_r));
     }
   }
-  dots<Tile, kRows>(acc, codes, fine, stride);
+  dots<Tile, kRows>(acc, codes, [&](int r) { return digits[r]->r; });
 }
 
 template <class Tile, int kRows>
@@ -213,8 +215,8 @@ template <class Tile, int kRows>
       acc[r] = start<Tile>(&g.minus_q);
     }
   }
-  dots<Tile, kRows>(acc, codes, x, stride);
-  if (fine != 0) refine<Tile, kRows>(acc, codes, x + groups, stride);
+  dots<Tile, kRows>(acc, codes, [&](int r) { return x[static_cast<size_t>(r) * stride].q; });
+  if (fine != 0) refine<Tile, kRows>(acc, codes, x, stride, groups);
   const float unit = fine != 0 ? 1.0f / 256.0f : 1.0f;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -312,32 +314,31 @@ inline int32_t store_rounded(int8_t* to, F32x16 x) {
   return static_cast<int32_t>(sum(whole));
 }
 
+// `digits` is left as it is unless the group is fine.
 inline void quantize_group(const float* x, float fine_above, QuantGroup* out, FineGroup* digits) {
   const F32x16 part[2] = {load(x), load(x + 16)};
   const float peak = max_of(max(abs(part[0]), abs(part[1])));
   const float scale = peak / 127.0f;
   const F32x16 step = set1(scale > 0.0f ? scale : 1.0f);
-  int32_t total[2];  // of 256 q + r
+  int32_t q[2], r[2] = {0, 0};
   out->fine = peak > fine_above;
   out->scale = scale;
   for (int h = 0; h < 2; ++h) {
     const F32x16 steps = div(part[h], step);
-    const int32_t q = store_rounded(out->q + 16 * h, steps);
-    int32_t r = 0;
-    if (out->fine != 0) {
-      const F32x16 rest = sub(steps, to_int8(steps));
-      r = store_rounded(digits->r + 16 * h, mul(rest, set1(256.0f)));
-    } else {
-      store_i8(digits->r + 16 * h, zero());
-    }
-    out->minus_half_q[h] = -q;
-    digits->minus_half_r[h] = -r;
-    total[h] = 256 * q + r;
-    out->half_sum[h] = scale * (1.0f / 256.0f) * static_cast<float>(total[h]);
+    q[h] = store_rounded(out->q + 16 * h, steps);
+    if (out->fine == 0) continue;
+    const F32x16 rest = sub(steps, to_int8(steps));
+    r[h] = store_rounded(digits->r + 16 * h, mul(rest, set1(256.0f)));
+    digits->minus_half_r[h] = -r[h];
   }
-  out->sum = scale * (1.0f / 256.0f) * static_cast<float>(total[0] + total[1]);
-  out->minus_q = out->minus_half_q[0] + out->minus_half_q[1];
-  digits->minus_r = digits->minus_half_r[0] + digits->minus_half_r[1];
+  if (out->fine != 0) digits->minus_r = -(r[0] + r[1]);
+  out->minus_q = -(q[0] + q[1]);
+  const float unit = scale * (1.0f / 256.0f);
+  out->sum = unit * static_cast<float>(256 * (q[0] + q[1]) + r[0] + r[1]);
+  for (int h = 0; h < 2; ++h) {
+    out->minus_half_q[h] = -q[h];
+    out->half_sum[h] = unit * static_cast<float>(256 * q[h] + r[h]);
+  }
 }
 
 void quantize(const float* x, size_t cols, QuantGroup* out, FineGroup* digits) {

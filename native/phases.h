@@ -67,26 +67,36 @@ struct TileRange {
 };
 constexpr size_t kTilesAtOnce = 8;
 
-// Work that is done tile by tile of a weight, each for all rows.
+// Work that is done tile by tile of a weight. With many rows each thread has a part of them, and
+// all tiles; with few, all rows, and a part of the tiles.
 class TilePhase : public Phase {
  public:
   TilePhase(size_t tiles, size_t threads)
       : tiles_(tiles),
+        threads_(threads),
         tiles_a_task_(std::clamp(tiles / (threads * 6) / 2 * 2, size_t{2}, kTilesAtOnce)) {}
-  size_t tasks(const Step&) const override { return tasks_a_weight(); }
 
  protected:
-  size_t tasks_a_weight() const { return ceil_div(tiles_, tiles_a_task_); }
-  // fn(tiles, row, rows) over blocks of rows of a task, whose tiles begin at an even one
+  size_t tasks_for(size_t rows) const { return parts(rows) * chunks(); }
+
+  // fn(tiles, row, rows) over blocks of a task's rows; its tiles begin at an even one
   template <class Fn>
-  void blocks(size_t task, size_t begin, size_t end, Fn fn) const {
-    const TileRange tiles{task * tiles_a_task_, std::min(tiles_, (task + 1) * tiles_a_task_)};
-    for (size_t row = begin; row < end; row += kRowsAtOnce)
-      fn(tiles, row, std::min(kRowsAtOnce, end - row));
+  void blocks(size_t task, size_t rows, Fn fn) const {
+    const size_t part = task / chunks(), chunk = task % chunks(), many = parts(rows);
+    const size_t end = rows * (part + 1) / many;
+    for (size_t row = rows * part / many; row < end; row += kRowsAtOnce)
+      fn(range(chunk), row, std::min(kRowsAtOnce, end - row));
+  }
+
+  TileRange range(size_t chunk) const {
+    return {chunk * tiles_a_task_, std::min(tiles_, (chunk + 1) * tiles_a_task_)};
   }
 
  private:
-  size_t tiles_, tiles_a_task_;
+  size_t parts(size_t rows) const { return rows >= threads_ * kRowsAtOnce ? threads_ : 1; }
+  size_t chunks() const { return ceil_div(tiles_, tiles_a_task_); }
+
+  size_t tiles_, threads_, tiles_a_task_;
 };
 
 class LinearPhase final : public TilePhase {
@@ -100,8 +110,9 @@ class LinearPhase final : public TilePhase {
         out_(out),
         residual_(residual) {}
 
+  size_t tasks(const Step& step) const override { return tasks_for(step.rows_of(out_)); }
   void run(const Step& step, size_t task) override {
-    blocks(task, 0, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
+    blocks(task, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
       for (size_t tile = tiles.begin; tile < tiles.end; ++tile) block(tile, row, rows);
     });
   }
@@ -130,16 +141,20 @@ inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer&
   alignas(64) float gate[kTilesAtOnce][kRowsAtOnce * kLanes], up[kRowsAtOnce * kLanes];
   for (size_t tile = tiles.begin; tile < tiles.end; ++tile)
     matmul(k, *op.gate, tile, x, row, rows, gate[tile - tiles.begin]);
+  alignas(64) float pair[kRowsAtOnce * kGroup];  // two tiles' columns: a group
   for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
     matmul(k, *op.up, tile, x, row, rows, up);
     const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
     const float* gate_bias = op.gate_bias.empty() ? nullptr : op.gate_bias.data() + column;
     const float* up_bias = op.up_bias.empty() ? nullptr : op.up_bias.data() + column;
     for (size_t r = 0; r < rows; ++r) {
+      float* const group = pair + r * kGroup;
+      float* const to = group + tile % 2 * kLanes;  // tasks begin at an even tile
       k.finish_gated(gate[tile - tiles.begin] + r * kLanes, up + r * kLanes, gate_bias, up_bias,
-                     op.activation, out.row(row + r) + column, n);
-      // Tasks begin at an even tile, so an odd one completes a group.
-      if (out.quant != nullptr && tile % 2 == 1) out.quantize(k, row + r, column - kLanes, kGroup);
+                     op.activation, to, n);
+      if (out.wants_float) std::copy_n(to, n, out.row(row + r) + column);
+      if (out.quant != nullptr && tile % 2 == 1)
+        out.quantize(k, row + r, column - kLanes, kGroup, group);
     }
   }
 }
@@ -150,8 +165,9 @@ class GatedLinearPhase final : public TilePhase {
                    const Buffer& out)
       : TilePhase(op.gate->tiles(), threads), k_(k), op_(std::move(op)), x_(x), out_(out) {}
 
+  size_t tasks(const Step& step) const override { return tasks_for(step.rows_of(out_)); }
   void run(const Step& step, size_t task) override {
-    blocks(task, 0, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
+    blocks(task, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
       gated_block(k_, op_, x_, out_, tiles, row, rows);
     });
   }
@@ -213,9 +229,7 @@ class AttendPhase final : public Phase {
   void run(const Step& step, size_t task) override {
     const size_t group = op_.heads / op_.kv_heads, split = parts(step);
     const size_t part = task % split, kv_head = task / split % op_.kv_heads;
-    // The last rows have the longest contexts: they go first, so that no long task is left for the
-    // end.
-    const RowRun& run = step.runs[step.runs.size() - 1 - task / split / op_.kv_heads];
+    const RowRun& run = step.runs[task / split / op_.kv_heads];
     const int32_t* table = step.batch.block_tables.data() + run.sequence * step.batch.table_width;
     const size_t heads = group / split, first = kv_head * group + part * heads;
     const size_t total = (run.end - run.begin) * heads;
@@ -231,7 +245,7 @@ class AttendPhase final : public Phase {
     if (out_.quant == nullptr || !quantizes) return;
     for (size_t r = run.begin; r < run.end; ++r)
       for (size_t h = first; h < first + heads; ++h)
-        out_.quantize(k_, r, h * op_.head_dim, op_.head_dim);
+        out_.quantize(k_, r, h * op_.head_dim, op_.head_dim, out_.row(r) + h * op_.head_dim);
   }
 
  private:
@@ -334,11 +348,13 @@ class ExpertPhase final : public TilePhase {
  public:
   ExpertPhase(const Routing& routing, size_t tiles, size_t threads, Fn fn)
       : TilePhase(tiles, threads), routing_(routing), fn_(std::move(fn)) {}
-  size_t tasks(const Step&) const override { return routing_.experts * tasks_a_weight(); }
+  size_t tasks(const Step&) const override { return routing_.experts * tasks_for(1); }
   void run(const Step&, size_t task) override {
-    const size_t expert = task / tasks_a_weight();
-    blocks(task % tasks_a_weight(), routing_.begin[expert], routing_.begin[expert + 1],
-           [&](const TileRange& tiles, size_t row, size_t rows) { fn_(expert, tiles, row, rows); });
+    const size_t expert = task / tasks_for(1), first = routing_.begin[expert];
+    const size_t pairs = routing_.begin[expert + 1] - first;
+    const TileRange tiles = range(task % tasks_for(1));
+    for (size_t done = 0; done < pairs; done += kRowsAtOnce)
+      fn_(expert, tiles, first + done, std::min(kRowsAtOnce, pairs - done));
   }
 
  private:

@@ -34,35 +34,48 @@ void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int spins
 
 // Owned by every thread that works on it, so a late one finds its counters, all spent, and leaves.
 struct ThreadPool::Job {
-  struct alignas(64) Stage {
-    std::atomic<size_t> next{0}, done{0};
-    std::atomic<uint32_t> complete{0};
+  struct alignas(64) Counter {
+    std::atomic<size_t> value{0};
   };
-  std::vector<size_t> totals;
-  std::vector<Stage> stages;
+  const size_t parts;  // as many as threads
+  const std::vector<size_t> totals;
+  std::vector<Counter> next, done;  // next: [stages][parts]
+  std::vector<std::atomic<uint32_t>> complete;
   const std::function<void(size_t, size_t)>& task;  // alive while a task is left
 
-  Job(std::span<const size_t> sizes, const std::function<void(size_t, size_t)>& fn)
-      : totals(sizes.begin(), sizes.end()), stages(sizes.size()), task(fn) {}
+  Job(size_t threads, std::span<const size_t> sizes, const std::function<void(size_t, size_t)>& fn)
+      : parts(threads),
+        totals(sizes.begin(), sizes.end()),
+        next(sizes.size() * threads),
+        done(sizes.size()),
+        complete(sizes.size()),
+        task(fn) {}
 
-  void work() {
-    for (size_t s = 0; s < stages.size(); ++s) {
-      Stage& stage = stages[s];
-      const size_t total = totals[s];
-      for (size_t i; (i = stage.next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-        task(s, i);
-        if (stage.done.fetch_add(1, std::memory_order_acq_rel) + 1 == total) {
-          stage.complete.store(1, std::memory_order_release);
-          stage.complete.notify_all();
-        }
-      }
-      if (total > 0) wait_for_change(stage.complete, 0, kStageSpins);
+  void work(size_t thread) {
+    for (size_t stage = 0; stage < totals.size(); ++stage) {
+      for (size_t p = 0; p < parts; ++p) work(stage, (thread + p) % parts);
+      if (totals[stage] > 0) wait_for_change(complete[stage], 0, kStageSpins);
+    }
+  }
+
+  void work(size_t stage, size_t part) {
+    const size_t total = totals[stage], end = total * (part + 1) / parts;
+    size_t finished = 0;
+    for (std::atomic<size_t>& counter = next[stage * parts + part].value;; ++finished) {
+      const size_t i = total * part / parts + counter.fetch_add(1, std::memory_order_relaxed);
+      if (i >= end) break;
+      task(stage, i);
+    }
+    if (finished == 0) return;
+    if (done[stage].value.fetch_add(finished, std::memory_order_acq_rel) + finished == total) {
+      complete[stage].store(1, std::memory_order_release);
+      complete[stage].notify_all();
     }
   }
 };
 
 ThreadPool::ThreadPool(size_t threads) {
-  for (size_t i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  for (size_t i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -72,7 +85,7 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::work() {
+void ThreadPool::work(size_t thread) {
   for (uint32_t seen = 0;;) {
     wait_for_change(round_, seen, kIdleSpins);
     seen = round_.load(std::memory_order_acquire);
@@ -82,20 +95,20 @@ void ThreadPool::work() {
       const std::lock_guard lock(mutex_);
       job = job_;
     }
-    if (job) job->work();
+    if (job) job->work(thread);
   }
 }
 
 void ThreadPool::run(std::span<const size_t> totals,
                      const std::function<void(size_t, size_t)>& task) {
-  const auto job = std::make_shared<Job>(totals, task);
+  const auto job = std::make_shared<Job>(threads(), totals, task);
   if (!workers_.empty()) {
     const std::lock_guard lock(mutex_);
     job_ = job;
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
   }
-  job->work();
+  job->work(0);
 }
 
 namespace {

@@ -23,14 +23,15 @@ class ThreadPool {
   size_t threads() const { return workers_.size() + 1; }
 
   // task(stage, index) for every index in [0, totals[stage]); a stage begins when the one before it
-  // is done. Waits for tasks, not for threads: a thread that the system has put aside holds up
-  // nobody. Tasks must not throw.
+  // is done. Each thread begins with its own part of the indices, so that it finds in its cache
+  // what it made there a stage before, and then helps with the others'. Waits for tasks, not for
+  // threads: one that the system has put aside holds up nobody. Tasks must not throw.
   void run(std::span<const size_t> totals,
            const std::function<void(size_t stage, size_t index)>& task);
 
  private:
   struct Job;
-  void work();
+  void work(size_t thread);
 
   std::mutex mutex_;
   std::shared_ptr<Job> job_;  // the latest; guarded by mutex_
