@@ -145,14 +145,37 @@ struct Super8 {  // q8_k: f32 d a 256
   }
 };
 
+template <class Scales>
+struct ExpandedScales {  // f32 scales, f32 minima a run
+  static constexpr bool kHalves = Scales::kHalves, kMinimum = Scales::kMinimum;
+  static constexpr size_t kParts = kHalves ? 2 : 1;
+  static constexpr size_t kRuns = 1, kBytes = 64 * kParts * (kMinimum ? 2 : 1);
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
+    const auto* f = reinterpret_cast<const float*>(p);
+    const F32x16 a = load(f), b = load(f + 16 * (kParts - 1));
+    if constexpr (!kMinimum) return {{a, b}, {a, b}};
+    return {{a, b}, {load(f + 16 * kParts), load(f + 16 * (2 * kParts - 1))}};
+  }
+  static inline void put(const Scale& s, uint8_t* p) {
+    auto* f = reinterpret_cast<float*>(p);
+    for (size_t i = 0; i < kParts; ++i) {
+      store(f + 16 * i, s.scale[i]);
+      if constexpr (kMinimum) store(f + 16 * (kParts + i), s.minimum[i]);
+    }
+  }
+};
+
 // ---- integer matmul ----
 
-// kZero: log2 of the code that means zero, or -1
-template <int kBits_, class Scales_, int kZero_>
+// kBits: range of the codes; kZero: log2 of the code that means zero, or -1; kStored: bits a code
+// takes in memory
+template <int kBits_, class Scales_, int kZero_, int kStored_ = kBits_>
 struct IntegerTile {
-  static constexpr int kBits = kBits_;
+  static constexpr int kBits = kBits_, kStored = kStored_;
   static constexpr int kZero = kBits_ == 8 && kSignedDot8 ? -1 : kZero_;
   using Scales = Scales_;
+  // The same tile taken apart for many rows: a byte a code, floats for scales.
+  using Expanded = IntegerTile<kBits_, ExpandedScales<Scales_>, kZero_, 8>;
 };
 
 template <class Tile>
@@ -167,7 +190,7 @@ template <class Tile>
 template <class Tile, int kRows, int j = 0, class Rows>
 [[gnu::always_inline]] inline void dots(I32x16* acc, const uint8_t* codes, Rows rows) {
   if constexpr (j < 8) {
-    const U8x64 w = Planes<Tile::kBits>::template vector<j>(codes);
+    const U8x64 w = Planes<Tile::kStored>::template vector<j>(codes);
     constexpr int kAt = Tile::Scales::kHalves && j >= 4 ? kRows : 0;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
@@ -235,35 +258,94 @@ template <class Tile, int kRows>
 
 constexpr size_t kPrefetch = 2048;  // bytes ahead
 
-template <class Tile, int kRows>
-void matmul_rows(const uint8_t* chunk, size_t cols, const QuantGroup* x, size_t stride,
-                 float* out) {
+template <class Tile, int j = 0>
+inline void expand(const uint8_t* codes, uint8_t* to) {
+  if constexpr (j < 8) {
+    store_codes(to + 64 * j, Planes<Tile::kStored>::template vector<j>(codes));
+    expand<Tile, j + 1>(codes, to);
+  }
+}
+
+// Walks the runs of a tile; `chunk` is the chunk of the next run and `run` its number there.
+template <class Tile>
+struct Cursor {
   using Scales = typename Tile::Scales;
-  F32x16 acc[kRows];
-  for (F32x16& a : acc) a = zero();
-  const size_t groups = cols / kGroup;
+  static constexpr size_t kRunBytes = 64 * Tile::kStored;
+  const uint8_t* chunk;
+  size_t run = 0;
   const uint8_t* codes = chunk + Scales::kBytes;
-  for (size_t group = 0, run = 0; group < groups; ++group) {
-    // Few rows wait for memory.
-    if constexpr (kRows <= 2)
-      for (size_t at = 0; at < 64 * Tile::kBits; at += 64) prefetch(codes + kPrefetch + at);
-    accumulate<Tile, kRows>(acc, codes, Scales::of(chunk, run), x + group, stride, groups);
-    codes += 64 * Tile::kBits;
+
+  [[gnu::always_inline]] inline Scale scale() const { return Scales::of(chunk, run); }
+  [[gnu::always_inline]] inline void advance() {
+    codes += kRunBytes;
     if (++run == Scales::kRuns) {
       run = 0;
       chunk = codes;
       codes += Scales::kBytes;
     }
   }
+};
+
+// Columns of `count` groups from x on, of rows that have `groups`; `more` continues the sums in
+// out.
+struct Columns {
+  size_t count, groups;
+  const QuantGroup* x;
+  size_t stride;
+  bool more;
+};
+
+template <class Tile, int kRows>
+void matmul_rows(const uint8_t* tile, const Columns& c, size_t row, float* out) {
+  F32x16 acc[kRows];
+  for (int r = 0; r < kRows; ++r)
+    acc[r] = c.more ? load(out + static_cast<size_t>(r) * kLanes) : zero();
+  const QuantGroup* x = c.x + row * c.stride;
+  Cursor<Tile> at{tile};
+  for (size_t group = 0; group < c.count; ++group, at.advance()) {
+    // Few rows wait for memory.
+    if constexpr (kRows <= 2)
+      for (size_t i = 0; i < at.kRunBytes; i += 64) prefetch(at.codes + kPrefetch + i);
+    accumulate<Tile, kRows>(acc, at.codes, at.scale(), x + group, c.stride, c.groups);
+  }
   for (int r = 0; r < kRows; ++r) store(out + static_cast<size_t>(r) * kLanes, acc[r]);
 }
 
 template <class Tile, size_t kBlock = kRowBlock>
+void matmul_blocks(const uint8_t* tile, const Columns& c, size_t row, size_t rows, float* out) {
+  for (; rows - row >= kBlock; row += kBlock)
+    matmul_rows<Tile, kBlock>(tile, c, row, out + row * kLanes);
+  if constexpr (kBlock > 1) matmul_blocks<Tile, kBlock / 2>(tile, c, row, rows, out);
+}
+
+constexpr size_t kSlice = 32;  // groups expanded at a time: they stay in the first-level cache
+constexpr size_t kRowsToExpand = 16;  // from here on unpacking once for all rows pays
+
+template <class Tile>
+void matmul_expanded(const uint8_t* tile, Columns c, size_t rows, float* out) {
+  using To = typename Tile::Expanded;
+  constexpr size_t kBytes = To::Scales::kBytes + 64 * 8;
+  alignas(64) uint8_t slice[kSlice * kBytes];
+  Cursor<Tile> from{tile};
+  for (size_t begin = 0; begin < c.groups; begin += kSlice, c.x += kSlice, c.more = true) {
+    c.count = c.groups - begin < kSlice ? c.groups - begin : kSlice;
+    for (size_t g = 0; g < c.count; ++g, from.advance()) {
+      uint8_t* const to = slice + g * kBytes;
+      To::Scales::put(from.scale(), to);
+      expand<Tile>(from.codes, to + To::Scales::kBytes);
+    }
+    matmul_blocks<To>(slice, c, 0, rows, out);
+  }
+}
+
+template <class Tile>
 void matmul_integer(const uint8_t* tile, size_t cols, const QuantGroup* x, size_t stride,
                     size_t rows, float* out) {
-  for (; rows >= kBlock; rows -= kBlock, x += kBlock * stride, out += kBlock * kLanes)
-    matmul_rows<Tile, kBlock>(tile, cols, x, stride, out);
-  if constexpr (kBlock > 1) matmul_integer<Tile, kBlock / 2>(tile, cols, x, stride, rows, out);
+  const Columns all{cols / kGroup, cols / kGroup, x, stride, false};
+  // 4-bit codes cost less to unpack again than to read back.
+  if constexpr (Tile::kStored != 8 && Tile::kStored != 4 && kRowBlock > 1)
+    if (rows >= kRowsToExpand) return matmul_expanded<Tile>(tile, all, rows, out);
+  matmul_blocks<Tile>(tile, all, 0, rows, out);
 }
 
 // ---- float matmul ----

@@ -158,6 +158,10 @@ inline U8x64 load_codes(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
+inline void store_codes(uint8_t* p, U8x64 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.b);
+}
 template <int kRight, int kLeft>
 inline __m256i bits_of(__m256i v, int mask) {
   if constexpr (kRight > 0) v = _mm256_srli_epi16(v, kRight);

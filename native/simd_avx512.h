@@ -107,6 +107,7 @@ inline void store_i8(int8_t* p, F32x16 a) {  // a holds integers in [-127, 127]
 inline U8x64 load_codes(const uint8_t* p) {
   return {_mm512_loadu_si512(reinterpret_cast<const void*>(p))};
 }
+inline void store_codes(uint8_t* p, U8x64 a) { _mm512_storeu_si512(static_cast<void*>(p), a.v); }
 // ((v >> kRight) << kLeft) & mask, byte by byte; at most one of the shifts is not zero
 template <int kRight, int kLeft>
 inline U8x64 bits_of(U8x64 a, int mask) {

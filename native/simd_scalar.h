@@ -145,6 +145,7 @@ inline U8x64 load_codes(const uint8_t* p) {
   __builtin_memcpy(r.v, p, 64);
   return r;
 }
+inline void store_codes(uint8_t* p, U8x64 a) { __builtin_memcpy(p, a.v, 64); }
 template <int kRight, int kLeft>
 inline U8x64 bits_of(U8x64 a, int mask) {
   for (uint8_t& x : a.v) x = static_cast<uint8_t>(((x >> kRight) << kLeft) & mask);

@@ -20,7 +20,7 @@ def linear(
 def quantize_activations(x: NDArray[np.float32]) -> NDArray[np.float64]:
     """The values the integer kernels see: int8 codes per row and per 32 values.
 
-    A group with a peak above 5 times its row's root mean square has a second digit of 1/256.
+    A group with a peak above 4.5 times its row's root mean square has a second digit of 1/256.
     """
     groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
     peak = np.abs(groups).max(axis=2, keepdims=True)
@@ -28,7 +28,7 @@ def quantize_activations(x: NDArray[np.float32]) -> NDArray[np.float64]:
     steps = np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0)
     codes = np.rint(steps)
     digits = np.clip(np.rint((steps - codes) * np.float32(256)), -127, 127)
-    fine = peak[..., 0] > 5 * np.sqrt(_norms(x) / x.shape[1])[:, None]
+    fine = peak[..., 0] > 4.5 * np.sqrt(_norms(x) / x.shape[1])[:, None]
     return ((codes + digits / 256 * fine[..., None]) * scale.astype(np.float64)).reshape(x.shape)
 
 
