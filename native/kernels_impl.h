@@ -239,14 +239,17 @@ template <class Tile, int kRows>
     }
   }
   dots<Tile, kRows>(acc, codes, [&](int r) { return x[static_cast<size_t>(r) * stride].q; });
-  if (fine != 0) refine<Tile, kRows>(acc, codes, x, stride, groups);
-  const float unit = fine != 0 ? 1.0f / 256.0f : 1.0f;
+  F32x16 scale[2] = {s.scale[0], s.scale[1]};
+  if (fine != 0) {
+    refine<Tile, kRows>(acc, codes, x, stride, groups);
+    for (F32x16& half : scale) half = mul(half, set1(1.0f / 256.0f));
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const QuantGroup& g = x[static_cast<size_t>(r) * stride];
-    F32x16 t = mul(to_float(acc[r]), s.scale[0]);
-    if constexpr (Scales::kHalves) t = fma(to_float(acc[kRows + r]), s.scale[1], t);
-    out[r] = fma(t, set1(g.scale * unit), out[r]);
+    F32x16 t = mul(to_float(acc[r]), scale[0]);
+    if constexpr (Scales::kHalves) t = fma(to_float(acc[kRows + r]), scale[1], t);
+    out[r] = fma(t, set1(g.scale), out[r]);
     if constexpr (Scales::kMinimum && Scales::kHalves) {
       out[r] = fma(s.minimum[0], set1(g.half_sum[0]), out[r]);
       out[r] = fma(s.minimum[1], set1(g.half_sum[1]), out[r]);
