@@ -75,7 +75,11 @@ std::shared_ptr<Tile> pack(const std::string& format, const Bytes& data, size_t 
                            const std::shared_ptr<ThreadPool>& pool,
                            const std::shared_ptr<Arena>& arena) {
   const auto known = format_named(format);
-  if (!known) throw nb::value_error(("unknown format " + format).c_str());
+  if (!known) {
+    std::string names;
+    for (const FormatInfo& f : kFormatInfo) names += " " + std::string(f.name);
+    throw nb::value_error(("unknown format " + format + "; known:" + names).c_str());
+  }
   const nb::gil_scoped_release release;
   ThreadPool alone(1);
   Arena own;
@@ -93,7 +97,10 @@ NewMatrix dequantize(const Tile& tile) {
 NewMatrix linear(const Matrix& x, const std::shared_ptr<Tile>& tile, const std::string& isa,
                  size_t threads) {
   const size_t rows = x.shape(0), cols = x.shape(1);
-  if (cols != tile->cols()) throw nb::value_error("x and the weight differ in columns");
+  if (cols != tile->cols())
+    throw nb::value_error(("x has " + std::to_string(cols) + " columns, the weight " +
+                           std::to_string(tile->cols()) + " columns")
+                              .c_str());
   NewMatrix out = new_matrix(rows, tile->rows());
   const nb::gil_scoped_release release;
   ThreadPool pool(threads);

@@ -216,44 +216,55 @@ void Executor::attend(AttendOp op) {
 }
 
 void Executor::mixture_of_experts(MoeOp op) {
-  const size_t experts = op.gate.size(), threads = pool_->threads();
-  const size_t hidden = buffers_[op.x]->width, width = op.gate.at(0)->rows();
+  const size_t experts = op.gate.size(), hidden = buffers_[op.x]->width;
   expect(op.top_k > 0 && op.top_k <= experts && op.up.size() == experts &&
              op.down.size() == experts && op.router->rows() == experts,
          "a mixture's experts do not fit");
-  const size_t scores = add_value(experts, false, false);
+  Mixture m{op, std::make_shared<Routing>(limits_.rows, experts, op.top_k)};
+  m.routed = add_value(1, false, false);
+  m.gathered = add_value(hidden, false, false, op.top_k);
+  m.inner = add_value(op.gate[0]->rows(), false, false, op.top_k);
+  m.outer = add_value(hidden, false, false, op.top_k);
+  route(m);
+  run_experts(m);
+  combine(m);
+}
+
+// Scores, each row's experts, and the rows sorted by expert.
+void Executor::route(const Mixture& m) {
+  const MoeOp& op = m.op;
+  const size_t scores = add_value(op.router->rows(), false, false);
   linear({scores, op.x, op.router, {}, Activation::kNone, 1.0f, kNone});
+  auto choose = std::make_unique<RoutePhase>(kernels_, *m.routing, floats(scores), op.normalize);
+  choose->reads = {scores};
+  choose->writes = {m.routed};
+  add_phase(std::move(choose));
 
-  auto routing = std::make_shared<Routing>(limits_.rows, experts, op.top_k);
-  const size_t routed = add_value(1, false, false);
-  auto route = std::make_unique<RoutePhase>(kernels_, *routing, floats(scores), op.normalize);
-  route->reads = {scores};
-  route->writes = {routed};
-  add_phase(std::move(route));
-
-  const size_t gathered = add_value(hidden, false, false, op.top_k);
-  const Buffer &x = floats(op.x), &in = *buffers_[gathered];
-  auto gather = row_phase(in, threads, [&k = kernels_, &x, &in, routing](const Step&, size_t pair) {
-    std::copy_n(x.row(routing->row_of[pair]), x.width, in.row(pair));
-    if (in.quant != nullptr) in.quantize(k, pair, 0, in.width, in.row(pair));
-  });
-  gather->reads = {op.x, routed};
-  gather->writes = {gathered};
+  const Buffer &x = floats(op.x), &in = *buffers_[m.gathered];
+  auto gather = row_phase(in, pool_->threads(),
+                          [&k = kernels_, &x, &in, routing = m.routing](const Step&, size_t pair) {
+                            std::copy_n(x.row(routing->row_of[pair]), x.width, in.row(pair));
+                            if (in.quant != nullptr)
+                              in.quantize(k, pair, 0, in.width, in.row(pair));
+                          });
+  gather->reads = {op.x, m.routed};
+  gather->writes = {m.gathered};
   gather->quantizes = true;
   add_phase(std::move(gather));
+}
 
-  const size_t inner = add_value(width, false, false, op.top_k);
-  const size_t outer = add_value(hidden, false, false, op.top_k);
-  const Buffer &mid = *buffers_[inner], &last = floats(outer);
+void Executor::run_experts(const Mixture& m) {
+  const MoeOp& op = m.op;
+  const Buffer &in = *buffers_[m.gathered], &mid = *buffers_[m.inner], &last = *buffers_[m.outer];
   std::vector<GatedLinearOp> gated;
-  for (size_t e = 0; e < experts; ++e)
-    gated.push_back({inner, gathered, op.gate[e], op.up[e], {}, {}, op.activation});
+  for (size_t e = 0; e < op.gate.size(); ++e)
+    gated.push_back({m.inner, m.gathered, op.gate[e], op.up[e], {}, {}, op.activation});
   auto up = expert_phase(
-      *routing, ceil_div(width, kLanes), threads,
+      *m.routing, ceil_div(mid.width, kLanes), pool_->threads(),
       [&k = kernels_, &in, &mid, gated](size_t e, const TileRange& tiles, size_t row, size_t rows) {
         gated_block(k, gated[e], in, mid, tiles, row, rows);
       });
-  auto down = expert_phase(*routing, ceil_div(hidden, kLanes), threads,
+  auto down = expert_phase(*m.routing, ceil_div(last.width, kLanes), pool_->threads(),
                            [&k = kernels_, &mid, &last, weights = op.down](
                                size_t e, const TileRange& tiles, size_t row, size_t rows) {
                              alignas(64) float acc[kRowsAtOnce * kLanes];
@@ -265,40 +276,42 @@ void Executor::mixture_of_experts(MoeOp op) {
                                  std::copy_n(acc + r * kLanes, n, last.row(row + r) + column);
                              }
                            });
-  for (size_t e = 0; e < experts; ++e) {
-    expect(op.gate[e]->rows() == width && op.up[e]->rows() == width && op.down[e]->rows() == hidden,
+  for (size_t e = 0; e < op.gate.size(); ++e) {
+    expect(op.gate[e]->rows() == mid.width && op.up[e]->rows() == mid.width &&
+               op.down[e]->rows() == last.width,
            "the experts differ in shape");
-    expect(op.gate[e]->is_integer() == op.gate[0]->is_integer() &&
-               op.up[e]->is_integer() == op.gate[0]->is_integer() &&
-               op.down[e]->is_integer() == op.down[0]->is_integer(),
-           "the experts mix float and integer formats");
-    read(*up, gathered, *op.gate[e]);
-    read(*down, inner, *op.down[e]);
+    read(*up, m.gathered, *op.gate[e]);
+    read(*up, m.gathered, *op.up[e]);
+    read(*down, m.inner, *op.down[e]);
   }
-  up->writes = {inner};
+  up->writes = {m.inner};
   up->quantizes = true;
-  down->writes = {outer};
+  down->writes = {m.outer};
   add_phase(std::move(up));
   add_phase(std::move(down));
+}
 
-  const Buffer& to = *buffers_[op.out];
-  const Buffer* residual = op.residual == kNone ? nullptr : &floats(op.residual);
-  auto combine = row_phase(
-      to, threads,
-      [&k = kernels_, &to, &last, residual, routing, scale = op.scale](const Step&, size_t r) {
-        float* row = to.row(r);
-        std::fill_n(row, to.width, 0.0f);
-        for (size_t i = r * routing->top_k; i < (r + 1) * routing->top_k; ++i)
-          k.add_scaled(row, last.row(routing->pair_of[i]), routing->weight[i], to.width, row);
-        if (residual != nullptr)
-          k.add_scaled(residual->row(r), row, scale, to.width, row);
-        else if (scale != 1.0f)
-          for (size_t c = 0; c < to.width; ++c) row[c] *= scale;
-      });
-  combine->reads = {outer, routed};
-  if (op.residual != kNone) combine->reads.push_back(op.residual);
-  combine->writes = {op.out};
-  add_phase(std::move(combine));
+// A row's experts, summed in order of score.
+void Executor::combine(const Mixture& m) {
+  const Buffer &to = *buffers_[m.op.out], &last = floats(m.outer);
+  const Buffer* residual = m.op.residual == kNone ? nullptr : &floats(m.op.residual);
+  auto phase = row_phase(to, pool_->threads(),
+                         [&k = kernels_, &to, &last, residual, routing = m.routing,
+                          scale = m.op.scale](const Step&, size_t r) {
+                           float* row = to.row(r);
+                           std::fill_n(row, to.width, 0.0f);
+                           for (size_t i = r * routing->top_k; i < (r + 1) * routing->top_k; ++i)
+                             k.add_scaled(row, last.row(routing->pair_of[i]), routing->weight[i],
+                                          to.width, row);
+                           if (residual != nullptr)
+                             k.add_scaled(residual->row(r), row, scale, to.width, row);
+                           else if (scale != 1.0f)
+                             for (size_t c = 0; c < to.width; ++c) row[c] *= scale;
+                         });
+  phase->reads = {m.outer, m.routed};
+  if (m.op.residual != kNone) phase->reads.push_back(m.op.residual);
+  phase->writes = {m.op.out};
+  add_phase(std::move(phase));
 }
 
 void Executor::add(size_t out, size_t a, size_t b, float scale) {

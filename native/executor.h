@@ -130,6 +130,8 @@ struct MoeOp {
   size_t residual;
 };
 
+struct Routing;
+
 class Executor {
  public:
   Executor(std::string_view isa, std::shared_ptr<ThreadPool> pool, const Limits& limits);
@@ -162,6 +164,14 @@ class Executor {
   size_t vocab() const { return buffers_[logits_]->width; }
 
  private:
+  struct Mixture {
+    MoeOp op;
+    std::shared_ptr<Routing> routing;
+    size_t routed = 0, gathered = 0, inner = 0, outer = 0;  // values; the last three a row a pair
+  };
+  void route(const Mixture& m);
+  void run_experts(const Mixture& m);
+  void combine(const Mixture& m);
   void check(const Batch& batch) const;
   void add_phase(std::unique_ptr<Phase> phase);
   // The value, which someone is going to read as it is.

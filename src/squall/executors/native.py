@@ -167,6 +167,13 @@ def _(op: p.GatherRows, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG00
     e.gather_rows(op.out.id, op.x.id)
 
 
+def _isa() -> str:
+    try:
+        return _native.default_isa()
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+
+
 class NativeExecutor:
     """Runs a program on the CPU.
 
@@ -196,7 +203,7 @@ class NativeExecutor:
         self.block_size = block_size
         self.max_rows = max_rows
         self.max_outputs = max_outputs
-        self.isa = _native.default_isa()
+        self.isa = _isa()
         pool = _native.ThreadPool(threads or _native.default_threads()[0])
         self.threads = pool.threads
         self._kept = {value.name: value.id for value in program.values if value.name in keep}
@@ -214,6 +221,8 @@ class NativeExecutor:
                 block_size=block_size, context=program.context, f32_cache=kv_dtype == "f32",
             )  # fmt: skip
             self._lower(loader)
+        except ValueError as error:
+            raise UnsupportedModel(f"the native executor cannot run this model: {error}") from None
         except MemoryError:
             raise OutOfMemory(
                 f"the KV cache ({blocks} blocks of {block_size} tokens) or the buffers for "
