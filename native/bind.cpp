@@ -77,7 +77,7 @@ std::shared_ptr<Tile> pack(const std::string& format, const Bytes& data, size_t 
   const auto known = format_named(format);
   if (!known) {
     std::string names;
-    for (const FormatInfo& f : kFormatInfo) names += " " + std::string(f.name);
+    for (const FormatInfo& f : kFormatInfo) names.append(" ").append(f.name);
     throw nb::value_error(("unknown format " + format + "; known:" + names).c_str());
   }
   const nb::gil_scoped_release release;
