@@ -234,10 +234,13 @@ void bind_ops(nb::class_<Executor>& c) {
 NB_MODULE(_native, m) {
   m.def("isas", &isas);
   m.def("default_isa", &default_isa);
-  m.def("default_threads", [] {
-    const ThreadLimit limit = default_threads();
-    return std::pair(limit.threads, limit.why);
-  });
+  m.def(
+      "default_threads",
+      [](const std::string& root) {
+        const ThreadLimit limit = default_threads(root);
+        return std::pair(limit.threads, limit.why);
+      },
+      "root"_a = "");
   m.def("read_bandwidth", &read_bandwidth, "threads"_a);
   m.def("sample", &sample_py, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
         "seed"_a, "position"_a);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <fstream>
 #include <sstream>
 
@@ -118,7 +119,8 @@ double quota_of(const std::string& folder) {
   std::string quota;
   double period = 0;
   if (std::ifstream both(folder + "/cpu.max"); both >> quota >> period && quota != "max")
-    return std::stod(quota) / period;
+    if (const double used = std::strtod(quota.c_str(), nullptr); used > 0 && period > 0)
+      return used / period;
   double limit = 0;
   std::ifstream first(folder + "/cpu.cfs_quota_us"), second(folder + "/cpu.cfs_period_us");
   if (first >> limit && second >> period && limit > 0 && period > 0) return limit / period;
@@ -126,28 +128,29 @@ double quota_of(const std::string& folder) {
 }
 
 // The least quota of this process's cgroups and their parents.
-double cgroup_quota() {
+double cgroup_quota(const std::string& root) {
   double least = INFINITY;
-  std::ifstream groups("/proc/self/cgroup");
+  std::ifstream groups(root + "/proc/self/cgroup");
   for (std::string line; std::getline(groups, line);) {
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string controllers = line.substr(first + 1, second - first - 1);
     if (!controllers.empty() && controllers.find("cpu") == std::string::npos) continue;
-    const std::string root =
-        controllers.empty() ? "/sys/fs/cgroup" : "/sys/fs/cgroup/" + controllers;
-    for (std::string path = line.substr(second + 1);; path = path.substr(0, path.rfind('/'))) {
-      least = std::min(least, quota_of(root + path));
-      if (path.empty() || path == "/") break;
+    const std::string mount =
+        root + (controllers.empty() ? "/sys/fs/cgroup" : "/sys/fs/cgroup/" + controllers);
+    std::string path = line.substr(second + 1);
+    for (size_t end = path.size(); end != std::string::npos && end > 0; end = path.rfind('/')) {
+      path.resize(end);
+      least = std::min(least, quota_of(mount + path));
     }
-    least = std::min(least, quota_of(root));
+    least = std::min(least, quota_of(mount));
   }
   return least;
 }
 
 }  // namespace
 
-ThreadLimit default_threads() {
+ThreadLimit default_threads(const std::string& root) {
   size_t allowed = std::max(1u, std::thread::hardware_concurrency());
   std::string why = "hardware threads";
 #if defined(__linux__)
@@ -156,7 +159,7 @@ ThreadLimit default_threads() {
     allowed = static_cast<size_t>(CPU_COUNT(&set));
     why = "CPU affinity";
   }
-  const double quota = cgroup_quota();
+  const double quota = cgroup_quota(root);
   if (quota < static_cast<double>(allowed)) {
     allowed = std::max(size_t{1}, static_cast<size_t>(quota));
     std::ostringstream text;

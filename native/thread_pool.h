@@ -45,6 +45,6 @@ struct ThreadLimit {
   size_t threads;
   std::string why;
 };
-ThreadLimit default_threads();
+ThreadLimit default_threads(const std::string& root = "");  // where /proc and /sys are
 
 }  // namespace squall
