@@ -1,0 +1,329 @@
+// The native core by itself, for the sanitizers: every format, kernel and op on small shapes in
+// buffers of the exact size, so that a read or write outside of one is found.
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "executor.h"
+#include "half.h"
+#include "phases.h"
+#include "sampler.h"
+
+using namespace squall;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+void expect_rejected(const std::function<void()>& act, const std::string& what) {
+  try {
+    act();
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  expect(false, what + " is accepted");
+}
+
+std::mt19937 rng(20240229);
+
+std::vector<float> floats(size_t n, float size = 1.0f) {
+  std::normal_distribution<float> normal(0.0f, size);
+  std::vector<float> all(n);
+  for (float& x : all) x = normal(rng);
+  return all;
+}
+
+// Any bytes are valid blocks but for their scales, which must be finite: exponents below 16.
+std::vector<uint8_t> blocks(Format format, size_t rows, size_t cols) {
+  const FormatInfo& f = info(format);
+  std::vector<uint8_t> data(rows * cols / f.block * f.block_bytes);
+  for (uint8_t& byte : data) byte = static_cast<uint8_t>(rng() & 0x3b);
+  return data;
+}
+
+TilePtr tile(Format format, size_t rows, size_t cols) {
+  ThreadPool pool(2);
+  Arena arena;
+  return std::make_shared<Tile>(format, blocks(format, rows, cols), rows, cols, pool, arena);
+}
+
+TilePtr tile_of(const std::vector<float>& values, size_t rows) {
+  ThreadPool pool(1);
+  Arena arena;
+  const auto* bytes = reinterpret_cast<const uint8_t*>(values.data());
+  return std::make_shared<Tile>(Format::kF32, std::span(bytes, values.size() * 4), rows,
+                                values.size() / rows, pool, arena);
+}
+
+// ---- halves ----
+
+void test_halves() {
+  for (uint32_t h = 0; h < 65536; ++h) {
+    const float f = half_to_float(static_cast<uint16_t>(h));
+    if (std::isnan(f))
+      expect(std::isnan(half_to_float(float_to_half(f))), "a NaN half");
+    else
+      expect(float_to_half(f) == h, "half " + std::to_string(h));
+  }
+  expect(float_to_half(65519.0f) == 0x7bff && float_to_half(65520.0f) == 0x7c00,
+         "the largest half");
+  expect(float_to_half(0x1p-25f) == 0 && float_to_half(0x1.8p-25f) == 1, "the smallest half");
+  expect(float_to_half(1.0f + 0x1p-11f) == 0x3c00, "ties to even");
+}
+
+// ---- linear ----
+
+void test_linear(const Kernels& kernels, Format format) {
+  constexpr size_t kOut = 21;
+  const size_t cols = info(format).block == 256 ? 512 : info(format).block == 32 ? 96 : 37;
+  const TilePtr weight = tile(format, kOut, cols);
+  std::vector<float> rows_of_weight(kOut * cols);
+  for (size_t r = 0; r < kOut; ++r) weight->dequantize_row(r, rows_of_weight.data() + r * cols);
+  ThreadPool pool(2);
+  for (const size_t rows : {1, 2, 3, 4, 5, 8, 23, 70}) {
+    const std::vector<float> x = floats(rows * cols);
+    std::vector<float> out(rows * kOut), alone(kOut);
+    linear_alone(kernels, pool, *weight, x, rows, out.data());
+    double error = 0, energy = 0;
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t o = 0; o < kOut; ++o) {
+        double sum = 0, squares = 0;
+        for (size_t k = 0; k < cols; ++k) {
+          const double w = rows_of_weight[o * cols + k], v = x[r * cols + k];
+          sum += w * v;
+          squares += w * w * v * v;
+        }
+        error += (out[r * kOut + o] - sum) * (out[r * kOut + o] - sum);
+        energy += squares;
+      }
+    const std::string where = std::string(info(format).name) + " on " + std::string(kernels.isa) +
+                              ", " + std::to_string(rows) + " rows";
+    expect(error <= 5e-4 * energy, where);
+    linear_alone(kernels, pool, *weight, std::span(x).last(cols), 1, alone.data());
+    expect(std::equal(alone.begin(), alone.end(), out.end() - kOut), where + ": a row alone");
+  }
+}
+
+void test_tiles() {
+  ThreadPool pool(1);
+  Arena arena;
+  const std::vector<uint8_t> data(18 * 4);
+  const auto make = [&](size_t bytes, size_t rows, size_t cols) {
+    return [&, bytes, rows, cols] {
+      Tile(Format::kQ4_0, std::span(data).first(bytes), rows, cols, pool, arena);
+    };
+  };
+  make(72, 2, 64)();
+  expect_rejected(make(71, 2, 64), "a short weight");
+  expect_rejected(make(72, 2, 63), "half a block");
+  expect_rejected(make(0, 0, 64), "no rows");
+  expect_rejected(make(72, size_t{1} << 40, 64), "a huge weight");
+}
+
+// ---- a program with every op ----
+
+constexpr size_t kVocab = 50, kHidden = 64, kHeads = 6, kKvHeads = 2, kDim = 20, kBlock = 16;
+
+struct Model {
+  TilePtr table = tile(Format::kQ4_0, kVocab, kHidden), head = tile(Format::kQ8_0, kVocab, kHidden);
+  TilePtr q = tile_of(floats(kHeads * kDim * kHidden, 0.1f), kHeads* kDim);
+  TilePtr k = tile_of(floats(kKvHeads * kDim * kHidden, 0.1f), kKvHeads* kDim);
+  TilePtr v = tile_of(floats(kKvHeads * kDim * kHidden, 0.1f), kKvHeads* kDim);
+  TilePtr o = tile_of(floats(kHidden * kHeads * kDim, 0.1f), kHidden);
+  TilePtr gate = tile(Format::kQ5_0, 96, kHidden), up = tile(Format::kQ4_1, 96, kHidden);
+  TilePtr down = tile(Format::kQ5_1, kHidden, 96);
+  TilePtr router = tile_of(floats(4 * kHidden), 4);
+  std::vector<TilePtr> gates, ups, downs;
+  Vector norm = floats(kHidden), head_norm = floats(kDim), bias = floats(kHidden);
+
+  Model() {
+    for (int e = 0; e < 4; ++e) {
+      gates.push_back(tile(Format::kQ8_0, 32, kHidden));
+      ups.push_back(tile(Format::kQ8_0, 32, kHidden));
+      downs.push_back(tile(Format::kQ8_0, kHidden, 32));
+    }
+  }
+
+  std::unique_ptr<Executor> executor(std::string_view isa, size_t threads, bool f32_cache) const {
+    auto e = std::make_unique<Executor>(isa, std::make_shared<ThreadPool>(threads),
+                                        Limits{64, 8, 8, kBlock, 100, f32_cache});
+    const auto value = [&](size_t width) { return e->add_value(width, false, false); };
+    e->add_cache(kKvHeads, kDim);
+    const size_t x = value(kHidden), angles = value(16), n = value(kHidden);
+    e->embed(x, table, 1.5f);
+    e->rope_angles(angles, floats_of(8), 1.1f);
+    e->normalize({n, x, norm, bias, false, 1e-5f});
+    const size_t query = value(kHeads * kDim), key = value(kKvHeads * kDim);
+    const size_t val = value(kKvHeads * kDim), normed = value(kHeads * kDim);
+    e->linear({query, n, q, {}, Activation::kNone, 1.0f, kNone});
+    e->linear({key, n, k, {}, Activation::kNone, 1.0f, kNone});
+    e->linear({val, n, v, {}, Activation::kNone, 1.0f, kNone});
+    e->normalize({normed, query, head_norm, {}, true, 1e-6f});
+    const size_t query2 = value(kHeads * kDim), key2 = value(kKvHeads * kDim);
+    e->rotate({query2, normed, angles, kHeads, kDim, false});
+    e->rotate({key2, key, angles, kKvHeads, kDim, true});
+    const size_t seen = value(kHeads * kDim), y = value(kHidden);
+    e->attend({seen, query2, key2, val, 0, kHeads, kKvHeads, kDim, 0.2f, 19, 30.0f});
+    e->linear({y, seen, o, bias, Activation::kGelu, 0.5f, x});
+    const size_t inner = value(96), z = value(kHidden), mixed = value(kHidden),
+                 sum = value(kHidden);
+    e->gated_linear({inner, y, gate, up, {}, {}, Activation::kSilu});
+    e->linear({z, inner, down, {}, Activation::kRelu, 1.0f, y});
+    e->mixture_of_experts(
+        {mixed, z, router, gates, ups, downs, 2, Activation::kGeluTanh, true, 0.5f, z});
+    e->add(sum, mixed, y, 0.25f);
+    const size_t wanted = e->add_value(kHidden, true, false),
+                 raw = e->add_value(kVocab, true, false);
+    const size_t logits = e->add_value(kVocab, true, false);
+    e->gather_rows(wanted, sum);
+    e->linear({raw, wanted, head, {}, Activation::kNone, 1.0f, kNone});
+    e->softcap(logits, raw, 30.0f);
+    e->plan(logits);
+    return e;
+  }
+
+  static Vector floats_of(size_t n) {
+    Vector all(n);
+    for (size_t i = 0; i < n; ++i) all[i] = 1.0f / static_cast<float>(i + 1);
+    return all;
+  }
+};
+
+// Arrays of one step of one sequence, whose blocks are not in order.
+struct Arrays {
+  std::vector<int32_t> tokens, positions, slots, bounds, table{5, 2, 7, 0}, outputs;
+
+  Arrays(size_t begin, size_t end) : bounds{0, static_cast<int32_t>(end - begin)} {
+    for (size_t p = begin; p < end; ++p) {
+      tokens.push_back(static_cast<int32_t>(p * 7 % kVocab));
+      positions.push_back(static_cast<int32_t>(p));
+      slots.push_back(table[p / kBlock] * static_cast<int32_t>(kBlock) +
+                      static_cast<int32_t>(p % kBlock));
+    }
+    outputs.push_back(bounds[1] - 1);
+  }
+  Batch batch() const { return {tokens, positions, slots, bounds, table, outputs, table.size()}; }
+};
+
+std::vector<float> last_logits(Executor& e, const std::vector<size_t>& cuts) {
+  std::vector<float> logits(kVocab);
+  size_t begin = 0;
+  for (const size_t end : cuts) {
+    e.step(Arrays(begin, end).batch(), logits.data());
+    begin = end;
+  }
+  return logits;
+}
+
+void test_program(const Model& model, std::string_view isa) {
+  for (const bool f32_cache : {false, true}) {
+    const auto one = model.executor(isa, 1, f32_cache), three = model.executor(isa, 3, f32_cache);
+    const std::vector<float> whole = last_logits(*one, {50});
+    for (const float x : whole) expect(std::isfinite(x), "logits are finite");
+    const std::string where = " on " + std::string(isa);
+    expect(whole == last_logits(*three, {50}), "threads change nothing" + where);
+    expect(whole == last_logits(*three, {1, 2, 18, 25, 49, 50}), "steps change nothing" + where);
+  }
+}
+
+void test_rejected(const Model& model) {
+  const auto e = model.executor("scalar", 1, false);
+  std::vector<float> logits(kVocab * 2);
+  const auto rejects = [&](const char* what, const std::function<void(Arrays&)>& spoil) {
+    Arrays arrays(0, 20);
+    spoil(arrays);
+    expect_rejected([&] { e->step(arrays.batch(), logits.data()); }, what);
+  };
+  rejects("a token beyond the vocabulary", [](Arrays& a) { a.tokens[3] = kVocab; });
+  rejects("a negative token", [](Arrays& a) { a.tokens[3] = -1; });
+  rejects("a position beyond the context", [](Arrays& a) { a.positions[19] = 100; });
+  rejects("positions with a gap", [](Arrays& a) { a.positions[19] = 20; });
+  rejects("another position's slot", [](Arrays& a) { std::swap(a.slots[1], a.slots[2]); });
+  rejects("a block beyond the cache", [](Arrays& a) { a.table[0] = 8; });
+  rejects("a negative block", [](Arrays& a) { a.table[1] = -1; });
+  rejects("a short table", [](Arrays& a) { a.table.resize(1); });
+  rejects("descending bounds", [](Arrays& a) { a.bounds = {0, 25, 20}; });
+  rejects("bounds that leave rows out", [](Arrays& a) { a.bounds = {0, 19}; });
+  rejects("an output row beyond the step", [](Arrays& a) { a.outputs = {20}; });
+  rejects("too many outputs", [](Arrays& a) { a.outputs.assign(9, 0); });
+  rejects("a missing slot", [](Arrays& a) { a.slots.pop_back(); });
+  rejects("no rows", [](Arrays& a) { a = Arrays(0, 0); });
+}
+
+// ---- threads, sampling ----
+
+void test_pool() {
+  for (size_t threads = 1; threads <= 4; ++threads) {
+    ThreadPool pool(threads);
+    for (int round = 0; round < 200; ++round) {
+      const std::vector<size_t> totals{5, 0, 1, 33, 0, 2};
+      std::vector<std::atomic<int>> done(totals.size());
+      std::atomic<bool> early{false};
+      pool.run(totals, [&](size_t stage, size_t) {
+        for (size_t s = 0; s < stage; ++s)
+          if (done[s] != static_cast<int>(totals[s])) early = true;
+        ++done[stage];
+      });
+      expect(!early, "a stage begins when the one before is done");
+      for (size_t s = 0; s < totals.size(); ++s)
+        expect(done[s] == static_cast<int>(totals[s]), "every task runs once");
+    }
+  }
+}
+
+void test_sampler() {
+  const std::vector<float> logits{1.0f, 3.0f, 3.0f, -2.0f, 0.5f};
+  const Sampling greedy{0, 0, 1, 0, 0}, free{1, 0, 1, 0, 7};
+  expect(sample(logits, greedy, 0) == 1, "greedy takes the first of equals");
+  const auto always = [&](const Sampling& s, int32_t a, int32_t b) {
+    for (uint64_t p = 0; p < 200; ++p) {
+      const int32_t id = sample(logits, s, p);
+      if (id != a && id != b) return false;
+    }
+    return true;
+  };
+  expect(always({1, 1, 1, 0, 1}, 1, 1), "top_k 1");
+  expect(always({1, 2, 1, 0, 1}, 1, 2), "top_k 2");
+  expect(always({1, 0, 1e-9, 0, 1}, 1, 1), "a tiny top_p");
+  expect(always({1, 0, 1, 1, 1}, 1, 2), "min_p 1");
+  std::vector<int> seen(logits.size());
+  for (uint64_t p = 0; p < 20000; ++p) ++seen[static_cast<size_t>(sample(logits, free, p))];
+  expect(std::abs(seen[1] - 8880) < 300 && std::abs(seen[0] - 1202) < 150, "frequencies");
+  expect(sample(logits, free, 5) == sample(logits, free, 5), "the same draw twice");
+  const float nan = std::nanf(""), inf = INFINITY;
+  for (const auto& odd :
+       {std::vector{nan, 1.0f}, {inf, 1.0f}, {-inf, -inf}, {nan, nan}, {inf, inf}})
+    for (const Sampling& s : {greedy, free, Sampling{1, 1, 0.5, 0.1, 3}}) {
+      const int32_t id = sample(odd, s, 1);
+      expect(id == 0 || id == 1, "strange logits still give a token");
+    }
+}
+
+}  // namespace
+
+int main() {
+  test_halves();
+  test_tiles();
+  test_pool();
+  test_sampler();
+  const Model model;
+  test_rejected(model);
+  for (const char* isa : {"avx512", "avx2", "scalar"}) {
+    const Kernels* kernels = find_kernels(isa, false);
+    if (kernels == nullptr) continue;
+    for (size_t f = 0; f < kFormats; ++f) test_linear(*kernels, static_cast<Format>(f));
+    test_program(model, isa);
+  }
+  std::printf(failures == 0 ? "native tests passed\n" : "%d native tests failed\n", failures);
+  return failures == 0 ? 0 : 1;
+}
