@@ -10,7 +10,9 @@ from harness import BLOCK, BLOCKS, Build, Built, MakeExecutor, build
 from tiny import Case
 
 from reference_executor import ReferenceExecutor
+from squall import _native
 from squall.checkpoints.base import Checkpoint
+from squall.executors.native import NativeExecutor
 from squall.program import Program
 
 
@@ -36,15 +38,22 @@ def _reference(program: Program, checkpoint: Checkpoint, keep: Sequence[str] = (
     return ReferenceExecutor(program, checkpoint, **_options(keep))
 
 
-def _native(program: Program, checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Any:
-    from squall.executors.native import NativeExecutor
+def _native_on(isa: str) -> MakeExecutor:
+    def make(program: Program, checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Any:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("SQUALL_ISA", isa)
+            options = _options(keep)
+            return NativeExecutor(program, checkpoint, kv_dtype="f32", threads=1, **options)
 
-    return NativeExecutor(program, checkpoint, kv_dtype="f32", threads=1, **_options(keep))
+    return make
 
 
-@pytest.fixture(params=[_reference, _native], ids=["reference", "native"])
+EXECUTORS = {"reference": _reference} | {isa: _native_on(isa) for isa in _native.isas()}
+
+
+@pytest.fixture(params=EXECUTORS.values(), ids=EXECUTORS.keys())
 def make_executor(request: pytest.FixtureRequest) -> MakeExecutor:
-    """Each executor, with a float32 KV cache."""
+    """Each executor, on each instruction set, with a float32 KV cache."""
     make: MakeExecutor = request.param
     return make
 
