@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import squall
-from squall import embedded
+from squall import _native, embedded
 from squall.checkpoints.gguf import open_gguf
 
 ENGLISH = Path(__file__).parent.parent / "data" / "english.txt"
@@ -125,4 +125,16 @@ def test_bits_do_not_depend_on_chunks_or_threads(ids: list[int]) -> None:
             for chunk in (300, 1, 7, 64):
                 model.cache.clear()
                 found.add(model.logits(ids[:300], chunk=chunk).tobytes())
+    assert len(found) == 1
+
+
+def test_bits_do_not_depend_on_the_instruction_set(
+    ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = set()
+    for isa in _native.isas():
+        monkeypatch.setenv("SQUALL_ISA", isa)
+        with squall.Model.open(context=512) as model:
+            assert model.executor.isa == isa
+            found.add(model.logits(ids[:150]).tobytes())
     assert len(found) == 1
