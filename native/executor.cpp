@@ -267,13 +267,13 @@ void Executor::run_experts(const Mixture& m) {
   auto down = expert_phase(*m.routing, ceil_div(last.width, kLanes), pool_->threads(),
                            [&k = kernels_, &mid, &last, weights = op.down](
                                size_t e, const TileRange& tiles, size_t row, size_t rows) {
-                             alignas(64) float acc[kRowsAtOnce * kLanes];
+                             alignas(64) float acc[kTilesAtOnce * kRowsAtOnce * kLanes];
+                             matmul(k, *weights[e], tiles, mid, row, rows, acc);
                              for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
-                               matmul(k, *weights[e], tile, mid, row, rows, acc);
-                               const size_t column = tile * kLanes,
-                                            n = std::min(kLanes, last.width - column);
-                               for (size_t r = 0; r < rows; ++r)
-                                 std::copy_n(acc + r * kLanes, n, last.row(row + r) + column);
+                               const size_t column = tile * kLanes;
+                               k.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, nullptr,
+                                        Activation::kNone, 1.0f, nullptr, last.row(row) + column,
+                                        last.width, std::min(kLanes, last.width - column));
                              }
                            });
   for (size_t e = 0; e < op.gate.size(); ++e) {
@@ -532,7 +532,7 @@ void linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
   const size_t tiles = tile.tiles();
   pool.run({&tiles, 1}, [&](size_t, size_t t) {
     std::vector<float> acc(rows * kLanes);
-    matmul(kernels, tile, t, in, 0, rows, acc.data());
+    matmul(kernels, tile, {t, t + 1}, in, 0, rows, acc.data());
     const size_t column = t * kLanes, n = std::min(kLanes, tile.rows() - column);
     for (size_t r = 0; r < rows; ++r)
       std::copy_n(acc.data() + r * kLanes, n, out + r * tile.rows() + column);

@@ -11,11 +11,11 @@ namespace squall {
 
 enum class Activation : uint8_t { kNone, kSilu, kGelu, kGeluTanh, kRelu };
 
-// out[rows][16] = x[rows] . one tile
-using MatmulQuantized = void (*)(const uint8_t* tile, size_t cols, const QuantGroup* x,
-                                 size_t x_stride, size_t rows, float* out);
-using MatmulFloat = void (*)(const uint8_t* tile, size_t cols, const float* x, size_t x_stride,
-                             size_t rows, float* out);
+// out[tiles][rows][16] = x[rows] . `tiles` tiles, which lie tile_bytes apart
+using MatmulQuantized = void (*)(const uint8_t* tile, size_t tiles, size_t tile_bytes, size_t cols,
+                                 const QuantGroup* x, size_t x_stride, size_t rows, float* out);
+using MatmulFloat = void (*)(const uint8_t* tile, size_t tiles, size_t tile_bytes, size_t cols,
+                             const float* x, size_t x_stride, size_t rows, float* out);
 
 // One query head at one position.
 struct Query {
@@ -50,12 +50,13 @@ struct Kernels {
                    float* out);
   void (*layer_norm)(const float* x, size_t cols, size_t group, const float* weight,
                      const float* bias, float eps, float* out);
-  // out = residual + scale * act(acc + bias) for n <= 16 columns; bias and residual may be null
-  void (*finish)(const float* acc, const float* bias, Activation act, float scale,
-                 const float* residual, float* out, size_t n);
-  // out = act(gate + gate_bias) * (up + up_bias)
-  void (*finish_gated)(const float* gate, const float* up, const float* gate_bias,
-                       const float* up_bias, Activation act, float* out, size_t n);
+  // out = residual + scale * act(acc[rows][16] + bias) for n <= 16 columns; rows of out and of
+  // residual are `stride` apart; bias and residual may be null
+  void (*finish)(const float* acc, size_t rows, const float* bias, Activation act, float scale,
+                 const float* residual, float* out, size_t stride, size_t n);
+  // out = act(gate + gate_bias) * (up + up_bias), likewise
+  void (*finish_gated)(const float* gate, const float* up, size_t rows, const float* gate_bias,
+                       const float* up_bias, Activation act, float* out, size_t stride, size_t n);
   void (*add_scaled)(const float* a, const float* b, float scale, size_t n, float* out);
   void (*softcap)(const float* x, float cap, size_t n, float* out);
   void (*softmax)(float* x, size_t n);

@@ -186,75 +186,125 @@ template <class Tile>
     return izero();
 }
 
-// acc[row] += 32 codes . the row's int8; rows(r) is where they are
-template <class Tile, int kRows, int j = 0, class Rows>
-[[gnu::always_inline]] inline void dots(I32x16* acc, const uint8_t* codes, Rows rows) {
-  if constexpr (j < 8) {
-    const U8x64 w = Planes<Tile::kStored>::template vector<j>(codes);
-    constexpr int kAt = Tile::Scales::kHalves && j >= 4 ? kRows : 0;
+// Sums of kTiles tiles and kRows rows: [tile][row].
+template <class T, int kTiles, int kRows>
+using Block = T[kTiles][kRows];
+
+// acc += codes [kFrom, kTo) . the rows' int8, in runs of four; rows(r) is where they are
+template <class Tile, int kTo, int j, int kTiles, int kRows, class Rows>
+[[gnu::always_inline]] inline void dots(Block<I32x16, kTiles, kRows>& acc,
+                                        const uint8_t* const* codes, Rows rows) {
+  if constexpr (j < kTo) {
+    U8x64 w[kTiles];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) w[t] = Planes<Tile::kStored>::template vector<j>(codes[t]);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-      acc[kAt + r] = dot<Tile::kBits>(acc[kAt + r], w, rows(r) + 4 * j);
-    dots<Tile, kRows, j + 1>(acc, codes, rows);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; ++t)
+        acc[t][r] = dot<Tile::kBits>(acc[t][r], w[t], rows(r) + 4 * j);
+    dots<Tile, kTo, j + 1>(acc, codes, rows);
   }
 }
 
 constexpr FineGroup kNoDigits = {};
 
-// The digits of fine groups join: acc = 256 * acc + codes . r. For rows whose group is not fine r
-// is 0, and as the factor 256 is exact in what follows, they come out the same as without.
-template <class Tile, int kRows>
-[[gnu::always_inline]] inline void refine(I32x16* acc, const uint8_t* codes, const QuantGroup* x,
-                                          size_t stride, size_t groups) {
-  const FineGroup* digits[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const QuantGroup* g = x + static_cast<size_t>(r) * stride;
-    digits[r] = g->fine != 0 ? reinterpret_cast<const FineGroup*>(g + groups) : &kNoDigits;
-    if constexpr (Tile::Scales::kHalves) {
-      acc[r] = add(shift_left<8>(acc[r]), start<Tile>(digits[r]->minus_half_r));
-      acc[kRows + r] = add(shift_left<8>(acc[kRows + r]), start<Tile>(digits[r]->minus_half_r + 1));
-    } else {
-      acc[r] = add(shift_left<8>(acc[r]), start<Tile>(&digits[r]->minus_r));
-    }
+// One group of every row: where it is, and its finer digits.
+template <int kRows>
+struct Groups {
+  const QuantGroup* x;
+  size_t stride, groups;  // of a row
+  int32_t fine = 0;       // some row's group is
+
+  [[gnu::always_inline]] inline const QuantGroup& group(int r) const {
+    return x[static_cast<size_t>(r) * stride];
   }
-  dots<Tile, kRows>(acc, codes, [&](int r) { return digits[r]->r; });
+  // Rows whose group is not fine have digits 0, and as the factor 256 is exact, they come out the
+  // same as without.
+  [[gnu::always_inline]] inline const FineGroup& digits(int r) const {
+    const QuantGroup& g = group(r);
+    return g.fine != 0 ? *reinterpret_cast<const FineGroup*>(&g + groups) : kNoDigits;
+  }
+};
+
+// Keeps the compiler from holding in registers what it read through p before.
+[[gnu::always_inline]] inline const uint8_t* afresh(const uint8_t* p) {
+  asm("" : "+r"(p));
+  return p;
 }
 
-template <class Tile, int kRows>
-[[gnu::always_inline]] inline void accumulate(F32x16* out, const uint8_t* codes, const Scale& s,
-                                              const QuantGroup* x, size_t stride, size_t groups) {
+// The dot products of one half of a group (kParts 2) or of all of it.
+template <class Tile, int kParts, int kPart, int kTiles, int kRows>
+[[gnu::always_inline]] inline void part_dots(Block<F32x16, kTiles, kRows>& sum,
+                                             const uint8_t* const* codes,
+                                             const Groups<kRows>& at) {
+  constexpr int kFrom = 8 / kParts * kPart, kTo = kFrom + 8 / kParts;
+  Block<I32x16, kTiles, kRows> acc;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const QuantGroup& g = at.group(r);
+    const I32x16 zero_point = start<Tile>(kParts == 2 ? g.minus_half_q + kPart : &g.minus_q);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) acc[t][r] = zero_point;
+  }
+  dots<Tile, kTo, kFrom>(acc, codes, [&](int r) { return at.group(r).q; });
+  if (at.fine == 0) [[likely]] {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[t][r] = to_float(acc[t][r]);
+    return;
+  }
+  const FineGroup* digits[kRows];
+  const uint8_t* again[kTiles];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    digits[r] = &at.digits(r);
+    const I32x16 zero_point =
+        start<Tile>(kParts == 2 ? digits[r]->minus_half_r + kPart : &digits[r]->minus_r);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) acc[t][r] = add(shift_left<8>(acc[t][r]), zero_point);
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < kTiles; ++t) again[t] = afresh(codes[t]);
+  dots<Tile, kTo, kFrom>(acc, again, [&](int r) { return digits[r]->r; });
+#pragma GCC unroll 4
+  for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[t][r] = mul(to_float(acc[t][r]), set1(1.0f / 256.0f));
+}
+
+template <class Tile, int kTiles, int kRows>
+[[gnu::always_inline]] inline void accumulate(Block<F32x16, kTiles, kRows>& out,
+                                              const uint8_t* const* codes, const Scale* s,
+                                              const Groups<kRows>& at) {
   using Scales = typename Tile::Scales;
-  I32x16 acc[Scales::kHalves ? 2 * kRows : kRows];
-  int32_t fine = 0;
+  constexpr int kParts = Scales::kHalves ? 2 : 1;
+  Block<F32x16, kTiles, kRows> sum, part;
+  part_dots<Tile, kParts, 0>(sum, codes, at);
+#pragma GCC unroll 4
+  for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const QuantGroup& g = x[static_cast<size_t>(r) * stride];
-    fine |= g.fine;
-    if constexpr (Scales::kHalves) {
-      acc[r] = start<Tile>(g.minus_half_q);
-      acc[kRows + r] = start<Tile>(g.minus_half_q + 1);
-    } else {
-      acc[r] = start<Tile>(&g.minus_q);
-    }
-  }
-  dots<Tile, kRows>(acc, codes, [&](int r) { return x[static_cast<size_t>(r) * stride].q; });
-  F32x16 scale[2] = {s.scale[0], s.scale[1]};
-  if (fine != 0) {
-    refine<Tile, kRows>(acc, codes, x, stride, groups);
-    for (F32x16& half : scale) half = mul(half, set1(1.0f / 256.0f));
+    for (int r = 0; r < kRows; ++r) sum[t][r] = mul(sum[t][r], s[t].scale[0]);
+  if constexpr (kParts == 2) {
+    part_dots<Tile, 2, 1>(part, codes, at);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[t][r] = fma(part[t][r], s[t].scale[1], sum[t][r]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const QuantGroup& g = x[static_cast<size_t>(r) * stride];
-    F32x16 t = mul(to_float(acc[r]), scale[0]);
-    if constexpr (Scales::kHalves) t = fma(to_float(acc[kRows + r]), scale[1], t);
-    out[r] = fma(t, set1(g.scale), out[r]);
-    if constexpr (Scales::kMinimum && Scales::kHalves) {
-      out[r] = fma(s.minimum[0], set1(g.half_sum[0]), out[r]);
-      out[r] = fma(s.minimum[1], set1(g.half_sum[1]), out[r]);
-    } else if constexpr (Scales::kMinimum) {
-      out[r] = fma(s.minimum[0], set1(g.sum), out[r]);
+    const QuantGroup& g = at.group(r);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) {
+      out[t][r] = fma(sum[t][r], set1(g.scale), out[t][r]);
+      if constexpr (Scales::kMinimum && kParts == 2) {
+        out[t][r] = fma(s[t].minimum[0], set1(g.half_sum[0]), out[t][r]);
+        out[t][r] = fma(s[t].minimum[1], set1(g.half_sum[1]), out[t][r]);
+      } else if constexpr (Scales::kMinimum) {
+        out[t][r] = fma(s[t].minimum[0], set1(g.sum), out[t][r]);
+      }
     }
   }
 }
@@ -274,7 +324,7 @@ template <class Tile>
 struct Cursor {
   using Scales = typename Tile::Scales;
   static constexpr size_t kRunBytes = 64 * Tile::kStored;
-  const uint8_t* chunk;
+  const uint8_t* chunk = nullptr;
   size_t run = 0;
   const uint8_t* codes = chunk + Scales::kBytes;
 
@@ -298,57 +348,100 @@ struct Columns {
   bool more;
 };
 
-template <class Tile, int kRows>
-void matmul_rows(const uint8_t* tile, const Columns& c, size_t row, float* out) {
-  F32x16 acc[kRows];
-  for (int r = 0; r < kRows; ++r)
-    acc[r] = c.more ? load(out + static_cast<size_t>(r) * kLanes) : zero();
-  const QuantGroup* x = c.x + row * c.stride;
-  Cursor<Tile> at{tile};
-  for (size_t group = 0; group < c.count; ++group, at.advance()) {
-    // Few rows wait for memory.
-    if constexpr (kRows <= 2)
-      for (size_t i = 0; i < at.kRunBytes; i += 64) prefetch(at.codes + kPrefetch + i);
-    accumulate<Tile, kRows>(acc, at.codes, at.scale(), x + group, c.stride, c.groups);
+// Tiles that lie `bytes` apart, and their sums [tile][rows][16].
+struct Tiles {
+  const uint8_t* data;
+  size_t bytes;
+  float* out;
+  size_t rows;
+
+  const uint8_t* tile(int t) const { return data + static_cast<size_t>(t) * bytes; }
+  float* at(int t, size_t row) const {
+    return out + (static_cast<size_t>(t) * rows + row) * kLanes;
   }
-  for (int r = 0; r < kRows; ++r) store(out + static_cast<size_t>(r) * kLanes, acc[r]);
+};
+
+template <class Tile, int kTiles, int kRows>
+void matmul_rows(const Tiles& tiles, const Columns& c, size_t row) {
+  Block<F32x16, kTiles, kRows> acc;
+  Cursor<Tile> at[kTiles];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTiles; ++t) {
+    at[t] = {tiles.tile(t)};
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+      acc[t][r] = c.more ? load(tiles.at(t, row + static_cast<size_t>(r))) : zero();
+  }
+  Groups<kRows> groups{c.x + row * c.stride, c.stride, c.groups};
+  for (size_t group = 0; group < c.count; ++group, ++groups.x) {
+    const uint8_t* codes[kTiles];
+    Scale scales[kTiles];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) {
+      codes[t] = at[t].codes;
+      scales[t] = at[t].scale();
+      if constexpr (kRows <= 2)  // few rows wait for memory
+        for (size_t i = 0; i < Cursor<Tile>::kRunBytes; i += 64)
+          prefetch(codes[t] + kPrefetch + i);
+      at[t].advance();
+    }
+    groups.fine = 0;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) groups.fine |= groups.group(r).fine;
+    accumulate<Tile, kTiles, kRows>(acc, codes, scales, groups);
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
 }
 
-template <class Tile, size_t kBlock = kRowBlock>
-void matmul_blocks(const uint8_t* tile, const Columns& c, size_t row, size_t rows, float* out) {
-  for (; rows - row >= kBlock; row += kBlock)
-    matmul_rows<Tile, kBlock>(tile, c, row, out + row * kLanes);
-  if constexpr (kBlock > 1) matmul_blocks<Tile, kBlock / 2>(tile, c, row, rows, out);
+template <class Tile, int kTiles, size_t kBlock = kRowBlock>
+void matmul_blocks(const Tiles& tiles, const Columns& c, size_t row = 0) {
+  for (; tiles.rows - row >= kBlock; row += kBlock)
+    matmul_rows<Tile, kTiles, kBlock>(tiles, c, row);
+  if constexpr (kBlock > 1) matmul_blocks<Tile, kTiles, kBlock / 2>(tiles, c, row);
 }
 
-constexpr size_t kSlice = 32;  // groups expanded at a time: they stay in the first-level cache
+constexpr size_t kSlice = 16;  // groups expanded at a time: they stay in the first-level cache
 constexpr size_t kRowsToExpand = 16;  // from here on unpacking once for all rows pays
 
-template <class Tile>
-void matmul_expanded(const uint8_t* tile, Columns c, size_t rows, float* out) {
+template <class Tile, int kTiles>
+void matmul_expanded(const Tiles& tiles, Columns c) {
   using To = typename Tile::Expanded;
   constexpr size_t kBytes = To::Scales::kBytes + 64 * 8;
-  alignas(64) uint8_t slice[kSlice * kBytes];
-  Cursor<Tile> from{tile};
+  alignas(64) uint8_t slice[kTiles][kSlice * kBytes];
+  Cursor<Tile> from[kTiles];
+  for (int t = 0; t < kTiles; ++t) from[t] = {tiles.tile(t)};
   for (size_t begin = 0; begin < c.groups; begin += kSlice, c.x += kSlice, c.more = true) {
     c.count = c.groups - begin < kSlice ? c.groups - begin : kSlice;
-    for (size_t g = 0; g < c.count; ++g, from.advance()) {
-      uint8_t* const to = slice + g * kBytes;
-      To::Scales::put(from.scale(), to);
-      expand<Tile>(from.codes, to + To::Scales::kBytes);
-    }
-    matmul_blocks<To>(slice, c, 0, rows, out);
+    for (int t = 0; t < kTiles; ++t)
+      for (size_t g = 0; g < c.count; ++g, from[t].advance()) {
+        uint8_t* const to = slice[t] + g * kBytes;
+        To::Scales::put(from[t].scale(), to);
+        expand<Tile>(from[t].codes, to + To::Scales::kBytes);
+      }
+    matmul_blocks<To, kTiles>({slice[0], sizeof slice[0], tiles.out, tiles.rows}, c);
   }
 }
 
-template <class Tile>
-void matmul_integer(const uint8_t* tile, size_t cols, const QuantGroup* x, size_t stride,
-                    size_t rows, float* out) {
+// 4-bit codes cost less to unpack again than to read back.
+template <int kStored>
+constexpr bool kExpand = kStored != 8 && kStored != 4 && kRowBlock > 1;
+
+template <class Tile, int kTiles = kTileBlock>
+void matmul_integer(const uint8_t* data, size_t count, size_t bytes, size_t cols,
+                    const QuantGroup* x, size_t stride, size_t rows, float* out) {
   const Columns all{cols / kGroup, cols / kGroup, x, stride, false};
-  // 4-bit codes cost less to unpack again than to read back.
-  if constexpr (Tile::kStored != 8 && Tile::kStored != 4 && kRowBlock > 1)
-    if (rows >= kRowsToExpand) return matmul_expanded<Tile>(tile, all, rows, out);
-  matmul_blocks<Tile>(tile, all, 0, rows, out);
+  for (; count >= kTiles; count -= kTiles, data += kTiles * bytes, out += kTiles * rows * kLanes) {
+    const Tiles tiles{data, bytes, out, rows};
+    if (kExpand<Tile::kStored> && rows >= kRowsToExpand)
+      matmul_expanded<Tile, kTiles>(tiles, all);
+    else
+      matmul_blocks<Tile, kTiles>(tiles, all);
+  }
+  if constexpr (kTiles > 1)
+    if (count > 0) matmul_integer<Tile, 1>(data, count, bytes, cols, x, stride, rows, out);
 }
 
 // ---- float matmul ----
@@ -366,26 +459,45 @@ struct BFloat16 {
   static inline F32x16 of(const uint8_t* p) { return load_bf16(halves(p)); }
 };
 
-template <class Element, int kRows>
-void matmul_float_rows(const uint8_t* tile, size_t cols, const float* x, size_t stride,
-                       float* out) {
-  F32x16 acc[kRows];
-  for (F32x16& a : acc) a = zero();
+template <class Element, int kTiles, int kRows>
+void matmul_float_rows(const Tiles& tiles, size_t cols, const float* x, size_t stride, size_t row) {
+  Block<F32x16, kTiles, kRows> acc;
+  for (auto& tile : acc)
+    for (F32x16& a : tile) a = zero();
+  x += row * stride;
   for (size_t k = 0; k < cols; ++k) {
-    const F32x16 w = Element::of(tile + k * kLanes * Element::kBytes);
+    F32x16 w[kTiles];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) w[t] = Element::of(tiles.tile(t) + k * kLanes * Element::kBytes);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-      acc[r] = fma(w, set1(x[static_cast<size_t>(r) * stride + k]), acc[r]);
+    for (int r = 0; r < kRows; ++r) {
+      const F32x16 value = set1(x[static_cast<size_t>(r) * stride + k]);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; ++t) acc[t][r] = fma(w[t], value, acc[t][r]);
+    }
   }
-  for (int r = 0; r < kRows; ++r) store(out + static_cast<size_t>(r) * kLanes, acc[r]);
+#pragma GCC unroll 4
+  for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
 }
 
-template <class Element, size_t kBlock = kRowBlock>
-void matmul_float(const uint8_t* tile, size_t cols, const float* x, size_t stride, size_t rows,
-                  float* out) {
-  for (; rows >= kBlock; rows -= kBlock, x += kBlock * stride, out += kBlock * kLanes)
-    matmul_float_rows<Element, kBlock>(tile, cols, x, stride, out);
-  if constexpr (kBlock > 1) matmul_float<Element, kBlock / 2>(tile, cols, x, stride, rows, out);
+template <class Element, int kTiles, size_t kBlock = kFloatRowBlock>
+void matmul_float_blocks(const Tiles& tiles, size_t cols, const float* x, size_t stride,
+                         size_t row = 0) {
+  for (; tiles.rows - row >= kBlock; row += kBlock)
+    matmul_float_rows<Element, kTiles, kBlock>(tiles, cols, x, stride, row);
+  if constexpr (kBlock > 1)
+    matmul_float_blocks<Element, kTiles, kBlock / 2>(tiles, cols, x, stride, row);
+}
+
+template <class Element, int kTiles = kTileBlock>
+void matmul_float(const uint8_t* data, size_t count, size_t bytes, size_t cols, const float* x,
+                  size_t stride, size_t rows, float* out) {
+  for (; count >= kTiles; count -= kTiles, data += kTiles * bytes, out += kTiles * rows * kLanes)
+    matmul_float_blocks<Element, kTiles>({data, bytes, out, rows}, cols, x, stride);
+  if constexpr (kTiles > 1)
+    if (count > 0) matmul_float<Element, 1>(data, count, bytes, cols, x, stride, rows, out);
 }
 
 // ---- activations to int8 ----
@@ -542,19 +654,22 @@ inline F32x16 biased(const float* acc, const float* bias, size_t n) {
   return bias != nullptr ? add(x, load_first(bias, n)) : x;
 }
 
-void finish(const float* acc, const float* bias, Activation act, float scale, const float* residual,
-            float* out, size_t n) {
-  F32x16 x = activate(act, biased(acc, bias, n));
-  if (residual != nullptr)
-    x = fma(x, set1(scale), load_first(residual, n));
-  else if (scale != 1.0f)
-    x = mul(x, set1(scale));
-  store_first(out, x, n);
+void finish(const float* acc, size_t rows, const float* bias, Activation act, float scale,
+            const float* residual, float* out, size_t stride, size_t n) {
+  for (size_t r = 0; r < rows; ++r, acc += kLanes, out += stride) {
+    F32x16 x = activate(act, biased(acc, bias, n));
+    if (residual != nullptr)
+      x = fma(x, set1(scale), load_first(residual + r * stride, n));
+    else if (scale != 1.0f)
+      x = mul(x, set1(scale));
+    store_first(out, x, n);
+  }
 }
 
-void finish_gated(const float* gate, const float* up, const float* gate_bias, const float* up_bias,
-                  Activation act, float* out, size_t n) {
-  store_first(out, mul(activate(act, biased(gate, gate_bias, n)), biased(up, up_bias, n)), n);
+void finish_gated(const float* gate, const float* up, size_t rows, const float* gate_bias,
+                  const float* up_bias, Activation act, float* out, size_t stride, size_t n) {
+  for (size_t r = 0; r < rows; ++r, gate += kLanes, up += kLanes, out += stride)
+    store_first(out, mul(activate(act, biased(gate, gate_bias, n)), biased(up, up_bias, n)), n);
 }
 
 void add_scaled(const float* a, const float* b, float scale, size_t n, float* out) {

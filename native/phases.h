@@ -13,6 +13,7 @@ constexpr size_t kRowsAtOnce = 64;  // rows that one tile is multiplied with bef
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 inline const float* or_null(const Vector& v) { return v.empty() ? nullptr : v.data(); }
+inline const float* at(const Vector& v, size_t i) { return v.empty() ? nullptr : v.data() + i; }
 
 // Work that is done row by row.
 class RowPhase : public Phase {
@@ -51,21 +52,24 @@ std::unique_ptr<Phase> row_phase(const Buffer& rows, size_t threads, Fn fn) {
   return std::make_unique<RowsOf<Fn>>(rows, threads, std::move(fn));
 }
 
-// acc[rows][16] = x . one tile, x read as the tile's format wants it
-inline void matmul(const Kernels& k, const Tile& w, size_t tile, const Buffer& x, size_t row,
-                   size_t rows, float* acc) {
-  const size_t format = static_cast<size_t>(w.format());
-  if (w.is_integer())
-    k.matmul_quantized[format](w.tile(tile), w.cols(), x.quant_row(row), x.quant_stride(), rows,
-                               acc);
-  else
-    k.matmul_float[format](w.tile(tile), w.cols(), x.row(row), x.width, rows, acc);
-}
-
 struct TileRange {
   size_t begin, end;
+  size_t count() const { return end - begin; }
 };
 constexpr size_t kTilesAtOnce = 8;
+
+// acc[tiles][rows][16] = x . tiles, x read as their format wants it
+inline void matmul(const Kernels& k, const Tile& w, const TileRange& tiles, const Buffer& x,
+                   size_t row, size_t rows, float* acc) {
+  const size_t format = static_cast<size_t>(w.format());
+  const uint8_t* first = w.tile(tiles.begin);
+  if (w.is_integer())
+    k.matmul_quantized[format](first, tiles.count(), w.tile_bytes(), w.cols(), x.quant_row(row),
+                               x.quant_stride(), rows, acc);
+  else
+    k.matmul_float[format](first, tiles.count(), w.tile_bytes(), w.cols(), x.row(row), x.width,
+                           rows, acc);
+}
 
 // Work that is done tile by tile of a weight. With many rows each thread has a part of them, and
 // all tiles; with few, all rows, and a part of the tiles.
@@ -113,20 +117,21 @@ class LinearPhase final : public TilePhase {
   size_t tasks(const Step& step) const override { return tasks_for(step.rows_of(out_)); }
   void run(const Step& step, size_t task) override {
     blocks(task, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
-      for (size_t tile = tiles.begin; tile < tiles.end; ++tile) block(tile, row, rows);
+      block(tiles, row, rows);
     });
   }
 
  private:
-  void block(size_t tile, size_t row, size_t rows) const {
-    alignas(64) float acc[kRowsAtOnce * kLanes];
-    matmul(k_, *op_.weight, tile, x_, row, rows, acc);
-    const size_t column = tile * kLanes, n = std::min(kLanes, out_.width - column);
-    const float* bias = op_.bias.empty() ? nullptr : op_.bias.data() + column;
-    for (size_t r = 0; r < rows; ++r)
-      k_.finish(acc + r * kLanes, bias, op_.activation, op_.scale,
-                residual_ != nullptr ? residual_->row(row + r) + column : nullptr,
-                out_.row(row + r) + column, n);
+  void block(const TileRange& tiles, size_t row, size_t rows) const {
+    alignas(64) float acc[kTilesAtOnce * kRowsAtOnce * kLanes];
+    matmul(k_, *op_.weight, tiles, x_, row, rows, acc);
+    for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      const size_t column = tile * kLanes, n = std::min(kLanes, out_.width - column);
+      k_.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, at(op_.bias, column),
+                op_.activation, op_.scale,
+                residual_ != nullptr ? residual_->row(row) + column : nullptr,
+                out_.row(row) + column, out_.width, n);
+    }
   }
 
   const Kernels& k_;
@@ -138,23 +143,21 @@ class LinearPhase final : public TilePhase {
 // All gate tiles, then all up tiles: each is read as one stream.
 inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer& x,
                         const Buffer& out, const TileRange& tiles, size_t row, size_t rows) {
-  alignas(64) float gate[kTilesAtOnce][kRowsAtOnce * kLanes], up[kRowsAtOnce * kLanes];
-  for (size_t tile = tiles.begin; tile < tiles.end; ++tile)
-    matmul(k, *op.gate, tile, x, row, rows, gate[tile - tiles.begin]);
+  alignas(64) float gate[kTilesAtOnce * kRowsAtOnce * kLanes];
+  alignas(64) float up[kTilesAtOnce * kRowsAtOnce * kLanes];
   alignas(64) float pair[kRowsAtOnce * kGroup];  // two tiles' columns: a group
+  matmul(k, *op.gate, tiles, x, row, rows, gate);
+  matmul(k, *op.up, tiles, x, row, rows, up);
   for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    matmul(k, *op.up, tile, x, row, rows, up);
     const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
-    const float* gate_bias = op.gate_bias.empty() ? nullptr : op.gate_bias.data() + column;
-    const float* up_bias = op.up_bias.empty() ? nullptr : op.up_bias.data() + column;
+    const size_t acc = (tile - tiles.begin) * rows * kLanes;
+    float* const to = pair + tile % 2 * kLanes;  // tasks begin at an even tile
+    k.finish_gated(gate + acc, up + acc, rows, at(op.gate_bias, column), at(op.up_bias, column),
+                   op.activation, to, kGroup, n);
     for (size_t r = 0; r < rows; ++r) {
-      float* const group = pair + r * kGroup;
-      float* const to = group + tile % 2 * kLanes;  // tasks begin at an even tile
-      k.finish_gated(gate[tile - tiles.begin] + r * kLanes, up + r * kLanes, gate_bias, up_bias,
-                     op.activation, to, n);
-      if (out.wants_float) std::copy_n(to, n, out.row(row + r) + column);
+      if (out.wants_float) std::copy_n(to + r * kGroup, n, out.row(row + r) + column);
       if (out.quant != nullptr && tile % 2 == 1)
-        out.quantize(k, row + r, column - kLanes, kGroup, group);
+        out.quantize(k, row + r, column - kLanes, kGroup, pair + r * kGroup);
     }
   }
 }

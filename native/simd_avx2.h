@@ -7,7 +7,9 @@
 
 namespace {
 
-constexpr size_t kRowBlock = 4;  // rows a matmul keeps in registers
+constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registers
+constexpr size_t kFloatRowBlock = 4;  // rows a float matmul keeps there
+constexpr int kTileBlock = 1;         // tiles they do at once
 constexpr int kQueryBlock = 4;   // queries attention keeps there
 constexpr bool kSignedDot8 =
     true;  // maddubs saturates on two products of 8-bit codes, so sign them

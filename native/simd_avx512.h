@@ -12,7 +12,9 @@
 
 namespace {
 
-constexpr size_t kRowBlock = 8;      // rows a matmul keeps in registers
+constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registers
+constexpr size_t kFloatRowBlock = 8;  // rows a float matmul keeps there
+constexpr int kTileBlock = 2;         // tiles they do at once
 constexpr int kQueryBlock = 4;       // queries attention keeps there
 constexpr bool kSignedDot8 = false;  // dot() takes 8-bit codes as unsigned
 

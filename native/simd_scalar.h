@@ -7,7 +7,9 @@
 
 namespace {
 
-constexpr size_t kRowBlock = 1;
+constexpr size_t kRowBlock = 1;       // rows an integer matmul keeps in registers
+constexpr size_t kFloatRowBlock = 1;  // rows a float matmul keeps there
+constexpr int kTileBlock = 1;         // tiles they do at once
 constexpr int kQueryBlock = 1;
 constexpr bool kSignedDot8 = false;
 

@@ -47,6 +47,7 @@ class Tile {
   size_t rows() const { return rows_; }
   size_t cols() const { return cols_; }
   size_t tiles() const { return tiles_; }
+  size_t tile_bytes() const { return tile_bytes_; }
   size_t nbytes() const { return tiles_ * tile_bytes_; }
   bool is_integer() const { return info(format_).bits != 0; }
   const uint8_t* tile(size_t index) const { return data_.get() + index * tile_bytes_; }
