@@ -433,6 +433,8 @@ template <class Tile, int kTiles = kTileBlock>
 void matmul_integer(const uint8_t* data, size_t count, size_t bytes, size_t cols,
                     const QuantGroup* x, size_t stride, size_t rows, float* out) {
   const Columns all{cols / kGroup, cols / kGroup, x, stride, false};
+  if (kTiles > 1 && rows <= 2)  // memory gives most when it is read as one stream
+    return matmul_integer<Tile, 1>(data, count, bytes, cols, x, stride, rows, out);
   for (; count >= kTiles; count -= kTiles, data += kTiles * bytes, out += kTiles * rows * kLanes) {
     const Tiles tiles{data, bytes, out, rows};
     if (kExpand<Tile::kStored> && rows >= kRowsToExpand)
