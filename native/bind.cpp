@@ -51,21 +51,12 @@ Activation activation_named(const std::optional<std::string>& name) {
   throw nb::value_error(("unknown activation " + *name).c_str());
 }
 
-constexpr const char* kIsas[] = {"avx512", "avx2", "scalar"};
-
-std::vector<std::string> isas() {
-  std::vector<std::string> found;
-  for (const char* isa : kIsas)
-    if (find_kernels(isa, false) != nullptr) found.emplace_back(isa);
-  return found;
-}
-
 std::string default_isa() {
   const char* forced = std::getenv("SQUALL_ISA");
-  if (forced == nullptr || *forced == 0) return isas().front();
+  if (forced == nullptr || *forced == 0) return std::string(isas().front());
   if (find_kernels(forced, false) != nullptr) return forced;
   std::string known;
-  for (const std::string& isa : isas()) known += " " + isa;
+  for (const std::string_view isa : isas()) known.append(" ").append(isa);
   throw nb::value_error(
       ("SQUALL_ISA=" + std::string(forced) + " does not run on this machine; it runs:" + known)
           .c_str());

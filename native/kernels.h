@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 #include "format.h"
 
@@ -70,8 +71,15 @@ struct Kernels {
 extern const Kernels kScalar[2];
 #if defined(__x86_64__)
 extern const Kernels kAvx2[2];
+extern const Kernels kAvxVnni[2];
 extern const Kernels kAvx512[2];
+#elif defined(__aarch64__)
+extern const Kernels kNeon[2];
+extern const Kernels kDotprod[2];
 #endif
+
+// The ISAs this machine can run, the best first.
+std::vector<std::string_view> isas();
 
 // The kernels of an ISA by name, or null when this machine cannot run them.
 const Kernels* find_kernels(std::string_view isa, bool f32_cache);

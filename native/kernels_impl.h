@@ -924,10 +924,10 @@ struct Attention {
 
 template <class Cache, int kQueries = kQueryBlock>
 void attend(AttendArgs args) {
-  if constexpr (kQueries > 1)
-    if (args.count < kQueries) return attend<Cache, kQueries - 1>(args);
-  for (size_t left = args.count; left > 0; left -= kQueries, args.queries += kQueries)
+  for (; args.count >= kQueries; args.count -= kQueries, args.queries += kQueries)
     Attention<Cache>::template run<kQueries>(args);
+  if constexpr (kQueries > 1)
+    if (args.count > 0) attend<Cache, kQueries - 1>(args);
 }
 
 // ---- the table ----

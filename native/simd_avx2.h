@@ -1,4 +1,5 @@
-// Sixteen lanes as two halves on AVX2 with FMA and F16C. Included once, by kernels_avx2.cpp.
+// Sixteen lanes as two halves on AVX2 with FMA and F16C, and with __AVXVNNI__ where the including
+// file is compiled for it.
 #pragma once
 #include <immintrin.h>
 
@@ -10,9 +11,12 @@ namespace {
 constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registers
 constexpr size_t kFloatRowBlock = 4;  // rows a float matmul keeps there
 constexpr int kTileBlock = 1;         // tiles they do at once
-constexpr int kQueryBlock = 4;   // queries attention keeps there
-constexpr bool kSignedDot8 =
-    true;  // maddubs saturates on two products of 8-bit codes, so sign them
+constexpr int kQueryBlock = 4;        // queries attention keeps there
+#ifdef __AVXVNNI__
+constexpr bool kSignedDot8 = false;
+#else
+constexpr bool kSignedDot8 = true;  // maddubs saturates on two products of 8-bit codes
+#endif
 
 struct F32x16 {
   __m256 a, b;
@@ -180,6 +184,9 @@ inline U8x64 either(U8x64 x, U8x64 y) {
 
 template <int kBits>
 inline __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(acc, codes, x);
+#else
   __m256i pairs;
   if constexpr (kBits == 8) {
     const __m256i w = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
@@ -188,6 +195,7 @@ inline __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
     pairs = _mm256_maddubs_epi16(codes, x);
   }
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
 }
 template <int kBits>
 inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {

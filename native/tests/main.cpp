@@ -318,7 +318,7 @@ int main() {
   test_sampler();
   const Model model;
   test_rejected(model);
-  for (const char* isa : {"avx512", "avx2", "scalar"}) {
+  for (const std::string_view isa : isas()) {
     const Kernels* kernels = find_kernels(isa, false);
     if (kernels == nullptr) continue;
     for (size_t f = 0; f < kFormats; ++f) test_linear(*kernels, static_cast<Format>(f));

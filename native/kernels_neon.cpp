@@ -1,0 +1,7 @@
+#include "simd_neon.h"
+//
+#include "kernels_impl.h"
+
+namespace squall {
+const Kernels kNeon[2] = {table<CacheF16>("neon"), table<CacheF32>("neon")};
+}  // namespace squall
