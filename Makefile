@@ -13,7 +13,7 @@ FUZZ_S ?= 600
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build stub demo test lint bench fuzz sanitize clean
+.PHONY: help setup build stub demo test lint bench fuzz sanitize emulate clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -58,14 +58,39 @@ lint: setup ## ruff, mypy, clang-format
 	@files="$$(find native -name '*.cpp' -o -name '*.h')"; \
 	  [ -z "$$files" ] || $(BIN)/clang-format --dry-run -Werror $$files
 
+NATIVE_TESTS := -G Ninja --log-level=WARNING -DSQUALL_MODULE=OFF -DSQUALL_TESTS=ON
+
 sanitize: $(VENV)/tools ## Native tests under the address and undefined-behaviour sanitizers
 	@PATH="$(CURDIR)/$(BIN):$$PATH"; \
-	  cmake -S . -B build/sanitize -G Ninja --log-level=WARNING \
-	    -DSQUALL_MODULE=OFF -DSQUALL_TESTS=ON -DSQUALL_SANITIZE=ON >/dev/null; \
+	  cmake -S . -B build/sanitize $(NATIVE_TESTS) -DSQUALL_SANITIZE=ON >/dev/null; \
 	  ninja -C build/sanitize --quiet; \
 	  [ ! -x build/sanitize/squall_native_tests ] || build/sanitize/squall_native_tests
 
-test: lint sanitize ## Lint, native tests, then every Python test
+CROSS := aarch64-linux-gnu
+EMULATE := $(CROSS)-g++ qemu-aarch64 qemu-x86_64
+ARM := qemu-aarch64 -L /usr/$(CROSS) -cpu
+X86 := qemu-x86_64 -cpu
+HASWELL := Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid
+
+emulate: $(VENV)/tools ## Native tests under qemu, on older processors and AArch64
+	@missing="$$(for tool in $(EMULATE); do command -v $$tool >/dev/null || echo $$tool; done)"; \
+	  if [ -n "$$missing$$(uname -m | grep -v x86_64)" ]; then \
+	    echo "emulate: skipped; it needs x86-64 with" $(EMULATE) \
+	      "(Debian: g++-$(CROSS) qemu-user)" >&2; \
+	    [ "$${CI:-}" != true ]; exit; \
+	  fi; \
+	  PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	  cmake -S . -B build/emulate/x86 $(NATIVE_TESTS) >/dev/null; \
+	  cmake -S . -B build/emulate/arm $(NATIVE_TESTS) -DCMAKE_SYSTEM_NAME=Linux \
+	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS)-g++ >/dev/null; \
+	  for machine in x86 arm; do ninja -C build/emulate/$$machine --quiet; done; \
+	  tests=squall_native_tests; \
+	  $(X86) Nehalem build/emulate/x86/$$tests scalar; \
+	  $(X86) $(HASWELL) build/emulate/x86/$$tests avx2; \
+	  $(ARM) cortex-a72 build/emulate/arm/$$tests neon; \
+	  $(ARM) cortex-a76 build/emulate/arm/$$tests dotprod
+
+test: lint sanitize emulate ## Lint, native tests here and elsewhere, then every Python test
 	@$(BIN)/python -m pytest
 
 bench: $(VENV)/built $(VENV)/model ## Start-up time and tokens per second of the default model

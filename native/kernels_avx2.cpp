@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-const Kernels kAvx2[2] = {table<CacheF16>("avx2"), table<CacheF32>("avx2")};
+constinit const Kernels kAvx2[2] = {table<CacheF16>("avx2"), table<CacheF32>("avx2")};
 }  // namespace squall

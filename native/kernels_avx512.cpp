@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-const Kernels kAvx512[2] = {table<CacheF16>("avx512"), table<CacheF32>("avx512")};
+constinit const Kernels kAvx512[2] = {table<CacheF16>("avx512"), table<CacheF32>("avx512")};
 }  // namespace squall

@@ -1,29 +1,83 @@
-// The native core by itself, for the sanitizers: every format, kernel and op on small shapes in
-// buffers of the exact size, so that a read or write outside of one is found.
+// The native core by itself, for the sanitizers and for other processors: every format, kernel and
+// op on small shapes in buffers of the exact size, so that a read or write outside of one is found.
+//
+//   squall_native_tests [isa [seed]]    isa: what must be the best one here
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "executor.h"
+#include "check.h"
 #include "half.h"
 #include "phases.h"
 #include "sampler.h"
 
 using namespace squall;
+using namespace squall::test;
 
-namespace {
+namespace squall::test {
 
 int failures = 0;
+std::mt19937 rng;
 
 void expect(bool ok, const std::string& what) {
   if (ok) return;
   ++failures;
   std::printf("FAILED: %s\n", what.c_str());
 }
+
+std::vector<float> floats(size_t n, float size) {
+  std::normal_distribution<float> normal(0.0f, size);
+  std::vector<float> all(n);
+  for (float& x : all) x = normal(rng);
+  return all;
+}
+
+// The last bytes of a block's floats.
+std::vector<size_t> exponents(Format format) {
+  switch (format) {
+    case Format::kF32:
+    case Format::kQ8K:
+      return {3};
+    case Format::kQ4_1:
+    case Format::kQ5_1:
+    case Format::kQ8_1:
+    case Format::kQ4K:
+    case Format::kQ5K:
+      return {1, 3};
+    case Format::kQ2K:
+      return {81, 83};
+    case Format::kQ3K:
+      return {109};
+    case Format::kQ6K:
+      return {209};
+    default:
+      return {1};
+  }
+}
+
+// Any bytes are valid blocks but for their floats, which must be finite: less than 1 here.
+std::vector<uint8_t> blocks(Format format, size_t rows, size_t cols) {
+  const FormatInfo& f = info(format);
+  std::vector<uint8_t> data(rows * cols / f.block * f.block_bytes);
+  for (uint8_t& byte : data) byte = static_cast<uint8_t>(rng());
+  for (size_t block = 0; block < data.size(); block += f.block_bytes)
+    for (const size_t at : exponents(format)) data[block + at] &= 0xbb;
+  return data;
+}
+
+TilePtr tile(Format format, size_t rows, size_t cols) {
+  ThreadPool pool(2);
+  Arena arena;
+  return std::make_shared<Tile>(format, blocks(format, rows, cols), rows, cols, pool, arena);
+}
+
+}  // namespace squall::test
+
+namespace {
 
 void expect_rejected(const std::function<void()>& act, const std::string& what) {
   try {
@@ -32,29 +86,6 @@ void expect_rejected(const std::function<void()>& act, const std::string& what) 
     return;
   }
   expect(false, what + " is accepted");
-}
-
-std::mt19937 rng(20240229);
-
-std::vector<float> floats(size_t n, float size = 1.0f) {
-  std::normal_distribution<float> normal(0.0f, size);
-  std::vector<float> all(n);
-  for (float& x : all) x = normal(rng);
-  return all;
-}
-
-// Any bytes are valid blocks but for their scales, which must be finite: exponents below 16.
-std::vector<uint8_t> blocks(Format format, size_t rows, size_t cols) {
-  const FormatInfo& f = info(format);
-  std::vector<uint8_t> data(rows * cols / f.block * f.block_bytes);
-  for (uint8_t& byte : data) byte = static_cast<uint8_t>(rng() & 0x3b);
-  return data;
-}
-
-TilePtr tile(Format format, size_t rows, size_t cols) {
-  ThreadPool pool(2);
-  Arena arena;
-  return std::make_shared<Tile>(format, blocks(format, rows, cols), rows, cols, pool, arena);
 }
 
 TilePtr tile_of(const std::vector<float>& values, size_t rows) {
@@ -81,38 +112,7 @@ void test_halves() {
   expect(float_to_half(1.0f + 0x1p-11f) == 0x3c00, "ties to even");
 }
 
-// ---- linear ----
-
-void test_linear(const Kernels& kernels, Format format) {
-  constexpr size_t kOut = 21;
-  const size_t cols = info(format).block == 256 ? 512 : info(format).block == 32 ? 96 : 37;
-  const TilePtr weight = tile(format, kOut, cols);
-  std::vector<float> rows_of_weight(kOut * cols);
-  for (size_t r = 0; r < kOut; ++r) weight->dequantize_row(r, rows_of_weight.data() + r * cols);
-  ThreadPool pool(2);
-  for (const size_t rows : {1, 2, 3, 4, 5, 8, 23, 70}) {
-    const std::vector<float> x = floats(rows * cols);
-    std::vector<float> out(rows * kOut), alone(kOut);
-    linear_alone(kernels, pool, *weight, x, rows, out.data());
-    double error = 0, energy = 0;
-    for (size_t r = 0; r < rows; ++r)
-      for (size_t o = 0; o < kOut; ++o) {
-        double sum = 0, squares = 0;
-        for (size_t k = 0; k < cols; ++k) {
-          const double w = rows_of_weight[o * cols + k], v = x[r * cols + k];
-          sum += w * v;
-          squares += w * w * v * v;
-        }
-        error += (out[r * kOut + o] - sum) * (out[r * kOut + o] - sum);
-        energy += squares;
-      }
-    const std::string where = std::string(info(format).name) + " on " + std::string(kernels.isa) +
-                              ", " + std::to_string(rows) + " rows";
-    expect(error <= 5e-4 * energy, where);
-    linear_alone(kernels, pool, *weight, std::span(x).last(cols), 1, alone.data());
-    expect(std::equal(alone.begin(), alone.end(), out.end() - kOut), where + ": a row alone");
-  }
-}
+// ---- tiles ----
 
 void test_tiles() {
   ThreadPool pool(1);
@@ -311,19 +311,21 @@ void test_sampler() {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  const unsigned seed =
+      count > 2 ? static_cast<unsigned>(std::atol(arguments[2])) : std::random_device()();
+  rng.seed(seed);
+  if (count > 1) expect(isas().front() == arguments[1], std::string(isas().front()) + " is used");
   test_halves();
   test_tiles();
   test_pool();
   test_sampler();
+  test_kernels();
   const Model model;
   test_rejected(model);
-  for (const std::string_view isa : isas()) {
-    const Kernels* kernels = find_kernels(isa, false);
-    if (kernels == nullptr) continue;
-    for (size_t f = 0; f < kFormats; ++f) test_linear(*kernels, static_cast<Format>(f));
-    test_program(model, isa);
-  }
+  for (const std::string_view isa : isas()) test_program(model, isa);
+  std::printf("%s: ", std::string(isas().front()).c_str());
   std::printf(failures == 0 ? "native tests passed\n" : "%d native tests failed\n", failures);
+  if (failures != 0) std::printf("the random numbers' seed was %u\n", seed);
   return failures == 0 ? 0 : 1;
 }

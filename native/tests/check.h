@@ -1,0 +1,20 @@
+// What the native tests share.
+#pragma once
+#include <random>
+#include <string>
+#include <vector>
+
+#include "executor.h"
+
+namespace squall::test {
+
+extern int failures;
+extern std::mt19937 rng;
+
+void expect(bool ok, const std::string& what);
+std::vector<float> floats(size_t n, float size = 1.0f);  // normally distributed
+TilePtr tile(Format format, size_t rows, size_t cols);
+
+void test_kernels();
+
+}  // namespace squall::test

@@ -1,0 +1,360 @@
+// Every kernel: the scalar ISA against float64, every other ISA against the scalar one, bit for
+// bit.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <numeric>
+
+#include "check.h"
+#include "half.h"
+
+namespace squall::test {
+namespace {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+using Run = std::function<Floats(const Kernels&)>;
+
+constexpr double kTolerance = 1e-5;
+
+bool same_bits(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// The error's root mean square in units of the expected values'.
+double error(const Floats& got, const Doubles& expected) {
+  double errors = 0, squares = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    errors += (got[i] - expected[i]) * (got[i] - expected[i]);
+    squares += expected[i] * expected[i];
+  }
+  return std::sqrt(errors / std::max(squares, 1e-30));
+}
+
+Floats on_every_isa(const std::string& what, const Run& run, bool f32_cache = false) {
+  const Floats scalar = run(*find_kernels("scalar", f32_cache));
+  for (const std::string_view isa : isas())
+    expect(same_bits(run(*find_kernels(isa, f32_cache)), scalar),
+           what + " on " + std::string(isa) + " is not that on scalar");
+  return scalar;
+}
+
+void check(const std::string& what, const Doubles& expected, const Run& run,
+           bool f32_cache = false) {
+  const double e = error(on_every_isa(what, run, f32_cache), expected);
+  expect(e <= kTolerance, what + ": error " + std::to_string(e));
+}
+
+// ---- linear ----
+
+// Among normal values a row of zeros, and in every other row peaks, which make groups fine.
+Floats activations(size_t rows, size_t cols) {
+  Floats x = floats(rows * cols);
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t c = 0; c < cols; ++c) {
+      if (r % 7 == 6) x[r * cols + c] = 0.0f;
+      if (r % 2 == 0 && c % 41 == 40) x[r * cols + c] *= 30.0f;
+    }
+  return x;
+}
+
+struct Quantized {
+  size_t stride;  // of a row: its groups, then their digits
+  std::vector<QuantGroup> groups;
+
+  Quantized(const Kernels& k, const Floats& x, size_t rows)
+      : stride(x.size() / rows / kGroup * 2), groups(rows * stride) {
+    memset(static_cast<void*>(groups.data()), 0, groups.size() * sizeof(QuantGroup));
+    for (size_t r = 0; r < rows; ++r) {
+      QuantGroup* const row = groups.data() + r * stride;
+      k.quantize(x.data() + r * stride / 2 * kGroup, stride / 2 * kGroup, row,
+                 reinterpret_cast<FineGroup*>(row + stride / 2));
+    }
+  }
+  Doubles values() const {
+    Doubles all;
+    for (size_t row = 0; row < groups.size(); row += stride)
+      for (size_t i = row; i < row + stride / 2; ++i) {
+        const QuantGroup& g = groups[i];
+        const auto& digits = reinterpret_cast<const FineGroup&>(groups[i + stride / 2]);
+        for (size_t c = 0; c < kGroup; ++c)
+          all.push_back(double{g.scale} * (g.q[c] + (g.fine != 0 ? digits.r[c] / 256.0 : 0.0)));
+      }
+    return all;
+  }
+};
+
+void test_quantize() {
+  for (const size_t cols : {32, 64, 288}) {
+    const Floats x = activations(23, cols);
+    const Quantized q(*find_kernels("scalar", false), x, 23);
+    const Doubles values = q.values();
+    bool near = true;
+    size_t fine = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      const QuantGroup& g = q.groups[i / cols * q.stride + i % cols / kGroup];
+      fine += g.fine != 0 ? 1 : 0;
+      // A digit of 128, half a step, is stored as 127.
+      const double allowed = (g.fine != 0 ? 1.001 / 256 : 0.501) * double{g.scale};
+      near = near && std::abs(values[i] - x[i]) <= allowed + 1e-30;
+    }
+    const std::string what = "quantize " + std::to_string(cols);
+    expect(near, what + " is near");
+    expect(cols == 32 || fine > 0, what + " finds fine groups");
+    on_every_isa(what, [&](const Kernels& k) {
+      const Quantized other(k, x, 23);
+      Floats bytes(other.groups.size() * sizeof(QuantGroup) / sizeof(float));
+      memcpy(bytes.data(), other.groups.data(), bytes.size() * sizeof(float));
+      return bytes;
+    });
+  }
+}
+
+// [tiles][rows][16], as the kernels give them
+Doubles products(const Tile& w, const Doubles& x, size_t rows) {
+  Doubles all(w.tiles() * rows * kLanes);
+  Floats weights(w.cols());
+  for (size_t o = 0; o < w.rows(); ++o) {
+    w.dequantize_row(o, weights.data());
+    for (size_t r = 0; r < rows; ++r)
+      all[(o / kLanes * rows + r) * kLanes + o % kLanes] = std::inner_product(
+          weights.begin(), weights.end(), x.begin() + static_cast<ptrdiff_t>(r * w.cols()), 0.0);
+  }
+  return all;
+}
+
+void test_linear(Format format, size_t cols, size_t rows) {
+  const TilePtr w = tile(format, 5 * kLanes - 11, cols);
+  const Floats x = activations(rows, cols);
+  const size_t f = static_cast<size_t>(format);
+  Doubles read(x.begin(), x.end());
+  if (w->is_integer()) read = Quantized(*find_kernels("scalar", false), x, rows).values();
+  check(std::string(info(format).name) + ", " + std::to_string(rows) + " rows, " +
+            std::to_string(cols) + " columns",
+        products(*w, read, rows), [&](const Kernels& k) {
+          Floats out(w->tiles() * rows * kLanes);
+          if (w->is_integer()) {
+            const Quantized q(k, x, rows);
+            k.matmul_quantized[f](w->tile(0), w->tiles(), w->tile_bytes(), cols, q.groups.data(),
+                                  q.stride, rows, out.data());
+          } else {
+            k.matmul_float[f](w->tile(0), w->tiles(), w->tile_bytes(), cols, x.data(), cols, rows,
+                              out.data());
+          }
+          return out;
+        });
+}
+
+void test_linear() {
+  for (size_t f = 0; f < kFormats; ++f) {
+    const Format format = static_cast<Format>(f);
+    const size_t block = info(format).block;
+    const size_t narrow = block == 1 ? 5 : block, wide = block == 1 ? 77 : block == 32 ? 608 : 768;
+    for (const size_t rows : {1, 2, 3, 4, 5, 8, 23}) test_linear(format, wide, rows);
+    test_linear(format, narrow, 512);
+  }
+}
+
+// ---- attention ----
+
+constexpr size_t kBlocks = 9;
+
+struct Context {
+  bool f32;
+  size_t dim, block_size;
+  size_t slots = kBlocks * block_size;
+  std::vector<int32_t> table{4, 0, 7, 2, 8, 1, 6, 3, 5};
+  Floats keys = floats(slots * dim), values = floats(slots * dim), queries = floats(4 * dim);
+
+  // Queries at the last positions that `length` has, as one sees another's heads and successors.
+  Query query(size_t i, size_t length, size_t window, float* out) const {
+    const size_t end = length - i / 2, begin = end > window ? end - window : 0;
+    return {queries.data() + i * dim, out, static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+  }
+  double stored(float x) const { return f32 ? x : half_to_float(float_to_half(x)); }
+
+  Floats run(const Kernels& k, size_t count, size_t length, size_t window, float softcap) const {
+    const size_t element = f32 ? 4 : 2;
+    std::vector<uint8_t> key(slots * dim * element), value(slots * padded(dim) * element);
+    for (size_t p = 0; p < length; ++p) {
+      const size_t block = static_cast<size_t>(table[p / block_size]), at = p % block_size;
+      k.store_key(keys.data() + p * dim, dim, block_size, at,
+                  key.data() + block * block_size * dim * element);
+      k.store_value(values.data() + p * dim, dim,
+                    value.data() + (block * block_size + at) * padded(dim) * element);
+    }
+    Floats out(count * dim);
+    Query all[kMaxQueries];
+    for (size_t i = 0; i < count; ++i) all[i] = query(i, length, window, out.data() + i * dim);
+    k.attend({all, count, key.data(), value.data(), table.data(), block_size, dim, 0.3f, softcap});
+    return out;
+  }
+
+  Doubles expected(size_t count, size_t length, size_t window, float softcap) const {
+    Doubles out(count * dim);
+    for (size_t i = 0; i < count; ++i) {
+      const Query q = query(i, length, window, nullptr);
+      double total = 0;
+      for (size_t p = static_cast<size_t>(q.begin); p < static_cast<size_t>(q.end); ++p) {
+        double score = 0;
+        for (size_t d = 0; d < dim; ++d) score += q.q[d] * stored(keys[p * dim + d]);
+        score *= double{0.3f};
+        if (softcap != 0) score = std::tanh(score / double{softcap}) * double{softcap};
+        total += std::exp(score);
+        for (size_t d = 0; d < dim; ++d)
+          out[i * dim + d] += std::exp(score) * stored(values[p * dim + d]);
+      }
+      for (size_t d = 0; d < dim; ++d) out[i * dim + d] /= total;
+    }
+    return out;
+  }
+};
+
+void test_attention() {
+  for (const bool f32 : {false, true})
+    for (const auto& [dim, block_size] : {std::pair<size_t, size_t>{20, 16}, {64, 32}, {112, 16}}) {
+      const Context context{f32, dim, block_size};
+      for (const size_t count : {1, 2, 3, 4})
+        for (const size_t length : {2, 37, 131})
+          for (const auto& [window, softcap] : {std::pair<size_t, float>{1000, 0.0f}, {50, 5.0f}})
+            check(
+                "attention, " + std::to_string(count) + " heads of " + std::to_string(dim) +
+                    ", context " + std::to_string(length),
+                context.expected(count, length, window, softcap),
+                [&](const Kernels& k) { return context.run(k, count, length, window, softcap); },
+                f32);
+    }
+}
+
+// ---- rows ----
+
+void test_norms() {
+  for (const size_t group : {5, 16, 47, 128}) {
+    const size_t cols = 3 * group;
+    const Floats x = floats(cols, 3.0f), weight = floats(group), bias = floats(group);
+    Doubles rms(cols), layer(cols), plain(cols);
+    for (size_t begin = 0; begin < cols; begin += group) {
+      double squares = 0, mean = 0, variance = 0;
+      for (size_t c = 0; c < group; ++c) {
+        squares += double{x[begin + c]} * x[begin + c] / static_cast<double>(group);
+        mean += x[begin + c] / static_cast<double>(group);
+      }
+      for (size_t c = 0; c < group; ++c)
+        variance += std::pow(x[begin + c] - mean, 2) / static_cast<double>(group);
+      for (size_t c = 0; c < group; ++c) {
+        rms[begin + c] = x[begin + c] * weight[c] / std::sqrt(squares + double{1e-5f});
+        plain[begin + c] = (x[begin + c] - mean) * weight[c] / std::sqrt(variance + double{1e-5f});
+        layer[begin + c] = plain[begin + c] + bias[c];
+      }
+    }
+    const auto layer_norm = [&](const float* b) {
+      return [&, b](const Kernels& k) {
+        Floats out(cols);
+        k.layer_norm(x.data(), cols, group, weight.data(), b, 1e-5f, out.data());
+        return out;
+      };
+    };
+    const std::string width = " of " + std::to_string(group);
+    check("layer norm" + width, layer, layer_norm(bias.data()));
+    check("layer norm without bias" + width, plain, layer_norm(nullptr));
+    check("rms norm" + width, rms, [&](const Kernels& k) {
+      Floats out(cols);
+      k.rms_norm(x.data(), cols, group, weight.data(), 1e-5f, out.data());
+      return out;
+    });
+  }
+}
+
+double activate(Activation act, double x) {
+  switch (act) {
+    case Activation::kSilu:
+      return x / (1 + std::exp(-x));
+    case Activation::kGelu:
+      return x / 2 * (1 + std::erf(x / std::sqrt(2.0)));
+    case Activation::kGeluTanh:
+      return x / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::kRelu:
+      return std::max(x, 0.0);
+    case Activation::kNone:
+      break;
+  }
+  return x;
+}
+
+void test_finish(Activation act, size_t n) {
+  constexpr size_t kRows = 23, kStride = 19;
+  const Floats gate = floats(kRows * kLanes, 4.0f), up = floats(kRows * kLanes), bias = floats(n);
+  const Floats residual = floats(kRows * kStride);
+  Doubles alone(kRows * kStride), added(kRows * kStride), gated(kRows * kStride);
+  for (size_t r = 0; r < kRows; ++r)
+    for (size_t c = 0; c < n; ++c) {
+      const size_t to = r * kStride + c, from = r * kLanes + c;
+      alone[to] = activate(act, gate[from]) * 0.75;
+      added[to] = residual[to] + activate(act, gate[from] + bias[c]) * 0.75;
+      gated[to] = activate(act, gate[from] + bias[c]) * (up[from] + bias[c]);
+    }
+  const auto finish = [&](const float* b, const float* rest) {
+    return [&, b, rest](const Kernels& k) {
+      Floats out(kRows * kStride);
+      k.finish(gate.data(), kRows, b, act, 0.75f, rest, out.data(), kStride, n);
+      return out;
+    };
+  };
+  const std::string what =
+      "activation " + std::to_string(static_cast<int>(act)) + " of " + std::to_string(n);
+  check(what, alone, finish(nullptr, nullptr));
+  check(what + " with bias and residual", added, finish(bias.data(), residual.data()));
+  check(what + ", gated", gated, [&](const Kernels& k) {
+    Floats out(kRows * kStride);
+    k.finish_gated(gate.data(), up.data(), kRows, bias.data(), bias.data(), act, out.data(),
+                   kStride, n);
+    return out;
+  });
+}
+
+void test_rows() {
+  for (const size_t n : {1, 15, 16, 50, 1000}) {
+    const Floats x = floats(n, 20.0f), y = floats(n);
+    Doubles soft(n), capped(n), sum(n);
+    const double top = *std::max_element(x.begin(), x.end());
+    double total = 0;
+    for (const float v : x) total += std::exp(v - top);
+    for (size_t i = 0; i < n; ++i) {
+      soft[i] = std::exp(x[i] - top) / total;
+      capped[i] = std::tanh(x[i] / 30.0) * 30;
+      sum[i] = x[i] + 0.3f * double{y[i]};
+    }
+    const std::string width = " of " + std::to_string(n);
+    check("softmax" + width, soft, [&](const Kernels& k) {
+      Floats out = x;
+      k.softmax(out.data(), n);
+      return out;
+    });
+    check("softcap" + width, capped, [&](const Kernels& k) {
+      Floats out(n);
+      k.softcap(x.data(), 30.0f, n, out.data());
+      return out;
+    });
+    check("a scaled sum" + width, sum, [&](const Kernels& k) {
+      Floats out(n);
+      k.add_scaled(x.data(), y.data(), 0.3f, n, out.data());
+      return out;
+    });
+  }
+}
+
+}  // namespace
+
+void test_kernels() {
+  test_quantize();
+  test_linear();
+  test_attention();
+  test_norms();
+  for (const Activation act : {Activation::kNone, Activation::kSilu, Activation::kGelu,
+                               Activation::kGeluTanh, Activation::kRelu})
+    for (const size_t n : {1, 7, 15, 16}) test_finish(act, n);
+  test_rows();
+}
+
+}  // namespace squall::test
