@@ -201,8 +201,7 @@ template <class Tile, int kTo, int j, int kTiles, int kRows, class Rows>
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int t = 0; t < kTiles; ++t)
-        acc[t][r] = dot<Tile::kBits>(acc[t][r], w[t], rows(r) + 4 * j);
+      for (int t = 0; t < kTiles; ++t) acc[t][r] = dot<Tile::kBits, j>(acc[t][r], w[t], rows(r));
     dots<Tile, kTo, j + 1>(acc, codes, rows);
   }
 }

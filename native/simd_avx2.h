@@ -197,10 +197,10 @@ inline __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
 }
-template <int kBits>
+template <int kBits, int j>
 inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
   int32_t four;
-  __builtin_memcpy(&four, x, 4);
+  __builtin_memcpy(&four, x + 4 * j, 4);
   const __m256i splat = _mm256_set1_epi32(four);
   return {dot_half<kBits>(acc.a, codes.a, splat), dot_half<kBits>(acc.b, codes.b, splat)};
 }

@@ -15,8 +15,8 @@ namespace {
 constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registers
 constexpr size_t kFloatRowBlock = 8;  // rows a float matmul keeps there
 constexpr int kTileBlock = 2;         // tiles they do at once
-constexpr int kQueryBlock = 4;       // queries attention keeps there
-constexpr bool kSignedDot8 = false;  // dot() takes 8-bit codes as unsigned
+constexpr int kQueryBlock = 4;        // queries attention keeps there
+constexpr bool kSignedDot8 = false;   // dot() takes 8-bit codes as unsigned
 
 struct F32x16 {
   __m512 v;
@@ -120,11 +120,12 @@ inline U8x64 bits_of(U8x64 a, int mask) {
 }
 inline U8x64 either(U8x64 a, U8x64 b) { return {_mm512_or_si512(a.v, b.v)}; }
 
-// acc[lane] += dot of the lane's four codes with the four int8 at x; kBits tells the codes' range
-template <int kBits>
+// acc[lane] += dot of the lane's four codes with the j-th four of the 32 int8 at x; kBits tells the
+// codes' range
+template <int kBits, int j>
 inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
   int32_t four;
-  __builtin_memcpy(&four, x, 4);
+  __builtin_memcpy(&four, x + 4 * j, 4);
   return {_mm512_dpbusd_epi32(acc.v, codes.v, _mm512_set1_epi32(four))};
 }
 

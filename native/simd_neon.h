@@ -187,21 +187,21 @@ inline int8x16_t signed_codes(uint8x16_t codes) {
   if constexpr (kBits == 8) codes = veorq_u8(codes, vdupq_n_u8(0x80));
   return vreinterpretq_s8_u8(codes);
 }
+template <int kFour>  // of x
 inline int32x4_t dot(int32x4_t acc, int8x16_t w, int8x16_t x) {
 #ifdef __ARM_FEATURE_DOTPROD
-  return vdotq_s32(acc, w, x);
+  return vdotq_laneq_s32(acc, w, x, kFour);
 #else  // two products of at most 128 * 127 fit a word
+  x = vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(x), kFour));
   const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
   return vpadalq_s16(acc, vpaddq_s16(low, high));
 #endif
 }
-template <int kBits>
+template <int kBits, int j>
 inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  const int8x16_t splat = vreinterpretq_s8_s32(vdupq_n_s32(four));
+  const int8x16_t run = vld1q_s8(x + j / 4 * 16);
   return quarters<I32x16>(
-      [&](int i) { return dot(acc.v[i], signed_codes<kBits>(codes.v[i]), splat); });
+      [&](int i) { return dot<j % 4>(acc.v[i], signed_codes<kBits>(codes.v[i]), run); });
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }

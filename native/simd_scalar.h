@@ -157,10 +157,10 @@ inline U8x64 either(U8x64 a, U8x64 b) {
   for (int i = 0; i < 64; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] | b.v[i]);
   return a;
 }
-template <int kBits>
+template <int kBits, int j>
 inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
   for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 4; ++j) acc.v[i] += codes.v[4 * i + j] * x[j];
+    for (int c = 0; c < 4; ++c) acc.v[i] += codes.v[4 * i + c] * x[4 * j + c];
   return acc;
 }
 
