@@ -235,8 +235,7 @@ struct Groups {
 // The dot products of one half of a group (kParts 2) or of all of it.
 template <class Tile, int kParts, int kPart, int kTiles, int kRows>
 [[gnu::always_inline]] inline void part_dots(Block<F32x16, kTiles, kRows>& sum,
-                                             const uint8_t* const* codes,
-                                             const Groups<kRows>& at) {
+                                             const uint8_t* const* codes, const Groups<kRows>& at) {
   constexpr int kFrom = 8 / kParts * kPart, kTo = kFrom + 8 / kParts;
   Block<I32x16, kTiles, kRows> acc;
 #pragma GCC unroll 8
@@ -380,8 +379,7 @@ void matmul_rows(const Tiles& tiles, const Columns& c, size_t row) {
       codes[t] = at[t].codes;
       scales[t] = at[t].scale();
       if constexpr (kRows <= 2)  // few rows wait for memory
-        for (size_t i = 0; i < Cursor<Tile>::kRunBytes; i += 64)
-          prefetch(codes[t] + kPrefetch + i);
+        for (size_t i = 0; i < Cursor<Tile>::kRunBytes; i += 64) prefetch(codes[t] + kPrefetch + i);
       at[t].advance();
     }
     groups.fine = 0;
@@ -469,7 +467,8 @@ void matmul_float_rows(const Tiles& tiles, size_t cols, const float* x, size_t s
   for (size_t k = 0; k < cols; ++k) {
     F32x16 w[kTiles];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTiles; ++t) w[t] = Element::of(tiles.tile(t) + k * kLanes * Element::kBytes);
+    for (int t = 0; t < kTiles; ++t)
+      w[t] = Element::of(tiles.tile(t) + k * kLanes * Element::kBytes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32x16 value = set1(x[static_cast<size_t>(r) * stride + k]);

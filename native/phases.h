@@ -116,9 +116,8 @@ class LinearPhase final : public TilePhase {
 
   size_t tasks(const Step& step) const override { return tasks_for(step.rows_of(out_)); }
   void run(const Step& step, size_t task) override {
-    blocks(task, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
-      block(tiles, row, rows);
-    });
+    blocks(task, step.rows_of(out_),
+           [&](const TileRange& tiles, size_t row, size_t rows) { block(tiles, row, rows); });
   }
 
  private:
