@@ -43,6 +43,13 @@ NewMatrix new_matrix(size_t rows, size_t cols) {
                    nb::capsule(data, [](void* p) noexcept { delete[] static_cast<float*>(p); }));
 }
 
+CacheType cache_named(std::string_view name) {
+  constexpr std::string_view kNames[kCacheTypes] = {"f16", "f32", "q8_0"};
+  for (size_t i = 0; i < kCacheTypes; ++i)
+    if (kNames[i] == name) return static_cast<CacheType>(i);
+  throw nb::value_error(("unknown cache type " + std::string(name)).c_str());
+}
+
 Activation activation_named(const std::optional<std::string>& name) {
   if (!name) return Activation::kNone;
   if (*name == "silu") return Activation::kSilu;
@@ -55,7 +62,7 @@ Activation activation_named(const std::optional<std::string>& name) {
 std::string default_isa() {
   const char* forced = std::getenv("SQUALL_ISA");
   if (forced == nullptr || *forced == 0) return std::string(isas().front());
-  if (find_kernels(forced, false) != nullptr) return forced;
+  if (find_kernels(forced, CacheType::kF16) != nullptr) return forced;
   std::string known;
   for (const std::string_view isa : isas()) known.append(" ").append(isa);
   throw nb::value_error(
@@ -96,7 +103,7 @@ NewMatrix linear(const Matrix& x, const std::shared_ptr<Tile>& tile, const std::
   NewMatrix out = new_matrix(rows, tile->rows());
   const nb::gil_scoped_release release;
   ThreadPool pool(threads);
-  const Kernels* kernels = find_kernels(isa, false);
+  const Kernels* kernels = find_kernels(isa, CacheType::kF16);
   if (kernels == nullptr) throw std::invalid_argument("this machine has no kernels for " + isa);
   linear_alone(*kernels, pool, *tile, {x.data(), x.size()}, rows, out.data());
   return out;
@@ -256,12 +263,11 @@ NB_MODULE(_native, m) {
   executor.def(
       "__init__",
       [](Executor* self, const std::string& isa, std::shared_ptr<ThreadPool> pool, size_t rows,
-         size_t outputs, size_t blocks, size_t block_size, size_t context, bool f32_cache) {
-        new (self)
-            Executor(isa, std::move(pool), {rows, outputs, blocks, block_size, context, f32_cache});
+         size_t outputs, size_t blocks, size_t block_size, size_t context, std::string_view cache) {
+        new (self) Executor(isa, std::move(pool),
+                            {rows, outputs, blocks, block_size, context, cache_named(cache)});
       },
-      "isa"_a, "pool"_a, "rows"_a, "outputs"_a, "blocks"_a, "block_size"_a, "context"_a,
-      "f32_cache"_a);
+      "isa"_a, "pool"_a, "rows"_a, "outputs"_a, "blocks"_a, "block_size"_a, "context"_a, "cache"_a);
   bind_ops(executor);
   executor.def("plan", &Executor::plan, "logits"_a)
       .def("step", &step, "tokens"_a, "positions"_a, "slots"_a, "bounds"_a, "block_tables"_a,

@@ -7,10 +7,10 @@
 namespace squall {
 namespace {
 
-constexpr size_t kRowsOfAttention = 8;  // rows of a sequence in one attention task
+constexpr size_t kRowsOfAttention = 16;  // rows of a sequence in one attention task
 
-const Kernels& require(std::string_view isa, bool f32_cache) {
-  const Kernels* kernels = find_kernels(isa, f32_cache);
+const Kernels& require(std::string_view isa, CacheType cache) {
+  const Kernels* kernels = find_kernels(isa, cache);
   if (kernels == nullptr)
     throw std::invalid_argument("this machine has no kernels for ISA " + std::string(isa));
   return *kernels;
@@ -22,20 +22,13 @@ void expect(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-std::vector<RowRun> attention_runs(const Batch& batch) {
-  std::vector<RowRun> runs;
-  for (size_t s = 0; s < batch.sequences(); ++s) {
-    const size_t end = static_cast<size_t>(batch.bounds[s + 1]);
-    for (size_t r = static_cast<size_t>(batch.bounds[s]); r < end; r += kRowsOfAttention)
-      runs.push_back({s, r, std::min(end, r + kRowsOfAttention)});
-  }
-  return runs;
-}
-
 }  // namespace
 
 Executor::Executor(std::string_view isa, std::shared_ptr<ThreadPool> pool, const Limits& limits)
-    : kernels_(require(isa, limits.f32_cache)), pool_(std::move(pool)), limits_(limits) {
+    : kernels_(require(isa, limits.cache)),
+      pool_(std::move(pool)),
+      limits_(limits),
+      split_(std::make_unique<SplitSums>()) {
   expect(limits.rows > 0 && limits.outputs > 0 && limits.blocks > 0, "limits must be positive");
   expect(limits.block_size > 0 && limits.block_size % kLanes == 0 && limits.block_size <= 1024,
          "block_size must be a multiple of 16, at most 1024");
@@ -57,9 +50,11 @@ size_t Executor::add_value(size_t width, bool outputs, bool kept, size_t multipl
 
 void Executor::add_cache(size_t kv_heads, size_t head_dim) {
   expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
-  const size_t element = limits_.element(), slots = limits_.slots() * kv_heads;
-  caches_.push_back({kv_heads, head_dim, std::make_unique<Memory>(slots * head_dim * element),
-                     std::make_unique<Memory>(slots * padded(head_dim) * element)});
+  const auto memory = [&](size_t bytes_a_slot) {
+    return std::make_unique<Memory>(limits_.slots() * kv_heads * bytes_a_slot);
+  };
+  caches_.push_back({kv_heads, head_dim, memory(key_bytes(limits_.cache, head_dim)),
+                     memory(value_bytes(limits_.cache, head_dim))});
 }
 
 size_t Executor::cache_bytes() const {
@@ -208,7 +203,7 @@ void Executor::attend(AttendOp op) {
   store->writes = {stored};
   add_phase(std::move(store));
   auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, cache,
-                                             floats(op.q), *buffers_[op.out]);
+                                             floats(op.q), *buffers_[op.out], *split_);
   phase->reads = {op.q, stored};
   phase->writes = {op.out};
   phase->quantizes = op.head_dim % kGroup == 0;
@@ -359,6 +354,8 @@ void Executor::plan(size_t logits) {
   add_quantize_phases();
   group_phases();
   layout();
+  split_->memory = std::make_unique<Memory>(std::max(split_->floats * sizeof(float), size_t{64}));
+  split_->done = std::make_unique<std::atomic<size_t>[]>(AttendPhase::few_tasks(pool_->threads()));
 }
 
 namespace {
@@ -485,11 +482,28 @@ void Executor::check(const Batch& b) const {
   for (const int32_t row : b.outputs) expect(below(row, rows), "an output row is outside the step");
 }
 
+// Cuts the rows into attention tasks: enough for all threads, and long ones, as a task reads its
+// context once.
+Step Executor::prepare(const Batch& b) const {
+  size_t heads = SIZE_MAX;
+  for (const CacheLayer& cache : caches_) heads = std::min(heads, cache.kv_heads);
+  const size_t tasks = caches_.empty() ? 0 : b.rows() * heads;
+  Step step{b, {}, std::clamp(tasks / (4 * pool_->threads()), size_t{1}, kRowsOfAttention), 0};
+  for (size_t s = 0; s < b.sequences(); ++s) {
+    const size_t begin = static_cast<size_t>(b.bounds[s]);
+    const size_t end = static_cast<size_t>(b.bounds[s + 1]);
+    for (size_t r = begin; r < end; r += step.rows_a_run)
+      step.runs.push_back({s, r, std::min(end, r + step.rows_a_run)});
+    if (begin < end)
+      step.context = std::max(step.context, static_cast<size_t>(b.positions[end - 1]) + 1);
+  }
+  return step;
+}
+
 void Executor::step(const Batch& batch, float* logits) {
   const std::lock_guard lock(mutex_);
   check(batch);
-  const Step step{batch, attention_runs(batch)};
-  run_groups(step);
+  run_groups(prepare(batch));
   tokens_seen_ = batch.rows();
   outputs_seen_ = batch.outputs.size();
   std::copy_n(buffers_[logits_]->data, outputs_seen_ * buffers_[logits_]->width, logits);

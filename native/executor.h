@@ -54,6 +54,8 @@ struct RowRun {
 struct Step {
   const Batch& batch;
   std::vector<RowRun> runs;  // short enough to be attention tasks
+  size_t rows_a_run;         // at most
+  size_t context;            // one past the last position
   size_t rows_of(const Buffer& b) const {
     return (b.outputs ? batch.outputs.size() : batch.rows()) * b.multiple;
   }
@@ -72,10 +74,9 @@ struct Limits {
   size_t rows, outputs;       // of one step
   size_t blocks, block_size;  // of the KV cache
   size_t context;             // positions
-  bool f32_cache;
+  CacheType cache;
 
   size_t slots() const { return blocks * block_size; }
-  size_t element() const { return f32_cache ? 4 : 2; }
 };
 
 struct CacheLayer {
@@ -131,6 +132,7 @@ struct MoeOp {
 };
 
 struct Routing;
+struct SplitSums;
 
 class Executor {
  public:
@@ -173,6 +175,7 @@ class Executor {
   void run_experts(const Mixture& m);
   void combine(const Mixture& m);
   void check(const Batch& batch) const;
+  Step prepare(const Batch& batch) const;
   void add_phase(std::unique_ptr<Phase> phase);
   // The value, which someone is going to read as it is.
   const Buffer& floats(size_t id);
@@ -191,6 +194,7 @@ class Executor {
   size_t vocab_in_ = SIZE_MAX;  // token ids must be below
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<CacheLayer> caches_;
+  std::unique_ptr<SplitSums> split_;
   std::vector<std::unique_ptr<Phase>> phases_;
   std::vector<std::vector<Phase*>> groups_;
   std::unique_ptr<Memory> arena_;

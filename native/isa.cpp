@@ -60,9 +60,9 @@ std::vector<std::string_view> isas() {
   return found;
 }
 
-const Kernels* find_kernels(std::string_view name, bool f32_cache) {
+const Kernels* find_kernels(std::string_view name, CacheType cache) {
   for (const Isa& isa : kIsas)
-    if (isa.tables->isa == name && isa.runs()) return &isa.tables[f32_cache];
+    if (isa.tables->isa == name && isa.runs()) return &isa.tables[static_cast<size_t>(cache)];
   return nullptr;
 }
 

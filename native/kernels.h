@@ -26,19 +26,38 @@ struct Query {
   int32_t end;     // one past the last
 };
 
+enum class CacheType : uint8_t { kF16, kF32, kQ8_0 };
+constexpr size_t kCacheTypes = 3;
+
 struct AttendArgs {
   const Query* queries;
   size_t count;           // at most kMaxQueries
-  const uint8_t* keys;    // [blocks][head_dim][block_size], one layer and head
-  const uint8_t* values;  // [blocks][block_size][padded head_dim]
+  const uint8_t* keys;    // blocks of one layer and head, each [head_dim][block_size]
+  const uint8_t* values;  // rows [padded head_dim], block_size a block
   const int32_t* table;   // block of each run of block_size positions
-  size_t block_size, head_dim;
+  size_t block_size, head_dim, key_block_bytes, value_bytes;
   float scale, softcap;  // softcap 0: none
 };
-constexpr size_t kMaxQueries = 4;
+constexpr size_t kMaxQueries = 64;
 constexpr size_t kMaxHeadDim = 512;
+constexpr size_t kSegment = 256;  // positions whose sums are made apart
 
 constexpr size_t padded(size_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+// Floats of a query's sums over a segment.
+constexpr size_t part_floats(size_t head_dim) { return 2 * kLanes + padded(head_dim); }
+constexpr size_t element_bytes(CacheType type) {
+  return type == CacheType::kF32 ? 4 : type == CacheType::kF16 ? 2 : 1;
+}
+// Bytes of the scales of a position's keys, or values.
+constexpr size_t scale_bytes(CacheType type, size_t head_dim) {
+  return type == CacheType::kQ8_0 ? (head_dim + kGroup - 1) / kGroup * sizeof(float) : 0;
+}
+constexpr size_t key_bytes(CacheType type, size_t head_dim) {
+  return head_dim * element_bytes(type) + scale_bytes(type, head_dim);
+}
+constexpr size_t value_bytes(CacheType type, size_t head_dim) {
+  return padded(head_dim) * element_bytes(type) + scale_bytes(type, head_dim);
+}
 
 struct Kernels {
   std::string_view isa;
@@ -61,27 +80,32 @@ struct Kernels {
   void (*add_scaled)(const float* a, const float* b, float scale, size_t n, float* out);
   void (*softcap)(const float* x, float cap, size_t n, float* out);
   void (*softmax)(float* x, size_t n);
-  void (*store_key)(const float* k, size_t head_dim, size_t block_size, size_t offset,
-                    uint8_t* keys);
-  void (*store_value)(const float* v, size_t head_dim, uint8_t* value);
-  void (*attend)(AttendArgs args);
+  CacheType cache;
+  void (*store_key)(const float* k, size_t head_dim, size_t block_size, uint8_t* block,
+                    size_t offset);
+  void (*store_value)(const float* v, size_t head_dim, uint8_t* row);
+  // `context`: one past the last position that a query sees
+  void (*attend)(const AttendArgs& args, size_t context);
+  // The same in pieces: the sums of one segment to parts[query][part_floats], and all of them.
+  void (*attend_segment)(const AttendArgs& args, size_t segment, float* parts);
+  void (*merge_segments)(const AttendArgs& args, const float* const* parts, size_t segments);
 };
 
-// Tables per KV element type: [0] f16, [1] f32.
-extern const Kernels kScalar[2];
+// Tables by CacheType.
+extern const Kernels kScalar[kCacheTypes];
 #if defined(__x86_64__)
-extern const Kernels kAvx2[2];
-extern const Kernels kAvxVnni[2];
-extern const Kernels kAvx512[2];
+extern const Kernels kAvx2[kCacheTypes];
+extern const Kernels kAvxVnni[kCacheTypes];
+extern const Kernels kAvx512[kCacheTypes];
 #elif defined(__aarch64__)
-extern const Kernels kNeon[2];
-extern const Kernels kDotprod[2];
+extern const Kernels kNeon[kCacheTypes];
+extern const Kernels kDotprod[kCacheTypes];
 #endif
 
 // The ISAs this machine can run, the best first.
 std::vector<std::string_view> isas();
 
 // The kernels of an ISA by name, or null when this machine cannot run them.
-const Kernels* find_kernels(std::string_view isa, bool f32_cache);
+const Kernels* find_kernels(std::string_view isa, CacheType cache);
 
 }  // namespace squall

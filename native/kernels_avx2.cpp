@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-constinit const Kernels kAvx2[2] = {table<CacheF16>("avx2"), table<CacheF32>("avx2")};
+constinit const Kernels kAvx2[kCacheTypes] = SQUALL_TABLES("avx2");
 }  // namespace squall

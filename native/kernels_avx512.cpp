@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-constinit const Kernels kAvx512[2] = {table<CacheF16>("avx512"), table<CacheF32>("avx512")};
+constinit const Kernels kAvx512[kCacheTypes] = SQUALL_TABLES("avx512");
 }  // namespace squall

@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-constinit const Kernels kAvxVnni[2] = {table<CacheF16>("avxvnni"), table<CacheF32>("avxvnni")};
+constinit const Kernels kAvxVnni[kCacheTypes] = SQUALL_TABLES("avxvnni");
 }  // namespace squall

@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-constinit const Kernels kDotprod[2] = {table<CacheF16>("dotprod"), table<CacheF32>("dotprod")};
+constinit const Kernels kDotprod[kCacheTypes] = SQUALL_TABLES("dotprod");
 }  // namespace squall

@@ -14,17 +14,12 @@
 namespace {
 
 using squall::Activation;
-using squall::AttendArgs;
 using squall::FineGroup;
 using squall::kFineRatio;
 using squall::kGroup;
 using squall::kLanes;
-using squall::kMaxHeadDim;
-using squall::kMaxQueries;
 using squall::kSuper;
-using squall::padded;
 using squall::QuantGroup;
-using squall::Query;
 
 inline const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
 
@@ -699,239 +694,16 @@ void softmax(float* x, size_t n) {
   spans(n, [&](size_t i, size_t m) { store_first(x + i, div(load_first(x + i, m), all), m); });
 }
 
-// ---- attention ----
-//
-// A query walks its context in tiles of 64 positions aligned to 0, with a running maximum and sum.
-// Positions that it does not see never enter a sum, so what lies in their slots does not matter.
+}  // namespace
 
-constexpr size_t kTilePositions = 64;
+#include "attention_impl.h"
 
-struct CacheF16 {
-  using Element = uint16_t;
-  static inline F32x16 read(const Element* p) { return load(p); }
-  static inline void write(Element* p, F32x16 x) {  // saturate: infinities would become NaN in sums
-    store(p, max(min(x, set1(65504.0f)), set1(-65504.0f)));
-  }
-};
-struct CacheF32 {
-  using Element = float;
-  static inline F32x16 read(const Element* p) { return load(p); }
-  static inline void write(Element* p, F32x16 x) { store(p, x); }
-};
-
-template <class Cache>
-void store_key(const float* k, size_t head_dim, size_t block_size, size_t offset, uint8_t* keys) {
-  auto* base = reinterpret_cast<typename Cache::Element*>(keys);
-  spans(head_dim, [&](size_t i, size_t m) {
-    typename Cache::Element row[kLanes];
-    Cache::write(row, load_first(k + i, m));
-    for (size_t d = 0; d < m; ++d) base[(i + d) * block_size + offset] = row[d];
-  });
-}
-
-template <class Cache>
-void store_value(const float* v, size_t head_dim, uint8_t* value) {
-  auto* base = reinterpret_cast<typename Cache::Element*>(value);
-  spans(head_dim, [&](size_t i, size_t m) { Cache::write(base + i, load_first(v + i, m)); });
-}
-
-struct Running {  // the state of one query
-  float peak, total;
-  size_t from, to;          // lanes of the tile that it sees
-  float p[kTilePositions];  // scores, then weights
-  float acc[kMaxHeadDim];
-};
-
-template <class Cache>
-struct Attention {
-  using Element = typename Cache::Element;
-
-  // 16 positions' keys: [head_dim][block_size]
-  static inline const Element* key(const AttendArgs& a, size_t position) {
-    const size_t block = static_cast<size_t>(a.table[position / a.block_size]);
-    return reinterpret_cast<const Element*>(a.keys) + block * a.head_dim * a.block_size +
-           position % a.block_size;
-  }
-  static inline const Element* value(const AttendArgs& a, size_t position) {
-    const size_t block = static_cast<size_t>(a.table[position / a.block_size]);
-    const size_t row = block * a.block_size + position % a.block_size;
-    return reinterpret_cast<const Element*>(a.values) + row * padded(a.head_dim);
-  }
-
-  template <int kQueries, int kSubs>
-  static inline void scores(const AttendArgs& a, const float* const* q, Running* const* run,
-                            size_t position, size_t lane) {
-    const Element* k[kSubs];
-    for (int s = 0; s < kSubs; ++s) k[s] = key(a, position + 16 * static_cast<size_t>(s));
-    F32x16 acc[kQueries * kSubs];
-    for (F32x16& x : acc) x = zero();
-    for (size_t d = 0; d < a.head_dim; ++d) {
-#pragma GCC unroll 4
-      for (int s = 0; s < kSubs; ++s) {
-        const F32x16 keys = Cache::read(k[s] + d * a.block_size);
-#pragma GCC unroll 4
-        for (int i = 0; i < kQueries; ++i)
-          acc[i * kSubs + s] = fma(keys, set1(q[i][d]), acc[i * kSubs + s]);
-      }
-    }
-    for (int i = 0; i < kQueries; ++i)
-      for (int s = 0; s < kSubs; ++s)
-        store(run[i]->p + lane + 16 * static_cast<size_t>(s), acc[i * kSubs + s]);
-  }
-
-  template <int kQueries>
-  static inline void all_scores(const AttendArgs& a, const float* const* q, Running* const* run,
-                                size_t tile, size_t from, size_t to) {
-    size_t lane = from / 16 * 16;
-    if (lane == 0 && to > 48) return scores<kQueries, 4>(a, q, run, tile, 0);
-    for (; lane < to; lane += 16) scores<kQueries, 1>(a, q, run, tile + lane, lane);
-  }
-
-  // Scores of the lanes it sees to weights; the sums so far are brought to the new maximum.
-  static inline void weigh(const AttendArgs& a, Running& run) {
-    const size_t first_lane = run.from / 16 * 16;
-    F32x16 peak = set1(-FLT_MAX);
-    for (size_t lane = first_lane; lane < run.to; lane += 16) {
-      F32x16 s = mul(load(run.p + lane), set1(a.scale));
-      if (a.softcap != 0.0f) s = mul(tanh(div(s, set1(a.softcap))), set1(a.softcap));
-      s = select(visible(run, lane), s, set1(-FLT_MAX));
-      store(run.p + lane, s);
-      peak = max(peak, s);
-    }
-    const float top = max_of(peak);
-    const float next = run.peak > top ? run.peak : top;
-    float change[kLanes];
-    store(change, exp(sub(set1(run.peak), set1(next))));
-    run.peak = next;
-    run.total *= change[0];
-    if (change[0] != 1.0f)
-      spans(padded(a.head_dim),
-            [&](size_t i, size_t) { store(run.acc + i, mul(load(run.acc + i), set1(change[0]))); });
-    F32x16 total = zero();
-    for (size_t lane = first_lane; lane < run.to; lane += 16) {
-      const F32x16 p = select(visible(run, lane), exp(sub(load(run.p + lane), set1(next))), zero());
-      store(run.p + lane, p);
-      total = add(total, p);
-    }
-    run.total += sum(total);
-  }
-  static inline Mask visible(const Running& run, size_t lane) {
-    const size_t from = run.from > lane ? run.from - lane : 0;
-    return lanes(from < 16 ? from : 16, run.to - lane < 16 ? run.to - lane : 16);
-  }
-
-  // acc += weights . values for lanes [from, to) within one block, in ascending order
-  template <int kQueries, int kVectors>
-  static inline void mix(const AttendArgs& a, Running* const* run, size_t tile, size_t from,
-                         size_t to, size_t column) {
-    F32x16 acc[kQueries * kVectors];
-    for (int i = 0; i < kQueries; ++i)
-      for (int c = 0; c < kVectors; ++c)
-        acc[i * kVectors + c] = load(run[i]->acc + column + 16 * static_cast<size_t>(c));
-    const size_t width = padded(a.head_dim);
-    const Element* v = value(a, tile + from) + column;
-    for (size_t lane = from; lane < to; ++lane, v += width) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) {
-        const F32x16 values = Cache::read(v + 16 * c);
-#pragma GCC unroll 4
-        for (int i = 0; i < kQueries; ++i)
-          acc[i * kVectors + c] = fma(values, set1(run[i]->p[lane]), acc[i * kVectors + c]);
-      }
-    }
-    for (int i = 0; i < kQueries; ++i)
-      for (int c = 0; c < kVectors; ++c)
-        store(run[i]->acc + column + 16 * static_cast<size_t>(c), acc[i * kVectors + c]);
-  }
-
-  template <int kQueries>
-  static inline void mix_columns(const AttendArgs& a, Running* const* run, size_t tile, size_t from,
-                                 size_t to) {
-    size_t column = 0;
-    const size_t width = padded(a.head_dim);
-    for (; column + 64 <= width; column += 64) mix<kQueries, 4>(a, run, tile, from, to, column);
-    for (; column < width; column += 16) mix<kQueries, 1>(a, run, tile, from, to, column);
-  }
-
-  template <int kQueries>
-  static inline void mix_tile(const AttendArgs& a, Running* const* run, size_t tile) {
-    for (size_t lane = 0; lane < kTilePositions; lane += 16) {
-      bool whole = true;
-      for (int i = 0; i < kQueries; ++i)
-        whole = whole && run[i]->from <= lane && run[i]->to >= lane + 16;
-      if (whole) {
-        mix_columns<kQueries>(a, run, tile, lane, lane + 16);
-        continue;
-      }
-      for (int i = 0; i < kQueries; ++i) {
-        const size_t from = run[i]->from > lane ? run[i]->from : lane;
-        const size_t to = run[i]->to < lane + 16 ? run[i]->to : lane + 16;
-        if (from < to) mix_columns<1>(a, run + i, tile, from, to);
-      }
-    }
-  }
-
-  template <int kQueries>
-  static void run(const AttendArgs& a) {
-    Running state[kQueries];
-    Running* all[kQueries];
-    const float* q[kQueries];
-    size_t begin = SIZE_MAX, end = 0;
-    for (int i = 0; i < kQueries; ++i) {
-      const Query& query = a.queries[i];
-      state[i].peak = -FLT_MAX;
-      state[i].total = 0.0f;
-      spans(padded(a.head_dim), [&](size_t c, size_t) { store(state[i].acc + c, zero()); });
-      all[i] = &state[i];
-      q[i] = query.q;
-      begin = static_cast<size_t>(query.begin) < begin ? static_cast<size_t>(query.begin) : begin;
-      end = static_cast<size_t>(query.end) > end ? static_cast<size_t>(query.end) : end;
-    }
-    for (size_t tile = begin / kTilePositions * kTilePositions; tile < end; tile += kTilePositions)
-      step<kQueries>(a, q, all, tile);
-    for (int i = 0; i < kQueries; ++i)
-      spans(a.head_dim, [&](size_t c, size_t m) {
-        store_first(a.queries[i].out + c, div(load(state[i].acc + c), set1(state[i].total)), m);
-      });
-  }
-
-  template <int kQueries>
-  static inline void step(const AttendArgs& a, const float* const* q, Running* const* run,
-                          size_t tile) {
-    size_t from = kTilePositions, to = 0;
-    for (int i = 0; i < kQueries; ++i) {
-      const auto clamp = [&](int32_t p) {
-        const size_t at = static_cast<size_t>(p);
-        return at < tile ? 0 : (at - tile < kTilePositions ? at - tile : kTilePositions);
-      };
-      run[i]->from = clamp(a.queries[i].begin);
-      run[i]->to = clamp(a.queries[i].end);
-      if (run[i]->from >= run[i]->to) {
-        run[i]->from = run[i]->to = 0;
-        continue;
-      }
-      from = run[i]->from < from ? run[i]->from : from;
-      to = run[i]->to > to ? run[i]->to : to;
-    }
-    all_scores<kQueries>(a, q, run, tile, from, to);
-    for (int i = 0; i < kQueries; ++i)
-      if (run[i]->to > 0) weigh(a, *run[i]);
-    mix_tile<kQueries>(a, run, tile);
-  }
-};
-
-template <class Cache, int kQueries = kQueryBlock>
-void attend(AttendArgs args) {
-  for (; args.count >= kQueries; args.count -= kQueries, args.queries += kQueries)
-    Attention<Cache>::template run<kQueries>(args);
-  if constexpr (kQueries > 1)
-    if (args.count > 0) attend<Cache, kQueries - 1>(args);
-}
+namespace {
 
 // ---- the table ----
 
 template <class Cache>
-constexpr squall::Kernels table(const char* isa) {
+constexpr squall::Kernels table(const char* isa, CacheType type) {
   return {
       isa,
       {nullptr, nullptr, nullptr, matmul_integer<IntegerTile<4, Direct, 3>>,
@@ -950,10 +722,18 @@ constexpr squall::Kernels table(const char* isa) {
       add_scaled,
       softcap,
       softmax,
-      store_key<Cache>,
-      store_value<Cache>,
+      type,
+      Cache::put_key,
+      Cache::put_value,
       attend<Cache>,
+      attend_segment<Cache>,
+      merge_segments,
   };
 }
+
+// Tables of an ISA, one for each type of cache.
+#define SQUALL_TABLES(isa)                                                                   \
+  {table<CacheOf<Half>>(isa, CacheType::kF16), table<CacheOf<Single>>(isa, CacheType::kF32), \
+   table<CacheQ8>(isa, CacheType::kQ8_0)}
 
 }  // namespace

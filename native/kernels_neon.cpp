@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-constinit const Kernels kNeon[2] = {table<CacheF16>("neon"), table<CacheF32>("neon")};
+constinit const Kernels kNeon[kCacheTypes] = SQUALL_TABLES("neon");
 }  // namespace squall

@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-constinit const Kernels kScalar[2] = {table<CacheF16>("scalar"), table<CacheF32>("scalar")};
+constinit const Kernels kScalar[kCacheTypes] = SQUALL_TABLES("scalar");
 }  // namespace squall

@@ -1,6 +1,7 @@
 // What the ops do, as phases. Rows and tiles are dealt out as tasks.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -185,10 +186,13 @@ class GatedLinearPhase final : public TilePhase {
 // Where a head's keys and values lie. Heads are apart, so that a head's blocks follow each other in
 // memory.
 struct HeadCache {
+  size_t key_block_bytes, value_bytes;
   uint8_t *keys, *values;
-  HeadCache(const CacheLayer& cache, size_t head, size_t slots, size_t element)
-      : keys(cache.keys->data() + head * slots * cache.head_dim * element),
-        values(cache.values->data() + head * slots * padded(cache.head_dim) * element) {}
+  HeadCache(const CacheLayer& cache, size_t head, const Limits& limits)
+      : key_block_bytes(key_bytes(limits.cache, cache.head_dim) * limits.block_size),
+        value_bytes(squall::value_bytes(limits.cache, cache.head_dim)),
+        keys(cache.keys->data() + head * limits.blocks * key_block_bytes),
+        values(cache.values->data() + head * limits.slots() * value_bytes) {}
 };
 
 class StorePhase final : public Phase {
@@ -198,15 +202,14 @@ class StorePhase final : public Phase {
       : k_(k), limits_(limits), cache_(cache), key_(key), value_(value) {}
   size_t tasks(const Step& step) const override { return ceil_div(step.batch.rows(), kRows); }
   void run(const Step& step, size_t task) override {
-    const size_t dim = cache_.head_dim, element = limits_.element();
-    for (size_t r = task * kRows; r < std::min(step.batch.rows(), (task + 1) * kRows); ++r) {
-      const size_t slot = static_cast<size_t>(step.batch.slots[r]);
-      const size_t offset = slot % limits_.block_size;
-      for (size_t h = 0; h < cache_.kv_heads; ++h) {
-        const HeadCache head(cache_, h, limits_.slots(), element);
-        k_.store_key(key_.row(r) + h * dim, dim, limits_.block_size, offset,
-                     head.keys + (slot - offset) * dim * element);
-        k_.store_value(value_.row(r) + h * dim, dim, head.values + slot * padded(dim) * element);
+    const size_t dim = cache_.head_dim, size = limits_.block_size;
+    for (size_t h = 0; h < cache_.kv_heads; ++h) {
+      const HeadCache head(cache_, h, limits_);
+      for (size_t r = task * kRows; r < std::min(step.batch.rows(), (task + 1) * kRows); ++r) {
+        const size_t slot = static_cast<size_t>(step.batch.slots[r]);
+        k_.store_key(key_.row(r) + h * dim, dim, size,
+                     head.keys + slot / size * head.key_block_bytes, slot % size);
+        k_.store_value(value_.row(r) + h * dim, dim, head.values + slot * head.value_bytes);
       }
     }
   }
@@ -219,41 +222,89 @@ class StorePhase final : public Phase {
   const Buffer &key_, &value_;
 };
 
+// Sums of segments that other tasks than the merging one made.
+struct SplitSums {
+  std::unique_ptr<Memory> memory;
+  size_t floats = 0;  // wanted
+  std::unique_ptr<std::atomic<size_t>[]> done;
+};
+
+// A task is a run of rows and a KV head. When these are few, as in decode, it is one segment of
+// the context, and the last of a run and head to finish merges.
 class AttendPhase final : public Phase {
  public:
   AttendPhase(const Kernels& k, size_t threads, const Limits& limits, const AttendOp& op,
-              const CacheLayer& cache, const Buffer& q, const Buffer& out)
-      : k_(k), threads_(threads), limits_(limits), op_(op), cache_(cache), q_(q), out_(out) {}
-  size_t tasks(const Step& step) const override {
-    return step.runs.size() * op_.kv_heads * parts(step);
+              const CacheLayer& cache, const Buffer& q, const Buffer& out, SplitSums& split)
+      : k_(k),
+        limits_(limits),
+        op_(op),
+        cache_(cache),
+        q_(q),
+        out_(out),
+        split_(split),
+        few_(few_tasks(threads)) {
+    const size_t segments = ceil_div(limits.context, kSegment);
+    split.floats = std::max(split.floats, few_ * segments * group() * part_floats(op_.head_dim));
   }
 
+  static size_t few_tasks(size_t threads) { return 4 * threads; }
+
+  size_t tasks(const Step& step) const override { return pairs(step) * segments(step); }
+
   void run(const Step& step, size_t task) override {
-    const size_t group = op_.heads / op_.kv_heads, split = parts(step);
-    const size_t part = task % split, kv_head = task / split % op_.kv_heads;
-    const RowRun& run = step.runs[task / split / op_.kv_heads];
-    const int32_t* table = step.batch.block_tables.data() + run.sequence * step.batch.table_width;
-    const size_t heads = group / split, first = kv_head * group + part * heads;
-    const size_t total = (run.end - run.begin) * heads;
-    const HeadCache head(cache_, kv_head, limits_.slots(), limits_.element());
-    Query queries[kMaxQueries];
-    for (size_t done = 0; done < total;) {
-      const size_t count = std::min(kMaxQueries, total - done);
-      for (size_t i = 0; i < count; ++i, ++done)
-        queries[i] = query(step, run.begin + done / heads, first + done % heads);
-      k_.attend({queries, count, head.keys, head.values, table, limits_.block_size, op_.head_dim,
-                 op_.scale, op_.softcap});
+    const size_t many = segments(step), pair = task / many;
+    const RowRun& rows = step.runs[pair / op_.kv_heads];
+    const size_t head = pair % op_.kv_heads;
+    if (many == 1) {
+      in_blocks(step, rows, head,
+                [&](const AttendArgs& args, size_t) { k_.attend(args, context(step, rows)); });
+    } else {
+      const size_t segment = task % many;
+      in_blocks(step, rows, head, [&](const AttendArgs& args, size_t first) {
+        k_.attend_segment(args, segment, part(pair, segment, many, first));
+      });
+      if (split_.done[pair].fetch_add(1, std::memory_order_acq_rel) + 1 < many) return;
+      split_.done[pair].store(0, std::memory_order_relaxed);
+      std::vector<const float*> parts(many);
+      in_blocks(step, rows, head, [&](const AttendArgs& args, size_t first) {
+        for (size_t s = 0; s < many; ++s) parts[s] = part(pair, s, many, first);
+        k_.merge_segments(args, parts.data(), many);
+      });
     }
-    if (out_.quant == nullptr || !quantizes) return;
-    for (size_t r = run.begin; r < run.end; ++r)
-      for (size_t h = first; h < first + heads; ++h)
-        out_.quantize(k_, r, h * op_.head_dim, op_.head_dim, out_.row(r) + h * op_.head_dim);
+    quantize(rows, head);
   }
 
  private:
-  // A group's heads share keys and values, so they stay together unless threads would idle.
-  size_t parts(const Step& step) const {
-    return step.runs.size() * op_.kv_heads < threads_ ? op_.heads / op_.kv_heads : 1;
+  size_t group() const { return op_.heads / op_.kv_heads; }
+  size_t pairs(const Step& step) const { return step.runs.size() * op_.kv_heads; }
+  size_t context(const Step& step, const RowRun& rows) const {
+    return static_cast<size_t>(step.batch.positions[rows.end - 1]) + 1;
+  }
+  // Tasks of a pair; when more than one, its run is a single row.
+  size_t segments(const Step& step) const {
+    return step.rows_a_run == 1 && pairs(step) < few_ ? ceil_div(step.context, kSegment) : 1;
+  }
+  float* part(size_t pair, size_t segment, size_t many, size_t first) const {
+    return reinterpret_cast<float*>(split_.memory->data()) +
+           ((pair * many + segment) * group() + first) * part_floats(op_.head_dim);
+  }
+
+  // fn(args, first) for blocks of the queries that share a KV head
+  template <class Fn>
+  void in_blocks(const Step& step, const RowRun& rows, size_t kv_head, Fn fn) const {
+    const HeadCache head(cache_, kv_head, limits_);
+    const int32_t* table = step.batch.block_tables.data() + rows.sequence * step.batch.table_width;
+    const size_t total = (rows.end - rows.begin) * group();
+    Query queries[kMaxQueries];
+    for (size_t first = 0; first < total; first += kMaxQueries) {
+      const size_t count = std::min(kMaxQueries, total - first);
+      for (size_t i = 0; i < count; ++i)
+        queries[i] = query(step, rows.begin + (first + i) / group(),
+                           kv_head * group() + (first + i) % group());
+      fn({queries, count, head.keys, head.values, table, limits_.block_size, op_.head_dim,
+          head.key_block_bytes, head.value_bytes, op_.scale, op_.softcap},
+         first);
+    }
   }
   Query query(const Step& step, size_t row, size_t head) const {
     const int32_t end = step.batch.positions[row] + 1;
@@ -262,13 +313,20 @@ class AttendPhase final : public Phase {
     return {q_.row(row) + column, out_.row(row) + column,
             window != 0 && end > window ? end - window : 0, end};
   }
+  void quantize(const RowRun& rows, size_t kv_head) const {
+    if (out_.quant == nullptr || !quantizes) return;
+    for (size_t r = rows.begin; r < rows.end; ++r)
+      for (size_t h = kv_head * group(); h < (kv_head + 1) * group(); ++h)
+        out_.quantize(k_, r, h * op_.head_dim, op_.head_dim, out_.row(r) + h * op_.head_dim);
+  }
 
   const Kernels& k_;
-  size_t threads_;
   const Limits& limits_;
   AttendOp op_;
   const CacheLayer& cache_;
   const Buffer &q_, &out_;
+  SplitSums& split_;
+  size_t few_;
 };
 
 // ---- mixture of experts ----

@@ -12,6 +12,7 @@ constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registe
 constexpr size_t kFloatRowBlock = 4;  // rows a float matmul keeps there
 constexpr int kTileBlock = 1;         // tiles they do at once
 constexpr int kQueryBlock = 4;        // queries attention keeps there
+constexpr size_t kVectorBlock = 1;    // times so many vectors of keys or values
 #ifdef __AVXVNNI__
 constexpr bool kSignedDot8 = false;
 #else

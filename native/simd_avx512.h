@@ -15,7 +15,8 @@ namespace {
 constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registers
 constexpr size_t kFloatRowBlock = 8;  // rows a float matmul keeps there
 constexpr int kTileBlock = 2;         // tiles they do at once
-constexpr int kQueryBlock = 4;        // queries attention keeps there
+constexpr int kQueryBlock = 6;        // queries attention keeps there
+constexpr size_t kVectorBlock = 4;    // times so many vectors of keys or values
 constexpr bool kSignedDot8 = false;   // dot() takes 8-bit codes as unsigned
 
 struct F32x16 {

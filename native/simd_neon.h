@@ -11,7 +11,8 @@ namespace {
 constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registers
 constexpr size_t kFloatRowBlock = 4;  // rows a float matmul keeps there
 constexpr int kTileBlock = 1;         // tiles they do at once
-constexpr int kQueryBlock = 2;        // queries attention keeps there
+constexpr int kQueryBlock = 4;        // queries attention keeps there
+constexpr size_t kVectorBlock = 1;    // times so many vectors of keys or values
 constexpr bool kSignedDot8 = true;    // there is no unsigned by signed product
 
 struct F32x16 {

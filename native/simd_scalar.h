@@ -10,7 +10,8 @@ namespace {
 constexpr size_t kRowBlock = 1;       // rows an integer matmul keeps in registers
 constexpr size_t kFloatRowBlock = 1;  // rows a float matmul keeps there
 constexpr int kTileBlock = 1;         // tiles they do at once
-constexpr int kQueryBlock = 1;
+constexpr int kQueryBlock = 1;        // queries attention keeps there
+constexpr size_t kVectorBlock = 1;    // times so many vectors of keys or values
 constexpr bool kSignedDot8 = false;
 
 struct F32x16 {

@@ -32,17 +32,17 @@ double error(const Floats& got, const Doubles& expected) {
   return std::sqrt(errors / std::max(squares, 1e-30));
 }
 
-Floats on_every_isa(const std::string& what, const Run& run, bool f32_cache = false) {
-  const Floats scalar = run(*find_kernels("scalar", f32_cache));
+Floats on_every_isa(const std::string& what, const Run& run, CacheType cache = CacheType::kF16) {
+  const Floats scalar = run(*find_kernels("scalar", cache));
   for (const std::string_view isa : isas())
-    expect(same_bits(run(*find_kernels(isa, f32_cache)), scalar),
+    expect(same_bits(run(*find_kernels(isa, cache)), scalar),
            what + " on " + std::string(isa) + " is not that on scalar");
   return scalar;
 }
 
 void check(const std::string& what, const Doubles& expected, const Run& run,
-           bool f32_cache = false) {
-  const double e = error(on_every_isa(what, run, f32_cache), expected);
+           CacheType cache = CacheType::kF16) {
+  const double e = error(on_every_isa(what, run, cache), expected);
   expect(e <= kTolerance, what + ": error " + std::to_string(e));
 }
 
@@ -88,7 +88,7 @@ struct Quantized {
 void test_quantize() {
   for (const size_t cols : {32, 64, 288}) {
     const Floats x = activations(23, cols);
-    const Quantized q(*find_kernels("scalar", false), x, 23);
+    const Quantized q(*find_kernels("scalar", CacheType::kF16), x, 23);
     const Doubles values = q.values();
     bool near = true;
     size_t fine = 0;
@@ -129,7 +129,7 @@ void test_linear(Format format, size_t cols, size_t rows) {
   const Floats x = activations(rows, cols);
   const size_t f = static_cast<size_t>(format);
   Doubles read(x.begin(), x.end());
-  if (w->is_integer()) read = Quantized(*find_kernels("scalar", false), x, rows).values();
+  if (w->is_integer()) read = Quantized(*find_kernels("scalar", CacheType::kF16), x, rows).values();
   check(std::string(info(format).name) + ", " + std::to_string(rows) + " rows, " +
             std::to_string(cols) + " columns",
         products(*w, read, rows), [&](const Kernels& k) {
@@ -158,36 +158,63 @@ void test_linear() {
 
 // ---- attention ----
 
-constexpr size_t kBlocks = 9;
+constexpr size_t kBlocks = 40;
 
 struct Context {
-  bool f32;
+  CacheType type;
   size_t dim, block_size;
   size_t slots = kBlocks * block_size;
-  std::vector<int32_t> table{4, 0, 7, 2, 8, 1, 6, 3, 5};
-  Floats keys = floats(slots * dim), values = floats(slots * dim), queries = floats(4 * dim);
+  std::vector<int32_t> table = shuffled();
+  Floats keys = floats(slots * dim), values = floats(slots * dim);
+  Floats queries = floats(kMaxQueries * dim);
 
+  static std::vector<int32_t> shuffled() {
+    std::vector<int32_t> blocks(kBlocks);
+    std::iota(blocks.begin(), blocks.end(), 0);
+    std::shuffle(blocks.begin(), blocks.end(), rng);
+    return blocks;
+  }
   // Queries at the last positions that `length` has, as one sees another's heads and successors.
   Query query(size_t i, size_t length, size_t window, float* out) const {
-    const size_t end = length - i / 2, begin = end > window ? end - window : 0;
+    const size_t end = length - std::min(i / 2, length - 1);
+    const size_t begin = end > window ? end - window : 0;
     return {queries.data() + i * dim, out, static_cast<int32_t>(begin), static_cast<int32_t>(end)};
   }
-  double stored(float x) const { return f32 ? x : half_to_float(float_to_half(x)); }
+  // What the cache keeps of x[d], one of a position's `dim` values.
+  double stored(const float* x, size_t d) const {
+    if (type == CacheType::kF32) return x[d];
+    if (type == CacheType::kF16) return half_to_float(float_to_half(x[d]));
+    float peak = 0;
+    for (size_t i = d / kGroup * kGroup; i < std::min(dim, d / kGroup * kGroup + kGroup); ++i)
+      peak = std::max(peak, std::abs(x[i]));
+    const float step = peak / 127;
+    return std::clamp(std::nearbyint(x[d] / step), -127.0f, 127.0f) * double{step};
+  }
 
   Floats run(const Kernels& k, size_t count, size_t length, size_t window, float softcap) const {
-    const size_t element = f32 ? 4 : 2;
-    std::vector<uint8_t> key(slots * dim * element), value(slots * padded(dim) * element);
+    const size_t key_block = key_bytes(type, dim) * block_size, row = value_bytes(type, dim);
+    std::vector<uint8_t> key(kBlocks * key_block), value(slots * row);
     for (size_t p = 0; p < length; ++p) {
       const size_t block = static_cast<size_t>(table[p / block_size]), at = p % block_size;
-      k.store_key(keys.data() + p * dim, dim, block_size, at,
-                  key.data() + block * block_size * dim * element);
-      k.store_value(values.data() + p * dim, dim,
-                    value.data() + (block * block_size + at) * padded(dim) * element);
+      k.store_key(keys.data() + p * dim, dim, block_size, key.data() + block * key_block, at);
+      k.store_value(values.data() + p * dim, dim, value.data() + (block * block_size + at) * row);
     }
-    Floats out(count * dim);
+    Floats out(count * dim), pieces(count * dim);
     Query all[kMaxQueries];
     for (size_t i = 0; i < count; ++i) all[i] = query(i, length, window, out.data() + i * dim);
-    k.attend({all, count, key.data(), value.data(), table.data(), block_size, dim, 0.3f, softcap});
+    AttendArgs args{all, count,     key.data(), value.data(), table.data(), block_size,
+                    dim, key_block, row,        0.3f,         softcap};
+    k.attend(args, length);
+    const size_t segments = (length + kSegment - 1) / kSegment;
+    std::vector<Floats> parts(segments, Floats(count * part_floats(dim)));
+    std::vector<const float*> found;
+    for (size_t s = 0; s < segments; ++s) {
+      k.attend_segment(args, s, parts[s].data());
+      found.push_back(parts[s].data());
+    }
+    for (size_t i = 0; i < count; ++i) all[i].out = pieces.data() + i * dim;
+    k.merge_segments(args, found.data(), segments);
+    expect(same_bits(out, pieces), "attention in pieces is not attention");
     return out;
   }
 
@@ -198,12 +225,12 @@ struct Context {
       double total = 0;
       for (size_t p = static_cast<size_t>(q.begin); p < static_cast<size_t>(q.end); ++p) {
         double score = 0;
-        for (size_t d = 0; d < dim; ++d) score += q.q[d] * stored(keys[p * dim + d]);
+        for (size_t d = 0; d < dim; ++d) score += q.q[d] * stored(&keys[p * dim], d);
         score *= double{0.3f};
         if (softcap != 0) score = std::tanh(score / double{softcap}) * double{softcap};
         total += std::exp(score);
         for (size_t d = 0; d < dim; ++d)
-          out[i * dim + d] += std::exp(score) * stored(values[p * dim + d]);
+          out[i * dim + d] += std::exp(score) * stored(&values[p * dim], d);
       }
       for (size_t d = 0; d < dim; ++d) out[i * dim + d] /= total;
     }
@@ -212,18 +239,18 @@ struct Context {
 };
 
 void test_attention() {
-  for (const bool f32 : {false, true})
+  for (const CacheType type : {CacheType::kF16, CacheType::kF32, CacheType::kQ8_0})
     for (const auto& [dim, block_size] : {std::pair<size_t, size_t>{20, 16}, {64, 32}, {112, 16}}) {
-      const Context context{f32, dim, block_size};
-      for (const size_t count : {1, 2, 3, 4})
-        for (const size_t length : {2, 37, 131})
+      const Context context{type, dim, block_size};
+      for (const size_t count : {1, 2, 3, 4, 7, 32})
+        for (const size_t length : {2, 37, 131, 600})
           for (const auto& [window, softcap] : {std::pair<size_t, float>{1000, 0.0f}, {50, 5.0f}})
             check(
                 "attention, " + std::to_string(count) + " heads of " + std::to_string(dim) +
                     ", context " + std::to_string(length),
                 context.expected(count, length, window, softcap),
                 [&](const Kernels& k) { return context.run(k, count, length, window, softcap); },
-                f32);
+                type);
     }
 }
 

@@ -154,9 +154,9 @@ struct Model {
     }
   }
 
-  std::unique_ptr<Executor> executor(std::string_view isa, size_t threads, bool f32_cache) const {
+  std::unique_ptr<Executor> executor(std::string_view isa, size_t threads, CacheType cache) const {
     auto e = std::make_unique<Executor>(isa, std::make_shared<ThreadPool>(threads),
-                                        Limits{64, 8, 8, kBlock, 100, f32_cache});
+                                        Limits{64, 8, 8, kBlock, 100, cache});
     const auto value = [&](size_t width) { return e->add_value(width, false, false); };
     e->add_cache(kKvHeads, kDim);
     const size_t x = value(kHidden), angles = value(16), n = value(kHidden);
@@ -226,8 +226,8 @@ std::vector<float> last_logits(Executor& e, const std::vector<size_t>& cuts) {
 }
 
 void test_program(const Model& model, std::string_view isa) {
-  for (const bool f32_cache : {false, true}) {
-    const auto one = model.executor(isa, 1, f32_cache), three = model.executor(isa, 3, f32_cache);
+  for (const CacheType cache : {CacheType::kF16, CacheType::kF32, CacheType::kQ8_0}) {
+    const auto one = model.executor(isa, 1, cache), three = model.executor(isa, 3, cache);
     const std::vector<float> whole = last_logits(*one, {50});
     for (const float x : whole) expect(std::isfinite(x), "logits are finite");
     const std::string where = " on " + std::string(isa);
@@ -237,7 +237,7 @@ void test_program(const Model& model, std::string_view isa) {
 }
 
 void test_rejected(const Model& model) {
-  const auto e = model.executor("scalar", 1, false);
+  const auto e = model.executor("scalar", 1, CacheType::kF16);
   std::vector<float> logits(kVocab * 2);
   const auto rejects = [&](const char* what, const std::function<void(Arrays&)>& spoil) {
     Arrays arrays(0, 20);

@@ -18,7 +18,7 @@ from squall.engine.generation import Generation
 from squall.engine.memory import choose_context, token_bytes
 from squall.engine.sampling import MIN_P, TEMPERATURE, TOP_K, TOP_P, Sampling, random_seed
 from squall.errors import ContextLengthExceeded, InvalidRequest
-from squall.executors.native import NativeExecutor
+from squall.executors.native import CacheType, NativeExecutor
 from squall.locate import locate
 from squall.program import Program
 from squall.recipes import Recipe
@@ -74,7 +74,7 @@ class Model:
         context: int | None = None,
         threads: int | None = None,
         weights: Literal["packed", "f32"] = "packed",
-        kv_dtype: Literal["f16", "f32"] = "f16",
+        kv_dtype: CacheType = "f16",
         progress: Progress | None = None,
     ) -> Model:
         """Open a GGUF file, a folder with one, or, without `path`, the default model.
@@ -82,6 +82,8 @@ class Model:
         context: tokens of prompt and answer together; by default what the model was trained for,
             up to 8192 and to half of the free memory.
         threads: by default as many as this process may use.
+        kv_dtype: what the KV cache holds; "q8_0" takes half the memory of "f16" and costs a little
+            quality.
         weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
         progress: called with (bytes loaded, bytes in all).
         """

@@ -10,13 +10,14 @@ from squall.spec import Decoder
 
 DEFAULT_CONTEXT = 8192
 SMALLEST_CONTEXT = 256
-KV_BYTES = {"f16": 2, "f32": 4}
+KV_BITS = {"f16": 16.0, "f32": 32.0, "q8_0": 9.0}
 
 
 def token_bytes(decoder: Decoder, kv_dtype: str) -> int:
     """Bytes of KV cache that one token takes."""
     attentions = (layer.attention for layer in decoder.layers)
-    return KV_BYTES[kv_dtype] * sum(2 * a.kv_heads * a.head_dim for a in attentions)
+    values = sum(2 * a.kv_heads * a.head_dim for a in attentions)
+    return round(KV_BITS[kv_dtype] * values / 8)
 
 
 def choose_context(

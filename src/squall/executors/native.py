@@ -16,7 +16,7 @@ from squall.checkpoints.base import Checkpoint
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
 
 Weights = Literal["packed", "f32"]
-CacheType = Literal["f16", "f32"]
+CacheType = Literal["f16", "f32", "q8_0"]
 
 
 class _Loader:
@@ -218,7 +218,7 @@ class NativeExecutor:
         try:
             self._native = _native.Executor(
                 isa=self.isa, pool=pool, rows=max_rows, outputs=max_outputs, blocks=blocks,
-                block_size=block_size, context=program.context, f32_cache=kv_dtype == "f32",
+                block_size=block_size, context=program.context, cache=kv_dtype,
             )  # fmt: skip
             self._lower(loader)
         except ValueError as error:
