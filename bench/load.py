@@ -31,7 +31,7 @@ STAGES = {
 
 
 def load(path: str, threads: int | None) -> Report:
-    """Load a model in this process; seconds of each stage, of `Model.open`, and the file's bytes."""
+    """Load a model in this process: seconds of the stages and of `Model.open`, and sizes."""
     start_s = time.perf_counter()
     import squall.model
 
