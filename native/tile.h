@@ -54,8 +54,6 @@ class Tile {
   void dequantize_row(size_t row, float* out) const;
 
  private:
-  void pack_tile(size_t tile, const uint8_t* data, size_t row_bytes);
-
   Format format_;
   size_t rows_, cols_, tiles_, tile_bytes_;
   std::shared_ptr<uint8_t> data_;

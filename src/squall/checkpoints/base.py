@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,30 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Pages:
+    """Bytes `start:stop` of a mapped file, for advice; where the system takes none, nothing."""
+
+    file: mmap.mmap
+    start: int
+    stop: int
+
+    def fetch(self) -> None:
+        """Begin to read them from the disk."""
+        self._advise("MADV_WILLNEED")
+
+    def release(self) -> None:
+        """Take them off this process's memory; who reads them again gets them again."""
+        self._advise("MADV_DONTNEED")
+
+    def _advise(self, name: str) -> None:
+        advice = getattr(mmap, name, None)
+        if advice is not None:
+            first = self.start // mmap.PAGESIZE * mmap.PAGESIZE
+            with contextlib.suppress(OSError):
+                self.file.madvise(advice, first, self.stop - first)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
     """A stored tensor: row-major, the last axis contiguous; `data` its read-only bytes."""
 
@@ -35,6 +61,7 @@ class Tensor:
     format: str
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
+    pages: Pages | None = None
 
     @property
     def rows(self) -> int:

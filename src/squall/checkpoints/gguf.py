@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from squall.checkpoints.base import Checkpoint, Header, Tensor, TensorInfo
+from squall.checkpoints.base import Checkpoint, Header, Pages, Tensor, TensorInfo
 from squall.checkpoints.gguf_header import (
     MAX_HEADER_BYTES,
     MAX_TENSORS,
@@ -68,7 +68,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def _tensors(part: _Part) -> list[tuple[Entry, Tensor]]:
-    data = np.frombuffer(part.buffer, np.uint8)[part.header.data_start :]
+    data = np.frombuffer(part.buffer, np.uint8)
     found = []
     for entry in part.header.entries:
         info = entry.info
@@ -78,8 +78,11 @@ def _tensors(part: _Part) -> list[tuple[Entry, Tensor]]:
             raise UnsupportedModel(
                 f"{quote(part.path.name)}: tensor {quote(info.name)}: {error}"
             ) from None
-        view = data[entry.offset : entry.offset + info.nbytes]
-        found.append((entry, Tensor(info.name, info.format, info.shape, view)))
+        start = part.header.data_start + entry.offset
+        view, pages = data[start : start + info.nbytes], None
+        if isinstance(part.buffer, mmap):
+            pages = Pages(part.buffer, start, start + info.nbytes)
+        found.append((entry, Tensor(info.name, info.format, info.shape, view, pages)))
     return found
 
 

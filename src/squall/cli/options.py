@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,9 +15,11 @@ import typer
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from squall.model import Model
 
-PROGRESS_S = 0.3
+PROGRESS_S = 0.5
 
 File = Annotated[
     Path | None, typer.Option("-f", "--file", help="A GGUF file; of a split one any part.")
@@ -67,13 +69,10 @@ def open_model(
     """Open a model; a terminal is told how far it is."""
     from squall.model import Model
 
-    return Model.open(
-        path,
-        context=context,
-        threads=threads,
-        weights=weights.value,
-        progress=progress("loading"),
-    )
+    with progress("loading") as shown:
+        return Model.open(
+            path, context=context, threads=threads, weights=weights.value, progress=shown
+        )
 
 
 def read_text(path: Path) -> str:
@@ -86,18 +85,28 @@ def read_text(path: Path) -> str:
         raise InvalidRequest(f"{path} is not UTF-8 text; convert it first") from None
 
 
-def progress(what: str) -> Callable[[int, int], None]:
-    """A line on a terminal's stderr that tells the share done; nothing if it is done quickly."""
-    last_s = time.monotonic() if sys.stderr.isatty() else math.inf
-    shown = False
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, told (done, whole); only if it takes longer than PROGRESS_S."""
+    start_s = time.monotonic()
+    bar: Progress | None = None
+    with ExitStack() as shown:
 
-    def show(done: int, whole: int) -> None:
-        nonlocal last_s, shown
-        if done == whole and shown:
-            sys.stderr.write("\r\x1b[K")
-        elif done < whole and time.monotonic() - last_s > PROGRESS_S:
-            last_s, shown = time.monotonic(), True
-            sys.stderr.write(f"\r{what} {100 * done // whole} %")
-        sys.stderr.flush()
+        def show(done: int, whole: int) -> None:
+            nonlocal bar
+            if bar is None and done < whole and time.monotonic() - start_s > PROGRESS_S:
+                bar = shown.enter_context(_bar())
+                bar.add_task(what, total=whole, completed=done)
+            elif bar is not None:
+                bar.update(bar.task_ids[0], completed=done, total=whole)
 
-    return show
+        yield show if sys.stderr.isatty() else lambda *_: None
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(
+        console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+    )

@@ -83,19 +83,19 @@ def perplexity(
 
 def measure(model: Model, text: str, *, window: int, stride: int) -> Score:
     """The perplexity of `text` as `perplexity` defines it."""
-    shown = progress("scoring")
     ids = model.encode(text, add_bos=False)
     bos = model.encode("")
     room = window - len(bos)
     if not 1 <= stride <= room:
         raise InvalidRequest(f"stride is {stride}; it must be between 1 and {room}")
     found: list[float] = []
-    for start, first, stop in _windows(len(ids), room, stride):
-        seen = bos + ids[start:stop]
-        # Without a BOS the first token of the text has nothing before it.
-        first_scored = max(len(bos) + first - start, 1)
-        found += model.log_probabilities(seen, start=first_scored).tolist()
-        shown(stop, len(ids))
+    with progress("scoring") as shown:
+        for start, first, stop in _windows(len(ids), room, stride):
+            seen = bos + ids[start:stop]
+            # Without a BOS the first token of the text has nothing before it.
+            first_scored = max(len(bos) + first - start, 1)
+            found += model.log_probabilities(seen, start=first_scored).tolist()
+            shown(stop, len(ids))
     if not found:
         raise InvalidRequest("the text has fewer than two tokens; there is nothing to predict")
     mean, error = _mean_and_error(found)

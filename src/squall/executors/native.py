@@ -12,32 +12,70 @@ from numpy.typing import NDArray
 from squall import _native, quant
 from squall import program as p
 from squall.batch import Batch
-from squall.checkpoints.base import Checkpoint
+from squall.checkpoints.base import Checkpoint, Pages
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
 
 Weights = Literal["packed", "f32"]
 CacheType = Literal["f16", "f32", "q8_0"]
+Progress = Callable[[int, int], None]
 
 
 class _Loader:
     """Weights of a checkpoint as tiles and vectors, each made once."""
 
-    def __init__(self, checkpoint: Checkpoint, pool: _native.ThreadPool, weights: Weights) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        needed: Sequence[p.Matrix | p.Vector],
+        pool: _native.ThreadPool,
+        weights: Weights,
+        progress: Progress | None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.pool = pool
         self.weights = weights
         self.bytes = 0
+        self._progress = progress
+        self._done = 0
+        self._whole = sum(self._stored(weight) for weight in needed)
         self._arena = _native.Arena()
         self._tiles: dict[p.Matrix, list[_native.Tile]] = {}
         self._vectors: dict[p.Vector, NDArray[np.float32]] = {}
+        for weight, following in zip(needed, [*needed[1:], None], strict=True):
+            for pages in self._pages(following):
+                pages.fetch()
+            self._load(weight)
+            for pages in self._pages(weight):
+                pages.release()
 
-    def load(self, weight: p.Matrix | p.Vector) -> None:
+    def _load(self, weight: p.Matrix | p.Vector) -> None:
         if isinstance(weight, p.Vector):
             self._vectors[weight] = self._vector(weight)
+            self._advance(self._stored(weight))
             return
-        tiles = [self._pack(weight, expert) for expert in range(weight.experts)]
-        self._tiles[weight] = tiles
-        self.bytes += sum(tile.nbytes for tile in tiles)
+        self._tiles[weight] = []
+        for expert in range(weight.experts):
+            tile = self._pack(weight, expert)
+            self._tiles[weight].append(tile)
+            self.bytes += tile.nbytes
+            self._advance(self._stored(weight) // weight.experts)
+
+    def _advance(self, stored: int) -> None:
+        self._done += stored
+        if self._progress is not None:
+            self._progress(self._done, self._whole)
+
+    def _stored(self, weight: p.Matrix | p.Vector) -> int:
+        """Bytes of a weight in the checkpoint."""
+        size = weight.size if isinstance(weight, p.Vector) else weight.experts * weight.rows
+        tensor = self.checkpoint.tensors[weight.slices[0].tensor]
+        units = tensor.rows * tensor.cols if isinstance(weight, p.Vector) else tensor.rows
+        return size * tensor.nbytes // units
+
+    def _pages(self, weight: p.Matrix | p.Vector | None) -> list[Pages]:
+        slices = () if weight is None else weight.slices
+        found = (self.checkpoint.tensors[part.tensor].pages for part in slices)
+        return [pages for pages in found if pages is not None]
 
     def tile(self, weight: p.Matrix) -> _native.Tile:
         (tile,) = self._tiles[weight]
@@ -181,7 +219,7 @@ class NativeExecutor:
     max_rows, max_outputs: limits of one step; its buffers are laid out once for them.
     weights: "packed" keeps the file's precision, "f32" dequantizes everything (for comparisons).
     keep: names of values that `value` can return after a step.
-    progress: called with (weights packed, weights in all).
+    progress: called with (bytes of the checkpoint loaded, bytes in all).
     """
 
     def __init__(  # noqa: PLR0913
@@ -197,7 +235,7 @@ class NativeExecutor:
         max_rows: int = 512,
         max_outputs: int = 64,
         keep: Sequence[str] = (),
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.program = program
         self.block_size = block_size
@@ -209,12 +247,7 @@ class NativeExecutor:
         self._kept = {value.name: value.id for value in program.values if value.name in keep}
         if missing := set(keep) - self._kept.keys():
             raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
-        loader = _Loader(checkpoint, pool, weights)
-        needed = program.weights()
-        for done, weight in enumerate(needed):
-            loader.load(weight)
-            if progress is not None:
-                progress(done + 1, len(needed))
+        loader = _Loader(checkpoint, program.weights(), pool, weights, progress)
         try:
             self._native = _native.Executor(
                 isa=self.isa, pool=pool, rows=max_rows, outputs=max_outputs, blocks=blocks,
