@@ -65,6 +65,10 @@ struct Kernels {
                     uint8_t* keys);
   void (*store_value)(const float* v, size_t head_dim, uint8_t* value);
   void (*attend)(AttendArgs args);
+  // The matmuls' inner loops alone, on ones in the first-level cache: how many multiply-accumulates
+  // `turns` of them were. `out` is their sum.
+  uint64_t (*peak_dots)(size_t turns, float* out);  // of int8
+  uint64_t (*peak_fmas)(size_t turns, float* out);  // of f32
 };
 
 // Tables per KV element type: [0] f16, [1] f32.
