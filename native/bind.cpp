@@ -6,14 +6,14 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <chrono>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 
 #include "executor.h"
+#include "roofline.h"
 #include "sampler.h"
 
 namespace nb = nanobind;
@@ -92,21 +92,30 @@ NewMatrix dequantize(const Tile& tile) {
   return out;
 }
 
-// One linear op by itself, through the executor.
-NewMatrix linear(const Matrix& x, const std::shared_ptr<Tile>& tile, const std::string& isa,
-                 size_t threads) {
-  const size_t rows = x.shape(0), cols = x.shape(1);
-  if (cols != tile->cols())
-    throw nb::value_error(("x has " + std::to_string(cols) + " columns, the weight " +
-                           std::to_string(tile->cols()) + " columns")
-                              .c_str());
-  NewMatrix out = new_matrix(rows, tile->rows());
-  const nb::gil_scoped_release release;
-  ThreadPool pool(threads);
+const Kernels& kernels_of(const std::string& isa) {
   const Kernels* kernels = find_kernels(isa, CacheType::kF16);
   if (kernels == nullptr) throw std::invalid_argument("this machine has no kernels for " + isa);
-  linear_alone(*kernels, pool, *tile, {x.data(), x.size()}, rows, out.data());
-  return out;
+  return *kernels;
+}
+
+// One linear op by itself, and the seconds of its fastest pass.
+std::pair<NewMatrix, double> timed_linear(const Matrix& x, const Tile& tile, const std::string& isa,
+                                          size_t threads, size_t passes) {
+  const size_t rows = x.shape(0), cols = x.shape(1);
+  if (cols != tile.cols())
+    throw nb::value_error(("x has " + std::to_string(cols) + " columns, the weight " +
+                           std::to_string(tile.cols()) + " columns")
+                              .c_str());
+  NewMatrix out = new_matrix(rows, tile.rows());
+  const nb::gil_scoped_release release;
+  ThreadPool pool(threads);
+  const double seconds =
+      linear_alone(kernels_of(isa), pool, tile, {x.data(), x.size()}, rows, out.data(), passes);
+  return {out, seconds};
+}
+
+NewMatrix linear(const Matrix& x, const Tile& tile, const std::string& isa, size_t threads) {
+  return timed_linear(x, tile, isa, threads, 1).first;
 }
 
 int32_t sample_py(const Floats& logits, double temperature, size_t top_k, double top_p,
@@ -115,29 +124,27 @@ int32_t sample_py(const Floats& logits, double temperature, size_t top_k, double
   return sample({logits.data(), logits.size()}, {temperature, top_k, top_p, min_p, seed}, position);
 }
 
-// Bytes a second that `threads` threads read from memory: best of seven passes over 256 MiB.
-double read_bandwidth(size_t threads) {
-  constexpr size_t kBytes = size_t{256} << 20, kPart = size_t{1} << 20;
+double read_bandwidth_py(size_t threads) {
   const nb::gil_scoped_release release;
-  const Memory memory(kBytes);
-  std::memset(memory.data(), 1, kBytes);
   ThreadPool pool(threads);
-  std::atomic<uint64_t> keep{0};
-  double best = 0;
-  for (int pass = 0; pass < 7; ++pass) {
-    const auto start = std::chrono::steady_clock::now();
-    const size_t parts = kBytes / kPart;
-    pool.run({&parts, 1}, [&](size_t, size_t part) {
-      const auto* p = reinterpret_cast<const uint64_t*>(memory.data() + part * kPart);
-      uint64_t sums[8] = {};
-      for (size_t i = 0; i < kPart / 8; i += 8)
-        for (size_t j = 0; j < 8; ++j) sums[j] += p[i + j];
-      for (const uint64_t s : sums) keep += s;
-    });
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    best = std::max(best, static_cast<double>(kBytes) / took.count());
-  }
-  return best;
+  return read_bandwidth(pool);
+}
+
+// int8 and f32 multiply-accumulates a second
+std::pair<double, double> peak_rates(const std::string& isa, size_t threads) {
+  const nb::gil_scoped_release release;
+  ThreadPool pool(threads);
+  return {peak_dots(kernels_of(isa), pool), peak_fmas(kernels_of(isa), pool)};
+}
+
+using Entry = std::tuple<std::string, double, double, uint64_t, uint64_t, uint64_t>;
+// (name, seconds, of these waiting, bytes, int8 and f32 multiply-accumulates) of each phase
+std::vector<Entry> profiled(const Executor& e) {
+  std::vector<Entry> all;
+  for (PhaseProfile& p : e.profiled())
+    all.emplace_back(std::move(p.name), p.seconds, p.waiting, p.work.bytes, p.work.dots,
+                     p.work.fmas);
+  return all;
 }
 
 void step(Executor& self, const Ints& tokens, const Ints& positions, const Ints& slots,
@@ -240,7 +247,8 @@ NB_MODULE(_native, m) {
         return std::pair(limit.threads, limit.why);
       },
       "root"_a = "");
-  m.def("read_bandwidth", &read_bandwidth, "threads"_a);
+  m.def("read_bandwidth", &read_bandwidth_py, "threads"_a);
+  m.def("peak_rates", &peak_rates, "isa"_a, "threads"_a);
   m.def("sample", &sample_py, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
         "seed"_a, "position"_a);
 
@@ -258,6 +266,7 @@ NB_MODULE(_native, m) {
   m.def("pack", &pack, "format"_a, "data"_a, "rows"_a, "cols"_a, "pool"_a.none() = nb::none(),
         "arena"_a.none() = nb::none());
   m.def("linear", &linear, "x"_a, "tile"_a, "isa"_a, "threads"_a);
+  m.def("timed_linear", &timed_linear, "x"_a, "tile"_a, "isa"_a, "threads"_a, "passes"_a);
 
   nb::class_<Executor> executor(m, "Executor");
   executor.def(
@@ -282,6 +291,8 @@ NB_MODULE(_native, m) {
             return out;
           },
           "value"_a)
+      .def("profile", &Executor::profile, "on"_a)
+      .def("profiled", &profiled)
       .def_prop_ro("buffer_bytes", &Executor::buffer_bytes)
       .def_prop_ro("cache_bytes", &Executor::cache_bytes);
 }

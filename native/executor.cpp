@@ -22,6 +22,12 @@ void expect(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
+// A weight's format and shape, as profiles tell them.
+std::string described(const Tile& w) {
+  return std::string(info(w.format()).name) + " " + std::to_string(w.rows()) + "x" +
+         std::to_string(w.cols());
+}
+
 }  // namespace
 
 Executor::Executor(std::string_view isa, std::shared_ptr<ThreadPool> pool, const Limits& limits)
@@ -63,7 +69,10 @@ size_t Executor::cache_bytes() const {
   return bytes;
 }
 
-void Executor::add_phase(std::unique_ptr<Phase> phase) { phases_.push_back(std::move(phase)); }
+void Executor::add_phase(std::string name, std::unique_ptr<Phase> phase) {
+  phase->name = std::move(name);
+  phases_.push_back(std::move(phase));
+}
 
 const Buffer& Executor::floats(size_t id) {
   buffers_.at(id)->wants_float = true;
@@ -80,6 +89,7 @@ void Executor::embed(size_t out, TilePtr table, float scale) {
   const Buffer& to = *buffers_[out];
   expect(to.width == table->cols(), "the embedding's width differs from its table's");
   vocab_in_ = std::min(vocab_in_, table->rows());
+  const uint64_t row_bytes = table->nbytes() / table->rows();
   auto phase = row_phase(to, pool_->threads(), [&to, table, scale](const Step& step, size_t r) {
     float* row = to.row(r);
     table->dequantize_row(static_cast<size_t>(step.batch.tokens[r]), row);
@@ -87,7 +97,8 @@ void Executor::embed(size_t out, TilePtr table, float scale) {
       for (size_t i = 0; i < to.width; ++i) row[i] *= scale;
   });
   phase->writes = {out};
-  add_phase(std::move(phase));
+  phase->row_work.bytes = row_bytes;
+  add_phase("embed", std::move(phase));
 }
 
 void Executor::rope_angles(size_t out, Vector frequencies, float magnitude) {
@@ -103,7 +114,7 @@ void Executor::rope_angles(size_t out, Vector frequencies, float magnitude) {
         }
       });
   phase->writes = {out};
-  add_phase(std::move(phase));
+  add_phase("rope angles", std::move(phase));
 }
 
 void Executor::normalize(NormalizeOp op) {
@@ -125,7 +136,7 @@ void Executor::normalize(NormalizeOp op) {
   phase->reads = {in};
   phase->writes = {out};
   phase->quantizes = true;
-  add_phase(std::move(phase));
+  add_phase("norm", std::move(phase));
 }
 
 void Executor::linear(LinearOp op) {
@@ -141,7 +152,7 @@ void Executor::linear(LinearOp op) {
   read(*phase, in, *weight);
   if (rest != kNone) phase->reads.push_back(rest);
   phase->writes = {out};
-  add_phase(std::move(phase));
+  add_phase("linear " + described(*weight), std::move(phase));
 }
 
 void Executor::gated_linear(GatedLinearOp op) {
@@ -160,7 +171,7 @@ void Executor::gated_linear(GatedLinearOp op) {
   read(*phase, in, *up);
   phase->writes = {out};
   phase->quantizes = true;
-  add_phase(std::move(phase));
+  add_phase("gated linear " + described(*gate), std::move(phase));
 }
 
 void Executor::rotate(RotateOp op) {
@@ -184,7 +195,7 @@ void Executor::rotate(RotateOp op) {
   });
   phase->reads = {op.x, op.angles};
   phase->writes = {op.out};
-  add_phase(std::move(phase));
+  add_phase("rotate", std::move(phase));
 }
 
 void Executor::attend(AttendOp op) {
@@ -201,13 +212,13 @@ void Executor::attend(AttendOp op) {
   auto store = std::make_unique<StorePhase>(kernels_, limits_, cache, floats(op.k), floats(op.v));
   store->reads = {op.k, op.v};
   store->writes = {stored};
-  add_phase(std::move(store));
+  add_phase("store", std::move(store));
   auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, cache,
                                              floats(op.q), *buffers_[op.out], *split_);
   phase->reads = {op.q, stored};
   phase->writes = {op.out};
   phase->quantizes = op.head_dim % kGroup == 0;
-  add_phase(std::move(phase));
+  add_phase("attend", std::move(phase));
 }
 
 void Executor::mixture_of_experts(MoeOp op) {
@@ -233,7 +244,7 @@ void Executor::route(const Mixture& m) {
   auto choose = std::make_unique<RoutePhase>(kernels_, *m.routing, floats(scores), op.normalize);
   choose->reads = {scores};
   choose->writes = {m.routed};
-  add_phase(std::move(choose));
+  add_phase("moe choose", std::move(choose));
 
   const Buffer &x = floats(op.x), &in = *buffers_[m.gathered];
   auto gather = row_phase(in, pool_->threads(),
@@ -245,7 +256,7 @@ void Executor::route(const Mixture& m) {
   gather->reads = {op.x, m.routed};
   gather->writes = {m.gathered};
   gather->quantizes = true;
-  add_phase(std::move(gather));
+  add_phase("moe gather", std::move(gather));
 }
 
 void Executor::run_experts(const Mixture& m) {
@@ -255,11 +266,11 @@ void Executor::run_experts(const Mixture& m) {
   for (size_t e = 0; e < op.gate.size(); ++e)
     gated.push_back({m.inner, m.gathered, op.gate[e], op.up[e], {}, {}, op.activation});
   auto up = expert_phase(
-      *m.routing, ceil_div(mid.width, kLanes), pool_->threads(),
+      *m.routing, {op.gate, op.up}, pool_->threads(),
       [&k = kernels_, &in, &mid, gated](size_t e, const TileRange& tiles, size_t row, size_t rows) {
         gated_block(k, gated[e], in, mid, tiles, row, rows);
       });
-  auto down = expert_phase(*m.routing, ceil_div(last.width, kLanes), pool_->threads(),
+  auto down = expert_phase(*m.routing, {op.down}, pool_->threads(),
                            [&k = kernels_, &mid, &last, weights = op.down](
                                size_t e, const TileRange& tiles, size_t row, size_t rows) {
                              alignas(64) float acc[kTilesAtOnce * kRowsAtOnce * kLanes];
@@ -282,8 +293,8 @@ void Executor::run_experts(const Mixture& m) {
   up->writes = {m.inner};
   up->quantizes = true;
   down->writes = {m.outer};
-  add_phase(std::move(up));
-  add_phase(std::move(down));
+  add_phase("moe gated linear " + described(*op.gate[0]), std::move(up));
+  add_phase("moe linear " + described(*op.down[0]), std::move(down));
 }
 
 // A row's experts, summed in order of score.
@@ -306,7 +317,7 @@ void Executor::combine(const Mixture& m) {
   phase->reads = {m.outer, m.routed};
   if (m.op.residual != kNone) phase->reads.push_back(m.op.residual);
   phase->writes = {m.op.out};
-  add_phase(std::move(phase));
+  add_phase("moe combine", std::move(phase));
 }
 
 void Executor::add(size_t out, size_t a, size_t b, float scale) {
@@ -318,7 +329,7 @@ void Executor::add(size_t out, size_t a, size_t b, float scale) {
       });
   phase->reads = {a, b};
   phase->writes = {out};
-  add_phase(std::move(phase));
+  add_phase("add", std::move(phase));
 }
 
 void Executor::softcap(size_t out, size_t x, float cap) {
@@ -330,7 +341,7 @@ void Executor::softcap(size_t out, size_t x, float cap) {
       });
   phase->reads = {x};
   phase->writes = {out};
-  add_phase(std::move(phase));
+  add_phase("softcap", std::move(phase));
 }
 
 void Executor::gather_rows(size_t out, size_t x) {
@@ -341,7 +352,7 @@ void Executor::gather_rows(size_t out, size_t x) {
   });
   phase->reads = {x};
   phase->writes = {out};
-  add_phase(std::move(phase));
+  add_phase("gather rows", std::move(phase));
 }
 
 // ---- planning ----
@@ -378,6 +389,7 @@ void Executor::add_quantize_phases() {
       for (size_t c = 0; c < value.width; c += kGroup)
         value.quantize(k, r, c, kGroup, value.row(r) + c);
     });
+    extra->name = "quantize";
     extra->reads = extra->writes = {out};
     phases.push_back(std::move(extra));
   }
@@ -516,11 +528,58 @@ void Executor::run_groups(const Step& step) {
     for (const Phase* phase : group) total += phase->tasks(step);
     totals.push_back(total);
   }
-  pool_->run(totals, [&](size_t group, size_t i) {
+  const auto run = [&](size_t group, size_t i) {
     auto phase = groups_[group].begin();
     for (size_t tasks; i >= (tasks = (*phase)->tasks(step)); ++phase) i -= tasks;
     (*phase)->run(step, i);
+    return *phase;
+  };
+  if (!profiling_) return pool_->run(totals, run);
+  const int64_t start = now_ns();
+  pool_->run(totals, [&](size_t group, size_t i) {
+    const int64_t begin = now_ns();
+    Phase* const phase = run(group, i);
+    phase->timing.add(begin, now_ns());
   });
+  account(step, start);
+}
+
+void Executor::account(const Step& step, int64_t start_ns) {
+  const double threads = static_cast<double>(pool_->threads());
+  for (const auto& group : groups_) {
+    int64_t busy = 0, end = start_ns;
+    for (const Phase* phase : group) {
+      busy += phase->timing.busy;
+      end = std::max(end, phase->timing.last.load());
+    }
+    for (Phase* phase : group) {
+      const double own = static_cast<double>(phase->timing.busy.exchange(0)) * 1e-9;
+      const double share = busy == 0 ? 0 : own * 1e9 / static_cast<double>(busy);
+      const double seconds = static_cast<double>(end - start_ns) * 1e-9 * share;
+      PhaseProfile& sum = phase->timing.sum;
+      sum.seconds += seconds;
+      sum.waiting += seconds - own / threads;
+      sum.work += phase->work(step);
+    }
+    start_ns = end;
+  }
+}
+
+void Executor::profile(bool on) {
+  const std::lock_guard lock(mutex_);
+  profiling_ = on;
+  if (on)
+    for (const auto& phase : phases_) phase->timing.sum = {};
+}
+
+std::vector<PhaseProfile> Executor::profiled() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<PhaseProfile> all;
+  for (const auto& phase : phases_) {
+    all.push_back(phase->timing.sum);
+    all.back().name = phase->name;
+  }
+  return all;
 }
 
 std::vector<float> Executor::value(size_t id, size_t* rows) const {
@@ -532,25 +591,35 @@ std::vector<float> Executor::value(size_t id, size_t* rows) const {
   return {b.data, b.data + *rows * b.width};
 }
 
-void linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
-                  std::span<const float> x, size_t rows, float* out) {
-  Buffer in;
+double linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
+                    std::span<const float> x, size_t rows, float* out, size_t passes) {
+  Buffer in, to;
   in.width = tile.cols();
-  const Memory floats(rows * tile.cols() * 4);
+  to.width = tile.rows();
+  to.data = out;
+  const Memory floats(rows * in.width * 4);
   const Memory groups(rows * in.quant_stride() * sizeof(QuantGroup));
   in.data = reinterpret_cast<float*>(floats.data());
   in.quant = reinterpret_cast<QuantGroup*>(groups.data());
   std::copy(x.begin(), x.end(), in.data);
-  if (tile.is_integer())
-    for (size_t r = 0; r < rows; ++r) in.quantize(kernels, r, 0, in.width, in.row(r));
-  const size_t tiles = tile.tiles();
-  pool.run({&tiles, 1}, [&](size_t, size_t t) {
-    std::vector<float> acc(rows * kLanes);
-    matmul(kernels, tile, {t, t + 1}, in, 0, rows, acc.data());
-    const size_t column = t * kLanes, n = std::min(kLanes, tile.rows() - column);
-    for (size_t r = 0; r < rows; ++r)
-      std::copy_n(acc.data() + r * kLanes, n, out + r * tile.rows() + column);
+
+  const std::vector<int32_t> tokens(rows);
+  const Step step{Batch{tokens, {}, {}, {}, {}, {}, 0}, {}, 1, 0};
+  const auto quantize = row_phase(in, pool.threads(), [&](const Step&, size_t r) {
+    in.quantize(kernels, r, 0, in.width, in.row(r));
   });
+  LinearOp op{0, 0, TilePtr(TilePtr(), &tile), {}};
+  LinearPhase multiply(kernels, pool.threads(), std::move(op), in, to, nullptr);
+  const size_t totals[] = {tile.is_integer() ? quantize->tasks(step) : 0, multiply.tasks(step)};
+  int64_t best = INT64_MAX;
+  for (size_t pass = 0; pass < passes; ++pass) {
+    const int64_t start = now_ns();
+    pool.run(totals, [&](size_t stage, size_t i) {
+      (stage == 0 ? static_cast<Phase&>(*quantize) : multiply).run(step, i);
+    });
+    best = std::min(best, now_ns() - start);
+  }
+  return static_cast<double>(best) * 1e-9;
 }
 
 }  // namespace squall

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "profile.h"
 #include "thread_pool.h"
 #include "tile.h"
 
@@ -66,6 +67,10 @@ class Phase {
   virtual ~Phase() = default;
   virtual size_t tasks(const Step& step) const = 0;
   virtual void run(const Step& step, size_t task) = 0;
+  // Of a step that has run.
+  virtual Work work(const Step&) const { return {}; }
+  std::string name;
+  Timing timing;
   std::vector<size_t> reads, writes;  // values
   bool quantizes = false;             // also writes the int8 form of its output where one is wanted
 };
@@ -160,6 +165,9 @@ class Executor {
   void step(const Batch& batch, float* logits);
   // A kept value of the last step, [rows, width].
   std::vector<float> value(size_t id, size_t* rows) const;
+  // From now on count where the time of steps goes, from zero; or no longer.
+  void profile(bool on);
+  std::vector<PhaseProfile> profiled() const;
 
   size_t buffer_bytes() const { return arena_ ? arena_->bytes() : 0; }
   size_t cache_bytes() const;
@@ -176,7 +184,7 @@ class Executor {
   void combine(const Mixture& m);
   void check(const Batch& batch) const;
   Step prepare(const Batch& batch) const;
-  void add_phase(std::unique_ptr<Phase> phase);
+  void add_phase(std::string name, std::unique_ptr<Phase> phase);
   // The value, which someone is going to read as it is.
   const Buffer& floats(size_t id);
   // Float or int8 reading of `x`, whichever the weight wants.
@@ -186,12 +194,15 @@ class Executor {
   void group_phases();
   void layout();
   void run_groups(const Step& step);
+  // A group's time, from the end of the one before on, goes to its phases as their tasks took it.
+  void account(const Step& step, int64_t start_ns);
 
   const Kernels& kernels_;
   std::shared_ptr<ThreadPool> pool_;
   Limits limits_;
   size_t logits_ = kNone, tokens_seen_ = 0, outputs_seen_ = 0;
   size_t vocab_in_ = SIZE_MAX;  // token ids must be below
+  bool profiling_ = false;
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<CacheLayer> caches_;
   std::unique_ptr<SplitSums> split_;
@@ -201,8 +212,9 @@ class Executor {
   mutable std::mutex mutex_;
 };
 
-// out[rows, tile.rows] = x[rows, tile.cols] . tile, by itself.
-void linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
-                  std::span<const float> x, size_t rows, float* out);
+// out[rows, tile.rows] = x[rows, tile.cols] . tile, by itself: quantizes x where the tile wants
+// int8, then multiplies. Returns the seconds of the fastest of `passes` that do both.
+double linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
+                    std::span<const float> x, size_t rows, float* out, size_t passes = 1);
 
 }  // namespace squall

@@ -89,6 +89,10 @@ struct Kernels {
   // The same in pieces: the sums of one segment to parts[query][part_floats], and all of them.
   void (*attend_segment)(const AttendArgs& args, size_t segment, float* parts);
   void (*merge_segments)(const AttendArgs& args, const float* const* parts, size_t segments);
+  // The matmuls' inner loops alone, on ones in the first-level cache: how many multiply-accumulates
+  // `turns` of them were. `out` is their sum.
+  uint64_t (*peak_dots)(size_t turns, float* out);  // of int8
+  uint64_t (*peak_fmas)(size_t turns, float* out);  // of f32
 };
 
 // Tables by CacheType.

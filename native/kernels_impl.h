@@ -700,6 +700,65 @@ void softmax(float* x, size_t n) {
 
 namespace {
 
+// ---- peak rates ----
+
+// Sums enough to hide the latency of an instruction, few enough for the registers.
+constexpr int kPeakRows = kRowBlock * 3 / 2;
+constexpr size_t kPeakCols = kGroup;  // of a turn
+
+uint64_t peak_dots(size_t turns, float* out) {
+  using Codes = IntegerTile<4, Direct, -1, 8>;
+  alignas(64) uint8_t codes[kTileBlock][kPeakCols * kLanes];
+  alignas(64) int8_t x[kPeakRows][kPeakCols];
+  __builtin_memset(codes, 1, sizeof codes);
+  __builtin_memset(x, 1, sizeof x);
+  const uint8_t* tiles[kTileBlock];
+  Block<I32x16, kTileBlock, kPeakRows> acc;
+  for (int t = 0; t < kTileBlock; ++t) {
+    tiles[t] = codes[t];
+    for (I32x16& a : acc[t]) a = izero();
+  }
+  for (size_t turn = 0; turn < turns; ++turn) {
+    asm volatile("" : : "r"(codes), "r"(x) : "memory");  // read anew
+    dots<Codes, 8, 0, kTileBlock, kPeakRows>(acc, tiles, [&](int r) { return x[r]; });
+  }
+  F32x16 total = zero();
+  for (const auto& tile : acc)
+    for (const I32x16& a : tile) total = add(total, to_float(a));
+  *out = sum(total);
+  return turns * kTileBlock * kPeakRows * kPeakCols * kLanes;
+}
+
+uint64_t peak_fmas(size_t turns, float* out) {
+  alignas(64) float w[kTileBlock][kPeakCols * kLanes], x[kPeakRows][kPeakCols];
+  for (auto& tile : w)
+    for (float& value : tile) value = 1.0f;
+  for (auto& row : x)
+    for (float& value : row) value = 1.0f;
+  Block<F32x16, kTileBlock, kPeakRows> acc;
+  for (auto& tile : acc)
+    for (F32x16& a : tile) a = zero();
+  for (size_t turn = 0; turn < turns; ++turn) {
+    asm volatile("" : : "r"(w), "r"(x) : "memory");
+    for (size_t k = 0; k < kPeakCols; ++k) {
+      F32x16 column[kTileBlock];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTileBlock; ++t) column[t] = load(w[t] + k * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kPeakRows; ++r) {
+        const F32x16 value = set1(x[r][k]);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTileBlock; ++t) acc[t][r] = fma(column[t], value, acc[t][r]);
+      }
+    }
+  }
+  F32x16 total = zero();
+  for (const auto& tile : acc)
+    for (const F32x16& a : tile) total = add(total, a);
+  *out = sum(total);
+  return turns * kTileBlock * kPeakRows * kPeakCols * kLanes;
+}
+
 // ---- the table ----
 
 template <class Cache>
@@ -728,6 +787,8 @@ constexpr squall::Kernels table(const char* isa, CacheType type) {
       attend<Cache>,
       attend_segment<Cache>,
       merge_segments,
+      peak_dots,
+      peak_fmas,
   };
 }
 

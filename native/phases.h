@@ -28,6 +28,8 @@ class RowPhase : public Phase {
     const size_t rows = step.rows_of(rows_), many = rows_a_task(rows);
     for (size_t r = task * many; r < std::min(rows, (task + 1) * many); ++r) row(step, r);
   }
+  Work work(const Step& step) const override { return row_work.times(step.rows_of(rows_)); }
+  Work row_work;
 
  protected:
   virtual void row(const Step& step, size_t r) = 0;
@@ -49,7 +51,7 @@ class RowsOf final : public RowPhase {
 };
 
 template <class Fn>
-std::unique_ptr<Phase> row_phase(const Buffer& rows, size_t threads, Fn fn) {
+std::unique_ptr<RowPhase> row_phase(const Buffer& rows, size_t threads, Fn fn) {
   return std::make_unique<RowsOf<Fn>>(rows, threads, std::move(fn));
 }
 
@@ -70,6 +72,13 @@ inline void matmul(const Kernels& k, const Tile& w, const TileRange& tiles, cons
   else
     k.matmul_float[format](first, tiles.count(), w.tile_bytes(), w.cols(), x.row(row), x.width,
                            rows, acc);
+}
+
+// Of `rows` rows times a weight that is read once.
+inline Work linear_work(const Tile& w, size_t rows) {
+  if (rows == 0) return {};
+  const uint64_t products = uint64_t{rows} * w.rows() * w.cols();
+  return {w.nbytes(), w.is_integer() ? products : 0, w.is_integer() ? 0 : products};
 }
 
 // Work that is done tile by tile of a weight. With many rows each thread has a part of them, and
@@ -119,6 +128,9 @@ class LinearPhase final : public TilePhase {
   void run(const Step& step, size_t task) override {
     blocks(task, step.rows_of(out_),
            [&](const TileRange& tiles, size_t row, size_t rows) { block(tiles, row, rows); });
+  }
+  Work work(const Step& step) const override {
+    return linear_work(*op_.weight, step.rows_of(out_));
   }
 
  private:
@@ -173,6 +185,10 @@ class GatedLinearPhase final : public TilePhase {
     blocks(task, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
       gated_block(k_, op_, x_, out_, tiles, row, rows);
     });
+  }
+  Work work(const Step& step) const override {
+    Work both = linear_work(*op_.gate, step.rows_of(out_));
+    return both += linear_work(*op_.up, step.rows_of(out_));
   }
 
  private:
@@ -272,6 +288,23 @@ class AttendPhase final : public Phase {
       });
     }
     quantize(rows, head);
+  }
+
+  Work work(const Step& step) const override {
+    size_t read = 0, seen = 0;
+    for (size_t s = 0; s < step.batch.sequences(); ++s) {
+      const size_t first = static_cast<size_t>(step.batch.bounds[s]);
+      const size_t last = static_cast<size_t>(step.batch.bounds[s + 1]);
+      if (first == last) continue;
+      read += static_cast<size_t>(query(step, last - 1, 0).end - query(step, first, 0).begin);
+      for (size_t row = first; row < last; ++row) {
+        const Query q = query(step, row, 0);
+        seen += static_cast<size_t>(q.end - q.begin);
+      }
+    }
+    const size_t position =
+        key_bytes(limits_.cache, op_.head_dim) + value_bytes(limits_.cache, op_.head_dim);
+    return {read * cache_.kv_heads * position, 0, seen * op_.heads * op_.head_dim * 2};
   }
 
  private:
@@ -402,12 +435,17 @@ class RoutePhase final : public Phase {
   bool normalize_;
 };
 
-// Tile tasks for each expert in turn; fn(expert, tiles, first pair, pairs).
+// Tile tasks for each expert in turn; fn(expert, tiles, first pair, pairs). weights: one or
+// two of every expert, [weights][experts].
 template <class Fn>
 class ExpertPhase final : public TilePhase {
  public:
-  ExpertPhase(const Routing& routing, size_t tiles, size_t threads, Fn fn)
-      : TilePhase(tiles, threads), routing_(routing), fn_(std::move(fn)) {}
+  ExpertPhase(const Routing& routing, std::vector<std::vector<TilePtr>> weights, size_t threads,
+              Fn fn)
+      : TilePhase(weights.at(0).at(0)->tiles(), threads),
+        routing_(routing),
+        weights_(std::move(weights)),
+        fn_(std::move(fn)) {}
   size_t tasks(const Step&) const override { return routing_.experts * tasks_for(1); }
   void run(const Step&, size_t task) override {
     const size_t expert = task / tasks_for(1), first = routing_.begin[expert];
@@ -416,15 +454,25 @@ class ExpertPhase final : public TilePhase {
     for (size_t done = 0; done < pairs; done += kRowsAtOnce)
       fn_(expert, tiles, first + done, std::min(kRowsAtOnce, pairs - done));
   }
+  Work work(const Step&) const override {
+    Work all;
+    for (const auto& weight : weights_)
+      for (size_t e = 0; e < routing_.experts; ++e)
+        all += linear_work(*weight[e], routing_.begin[e + 1] - routing_.begin[e]);
+    return all;
+  }
 
  private:
   const Routing& routing_;
+  std::vector<std::vector<TilePtr>> weights_;
   Fn fn_;
 };
 
 template <class Fn>
-std::unique_ptr<Phase> expert_phase(const Routing& routing, size_t tiles, size_t threads, Fn fn) {
-  return std::make_unique<ExpertPhase<Fn>>(routing, tiles, threads, std::move(fn));
+std::unique_ptr<Phase> expert_phase(const Routing& routing,
+                                    std::vector<std::vector<TilePtr>> weights, size_t threads,
+                                    Fn fn) {
+  return std::make_unique<ExpertPhase<Fn>>(routing, std::move(weights), threads, std::move(fn));
 }
 
 }  // namespace squall

@@ -225,7 +225,17 @@ std::vector<float> last_logits(Executor& e, const std::vector<size_t>& cuts) {
   return logits;
 }
 
+void test_peaks(const Kernels& kernels) {
+  for (const auto loop : {kernels.peak_dots, kernels.peak_fmas}) {
+    float sum = 0;
+    const uint64_t products = loop(3, &sum);
+    expect(products > 0 && sum == static_cast<float>(products),
+           "as many products as are counted on " + std::string(kernels.isa));
+  }
+}
+
 void test_program(const Model& model, std::string_view isa) {
+  test_peaks(*find_kernels(isa, CacheType::kF16));
   for (const CacheType cache : {CacheType::kF16, CacheType::kF32, CacheType::kQ8_0}) {
     const auto one = model.executor(isa, 1, cache), three = model.executor(isa, 3, cache);
     const std::vector<float> whole = last_logits(*one, {50});

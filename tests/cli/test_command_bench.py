@@ -28,3 +28,23 @@ def test_one_of_both() -> None:
     report = json.loads(squall("bench", "-p", "0", "-g", "2", "-r", "1", "--json").stdout)
     assert [result["test"] for result in report["results"]] == ["tg2"]
     assert squall("bench", "-p", "0", "-g", "0").returncode == 1
+
+
+def test_depth_and_batch() -> None:
+    report = json.loads(squall("bench", *SMALL, "-d", "40", "-b", "3", "--json").stdout)
+    assert [result["test"] for result in report["results"]] == ["pp24@d40@b3", "tg4@d40@b3"]
+
+
+def test_profile() -> None:
+    report = json.loads(squall("bench", *SMALL, "--profile", "--json").stdout)
+    assert [(found["test"], found["steps"]) for found in report["profiles"]] == [
+        ("pp24", 1),
+        ("tg4", 4),
+    ]
+    limits = report["roofline"]
+    for phase in (phase for found in report["profiles"] for phase in found["phases"]):
+        products_s = phase["dots"] / limits["dots"] + phase["fmas"] / limits["fmas"]
+        assert phase["limit_s"] == max(phase["bytes"] / limits["bytes"], products_s)
+    out = squall("bench", *SMALL, "--profile").stdout
+    assert "of limit" in out
+    assert "gated linear" in out

@@ -26,7 +26,8 @@ def chat(*lines: str, options: tuple[str, ...] = ()) -> str:
 
 
 def test_history_is_kept_and_not_read_again() -> None:
-    done = squall(*OPTIONS, stdin="My name is Ada. Say hello.\nWhat is my name?\n")
+    lines = "My name is Ada. Say hello.\nWhat is my name?\n"
+    done = squall(*OPTIONS, "--max-tokens", "40", stdin=lines)
     first, second = re.findall(r"\[(\d+) prompt tokens.*?(?:\((\d+) known\))?;", done.stderr)
     assert int(second[0]) > int(first[0])
     assert int(second[1]) >= int(first[0])

@@ -23,7 +23,11 @@ MAY_IMPORT = {
     "engine": {"errors", "spec", "batch", "text", "_native"},
     "embedded": {"errors"},
     "locate": {"errors", "embedded"},
-}
+    "measure": {
+        "errors", "batch", "recipes", "decoder", "checkpoints", "executors", "engine", "locate",
+        "_native",
+    },
+}  # fmt: skip
 TOP = {"model", "cli", "__init__", "__main__"}
 
 

@@ -1,36 +1,19 @@
-"""`squall bench`: tokens per second of prompt and answer."""
+"""`squall bench`: tokens per second of prompt and answer, and where the time goes."""
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.options import File, Folder, Json, Threads, open_model, source
-from squall.errors import InvalidRequest
+from squall.cli.options import File, Folder, Json, Threads, source
 
 if TYPE_CHECKING:
-    from squall.model import Model
+    from rich.table import Table
 
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One test: pp (prompt tokens in as few steps as possible) or tg (one token a step)."""
-
-    test: str
-    tokens_per_second: list[float]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.tokens_per_second)
-
-    @property
-    def deviation(self) -> float:
-        return statistics.stdev(self.tokens_per_second) if len(self.tokens_per_second) > 1 else 0.0
+    from squall.measure import Bench, Profile, Result, Roofline
 
 
 def bench(
@@ -38,85 +21,126 @@ def bench(
     model: Folder = None,
     prompt_tokens: Annotated[int, typer.Option("-p", min=0, help="Tokens of the prompt.")] = 512,
     answer_tokens: Annotated[int, typer.Option("-g", min=0, help="Tokens of the answer.")] = 128,
+    depth: Annotated[
+        int, typer.Option("-d", "--depth", min=0, help="Tokens of context before the prompt.")
+    ] = 0,
+    batch: Annotated[
+        int, typer.Option("-b", "--batch", min=1, help="Sequences that decode together.")
+    ] = 1,
     repetitions: Annotated[int, typer.Option("-r", min=1, help="Measurements of each.")] = 5,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Tell too where the time goes, by kind of op.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure prompt and answer tokens per second.
 
-    ppN is a prompt of N tokens, computed from nothing; tgN is N tokens after it, one at a time. A
-    first round is not counted.
+    ppN is a prompt of N tokens; tgN is N tokens after it, one at a time. A first round is not
+    counted. With -b the rates are those of all sequences together.
 
     Example:
 
     squall bench -f model.gguf -p 512 -g 128 -r 5 --threads 2
     """
-    path = source(file, model)
-    size = max(prompt_tokens + answer_tokens, 1)
-    with open_model(path, context=size, threads=threads) as opened:
-        results = measure(opened, prompt_tokens, answer_tokens, repetitions)
-        if as_json:
-            typer.echo(json.dumps(_report(opened, results)))
-        else:
-            _print_table(opened, results)
+    from squall.measure import Bench, Plan, Roofline
+
+    plan = Plan(prompt_tokens, answer_tokens, depth, batch)
+    opened = Bench.open(source(file, model), plan, threads=threads)
+    results = opened.rates(repetitions)
+    executor = opened.executor
+    profiles = opened.profiles() if profile else []
+    roofline = Roofline.of(executor.isa, executor.threads) if profile else None
+    if as_json:
+        typer.echo(json.dumps(_report(opened, results, profiles, roofline)))
+        return
+    _print([_rates_table(opened, results)])
+    if roofline is not None:
+        _print([_profile_table(found, roofline) for found in profiles])
 
 
-def measure(model: Model, prompt: int, answer: int, repetitions: int) -> list[Result]:
-    """Rates of `repetitions` rounds after one to warm up; a test of no tokens is left out."""
-    if prompt + answer == 0:
-        raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
-    rounds = [_round(model, prompt, answer) for _ in range(repetitions + 1)][1:]
-    found = []
-    if prompt:
-        found.append(Result(f"pp{prompt}", [prompt / seconds for seconds, _ in rounds]))
-    if answer:
-        found.append(Result(f"tg{answer}", [answer / seconds for _, seconds in rounds]))
-    return found
-
-
-def _round(model: Model, prompt: int, answer: int) -> tuple[float, float]:
-    """Seconds of prompt and of answer."""
-    model.cache.clear()
-    ids = [(1000 + i) % model.spec.vocab for i in range(prompt)]
-    start_s = time.perf_counter()
-    if prompt:
-        model.cache.advance(ids)
-    middle_s = time.perf_counter()
-    for i in range(answer):
-        ids.append((100 + i) % model.spec.vocab)
-        model.cache.advance(ids)
-    return middle_s - start_s, time.perf_counter() - middle_s
-
-
-def _report(model: Model, results: list[Result]) -> dict[str, object]:
+def _report(
+    opened: Bench, results: list[Result], profiles: list[Profile], roofline: Roofline | None
+) -> dict[str, object]:
     from squall import __version__
 
-    return {
+    report = {
         "squall": __version__,
-        "model": str(model.checkpoint.path),
-        "architecture": model.architecture,
-        "file_bytes": model.checkpoint.size_bytes,
-        "weight_bytes": model.executor.weight_bytes,
-        "threads": model.executor.threads,
-        "isa": model.executor.isa,
+        "model": str(opened.checkpoint.path),
+        "architecture": opened.architecture,
+        "file_bytes": opened.checkpoint.size_bytes,
+        "weight_bytes": opened.executor.weight_bytes,
+        "threads": opened.executor.threads,
+        "isa": opened.executor.isa,
         "results": [asdict(r) | {"mean": r.mean, "deviation": r.deviation} for r in results],
     }
+    if roofline is None:
+        return report
+    tests = []
+    for found in profiles:
+        limits = [{"limit_s": roofline.limit_s(phase)} for phase in found.phases]
+        phases = [asdict(phase) | limit for phase, limit in zip(found.phases, limits, strict=True)]
+        tests.append(asdict(found) | {"phases": phases})
+    return report | {"roofline": asdict(roofline), "profiles": tests}
 
 
-def _print_table(model: Model, results: list[Result]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    executor = model.executor
-    table = Table(caption=f"{executor.threads} threads, {executor.isa}")
-    for heading in ("model", "MiB", "test", "tokens/s", "ms/token"):
-        table.add_column(heading, justify="left" if heading in ("model", "test") else "right")
+def _rates_table(opened: Bench, results: list[Result]) -> Table:
+    executor = opened.executor
+    table = _table(("model", "test"), ("MiB", "tokens/s", "ms/token"))
+    table.caption = f"{executor.threads} threads, {executor.isa}"
     for result in results:
         table.add_row(
-            model.checkpoint.path.name,
-            f"{executor.weight_bytes / 2**20:.0f}",
+            opened.checkpoint.path.name,
             result.test,
+            f"{executor.weight_bytes / 2**20:.0f}",
             f"{result.mean:.1f} ± {result.deviation:.1f}",
             f"{1000 / result.mean:.2f}",
         )
-    Console().print(table)
+    return table
+
+
+def _profile_table(found: Profile, roofline: Roofline) -> Table:
+    table = _table((found.test,), ("ms", "share", "waiting", "MB", "GB/s", "GMAC/s", "of limit"))
+    table.caption = (
+        f"one step of {found.steps}: {1e3 * found.elapsed_s / found.steps:.2f} ms. Limits: "
+        f"{roofline.bytes / 1e9:.1f} GB/s, {roofline.dots / 1e9:.0f} GMAC/s of int8, "
+        f"{roofline.fmas / 1e9:.0f} of float32"
+    )
+    for phase in found.phases:
+        if phase.elapsed_s == 0:
+            continue
+        products = phase.dots + phase.fmas
+        table.add_row(
+            phase.name,
+            f"{1e3 * phase.elapsed_s / found.steps:.3f}",
+            f"{phase.elapsed_s / found.elapsed_s:.1%}",
+            f"{phase.waiting_s / phase.elapsed_s:.0%}",
+            _number(phase.bytes / found.steps / 1e6),
+            _number(phase.bytes / phase.elapsed_s / 1e9),
+            _number(products / phase.elapsed_s / 1e9),
+            f"{limit / phase.elapsed_s:.0%}" if (limit := roofline.limit_s(phase)) else "",
+        )
+    return table
+
+
+def _number(x: float) -> str:
+    return f"{x:.1f}" if x else ""
+
+
+def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for heading in left + right:
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    return table
+
+
+def _print(tables: list[Table]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    for table in tables:
+        console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -127,6 +128,23 @@ class _Loader:
                 f"{weight.slices[0].tensor} has {vector.size} values, not {weight.size}"
             )
         return vector
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Where time went: a part of an op, in all steps of a profile.
+
+    elapsed_s, waiting_s: time, and how much of it threads waited for others and for work.
+    bytes: of weights and KV cache that must be read. dots, fmas: multiply-accumulates of int8 and
+        of float32.
+    """
+
+    name: str
+    elapsed_s: float
+    waiting_s: float
+    bytes: int
+    dots: int
+    fmas: int
 
 
 def _id(value: p.Value | None) -> int | None:
@@ -286,6 +304,15 @@ class NativeExecutor:
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
         return logits
+
+    def profile(self, run: Callable[[], None]) -> list[Phase]:
+        """Where the time of the steps of `run` goes, in the order of the program."""
+        self._native.profile(True)
+        try:
+            run()
+        finally:
+            self._native.profile(False)
+        return [Phase(*entry) for entry in self._native.profiled()]
 
     def value(self, name: str) -> NDArray[np.float32]:
         """A kept value of the last step, float32 [rows, width]."""

@@ -1,0 +1,226 @@
+"""Rates of a model on this machine, and where the time goes. The tokens are made up."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from squall import _native, decoder, recipes
+from squall.batch import Batch, Int32
+from squall.checkpoints import Checkpoint, open_gguf
+from squall.engine.memory import choose_context, token_bytes
+from squall.errors import InvalidRequest
+from squall.executors.native import NativeExecutor, Phase
+from squall.locate import locate
+
+MAX_ROWS = 512
+MAX_OUTPUTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure: tokens of the prompt and of the answer, after `depth` tokens of context.
+
+    Each of `batch` sequences has them all; they decode together.
+    """
+
+    prompt: int
+    answer: int
+    depth: int = 0
+    batch: int = 1
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence has in the end."""
+        return self.depth + self.prompt + self.answer
+
+    def test(self, kind: str, tokens: int) -> str:
+        """A test's name, such as pp512 or tg128@d4096@b16."""
+        depth = f"@d{self.depth}" if self.depth else ""
+        return f"{kind}{tokens}{depth}" + (f"@b{self.batch}" if self.batch > 1 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One test: pp (prompts in as few steps as possible) or tg (a token a sequence and step)."""
+
+    test: str
+    tokens_per_second: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.tokens_per_second)
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.tokens_per_second) if len(self.tokens_per_second) > 1 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """What the machine does at most, a second, with all threads of an executor."""
+
+    bytes: float
+    dots: float
+    fmas: float
+
+    @classmethod
+    def of(cls, isa: str, threads: int) -> Roofline:
+        """Measured now; takes about a second."""
+        return cls(_native.read_bandwidth(threads), *_native.peak_rates(isa, threads))
+
+    def limit_s(self, phase: Phase) -> float:
+        """The least time for a phase: until its bytes are read, or its products are made."""
+        products_s = phase.dots / self.dots + phase.fmas / self.fmas
+        return max(phase.bytes / self.bytes, products_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where the time of one test went.
+
+    phases: the longest first, those of one name together; last, what is outside of the program.
+    """
+
+    test: str
+    steps: int
+    elapsed_s: float
+    phases: list[Phase]
+
+
+class Bench:
+    """A model that is open to be measured: the executor, with KV cache for a plan."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, *, threads: int | None) -> None:
+        recipe = recipes.load(checkpoint)
+        size = choose_context(
+            max(plan.context, 1),
+            trained=recipe.decoder.context,
+            bytes_per_token=token_bytes(recipe.decoder, "f16") * plan.batch,
+            weight_bytes=checkpoint.size_bytes,
+        )
+        program = decoder.compile(recipe.decoder, recipe.names, context=size)
+        self.checkpoint = checkpoint
+        self.architecture = recipe.architecture
+        self.plan = plan
+        self.vocab = recipe.decoder.vocab
+        block_size = 16
+        blocks = -(-size // block_size)
+        self.executor = NativeExecutor(
+            program,
+            checkpoint,
+            threads=threads,
+            blocks=blocks * plan.batch,
+            block_size=block_size,
+            max_rows=max(MAX_ROWS, plan.batch),
+            max_outputs=max(MAX_OUTPUTS, plan.batch),
+        )
+        self._tables: Int32 = np.arange(blocks * plan.batch, dtype=np.int32).reshape(-1, blocks)
+        self._steps = 0
+        self._fill(0, plan.depth)
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str] | None, plan: Plan, *, threads: int | None = None
+    ) -> Bench:
+        """The GGUF file `path`, a folder with one, or the default model."""
+        if plan.prompt + plan.answer == 0:
+            raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
+        return cls(open_gguf(locate(path)), plan, threads=threads)
+
+    def rates(self, repetitions: int) -> list[Result]:
+        """Of `repetitions` rounds after one to warm up; a test of no tokens is left out."""
+        tests = self._tests()
+        rates: dict[str, list[float]] = {name: [] for name, _, _ in tests}
+        for _ in range(repetitions + 1):
+            for name, tokens, run in tests:
+                rates[name].append(tokens / _seconds(run))
+        return [Result(name, found[1:]) for name, found in rates.items()]
+
+    def profiles(self) -> list[Profile]:
+        """Where the time of the same tests goes, once."""
+        return [self._profile(name, run) for name, _, run in self._tests()]
+
+    def _tests(self) -> list[tuple[str, int, Callable[[], None]]]:
+        """Name, tokens of all sequences, and what to run, in this order."""
+        plan = self.plan
+        tests = (("pp", plan.prompt, self._prompts), ("tg", plan.answer, self._answers))
+        return [
+            (plan.test(kind, tokens), tokens * plan.batch, run)
+            for kind, tokens, run in tests
+            if tokens
+        ]
+
+    def _prompts(self) -> None:
+        self._fill(self.plan.depth, self.plan.depth + self.plan.prompt)
+
+    def _answers(self) -> None:
+        for position in range(self.plan.context - self.plan.answer, self.plan.context):
+            self._step(range(self.plan.batch), range(position, position + 1), outputs=True)
+
+    def _fill(self, start: int, stop: int) -> None:
+        """Compute the positions `start:stop` of each sequence by itself; logits of the last."""
+        for sequence in range(self.plan.batch):
+            for first in range(start, stop, MAX_ROWS):
+                last = min(first + MAX_ROWS, stop)
+                one = range(sequence, sequence + 1)
+                self._step(one, range(first, last), outputs=last == stop)
+
+    def _step(self, sequences: range, positions: range, *, outputs: bool) -> None:
+        """One step with the same positions of each sequence, logits of the last if wanted."""
+        self._steps += 1
+        many, each = len(sequences), len(positions)
+        at = np.tile(np.arange(positions.start, positions.stop, dtype=np.int32), many)
+        bounds = np.arange(0, many * each + 1, each, dtype=np.int32)
+        tables = self._tables[sequences.start : sequences.stop]
+        first_slots = np.repeat(tables[:, 0] * np.int32(self.executor.block_size), each)
+        self.executor.step(
+            Batch(
+                tokens=(at + 1000) % np.int32(self.vocab),
+                positions=at,
+                slots=first_slots + at,
+                bounds=bounds,
+                block_tables=tables,
+                outputs=bounds[1:] - 1 if outputs else bounds[:0],
+            )
+        )
+
+    def _profile(self, test: str, run: Callable[[], None]) -> Profile:
+        elapsed_s = 0.0
+
+        def timed() -> None:
+            nonlocal elapsed_s
+            elapsed_s = _seconds(run)
+
+        before = self._steps
+        phases = _merged(self.executor.profile(timed))
+        outside_s = max(0.0, elapsed_s - sum(phase.elapsed_s for phase in phases))
+        phases.append(Phase("outside", outside_s, 0.0, 0, 0, 0))
+        return Profile(test, self._steps - before, elapsed_s, phases)
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    start_s = time.perf_counter()
+    run()
+    return time.perf_counter() - start_s
+
+
+def _merged(phases: list[Phase]) -> list[Phase]:
+    """Phases of one name as one, the longest first."""
+    found: dict[str, Phase] = {}
+    for phase in phases:
+        before = found.get(phase.name, Phase(phase.name, 0.0, 0.0, 0, 0, 0))
+        found[phase.name] = Phase(
+            phase.name,
+            before.elapsed_s + phase.elapsed_s,
+            before.waiting_s + phase.waiting_s,
+            before.bytes + phase.bytes,
+            before.dots + phase.dots,
+            before.fmas + phase.fmas,
+        )
+    return sorted(found.values(), key=lambda phase: -phase.elapsed_s)
