@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PROMPT ?= What is the capital of France, and what is it known for?
 FUZZ_S ?= 600
+ROUNDS ?= 5
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
@@ -93,9 +94,10 @@ emulate: $(VENV)/tools ## Native tests under qemu, on older processors and AArch
 test: lint sanitize emulate ## Lint, native tests here and elsewhere, then every Python test
 	@$(BIN)/python -m pytest
 
-bench: $(VENV)/built $(VENV)/model ## Start-up time and tokens per second of the default model
+bench: $(VENV)/built $(VENV)/model ## Start-up, limits of the machine, and Squall beside llama.cpp, ROUNDS (5) times
 	@$(BIN)/python bench/startup.py
-	@$(BIN)/squall bench
+	@$(BIN)/python bench/roofline.py
+	@$(BIN)/python bench/peers.py --rounds $(ROUNDS)
 
 fuzz: setup ## Fuzz the GGUF reader for FUZZ_S seconds (600)
 	@$(BIN)/python tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_S)
