@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,14 +44,14 @@ def bench(
     """Measure prompt and answer tokens per second.
 
     ppN is a prompt of N tokens, computed from nothing; tgN is N tokens after it, one at a time. A
-    first round is not counted.
+    first round is not counted. Tokens are chosen too, greedily.
 
     Example:
 
     squall bench -f model.gguf -p 512 -g 128 -r 5 --threads 2
     """
     path = source(file, model)
-    size = max(prompt_tokens + answer_tokens, 1)
+    size = max(prompt_tokens, 1) + answer_tokens + 1
     with open_model(path, context=size, threads=threads) as opened:
         results = measure(opened, prompt_tokens, answer_tokens, repetitions)
         if as_json:
@@ -75,17 +74,17 @@ def measure(model: Model, prompt: int, answer: int, repetitions: int) -> list[Re
 
 
 def _round(model: Model, prompt: int, answer: int) -> tuple[float, float]:
-    """Seconds of prompt and of answer."""
-    model.cache.clear()
-    ids = [(1000 + i) % model.spec.vocab for i in range(prompt)]
-    start_s = time.perf_counter()
-    if prompt:
-        model.cache.advance(ids)
-    middle_s = time.perf_counter()
-    for i in range(answer):
-        ids.append((100 + i) % model.spec.vocab)
-        model.cache.advance(ids)
-    return middle_s - start_s, time.perf_counter() - middle_s
+    """Seconds of prompt and of answer; the first token of the answer belongs to the prompt."""
+    from squall.engine.generation import Generation
+    from squall.engine.request import Request
+    from squall.model import GREEDY
+
+    model.engine.clear_cache()
+    ids = [(1000 + i) % model.spec.vocab for i in range(max(prompt, 1))]
+    request = Request(ids=ids, sampling=GREEDY, max_tokens=answer + 1, ignore_eos=True)
+    generation = Generation(model.engine, request)
+    generation.read()
+    return generation.usage.prompt_s, generation.usage.answer_s
 
 
 def _report(model: Model, results: list[Result]) -> dict[str, object]:
