@@ -95,7 +95,7 @@ class Counts:
     """What the engine did so far.
 
     prompt_tokens were computed, some perhaps again; cached_tokens did not have to be. Seconds in
-    `executor_s` are part of those in `step_s`.
+    `executor_s` and `sampling_s` are part of those in `step_s`.
     """
 
     prompt_tokens: int = 0
@@ -107,6 +107,7 @@ class Counts:
     steps: int = 0
     step_s: float = 0.0
     executor_s: float = 0.0
+    sampling_s: float = 0.0
     last_step_s: float = 0.0
     longest_step_s: float = 0.0
 
@@ -171,7 +172,7 @@ class Engine:
         # The lock guards what other threads touch: from here to `_death`.
         self._lock = threading.Condition()
         self._inbox: list[Answer] = []
-        self._cancels: list[Answer] = []
+        self._cancels: set[Answer] = set()
         self._clear = False
         self._draining = False
         self._closing = False
@@ -274,7 +275,7 @@ class Engine:
     def _check_queue(self, tokens: int) -> None:
         """There must be a place to run or to wait; a queue of one request may have any size."""
         scheduler, config = self._scheduler, self.config
-        ahead = len(self._answers) + len(self._inbox)
+        ahead = len(self._answers) + len(self._inbox) - len(self._cancels)
         waiting_tokens = scheduler.waiting_tokens + sum(
             len(answer.progress.tokens) for answer in self._inbox
         )
@@ -290,7 +291,7 @@ class Engine:
 
     def _cancel(self, answer: Answer) -> None:
         with self._lock:
-            self._cancels.append(answer)
+            self._cancels.add(answer)
             self._wake()
 
     def _wake(self) -> None:
@@ -322,8 +323,8 @@ class Engine:
             for answer in self._inbox:
                 self._answers[answer.progress.number] = answer
                 self._scheduler.add(answer.progress)
-            cancels = list(self._answers.values()) if self._closing else self._cancels
-            self._inbox, self._cancels = [], []
+            cancels = set(self._answers.values()) if self._closing else self._cancels
+            self._inbox, self._cancels = [], set()
             clear, self._clear = self._clear, False
         if clear:
             self._scheduler.cache.clear()
@@ -383,7 +384,9 @@ class Engine:
         rows = [row for _, row in due]
         if len(rows) < len(logits):
             logits = logits[rows]
+        called_s = time.perf_counter()
         found = sample_rows(logits, [answer.row() for answer, _ in due])
+        self._counts.sampling_s += time.perf_counter() - called_s
         for (answer, _), sampled in zip(due, found, strict=True):
             try:
                 if isinstance(sampled, Exception):
