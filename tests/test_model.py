@@ -47,7 +47,7 @@ def test_the_answer_does_not_depend_on_what_was_cached(model: Model) -> None:
         generation.read()
         return generation.ids
 
-    model.cache.clear()
+    model.engine.clear_cache()
     cold = answer()
     warm = answer()
     model.generate("Something else entirely", max_tokens=3).read()
@@ -117,7 +117,7 @@ def test_length(model: Model) -> None:
 def test_stopping_early(model: Model) -> None:
     with model.generate(TEXT) as generation:
         next(generation)
-    assert generation.finish_reason == "aborted"
+    assert generation.finish_reason == "cancelled"
     assert list(generation) == []
     assert model.generate(CHAT, max_tokens=1).read()
 

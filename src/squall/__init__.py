@@ -13,23 +13,30 @@ from typing import TYPE_CHECKING
 
 from squall.errors import (
     ContextLengthExceeded,
+    EngineStopped,
     InvalidCheckpoint,
     InvalidRequest,
     ModelNotFound,
     OutOfMemory,
+    QueueFull,
+    SamplingFailed,
     SquallError,
     TemplateError,
     UnsupportedModel,
 )
 
 if TYPE_CHECKING:
-    from squall.engine.generation import Generation, Piece, Usage
+    from squall.engine.engine import EngineConfig
+    from squall.engine.generation import Generation
+    from squall.engine.request import Piece, Usage
     from squall.model import Message, Model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ContextLengthExceeded",
+    "EngineConfig",
+    "EngineStopped",
     "Generation",
     "InvalidCheckpoint",
     "InvalidRequest",
@@ -38,6 +45,8 @@ __all__ = [
     "ModelNotFound",
     "OutOfMemory",
     "Piece",
+    "QueueFull",
+    "SamplingFailed",
     "SquallError",
     "TemplateError",
     "UnsupportedModel",
@@ -46,11 +55,12 @@ __all__ = [
 ]
 
 _LAZY = {
+    "EngineConfig": "squall.engine.engine",
     "Generation": "squall.engine.generation",
     "Message": "squall.model",
     "Model": "squall.model",
-    "Piece": "squall.engine.generation",
-    "Usage": "squall.engine.generation",
+    "Piece": "squall.engine.request",
+    "Usage": "squall.engine.request",
 }
 
 

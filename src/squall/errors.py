@@ -7,6 +7,9 @@ SquallError
 ├── InvalidRequest       a caller's argument is out of range
 │   ├── ContextLengthExceeded
 │   └── TemplateError    a chat template is missing, malformed, or broke its limits
+├── SamplingFailed       no token can be chosen for this request
+├── QueueFull            too much waits already; says when to try again
+├── EngineStopped        the engine is shutting down, or an error in a step ended it
 └── OutOfMemory          the KV cache or the buffers do not fit
 """
 
@@ -37,6 +40,22 @@ class ContextLengthExceeded(InvalidRequest):
 
 class TemplateError(InvalidRequest):
     """A chat template is missing, malformed, or broke its limits."""
+
+
+class SamplingFailed(SquallError):
+    """No token can be chosen: nothing is possible, or a logits processor failed."""
+
+
+class QueueFull(SquallError):
+    """Too many requests wait already; `retry_after_s` is a guess when there is room."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineStopped(SquallError):
+    """The engine is shutting down, or an error in a step ended it."""
 
 
 class OutOfMemory(SquallError):

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from squall import decoder, recipes
 from squall.checkpoints import Checkpoint, open_gguf
-from squall.engine.context import Context, Executor
+from squall.engine.engine import Engine, EngineConfig, Executor
 from squall.engine.generation import Generation
-from squall.engine.memory import choose_context, token_bytes
+from squall.engine.memory import choose_context, choose_kv_tokens, token_bytes
+from squall.engine.request import Request, Scoring
 from squall.engine.sampling import MIN_P, TEMPERATURE, TOP_K, TOP_P, Sampling, random_seed
-from squall.errors import ContextLengthExceeded, InvalidRequest
+from squall.errors import InvalidRequest
 from squall.executors.native import CacheType, NativeExecutor
 from squall.locate import locate
 from squall.program import Program
@@ -34,15 +35,16 @@ Progress = Callable[[int, int], None]
 BLOCK_SIZE = 16
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
+GREEDY = Sampling(0, 0, 1, 0, 0)
 _TEMPLATE = "tokenizer.chat_template"
 
 
 class Model:
     """A language model, open and ready. Make one with `Model.open`.
 
-    The KV cache keeps the last sequence, and a prompt that begins like it is computed only from
-    where it differs; so a chat does not read its history again. Threads may share a model: their
-    answers are computed one after the other.
+    The KV cache keeps what earlier requests computed, and a prompt that begins like one of them is
+    computed only from where it differs; so a chat does not read its history again. Threads and
+    tasks may share a model: their answers are computed together.
     """
 
     def __init__(
@@ -51,23 +53,17 @@ class Model:
         recipe: Recipe,
         program: Program,
         tokenizer: Tokenizer,
-        executor: Executor,
+        engine: Engine,
     ) -> None:
         self.checkpoint = checkpoint
         self.architecture = recipe.architecture
         self.spec: Decoder = recipe.decoder
         self.program = program
         self.tokenizer = tokenizer
-        self.cache = Context(
-            executor,
-            size=program.context,
-            block_size=BLOCK_SIZE,
-            max_rows=MAX_ROWS,
-            max_outputs=MAX_OUTPUTS,
-        )
+        self._engine: Engine | None = engine
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913
         cls,
         path: str | os.PathLike[str] | None = None,
         *,
@@ -75,6 +71,8 @@ class Model:
         threads: int | None = None,
         weights: Literal["packed", "f32"] = "packed",
         kv_dtype: CacheType = "f16",
+        kv_tokens: int | None = None,
+        engine: EngineConfig | None = None,
         progress: Progress | None = None,
     ) -> Model:
         """Open a GGUF file, a folder with one, or, without `path`, the default model.
@@ -85,14 +83,24 @@ class Model:
         kv_dtype: what the KV cache holds; "q8_0" takes half the memory of "f16" and costs a little
             quality.
         weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
+        kv_tokens: tokens of all requests together that the KV cache has room for; by default one
+            whole context.
+        engine: how many requests run and wait, and what is kept.
         progress: called with (bytes loaded, bytes in all).
         """
         checkpoint = open_gguf(locate(path))
         recipe = recipes.load(checkpoint)
+        bytes_per_token = token_bytes(recipe.decoder, kv_dtype)
         size = choose_context(
             context,
             trained=recipe.decoder.context,
-            bytes_per_token=token_bytes(recipe.decoder, kv_dtype),
+            bytes_per_token=bytes_per_token,
+            weight_bytes=checkpoint.size_bytes,
+        )
+        room = choose_kv_tokens(
+            kv_tokens,
+            context=size,
+            bytes_per_token=bytes_per_token,
             weight_bytes=checkpoint.size_bytes,
         )
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
@@ -103,13 +111,21 @@ class Model:
             threads=threads,
             weights=weights,
             kv_dtype=kv_dtype,
-            blocks=-(-size // BLOCK_SIZE),
+            blocks=-(-room // BLOCK_SIZE),
             block_size=BLOCK_SIZE,
             max_rows=MAX_ROWS,
             max_outputs=MAX_OUTPUTS,
             progress=progress,
         )
-        return cls(checkpoint, recipe, program, tokenizer, executor)
+        core = Engine(
+            executor,
+            engine,
+            text=lambda request: TextStream(
+                tokenizer, request.stop, at_start=not request.continues
+            ),
+            stop_ids=tokenizer.stop_ids,
+        )
+        return cls(checkpoint, recipe, program, tokenizer, core)
 
     @property
     def context(self) -> int:
@@ -117,9 +133,16 @@ class Model:
         return self.program.context
 
     @property
+    def engine(self) -> Engine:
+        """What answers requests; for servers and for statistics."""
+        if self._engine is None:
+            raise InvalidRequest("the model is closed; open it again")
+        return self._engine
+
+    @property
     def executor(self) -> Executor:
         """What runs the program; knows threads, instruction set and sizes."""
-        return self.cache.executor
+        return self.engine.executor
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -149,8 +172,11 @@ class Model:
         if not 1 <= chunk <= MAX_ROWS:
             raise InvalidRequest(f"chunk is {chunk}; it must be between 1 and {MAX_ROWS}")
         logits = np.empty((len(checked), self.spec.vocab), np.float32)
-        for start, rows in self.cache.logit_chunks(checked, chunk=chunk):
-            logits[start : start + len(rows)] = rows
+
+        def take(first: int, rows: NDArray[np.float32]) -> None:
+            logits[first : first + len(rows)] = rows
+
+        self._score(checked, Scoring(take), chunk=chunk)
         return logits
 
     def log_probabilities(self, ids: Sequence[int], *, start: int = 1) -> NDArray[np.float64]:
@@ -158,12 +184,16 @@ class Model:
         checked = self._check_ids(ids)
         if not 1 <= start <= len(checked):
             raise InvalidRequest(f"start is {start}; it must be between 1 and {len(checked)}")
-        found = [np.empty(0)]
-        chunks = self.cache.logit_chunks(checked[:-1], chunk=MAX_OUTPUTS, start=start - 1)
-        for first, rows in chunks:
+        found = np.empty(len(checked) - start)
+
+        def take(first: int, rows: NDArray[np.float32]) -> None:
             wanted = checked[first + 1 : first + 1 + len(rows)]
-            found.append(_log_softmax_at(rows, wanted))
-        return np.concatenate(found)
+            at = first + 1 - start
+            found[at : at + len(rows)] = _log_softmax_at(rows, wanted)
+
+        if len(found):
+            self._score(checked[:-1], Scoring(take, start - 1))
+        return found
 
     def generate(  # noqa: PLR0913
         self,
@@ -187,21 +217,23 @@ class Model:
         seed: by default random, and told by the result. The same seed gives the same answer.
         stop: strings that end the answer and are not part of it.
         """
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {max_tokens}; it must be at least 1")
         seed = random_seed() if seed is None else seed
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        ids = self._prompt_ids(prompt)
-        return Generation(
-            self.cache,
-            ids,
-            TextStream(self.tokenizer, _check_stop(stop), at_start=_is_chat(prompt)),
-            sampling=sampling,
-            max_tokens=self._check_max_tokens(max_tokens, len(ids)),
-            stop_ids=self.tokenizer.stop_ids,
+        request = Request(
+            ids=self._prompt_ids(prompt),
+            sampling=Sampling(temperature, top_k, top_p, min_p, seed),
+            max_tokens=max_tokens,
+            stop=_check_stop(stop),
+            continues=not _is_chat(prompt),
         )
+        return Generation(self.engine, request)
 
     def close(self) -> None:
-        """Free weights and cache. A closed model cannot be used."""
-        self.cache.close()
+        """End all answers, and free weights and cache. A closed model cannot be used."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def __enter__(self) -> Model:
         return self
@@ -226,7 +258,7 @@ class Model:
             raise InvalidRequest("the prompt is empty; give at least one token")
         try:
             array = np.asarray(ids).astype(np.int64, casting="same_kind")
-            (size,) = array.shape
+            (_,) = array.shape
         except (TypeError, ValueError):
             raise InvalidRequest(
                 "a prompt is text, a list of token ids, or a list of messages "
@@ -237,24 +269,12 @@ class Model:
                 f"token ids go from 0 to {self.spec.vocab - 1}; "
                 f"found {array.min() if array.min() < 0 else array.max()}"
             )
-        if size > self.context:
-            raise ContextLengthExceeded(self._too_long(f"{size} tokens"))
         checked: list[int] = array.tolist()
         return checked
 
-    def _check_max_tokens(self, max_tokens: int | None, prompt_tokens: int) -> int:
-        room = self.context - prompt_tokens
-        if max_tokens is not None and max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {max_tokens}; it must be at least 1")
-        if room < 1:
-            raise ContextLengthExceeded(self._too_long(f"{prompt_tokens} tokens and an answer"))
-        return room if max_tokens is None else min(max_tokens, room)
-
-    def _too_long(self, what: str) -> str:
-        remedy = "shorten them"
-        if self.context < self.spec.context:
-            remedy += f", or open the model with a longer context (up to {self.spec.context})"
-        return f"{what} do not fit the context of {self.context} tokens; {remedy}"
+    def _score(self, ids: list[int], scoring: Scoring, *, chunk: int | None = None) -> None:
+        request = Request(ids=ids, sampling=GREEDY, max_tokens=0, scoring=scoring, chunk=chunk)
+        Generation(self.engine, request).read()
 
 
 def _log_softmax_at(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float64]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,21 +22,79 @@ def expected(ids: list[int]) -> NDArray[np.float32]:
 
 
 class FakeExecutor:
-    """Keeps tokens instead of keys and values."""
+    """Keeps tokens instead of keys and values.
+
+    `fail` is raised by the next step. After `hold` the next step waits; `let` lets some go.
+    """
 
     threads, isa, weight_bytes, kv_bytes = 1, "none", 0, 0
 
-    def __init__(self, slots: int) -> None:
-        self.slots = np.full(slots, -1)
-        self.rows: list[int] = []
-        self.fail = False
+    def __init__(
+        self,
+        *,
+        blocks: int = 64,
+        block_size: int = 4,
+        context: int = 256,
+        max_rows: int = 32,
+        max_outputs: int = 16,
+    ) -> None:
+        self.blocks = blocks
+        self.block_size = block_size
+        self.context = context
+        self.max_rows = max_rows
+        self.max_outputs = max_outputs
+        self.slots = np.full(blocks * block_size, -1)
+        self.rows: list[list[int]] = []
+        self.fail: BaseException | None = None
+        self._lock = threading.Condition()
+        self._allowed = math.inf
+        self._held = False
+
+    def hold(self) -> None:
+        """Steps wait from now on."""
+        self._allowed = 0
+
+    def wait(self) -> int:
+        """Wait until a step waits; how many there were before it."""
+        with self._lock:
+            assert self._lock.wait_for(lambda: self._held, 30)
+        return len(self.rows)
+
+    def let(self, steps: float = math.inf) -> None:
+        """Let so many steps go."""
+        with self._lock:
+            self._allowed, self._held = steps, False
+            self._lock.notify_all()
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
-        if self.fail:
-            raise KeyboardInterrupt
-        assert len(batch.tokens) == len(batch.positions) == batch.bounds[-1]
-        self.rows.append(len(batch.tokens))
+        with self._lock:
+            if self._allowed <= 0:
+                self._held = True
+                self._lock.notify_all()
+                assert self._lock.wait_for(lambda: self._allowed > 0, 30)
+            self._allowed -= 1
+        if self.fail is not None:
+            raise self.fail
+        self._check(batch)
+        self.rows.append(np.diff(batch.bounds).tolist())
         self.slots[batch.slots] = batch.tokens
-        stops = [int(batch.positions[row]) + 1 for row in batch.outputs]
-        logits = [expected(self.slots[:stop].tolist()) for stop in stops]
-        return np.array(logits, np.float32).reshape(len(stops), VOCAB)
+        logits = np.empty((len(batch.outputs), VOCAB), np.float32)
+        for i, row in enumerate(batch.outputs):
+            sequence = int(np.searchsorted(batch.bounds, row, side="right")) - 1
+            seen = np.arange(batch.positions[row] + 1)
+            blocks = batch.block_tables[sequence][seen // self.block_size]
+            ids = self.slots[blocks * self.block_size + seen % self.block_size]
+            logits[i] = expected(ids.tolist())
+        return logits
+
+    def _check(self, batch: Batch) -> None:
+        assert 0 < len(batch.tokens) <= self.max_rows
+        assert len(batch.outputs) <= self.max_outputs
+        assert len(batch.tokens) == len(batch.positions) == len(batch.slots) == batch.bounds[-1]
+        assert len(set(batch.slots.tolist())) == len(batch.slots)
+        for s, (start, stop) in enumerate(zip(batch.bounds, batch.bounds[1:], strict=False)):
+            positions = batch.positions[start:stop]
+            assert np.array_equal(positions, positions[0] + np.arange(stop - start))
+            blocks = batch.block_tables[s][positions // self.block_size]
+            slots = blocks * self.block_size + positions % self.block_size
+            assert np.array_equal(slots, batch.slots[start:stop])

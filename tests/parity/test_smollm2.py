@@ -123,7 +123,7 @@ def test_bits_do_not_depend_on_chunks_or_threads(ids: list[int]) -> None:
     for threads in (1, 2):
         with squall.Model.open(context=512, threads=threads) as model:
             for chunk in (300, 1, 7, 64):
-                model.cache.clear()
+                model.engine.clear_cache()
                 found.add(model.logits(ids[:300], chunk=chunk).tobytes())
     assert len(found) == 1
 

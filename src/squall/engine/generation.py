@@ -1,91 +1,64 @@
-"""One answer, token by token."""
+"""One answer as an iterator of pieces, for threads and for asyncio."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Literal, Protocol
 
-from squall.engine.context import Context
+from squall.engine.engine import Engine
+from squall.engine.request import FinishReason, Piece, Request, Usage
 from squall.engine.sampling import Sampling
 
-FinishReason = Literal["stop", "length", "aborted"]
+
+class Mailbox:
+    """Carries pieces from the engine's thread to a thread or a task that waits for them."""
+
+    def __init__(self) -> None:
+        self._pieces: SimpleQueue[Piece] = SimpleQueue()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def put(self, piece: Piece) -> None:
+        """Never blocks."""
+        self._pieces.put(piece)
+        if self._waiter is not None:
+            loop, arrived = self._waiter
+            loop.call_soon_threadsafe(arrived.set)
+
+    def get(self) -> Piece:
+        """The next piece; the thread waits for it."""
+        return self._pieces.get()
+
+    async def get_async(self) -> Piece:
+        """The next piece; the task waits for it."""
+        arrived = asyncio.Event()
+        self._waiter = asyncio.get_running_loop(), arrived
+        try:
+            while self._pieces.empty():
+                await arrived.wait()
+                arrived.clear()
+            return self._pieces.get_nowait()
+        finally:
+            self._waiter = None
 
 
-class Stream(Protocol):
-    """Turns token ids into text that is safe to show; see `squall.text.stream`."""
+class Generation(Iterator[Piece], AsyncIterator[Piece]):
+    """An iterator of pieces, for `for` and for `async for`.
 
-    @property
-    def stopped(self) -> bool:
-        """A stop string was hit."""
-        ...
-
-    def push(self, token: int, /) -> str:
-        """The text that became certain with this token."""
-        ...
-
-    def finish(self) -> str:
-        """The text held back so far."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text, the ids sampled since the last piece, and in the last piece why the answer ended."""
-
-    text: str
-    ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(slots=True)
-class Usage:
-    """Tokens and seconds of one answer; `cached_tokens` of the prompt were in the KV cache."""
-
-    prompt_tokens: int
-    cached_tokens: int = 0
-    answer_tokens: int = 0
-    prompt_s: float = 0.0
-    answer_s: float = 0.0
-
-    @property
-    def prompt_rate(self) -> float:
-        """Prompt tokens computed a second."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prompt_s if self.prompt_s else 0.0
-
-    @property
-    def answer_rate(self) -> float:
-        """Tokens a second after the first, which belongs to the prompt's step."""
-        return (self.answer_tokens - 1) / self.answer_s if self.answer_s else 0.0
-
-
-class Generation(Iterator[Piece]):
-    """An iterator of pieces. Stopping early is `close()`, or just not asking for more.
+    The engine goes on by itself; stopping early is `close()`, or letting go of the iterator.
 
     `finish_reason`: "stop" (an end token or a stop string), "length" (max_tokens or the context is
-    used up), "aborted" (closed before the end), None while running.
+    used up), "cancelled" (closed before the end), "error" (raised as well), None while running.
+    `ids`: those of the pieces so far.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        prompt: Sequence[int],
-        stream: Stream,
-        *,
-        sampling: Sampling,
-        max_tokens: int,
-        stop_ids: frozenset[int],
-    ) -> None:
-        self.sampling = sampling
-        self.usage = Usage(len(prompt))
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.sampling: Sampling = request.sampling
         self.finish_reason: FinishReason | None = None
-        self._context = context
-        self._stream = stream
-        self._ids = list(prompt)
-        self._max_tokens = max_tokens
-        self._stop_ids = stop_ids
+        self.ids: list[int] = []
+        self._pieces = Mailbox()
+        self._answer = engine.submit(request, self._pieces.put)
 
     @property
     def seed(self) -> int:
@@ -93,25 +66,19 @@ class Generation(Iterator[Piece]):
         return self.sampling.seed
 
     @property
-    def ids(self) -> list[int]:
-        """The ids sampled so far."""
-        return self._ids[self.usage.prompt_tokens :]
+    def usage(self) -> Usage:
+        """Tokens and seconds so far."""
+        return self._answer.usage
 
     def __next__(self) -> Piece:
-        ids: tuple[int, ...] = ()
-        while self.finish_reason is None:
-            token = self._sample()
-            ids += (token,)
-            if token in self._stop_ids:
-                return self._end("stop", "", ids)
-            text = self._stream.push(token)
-            if self._stream.stopped:
-                return self._end("stop", text, ids)
-            if self.usage.answer_tokens == self._max_tokens:
-                return self._end("length", text, ids)
-            if text:
-                return Piece(text, ids)
-        raise StopIteration
+        if self.finish_reason is not None:
+            raise StopIteration
+        return self._take(self._pieces.get())
+
+    async def __anext__(self) -> Piece:
+        if self.finish_reason is not None:
+            raise StopAsyncIteration
+        return self._take(await self._pieces.get_async())
 
     def read(self) -> str:
         """The rest of the answer as one string."""
@@ -120,7 +87,8 @@ class Generation(Iterator[Piece]):
     def close(self) -> None:
         """Stop here. The model keeps what was computed, so that a follow-up is cheap."""
         if self.finish_reason is None:
-            self._end("aborted", "", ())
+            self.finish_reason = "cancelled"
+            self._answer.cancel()
 
     def __enter__(self) -> Generation:
         return self
@@ -133,21 +101,14 @@ class Generation(Iterator[Piece]):
     ) -> None:
         self.close()
 
-    def _sample(self) -> int:
-        start_s = time.perf_counter()
-        logits, cached = self._context.advance(self._ids)
-        token = self.sampling.pick(logits, len(self._ids))
-        elapsed_s = time.perf_counter() - start_s
-        if self.usage.answer_tokens == 0:
-            self.usage.cached_tokens = cached
-            self.usage.prompt_s = elapsed_s
-        else:
-            self.usage.answer_s += elapsed_s
-        self.usage.answer_tokens += 1
-        self._ids.append(token)
-        return token
+    def __del__(self) -> None:
+        # A request that was refused has no answer to cancel.
+        if "_answer" in self.__dict__:
+            self.close()
 
-    def _end(self, reason: FinishReason, text: str, ids: tuple[int, ...]) -> Piece:
-        self.finish_reason = reason
-        self._context.release(self._ids)
-        return Piece(text + self._stream.finish(), ids, reason)
+    def _take(self, piece: Piece) -> Piece:
+        self.finish_reason = piece.finish_reason
+        self.ids += piece.ids
+        if piece.error is not None:
+            raise piece.error
+        return piece

@@ -24,8 +24,7 @@ def choose_context(
     wanted: int | None, *, trained: int, bytes_per_token: int, weight_bytes: int
 ) -> int:
     """`wanted` if it fits; by default as much as is useful, within half of the free memory."""
-    free = available_bytes()
-    room = 2 * trained if free is None else max(free - weight_bytes, 0) // bytes_per_token
+    room = _room(bytes_per_token, weight_bytes, unknown=2 * trained)
     if wanted is None:
         context = min(trained, DEFAULT_CONTEXT, max(room // 2, SMALLEST_CONTEXT))
     else:
@@ -41,6 +40,29 @@ def choose_context(
             "ask for a shorter context"
         )
     return context
+
+
+def choose_kv_tokens(
+    wanted: int | None, *, context: int, bytes_per_token: int, weight_bytes: int
+) -> int:
+    """Tokens the KV cache has room for: `wanted` if it fits, by default one context."""
+    if wanted is None:
+        return context
+    if wanted < 1:
+        raise InvalidRequest(f"kv_tokens is {wanted}; it must be at least 1")
+    room = _room(bytes_per_token, weight_bytes, unknown=wanted)
+    if wanted > room:
+        raise OutOfMemory(
+            f"a KV cache of {wanted} tokens needs {wanted * bytes_per_token / 2**20:.0f} MiB, and "
+            f"after the weights there is memory for {room} tokens; ask for fewer kv_tokens"
+        )
+    return wanted
+
+
+def _room(bytes_per_token: int, weight_bytes: int, *, unknown: int) -> int:
+    """Tokens of KV cache that fit beside the weights; `unknown` where nobody knows."""
+    free = available_bytes()
+    return unknown if free is None else max(free - weight_bytes, 0) // bytes_per_token
 
 
 def available_bytes() -> int | None:

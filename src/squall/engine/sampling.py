@@ -36,6 +36,7 @@ class Sampling:
     top_p: float
     min_p: float
     seed: int
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "at least 0")

@@ -256,6 +256,8 @@ class NativeExecutor:
         progress: Progress | None = None,
     ) -> None:
         self.program = program
+        self.context = program.context
+        self.blocks = blocks
         self.block_size = block_size
         self.max_rows = max_rows
         self.max_outputs = max_outputs

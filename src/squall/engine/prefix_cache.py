@@ -1,0 +1,87 @@
+"""Which KV block holds which tokens after which: prefixes found again are not computed again.
+
+That is exact, not approximate: a row's result does not depend on how rows were cut into steps.
+Only full blocks are found and shared, so a shared block is never written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import struct
+from collections.abc import Sequence
+
+from squall.engine.block_pool import BlockPool
+from squall.engine.request import CacheScope
+
+
+class PrefixCache:
+    """Keys of full blocks. A key stands for the scope and for every token up to the block's end.
+
+    Keys are a chain of SHA-256 from a secret of this cache, so that nobody can make two prefixes
+    collide. limit: how many blocks that nobody uses are kept; 0 turns the cache off.
+    """
+
+    def __init__(self, blocks: int, block_size: int, *, limit: int) -> None:
+        self.enabled = limit > 0
+        self.block_size = block_size
+        self.pool = BlockPool(blocks, keep=limit, on_evict=self._forget)
+        self._secret = secrets.token_bytes(32)
+        self._blocks: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
+        self._format = struct.Struct(f"<{block_size}i")
+
+    def extend(self, keys: list[bytes], tokens: Sequence[int], scope: CacheScope) -> None:
+        """Add to `keys` until there is one for each full block of `tokens`."""
+        if not self.enabled:
+            return
+        size = self.block_size
+        for start in range(len(keys) * size, len(tokens) - size + 1, size):
+            before = keys[-1] if keys else self._root(scope)
+            block = self._format.pack(*tokens[start : start + size])
+            keys.append(hashlib.sha256(before + block).digest())
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest known prefix. They may be evicted unless shared at once."""
+        found = []
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def store(self, key: bytes, block: int) -> None:
+        """`block`, which is in use, now holds what `key` stands for."""
+        # The same tokens may have been computed twice at once; one copy is enough.
+        if key not in self._blocks:
+            self._blocks[key] = block
+            self._keys[block] = key
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """The user of a sequence's blocks leaves; those with a key are kept for the next."""
+        # The last block is of use only behind the others, so it is the first to be evicted.
+        for block in reversed(blocks):
+            self.pool.release(block, keep=block in self._keys)
+
+    def clear(self) -> None:
+        """Forget every prefix, those in use too."""
+        self.pool.evict_all()
+        self._blocks.clear()
+        self._keys.clear()
+
+    def _forget(self, block: int) -> None:
+        del self._blocks[self._keys.pop(block)]
+
+    def _root(self, scope: CacheScope) -> bytes:
+        fields = (scope.tenant.encode(), scope.adapter.encode(), *scope.images)
+        tagged = b"".join(len(field).to_bytes(8, "little") + field for field in fields)
+        return hmac.digest(self._secret, tagged, "sha256")
+
+    def check(self) -> None:
+        """Keys and blocks are one to one, and what is kept has a key."""
+        self.pool.check()
+        assert {block: key for key, block in self._blocks.items()} == self._keys
+        kept = [block for block in self._keys if not self.pool.users(block)]
+        assert len(kept) == self.pool.kept

@@ -1,0 +1,108 @@
+"""Real requests, alone and together: the same ids and the same bits of every log-probability."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from squall import EngineConfig, Model
+from squall.engine.generation import Generation
+from squall.engine.request import Request
+from squall.engine.sampling import Sampling
+
+TEXT = "The tide is high when the moon is near, because the water follows it around the earth. "
+WORDS = ("tide", "moon", "water", "earth", "high", "near", "stone", "river")
+REQUESTS = 32
+
+Found = list[tuple[tuple[int, float | None], ...]]
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    """Greedy and seeded ones, with prompts of 1 to 150 tokens, some of which begin alike."""
+    chosen = random.Random(7)
+    with Model.open(context=512) as model:
+        stem = model.encode(TEXT * 10)
+        made = []
+        for i in range(REQUESTS):
+            own = model.encode(" ".join(chosen.choices(WORDS, k=chosen.randint(1, 30))))
+            begin = stem[: chosen.choice([0, 0, 0, 20, 100])]
+            sampling = Sampling(0 if i % 2 else 0.9, 0, 0.95, 0, i)
+            options = {"max_tokens": chosen.randint(4, 40), "logprobs": 0, "ignore_eos": True}
+            made.append(Request(ids=begin + own, sampling=sampling, **options))
+    return made
+
+
+def results(generation: Generation) -> tuple[tuple[int, float | None], ...]:
+    return tuple((s.token, s.logprob) for piece in generation for s in piece.logprobs)
+
+
+@pytest.fixture(scope="module")
+def alone(requests: list[Request]) -> Found:
+    found = []
+    with Model.open(context=512, engine=EngineConfig(prefix_cache_n=0)) as model:
+        for request in requests:
+            found.append(results(Generation(model.engine, request)))
+            ids = [*request.ids, *(token for token, _ in found[-1])]
+            logits = model.logits(ids)[len(request.ids) - 1 : -1].astype(np.float64)
+            exact = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            expected = [row[token] for row, (token, _) in zip(exact, found[-1], strict=True)]
+            assert [logprob for _, logprob in found[-1]] == pytest.approx(expected, abs=1e-5)
+    return found
+
+
+@pytest.mark.parametrize("chunk", [16, 512])
+@pytest.mark.parametrize("kv_tokens", [4096, 272])
+def test_rows_10_13_together_is_as_alone(
+    requests: list[Request],
+    alone: Found,
+    rng: np.random.Generator,
+    chunk: int,
+    kv_tokens: int,
+) -> None:
+    config = EngineConfig(prompt_batchsize=chunk)
+    with Model.open(context=256, kv_tokens=kv_tokens, engine=config) as model:
+        for _ in ("cold", "warm"):
+            order = rng.permutation(REQUESTS).tolist()
+            generations = {i: Generation(model.engine, requests[i]) for i in order}
+            assert [results(generations[i]) for i in range(REQUESTS)] == alone
+        stats = model.engine.stats()
+        assert stats.counts.cached_tokens > 0
+        assert (stats.preemptions > 0) == (kv_tokens == 272)
+        assert stats.blocks_used == 0
+
+
+def test_row_33_a_long_prompt_while_answers_run() -> None:
+    """Rows are counted, not seconds."""
+    with Model.open(context=8192, kv_tokens=12000) as model:
+        rows: list[np.ndarray] = []
+        step = model.executor.step
+
+        def counted(batch):  # type: ignore[no-untyped-def]
+            rows.append(np.diff(batch.bounds))
+            return step(batch)
+
+        model.executor.step = counted  # type: ignore[method-assign]
+        greedy = Sampling(0, 0, 1, 0, 0)
+        streams = [
+            Generation(
+                model.engine,
+                Request(ids=[i + 1], sampling=greedy, max_tokens=400, ignore_eos=True),
+            )
+            for i in range(8)
+        ]
+        for stream in streams:
+            next(stream)
+        prompt = (model.encode(TEXT) * 400)[:6000]
+        long = Generation(model.engine, Request(ids=prompt, sampling=greedy, max_tokens=1))
+        before = len(rows)
+        long.read()
+        after = len(rows)
+        busy = [step for step in rows[before:after] if len(step) == 9]
+        assert len(busy) >= 6000 // 512
+        assert all((step[:8] == 1).all() and step[8] >= 16 for step in busy[:-1])
+        assert sum(int(step[8]) for step in busy) == 6000
+        for stream in streams:
+            stream.close()

@@ -1,0 +1,186 @@
+"""Limits hold in every step, everything ends, and neither prompts nor answers starve."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from squall.engine.prefix_cache import PrefixCache
+from squall.engine.request import Progress, Request, Scoring
+from squall.engine.sampling import Sampling
+from squall.engine.scheduler import Chunk, Limits, Pace, Scheduler
+
+SIZE = 4
+GREEDY = Sampling(0, 0, 1, 0, 0)
+
+
+def ignore(first: int, rows: object) -> None:
+    """Logits that nobody reads."""
+
+
+def progress(
+    number: int, tokens: list[int], *, scored: int | None = None, chunk: int | None = None
+) -> Progress:
+    scoring = None if scored is None else Scoring(ignore, scored)
+    request = Request(ids=tokens, sampling=GREEDY, scoring=scoring, chunk=chunk)
+    return Progress(request, number, list(tokens), len(tokens) - 1 if scored is None else scored)
+
+
+def scheduler(*, blocks: int = 64, requests: int = 4, rows: int = 32, **limits: int) -> Scheduler:
+    cache = PrefixCache(blocks, SIZE, limit=blocks)
+    return Scheduler(cache, Limits(requests, rows, limits.get("outputs", requests)))
+
+
+def step(scheduler: Scheduler, seconds: float = 0.01) -> tuple[list[Chunk], list[Progress]]:
+    """A step and who is due a token."""
+    chunks = scheduler.plan()
+    rows = sum(chunk.stop - chunk.start for chunk in chunks)
+    assert rows <= scheduler.limits.rows
+    assert sum(len(chunk.outputs) for chunk in chunks) <= scheduler.limits.outputs
+    scheduler.check()
+    scheduler.pace.observe(rows, seconds)
+    due = [chunk.of for chunk in chunks if scheduler.advance(chunk)]
+    scheduler.check()
+    return chunks, due
+
+
+class Load:
+    """Requests that come, grow, leave early or end, by chance."""
+
+    def __init__(self, tested: Scheduler, rng: np.random.Generator) -> None:
+        self.tested = tested
+        self.rng = rng
+        self.lengths: list[int] = []
+        self.gone: set[int] = set()
+
+    def arrive(self) -> None:
+        rng = self.rng
+        size = int(rng.integers(1, 38))
+        scored = int(rng.integers(size)) if rng.integers(4) == 0 else None
+        chunk = int(rng.integers(1, 20)) if rng.integers(4) == 0 else None
+        tokens = rng.integers(2, size=size).tolist()
+        self.tested.add(progress(len(self.lengths), tokens, scored=scored, chunk=chunk))
+        self.lengths.append(int(rng.integers(size, 40)))
+
+    def leave(self) -> None:
+        everyone = self.tested.waiting + self.tested.running
+        if everyone:
+            self.end(everyone[self.rng.integers(len(everyone))])
+
+    def end(self, request: Progress) -> None:
+        self.tested.remove(request)
+        self.gone.add(request.number)
+        self.tested.check()
+
+    def step(self) -> None:
+        for request in step(self.tested, float(self.rng.random()))[1]:
+            assert request.scored == len(request.tokens)
+            if len(request.tokens) >= self.lengths[request.number]:
+                self.end(request)
+            else:
+                request.tokens.append(int(self.rng.integers(2)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_random_load(rng: np.random.Generator, *, recompute: bool) -> None:
+    blocks = int(rng.integers(10, 40))
+    cache = PrefixCache(blocks, SIZE, limit=0 if recompute else int(rng.integers(blocks)))
+    limits = Limits(int(rng.integers(1, 8)), 32, int(rng.integers(8, 12)), recompute=recompute)
+    load = Load(Scheduler(cache, limits), rng)
+    for _ in range(1000):
+        if rng.integers(3) == 0:
+            load.arrive()
+        if rng.integers(20) == 0:
+            load.leave()
+        load.step()
+    for _ in range(50_000):
+        load.step()
+        if len(load.gone) == len(load.lengths):
+            break
+    assert len(load.gone) == len(load.lengths)
+    assert cache.pool.available == blocks
+
+
+def test_row_33_a_long_prompt_and_running_answers_both_go_on() -> None:
+    tested = scheduler(blocks=4000, requests=16, rows=512)
+    answers = [progress(i, [i]) for i in range(8)]
+    for answer in answers:
+        tested.add(answer)
+    row_s = 1 / 800
+    for _ in range(5):
+        for request in step(tested, 9 * row_s)[1]:
+            request.tokens.append(0)
+    long = progress(99, list(range(6000)))
+    tested.add(long)
+    steps, due = 0, list[Progress]()
+    while long not in due:
+        before = long.computed
+        chunks = tested.plan()
+        rows = sum(chunk.stop - chunk.start for chunk in chunks)
+        tested.pace.observe(rows, rows * row_s)
+        due = [chunk.of for chunk in chunks if tested.advance(chunk)]
+        assert long.computed > before
+        assert set(due) >= set(answers)
+        assert rows * row_s <= 0.25
+        for request in due:
+            request.tokens.append(0)
+        steps += 1
+    assert steps < 200
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    tested = scheduler(blocks=400, rows=64)
+    tested.add(progress(0, [0] * 1000))
+    tested.add(progress(1, [1] * 20))
+    due = [request.number for _ in range(3) for request in step(tested)[1]]
+    assert due == [1]
+
+
+def test_what_one_computes_others_wait_for_and_share() -> None:
+    """Several answers to one prompt compute it once."""
+    tested = scheduler(blocks=100, rows=32)
+    for number in range(4):
+        tested.add(progress(number, [7] * 41))
+    computed = sum(chunk.stop - chunk.start for _ in range(8) for chunk in step(tested)[0])
+    assert computed <= 41 + 3 + 4 * 8
+    blocks = [request.blocks[:10].tolist() for request in tested.running]
+    assert blocks == [blocks[0]] * 4
+
+
+def test_the_youngest_is_preempted_and_comes_back() -> None:
+    tested = scheduler(blocks=5, requests=3)
+    old, young = progress(0, [0] * 6), progress(1, [1] * 3)
+    tested.add(old)
+    tested.add(young)
+    for _ in range(60):
+        for request in step(tested)[1]:
+            request.tokens.append(0)
+        if tested.preemptions:
+            break
+    assert tested.running == [old]
+    assert tested.waiting == [young]
+    tested.remove(old)
+    step(tested)
+    assert tested.running == [young]
+
+
+def test_nothing_overtakes_who_waits_for_blocks() -> None:
+    tested = scheduler(blocks=8)
+    tested.add(progress(0, [0] * 20))
+    step(tested)
+    tested.add(progress(1, [1] * 30))
+    tested.add(progress(2, [2]))
+    step(tested)
+    assert [request.number for request in tested.running] == [0]
+
+
+def test_pace_follows_the_machine() -> None:
+    pace = Pace()
+    assert (pace.rows(512, alone=True), pace.rows(512, alone=False)) == (512, 64)
+    for seconds in [1.0] * 20:
+        pace.observe(100, seconds)
+    assert pace.rows(512, alone=False) == 16
+    assert 40 <= pace.rows(512, alone=True) <= 60
+    for seconds in [0.01] * 20:
+        pace.observe(100, seconds)
+    assert pace.rows(512, alone=False) == 512
