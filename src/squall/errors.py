@@ -7,6 +7,7 @@ SquallError
 ├── InvalidRequest       a caller's argument is out of range
 │   ├── ContextLengthExceeded
 │   └── TemplateError    a chat template is missing, malformed, or broke its limits
+├── SamplingFailed       no token can be chosen for this request
 └── OutOfMemory          the KV cache or the buffers do not fit
 """
 
@@ -37,6 +38,10 @@ class ContextLengthExceeded(InvalidRequest):
 
 class TemplateError(InvalidRequest):
     """A chat template is missing, malformed, or broke its limits."""
+
+
+class SamplingFailed(SquallError):
+    """No token can be chosen: nothing is possible, or a logits processor failed."""
 
 
 class OutOfMemory(SquallError):

@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Literal, Protocol
 
 from squall.engine.context import Context
-from squall.engine.sampling import Sampling
+from squall.engine.sampling import RowSampling, SamplerState, Sampling, sample_rows
+from squall.errors import SamplingFailed
 
 FinishReason = Literal["stop", "length", "aborted"]
 
@@ -84,6 +85,7 @@ class Generation(Iterator[Piece]):
         self._context = context
         self._stream = stream
         self._ids = list(prompt)
+        self._state = SamplerState(sampling, prompt)
         self._max_tokens = max_tokens
         self._stop_ids = stop_ids
 
@@ -136,7 +138,10 @@ class Generation(Iterator[Piece]):
     def _sample(self) -> int:
         start_s = time.perf_counter()
         logits, cached = self._context.advance(self._ids)
-        token = self.sampling.pick(logits, len(self._ids))
+        (sampled,) = sample_rows(logits[None], [RowSampling(self._state)])
+        if isinstance(sampled, SamplingFailed):
+            raise sampled
+        token = sampled.token
         elapsed_s = time.perf_counter() - start_s
         if self.usage.answer_tokens == 0:
             self.usage.cached_tokens = cached
@@ -145,6 +150,7 @@ class Generation(Iterator[Piece]):
             self.usage.answer_s += elapsed_s
         self.usage.answer_tokens += 1
         self._ids.append(token)
+        self._state.append(token)
         return token
 
     def _end(self, reason: FinishReason, text: str, ids: tuple[int, ...]) -> Piece:
