@@ -20,7 +20,7 @@ struct SamplingOptions {
   double frequency = 0, presence = 0, repetition = 1;
   double dry_multiplier = 0, dry_base = 1;              // multiplier 0: off
   size_t dry_allowed_length = 1, dry_range = SIZE_MAX;  // at least 1
-  std::vector<std::pair<int32_t, double>> bias;
+  std::vector<std::pair<int32_t, double>> bias = {};
 };
 
 // What sampling remembers of one sequence. Ids outside the vocabulary are allowed and change

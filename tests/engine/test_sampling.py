@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,7 +209,8 @@ def test_the_lowest_of_equals(options: dict[str, float], place: int) -> None:
     logits = np.zeros(200, np.float32)
     logits[place:] = 1.0
     assert set(draws(logits, options, 5)) == {place}
-    assert set(draws(-logits[::-1].copy(), options, 5)) == {0}
+    turned = -logits[::-1].copy()  # minus ones, then minus zeros
+    assert set(draws(turned, options, 5)) == {(200 - place) % 200}
 
 
 def test_the_seed_and_the_position_decide() -> None:
@@ -283,16 +287,34 @@ def test_a_row_is_alone_in_any_company() -> None:
             assert together == [alone[i] for i in order]
 
 
-def test_the_bits_are_the_same_everywhere() -> None:
+PINNED = [
+    ({"seed": 1}, 598, "-0x1.705870eef2c28p+2"),
+    ({"temperature": 0.7, "top_p": 0.9, "seed": 2}, 2464, "-0x1.7f4760eef2c28p+2"),
+    ({"top_k": 99, "seed": 3}, 407, "-0x1.75adc4eef2c28p+2"),
+    ({"temperature": 2.0, "min_p": 0.01, "seed": 4}, 2891, "-0x1.0bcca57779614p+3"),
+]
+
+
+@pytest.mark.parametrize(("options", "token", "logprob"), PINNED)
+def test_the_bits_are_the_same_everywhere(
+    options: dict[str, float], token: int, logprob: str
+) -> None:
     """Whatever the processor and its C library: logits by integer arithmetic, pinned results."""
-    logits = ((np.arange(3000, dtype=np.int64) * 7919 % 3001) / 256).astype(np.float32)
-    found = [
-        one(logits, RowSampling(SamplerState(Sampling(**(GOOD | o)), [7] * 9), (), 0))
-        for o in ({}, {"top_p": 0.9, "temperature": 0.7}, {"top_k": 99}, {"min_p": 0.3})
-    ]
-    assert [sampled.token for sampled in found] == PINNED_TOKENS
-    assert [float(sampled.logprob or 0).hex() for sampled in found] == PINNED_LOGPROBS
+    logits = ((np.arange(3000, dtype=np.int64) * 7919 % 3001) / 300).astype(np.float32)
+    found = one(logits, RowSampling(SamplerState(Sampling(**(GOOD | options)), [7] * 9), (), 0))
+    assert (found.token, (found.logprob or 0).hex()) == (token, logprob)
 
 
-PINNED_TOKENS: list[int] = []
-PINNED_LOGPROBS: list[str] = []
+PAGE = (Path(__file__).parents[2] / "docs/sampling.md").read_text()
+
+
+@pytest.mark.parametrize("text", re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+def test_the_examples_of_the_page_run(text: str) -> None:
+    exec(text, {})
+
+
+def test_the_page_knows_every_parameter() -> None:
+    fields = {
+        field.name for kind in (Sampling, Dry, Breakers) for field in dataclasses.fields(kind)
+    }
+    assert {name for name in fields if f"`{name}`" not in PAGE} == set()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampling_reference import adjust, capture
 
-from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, Sampling
+from squall.engine.sampling import Breakers, Dry, SamplerState, Sampling
 
 VOCAB = [b"a", b"b", b"ab", b"ba", b"\n", b"a\nb", b"<", b"br", b">", b"x<br", b"\xc3", b"\xa9"]
 BREAKERS = ["\n", "<br>", "aa", "\u00e9", "bab"]
@@ -33,7 +33,7 @@ def breakers(*texts: str) -> Breakers:
     allowed=st.integers(1, 5),
     range_=st.none() | st.integers(1, 90),
 )
-def test_the_reference_agrees(  # noqa: PLR0913
+def test_the_reference_agrees(
     ids: list[int],
     few: int,
     texts: set[str],
@@ -51,8 +51,6 @@ def test_the_reference_agrees(  # noqa: PLR0913
 @given(st.lists(st.integers(0, 3), max_size=40), st.data())
 def test_tokens_one_by_one_are_the_same(ids: list[int], data: st.DataObject) -> None:
     """A state that is told its tokens in parts, against one that is told them at once."""
-    from squall.engine.sampling import SamplerState
-
     dry = Dry(1.0, breakers=breakers("ab", "\n"))
     options = {"dry": dry, "frequency_penalty": 0.5, "seed": 0}
     cut = data.draw(st.integers(0, len(ids)))
@@ -82,7 +80,7 @@ def test_a_long_repeat_stays_finite_and_does_not_forbid() -> None:
 
 def test_the_range_limits_both_copies() -> None:
     ids = [0, 1, 3, 4, 4, 0, 1]
-    assert penalties(ids, Dry(1.0, breakers=None, range=7)) == {3: 1.0}
+    assert penalties(ids, Dry(1.0, breakers=None, range=7)) == pytest.approx({3: 1.0})
     assert penalties(ids, Dry(1.0, breakers=None, range=6)) == {}
 
 
@@ -108,7 +106,3 @@ def test_ids_can_break() -> None:
     ids = [0, 4, 1, 3, 0, 4, 1]
     wanted = Breakers((), VOCAB.__getitem__, frozenset({4}))
     assert penalties(ids, Dry(1.0, breakers=wanted)) == {}
-
-
-def test_the_seeds_breakers_are_the_default_ones() -> None:
-    assert DRY_BREAKERS == ("\n", ":", '"', "*")

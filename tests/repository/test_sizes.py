@@ -11,7 +11,7 @@ from project import ROOT, modules
 BUDGETS = {
     "src/squall/checkpoints": 900,
     "src/squall/cli": 900,
-    "src/squall/engine": 700,
+    "src/squall/engine": 800,
     "src/squall/executors": 700,
     "src/squall/quant": 700,
     "src/squall/recipes": 900,

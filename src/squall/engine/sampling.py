@@ -250,11 +250,12 @@ def _process(logits: Floats, row: RowSampling) -> Floats | None:
     processors = row.state.sampling.logits_processors
     if not processors:
         return None
-    adjusted = row.state.native.adjusted(logits, list(row.banned))
+    native = row.state.native
+    adjusted, ids = native.adjusted(logits, list(row.banned)), native.tokens()
     for processor in processors:
         name = getattr(processor, "__name__", type(processor).__name__)
         try:
-            returned = processor(adjusted, row.state.native.tokens)
+            returned = processor(adjusted, ids)
             if returned is not None:
                 adjusted = np.ascontiguousarray(returned, np.float32)
         except Exception as error:
