@@ -198,6 +198,10 @@ def test_limits(limit: dict[str, float], allowed: set[int]) -> None:
     assert set(draws(P, limit, 2000)) == allowed
 
 
+def test_min_p_keeps_what_equals_the_largest() -> None:
+    assert set(draws(np.array([3, 1, 3], np.float32), {"min_p": 1.0}, 200)) == {0, 2}
+
+
 def test_a_huge_temperature_is_uniform() -> None:
     counts = np.bincount(draws(P, {"temperature": 1e300}, 20000), minlength=4)
     assert deviation(counts, np.full(4, 5000.0)) < 4

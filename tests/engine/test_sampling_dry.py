@@ -93,6 +93,8 @@ def test_the_range_limits_both_copies() -> None:
         (("<br>",), [6, 7, 8, 1, 3, 6, 7, 8, 1], {}),  # across three tokens
         (("<br>",), [9, 8, 1, 3, 9, 8, 1], {}),  # begins inside of a token
         (("<br>",), [9, 7, 1, 3, 9, 7, 1], {3: 1.75}),  # not complete
+        (("<br>",), [9, 8, 1, 3, 8, 1], {}),  # complete in the earlier copy alone
+        (("<br>",), [8, 1, 3, 9, 8, 1], {}),  # in the later one
         (("\u00e9",), [10, 11, 1, 3, 10, 11, 1], {}),  # one character, two tokens
         (("\n",), [0, 1, 4, 0, 1], {}),  # the breaker itself is never made unlikely
         (("\n",), [4, 4, 4, 4], {}),

@@ -44,8 +44,8 @@ def random_seed() -> int:
 class Breakers:
     """Where DRY's repeats end: at the token in which one of `texts` ends, and at tokens `ids`.
 
-    token_bytes: the text of a token id. A breaker is found inside of a longer token and across
-        tokens.
+    token_bytes: the text of any id that a sequence may have. A breaker is found inside of a longer
+        token and across tokens.
     """
 
     texts: tuple[str, ...]
