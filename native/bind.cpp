@@ -280,6 +280,7 @@ NB_MODULE(_native, m) {
       },
       "root"_a = "");
   m.def("read_bandwidth", &read_bandwidth, "threads"_a);
+
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<size_t>(), "threads"_a)
       .def_prop_ro("threads", &ThreadPool::threads);

@@ -77,7 +77,6 @@ class Row {
   float top() const { return top_; }  // -infinity: nothing is possible
   float at(int32_t id) const { return capped(x_[static_cast<size_t>(id)]); }
   size_t size() const { return x_.size(); }
-  size_t blocks() const { return peaks_.size(); }
   std::span<const float> block(size_t b) const {
     return x_.subspan(b * kBlock, std::min(kBlock, x_.size() - b * kBlock));
   }
@@ -113,7 +112,7 @@ class Row {
     std::vector<float> peaks = peaks_;
     const auto kth = peaks.begin() + static_cast<ptrdiff_t>(k) - 1;
     std::nth_element(peaks.begin(), kth, peaks.end(), std::greater<>());
-    return std::max(*kth, -FLT_MAX);
+    return std::max(capped(*kth), -FLT_MAX);
   }
 
   // The sum of each block's weights, in an order that is the same for all.
@@ -157,7 +156,8 @@ double total(const Candidates& all) {
   return sum;
 }
 
-uint32_t key(float x) {                                 // in the order of the numbers
+// In the order of the numbers.
+uint32_t key(float x) {
   const auto bits = std::bit_cast<uint32_t>(x + 0.0f);  // -0 becomes 0
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
