@@ -12,7 +12,10 @@ from squall.engine.generation import Generation
 from squall.engine.request import Request
 from squall.engine.sampling import Sampling
 
-SAMPLINGS = {"greedy": Sampling(0, 0, 1, 0, 0), "top-p": Sampling(0.7, 0, 0.95, 0, 1)}
+SAMPLINGS = {
+    "greedy": Sampling(temperature=0, seed=0),
+    "top-p": Sampling(temperature=0.7, top_p=0.95, seed=1),
+}
 
 
 def measure(model: Model, requests: int, tokens: int, sampling: Sampling) -> tuple[float, ...]:

@@ -29,6 +29,8 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using NewMatrix = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+template <class T>
+using NewVector = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
 using MaybeId = std::optional<size_t>;
 
 std::span<const int32_t> span(const Ints& a) { return {a.data(), a.size()}; }
@@ -48,6 +50,14 @@ CacheType cache_named(std::string_view name) {
   for (size_t i = 0; i < kCacheTypes; ++i)
     if (kNames[i] == name) return static_cast<CacheType>(i);
   throw nb::value_error(("unknown cache type " + std::string(name)).c_str());
+}
+
+template <class T>
+NewVector<T> new_vector(std::span<const T> from) {
+  auto* data = new T[from.size()];
+  std::copy(from.begin(), from.end(), data);
+  return NewVector<T>(data, {from.size()},
+                      nb::capsule(data, [](void* p) noexcept { delete[] static_cast<T*>(p); }));
 }
 
 Activation activation_named(const std::optional<std::string>& name) {
@@ -118,10 +128,38 @@ NewMatrix linear(const Matrix& x, const Tile& tile, const std::string& isa, size
   return timed_linear(x, tile, isa, threads, 1).first;
 }
 
-int32_t sample_py(const Floats& logits, double temperature, size_t top_k, double top_p,
-                  double min_p, uint64_t seed, uint64_t position) {
-  if (logits.size() == 0) throw nb::value_error("no logits");
-  return sample({logits.data(), logits.size()}, {temperature, top_k, top_p, min_p, seed}, position);
+NewVector<float> adjusted(const SamplerState& state, const Floats& logits,
+                          const std::vector<int32_t>& banned) {
+  NewVector<float> out = new_vector<float>({logits.data(), logits.size()});
+  state.adjust({out.data(), out.size()}, banned);
+  return out;
+}
+
+// (row of the logits, state, processed logits, banned ids, how many of the likeliest)
+using RowToSample =
+    std::tuple<size_t, const SamplerState*, std::optional<Floats>, std::vector<int32_t>, int>;
+// (id, log-probability, likeliest)
+using SampledRow = std::tuple<int32_t, double, std::vector<std::pair<int32_t, double>>>;
+
+std::vector<SampledRow> sample(const Matrix& logits, const std::vector<RowToSample>& wanted,
+                               ThreadPool* pool) {
+  const size_t vocab = logits.shape(1);
+  std::vector<SamplerRow> rows;
+  for (const auto& [index, state, processed, banned, top] : wanted) {
+    if (index >= logits.shape(0) || (processed && processed->size() != vocab) || vocab == 0)
+      throw nb::value_error("a row is outside of the logits, or has not as many");
+    SamplerRow row{*state, {logits.data() + index * vocab, vocab}, {}, banned, top};
+    if (processed) row.processed = {processed->data(), vocab};
+    rows.push_back(row);
+  }
+  std::vector<Choice> choices;
+  {
+    const nb::gil_scoped_release release;
+    choices = choose(rows, pool);
+  }
+  std::vector<SampledRow> sampled;
+  for (Choice& c : choices) sampled.emplace_back(c.token, c.logprob, std::move(c.top));
+  return sampled;
 }
 
 double read_bandwidth_py(size_t threads) {
@@ -249,14 +287,44 @@ NB_MODULE(_native, m) {
       "root"_a = "");
   m.def("read_bandwidth", &read_bandwidth_py, "threads"_a);
   m.def("peak_rates", &peak_rates, "isa"_a, "threads"_a);
-  m.def("sample", &sample_py, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
-        "seed"_a, "position"_a);
 
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<size_t>(), "threads"_a)
       .def_prop_ro("threads", &ThreadPool::threads);
 
   nb::class_<Arena>(m, "Arena").def(nb::init<>());
+
+  using Options = SamplingOptions;
+  nb::class_<Options>(m, "SamplingOptions")
+      .def(nb::init<>())
+      .def_rw("temperature", &Options::temperature)
+      .def_rw("top_k", &Options::top_k)
+      .def_rw("top_p", &Options::top_p)
+      .def_rw("min_p", &Options::min_p)
+      .def_rw("seed", &Options::seed)
+      .def_rw("bias", &Options::bias)
+      .def_rw("frequency", &Options::frequency)
+      .def_rw("presence", &Options::presence)
+      .def_rw("repetition", &Options::repetition)
+      .def_rw("dry_multiplier", &Options::dry_multiplier)
+      .def_rw("dry_base", &Options::dry_base)
+      .def_rw("dry_allowed_length", &Options::dry_allowed_length)
+      .def_rw("dry_range", &Options::dry_range);
+
+  nb::class_<SamplerState>(m, "SamplerState")
+      .def(nb::init<SamplingOptions, size_t>(), "options"_a, "prompt"_a)
+      .def(
+          "extend",
+          [](SamplerState& s, const std::vector<int32_t>& tokens, const nb::bytes& breaks) {
+            if (breaks.size() != 0 && breaks.size() != tokens.size())
+              throw nb::value_error("breaks must be empty or a byte a token");
+            s.extend(tokens, {static_cast<const uint8_t*>(breaks.data()), breaks.size()});
+          },
+          "tokens"_a, "breaks"_a)
+      .def("tokens", [](const SamplerState& s) { return new_vector<int32_t>(s.tokens()); })
+      .def_prop_ro("length", [](const SamplerState& s) { return s.tokens().size(); })
+      .def("adjusted", &adjusted, "logits"_a, "banned"_a);
+  m.def("sample", &sample, "logits"_a, "rows"_a, "pool"_a.none());
 
   nb::class_<Tile>(m, "Tile")
       .def_prop_ro("rows", &Tile::rows)

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,7 @@
 #include "half.h"
 #include "phases.h"
 #include "sampler.h"
+#include "weigh.h"
 
 using namespace squall;
 using namespace squall::test;
@@ -291,32 +293,68 @@ void test_pool() {
   }
 }
 
+int32_t sample(const std::vector<float>& logits, const SamplingOptions& options, size_t position) {
+  SamplerState state(options, 0);
+  state.extend(std::vector<int32_t>(position), {});
+  return choose({state, logits, {}, {}, 2}).token;
+}
+
 void test_sampler() {
   const std::vector<float> logits{1.0f, 3.0f, 3.0f, -2.0f, 0.5f};
-  const Sampling greedy{0, 0, 1, 0, 0}, free{1, 0, 1, 0, 7};
+  const SamplingOptions greedy{}, free{.temperature = 1, .seed = 7};
   expect(sample(logits, greedy, 0) == 1, "greedy takes the first of equals");
-  const auto always = [&](const Sampling& s, int32_t a, int32_t b) {
-    for (uint64_t p = 0; p < 200; ++p) {
+  const auto always = [&](const SamplingOptions& s, int32_t a, int32_t b) {
+    for (size_t p = 0; p < 200; ++p) {
       const int32_t id = sample(logits, s, p);
       if (id != a && id != b) return false;
     }
     return true;
   };
-  expect(always({1, 1, 1, 0, 1}, 1, 1), "top_k 1");
-  expect(always({1, 2, 1, 0, 1}, 1, 2), "top_k 2");
-  expect(always({1, 0, 1e-9, 0, 1}, 1, 1), "a tiny top_p");
-  expect(always({1, 0, 1, 1, 1}, 1, 2), "min_p 1");
-  std::vector<int> seen(logits.size());
-  for (uint64_t p = 0; p < 20000; ++p) ++seen[static_cast<size_t>(sample(logits, free, p))];
-  expect(std::abs(seen[1] - 8880) < 300 && std::abs(seen[0] - 1202) < 150, "frequencies");
-  expect(sample(logits, free, 5) == sample(logits, free, 5), "the same draw twice");
+  expect(always({.temperature = 1, .top_k = 1}, 1, 1), "top_k 1");
+  expect(always({.temperature = 1, .top_k = 2}, 1, 2), "top_k 2");
+  expect(always({.temperature = 1, .top_p = 1e-9}, 1, 1), "a tiny top_p");
+  expect(always({.temperature = 1, .min_p = 1}, 1, 2), "min_p 1");
   const float nan = std::nanf(""), inf = INFINITY;
-  for (const auto& odd :
-       {std::vector{nan, 1.0f}, {inf, 1.0f}, {-inf, -inf}, {nan, nan}, {inf, inf}})
-    for (const Sampling& s : {greedy, free, Sampling{1, 1, 0.5, 0.1, 3}}) {
+  for (const auto& odd : {std::vector{nan, 1.0f}, {inf, 1.0f}, {-inf, -inf}, {nan, nan}})
+    for (const SamplingOptions& s : {greedy, free, SamplingOptions{1, 1, 0.5, 0.1, 3}}) {
       const int32_t id = sample(odd, s, 1);
-      expect(id == 0 || id == 1, "strange logits still give a token");
+      expect(id == (odd[0] == inf ? 0 : odd[1] == 1.0f ? 1 : -1), "strange logits");
     }
+}
+
+// Sizes around a block, every filter, tokens outside of the vocabulary.
+void test_sampler_sizes() {
+  SamplingOptions all{0.7, 3, 0.9, 0.01, 5, 0.5, 0.5, 1.1, 1.0, 1.75, 1};
+  all.bias = {{2, 1.0}, {5000, 1.0}, {-1, 1.0}};
+  SamplerState full(all, 4), free({.temperature = 1, .top_p = 0.8}, 0);
+  full.extend(std::vector<int32_t>{1, 2, -7, 1, 5000, 2, 1, 2, 1}, {});
+  const std::vector<int32_t> banned{0, -1, 70000};
+  ThreadPool pool(2);
+  for (const size_t vocab : {2, 63, 64, 65, 1000}) {
+    const std::vector<float> logits = floats(vocab, 3.0f);
+    std::vector<SamplerRow> rows;
+    for (const SamplerState* state : {&full, &free})
+      for (const int top : {-1, 0, 20}) rows.push_back({*state, logits, {}, banned, top});
+    const std::vector<Choice> choices = choose(rows, &pool);
+    for (size_t i = 0; i < rows.size(); ++i)
+      expect(choices[i].token > 0 && choices[i].token == choose(rows[i]).token, "a row alone");
+  }
+}
+
+void test_weigh() {
+  std::vector<float> x = floats(100000, 30.0f);
+  for (float& v : x) v = -std::abs(v);
+  x.insert(x.end(), {0.0f, -0.0f, -INFINITY, std::nanf(""), -85.0f, -3e38f, -1e-40f});
+  std::vector<float> expected(x.size()), found(x.size());
+  weigh_variants().front()(x.data(), x.size(), 0.0f, 1.0f, expected.data());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double exact = x[i] > -85.0f ? std::exp(double{x[i]}) : 0.0;
+    expect(std::abs(expected[i] - exact) <= 3e-7 * exact, "exp " + std::to_string(x[i]));
+  }
+  for (const Weigh variant : weigh_variants()) {
+    variant(x.data(), x.size(), 0.0f, 1.0f, found.data());
+    expect(std::memcmp(found.data(), expected.data(), 4 * x.size()) == 0, "variants of weigh");
+  }
 }
 
 }  // namespace
@@ -331,6 +369,8 @@ int main(int count, char** arguments) {
   test_pool();
   test_sampler();
   test_kernels();
+  test_sampler_sizes();
+  test_weigh();
   const Model model;
   test_rejected(model);
   for (const std::string_view isa : isas()) test_program(model, isa);

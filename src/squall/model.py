@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 BLOCK_SIZE = 16
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
-GREEDY = Sampling(0, 0, 1, 0, 0)
+GREEDY = Sampling(temperature=0, seed=0)
 _TEMPLATE = "tokenizer.chat_template"
 
 
@@ -90,19 +90,12 @@ class Model:
         """
         checkpoint = open_gguf(locate(path))
         recipe = recipes.load(checkpoint)
-        bytes_per_token = token_bytes(recipe.decoder, kv_dtype)
-        size = choose_context(
-            context,
-            trained=recipe.decoder.context,
-            bytes_per_token=bytes_per_token,
-            weight_bytes=checkpoint.size_bytes,
-        )
-        room = choose_kv_tokens(
-            kv_tokens,
-            context=size,
-            bytes_per_token=bytes_per_token,
-            weight_bytes=checkpoint.size_bytes,
-        )
+        memory = {
+            "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
+            "weight_bytes": checkpoint.size_bytes,
+        }
+        size = choose_context(context, trained=recipe.decoder.context, **memory)
+        room = choose_kv_tokens(kv_tokens, context=size, **memory)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
         tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
         executor = NativeExecutor(

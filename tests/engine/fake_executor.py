@@ -27,7 +27,7 @@ class FakeExecutor:
     `fail` is raised by the next step. After `hold` the next step waits; `let` lets some go.
     """
 
-    threads, isa, weight_bytes, kv_bytes = 1, "none", 0, 0
+    threads, pool, isa, weight_bytes, kv_bytes = 1, None, "none", 0, 0
 
     def __init__(
         self,

@@ -16,10 +16,10 @@ from fake_executor import VOCAB, FakeExecutor, expected
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.request import CacheScope, Piece, Request, Scoring
-from squall.engine.sampling import Sampling
+from squall.engine.sampling import RowSampling, Sampled, SamplerState, Sampling, sample_rows
 from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
 
-GREEDY = Sampling(0, 0, 1, 0, 0)
+GREEDY = Sampling(temperature=0, seed=0)
 
 
 class Numbers:
@@ -49,8 +49,12 @@ def request(ids: list[int], **options: object) -> Request:
 def alone(wanted: Request) -> list[int]:
     """What the answer has to be, by definition."""
     ids = list(wanted.ids)
+    state = SamplerState(wanted.sampling, ids)
     for _ in range(wanted.max_tokens or 0):
-        ids.append(wanted.sampling.pick(expected(ids), len(ids)))
+        (sampled,) = sample_rows(expected(ids)[None], [RowSampling(state)])
+        assert isinstance(sampled, Sampled)
+        state.append(sampled.token)
+        ids.append(sampled.token)
     return ids[len(wanted.ids) :]
 
 
@@ -94,7 +98,7 @@ def test_any_schedule_gives_the_same_tokens(
         request(
             stems[rng.integers(3)][: rng.integers(31)] + rng.integers(VOCAB, size=2).tolist(),
             max_tokens=int(rng.integers(1, 16)),
-            sampling=Sampling(float(rng.integers(3)), 0, 0.9, 0, int(rng.integers(9))),
+            sampling=Sampling(float(rng.integers(3)), top_p=0.9, seed=int(rng.integers(9))),
         )
         for _ in range(40)
     ]
@@ -117,7 +121,9 @@ def test_any_schedule_gives_the_same_tokens(
 
 def test_pieces(engine: Engine) -> None:
     """Text, ids and log-probabilities of all pieces together are the answer's."""
-    wanted = request([1, 2], max_tokens=30, sampling=Sampling(1, 0, 1, 0, 0), logprobs=3)
+    wanted = request(
+        [1, 2], max_tokens=30, sampling=Sampling(temperature=1, top_p=1, seed=0), logprobs=3
+    )
     pieces = list(Generation(engine, wanted))
     ids = [token for piece in pieces for token in piece.ids]
     assert ids == alone(wanted)
@@ -148,7 +154,7 @@ def test_row_16_stops(executor: FakeExecutor) -> None:
         assert generation.ids == ids[:length]
         assert generation.finish_reason == ("stop" if length < 10 else "length")
         assert text == "".join(f"{i} " for i in ids[: length - (length < 10)])
-    few = Generation(engine, request([3], sampling=Sampling(0, 0, 1, 0, 0, min_tokens=7)))
+    few = Generation(engine, request([3], sampling=Sampling(temperature=0, seed=0, min_tokens=7)))
     few.read()
     assert len(few.ids) >= 7
     assert ids[4] not in few.ids[:7]

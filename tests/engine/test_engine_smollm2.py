@@ -29,7 +29,7 @@ def requests() -> list[Request]:
         for i in range(REQUESTS):
             own = model.encode(" ".join(chosen.choices(WORDS, k=chosen.randint(1, 30))))
             begin = stem[: chosen.choice([0, 0, 0, 20, 100])]
-            sampling = Sampling(0 if i % 2 else 0.9, 0, 0.95, 0, i)
+            sampling = Sampling(temperature=0 if i % 2 else 0.9, top_p=0.95, seed=i)
             options = {"max_tokens": chosen.randint(4, 40), "logprobs": 0, "ignore_eos": True}
             made.append(Request(ids=begin + own, sampling=sampling, **options))
     return made
@@ -85,7 +85,7 @@ def test_row_33_a_long_prompt_while_answers_run() -> None:
             return step(batch)
 
         model.executor.step = counted  # type: ignore[method-assign]
-        greedy = Sampling(0, 0, 1, 0, 0)
+        greedy = Sampling(temperature=0, seed=0)
         streams = [
             Generation(
                 model.engine,

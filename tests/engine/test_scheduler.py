@@ -11,7 +11,7 @@ from squall.engine.sampling import Sampling
 from squall.engine.scheduler import Chunk, Limits, Pace, Scheduler
 
 SIZE = 4
-GREEDY = Sampling(0, 0, 1, 0, 0)
+GREEDY = Sampling(temperature=0, seed=0)
 
 
 def ignore(first: int, rows: object) -> None:

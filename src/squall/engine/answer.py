@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from squall.engine.draw import RowSampling, Sampled, SamplerState
 from squall.engine.request import FinishReason, Logits, Piece, Progress, Request, Usage
+from squall.engine.sampling import RowSampling, Sampled, SamplerState
 from squall.engine.scheduler import Chunk
 
 Sink = Callable[[Piece], None]

@@ -15,11 +15,12 @@ from typing import Protocol
 
 import numpy as np
 
+from squall._native import ThreadPool
 from squall.batch import Batch
 from squall.engine.answer import Answer, Sink, Stream
-from squall.engine.draw import sample_rows
 from squall.engine.prefix_cache import PrefixCache
 from squall.engine.request import FinishReason, Logits, Progress, Request
+from squall.engine.sampling import sample_rows
 from squall.engine.scheduler import Chunk, Limits, Scheduler
 from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
 
@@ -34,6 +35,9 @@ class Executor(Protocol):
 
     @property
     def threads(self) -> int: ...
+
+    @property
+    def pool(self) -> ThreadPool | None: ...
 
     @property
     def isa(self) -> str: ...
@@ -385,7 +389,7 @@ class Engine:
         if len(rows) < len(logits):
             logits = logits[rows]
         called_s = time.perf_counter()
-        found = sample_rows(logits, [answer.row() for answer, _ in due])
+        found = sample_rows(logits, [answer.row() for answer, _ in due], pool=self.executor.pool)
         self._counts.sampling_s += time.perf_counter() - called_s
         for (answer, _), sampled in zip(due, found, strict=True):
             try:

@@ -10,8 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.engine.draw import Sampled
-from squall.engine.sampling import Sampling
+from squall.engine.sampling import Sampled, Sampling
 from squall.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

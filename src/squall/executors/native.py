@@ -262,7 +262,7 @@ class NativeExecutor:
         self.max_rows = max_rows
         self.max_outputs = max_outputs
         self.isa = _isa()
-        pool = _native.ThreadPool(threads or _native.default_threads()[0])
+        self.pool = pool = _native.ThreadPool(threads or _native.default_threads()[0])
         self.threads = pool.threads
         self._kept = {value.name: value.id for value in program.values if value.name in keep}
         if missing := set(keep) - self._kept.keys():
