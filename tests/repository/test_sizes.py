@@ -10,7 +10,7 @@ from project import ROOT, modules
 
 BUDGETS = {
     "src/squall/checkpoints": 900,
-    "src/squall/cli": 900,
+    "src/squall/cli": 1000,
     "src/squall/engine": 1800,
     "src/squall/executors": 700,
     "src/squall/quant": 700,

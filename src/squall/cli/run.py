@@ -13,6 +13,8 @@ from squall.cli.options import (
     ContextSize,
     File,
     Folder,
+    KvDtype,
+    KvDtypeOption,
     Threads,
     Weights,
     WeightsOption,
@@ -79,6 +81,7 @@ def run(
     context: ContextSize = None,
     threads: Threads = None,
     weights: WeightsOption = Weights.packed,
+    kv_dtype: KvDtypeOption = KvDtype.f16,
 ) -> None:
     """Ask a model, or chat with it.
 
@@ -93,7 +96,9 @@ def run(
     settings = Settings(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
     path = source(file, model)
     try:
-        with open_model(path, context=context, threads=threads, weights=weights) as opened:
+        with open_model(
+            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype
+        ) as opened:
             if chat_template is not None:
                 opened.set_chat_template(read_text(chat_template))
             if prompt is None:
