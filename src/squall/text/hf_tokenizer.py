@@ -124,7 +124,7 @@ def _repair(library: Any, files: _Files) -> None:
             known[i] = (content, {})
     for key, value in decoder.items() if isinstance(decoder, dict) else ():
         named = token_text(value)
-        if key.isdecimal() and named is not None and isinstance(value, dict):
+        if key.isdecimal() and len(key) < 10 and named is not None and isinstance(value, dict):
             known[int(key)] = (named, value)
     for i, (text, flags) in sorted(known.items()):
         if library.token_to_id(text) is not None:
