@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from mmap import mmap
 from struct import Struct
 from typing import Any
 
@@ -18,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints.base import Field, Scalar, TensorInfo
+from squall.checkpoints.mapped import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.quant import FORMATS, UNSUPPORTED
-
-Buffer = mmap | bytes
 
 # At least twice what the largest known models need (a vocabulary of 262 k with 515 k merges).
 MAX_HEADER_BYTES = 32 << 20
