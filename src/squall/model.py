@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from squall import decoder, recipes
 from squall.checkpoints import Checkpoint, open_gguf
+from squall.checkpoints.hub import Hub
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig, Executor
 from squall.engine.generation import Generation
@@ -74,9 +75,10 @@ class Model:
         kv_dtype: CacheType = "f16",
         kv_tokens: int | None = None,
         engine: EngineConfig | None = None,
+        hub: Hub | None = None,
         progress: Progress | None = None,
     ) -> Model:
-        """Open a GGUF file, a folder with one, or, without `path`, the default model.
+        """Open a GGUF file, a folder with one, a model of the hub, or, without `path`, the default.
 
         context: tokens of prompt and answer together; by default what the model was trained for,
             up to 8192 and to half of the free memory.
@@ -87,9 +89,10 @@ class Model:
         kv_tokens: tokens of all requests together that the KV cache has room for; by default one
             whole context.
         engine: how many requests run and wait, and what is kept.
+        hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
         progress: called with (bytes loaded, bytes in all).
         """
-        checkpoint = open_gguf(locate(path))
+        checkpoint = open_gguf(locate(path, hub, progress))
         recipe = recipes.load(checkpoint)
         memory = {
             "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),

@@ -275,11 +275,11 @@ def _endpoint() -> str | None:
 
 def _bar(report: Callable[[int], None]) -> type[Any]:
     """A progress bar that shows nothing and reports the bytes so far."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    class Bar(tqdm):  # type: ignore[misc, type-arg]
+    class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": True})
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
             self.count = options.get("initial") or 0
 
         def update(self, n: float | None = 1) -> None:

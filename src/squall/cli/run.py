@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from squall.checkpoints.hub import Hub
 from squall.cli.options import (
     ContextSize,
     File,
     Folder,
     KvDtype,
     KvDtypeOption,
+    Offline,
+    Revision,
     Threads,
+    TokenSource,
     Weights,
     WeightsOption,
     open_model,
@@ -85,6 +89,9 @@ def run(
     threads: Threads = None,
     weights: WeightsOption = Weights.packed,
     kv_dtype: KvDtypeOption = KvDtype.f16,
+    revision: Revision = "main",
+    token_source: TokenSource = "cache",
+    offline: Offline = False,
 ) -> None:
     """Ask a model, or chat with it.
 
@@ -97,10 +104,10 @@ def run(
     squall run
     """
     settings = Settings(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
-    path = source(file, model)
+    path, hub = source(file, model), Hub(revision, token_source, offline)
     try:
         with open_model(
-            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype
+            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype, hub=hub
         ) as opened:
             if chat_template is not None:
                 opened.set_chat_template(chat_template)
