@@ -225,9 +225,7 @@ class Model:
         }
         request = Request(
             ids=self._prompt_ids(prompt),
-            sampling=self.defaults.sampling(
-                {**given, "seed": random_seed() if seed is None else seed}
-            ),
+            sampling=self.defaults.sampling(given),
             max_tokens=max_tokens,
             stop=_check_stop(stop),
             continues=not _is_chat(prompt),

@@ -293,6 +293,13 @@ def test_truncation_and_padding_of_the_file_are_off(strings: list[str], tmp_path
     assert len(ours.encode("a")) == 1
 
 
+def test_a_character_is_text_even_if_it_pads(strings: list[str], tmp_path: Path) -> None:
+    library = bytelevel(strings[:200])
+    library.add_special_tokens(["!"])
+    ours = HfTokenizer.from_folder(save(tmp_path, library, pad_token="!"))
+    assert ours.decode(ours.encode("Hi! There!"), skip_specials=True) == "Hi! There!"
+
+
 def test_another_file_may_be_named(strings: list[str], tmp_path: Path) -> None:
     save(tmp_path, bytelevel(strings[:200]))
     other = tmp_path / "other.json"

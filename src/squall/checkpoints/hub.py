@@ -1,8 +1,9 @@
 """Models of the Hugging Face hub: an id to files here, downloaded once.
 
 The listing of a repository decides what is fetched, and only names that are known to be needed
-pass; so no name from outside becomes a path. A model in the cache is opened without a connection
-if `offline` says so.
+pass; so no name from a repository becomes a path. The server itself (HF_ENDPOINT) is trusted: the
+library names files of the cache after its ETags. A model in the cache is opened without a
+connection if `offline` says so.
 """
 
 from __future__ import annotations

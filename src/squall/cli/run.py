@@ -69,12 +69,8 @@ def run(
         float | None, typer.Option(help="0: always the likeliest token. By default the model's.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest; 0: off.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Only the likeliest that sum to p; 1: off.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Only those p times as likely as the first; 0: off.")
-    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="The likeliest of sum p; 1: off.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Those of p times the first; 0: off.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,

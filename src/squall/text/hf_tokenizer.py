@@ -27,7 +27,7 @@ MAX_ID = 1 << 24
 _LONG = 1 << 14  # characters; from here on the batch call pays, which tracks no offsets
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NOTHING = {"type": "BPE", "vocab": {}, "merges": []}
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_NAMES = ("bos_token", "eos_token", "unk_token")
 
 
 class HfTokenizer(Tokenizer):
@@ -162,11 +162,12 @@ def _mark_special(library: Any, files: _Files) -> None:
             library.add_special_tokens([AddedToken(text, special=True, normalized=False, **strips)])
 
 
-def _named(library: Any, files: _Files) -> list[int | None]:
+def _named(library: Any, files: _Files) -> list[int]:
     """The ids that the configurations call the end."""
     text = token_text(files.config.get("eos_token"))
     named = [library.token_to_id(text)] if text else []
-    return [*named, *(i for i in files.ids("eos_token_id") if library.id_to_token(i) is not None)]
+    named += [i for i in files.ids("eos_token_id") if library.id_to_token(i) is not None]
+    return [i for i in named if i is not None]
 
 
 def _vocabulary(library: Any, files: _Files) -> Vocabulary:
@@ -178,7 +179,8 @@ def _vocabulary(library: Any, files: _Files) -> Vocabulary:
     for text, i in by_text.items():
         tokens[i] = text
     added = library.get_added_tokens_decoder()
-    controls = {token.content for token in added.values() if token.special}
+    # One character, such as a "!" for padding, is text that people write.
+    controls = {t.content for t in added.values() if t.special and len(t.content) > 1}
     for i, token in added.items():
         tokens[i], types[i] = token.content, USER_DEFINED
     for i in range(size):
