@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from squall import decoder, recipes
 from squall.checkpoints import Checkpoint, open_gguf
+from squall.checkpoints.hub import Hub
+from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig, Executor
 from squall.engine.generation import Generation
 from squall.engine.memory import choose_context, choose_kv_tokens, token_bytes
 from squall.engine.request import Request, Scoring
-from squall.engine.sampling import MIN_P, TEMPERATURE, TOP_K, TOP_P, Sampling, random_seed
+from squall.engine.sampling import Sampling, random_seed
 from squall.errors import InvalidRequest
 from squall.executors.native import CacheType, NativeExecutor
 from squall.locate import locate
@@ -36,7 +38,6 @@ BLOCK_SIZE = 16
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
 GREEDY = Sampling(temperature=0, seed=0)
-_TEMPLATE = "tokenizer.chat_template"
 
 
 class Model:
@@ -55,6 +56,7 @@ class Model:
         tokenizer: Tokenizer,
         engine: Engine,
     ) -> None:
+        self.defaults = GenerationDefaults.from_folder(checkpoint.path)
         self.checkpoint = checkpoint
         self.architecture = recipe.architecture
         self.spec: Decoder = recipe.decoder
@@ -73,9 +75,10 @@ class Model:
         kv_dtype: CacheType = "f16",
         kv_tokens: int | None = None,
         engine: EngineConfig | None = None,
+        hub: Hub | None = None,
         progress: Progress | None = None,
     ) -> Model:
-        """Open a GGUF file, a folder with one, or, without `path`, the default model.
+        """Open a GGUF file, a folder with one, a model of the hub, or, without `path`, the default.
 
         context: tokens of prompt and answer together; by default what the model was trained for,
             up to 8192 and to half of the free memory.
@@ -86,9 +89,10 @@ class Model:
         kv_tokens: tokens of all requests together that the KV cache has room for; by default one
             whole context.
         engine: how many requests run and wait, and what is kept.
+        hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
         progress: called with (bytes loaded, bytes in all).
         """
-        checkpoint = open_gguf(locate(path))
+        checkpoint = open_gguf(locate(path, hub, progress))
         recipe = recipes.load(checkpoint)
         memory = {
             "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
@@ -143,9 +147,8 @@ class Model:
         return ChatTemplate.from_gguf(self.checkpoint.metadata)
 
     def set_chat_template(self, source: str) -> None:
-        """Use this Jinja template instead of the file's."""
-        others = {k: v for k, v in self.checkpoint.metadata.items() if not k.startswith(_TEMPLATE)}
-        self.chat_template = ChatTemplate.from_gguf(others | {_TEMPLATE: source})
+        """Use another template: a name such as "chatml", a .jinja or .json file, or Jinja."""
+        self.chat_template = self.chat_template.replaced(source)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text; control tokens in it are not special. BOS if it is used."""
@@ -193,10 +196,10 @@ class Model:
         prompt: Prompt,
         *,
         max_tokens: int | None = None,
-        temperature: float = TEMPERATURE,
-        top_k: int = TOP_K,
-        top_p: float = TOP_P,
-        min_p: float = MIN_P,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Generation:
@@ -207,15 +210,22 @@ class Model:
 
         max_tokens: at most so many, and no more than the context leaves, which is the default.
         temperature: 0 always takes the likeliest token. `top_k` 0, `top_p` 1, `min_p` 0 mean "off".
+            What is None is as `defaults` has it, or as `Sampling` has it.
         seed: by default random, and told by the result. The same seed gives the same answer.
         stop: strings that end the answer and are not part of it.
         """
         if max_tokens is not None and max_tokens < 1:
             raise InvalidRequest(f"max_tokens is {max_tokens}; it must be at least 1")
-        seed = random_seed() if seed is None else seed
+        given = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": random_seed() if seed is None else seed,
+        }
         request = Request(
             ids=self._prompt_ids(prompt),
-            sampling=Sampling(temperature, top_k, top_p, min_p, seed),
+            sampling=self.defaults.sampling(given),
             max_tokens=max_tokens,
             stop=_check_stop(stop),
             continues=not _is_chat(prompt),

@@ -58,7 +58,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     ("arguments", "message"),
     [
         (["-f", "missing.gguf"], "'missing.gguf' does not exist"),
-        (["-m", "owner/model"], "does not download from a model hub yet"),
+        (["-m", "owner/model", "--offline"], "owner/model is not, or not wholly, in the cache"),
         (["-f", "a.gguf", "-m", "b"], "give one of them"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--max-tokens", "0"], "max_tokens is 0"),

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "text": {"errors"},
     "engine": {"errors", "spec", "batch", "text", "_native"},
     "embedded": {"errors"},
-    "locate": {"errors", "embedded"},
+    "locate": {"errors", "embedded", "checkpoints"},
     "measure": {
         "errors", "batch", "recipes", "decoder", "checkpoints", "executors", "engine", "locate",
         "_native",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from squall.checkpoints.hub import TOKEN_SOURCES, Hub
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ File = Annotated[
 ]
 Folder = Annotated[
     str | None,
-    typer.Option("-m", "--model", metavar="DIR_OR_ID", help="A folder with one GGUF model."),
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="DIR_OR_ID",
+        help="A folder with one GGUF model, or a model of the hub: owner/name, owner/name:file.",
+    ),
 ]
 Threads = Annotated[
     int | None,
@@ -36,6 +42,12 @@ ContextSize = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Tokens of prompt and answer together."),
 ]
+Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a model of the hub.")]
+TokenSource = Annotated[
+    str,
+    typer.Option(help=f"The hub's token: {TOKEN_SOURCES}.", metavar="SOURCE"),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Use the hub's cache; no connection.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -78,6 +90,7 @@ def open_model(
     threads: int | None = None,
     weights: Weights = Weights.packed,
     kv_dtype: KvDtype = KvDtype.f16,
+    hub: Hub | None = None,
 ) -> Model:
     """Open a model; a terminal is told how far it is."""
     from squall.model import Model
@@ -89,6 +102,7 @@ def open_model(
             threads=threads,
             weights=weights.value,
             kv_dtype=kv_dtype.value,
+            hub=hub,
             progress=shown,
         )
 

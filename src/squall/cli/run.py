@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from squall.checkpoints.hub import Hub
 from squall.cli.options import (
     ContextSize,
     File,
     Folder,
     KvDtype,
     KvDtypeOption,
+    Offline,
+    Revision,
     Threads,
+    TokenSource,
     Weights,
     WeightsOption,
     open_model,
-    read_text,
     source,
 )
 
@@ -35,10 +37,10 @@ class Settings:
     """How answers are made."""
 
     max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
     seed: int | None
     stop: tuple[str, ...]
 
@@ -63,17 +65,18 @@ def run(
     file: File = None,
     model: Folder = None,
     max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest that sum to p; 1: off.")] = 0.95,
-    min_p: Annotated[
-        float, typer.Option(help="Only tokens at least p times as likely as the first; 0: off.")
-    ] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: always the likeliest token. By default the model's.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest; 0: off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="The likeliest of sum p; 1: off.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Those of p times the first; 0: off.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     chat_template: Annotated[
-        Path | None, typer.Option(help="A Jinja file to use instead of the model's own template.")
+        str | None,
+        typer.Option(help="Instead of the model's: a .jinja or .json file, Jinja, or a name."),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text; no chat template.")
@@ -82,6 +85,9 @@ def run(
     threads: Threads = None,
     weights: WeightsOption = Weights.packed,
     kv_dtype: KvDtypeOption = KvDtype.f16,
+    revision: Revision = "main",
+    token_source: TokenSource = "cache",
+    offline: Offline = False,
 ) -> None:
     """Ask a model, or chat with it.
 
@@ -94,13 +100,13 @@ def run(
     squall run
     """
     settings = Settings(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
-    path = source(file, model)
+    path, hub = source(file, model), Hub(revision, token_source, offline)
     try:
         with open_model(
-            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype
+            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype, hub=hub
         ) as opened:
             if chat_template is not None:
-                opened.set_chat_template(read_text(chat_template))
+                opened.set_chat_template(chat_template)
             if prompt is None:
                 from squall.cli.chat import Chat
 
