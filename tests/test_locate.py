@@ -31,10 +31,15 @@ def test_a_folder_with_a_split_one(tmp_path: Path) -> None:
     assert locate(tmp_path) == tmp_path / "a-00001-of-00002.gguf"
 
 
+def test_a_folder_with_a_config(tmp_path: Path) -> None:
+    assert locate(make(tmp_path, "config.json", "model.safetensors")) == tmp_path
+    assert locate(make(tmp_path, "a.gguf")) == tmp_path / "a.gguf"
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "has no GGUF file"),
+        ([], r"has no GGUF file and no config\.json"),
         (["a.gguf", "b.gguf"], r"2 models; name one of them: a\.gguf, b\.gguf"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which file is meant: a GGUF file, a folder with one, a model of the hub, or the default."""
+"""What is meant: a GGUF file, a folder of a model, a model of the hub, or the default."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def locate(
     hub: Hub | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """The GGUF file to open; of a split file its first part.
+    """What to open: a GGUF file, of a split one the first part, or a folder with config.json.
 
     What is here wins over a model of the hub, which is `owner/name` or `owner/name:file`.
     """
@@ -28,26 +28,29 @@ def locate(
         return embedded.find()
     chosen = Path(path).expanduser()
     if chosen.is_dir():
-        return _only_file(chosen)
+        return _in_folder(chosen)
     if chosen.is_file():
         return chosen
     if not is_id(str(path)):
         raise ModelNotFound(
-            f"{str(path)!r} does not exist; name a GGUF file, a folder with one, or a model of the "
-            "hub as owner/name or owner/name:file"
+            f"{str(path)!r} does not exist; name a GGUF file, the folder of a model, or a model of "
+            "the hub as owner/name or owner/name:file"
         )
     fetched = (hub or Hub()).fetch(str(path), progress)
-    return _only_file(fetched) if fetched.is_dir() else fetched
+    return _in_folder(fetched) if fetched.is_dir() else fetched
 
 
-def _only_file(folder: Path) -> Path:
+def _in_folder(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if file.suffix == ".gguf")
     models = [
         file for file in found if (part := _PART.search(file.name)) is None or part[1] == "00001"
     ]
+    if not models and (folder / "config.json").is_file():
+        return folder
     if not models:
         raise ModelNotFound(
-            f"{folder} has no GGUF file; Squall reads GGUF. Name a file with the ending .gguf."
+            f"{folder} has no GGUF file and no config.json; "
+            "name a file with the ending .gguf, or a folder as transformers saves it"
         )
     if len(models) > 1:
         names = ", ".join(file.name for file in models)

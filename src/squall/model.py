@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall import decoder, recipes
-from squall.checkpoints import Checkpoint, open_gguf
+from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.checkpoints.hub import Hub
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig, Executor
@@ -27,6 +27,7 @@ from squall.program import Program
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatTemplate
+from squall.text.hf_tokenizer import HfTokenizer
 from squall.text.stream import TextStream
 from squall.text.tokenizer import Tokenizer
 
@@ -75,10 +76,11 @@ class Model:
         kv_dtype: CacheType = "f16",
         kv_tokens: int | None = None,
         engine: EngineConfig | None = None,
+        architecture: str | None = None,
         hub: Hub | None = None,
         progress: Progress | None = None,
     ) -> Model:
-        """Open a GGUF file, a folder with one, a model of the hub, or, without `path`, the default.
+        """Open a GGUF file, the folder of a model, a model of the hub; without `path` the default.
 
         context: tokens of prompt and answer together; by default what the model was trained for,
             up to 8192 and to half of the free memory.
@@ -89,11 +91,12 @@ class Model:
         kv_tokens: tokens of all requests together that the KV cache has room for; by default one
             whole context.
         engine: how many requests run and wait, and what is kept.
+        architecture: such as "mistral", in place of what a folder's config.json says.
         hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
         progress: called with (bytes loaded, bytes in all).
         """
-        checkpoint = open_gguf(locate(path, hub, progress))
-        recipe = recipes.load(checkpoint)
+        checkpoint = open_checkpoint(locate(path, hub, progress))
+        recipe = recipes.load(checkpoint, architecture)
         memory = {
             "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
             "weight_bytes": checkpoint.size_bytes,
@@ -101,7 +104,7 @@ class Model:
         size = choose_context(context, trained=recipe.decoder.context, **memory)
         room = choose_kv_tokens(kv_tokens, context=size, **memory)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
-        tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
+        tokenizer = open_tokenizer(checkpoint)
         executor = NativeExecutor(
             program,
             checkpoint,
@@ -144,7 +147,9 @@ class Model:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The chat template: the file's, unless another one is assigned."""
-        return ChatTemplate.from_gguf(self.checkpoint.metadata)
+        if self.checkpoint.kind == "gguf":
+            return ChatTemplate.from_gguf(self.checkpoint.metadata)
+        return ChatTemplate.from_folder(self.checkpoint.path, controls=self.tokenizer.controls)
 
     def set_chat_template(self, source: str) -> None:
         """Use another template: a name such as "chatml", a .jinja or .json file, or Jinja."""
@@ -225,7 +230,9 @@ class Model:
         }
         request = Request(
             ids=self._prompt_ids(prompt),
-            sampling=self.defaults.sampling(given),
+            sampling=self.defaults.sampling(
+                {**given, "seed": random_seed() if seed is None else seed}
+            ),
             max_tokens=max_tokens,
             stop=_check_stop(stop),
             continues=not _is_chat(prompt),
@@ -278,6 +285,13 @@ class Model:
     def _score(self, ids: list[int], scoring: Scoring, *, chunk: int | None = None) -> None:
         request = Request(ids=ids, sampling=GREEDY, max_tokens=0, scoring=scoring, chunk=chunk)
         Generation(self.engine, request).read()
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of a checkpoint, from where its kind has it."""
+    if checkpoint.kind == "gguf":
+        return Tokenizer.from_gguf(checkpoint.metadata)
+    return HfTokenizer.from_folder(checkpoint.path)
 
 
 def _log_softmax_at(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float64]:

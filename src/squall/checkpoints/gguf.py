@@ -13,13 +13,13 @@ from types import MappingProxyType
 import numpy as np
 
 from squall.checkpoints.base import Checkpoint, Header, Pages, Tensor, TensorInfo
+from squall.checkpoints.files import quote
 from squall.checkpoints.gguf_header import (
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     Entry,
     PartHeader,
     parse_header,
-    quote,
 )
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint, UnsupportedModel
@@ -50,7 +50,7 @@ def open_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_gguf(path: str | os.PathLike[str]) -> Header:
     """Read metadata and tensor table; unlike `open_gguf`, with formats that Squall cannot run."""
     parts = _open_parts(Path(path))
     tensors: dict[str, TensorInfo] = {

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints.base import Field, Scalar, TensorInfo
+from squall.checkpoints.files import quote
 from squall.checkpoints.mapped import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.quant import FORMATS, UNSUPPORTED
@@ -101,11 +102,6 @@ class _Span:
     start: int
     count: int
     element: int | None = None
-
-
-def quote(name: str) -> str:
-    """A name from a file, safe to print and of bounded length."""
-    return repr(name if len(name) <= 80 else name[:80] + "...")
 
 
 class Cursor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from squall.checkpoints.gguf_header import quote
+from squall.checkpoints.files import quote
 from squall.checkpoints.mapped import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 
