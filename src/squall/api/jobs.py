@@ -336,8 +336,7 @@ def _request(
     tenant: str,
 ) -> Request:
     """What all answers to a prompt have in common."""
-    given = {name: getattr(request, name) for name in SAMPLING}
-    given = DRAW | {name: value for name, value in given.items() if value is not None}
+    given = DRAW | _present({name: getattr(request, name) for name in SAMPLING})
     sampling = Sampling(
         **given | ({"top_p": LEAST_TOP_P} if given["top_p"] == 0 else {}),
         top_k=0 if request.top_k == -1 else request.top_k,
@@ -354,16 +353,19 @@ def _request(
 
 
 def _dry(model: Model, request: ChatCompletionRequest | CompletionRequest) -> Dry | None:
-    dry = request.dry
-    if dry is None:
+    if request.dry_multiplier is None:
         return None
-    return model.dry(
-        dry.multiplier,
-        base=dry.base,
-        allowed_length=dry.allowed_length,
-        breakers=dry.sequence_breakers,
-        range=dry.range,
-    )
+    given = {
+        "base": request.dry_base,
+        "allowed_length": request.dry_allowed_length,
+        "breakers": request.dry_sequence_breakers,
+        "range": request.dry_range,
+    }
+    return model.dry(request.dry_multiplier, **_present(given))
+
+
+def _present(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _completion(
