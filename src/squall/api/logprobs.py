@@ -113,7 +113,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> Logprobs:
 def completion_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> CompletionLogprobs:
     """In the shape of completions."""
     return CompletionLogprobs(
-        tokens=tuple(_name(tokenizer.token_bytes(entry.token)) for entry in entries),
+        tokens=tuple(_name(_bytes(tokenizer, entry.token)) for entry in entries),
         token_logprobs=tuple(
             None if entry.logprob is None else _finite(entry.logprob) for entry in entries
         ),
@@ -128,15 +128,20 @@ def _table(tokenizer: Tokenizer, entry: Entry) -> dict[str, float] | None:
         return None
     table: dict[str, float] = {}
     for token, logprob in (*entry.top, (entry.token, entry.logprob)):
-        table.setdefault(_name(tokenizer.token_bytes(token)), _finite(logprob))
+        table.setdefault(_name(_bytes(tokenizer, token)), _finite(logprob))
     return table
 
 
 def _described(
     tokenizer: Tokenizer, token: int, logprob: float | None
 ) -> tuple[str, float, tuple[int, ...]]:
-    data = tokenizer.token_bytes(token)
+    data = _bytes(tokenizer, token)
     return data.decode("utf-8", "replace"), _finite(logprob), tuple(data)
+
+
+def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    # A model may have more logits than tokens.
+    return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
 
 
 def _name(data: bytes) -> str:
