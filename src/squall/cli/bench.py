@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.options import File, Folder, Json, Threads, source
+from squall.cli.options import File, Folder, Json, KvDtype, KvDtypeOption, Threads, source
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +32,7 @@ def bench(
         bool, typer.Option("--profile", help="Tell too where the time goes, by kind of op.")
     ] = False,
     threads: Threads = None,
+    kv_dtype: KvDtypeOption = KvDtype.f16,
     as_json: Json = False,
 ) -> None:
     """Measure prompt and answer tokens per second.
@@ -45,7 +46,7 @@ def bench(
     """
     from squall.measure import Bench, Plan, Roofline
 
-    plan = Plan(prompt_tokens, answer_tokens, depth, batch)
+    plan = Plan(prompt_tokens, answer_tokens, depth, batch, kv_dtype.value)
     opened = Bench.open(source(file, model), plan, threads=threads)
     results = opened.rates(repetitions)
     executor = opened.executor

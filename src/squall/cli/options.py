@@ -65,6 +65,18 @@ class Weights(str, Enum):
     f32 = "f32"
 
 
+class KvDtype(str, Enum):
+    """What the KV cache holds."""
+
+    f16 = "f16"
+    f32 = "f32"
+    q8_0 = "q8_0"
+
+
+KvDtypeOption = Annotated[
+    KvDtype,
+    typer.Option("--kv-dtype", help="KV cache; q8_0 takes half the memory, and costs little."),
+]
 WeightsOption = Annotated[
     Weights,
     typer.Option("--weights", help="f32: the file's exact values, for comparisons; slow."),
@@ -84,13 +96,19 @@ def open_model(
     context: int | None = None,
     threads: int | None = None,
     weights: Weights = Weights.packed,
+    kv_dtype: KvDtype = KvDtype.f16,
 ) -> Model:
     """Open a model; a terminal is told how far it is."""
     from squall.model import Model
 
     with progress("loading") as shown:
         return Model.open(
-            path, context=context, threads=threads, weights=weights.value, progress=shown
+            path,
+            context=context,
+            threads=threads,
+            weights=weights.value,
+            kv_dtype=kv_dtype.value,
+            progress=shown,
         )
 
 

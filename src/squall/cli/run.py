@@ -19,6 +19,8 @@ from squall.cli.options import (
     File,
     Folder,
     FrequencyPenalty,
+    KvDtype,
+    KvDtypeOption,
     MinP,
     PresencePenalty,
     RepetitionPenalty,
@@ -83,6 +85,7 @@ def run(
     context: ContextSize = None,
     threads: Threads = None,
     weights: WeightsOption = Weights.packed,
+    kv_dtype: KvDtypeOption = KvDtype.f16,
 ) -> None:
     """Ask a model, or chat with it.
 
@@ -104,7 +107,9 @@ def run(
     path = source(file, model)
     with (
         _interruptible(),
-        open_model(path, context=context, threads=threads, weights=weights) as opened,
+        open_model(
+            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype
+        ) as opened,
     ):
         if chat_template is not None:
             opened.set_chat_template(read_text(chat_template))
