@@ -222,6 +222,23 @@ def test_a_stop_string_takes_its_tokens_along(model: Model, stream: bool) -> Non
     assert len(tokens) == 3  # the space before "three" belongs to the token of it
 
 
+def test_streamed_tokens_begin_in_the_streamed_text(model: Model) -> None:
+    ids = model.encode("aba") + model.encode("bcd!")
+    pieces = [t for text in ("a", "b", "a", "b", "c", "d") for t in model.encode(text)]
+    fields = {"logits_processors": [forced([*pieces, *ids])], "stop": "abcd", "logprobs": 0}
+    whole = start_completion(model, completion(**fields)).response().choices[0]
+    fields["logits_processors"] = [forced([*pieces, *ids])]
+    parts = [c.choices[0] for c in start_completion(model, completion(**fields)).chunks()]
+    text, told = "", []
+    for part in parts:
+        text += part.text
+        told += part.logprobs.tokens if part.logprobs else ()
+        assert "".join(told) == text
+    assert (text, whole.text) == ("ab", "ab")
+    assert whole.logprobs is not None
+    assert list(whole.logprobs.tokens) == told
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_chunks_are_the_response(model: Model, n: int) -> None:
     whole = start_chat(model, chat(n=n, logprobs=True, top_logprobs=2)).response()

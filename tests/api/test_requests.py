@@ -41,7 +41,7 @@ def completion(**fields: Any) -> CompletionRequest:
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_schemas": ["{}"]}, "tool_schemas"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": ToolChoice.Auto}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )

@@ -61,7 +61,7 @@ class Tokens:
         self._wanted = wanted
         self._stream = TextStream(tokenizer, at_start=at_start)
         self._length = 0
-        self._told = 0
+        self._told = self._prompt = 0
         self._sum, self._count = 0.0, 0
 
     @property
@@ -73,6 +73,7 @@ class Tokens:
         """The answer begins with its prompt."""
         for token, logprob, top in scores.found:
             self._add(token, logprob, top)
+        self._prompt = len(self.entries)
 
     def take(self, piece: Piece, length: int) -> None:
         """A piece has come, with which the text has `length` characters."""
@@ -83,14 +84,15 @@ class Tokens:
                 self._add(sampled.token, sampled.logprob, sampled.top)
         if piece.finish_reason == "stop":
             # End tokens have no text, and that of a stop string was cut off.
-            while len(self.entries) > self._told and self.entries[-1].offset >= length:
+            while len(self.entries) > self._prompt and self.entries[-1].offset >= length:
                 self.entries.pop()
 
-    def news(self) -> list[Entry]:
-        """The entries that were not asked for before."""
-        found = self.entries[self._told :]
-        self._told = len(self.entries)
-        return found
+    def news(self, length: int, *, done: bool) -> list[Entry]:
+        """Entries not asked for before; unless all is `done`, those that begin in the text."""
+        start = self._told
+        while self._told < len(self.entries) and (done or self.entries[self._told].offset < length):
+            self._told += 1
+        return self.entries[start : self._told]
 
     def _add(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> None:
         self.entries.append(Entry(token, logprob, top, self._length))

@@ -110,8 +110,8 @@ class _Request:
         for name in NOT_YET:
             if getattr(self, name, None):
                 raise InvalidRequest(f"{name} is not supported yet; leave it out")
-        if self.tool_choice not in (None, ToolChoice.NoTools, "none"):
-            raise InvalidRequest("tool_choice is not supported yet, only 'none'; leave it out")
+        if self.tool_choice not in (None, "none", "auto", *ToolChoice):
+            raise InvalidRequest("tool_choice is not supported yet, only none or auto")
         if (self.response_format or {"type": "text"}).get("type") != "text":
             raise InvalidRequest("response_format is not supported yet, only {'type': 'text'}")
         if not 1 <= self.n <= MOST_CHOICES:
