@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from squall.engine.sampling import Sampling
 from squall.errors import InvalidCheckpoint, InvalidRequest
@@ -37,7 +38,7 @@ class GenerationDefaults:
             raise InvalidCheckpoint(f"{FILE}: {error}") from None
         return found
 
-    def sampling(self, given: Mapping[str, float | None]) -> Sampling:
+    def sampling(self, given: Mapping[str, Any]) -> Sampling:
         """The caller's parameters, where they are not None; then these; then Squall's."""
         chosen = {key: value for key, value in given.items() if value is not None}
-        return Sampling(**{**self.values, **chosen})  # type: ignore[arg-type]
+        return Sampling(**{**self.values, **chosen})
