@@ -27,13 +27,13 @@ from squall.model import Model, Prompt
 
 # OpenAI's defaults, and mistral.rs's: a plain draw.
 DRAW = {"temperature": 1.0, "top_p": 1.0}
-# OpenAI allows a top_p of 0, which leaves the likeliest token.
-LEAST_TOP_P = 1e-9
+# (parameter, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
+OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
 # More than texts have, so that what cannot fit is refused before it is read.
 CHARACTERS_PER_TOKEN = 64
 # Fields that mean the same in a request and in Sampling.
 SAMPLING = (
-    "temperature", "top_p", "min_p", "seed", "logit_bias", "frequency_penalty", "presence_penalty",
+    "temperature", "top_k", "top_p", "min_p", "seed", "logit_bias", "frequency_penalty", "presence_penalty",
     "repetition_penalty", "min_tokens",
 )  # fmt: skip
 
@@ -343,10 +343,10 @@ def _request(
     tenant: str,
 ) -> Request:
     """What all answers to a prompt have in common."""
-    given = DRAW | _present({name: getattr(request, name) for name in SAMPLING})
+    asked_for = _present({name: getattr(request, name) for name in SAMPLING})
+    given = DRAW | dict(model.defaults.values) | asked_for
     sampling = Sampling(
-        **given | ({"top_p": LEAST_TOP_P} if given["top_p"] == 0 else {}),
-        top_k=0 if request.top_k == -1 else request.top_k,
+        **given | {key: least for key, off, least in OFF if given.get(key) == off},
         dry=_dry(model, request),
         logits_processors=tuple(request.logits_processors),
     )
