@@ -17,6 +17,7 @@ from squall.errors import InvalidRequest
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from squall.engine.engine import EngineConfig
     from squall.model import Model
 
 PROGRESS_S = 0.5
@@ -65,13 +66,21 @@ def open_model(
     context: int | None = None,
     threads: int | None = None,
     weights: Weights = Weights.packed,
+    kv_tokens: int | None = None,
+    engine: EngineConfig | None = None,
 ) -> Model:
     """Open a model; a terminal is told how far it is."""
     from squall.model import Model
 
     with progress("loading") as shown:
         return Model.open(
-            path, context=context, threads=threads, weights=weights.value, progress=shown
+            path,
+            context=context,
+            threads=threads,
+            weights=weights.value,
+            kv_tokens=kv_tokens,
+            engine=engine,
+            progress=shown,
         )
 
 
