@@ -18,7 +18,7 @@ from squall.errors import InvalidRequest
 from squall.model import Model
 
 # Common words, nearly always one token each.
-WORDS = (
+WORDS = (  # noqa: SIM905
     "time year people way day man thing woman life child world school state family student group "
     "country problem hand part place case week company system program question work number night"
 ).split()

@@ -194,24 +194,24 @@ server = typer.Typer(
 
 @server.callback()
 @takes(ServeFlags)
-def _take_flags(flags: ServeFlags, context: typer.Context) -> None:
+def _take_flags(flags: ServeFlags, invocation: typer.Context) -> None:
     """Serve a model over HTTP. Options come first, then what kind of model it is.
 
     Example:
 
     squall-server --port 8080 gguf -m DIR -f model.gguf
     """
-    context.obj = flags
+    invocation.obj = flags
 
 
 def _add_selectors() -> None:
     for name, selector in SELECTORS.items():
 
-        def run(given: dict[str, object], context: typer.Context) -> None:
-            flags: ServeFlags = context.obj
+        def run(given: dict[str, object], invocation: typer.Context) -> None:
+            flags: ServeFlags = invocation.obj
             if flags.port is None and not flags.interactive_mode:
                 raise typer.BadParameter("give one, or -i for a chat", param_hint="--port")
-            path = SELECTORS[str(context.info_name)](**given)
+            path = SELECTORS[str(invocation.info_name)](**given)
             _run(flags, path, flags.port or 0)
 
         # What belongs to a word that is not known yet is not known either.
@@ -231,7 +231,7 @@ def _run(flags: ServeFlags, path: str | Path | None, port: int) -> None:
         with flags.open(path) as model:
             Chat(model, Settings(**CHAT, seed=flags.seed, stop=()), None).loop()
         return
-    # A signal while the model loads ends the process, also where it is the first one of a container.
+    # A signal while the model loads ends the process, also where it is a container's first one.
     signal.signal(signal.SIGTERM, _leave)
     from squall.server.run import listen, serve_on
 

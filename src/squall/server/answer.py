@@ -28,7 +28,7 @@ STREAM_HEADERS = [
 # A dead engine tells its requests so; whoever was not told by then is told by the server.
 LAST_WORD_S = 1.0
 
-AnyJob = Job[Any, Any]
+AnyJob = Job[Any, Any, Any]
 
 
 class Answer(Response):
@@ -39,6 +39,7 @@ class Answer(Response):
     """
 
     def __init__(self, service: Service, start: Callable[[], AnyJob], *, stream: bool) -> None:
+        super().__init__()
         self._service = service
         self._start = start
         self._stream = stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from squall import errors
 LOGGER = logging.getLogger("squall.server")
 INVALID = "invalid_request_error"
 RETRY_S = 5  # a guess when another server will have taken this one's place
+TAG = "~"  # marks which member of a union an error is about, which is no part of a field's name
 MOST_MESSAGE = 1000  # characters of what clients are told
 
 
@@ -40,9 +42,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The whole answer."""
-        return Response(
-            self.body(), self.status, {**self.headers}, media_type="application/json"
-        )
+        return Response(self.body(), self.status, {**self.headers}, media_type="application/json")
 
 
 # The first that fits, so a subclass stands before its base: status, type, code.
@@ -57,6 +57,8 @@ _KINDS: dict[type[errors.SquallError], tuple[int, str, str | None]] = {
     errors.SamplingFailed: (500, "server_error", "sampling_failed"),
 }
 
+_FIELD = re.compile(r"([a-z]+(?:_[a-z]+)*(?:\[\d+\])?(?:\.[a-z_]+)?) (?:is|has|must|needs) ")
+
 
 def to_api(error: BaseException) -> ApiError:
     """Any error as clients see it. What nobody foresaw is logged and not described to them."""
@@ -68,7 +70,9 @@ def to_api(error: BaseException) -> ApiError:
         return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
     for kind, (status, type_, code) in _KINDS.items():
         if isinstance(error, kind):
-            found = ApiError(status, str(error), code, type_, getattr(error, "param", None))
+            # Messages about a field begin with its name.
+            field = _FIELD.match(str(error)) if status == 400 else None
+            found = ApiError(status, str(error), code, type_, field[1] if field else None)
             retry_s = getattr(error, "retry_after_s", RETRY_S)
             found.headers = {"Retry-After": str(retry_s)} if status in (429, 503) else {}
             return found
@@ -85,6 +89,8 @@ def _invalid(error: ValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON: {first['msg']}", "invalid_json")
     where = ""
     for part in first["loc"]:
+        if str(part).startswith(TAG):
+            continue
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else part
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     message = f"{where}: {first['msg']}" if where else first["msg"]

@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from squall.api.jobs import start_chat, start_completion
 from squall.errors import InvalidRequest
-from squall.server.answer import AnyJob, Answer
+from squall.server.answer import Answer, AnyJob
 from squall.server.errors import ApiError
 from squall.server.gate import Visit
 from squall.server.metrics import CONTENT_TYPE
@@ -54,7 +54,8 @@ def _add_generation(router: APIRouter, service: Service) -> None:
 
         def start() -> AnyJob:
             asked = body.request(**service.defaults)
-            return start_chat(service.model, asked, id=f"chatcmpl-{visit.id}", tenant=visit.tenant)
+            id_ = f"chatcmpl-{visit.id}"
+            return start_chat(service.model, asked, id=id_, tenant=visit.tenant)
 
         return Answer(service, start, stream=bool(body.stream))
 
@@ -66,7 +67,8 @@ def _add_generation(router: APIRouter, service: Service) -> None:
 
         def start() -> AnyJob:
             asked = body.request(**service.defaults)
-            return start_completion(service.model, asked, id=f"cmpl-{visit.id}", tenant=visit.tenant)
+            id_ = f"cmpl-{visit.id}"
+            return start_completion(service.model, asked, id=id_, tenant=visit.tenant)
 
         return Answer(service, start, stream=bool(body.stream))
 

@@ -1,4 +1,4 @@
-"""The HTTP bodies. Fields have OpenAI's names and types; their ranges are checked by `squall.api`."""
+"""The HTTP bodies: OpenAI's names and types. Ranges are checked by `squall.api`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
-from squall.server.errors import ApiError
+from squall.server.errors import TAG, ApiError
 
 # Fields of OpenAI's that change nothing here.
 IGNORED = frozenset({
@@ -43,13 +43,27 @@ MOST_ITEMS = 100_000  # of any list, before anything is done with it
 _BodyT = TypeVar("_BodyT", bound="Body")
 
 
-def _kind(kinds: Mapping[type, str]) -> Discriminator:
-    """Chooses the member of a union by type, so that an error is about one member only."""
-    return Discriminator(
-        lambda value: next((tag for kind, tag in kinds.items() if isinstance(value, kind)), None),
-        custom_error_type="type",
-        custom_error_message="has the wrong type",
-    )
+def _shape(value: object) -> str:
+    """Which member of a union is meant, so that an error is about that one only."""
+    return TAG + ("list" if isinstance(value, list) else type(value).__name__)
+
+
+def _prompt_shape(value: object) -> str:
+    first = value[0] if isinstance(value, list) and value else 0
+    return _shape(value) + (type(first).__name__ if isinstance(value, list) else "")
+
+
+_WRONG = {"custom_error_type": "type", "custom_error_message": "has the wrong type"}
+_FEW = Field(max_length=MOST_ITEMS)
+Text = Annotated[str, Tag("~str")]
+Texts = Annotated[Text | Annotated[list[str], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)]
+Prompts = Annotated[
+    Text
+    | Annotated[list[int], Field(max_length=10 * MOST_ITEMS), Tag("~listint")]
+    | Annotated[list[str], _FEW, Tag("~liststr")]
+    | Annotated[list[list[int]], _FEW, Tag("~listlist")],
+    Discriminator(_prompt_shape, **_WRONG),
+]
 
 
 class Body(BaseModel):
@@ -80,7 +94,7 @@ class Body(BaseModel):
 
     def given(self) -> dict[str, Any]:
         """The fields that say something, as arguments for the Python API."""
-        found = self.model_dump(exclude_none=True, exclude=set(self.model_extra or ()))
+        found = self.model_dump(exclude_none=True, exclude={"model", *(self.model_extra or ())})
         for name, value in (self.model_extra or {}).items():
             if name in PASSED_ON and value is not None and value not in NEUTRAL[name]:
                 found[name] = value
@@ -104,9 +118,8 @@ class Message(BaseModel):
     role: str
     content: (
         Annotated[
-            Annotated[str, Tag("~text")]
-            | Annotated[list[dict[str, Any]], Field(max_length=MOST_ITEMS), Tag("~parts")],
-            _kind({str: "~text", list: "~parts"}),
+            Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")],
+            Discriminator(_shape, **_WRONG),
         ]
         | None
     ) = None
@@ -119,14 +132,7 @@ class GenerationBody(Body):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: (
-        Annotated[
-            Annotated[str, Tag("~text")]
-            | Annotated[list[str], Field(max_length=MOST_ITEMS), Tag("~list")],
-            _kind({str: "~text", list: "~list"}),
-        ]
-        | None
-    ) = None
+    stop: Texts | None = None
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -138,20 +144,18 @@ class GenerationBody(Body):
     logit_bias: dict[int, float] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MOST_ITEMS)] | None = None
+    stop_token_ids: Annotated[list[int], _FEW] | None = None
     dry_multiplier: float | None = None
     dry_base: float | None = None
     dry_allowed_length: int | None = None
-    dry_sequence_breakers: Annotated[list[str], Field(max_length=MOST_ITEMS)] | None = None
+    dry_sequence_breakers: Annotated[list[str], _FEW] | None = None
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[
-        Annotated[str, Tag("~text")]
-        | Annotated[list[Message], Field(max_length=MOST_ITEMS), Tag("~list")],
-        _kind({str: "~text", list: "~list"}),
+        Text | Annotated[list[Message], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)
     ]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -165,13 +169,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions. A prompt is text, token ids, or a list of either."""
 
-    prompt: Annotated[
-        Annotated[str, Tag("~text")]
-        | Annotated[
-            list[int] | list[str] | list[list[int]], Field(max_length=10 * MOST_ITEMS), Tag("~list")
-        ],
-        _kind({str: "~text", list: "~list"}),
-    ]
+    prompt: Prompts
     echo: bool | None = None
     best_of: int | None = None
     logprobs: int | None = None
@@ -185,7 +183,7 @@ class TokenizeBody(Body):
     """POST /tokenize: the ids of a text, or of a conversation in the chat template."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(max_length=MOST_ITEMS)] | None = None
+    messages: Annotated[list[Message], _FEW] | None = None
     add_special_tokens: bool = True
 
 
@@ -193,4 +191,3 @@ class DetokenizeBody(Body):
     """POST /detokenize: the text of token ids."""
 
     tokens: Annotated[list[int], Field(max_length=10 * MOST_ITEMS)]
-

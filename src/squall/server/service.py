@@ -35,7 +35,11 @@ class Service:
         self.options = options
         self.model_id = options.model_id or model.checkpoint.path.stem
         self.created = int(time.time())
-        self.defaults = {"truncate_sequence": options.truncate, "seed": options.seed}
+        self.defaults = {
+            "model": self.model_id,
+            "truncate_sequence": options.truncate,
+            "seed": options.seed,
+        }
         self.log = Log(options.log)
         self.metrics = Metrics(model.engine)
         self.bodies = Bodies(options)
