@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
 from typing import Literal
@@ -17,7 +18,18 @@ from squall.engine.engine import Engine, EngineConfig, Executor
 from squall.engine.generation import Generation
 from squall.engine.memory import choose_context, choose_kv_tokens, token_bytes
 from squall.engine.request import Request, Scoring
-from squall.engine.sampling import MIN_P, TEMPERATURE, TOP_K, TOP_P, Sampling, random_seed
+from squall.engine.sampling import (
+    DRY_BREAKERS,
+    MIN_P,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    Breakers,
+    Dry,
+    LogitsProcessor,
+    Sampling,
+    random_seed,
+)
 from squall.errors import InvalidRequest
 from squall.executors.native import CacheType, NativeExecutor
 from squall.locate import locate
@@ -199,6 +211,16 @@ class Model:
         min_p: float = MIN_P,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        stop_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
+        min_tokens: int = 0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        dry: Dry | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        logprobs: int | None = None,
     ) -> Generation:
         """Continue a text, token ids, or a conversation (messages of `role` and `content`).
 
@@ -208,19 +230,61 @@ class Model:
         max_tokens: at most so many, and no more than the context leaves, which is the default.
         temperature: 0 always takes the likeliest token. `top_k` 0, `top_p` 1, `min_p` 0 mean "off".
         seed: by default random, and told by the result. The same seed gives the same answer.
-        stop: strings that end the answer and are not part of it.
+        stop: strings that end the answer and are not part of it; `stop_ids` are tokens that do.
+        ignore_eos: go on after the model's own end tokens. min_tokens: none ends it before so many.
+        dry: made by `dry`. The other penalties, biases and processors: docs/sampling.md.
+        logprobs: pieces tell each token's log-probability, and those of so many likeliest tokens.
         """
-        if max_tokens is not None and max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {max_tokens}; it must be at least 1")
-        seed = random_seed() if seed is None else seed
-        request = Request(
+        sampling = Sampling(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            random_seed() if seed is None else seed,
+            logit_bias or {},
+            frequency_penalty,
+            presence_penalty,
+            repetition_penalty,
+            dry,
+            tuple(logits_processors),
+            min_tokens,
+        )
+        request = self.request(prompt, sampling, max_tokens, stop=stop, stop_ids=stop_ids)
+        request = replace(request, ignore_eos=ignore_eos, logprobs=logprobs)
+        return Generation(self.engine, request)
+
+    def request(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        max_tokens: int | None = None,
+        *,
+        stop: str | Sequence[str] = (),
+        stop_ids: Iterable[int] = (),
+    ) -> Request:
+        """What `generate` asks of the engine, checked against this model."""
+        sampling.check_ids(self.spec.vocab)
+        return Request(
             ids=self._prompt_ids(prompt),
-            sampling=Sampling(temperature, top_k, top_p, min_p, seed),
+            sampling=sampling,
             max_tokens=max_tokens,
             stop=_check_stop(stop),
+            stop_ids=frozenset(self._check_ids(tuple(stop_ids)) if stop_ids else ()),
             continues=not _is_chat(prompt),
         )
-        return Generation(self.engine, request)
+
+    def dry(
+        self,
+        multiplier: float,
+        *,
+        base: float = 1.75,
+        allowed_length: int = 2,
+        breakers: Sequence[str] = DRY_BREAKERS,
+        range: int | None = None,
+    ) -> Dry:
+        """The DRY penalty on repeats (docs/sampling.md), with breakers in this model's tokens."""
+        found = Breakers(tuple(breakers), self.tokenizer.token_bytes)
+        return Dry(multiplier, base, allowed_length, found, range)
 
     def close(self) -> None:
         """End all answers, and free weights and cache. A closed model cannot be used."""
