@@ -93,12 +93,12 @@ async def run(load: Load, ask: Ask) -> Report:
     )
 
 
-def run_all(loads: Sequence[Sequence[int]], ask: Ask) -> list[Report]:
-    """Several loads, one after another, each given as the fields of `Load`."""
+def run_all(loads: Sequence[Load], ask: Ask) -> list[Report]:
+    """Several loads, one after another."""
 
     async def every() -> list[Report]:
         await ask(Load(1, 1, 1, 2), 0)  # what only the first request pays for
-        return [await run(Load(*load), ask) for load in loads]
+        return [await run(load, ask) for load in loads]
 
     return asyncio.run(every())
 

@@ -15,7 +15,7 @@ from squall.errors import InvalidRequest
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from squall.load import Report
+    from squall.load import Load, Report
     from squall.measure import Bench, Profile, Result, Roofline
 
 
@@ -63,7 +63,10 @@ def bench(
     squall bench --url http://127.0.0.1:8080 -p 128 -g 64 -c 1,4,16
     """
     if url is not None or concurrency is not None:
-        loads = [(c, repetitions, prompt_tokens, answer_tokens) for c in _counts(concurrency)]
+        from squall.load import Load
+
+        counts = _counts(concurrency)
+        loads = [Load(c, repetitions, prompt_tokens, answer_tokens) for c in counts]
         if url is not None:
             reports = _ask_server(url, loads, key=api_key, model=served)
         else:
@@ -96,22 +99,18 @@ def _counts(text: str | None) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _ask_server(
-    url: str, loads: list[tuple[int, ...]], *, key: str | None, model: str | None
-) -> list[Report]:
+def _ask_server(url: str, loads: list[Load], *, key: str | None, model: str | None) -> list[Report]:
     from squall.load import over_http, run_all
 
     return run_all(loads, over_http(url, key=key, model=model))
 
 
-def _ask_model(
-    path: str | Path | None, loads: list[tuple[int, ...]], *, threads: int | None
-) -> list[Report]:
+def _ask_model(path: str | Path | None, loads: list[Load], *, threads: int | None) -> list[Report]:
     from squall.engine.engine import EngineConfig
     from squall.load import in_process, run_all
 
-    most = max(concurrency for concurrency, *_ in loads)
-    tokens = max(prompt + answer for _, _, prompt, answer in loads)
+    most = max(load.concurrency for load in loads)
+    tokens = max(load.prompt_tokens + load.answer_tokens for load in loads)
     config = EngineConfig(max_seqs=min(most, 64), prefix_cache_n=0)
     with open_model(
         path, context=tokens, kv_tokens=config.max_seqs * (tokens + 16), threads=threads,

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from squall.server.options import ServerOptions
 
 PORT = 8080
-# mistral.rs has these for its own chat.
-CHAT = {"max_tokens": 4096, "temperature": 0.1, "top_k": 32, "top_p": 0.1, "min_p": 0.05}
 NO_EFFECT = ("pa_gpu_mem", "pa_gpu_mem_usage", "pa_blk_size", "token_source")
 
 _GPU = "Accepted; the KV cache of the CPU has no need of it."
@@ -228,8 +226,12 @@ def _run(flags: ServeFlags, path: str | Path | None, port: int) -> None:
         from squall.cli.chat import Chat
         from squall.cli.run import Settings
 
+        # mistral.rs chats like this.
+        settings = Settings(
+            4096, temperature=0.1, top_k=32, top_p=0.1, min_p=0.05, seed=flags.seed, stop=()
+        )
         with flags.open(path) as model:
-            Chat(model, Settings(**CHAT, seed=flags.seed, stop=()), None).loop()
+            Chat(model, settings, None).loop()
         return
     # A signal while the model loads ends the process, also where it is a container's first one.
     signal.signal(signal.SIGTERM, _leave)

@@ -118,10 +118,12 @@ def protocol(options: ServerOptions) -> type[H11Protocol]:
             if self.cycle is None or self.cycle.response_complete:
                 self._expect_header()
             else:
-                self._header = _stop(self._header)
+                _stop(self._header)
+                self._header = None
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._header, self._writing = _stop(self._header), _stop(self._writing)
+            _stop(self._header)
+            _stop(self._writing)
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
@@ -129,7 +131,7 @@ def protocol(options: ServerOptions) -> type[H11Protocol]:
             self._writing = self.loop.call_later(options.write_s, self.transport.abort)
 
         def resume_writing(self) -> None:
-            self._writing = _stop(self._writing)
+            _stop(self._writing)
             super().resume_writing()
 
         def _expect_header(self) -> None:

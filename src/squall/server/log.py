@@ -31,13 +31,13 @@ class Log:
         """One request, after its response."""
         _write(self._stream, fields)
 
-    def body(self, kind: str, request_id: str, data: bytes) -> None:
+    def body(self, kind: str, request_id: str, data: bytes | bytearray) -> None:
         """A request or a response for the file."""
         if self._file is not None:
             text = bytes(data[:MOST_BODY]).decode("utf-8", "replace")
-            fields = {"id": request_id, kind: text}
+            fields: dict[str, object] = {"id": request_id, kind: text}
             if len(data) > MOST_BODY:
-                fields["cut"] = str(len(data) - MOST_BODY)
+                fields["cut_bytes"] = len(data) - MOST_BODY
             _write(self._file, fields)
 
     def close(self) -> None:

@@ -42,12 +42,21 @@ def serve_on(
     A first signal refuses what is new and lets running answers end within `options.drain_s`; a
     second one ends the process at once.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    for name in ("uvicorn.error", "squall.server"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.WARNING)
+    _log_as_json()
+    server = make_server(model, options, started)
+    server.run(sockets=[listener])
+    if not server.service.failed:
+        return 0
+    if server.service.model.engine.alive:
+        # A step that never ends cannot be waited for, and the interpreter would.
+        os._exit(DEAD)
+    return DEAD
+
+
+def make_server(
+    model: Model, options: ServerOptions, started: Callable[[], None] = lambda: None
+) -> Server:
+    """What `serve_on` runs."""
     app = create_app(model, options)
     config = uvicorn.Config(
         app,
@@ -64,14 +73,16 @@ def serve_on(
         h11_max_incomplete_event_size=HEADER_BYTES,
         backlog=1024,
     )
-    server = Server(config, service_of(app), started)
-    server.run(sockets=[listener])
-    if not server.service.failed:
-        return 0
-    if server.service.model.engine.alive:
-        # A step that never ends cannot be waited for, and the interpreter would.
-        os._exit(DEAD)
-    return DEAD
+    return Server(config, service_of(app), started)
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("uvicorn.error", "squall.server"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.WARNING)
 
 
 def listen(host: str, port: int) -> socket.socket:
