@@ -89,7 +89,7 @@ def _invalid(error: ValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON: {first['msg']}", "invalid_json")
     where = ""
     for part in first["loc"]:
-        if str(part).startswith(TAG):
+        if str(part).startswith(TAG) or part == "[key]":
             continue
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else part
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
