@@ -95,9 +95,9 @@ class Running:
 @contextmanager
 def in_thread(model: Model, **options: Any) -> Iterator[Running]:
     """A server of `model` until the end of the block."""
-    listener = listen("127.0.0.1", 0)
     started = threading.Event()
     server = make_server(model, ServerOptions(**options), started.set)
+    listener = listen("127.0.0.1", 0)
     held = Held(model.engine.executor)
     model.engine.executor = held
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

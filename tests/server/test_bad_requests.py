@@ -57,7 +57,9 @@ def check_error(response: httpx.Response, status: int, code: str | None = None) 
 def test_row_s13_numbers_out_of_range(http: httpx.Client, path: str, field: str) -> None:
     prompt = {"messages": "Hi"} if path == CHAT else {"prompt": "Hi"}
     for value in NEVER_A_NUMBER + NUMBERS:
-        fields = {k: json.dumps(v) for k, v in (prompt | {"max_tokens": 1, "stop": [*"aeiou ,."]}).items()}
+        fields = {
+            k: json.dumps(v) for k, v in (prompt | {"max_tokens": 1, "stop": [*"aeiou ,."]}).items()
+        }
         text = ", ".join(f'"{k}": {v}' for k, v in (fields | {field: value}).items())
         response = http.post(path, content="{" + text + "}")
         if value in NEVER_A_NUMBER:

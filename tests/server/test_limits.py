@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -25,17 +26,13 @@ def running(model: Model) -> Iterator[Running]:
 def test_row_34_a_burst(running: Running) -> None:
     """Two run and four wait; the others hear at once when to come again."""
     running.held.hold()
-    sockets = [
-        connect(running.port, post_bytes(PATH, chat(max_tokens=2, stream=True))) for _ in range(24)
-    ]
-    until(lambda: running.service.active == 6)
-    engine = running.model.engine.stats()
-    assert engine.running + engine.waiting == 6
-    running.held.let()
-    found = [read_until(connection, b"[DONE]" if i < 0 else b"}\n\n") for i, connection in
-             enumerate(sockets)]  # fmt: skip
-    for connection in sockets:
-        connection.close()
+    body = post_bytes(PATH, chat(max_tokens=2, stream=True))
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(connect(running.port, body)) for _ in range(24)]
+        # Nothing runs, and still the others have their answer.
+        until(lambda: running.service.active == 6)
+        running.held.let()
+        found = [read_until(connection, b"}") for connection in sockets]
     refused = [answer for answer in found if b" 429 " in answer.split(b"\r\n")[0]]
     assert len(refused) == 18
     assert all(b"retry-after: " in answer for answer in refused)
@@ -64,10 +61,11 @@ def test_slow_headers(running: Running, data: bytes) -> None:
 def test_a_header_a_byte_at_a_time(running: Running) -> None:
     with connect(running.port) as connection:
         start_s = time.monotonic()
-        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+        with suppress(ConnectionError):
             while time.monotonic() < start_s + 20 * QUICK_S:
                 connection.sendall(b"G")
                 time.sleep(QUICK_S / 10)
+            pytest.fail("it was read for too long")
 
 
 def test_a_slow_body(running: Running) -> None:
@@ -81,9 +79,10 @@ def test_who_does_not_read(running: Running) -> None:
     ask = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     with connect(running.port) as connection:
         connection.settimeout(20)
-        with pytest.raises(ConnectionError):
+        with suppress(ConnectionError):
             for _ in range(100_000):
                 connection.sendall(ask * 10)
+            pytest.fail("all of it was taken")
     until(running.quiet)
 
 

@@ -55,14 +55,14 @@ class Answer(Response):
             if not run.done() and not gone.done():
                 await asyncio.wait({run, gone}, timeout=LAST_WORD_S)
         finally:
-            ended = run.done()
+            ended, left = run.done(), gone.done()
             for task in (run, gone, dead):
                 task.cancel()
             with suppress(asyncio.CancelledError):
                 await run
         if ended:
             return
-        if gone.done() or self._service.why_dead is None:
+        if left or self._service.why_dead is None:
             raise ClientGone
         await writer.error(self._service.why_dead)
 

@@ -57,7 +57,15 @@ _KINDS: dict[type[errors.SquallError], tuple[int, str, str | None]] = {
     errors.SamplingFailed: (500, "server_error", "sampling_failed"),
 }
 
+# The engine's own words tell of what went wrong inside.
+_FIXED = {errors.EngineStopped: "the engine has stopped; ask again in a while, or another server"}
 _FIELD = re.compile(r"([a-z]+(?:_[a-z]+)*(?:\[\d+\])?(?:\.[a-z_]+)?) (?:is|has|must|needs) ")
+
+
+def stopped(why: str) -> ApiError:
+    """What requests get that will not be answered."""
+    status, type_, code = _KINDS[errors.EngineStopped]
+    return ApiError(status, why, code, type_, headers={"Retry-After": str(RETRY_S)})
 
 
 def to_api(error: BaseException) -> ApiError:
@@ -72,7 +80,8 @@ def to_api(error: BaseException) -> ApiError:
         if isinstance(error, kind):
             # Messages about a field begin with its name.
             field = _FIELD.match(str(error)) if status == 400 else None
-            found = ApiError(status, str(error), code, type_, field[1] if field else None)
+            text = _FIXED.get(kind, str(error))
+            found = ApiError(status, text, code, type_, field[1] if field else None)
             retry_s = getattr(error, "retry_after_s", RETRY_S)
             found.headers = {"Retry-After": str(retry_s)} if status in (429, 503) else {}
             return found

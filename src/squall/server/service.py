@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from squall.errors import EngineStopped, QueueFull
+from squall.errors import QueueFull
 from squall.model import Model
+from squall.server.errors import ApiError, stopped
 from squall.server.limits import Bodies
 from squall.server.log import Log
 from squall.server.metrics import Metrics
@@ -19,6 +21,8 @@ from squall.server.options import ServerOptions
 WORKERS = 2
 # How many more than run and wait may be on their way into the queue or out of it.
 SLACK = 32
+
+LOGGER = logging.getLogger("squall.server")
 
 _Value = TypeVar("_Value")
 
@@ -46,18 +50,18 @@ class Service:
         self.active = 0
         self.draining = False
         self.dead = asyncio.Event()
-        self.why_dead: Exception | None = None
+        self.why_dead: ApiError | None = None
         self.failed = False
         config = model.engine.config
         self._most_active = config.max_seqs + config.max_queue + SLACK
         self._workers = ThreadPoolExecutor(WORKERS, "squall-request")
 
     def check_ready(self) -> None:
-        """Raises EngineStopped if nothing new can be answered."""
+        """Raises ApiError if nothing new can be answered."""
         if self.why_dead is not None:
             raise self.why_dead
         if self.draining:
-            raise EngineStopped("the server is shutting down; ask another one")
+            raise stopped("the server is shutting down; ask another one")
 
     def check_room(self) -> None:
         """Raises QueueFull, before anything of a request is read, if far too many are there."""
@@ -70,7 +74,7 @@ class Service:
 
     def die(self, reason: str, *, failed: bool = True) -> None:
         """Every request there is ends with an error."""
-        self.why_dead = self.why_dead or EngineStopped(reason)
+        self.why_dead = self.why_dead or stopped(reason)
         self.failed = self.failed or failed
         self.dead.set()
 
@@ -79,8 +83,8 @@ class Service:
         engine, loop = self.model.engine, asyncio.get_running_loop()
 
         def on_death(error: BaseException) -> None:
-            text = f"the engine was stopped by an error in a step ({type(error).__name__})"
-            loop.call_soon_threadsafe(self.die, text)
+            LOGGER.error("a step failed", exc_info=error)
+            loop.call_soon_threadsafe(self.die, "the engine was stopped by an error in a step")
 
         engine.on_death = on_death
         while not self.dead.is_set():
