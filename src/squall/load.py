@@ -137,7 +137,7 @@ def in_process(model: Model) -> Ask:
     return ask
 
 
-def over_http(url: str, *, key: str | None, model: str | None) -> Ask:
+def over_http(url: str, *, key: str | None) -> Ask:
     """Asks a server with OpenAI's API at `url`, such as http://127.0.0.1:8080."""
     parts = urlsplit(url if "://" in url else f"http://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -148,7 +148,7 @@ def over_http(url: str, *, key: str | None, model: str | None) -> Ask:
 
     async def ask(load: Load, number: int) -> Trace:
         body = {
-            "model": model or "default",
+            "model": "default",
             "messages": [{"role": "user", "content": _prompt(load, number)}],
             "max_tokens": load.answer_tokens,
             "temperature": 0,

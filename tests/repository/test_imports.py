@@ -23,6 +23,9 @@ MAY_IMPORT = {
     "engine": {"errors", "spec", "batch", "text", "_native"},
     "embedded": {"errors"},
     "locate": {"errors", "embedded"},
+    "api": {"errors", "engine", "model", "text"},
+    "server": {"__version__", "errors", "engine", "model", "api"},
+    "load": {"errors", "engine", "model"},
     "measure": {
         "errors", "batch", "recipes", "decoder", "checkpoints", "executors", "engine", "locate",
         "_native",
@@ -49,7 +52,8 @@ def test_import_is_light() -> None:
     code = (
         "import sys, squall; squall.Model; "
         "print(*sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'gguf', "
-        "'rich', 'prompt_toolkit', 'typer', 'huggingface_hub'}))"
+        "'rich', 'prompt_toolkit', 'typer', 'huggingface_hub', 'fastapi', 'starlette', "
+        "'uvicorn', 'pydantic', 'prometheus_client', 'httpx'}))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""

@@ -42,7 +42,6 @@ def bench(
         str | None, typer.Option(help="Ask a server with OpenAI's API instead of a model here.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="For --url.")] = None,
-    served: Annotated[str | None, typer.Option(help="The model's name for --url.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -51,30 +50,18 @@ def bench(
     ppN is a prompt of N tokens; tgN is N tokens after it, one at a time. A first round is not
     counted. With -b the rates are those of all sequences together.
 
-    With -c or --url whole requests are measured, -r in each place: how long until their first
-    text, how long between texts, and answer tokens per second of all together.
+    With -c or --url whole requests are measured, -r in each place: times to and between their texts.
 
     Examples:
 
     squall bench -f model.gguf -p 512 -g 128 -r 5 --threads 2
 
-    squall bench -f model.gguf -p 128 -g 64 -c 1,4,16
-
     squall bench --url http://127.0.0.1:8080 -p 128 -g 64 -c 1,4,16
     """
     if url is not None or concurrency is not None:
-        from squall.load import Load
-
-        counts = _counts(concurrency)
-        loads = [Load(c, repetitions, prompt_tokens, answer_tokens) for c in counts]
-        if url is not None:
-            reports = _ask_server(url, loads, key=api_key, model=served)
-        else:
-            reports = _ask_model(source(file, model), loads, threads=threads)
-        if as_json:
-            typer.echo(json.dumps({"results": [asdict(report) for report in reports]}))
-            return
-        _print([_load_table(reports)])
+        shape = (repetitions, prompt_tokens, answer_tokens)
+        asked = (url, api_key) if url is not None else None
+        _bench_load(concurrency, shape, asked or source(file, model), threads, as_json=as_json)
         return
     from squall.measure import Bench, Plan, Roofline
 
@@ -99,10 +86,27 @@ def _counts(text: str | None) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _ask_server(url: str, loads: list[Load], *, key: str | None, model: str | None) -> list[Report]:
-    from squall.load import over_http, run_all
+def _bench_load(
+    concurrency: str | None,
+    shape: tuple[int, int, int],
+    asked: tuple[str, str | None] | str | Path | None,
+    threads: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Measure requests to the server or the model that is `asked`."""
+    from squall.load import Load, over_http, run_all
 
-    return run_all(loads, over_http(url, key=key, model=model))
+    loads = [Load(count, *shape) for count in _counts(concurrency)]
+    if isinstance(asked, tuple):
+        url, key = asked
+        reports = run_all(loads, over_http(url, key=key))
+    else:
+        reports = _ask_model(asked, loads, threads=threads)
+    if as_json:
+        typer.echo(json.dumps({"results": [asdict(report) for report in reports]}))
+    else:
+        _print([_load_table(reports)])
 
 
 def _ask_model(path: str | Path | None, loads: list[Load], *, threads: int | None) -> list[Report]:
