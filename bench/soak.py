@@ -1,4 +1,4 @@
-"""A server under all kinds of traffic for a while: no 5xx, no leak, and the engine's books in order.
+"""A server under all kinds of traffic for a while: no 5xx, no leak, the engine's books in order.
 
     python bench/soak.py --minutes 10
 

@@ -50,7 +50,7 @@ def bench(
     ppN is a prompt of N tokens; tgN is N tokens after it, one at a time. A first round is not
     counted. With -b the rates are those of all sequences together.
 
-    With -c or --url whole requests are measured, -r in each place: times to and between their texts.
+    With -c or --url whole requests are measured, -r in each place: times to and between texts.
 
     Examples:
 
