@@ -15,7 +15,7 @@ from squall.batch import Batch, Int32
 from squall.checkpoints import Checkpoint, open_gguf
 from squall.engine.memory import choose_context, token_bytes
 from squall.errors import InvalidRequest
-from squall.executors.native import NativeExecutor, Phase
+from squall.executors.native import CacheType, NativeExecutor, Phase
 from squall.locate import locate
 
 MAX_ROWS = 512
@@ -33,6 +33,7 @@ class Plan:
     answer: int
     depth: int = 0
     batch: int = 1
+    kv_dtype: CacheType = "f16"
 
     @property
     def context(self) -> int:
@@ -101,7 +102,7 @@ class Bench:
         size = choose_context(
             max(plan.context, 1),
             trained=recipe.decoder.context,
-            bytes_per_token=token_bytes(recipe.decoder, "f16") * plan.batch,
+            bytes_per_token=token_bytes(recipe.decoder, plan.kv_dtype) * plan.batch,
             weight_bytes=checkpoint.size_bytes,
         )
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
@@ -115,6 +116,7 @@ class Bench:
             program,
             checkpoint,
             threads=threads,
+            kv_dtype=plan.kv_dtype,
             blocks=blocks * plan.batch,
             block_size=block_size,
             max_rows=max(MAX_ROWS, plan.batch),

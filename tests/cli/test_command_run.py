@@ -91,3 +91,17 @@ def test_version_and_help() -> None:
     text = squall("run", "--help").stdout
     assert "squall run -f model.gguf" in text
     assert "--temperature" in text
+
+
+def test_penalties_reach_the_sampler() -> None:
+    ask = ("run", "--raw", "one two three one two three one two three one", "--max-tokens", "6")
+    plain = squall(*ask, "--temperature", "0").stdout
+    for options in (
+        ("--repetition-penalty", "20"),
+        ("--dry-multiplier", "20", "--dry-allowed-length", "1", "--dry-base", "2"),
+    ):
+        assert squall(*ask, "--temperature", "0", *options).stdout not in ("", plain)
+    for option in ("--frequency-penalty", "--presence-penalty"):
+        done = squall(*ask, option, "3")
+        assert done.returncode != 0
+        assert option[2:].replace("-", "_") in done.stderr

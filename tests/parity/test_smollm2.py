@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import squall
 from squall import _native, embedded
 from squall.checkpoints.gguf import open_gguf
+from squall.executors.native import CacheType
 
 ENGLISH = Path(__file__).parent.parent / "data" / "english.txt"
 HF_NAMES = {
@@ -118,10 +119,18 @@ def test_packed_weights_stay_close(model: squall.Model, ids: list[int], expected
     assert abs(perplexity - 1) <= 0.005
 
 
-def test_bits_do_not_depend_on_chunks_or_threads(ids: list[int]) -> None:
+def test_a_cache_of_8_bits_costs_little(ids: list[int], expected: Logits) -> None:
+    with squall.Model.open(context=2048, kv_dtype="q8_0") as model:
+        ours, theirs = _log_softmax(model.logits(ids)), _log_softmax(expected)
+    divergence = float((np.exp(theirs) * (theirs - ours)).sum(1).mean())
+    assert 0 < divergence <= 4e-3
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8_0"])
+def test_bits_do_not_depend_on_chunks_or_threads(ids: list[int], kv_dtype: CacheType) -> None:
     found = set()
     for threads in (1, 2):
-        with squall.Model.open(context=512, threads=threads) as model:
+        with squall.Model.open(context=512, threads=threads, kv_dtype=kv_dtype) as model:
             for chunk in (300, 1, 7, 64):
                 model.engine.clear_cache()
                 found.add(model.logits(ids[:300], chunk=chunk).tobytes())

@@ -51,7 +51,7 @@ def start_chat(
     """
     _check_count(model, request.n)
     messages = [dict(message) for message in request.messages if not isinstance(message, str)]
-    _check_characters(model, sum(len(message["content"]) for message in messages))
+    _check_characters(model, sum(len(text) for message in messages for text in message.values()))
     asked = replace(
         _request(model, request, messages, tenant),
         max_tokens=request.max_tokens,
@@ -108,6 +108,10 @@ class _Choice:
         reason = piece.finish_reason
         self.finish_reason = "canceled" if reason == "cancelled" else reason
 
+    def news(self) -> list[Entry]:
+        """Tokens that were not asked for before."""
+        return self.tokens.news(len(self.text), done=self.finish_reason is not None)
+
     def is_first(self) -> bool:
         """Whether this was not asked before."""
         told, self._told = self._told, True
@@ -163,7 +167,7 @@ class Job(ABC, Generic[Asked, Whole, Part]):
         """Parts as they come; closing the iterator cancels the job."""
         with _cancelled_at_the_end(self):
             while self._open:
-                yield from self._take(*self._mail.get())
+                yield from self._chunks(*self._take(*self._mail.get()))
             if self.request.include_usage:
                 yield self._chunk(usage=self.usage)
 
@@ -171,7 +175,7 @@ class Job(ABC, Generic[Asked, Whole, Part]):
         """Parts as they come; closing the iterator cancels the job."""
         with _cancelled_at_the_end(self):
             while self._open:
-                for chunk in self._take(*await self._mail.get_async()):
+                for chunk in self._chunks(*self._take(*await self._mail.get_async())):
                     yield chunk
             if self.request.include_usage:
                 yield self._chunk(usage=self.usage)
@@ -207,14 +211,17 @@ class Job(ABC, Generic[Asked, Whole, Part]):
             ),
         )
 
-    def _take(self, index: int, piece: Piece) -> list[Part]:
+    def _take(self, index: int, piece: Piece) -> tuple[int, str]:
         if piece.finish_reason is not None:
             self._open -= 1
         if piece.error is not None:
             raise piece.error
-        choice = self._choices[index]
-        choice.take(piece)
-        return [self._chunk(part) for part in self._parts(index, choice, piece.text)]
+        self._choices[index].take(piece)
+        return index, piece.text
+
+    def _chunks(self, index: int, text: str) -> Iterator[Part]:
+        for part in self._parts(index, self._choices[index], text):
+            yield self._chunk(part)
 
     def __del__(self) -> None:
         self.cancel()
@@ -260,7 +267,7 @@ class ChatJob(
     def _parts(self, index: int, choice: _Choice, text: str) -> Iterator[responses.ChunkChoice]:
         if choice.is_first():
             yield responses.ChunkChoice(None, index, responses.Delta(role="assistant"), None)
-        news = choice.tokens.news()
+        news = choice.news()
         if text or news:
             yield responses.ChunkChoice(None, index, responses.Delta(text), self._logprobs(news))
         if choice.finish_reason is not None:
@@ -310,7 +317,7 @@ class CompletionJob(
         self, index: int, choice: _Choice, text: str
     ) -> Iterator[responses.CompletionChoice]:
         text = choice.text if choice.is_first() else text
-        news = choice.tokens.news()
+        news = choice.news()
         if text or news:
             yield responses.CompletionChoice(None, index, text, self._logprobs(news))
         if choice.finish_reason is not None:
@@ -336,8 +343,7 @@ def _request(
     tenant: str,
 ) -> Request:
     """What all answers to a prompt have in common."""
-    given = {name: getattr(request, name) for name in SAMPLING}
-    given = DRAW | {name: value for name, value in given.items() if value is not None}
+    given = DRAW | _present({name: getattr(request, name) for name in SAMPLING})
     sampling = Sampling(
         **given | ({"top_p": LEAST_TOP_P} if given["top_p"] == 0 else {}),
         top_k=0 if request.top_k == -1 else request.top_k,
@@ -354,16 +360,19 @@ def _request(
 
 
 def _dry(model: Model, request: ChatCompletionRequest | CompletionRequest) -> Dry | None:
-    dry = request.dry
-    if dry is None:
+    if request.dry_multiplier is None:
         return None
-    return model.dry(
-        dry.multiplier,
-        base=dry.base,
-        allowed_length=dry.allowed_length,
-        breakers=dry.sequence_breakers,
-        range=dry.range,
-    )
+    given = {
+        "base": request.dry_base,
+        "allowed_length": request.dry_allowed_length,
+        "breakers": request.dry_sequence_breakers,
+        "range": request.dry_range,
+    }
+    return model.dry(request.dry_multiplier, **_present(given))
+
+
+def _present(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _completion(
@@ -373,7 +382,7 @@ def _completion(
     echoed, scores, scoring = "", None, None
     if request.echo:
         prompt = request.prompts[number]
-        echoed = prompt if isinstance(prompt, str) else model.decode(asked.ids)
+        echoed = prompt if isinstance(prompt, str) else model.decode(asked.ids, skip_specials=True)
         if request.logprobs is not None:
             scores = PromptScores(asked.ids, request.logprobs)
             scoring = scores.scoring

@@ -61,7 +61,7 @@ class Tokens:
         self._wanted = wanted
         self._stream = TextStream(tokenizer, at_start=at_start)
         self._length = 0
-        self._told = 0
+        self._told = self._prompt = 0
         self._sum, self._count = 0.0, 0
 
     @property
@@ -73,6 +73,7 @@ class Tokens:
         """The answer begins with its prompt."""
         for token, logprob, top in scores.found:
             self._add(token, logprob, top)
+        self._prompt = len(self.entries)
 
     def take(self, piece: Piece, length: int) -> None:
         """A piece has come, with which the text has `length` characters."""
@@ -83,14 +84,15 @@ class Tokens:
                 self._add(sampled.token, sampled.logprob, sampled.top)
         if piece.finish_reason == "stop":
             # End tokens have no text, and that of a stop string was cut off.
-            while len(self.entries) > self._told and self.entries[-1].offset >= length:
+            while len(self.entries) > self._prompt and self.entries[-1].offset >= length:
                 self.entries.pop()
 
-    def news(self) -> list[Entry]:
-        """The entries that were not asked for before."""
-        found = self.entries[self._told :]
-        self._told = len(self.entries)
-        return found
+    def news(self, length: int, *, done: bool) -> list[Entry]:
+        """Entries not asked for before; unless all is `done`, those that begin in the text."""
+        start = self._told
+        while self._told < len(self.entries) and (done or self.entries[self._told].offset < length):
+            self._told += 1
+        return self.entries[start : self._told]
 
     def _add(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> None:
         self.entries.append(Entry(token, logprob, top, self._length))
@@ -113,7 +115,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> Logprobs:
 def completion_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> CompletionLogprobs:
     """In the shape of completions."""
     return CompletionLogprobs(
-        tokens=tuple(_name(tokenizer.token_bytes(entry.token)) for entry in entries),
+        tokens=tuple(_name(_bytes(tokenizer, entry.token)) for entry in entries),
         token_logprobs=tuple(
             None if entry.logprob is None else _finite(entry.logprob) for entry in entries
         ),
@@ -128,15 +130,20 @@ def _table(tokenizer: Tokenizer, entry: Entry) -> dict[str, float] | None:
         return None
     table: dict[str, float] = {}
     for token, logprob in (*entry.top, (entry.token, entry.logprob)):
-        table.setdefault(_name(tokenizer.token_bytes(token)), _finite(logprob))
+        table.setdefault(_name(_bytes(tokenizer, token)), _finite(logprob))
     return table
 
 
 def _described(
     tokenizer: Tokenizer, token: int, logprob: float | None
 ) -> tuple[str, float, tuple[int, ...]]:
-    data = tokenizer.token_bytes(token)
+    data = _bytes(tokenizer, token)
     return data.decode("utf-8", "replace"), _finite(logprob), tuple(data)
+
+
+def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    # A model may have more logits than tokens.
+    return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
 
 
 def _name(data: bytes) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import InitVar, dataclass
-from enum import Enum, auto
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from squall.errors import InvalidRequest
@@ -30,22 +30,7 @@ NOT_YET = ("grammar", "grammar_type", "adapters", "tools", "tool_schemas", "suff
 ROLES: dict[str, str] = {"developer": "system"}
 
 
-class ToolChoice(Enum):
-    """Whether the model may call tools."""
-
-    NoTools = auto()
-    Auto = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class DrySamplingParams:
-    """The DRY penalty on repeats; docs/sampling.md tells what the numbers do."""
-
-    multiplier: float = 0.0
-    base: float = 1.75
-    allowed_length: int = 2
-    sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
-    range: int | None = None
+ToolChoice = Enum("ToolChoice", "NoTools Auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,26 +106,12 @@ class _Request:
         """Whether a stream ends with the usage."""
         return bool((self.stream_options or {}).get("include_usage"))
 
-    @property
-    def dry(self) -> DrySamplingParams | None:
-        """What the `dry_` fields say together; None without a multiplier."""
-        if self.dry_multiplier is None:
-            return None
-        given = {
-            "multiplier": self.dry_multiplier,
-            "base": self.dry_base,
-            "allowed_length": self.dry_allowed_length,
-            "sequence_breakers": self.dry_sequence_breakers,
-            "range": self.dry_range,
-        }
-        return DrySamplingParams(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-
     def _check(self) -> None:
         for name in NOT_YET:
             if getattr(self, name, None):
                 raise InvalidRequest(f"{name} is not supported yet; leave it out")
-        if self.tool_choice not in (None, ToolChoice.NoTools, "none"):
-            raise InvalidRequest("tool_choice is not supported yet, only 'none'; leave it out")
+        if self.tool_choice not in (None, "none", "auto", *ToolChoice):
+            raise InvalidRequest("tool_choice is not supported yet, only none or auto")
         if (self.response_format or {"type": "text"}).get("type") != "text":
             raise InvalidRequest("response_format is not supported yet, only {'type': 'text'}")
         if not 1 <= self.n <= MOST_CHOICES:
@@ -199,7 +170,7 @@ class CompletionRequest(_Request):
     logprobs: int | None = None
     echo_prompt: InitVar[bool | None] = None
 
-    def __post_init__(  # type: ignore[override]
+    def __post_init__(
         self,
         max_completion_tokens: int | None,
         n_choices: int | None,
@@ -217,10 +188,9 @@ class CompletionRequest(_Request):
     @property
     def prompts(self) -> list[str | Sequence[int]]:
         """`prompt` as a list, however it was given."""
-        given = self.prompt
-        if isinstance(given, str) or (len(given) and isinstance(given[0], int)):
-            return [given]
-        return list(given)  # type: ignore[arg-type]
+        given: Any = self.prompt
+        alone = isinstance(given, str) or (len(given) and isinstance(given[0], int))
+        return [given] if alone else list(given)
 
     def _check(self) -> None:
         super()._check()
@@ -255,10 +225,10 @@ def _message(message: object, where: str) -> dict[str, str]:
     for name in ("tool_calls", "tool_call_id", "function_call"):
         if message.get(name):
             raise InvalidRequest(f"{where}.{name} is not supported yet")
-    role: str = message["role"]
+    role = str(message["role"])
     checked = {"role": ROLES.get(role, role), "content": _content(message, where)}
-    name = message.get("name")
-    return checked | ({"name": name} if isinstance(name, str) else {})
+    called = message.get("name")
+    return checked | ({"name": called} if isinstance(called, str) else {})
 
 
 def _content(message: Mapping[str, Any], where: str) -> str:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.options import File, Folder, Json, Threads, open_model, source
+from squall.cli.options import (
+    File,
+    Folder,
+    Json,
+    KvDtype,
+    KvDtypeOption,
+    Threads,
+    open_model,
+    source,
+)
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -43,6 +52,7 @@ def bench(
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="For --url.")] = None,
     threads: Threads = None,
+    kv_dtype: KvDtypeOption = KvDtype.f16,
     as_json: Json = False,
 ) -> None:
     """Measure prompt and answer tokens per second.
@@ -65,7 +75,7 @@ def bench(
         return
     from squall.measure import Bench, Plan, Roofline
 
-    plan = Plan(prompt_tokens, answer_tokens, depth, batch)
+    plan = Plan(prompt_tokens, answer_tokens, depth, batch, kv_dtype.value)
     opened = Bench.open(source(file, model), plan, threads=threads)
     results = opened.rates(repetitions)
     executor = opened.executor

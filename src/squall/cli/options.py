@@ -39,6 +39,25 @@ ContextSize = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: off.")]
+TopP = Annotated[float, typer.Option(help="Only the likeliest that sum to p; 1: off.")]
+MinP = Annotated[
+    float, typer.Option(help="Only tokens at least p times as likely as the first; 0: off.")
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed, the same answer.")]
+FrequencyPenalty = Annotated[
+    float, typer.Option(help="Against words of the answer, by how often; 0: off.")
+]
+PresencePenalty = Annotated[float, typer.Option(help="Against words of the answer; 0: off.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Divides the logits of tokens of prompt and answer; 1: off.")
+]
+DryMultiplier = Annotated[float, typer.Option(help="Against repeats (DRY); 0: off.")]
+DryBase = Annotated[float, typer.Option(help="How DRY grows with each token of a repeat.")]
+DryAllowedLength = Annotated[int, typer.Option(help="Tokens of a repeat that DRY allows.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")]
+
 
 class Weights(str, Enum):
     """How weights are computed with."""
@@ -47,6 +66,18 @@ class Weights(str, Enum):
     f32 = "f32"
 
 
+class KvDtype(str, Enum):
+    """What the KV cache holds."""
+
+    f16 = "f16"
+    f32 = "f32"
+    q8_0 = "q8_0"
+
+
+KvDtypeOption = Annotated[
+    KvDtype,
+    typer.Option("--kv-dtype", help="KV cache; q8_0 takes half the memory, and costs little."),
+]
 WeightsOption = Annotated[
     Weights,
     typer.Option("--weights", help="f32: the file's exact values, for comparisons; slow."),
@@ -68,6 +99,7 @@ def open_model(
     weights: Weights = Weights.packed,
     kv_tokens: int | None = None,
     engine: EngineConfig | None = None,
+    kv_dtype: KvDtype = KvDtype.f16,
 ) -> Model:
     """Open a model; a terminal is told how far it is."""
     from squall.model import Model
@@ -80,6 +112,7 @@ def open_model(
             weights=weights.value,
             kv_tokens=kv_tokens,
             engine=engine,
+            kv_dtype=kv_dtype.value,
             progress=shown,
         )
 

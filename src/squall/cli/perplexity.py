@@ -15,6 +15,8 @@ from squall.cli.options import (
     File,
     Folder,
     Json,
+    KvDtype,
+    KvDtypeOption,
     Threads,
     Weights,
     WeightsOption,
@@ -51,6 +53,7 @@ def perplexity(
     ] = None,
     threads: Threads = None,
     weights: WeightsOption = Weights.packed,
+    kv_dtype: KvDtypeOption = KvDtype.f16,
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of a text.
@@ -67,7 +70,7 @@ def perplexity(
     """
     content = read_text(text)
     with open_model(
-        source(file, model), context=window, threads=threads, weights=weights
+        source(file, model), context=window, threads=threads, weights=weights, kv_dtype=kv_dtype
     ) as opened:
         stride = stride or max(window // 2, 1)
         score = measure(opened, content, window=window, stride=stride)

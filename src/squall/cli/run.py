@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from squall.cli.options import (
     ContextSize,
+    DryAllowedLength,
+    DryBase,
+    DryMultiplier,
     File,
     Folder,
+    FrequencyPenalty,
+    KvDtype,
+    KvDtypeOption,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
     Threads,
+    TopK,
+    TopP,
     Weights,
     WeightsOption,
     open_model,
@@ -30,28 +46,14 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How answers are made."""
+    """How answers are made: `Model.generate`'s arguments, with those of DRY apart."""
 
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int | None
-    stop: tuple[str, ...]
+    options: dict[str, Any]
+    dry: dict[str, Any]
 
     def answer(self, model: Model, prompt: Prompt) -> Generation:
         """Begin an answer to `prompt`."""
-        return model.generate(
-            prompt,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=self.stop,
-        )
+        return model.generate(prompt, dry=model.dry(**self.dry), **self.options)
 
 
 def run(
@@ -61,14 +63,18 @@ def run(
     file: File = None,
     model: Folder = None,
     max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest that sum to p; 1: off.")] = 0.95,
-    min_p: Annotated[
-        float, typer.Option(help="Only tokens at least p times as likely as the first; 0: off.")
-    ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    dry_multiplier: DryMultiplier = 0.0,
+    dry_base: DryBase = 1.75,
+    dry_allowed_length: DryAllowedLength = 2,
+    stop: Stop = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja file to use instead of the model's own template.")
@@ -79,6 +85,7 @@ def run(
     context: ContextSize = None,
     threads: Threads = None,
     weights: WeightsOption = Weights.packed,
+    kv_dtype: KvDtypeOption = KvDtype.f16,
 ) -> None:
     """Ask a model, or chat with it.
 
@@ -90,22 +97,44 @@ def run(
 
     squall run
     """
-    settings = Settings(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
+    options = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "min_p": min_p, "seed": seed, "stop": tuple(stop or ()),
+        "frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty,
+        "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
+    dry = {"multiplier": dry_multiplier, "base": dry_base, "allowed_length": dry_allowed_length}
     path = source(file, model)
-    try:
-        with open_model(path, context=context, threads=threads, weights=weights) as opened:
-            if chat_template is not None:
-                opened.set_chat_template(read_text(chat_template))
-            if prompt is None:
-                from squall.cli.chat import Chat
+    with (
+        _interruptible(),
+        open_model(
+            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype
+        ) as opened,
+    ):
+        if chat_template is not None:
+            opened.set_chat_template(read_text(chat_template))
+        _converse(opened, Settings(options, dry), prompt, system, raw=raw)
 
-                Chat(opened, settings, system).loop()
-            else:
-                text = sys.stdin.read() if prompt == "-" else prompt
-                _answer_once(opened, settings, _prompt(opened, text, system, raw=raw))
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         sys.stderr.write("\n")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _converse(
+    model: Model, settings: Settings, prompt: str | None, system: str | None, *, raw: bool
+) -> None:
+    if prompt is None:
+        from squall.cli.chat import Chat
+
+        Chat(model, settings, system).loop()
+    else:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        _answer_once(model, settings, _prompt(model, text, system, raw=raw))
 
 
 def _prompt(model: Model, text: str, system: str | None, *, raw: bool) -> Prompt:

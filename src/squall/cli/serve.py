@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from squall.cli.flags import takes, takes_arguments_of
-from squall.cli.options import File, Folder, open_model, read_text, source
+from squall.cli.options import File, Folder, KvDtype, KvDtypeOption, open_model, read_text, source
 from squall.cli.selectors import NOT_YET, SELECTORS
 from squall.errors import InvalidRequest
 
@@ -66,6 +66,7 @@ class ServeFlags:
             help="Tokens of all answers together in the KV cache; by default one context.",
         ),
     ] = None  # fmt: skip
+    kv_dtype: KvDtypeOption = KvDtype.f16
     no_kv_cache: Annotated[
         bool, typer.Option("--no-kv-cache", help="Compute every token anew in every step.")
     ] = False
@@ -140,6 +141,7 @@ class ServeFlags:
             path,
             context=self.context,
             threads=self.threads,
+            kv_dtype=self.kv_dtype,
             kv_tokens=self.kv_tokens,
             engine=config,
         )
