@@ -23,16 +23,17 @@ MAY_IMPORT = {
     "engine": {"errors", "spec", "batch", "text", "_native"},
     "embedded": {"errors"},
     "locate": {"errors", "embedded"},
-    "api": {"errors", "engine", "model", "text"},
-    "server": {"__version__", "errors", "engine", "model", "api"},
-    "load": {"errors", "engine", "model"},
     "measure": {
         "errors", "batch", "recipes", "decoder", "checkpoints", "executors", "engine", "locate",
         "_native",
     },
 }  # fmt: skip
 # Above the model: its command line and servers, and what both of them and users ask.
-ABOVE = {"api": {"errors", "engine", "text", "model"}}
+ABOVE = {
+    "api": {"errors", "engine", "text", "model"},
+    "server": {"__version__", "errors", "engine", "model", "api"},
+    "load": {"errors", "engine", "model"},
+}
 TOP = {"model", "cli", "__init__", "__main__"}
 
 
