@@ -11,7 +11,7 @@ from project import ROOT, modules
 BUDGETS = {
     "src/squall/api": 1500,
     "src/squall/checkpoints": 900,
-    "src/squall/cli": 1400,
+    "src/squall/cli": 1500,
     "src/squall/engine": 1800,
     "src/squall/executors": 700,
     "src/squall/quant": 700,

@@ -90,7 +90,7 @@ def bench(
 
 
 def _counts(text: str | None) -> list[int]:
-    counts = (text or "1").split(",")
+    counts = ("1" if text is None else text).split(",")
     if not all(count.isascii() and count.isdigit() and 0 < int(count) <= 1024 for count in counts):
         raise InvalidRequest(f"--concurrency is {text!r}; it must be numbers from 1 to 1024")
     return [int(count) for count in counts]

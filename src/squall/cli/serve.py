@@ -8,7 +8,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from squall.server.options import ServerOptions
 
 PORT = 8080
+# mistral.rs chats like this.
+CHAT: dict[str, Any] = {
+    "max_tokens": 4096, "temperature": 0.1, "top_k": 32, "top_p": 0.1, "min_p": 0.05,
+    "frequency_penalty": 0.1, "presence_penalty": 0.1,
+}  # fmt: skip
 NO_EFFECT = ("pa_gpu_mem", "pa_gpu_mem_usage", "pa_blk_size", "token_source")
 
 _GPU = "Accepted; the KV cache of the CPU has no need of it."
@@ -228,10 +233,7 @@ def _run(flags: ServeFlags, path: str | Path | None, port: int) -> None:
         from squall.cli.chat import Chat
         from squall.cli.run import Settings
 
-        # mistral.rs chats like this.
-        settings = Settings(
-            4096, temperature=0.1, top_k=32, top_p=0.1, min_p=0.05, seed=flags.seed, stop=()
-        )
+        settings = Settings(CHAT | {"seed": flags.seed}, {"multiplier": 0.0})
         with flags.open(path) as model:
             Chat(model, settings, None).loop()
         return

@@ -58,7 +58,9 @@ _KINDS: dict[type[errors.SquallError], tuple[int, str, str | None]] = {
 }
 
 # The engine's own words tell of what went wrong inside.
-_FIXED = {errors.EngineStopped: "the engine has stopped; ask again in a while, or another server"}
+_FIXED: dict[type[errors.SquallError], str] = {
+    errors.EngineStopped: "the engine has stopped; ask again in a while, or another server"
+}
 _FIELD = re.compile(r"([a-z]+(?:_[a-z]+)*(?:\[\d+\])?(?:\.[a-z_]+)?) (?:is|has|must|needs) ")
 
 
