@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SOAK = Path(__file__).parents[2] / "bench" / "soak.py"
-SECONDS = 15
+SECONDS = 10
 
 
 def test_rows_4_and_32_a_soak() -> None:
