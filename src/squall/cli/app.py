@@ -12,6 +12,7 @@ from squall.cli.doctor import doctor
 from squall.cli.inspect import inspect
 from squall.cli.perplexity import perplexity
 from squall.cli.run import run
+from squall.cli.serve import serve
 
 app = typer.Typer(
     name="squall",
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, bench, perplexity, inspect, doctor):
+for command in (run, serve, bench, perplexity, inspect, doctor):
     app.command()(command)
 
 

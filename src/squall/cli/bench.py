@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.options import File, Folder, Json, KvDtype, KvDtypeOption, Threads, source
+from squall.cli.options import (
+    File,
+    Folder,
+    Json,
+    KvDtype,
+    KvDtypeOption,
+    Threads,
+    open_model,
+    source,
+)
+from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from squall.load import Load, Report
     from squall.measure import Bench, Profile, Result, Roofline
 
 
@@ -31,6 +43,14 @@ def bench(
     profile: Annotated[
         bool, typer.Option("--profile", help="Tell too where the time goes, by kind of op.")
     ] = False,
+    concurrency: Annotated[
+        str | None,
+        typer.Option("-c", "--concurrency", metavar="N,N..", help="Requests at a time."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask a server with OpenAI's API instead of a model here.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="For --url.")] = None,
     threads: Threads = None,
     kv_dtype: KvDtypeOption = KvDtype.f16,
     as_json: Json = False,
@@ -40,10 +60,19 @@ def bench(
     ppN is a prompt of N tokens; tgN is N tokens after it, one at a time. A first round is not
     counted. With -b the rates are those of all sequences together.
 
-    Example:
+    With -c or --url whole requests are measured, -r in each place: times to and between texts.
+
+    Examples:
 
     squall bench -f model.gguf -p 512 -g 128 -r 5 --threads 2
+
+    squall bench --url http://127.0.0.1:8080 -p 128 -g 64 -c 1,4,16
     """
+    if url is not None or concurrency is not None:
+        shape = (repetitions, prompt_tokens, answer_tokens)
+        asked = (url, api_key) if url is not None else None
+        _bench_load(concurrency, shape, asked or source(file, model), threads, as_json=as_json)
+        return
     from squall.measure import Bench, Plan, Roofline
 
     plan = Plan(prompt_tokens, answer_tokens, depth, batch, kv_dtype.value)
@@ -58,6 +87,68 @@ def bench(
     _print([_rates_table(opened, results)])
     if roofline is not None:
         _print([_profile_table(found, roofline) for found in profiles])
+
+
+def _counts(text: str | None) -> list[int]:
+    counts = ("1" if text is None else text).split(",")
+    if not all(count.isascii() and count.isdigit() and 0 < int(count) <= 1024 for count in counts):
+        raise InvalidRequest(f"--concurrency is {text!r}; it must be numbers from 1 to 1024")
+    return [int(count) for count in counts]
+
+
+def _bench_load(
+    concurrency: str | None,
+    shape: tuple[int, int, int],
+    asked: tuple[str, str | None] | str | Path | None,
+    threads: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Measure requests to the server or the model that is `asked`."""
+    from squall.load import Load, over_http, run_all
+
+    loads = [Load(count, *shape) for count in _counts(concurrency)]
+    if isinstance(asked, tuple):
+        url, key = asked
+        reports = run_all(loads, over_http(url, key=key))
+    else:
+        reports = _ask_model(asked, loads, threads=threads)
+    if as_json:
+        typer.echo(json.dumps({"results": [asdict(report) for report in reports]}))
+    else:
+        _print([_load_table(reports)])
+
+
+def _ask_model(path: str | Path | None, loads: list[Load], *, threads: int | None) -> list[Report]:
+    from squall.engine.engine import EngineConfig
+    from squall.load import in_process, run_all
+
+    most = max(load.concurrency for load in loads)
+    tokens = max(load.prompt_tokens + load.answer_tokens for load in loads)
+    config = EngineConfig(max_seqs=min(most, 64), prefix_cache_n=0)
+    with open_model(
+        path, context=tokens, kv_tokens=config.max_seqs * (tokens + 16), threads=threads,
+        engine=config,
+    ) as model:  # fmt: skip
+        return run_all(loads, in_process(model))
+
+
+def _load_table(reports: list[Report]) -> Table:
+    latencies = [f"{what} p{p}" for what in ("first", "next") for p in (50, 95, 99)]
+    table = _table((), ("at a time", "requests", "errors", "tokens/s", *latencies))
+    table.caption = "milliseconds to a request's first text, and between texts"
+    for report in reports:
+        found = [*report.first_s.values(), *report.gap_s.values()]
+        table.add_row(
+            str(report.concurrency),
+            str(report.requests),
+            str(report.errors),
+            f"{report.answer_tokens_per_second:.1f}",
+            *(f"{1e3 * seconds:.1f}" for seconds in found),
+        )
+        if report.first_error is not None:
+            table.caption = f"an error: {report.first_error}"
+    return table
 
 
 def _report(

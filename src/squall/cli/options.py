@@ -18,6 +18,7 @@ from squall.errors import InvalidRequest
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from squall.engine.engine import EngineConfig
     from squall.model import Model
 
 PROGRESS_S = 0.5
@@ -108,6 +109,8 @@ def open_model(
     context: int | None = None,
     threads: int | None = None,
     weights: Weights = Weights.packed,
+    kv_tokens: int | None = None,
+    engine: EngineConfig | None = None,
     kv_dtype: KvDtype = KvDtype.f16,
     hub: Hub | None = None,
 ) -> Model:
@@ -120,6 +123,8 @@ def open_model(
             context=context,
             threads=threads,
             weights=weights.value,
+            kv_tokens=kv_tokens,
+            engine=engine,
             kv_dtype=kv_dtype.value,
             hub=hub,
             progress=shown,

@@ -1,0 +1,283 @@
+"""`squall serve` and `squall-server`: the HTTP server, or with -i a chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from squall.cli.flags import takes, takes_arguments_of
+from squall.cli.options import File, Folder, KvDtype, KvDtypeOption, open_model, read_text, source
+from squall.cli.selectors import NOT_YET, SELECTORS
+from squall.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from squall.model import Model
+    from squall.server.options import ServerOptions
+
+PORT = 8080
+# mistral.rs chats like this.
+CHAT: dict[str, Any] = {
+    "max_tokens": 4096, "temperature": 0.1, "top_k": 32, "top_p": 0.1, "min_p": 0.05,
+    "frequency_penalty": 0.1, "presence_penalty": 0.1,
+}  # fmt: skip
+NO_EFFECT = ("pa_gpu_mem", "pa_gpu_mem_usage", "pa_blk_size", "token_source")
+
+_GPU = "Accepted; the KV cache of the CPU has no need of it."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeFlags:
+    """The options of both commands."""
+
+    serve_ip: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine's.")
+    ] = "127.0.0.1"
+    port: Annotated[
+        int | None, typer.Option("-p", "--port", min=0, max=65535, help="0: any that is free.")
+    ] = None
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="SQUALL_API_KEY", help="Ask for this key; several: each has its own cache."
+        ),
+    ] = None
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Web pages from here may use the server; *: all."),
+    ] = None
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name, beside the address, the server may go by."),
+    ] = None
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The model's name for clients; by default its file's.")
+    ] = None
+    max_seqs: Annotated[int, typer.Option(min=1, help="Answers computed at a time.")] = 16
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait beside those.")] = 256
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer together.")
+    ] = None
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--kv-tokens", "--pa-ctxt-len", min=1,
+            help="Tokens of all answers together in the KV cache; by default one context.",
+        ),
+    ] = None  # fmt: skip
+    kv_dtype: KvDtypeOption = KvDtype.f16
+    no_kv_cache: Annotated[
+        bool, typer.Option("--no-kv-cache", help="Compute every token anew in every step.")
+    ] = False
+    prefix_cache_n: Annotated[
+        int, typer.Option(min=0, help="Keep prefixes, as much as so many contexts; 0: none.")
+    ] = 16
+    prompt_batchsize: Annotated[
+        int | None, typer.Option(min=1, help="At most so many prompt tokens a step.")
+    ] = None
+    truncate_sequence: Annotated[
+        bool,
+        typer.Option(
+            "-t", "--truncate-sequence", help="Cut prompts that are too long, at the beginning."
+        ),
+    ] = False
+    chat_template: Annotated[
+        str | None,
+        typer.Option("-c", "--chat-template", help="A .jinja or .json file, or a template."),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option("-s", "--seed", min=0, help="For requests that give none.")
+    ] = None
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="By default as many as this process may use.")
+    ] = None
+    log: Annotated[
+        Path | None, typer.Option("-l", "--log", help="Append requests and responses to a file.")
+    ] = None
+    throughput: Annotated[
+        bool, typer.Option("--throughput", help="Tokens a second in the access log.")
+    ] = False
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds for running answers after SIGTERM or Ctrl-C.")
+    ] = 30.0
+    stall_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds without a step after which the engine is dead.")
+    ] = 300.0
+    interactive_mode: Annotated[
+        bool, typer.Option("-i", "--interactive-mode", help="A chat here instead of a server.")
+    ] = False
+    num_device_layers: Annotated[
+        str | None,
+        typer.Option("-n", "--num-device-layers", help="Layers on a GPU; 0 until there is one."),
+    ] = None
+    isq: Annotated[str | None, typer.Option(help="Not supported yet.")] = None
+    pa_gpu_mem: Annotated[int | None, typer.Option(help=_GPU)] = None
+    pa_gpu_mem_usage: Annotated[float | None, typer.Option(min=0, max=1, help=_GPU)] = None
+    pa_blk_size: Annotated[int | None, typer.Option(help=_GPU)] = None
+    no_paged_attn: Annotated[bool, typer.Option("--no-paged-attn", help=_GPU)] = False
+    token_source: Annotated[str, typer.Option(help="Accepted; nothing is downloaded.")] = "cache"
+
+    def check(self) -> None:
+        """Raises InvalidRequest for what would be silently without effect."""
+        if self.isq is not None:
+            raise InvalidRequest("--isq is not supported yet; give a file that is quantized")
+        if self.num_device_layers not in (None, "0", "0:0"):
+            raise InvalidRequest("--num-device-layers: this build runs on the CPU only; give 0")
+
+    def open(self, path: str | Path | None) -> Model:
+        """The model at `path`, as the flags want it."""
+        from squall.engine.engine import EngineConfig
+
+        self.check()
+        config = EngineConfig(
+            max_seqs=self.max_seqs,
+            max_queue=self.max_queue,
+            prompt_batchsize=self.prompt_batchsize,
+            prefix_cache_n=self.prefix_cache_n,
+            no_kv_cache=self.no_kv_cache,
+        )
+        model = open_model(
+            path,
+            context=self.context,
+            threads=self.threads,
+            kv_dtype=self.kv_dtype,
+            kv_tokens=self.kv_tokens,
+            engine=config,
+        )
+        if self.chat_template is not None:
+            model.set_chat_template(_template(self.chat_template))
+        return model
+
+    def options(self) -> ServerOptions:
+        """What the server allows."""
+        from squall.server.options import LOOPBACK, ServerOptions, keep_alive_s
+
+        local = self.serve_ip in LOOPBACK
+        hosts = {*LOOPBACK, *(self.allow_host or ())} if local or self.allow_host else None
+        return ServerOptions(
+            model_id=self.served_model_name,
+            api_keys=tuple(self.api_key or ()),
+            origins=tuple(self.cors or ()),
+            hosts=None if hosts is None else frozenset(hosts),
+            truncate=self.truncate_sequence,
+            seed=self.seed,
+            log=self.log,
+            throughput=self.throughput,
+            keep_alive_s=keep_alive_s(),
+            drain_s=self.drain_timeout,
+            stall_s=self.stall_timeout,
+        )
+
+
+@takes(ServeFlags)
+def serve(flags: ServeFlags, file: File = None, model: Folder = None) -> None:
+    """Serve a model over HTTP, in the shape of OpenAI's API.
+
+    Examples:
+
+    squall serve
+
+    squall serve -f model.gguf --port 8000 --api-key SECRET
+    """
+    _run(flags, source(file, model), PORT if flags.port is None else flags.port)
+
+
+server = typer.Typer(
+    name="squall-server",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@server.callback()
+@takes(ServeFlags)
+def _take_flags(flags: ServeFlags, invocation: typer.Context) -> None:
+    """Serve a model over HTTP. Options come first, then what kind of model it is.
+
+    Example:
+
+    squall-server --port 8080 gguf -m DIR -f model.gguf
+    """
+    invocation.obj = flags
+
+
+def _add_selectors() -> None:
+    for name, selector in SELECTORS.items():
+
+        def run(given: dict[str, object], invocation: typer.Context) -> None:
+            flags: ServeFlags = invocation.obj
+            if flags.port is None and not flags.interactive_mode:
+                raise typer.BadParameter("give one, or -i for a chat", param_hint="--port")
+            path = SELECTORS[str(invocation.info_name)](**given)
+            _run(flags, path, flags.port or 0)
+
+        # What belongs to a word that is not known yet is not known either.
+        settings = {"ignore_unknown_options": name in NOT_YET}
+        server.command(name, context_settings=settings)(takes_arguments_of(selector)(run))
+
+
+_add_selectors()
+
+
+def _run(flags: ServeFlags, path: str | Path | None, port: int) -> None:
+    """Serve, or chat, until the user has enough."""
+    if flags.interactive_mode:
+        from squall.cli.chat import Chat
+        from squall.cli.run import Settings
+
+        settings = Settings(CHAT | {"seed": flags.seed}, {"multiplier": 0.0})
+        with flags.open(path) as model:
+            Chat(model, settings, None).loop()
+        return
+    # A signal while the model loads ends the process, also where it is a container's first one.
+    signal.signal(signal.SIGTERM, _leave)
+    from squall.server.run import listen, serve_on
+
+    options = flags.options()
+    listener = listen(flags.serve_ip, port)
+    for name in NO_EFFECT:
+        if getattr(flags, name) not in (None, "cache"):
+            sys.stderr.write(f"note: --{name.replace('_', '-')} has no effect on the CPU\n")
+    if options.hosts is None and not options.api_keys:
+        sys.stderr.write(
+            f"warning: whoever reaches {flags.serve_ip} may use this server; --api-key KEY asks "
+            "for a key\n"
+        )
+    with flags.open(path) as model:
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        name = options.model_id or model.checkpoint.path.stem
+
+        def started() -> None:
+            sys.stderr.write(
+                f"{name} at http://{shown}:{port}/v1 (context {model.context} tokens, "
+                f"{model.executor.threads} threads, {model.executor.isa})\n"
+            )
+
+        status = serve_on(model, options, listener, started=started)
+    raise typer.Exit(status)
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    os._exit(128 + number)
+
+
+def _template(given: str) -> str:
+    """The Jinja source of a file, of a tokenizer's JSON, or given as it is."""
+    if given.endswith(".json"):
+        try:
+            found = json.loads(read_text(Path(given)))["chat_template"]
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if not isinstance(found, str):
+            raise InvalidRequest(f"{given} has no chat_template that is text")
+        return found
+    return read_text(Path(given)) if given.endswith((".jinja", ".j2")) else given

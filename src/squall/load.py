@@ -1,0 +1,227 @@
+"""Many requests at a time, to this process's engine or to a server, and how long they take."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from squall.engine.generation import Generation
+from squall.engine.request import Request
+from squall.engine.sampling import Sampling
+from squall.errors import InvalidRequest
+from squall.model import Model
+
+# Common words, nearly always one token each.
+WORDS = (  # noqa: SIM905
+    "time year people way day man thing woman life child world school state family student group "
+    "country problem hand part place case week company system program question work number night"
+).split()
+PERCENTS = (50, 95, 99)
+WAIT_S = 600.0
+
+
+@dataclass(slots=True)
+class Trace:
+    """One request: seconds to its first text and between the others, and tokens."""
+
+    first_s: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """So many requests at a time, one after another in each place; the prompts all differ."""
+
+    concurrency: int
+    rounds: int
+    prompt_tokens: int
+    answer_tokens: int
+
+
+Ask = Callable[[Load, int], Awaitable[Trace]]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of a load. Percentiles are of all requests, or of all gaps, in seconds."""
+
+    concurrency: int
+    requests: int
+    errors: int
+    first_error: str | None
+    elapsed_s: float
+    prompt_tokens: int
+    answer_tokens: int
+    answer_tokens_per_second: float
+    first_s: dict[str, float]
+    gap_s: dict[str, float]
+
+
+async def run(load: Load, ask: Ask) -> Report:
+    """Put the load on."""
+
+    async def place(number: int) -> list[Trace]:
+        # Not a comprehension of tasks: the next request of a place begins when the last has ended.
+        return [await ask(load, number * load.rounds + i) for i in range(load.rounds)]
+
+    start_s = time.perf_counter()
+    found = await asyncio.gather(*(place(number) for number in range(load.concurrency)))
+    elapsed_s = time.perf_counter() - start_s
+    traces = [trace for traces in found for trace in traces]
+    good = [trace for trace in traces if trace.error is None]
+    answer_tokens = sum(trace.answer_tokens for trace in good)
+    return Report(
+        concurrency=load.concurrency,
+        requests=len(traces),
+        errors=len(traces) - len(good),
+        first_error=next((trace.error for trace in traces if trace.error is not None), None),
+        elapsed_s=elapsed_s,
+        prompt_tokens=sum(trace.prompt_tokens for trace in good),
+        answer_tokens=answer_tokens,
+        answer_tokens_per_second=answer_tokens / elapsed_s,
+        first_s=percentiles([trace.first_s for trace in good]),
+        gap_s=percentiles([gap for trace in good for gap in trace.gaps_s]),
+    )
+
+
+def run_all(loads: Sequence[Load], ask: Ask) -> list[Report]:
+    """Several loads, one after another."""
+
+    async def every() -> list[Report]:
+        await ask(Load(1, 1, 1, 2), 0)  # what only the first request pays for
+        return [await run(load, ask) for load in loads]
+
+    return asyncio.run(every())
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99, each a value that occurred; none of nothing."""
+    ordered = sorted(values)
+    at = {percent: max(-(-len(ordered) * percent // 100) - 1, 0) for percent in PERCENTS}
+    return {f"p{percent}": ordered[i] for percent, i in at.items()} if ordered else {}
+
+
+def _prompt(load: Load, number: int) -> str:
+    """Words that begin like no other request's."""
+    chosen = random.Random(number + 1_000_003 * load.concurrency)
+    return " ".join(chosen.choices(WORDS, k=load.prompt_tokens))
+
+
+def in_process(model: Model) -> Ask:
+    """Asks this model."""
+
+    async def ask(load: Load, number: int) -> Trace:
+        ids = model.encode(_prompt(load, number))[: load.prompt_tokens]
+        request = Request(
+            ids=ids,
+            sampling=Sampling(temperature=0, seed=0),
+            max_tokens=load.answer_tokens,
+            ignore_eos=True,
+        )
+        trace = Trace()
+        generation = Generation(model.engine, request)
+        await _time(trace, generation)
+        trace.prompt_tokens = generation.usage.prompt_tokens
+        trace.answer_tokens = generation.usage.answer_tokens
+        return trace
+
+    return ask
+
+
+def over_http(url: str, *, key: str | None) -> Ask:
+    """Asks a server with OpenAI's API at `url`, such as http://127.0.0.1:8080."""
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidRequest(f"{url!r} is no URL of a server; such as http://127.0.0.1:8080")
+    path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+    host = (parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme])
+    tls = ssl.create_default_context() if parts.scheme == "https" else None
+
+    async def ask(load: Load, number: int) -> Trace:
+        body = {
+            "model": "default",
+            "messages": [{"role": "user", "content": _prompt(load, number)}],
+            "max_tokens": load.answer_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        data = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(data)}\r\nConnection: close\r\n"
+            + (f"Authorization: Bearer {key}\r\n" if key else "")
+        )
+        trace = Trace()
+        try:
+            reader, writer = await asyncio.open_connection(*host, ssl=tls)
+            try:
+                writer.write(head.encode() + b"\r\n" + data)
+                await asyncio.wait_for(_time(trace, _texts(reader, trace)), WAIT_S)
+            finally:
+                writer.close()
+        except (OSError, ValueError, EOFError, asyncio.TimeoutError) as error:
+            trace.error = f"{type(error).__name__}: {error}"
+        return trace
+
+    return ask
+
+
+async def _time(trace: Trace, texts: AsyncIterator[object]) -> None:
+    last_s = time.perf_counter()
+    first = True
+    async for _ in texts:
+        now_s = time.perf_counter()
+        if first:
+            trace.first_s, first = now_s - last_s, False
+        else:
+            trace.gaps_s.append(now_s - last_s)
+        last_s = now_s
+
+
+async def _texts(reader: asyncio.StreamReader, trace: Trace) -> AsyncIterator[str]:
+    """The texts of an event stream; tells the trace the usage. ValueError for anything else."""
+    status = int((await reader.readline()).split(b" ")[1])
+    chunked = False
+    while (line := await reader.readline()) not in (b"\r\n", b""):
+        chunked |= line.lower().replace(b" ", b"").startswith(b"transfer-encoding:chunked")
+    source = _chunks(reader) if chunked else _lines(reader)
+    if status != 200:
+        text = b"".join([part async for part in source])
+        raise ValueError(f"status {status}: {text.decode(errors='replace')[:200]}")
+    rest = b""
+    async for part in source:
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[len(b"data: ") :])
+            if "error" in event:
+                raise ValueError(event["error"].get("message", "an error in the stream"))
+            if usage := event.get("usage"):
+                trace.prompt_tokens = usage["prompt_tokens"]
+                trace.answer_tokens = usage["completion_tokens"]
+            for choice in event["choices"]:
+                if text := choice["delta"].get("content"):
+                    yield text
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while size := int((await reader.readline()).split(b";")[0], 16):
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)
+
+
+async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while line := await reader.readline():
+        yield line

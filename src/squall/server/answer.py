@@ -1,0 +1,171 @@
+"""One request for text on its way: from the queue to the last byte, or until nobody listens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from squall.api.jobs import Job
+from squall.api.responses import Shape
+from squall.server.errors import to_api
+from squall.server.gate import Visit
+from squall.server.limits import ClientGone
+from squall.server.service import Service
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+# A dead engine tells its requests so; whoever was not told by then is told by the server.
+LAST_WORD_S = 1.0
+
+AnyJob = Job[Any, Any, Any]
+
+
+class Answer(Response):
+    """Starts a job beside the event loop, and sends what comes of it.
+
+    What happens first counts: the answer is complete, the client is gone, the engine is dead. The
+    job is cancelled unless it is complete.
+    """
+
+    def __init__(self, service: Service, start: Callable[[], AnyJob], *, stream: bool) -> None:
+        super().__init__()
+        self._service = service
+        self._start = start
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        visit: Visit = scope["state"]["visit"]
+        writer = Writer(scope, receive, send)
+        run = asyncio.ensure_future(self._run(visit, writer))
+        gone = asyncio.ensure_future(_gone(receive))
+        dead = asyncio.ensure_future(self._service.dead.wait())
+        try:
+            await asyncio.wait({run, gone, dead}, return_when=asyncio.FIRST_COMPLETED)
+            if not run.done() and not gone.done():
+                await asyncio.wait({run, gone}, timeout=LAST_WORD_S)
+        finally:
+            ended, left = run.done(), gone.done()
+            for task in (run, gone, dead):
+                task.cancel()
+            with suppress(asyncio.CancelledError):
+                await run
+        if ended:
+            return
+        if left or self._service.why_dead is None:
+            raise ClientGone
+        await writer.error(self._service.why_dead)
+
+    async def _run(self, visit: Visit, writer: Writer) -> None:
+        starting = self._service.submit(self._start)
+        try:
+            job = await asyncio.wrap_future(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_cancel_job)
+            raise
+        except Exception as error:
+            await writer.error(error)
+            return
+        try:
+            if self._stream:
+                await self._send_stream(job, writer)
+            else:
+                await writer.whole((await job.response_async()).to_json().encode())
+        except Exception as error:
+            await writer.error(error)
+        finally:
+            job.cancel()
+            self._note(job, visit)
+
+    async def _send_stream(self, job: AnyJob, writer: Writer) -> None:
+        chunks = aiter(job.chunks_async())
+        upcoming = asyncio.ensure_future(_next(chunks))
+        try:
+            while True:
+                await asyncio.wait({upcoming}, timeout=self._service.options.keep_alive_s)
+                if not upcoming.done():
+                    await writer.part(KEEP_ALIVE)
+                    continue
+                chunk = upcoming.result()
+                if chunk is None:
+                    break
+                upcoming = asyncio.ensure_future(_next(chunks))
+                await writer.part(f"data: {chunk.to_json()}\n\n".encode())
+        finally:
+            upcoming.cancel()
+        await writer.part(DONE, last=True)
+
+    def _note(self, job: AnyJob, visit: Visit) -> None:
+        """Tell metrics and log what became of it."""
+        usage = job.usage
+        self._service.metrics.observe(usage)
+        visit.notes |= {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+        }
+        if self._service.options.throughput:
+            visit.notes |= {
+                "prompt_tokens_per_second": round(usage.avg_prompt_tok_per_sec, 1),
+                "completion_tokens_per_second": round(usage.avg_compl_tok_per_sec, 1),
+            }
+
+
+class Writer:
+    """Sends one response: whole, as a stream, or an error in the place of either."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._started = False
+
+    async def whole(self, text: bytes) -> None:
+        """A complete JSON response."""
+        await self._respond(Response(text, media_type="application/json"))
+
+    async def part(self, data: bytes, *, last: bool = False) -> None:
+        """A part of a stream; the first one starts it, so that errors until then have a status."""
+        if not self._started:
+            self._started = True
+            start = {"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]}
+            await self._send(start)
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def error(self, error: Exception) -> None:
+        """An error response, or in the middle of a stream an event and the end."""
+        told = to_api(error)
+        if self._started:
+            await self.part(f"data: {told.body()}\n\n".encode(), last=True)
+        else:
+            await self._respond(told.response())
+
+    async def _respond(self, response: Response) -> None:
+        self._started = True
+        await response(self._scope, self._receive, self._send)
+
+
+async def _gone(receive: Receive) -> None:
+    """Until the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _next(chunks: AsyncIterator[Shape]) -> Shape | None:
+    return await anext(chunks, None)
+
+
+def _cancel_job(starting: Future[AnyJob]) -> None:
+    """The client left before its job was there."""
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().cancel()

@@ -1,0 +1,84 @@
+"""`create_app`: a model as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from squall import __version__
+from squall.model import Model
+from squall.server.errors import INVALID, ApiError, to_api
+from squall.server.gate import Gate
+from squall.server.options import ServerOptions
+from squall.server.routes import add_routes
+from squall.server.service import Service
+
+_HEADERS = ["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"]
+
+
+def create_app(model: Model, options: ServerOptions | None = None) -> FastAPI:
+    """The application. It does not close the model.
+
+    `squall.server.run.serve_on` runs it with time limits and an orderly end; other ASGI servers can
+    run it as well, one process only.
+    """
+    service = Service(model, options or ServerOptions())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(service.run())
+        yield
+        watching.cancel()
+        service.close()
+
+    app = FastAPI(
+        title="Squall",
+        version=__version__,
+        description="An OpenAI-compatible API.",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere; ours needs no network
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.state.service = service
+    app.add_exception_handler(HTTPException, _http_error)
+    add_routes(app, service)
+    app.add_middleware(Gate, service=service)
+    if service.options.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.options.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=_HEADERS,
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return app
+
+
+def service_of(app: FastAPI) -> Service:
+    """What the parts of an application made here share."""
+    service: Service = app.state.service
+    return service
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the form of all errors."""
+    found = to_api(error)
+    if found.status == 404:
+        found = ApiError(
+            404, f"unknown path {request.url.path[:200]!r}; /docs lists those there are",
+            "unknown_url",
+        )  # fmt: skip
+    elif found.status == 405:
+        found = ApiError(
+            405, f"{request.method} is not for this path", "method_not_allowed", INVALID,
+            headers=found.headers,
+        )  # fmt: skip
+    return found.response()

@@ -1,0 +1,146 @@
+"""How much a client may send, and how long it may take."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.types import Receive
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from squall.server.errors import ApiError
+from squall.server.options import ServerOptions
+
+HEADER_BYTES = 64 * 1024
+MOST_CONNECTIONS = 1000
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\n"
+    b"content-length: 0\r\n\r\n"
+)
+
+
+class ClientGone(Exception):
+    """Nobody is there to be answered."""
+
+
+class Bodies:
+    """Reads request bodies; what they take together is bounded."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self._options = options
+        self._held = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Body]:
+        """A body, whose bytes count until the end."""
+        body = Body(self)
+        try:
+            yield body
+        finally:
+            self._held -= len(body.data)
+
+    def check(self, size: int, new: int) -> None:
+        """Raises ApiError if a body of `size` bytes, `new` of them not held yet, is too much."""
+        most = self._options.body_bytes
+        if size > most:
+            raise ApiError(
+                413, f"the body is larger than the {most} bytes allowed", "request_too_large"
+            )
+        if self._held + new > self._options.all_bodies_bytes:
+            raise ApiError(
+                429, "too many large requests at a time", "rate_limit_exceeded",
+                "rate_limit_error", headers={"Retry-After": "1"},
+            )  # fmt: skip
+
+    def add(self, size: int) -> None:
+        """So many bytes came."""
+        self._held += size
+
+    @property
+    def seconds(self) -> float:
+        """How long a body may take."""
+        return self._options.body_s
+
+
+class Body:
+    """One request's body."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self.data = bytearray()
+
+    async def read(self, receive: Receive, declared: str | None) -> bytes:
+        """All of it. Raises ClientGone, and ApiError if it is too large or too slow."""
+        if declared is not None and declared.isdigit():
+            self._bodies.check(int(declared), int(declared))
+        try:
+            await asyncio.wait_for(self._read(receive), self._bodies.seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(
+                408, f"the body did not come within {self._bodies.seconds:g} s", "timeout",
+                headers={"Connection": "close"},
+            ) from None  # fmt: skip
+        return bytes(self.data)
+
+    async def _read(self, receive: Receive) -> None:
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            self._bodies.check(len(self.data) + len(part), len(part))
+            self.data += part
+            self._bodies.add(len(part))
+            more = message.get("more_body", False)
+
+
+def protocol(options: ServerOptions) -> type[H11Protocol]:
+    """Connections that end if a header does not come in time, or nobody takes what is sent."""
+
+    class Protocol(H11Protocol):
+        _header: asyncio.TimerHandle | None = None
+        _writing: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > MOST_CONNECTIONS:
+                transport.write(_FULL)
+                transport.close()
+                return
+            # Paused whenever the system does not take all, so that the timer sees who reads not.
+            transport.set_write_buffer_limits(high=0)
+            self._expect_header()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is None or self.cycle.response_complete:
+                self._expect_header()
+            else:
+                _stop(self._header)
+                self._header = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            _stop(self._header)
+            _stop(self._writing)
+            super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._writing = self.loop.call_later(options.write_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            _stop(self._writing)
+            super().resume_writing()
+
+        def _expect_header(self) -> None:
+            if self._header is None:
+                self._header = self.loop.call_later(options.header_s, self.transport.close)
+
+    return Protocol
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

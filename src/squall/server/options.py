@@ -1,0 +1,63 @@
+"""How a server behaves: who may ask, how much, and how long."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from squall.errors import InvalidRequest
+
+MIB = 2**20
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def keep_alive_s() -> float:
+    """The pause after which a stream gets a comment; KEEP_ALIVE_INTERVAL is in milliseconds."""
+    text = os.environ.get("KEEP_ALIVE_INTERVAL", "1000")
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**7):
+        raise InvalidRequest(f"KEEP_ALIVE_INTERVAL is {text!r}; it must be milliseconds, above 0")
+    return int(text) / 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """What a server allows.
+
+    model_id: the model's name for clients; by default that of its file.
+    api_keys: one of them is asked for, unless there are none. Each has its own prefix cache.
+    origins: web pages of these origins may use the server; "*" is all of them.
+    hosts: names the server may be called by; None: any. What keeps web pages that point a name of
+        their own at this machine from reading answers.
+    truncate: cut the beginning of prompts that are too long instead of refusing them.
+    seed: for requests that give none; by default each draws its own.
+    log: a file that gets every request and response.
+    throughput: tell tokens a second in the access log.
+    body_bytes, all_bodies_bytes: of one request's body, and of those being read or parsed together.
+    header_s, body_s, write_s: how long a client may take to send its header, to send its body, and
+        to take what is written to it. keep_alive_s: a comment for streams that are silent.
+    drain_s: what running answers get to end after a first signal to stop.
+    stall_s: the engine is dead if no step ends for so long.
+    """
+
+    model_id: str | None = None
+    api_keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    hosts: frozenset[str] | None = None
+    truncate: bool = False
+    seed: int | None = None
+    log: Path | None = None
+    throughput: bool = False
+    body_bytes: int = 16 * MIB
+    all_bodies_bytes: int = 256 * MIB
+    header_s: float = 10.0
+    body_s: float = 60.0
+    write_s: float = 60.0
+    keep_alive_s: float = 1.0
+    drain_s: float = 30.0
+    stall_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for key in self.api_keys:
+            if not (key.isascii() and key.isprintable() and key.strip() == key and key):
+                raise InvalidRequest("an API key must be printable ASCII, and not empty")

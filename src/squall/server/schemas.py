@@ -1,0 +1,193 @@
+"""The HTTP bodies: OpenAI's names and types. Ranges are checked by `squall.api`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from squall.api.requests import ChatCompletionRequest, CompletionRequest
+from squall.server.errors import TAG, ApiError
+
+# Fields of OpenAI's that change nothing here.
+IGNORED = frozenset({
+    "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "user",
+})  # fmt: skip
+# Fields that would change the answer, with the values that do not. Others are passed on if the
+# Python API knows the field, and refused if it does not: never silently without effect.
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "adapters": ([],),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "grammar": (),
+    "guided_json": (),
+    "images": ([],),
+    "modalities": (["text"],),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+PASSED_ON = frozenset({"adapters", "grammar", "response_format", "suffix", "tool_choice", "tools"})
+MOST_ITEMS = 100_000  # of any list, before anything is done with it
+
+_BodyT = TypeVar("_BodyT", bound="Body")
+
+
+def _shape(value: object) -> str:
+    """Which member of a union is meant, so that an error is about that one only."""
+    return TAG + ("list" if isinstance(value, list) else type(value).__name__)
+
+
+def _prompt_shape(value: object) -> str:
+    first = value[0] if isinstance(value, list) and value else 0
+    return _shape(value) + (type(first).__name__ if isinstance(value, list) else "")
+
+
+_WRONG = {"custom_error_type": "type", "custom_error_message": "has the wrong type"}
+_FEW = Field(max_length=MOST_ITEMS)
+Text = Annotated[str, Tag("~str")]
+Texts = Annotated[Text | Annotated[list[str], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)]
+Prompts = Annotated[
+    Text
+    | Annotated[list[int], Field(max_length=10 * MOST_ITEMS), Tag("~listint")]
+    | Annotated[list[str], _FEW, Tag("~liststr")]
+    | Annotated[list[list[int]], _FEW, Tag("~listlist")],
+    Discriminator(_prompt_shape, **_WRONG),
+]
+
+
+class Body(BaseModel):
+    """What all bodies have in common."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str | None = None
+
+    @classmethod
+    def parse(cls: type[_BodyT], data: bytes) -> _BodyT:
+        """A body from its JSON. Raises ValidationError, and ApiError for unknown fields."""
+        body = cls.model_validate_json(data)
+        for name, value in (body.model_extra or {}).items():
+            if value is None or name in IGNORED or value in NEUTRAL.get(name, ()):
+                continue
+            if name not in NEUTRAL:
+                raise ApiError(
+                    400, f"unknown parameter: {name[:100]!r}", "unknown_parameter",
+                    param=name[:100],
+                )  # fmt: skip
+            if name not in PASSED_ON:
+                raise ApiError(
+                    400, f"{name} is not supported by this server", "unsupported_parameter",
+                    param=name,
+                )  # fmt: skip
+        return body
+
+    def given(self) -> dict[str, Any]:
+        """The fields that say something, as arguments for the Python API."""
+        found = self.model_dump(exclude_none=True, exclude={"model", *(self.model_extra or ())})
+        for name, value in (self.model_extra or {}).items():
+            if name in PASSED_ON and value is not None and value not in NEUTRAL[name]:
+                found[name] = value
+        return found
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside its pieces. Obfuscation is accepted, and not done."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Message(BaseModel):
+    """One message. What else it has goes to the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: (
+        Annotated[
+            Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")],
+            Discriminator(_shape, **_WRONG),
+        ]
+        | None
+    ) = None
+
+
+class GenerationBody(Body):
+    """How an answer is made; docs/sampling.md tells what the numbers do."""
+
+    max_tokens: int | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Texts | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[int], _FEW] | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_sequence_breakers: Annotated[list[str], _FEW] | None = None
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[
+        Text | Annotated[list[Message], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)
+    ]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def request(self, **defaults: Any) -> ChatCompletionRequest:
+        """The same for the Python API, which checks the ranges."""
+        return ChatCompletionRequest(**{**defaults, **self.given()})
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions. A prompt is text, token ids, or a list of either."""
+
+    prompt: Prompts
+    echo: bool | None = None
+    best_of: int | None = None
+    logprobs: int | None = None
+
+    def request(self, **defaults: Any) -> CompletionRequest:
+        """The same for the Python API, which checks the ranges."""
+        return CompletionRequest(**{**defaults, **self.given()})
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: the ids of a text, or of a conversation in the chat template."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Message], _FEW] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize: the text of token ids."""
+
+    tokens: Annotated[list[int], Field(max_length=10 * MOST_ITEMS)]

@@ -1,0 +1,104 @@
+"""`squall serve` and `squall-server` up to where the server begins, and the chat."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import squall
+
+from squall import InvalidRequest
+from squall.cli.selectors import NOT_YET, gguf
+from squall.cli.serve import _template
+from squall.load import percentiles
+
+SERVER = "from squall.cli import server; server()"
+
+
+def server(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SERVER, *arguments],
+        input=stdin, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("word", sorted(NOT_YET))
+def test_words_that_are_not_there_yet(word: str) -> None:
+    done = server("--port", "1", word, "-m", "somebody/something", "--anything", "x")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {word}: ")
+    assert "not supported yet" in done.stderr
+
+
+def test_a_port_is_needed() -> None:
+    done = server("gguf")
+    assert done.returncode == 2
+    assert "--port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--isq", "Q4K"), ("-n", "10"), ("-n", "0:4;1:4"), ("-c", "none.jinja"), ("-c", "none.json")],
+)
+def test_what_would_have_no_effect(flags: tuple[str, ...]) -> None:
+    done = server("-i", *flags, "gguf")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_options_of_the_seed_and_a_chat() -> None:
+    flags = (
+        "-i", "-s", "5", "--max-seqs", "2", "--prefix-cache-n", "4", "--prompt-batchsize", "64",
+        "-n", "0", "--pa-gpu-mem", "500", "--pa-gpu-mem-usage", "0.5", "--pa-blk-size", "32",
+        "--pa-ctxt-len", "900", "--no-paged-attn", "--token-source", "none", "--context", "800",
+    )  # fmt: skip
+    done = server(*flags, "gguf", stdin="What is the capital of France?\n\\exit\n")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+
+
+def test_a_wrong_word_or_flag() -> None:
+    assert server("--port", "1", "gguuf").returncode == 2
+    assert server("--port", "1", "gguf", "--nothing").returncode == 2
+    assert squall("serve", "--port", "99999").returncode == 2
+    assert squall("serve", "-f", "none.gguf", "--port", "0").returncode == 1
+
+
+def test_gguf_files() -> None:
+    assert gguf() is None
+    assert gguf("folder") == "folder"
+    assert gguf("folder", "a.gguf b.gguf") == Path("folder/a.gguf")
+    assert gguf(quantized_filename="a.gguf") == Path("a.gguf")
+    with pytest.raises(InvalidRequest, match="topology"):
+        gguf(topology="t.yml")
+
+
+def test_templates(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"chat_template": "{{ 1 }}"}))
+    (tmp_path / "a.jinja").write_text("{{ 2 }}")
+    (tmp_path / "b.json").write_text("[]")
+    assert _template(str(tmp_path / "a.json")) == "{{ 1 }}"
+    assert _template(str(tmp_path / "a.jinja")) == "{{ 2 }}"
+    assert _template("{{ 3 }}") == "{{ 3 }}"
+    with pytest.raises(InvalidRequest, match="no chat_template"):
+        _template(str(tmp_path / "b.json"))
+
+
+def test_percentiles() -> None:
+    assert percentiles([]) == {}
+    assert percentiles([3.0]) == {"p50": 3.0, "p95": 3.0, "p99": 3.0}
+    assert percentiles([float(i) for i in range(100, 0, -1)]) == {"p50": 50, "p95": 95, "p99": 99}
+
+
+@pytest.mark.parametrize("text", ["0", "x", "", "1,,2", "5000", "-1"])
+def test_wrong_concurrency(text: str) -> None:
+    assert squall("bench", "-c", text).returncode == 1
+
+
+def test_an_url_that_nobody_serves() -> None:
+    assert squall("bench", "--url", "ftp://x").returncode == 1
+    done = squall("bench", "--url", "http://127.0.0.1:1", "-r", "1", "--json")
+    assert json.loads(done.stdout)["results"][0]["errors"] == 1

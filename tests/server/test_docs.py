@@ -1,0 +1,70 @@
+"""docs/serving.md: its commands run, and its numbers are those of the code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from servers import Process, events
+
+from squall.server.options import ServerOptions
+
+TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+LINES = [line for b in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in b.splitlines()]
+BENCHES = [line for line in LINES if line.startswith("squall bench")]
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if re.match(r"squall(-server)? ", line)])
+def test_commands_parse(line: str) -> None:
+    from squall.cli.app import app
+    from squall.cli.serve import server
+
+    name, *arguments = shlex.split(line)
+    if name == "squall-server":
+        at = arguments.index("gguf")
+        group = typer.main.get_command(server)
+        group.make_context(name, arguments[: at + 1], resilient_parsing=False)
+        command, rest = group.get_command(None, "gguf"), arguments[at + 1 :]  # type: ignore[attr-defined]
+    else:
+        command = typer.main.get_command(app).get_command(None, arguments[0])  # type: ignore[attr-defined]
+        rest = arguments[1:]
+    assert command is not None
+    command.make_context(name, rest)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("curl")])
+def test_curl_gets_an_answer(server: Process, line: str) -> None:
+    command = [part.replace("http://127.0.0.1:8080", server.url) for part in shlex.split(line)]
+    done = subprocess.run(["curl", "-s", *command[1:]], capture_output=True, text=True, check=True)
+    assert events(done.stdout)[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("line", BENCHES)
+def test_benches_run(server: Process, line: str) -> None:
+    line = line.replace("http://127.0.0.1:8080", server.url)
+    command = [sys.executable, "-m", *shlex.split(line), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    results = json.loads(done.stdout)["results"]
+    assert [result["concurrency"] for result in results] == [1, 4]
+    for result in results:
+        assert (result["requests"], result["errors"]) == (2 * result["concurrency"], 0)
+        assert result["answer_tokens"] == 16 * result["requests"]
+        assert 0 < result["first_s"]["p50"] <= result["first_s"]["p99"]
+        assert result["gap_s"]["p50"] > 0
+
+
+def test_numbers() -> None:
+    options = ServerOptions()
+    assert f"over {options.body_bytes >> 20} MiB" in TEXT
+    assert f"over {options.all_bodies_bytes >> 20} MiB together" in TEXT
+    assert f"header slower than {options.header_s:g} s" in TEXT
+    assert f"body slower than {options.body_s:g} s" in TEXT
+    assert f"nothing for {options.write_s:g} s" in TEXT
+    assert f"`--drain-timeout` seconds ({options.drain_s:g})" in TEXT
+    assert f"`--stall-timeout` seconds ({options.stall_s:g})" in TEXT

@@ -1,0 +1,196 @@
+"""Rows 3 and 39: an orderly end, and no zombie where there is none."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from servers import (
+    Process,
+    Running,
+    chat,
+    connect,
+    events,
+    in_process,
+    in_thread,
+    post_bytes,
+    read_until,
+    until,
+)  # fmt: skip
+
+from squall import EngineConfig, Model
+
+PATH = "/v1/chat/completions"
+# The engine fails in its fourth step, or never ends it.
+BROKEN = """
+import sys, threading
+from squall.engine.engine import Engine
+from squall.cli import main
+steps, step = [], Engine._step
+def broken(self):
+    steps.append(self)
+    if len(steps) == 4:
+        {what}
+    step(self)
+Engine._step = broken
+sys.argv[0] = "squall"
+main()
+"""
+
+
+def ask(server: Process, tokens: int, *, stream: bool = True) -> tuple[threading.Thread, list[str]]:
+    """A thread that asks, and the response's text once it is there."""
+    found: list[str] = []
+
+    def run() -> None:
+        body = chat("Tell a story.", max_tokens=tokens, stream=stream, ignore_eos=True)
+        found.append(httpx.post(server.url + PATH, json=body, timeout=60).text)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, found
+
+
+def busy(server: Process, number: int) -> None:
+    """Wait until so many answers are in the making."""
+    wanted = f"squall_requests_running {number:.1f}"
+    until(lambda: wanted in httpx.get(f"{server.url}/metrics").text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_row_39_running_answers_end(tmp_path: Path, number: signal.Signals) -> None:
+    with in_process(tmp_path / "stderr", "--context", "1024", "--kv-tokens", "4096") as server:
+        # A connection that was open before is served as long as the process lives.
+        with httpx.Client(base_url=server.url) as before:
+            asked = [ask(server, 250, stream=i % 2 == 0) for i in range(4)]
+            busy(server, 4)
+            server.process.send_signal(number)
+            until(lambda: before.get("/health").status_code == 503)
+            late = httpx.post(server.url + PATH, json=chat(max_tokens=1))
+            assert late.status_code == 503
+            assert "retry-after" in late.headers
+            assert late.json()["error"]["code"] == "engine_stopped"
+        for thread, _ in asked:
+            thread.join()
+        assert server.process.wait(10) == 0
+    for i, (_, (text,)) in enumerate(asked):
+        if i % 2:
+            assert json.loads(text)["usage"]["completion_tokens"] == 250
+        else:
+            *_, last, done = events(text)
+            assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.0])
+def test_row_39_patience_ends(tmp_path: Path, seconds: float) -> None:
+    flags = ("--context", "8192", "--drain-timeout", str(seconds))
+    with in_process(tmp_path / "stderr", *flags) as server:
+        thread, found = ask(server, 8000)
+        busy(server, 1)
+        start_s = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start_s >= seconds
+        thread.join()
+    # Neither a reset nor an end that looks like a good one.
+    assert "shutting down" in events(found[0])[-1]["error"]["message"]
+
+
+def test_row_39_a_second_signal(tmp_path: Path) -> None:
+    with in_process(tmp_path / "stderr", "--context", "8192") as server:
+        body = chat("Tell a story.", max_tokens=8000, stream=True, ignore_eos=True)
+        with connect(server.port, post_bytes(PATH, body)):
+            busy(server, 1)
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+            assert server.stop() == 128 + signal.SIGTERM
+
+
+def test_row_39_a_signal_while_loading(tmp_path: Path) -> None:
+    """Also for the first process of a container, whom signals without a handler do not reach."""
+    script = (
+        "import os, signal, time\nfrom squall.model import Model\n"
+        "def slow(*_, **__):\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+        "Model.open = slow\nfrom squall.cli import main\nmain()\n"
+    )
+    command = [sys.executable, "-c", script, "serve", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, timeout=30, cwd=tmp_path)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("what", "flags"),
+    [
+        ("raise MemoryError('in the kernel')", ()),
+        ("threading.Event().wait()", ("--stall-timeout", "1")),
+    ],
+)
+def test_row_3_a_dead_engine(tmp_path: Path, what: str, flags: tuple[str, ...]) -> None:
+    command = ("-c", BROKEN.format(what=what), "serve")
+    with in_process(tmp_path / "stderr", "--max-seqs", "2", *flags, command=command) as server:
+        asked = [ask(server, 200, stream=i % 2 == 0) for i in range(6)]
+        until(lambda: httpx.get(f"{server.url}/health").status_code == 503, 6)
+        refused = httpx.post(server.url + PATH, json=chat(max_tokens=1))
+        assert refused.status_code == 503
+        for thread, _ in asked:
+            thread.join()
+        assert server.process.wait(15) == 1
+    for _, (text,) in asked:
+        last = json.loads(text) if text.startswith("{") else events(text)[-1]
+        assert last["error"]["code"] == "engine_stopped"
+        assert "kernel" not in text
+
+
+@pytest.fixture
+def fragile() -> Iterator[Running]:
+    with (
+        Model.open(context=512, engine=EngineConfig(max_seqs=2)) as model,
+        in_thread(model, stall_s=0.4) as found,
+    ):
+        yield found
+
+
+def test_row_3_a_stalled_engine_is_told_of(fragile: Running) -> None:
+    fragile.held.hold()
+    with connect(fragile.port, post_bytes(PATH, chat(max_tokens=5))) as connection:
+        answer = read_until(connection, b"}}")
+    assert b" 503 " in answer
+    assert b"has not moved" in answer
+
+
+def test_row_3_an_idle_engine_is_not_stalled(fragile: Running) -> None:
+    time.sleep(1.0)
+    assert httpx.get(f"{fragile.url}/health").text == "OK"
+    body = chat(max_tokens=100, ignore_eos=True)
+    answer = httpx.post(fragile.url + PATH, json=body, timeout=30).json()
+    assert answer["usage"]["completion_tokens"] == 100
+
+
+def test_row_3_everybody_hears_of_the_death(fragile: Running) -> None:
+    fragile.held.hold()
+    with ExitStack() as stack:
+        body = post_bytes(PATH, chat(max_tokens=5))
+        sockets = [stack.enter_context(connect(fragile.port, body)) for _ in range(5)]
+        until(lambda: fragile.service.active == 5)
+        until(lambda: fragile.model.engine.stats().waiting == 4)
+        fragile.held.fail = ValueError("secret")
+        fragile.held.let()
+        for connection in sockets:
+            answer = read_until(connection, b"}}")
+            assert b" 503 " in answer
+            assert b"secret" not in answer
+
+
+def test_a_port_that_is_taken(server: Process, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "squall", "serve", "--port", str(server.port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot listen on 127.0.0.1 port")
