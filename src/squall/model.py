@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -22,6 +24,8 @@ from squall.errors import InvalidRequest
 from squall.executors.native import CacheType, NativeExecutor
 from squall.locate import locate
 from squall.program import Program
+from squall.quant import FormatTotal, Plan, Topology
+from squall.quant.isq import Dtype
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatTemplate
@@ -35,6 +39,7 @@ Progress = Callable[[int, int], None]
 BLOCK_SIZE = 16
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
+DEVICES = ("cpu",)
 GREEDY = Sampling(temperature=0, seed=0)
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -72,6 +77,10 @@ class Model:
         weights: Literal["packed", "f32"] = "packed",
         kv_dtype: CacheType = "f16",
         kv_tokens: int | None = None,
+        isq: str | int | None = None,
+        topology: Topology | str | os.PathLike[str] | None = None,
+        dtype: Dtype = "auto",
+        experts_only: bool = False,
         engine: EngineConfig | None = None,
         progress: Progress | None = None,
     ) -> Model:
@@ -85,11 +94,19 @@ class Model:
         weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
         kv_tokens: tokens of all requests together that the KV cache has room for; by default one
             whole context.
+        isq: quantize the weights while they are read: "Q4K", "Q8_0", "HQQ4", "FP8"..., or bits.
+        topology: other types for some layers, a `Topology` or its YAML file.
+        dtype: of the float weights that are not quantized; "auto": as they are stored.
+        experts_only: of a mixture of experts quantize only the experts and the head.
         engine: how many requests run and wait, and what is kept.
         progress: called with (bytes loaded, bytes in all).
         """
         checkpoint = open_gguf(locate(path))
         recipe = recipes.load(checkpoint)
+        if isinstance(topology, str | os.PathLike):
+            topology = Topology.from_file(Path(topology))
+        plan = Plan.of(isq, topology, experts_only=experts_only, dtype=dtype)
+        plan.topology.check(len(recipe.decoder.layers), DEVICES)
         memory = {
             "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
             "weight_bytes": checkpoint.size_bytes,
@@ -103,6 +120,7 @@ class Model:
             checkpoint,
             threads=threads,
             weights=weights,
+            plan=plan,
             kv_dtype=kv_dtype,
             blocks=-(-room // BLOCK_SIZE),
             block_size=BLOCK_SIZE,
@@ -136,6 +154,26 @@ class Model:
     def executor(self) -> Executor:
         """What runs the program; knows threads, instruction set and sizes."""
         return self.engine.executor
+
+    @property
+    def weight_formats(self) -> tuple[FormatTotal, ...]:
+        """What the matrices are in memory: number formats, with counts and bytes."""
+        return self._native.formats
+
+    def re_isq(self, isq: str | int | None, *, progress: Progress | None = None) -> None:
+        """Quantize the weights again, from the file, as `isq` of `open` says; None: as they are.
+
+        Answers that are under way wait, and go on with the new weights. Needs memory for the old
+        and the new weights together.
+        """
+        plan = replace(self._native.plan, isq=Plan.of(isq).isq)
+        self.engine.change_model(lambda: self._native.requantize(plan, progress=progress))
+
+    @property
+    def _native(self) -> NativeExecutor:
+        executor = self.engine.executor
+        assert isinstance(executor, NativeExecutor)
+        return executor
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
