@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 class _Loader:
     """Weights of a checkpoint as tiles and vectors, each made once."""
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         checkpoint: Checkpoint,
         needed: Sequence[p.Matrix | p.Vector],

@@ -1,4 +1,5 @@
-"""Plain floats as blocks of one value: f32, f16 (IEEE half), bf16 (the upper half of an f32), f8_e4m3.
+"""Plain floats as blocks of one value: f32, f16 (IEEE half), bf16 (the upper half of an f32), and
+f8_e4m3.
 
 Who uses f8_e4m3 keeps a factor of a row, or of a tensor, beside it: it ends at 448.
 """
@@ -43,7 +44,8 @@ def _f8_values() -> NDArray[np.float32]:
     exponent, mantissa = codes >> 3, codes & 7
     values = np.ldexp(np.where(exponent, 8 + mantissa, mantissa), np.maximum(exponent, 1) - 10)
     values[127] = np.nan
-    return values.astype(np.float32)
+    floats: NDArray[np.float32] = values.astype(np.float32)
+    return floats
 
 
 _F8 = _f8_values()
@@ -51,7 +53,8 @@ _F8_TIES = (_F8[:126] + _F8[1:127]) / 2
 
 
 def _decode_f8(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return np.concatenate([_F8, -_F8])[blocks][:, None]
+    values: NDArray[np.float32] = np.concatenate([_F8, -_F8])[blocks]
+    return values[:, None]
 
 
 def _encode_f8(values: NDArray[np.float32]) -> NDArray[Any]:

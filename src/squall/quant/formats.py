@@ -41,15 +41,16 @@ UNSUPPORTED: dict[int, str] = {
     41: "q1_0",
 }
 
-_BY_GGML_ID = {f.ggml_id: f for f in FORMATS.values() if f.ggml_id is not None}
+GGML_FORMATS: dict[int, Format] = {f.ggml_id: f for f in FORMATS.values() if f.ggml_id is not None}
 
 
 def by_ggml_id(id: int) -> Format:
     """The format of a GGUF or ggml tensor type."""
     try:
-        return _BY_GGML_ID[id]
+        return GGML_FORMATS[id]
     except KeyError:
+        known = ", ".join(format.name for format in GGML_FORMATS.values())
         raise UnsupportedModel(
             f"tensor type {UNSUPPORTED.get(id, 'unknown')} (ggml id {id}) is not supported; "
-            f"known: {', '.join(f.name for f in _BY_GGML_ID.values())}. Use a file quantized to one of these"
+            f"known: {known}. Use a file quantized to one of these"
         ) from None

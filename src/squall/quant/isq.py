@@ -1,4 +1,4 @@
-"""What becomes of a checkpoint's weights when a model is opened: which are quantized, and to what."""
+"""What becomes of weights when a model is opened: which are quantized, and to what."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from squall.errors import InvalidRequest
 from squall.quant.formats import FORMATS
-from squall.quant.topology import Topology
+from squall.quant.topology import EVERYWHERE, Topology
 
 Dtype = Literal["auto", "f32", "f16", "bf16"]
 
@@ -91,7 +91,7 @@ class Plan:
     """
 
     isq: str | None = None
-    topology: Topology = Topology()
+    topology: Topology = EVERYWHERE
     experts_only: bool = False
     dtype: Dtype = "auto"
 
@@ -109,7 +109,7 @@ class Plan:
             known = ", ".join(get_args(Dtype))
             raise InvalidRequest(f"unknown dtype {dtype!r}; known: {known}")
         format = None if isq is None else parse_type(str(isq))
-        topology = topology or Topology()
+        topology = topology or EVERYWHERE
         for name in topology.types:
             parse_type(name)
         return cls(format, topology, experts_only, dtype)  # type: ignore[arg-type]

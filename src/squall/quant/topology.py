@@ -93,6 +93,9 @@ class Topology:
         return covering[-1] if covering else None
 
 
+EVERYWHERE = Topology()  # no layer is different
+
+
 def _range(key: str, entry: object) -> LayerRange:
     match = _RANGE.fullmatch(key)
     if match is None:
