@@ -15,7 +15,10 @@ from squall.cli.options import (
     Folder,
     KvDtype,
     KvDtypeOption,
+    Isq,
+    Quantization,
     Threads,
+    TopologyFile,
     Weights,
     WeightsOption,
     open_model,
@@ -82,6 +85,8 @@ def run(
     threads: Threads = None,
     weights: WeightsOption = Weights.packed,
     kv_dtype: KvDtypeOption = KvDtype.f16,
+    isq: Isq = None,
+    topology: TopologyFile = None,
 ) -> None:
     """Ask a model, or chat with it.
 
@@ -97,8 +102,11 @@ def run(
     path = source(file, model)
     try:
         with open_model(
-            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype
-        ) as opened:
+            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype,
+            quantization=Quantization(isq, topology),
+        ) as opened:  # fmt: skip
+            if isq is not None or topology is not None:
+                sys.stderr.write(f"{formats(opened)}\n")
             if chat_template is not None:
                 opened.set_chat_template(read_text(chat_template))
             if prompt is None:
@@ -138,6 +146,15 @@ def show(generation: Generation, written: list[str]) -> None:
         written.append(piece.text)
         sys.stdout.write(piece.text)
         sys.stdout.flush()
+
+
+def formats(model: Model) -> str:
+    """What the weights are in memory, in one line."""
+    parts = [
+        f"{total.matrices} {total.format} ({total.nbytes / 2**20:.1f} MiB)"
+        for total in model.weight_formats
+    ]
+    return f"[weights: {', '.join(parts)}]"
 
 
 def summary(generation: Generation) -> str:
