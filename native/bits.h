@@ -61,7 +61,7 @@ inline Extremes extremes(const float* x, size_t n) {
 // The largest magnitude.
 inline float peak_of(const float* x, size_t n) {
   const auto [low, high] = extremes(x, n);
-  return -low > high ? -low : high;
+  return __builtin_fabsf(-low > high ? low : high);
 }
 
 }  // namespace squall

@@ -103,10 +103,7 @@ class Model:
         """
         checkpoint = open_gguf(locate(path))
         recipe = recipes.load(checkpoint)
-        if isinstance(topology, str | os.PathLike):
-            topology = Topology.from_file(Path(topology))
-        plan = Plan.of(isq, topology, experts_only=experts_only, dtype=dtype)
-        plan.topology.check(len(recipe.decoder.layers), DEVICES)
+        plan = _plan(isq, topology, recipe.decoder, experts_only=experts_only, dtype=dtype)
         memory = {
             "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
             "weight_bytes": checkpoint.size_bytes,
@@ -128,15 +125,7 @@ class Model:
             max_outputs=MAX_OUTPUTS,
             progress=progress,
         )
-        core = Engine(
-            executor,
-            engine,
-            text=lambda request: TextStream(
-                tokenizer, request.stop, at_start=not request.continues
-            ),
-            stop_ids=tokenizer.stop_ids,
-        )
-        return cls(checkpoint, recipe, program, tokenizer, core)
+        return cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
 
     @property
     def context(self) -> int:
@@ -306,6 +295,28 @@ class Model:
     def _score(self, ids: list[int], scoring: Scoring, *, chunk: int | None = None) -> None:
         request = Request(ids=ids, sampling=GREEDY, max_tokens=0, scoring=scoring, chunk=chunk)
         Generation(self.engine, request).read()
+
+
+def _plan(
+    isq: str | int | None,
+    topology: Topology | str | os.PathLike[str] | None,
+    model: Decoder,
+    *,
+    experts_only: bool,
+    dtype: Dtype,
+) -> Plan:
+    if isinstance(topology, str | os.PathLike):
+        topology = Topology.from_file(Path(topology))
+    plan = Plan.of(isq, topology, experts_only=experts_only, dtype=dtype)
+    plan.topology.check(len(model.layers), DEVICES)
+    return plan
+
+
+def _engine(executor: Executor, config: EngineConfig | None, tokenizer: Tokenizer) -> Engine:
+    def text(request: Request) -> TextStream:
+        return TextStream(tokenizer, request.stop, at_start=not request.continues)
+
+    return Engine(executor, config, text=text, stop_ids=tokenizer.stop_ids)
 
 
 def _log_softmax_at(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float64]:

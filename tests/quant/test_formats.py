@@ -163,6 +163,8 @@ def test_dequantize_nothing(format: Format) -> None:
 
 @formats
 def test_dequantize_refuses_part_of_a_block(format: Format) -> None:
+    if format.block_bytes == 1:
+        pytest.skip("a byte has no parts")
     with pytest.raises(InvalidCheckpoint, match=f"{format.name} data .* truncated"):
         format.dequantize(np.zeros(format.block_bytes + 1, np.uint8))
 
@@ -188,6 +190,7 @@ def test_row_bytes_refuses_part_of_a_block(format: Format, cols: int) -> None:
 def test_quantize_like_gguf(name: str, magnitude: float, rng: np.random.Generator) -> None:
     values = (rng.standard_normal(32 * 300) * magnitude).astype(np.float32)
     values[:320] = np.rint(values[:320])  # ties
+    values += 0  # which zero of two signs is the least is up to NumPy
     format = FORMATS[name]
     data = format.quantize(values)
     with np.errstate(all="ignore"):
