@@ -35,7 +35,7 @@ def test_all_names() -> None:
         "hqq4",
         "fp8",
     ]
-    assert set(wanted) <= TYPES.keys()
+    assert wanted <= TYPES.keys()
     assert set(TYPES.values()) | set(FALLBACKS.values()) <= FORMATS.keys()
     assert parse_type("8") == "q8_0"
 
