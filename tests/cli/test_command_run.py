@@ -91,3 +91,9 @@ def test_version_and_help() -> None:
     text = squall("run", "--help").stdout
     assert "squall run -f model.gguf" in text
     assert "--temperature" in text
+
+
+def test_isq_of_a_quantized_file_is_refused() -> None:
+    done = squall("run", QUESTION, "--isq", "q4k", *SHORT)
+    assert done.returncode != 0
+    assert "has its number formats already" in " ".join(done.stderr.split())
