@@ -9,6 +9,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 
@@ -80,20 +81,79 @@ std::string default_isa() {
           .c_str());
 }
 
+Format known_format(const std::string& name) {
+  if (const auto known = format_named(name)) return *known;
+  std::string names;
+  for (const FormatInfo& f : kFormatInfo) names.append(" ").append(f.name);
+  throw nb::value_error(("unknown format " + name + "; known:" + names).c_str());
+}
+
+// What to pack with: the given, or a thread and memory of one's own.
+struct Place {
+  ThreadPool alone{1};
+  Arena own;
+  ThreadPool& pool;
+  Arena& arena;
+
+  Place(const std::shared_ptr<ThreadPool>& p, const std::shared_ptr<Arena>& a)
+      : pool(p ? *p : alone), arena(a ? *a : own) {}
+};
+
 std::shared_ptr<Tile> pack(const std::string& format, const Bytes& data, size_t rows, size_t cols,
                            const std::shared_ptr<ThreadPool>& pool,
-                           const std::shared_ptr<Arena>& arena) {
-  const auto known = format_named(format);
-  if (!known) {
-    std::string names;
-    for (const FormatInfo& f : kFormatInfo) names.append(" ").append(f.name);
-    throw nb::value_error(("unknown format " + format + "; known:" + names).c_str());
-  }
+                           const std::shared_ptr<Arena>& arena,
+                           const std::optional<Floats>& factors) {
+  const Format known = known_format(format);
+  const Vector all = vector(factors);
   const nb::gil_scoped_release release;
-  ThreadPool alone(1);
-  Arena own;
-  return std::make_shared<Tile>(*known, std::span(data.data(), data.size()), rows, cols,
-                                pool ? *pool : alone, arena ? *arena : own);
+  Place place(pool, arena);
+  return std::make_shared<Tile>(known, std::span(data.data(), data.size()), rows, cols, place.pool,
+                                place.arena, all);
+}
+
+std::shared_ptr<Tile> requantize(const Tile& tile, const std::string& format,
+                                 const std::shared_ptr<ThreadPool>& pool,
+                                 const std::shared_ptr<Arena>& arena,
+                                 const std::optional<Floats>& importance) {
+  const Format known = known_format(format);
+  if (importance && importance->size() != tile.cols())
+    throw nb::value_error("importance must have a number for each column");
+  const nb::gil_scoped_release release;
+  Place place(pool, arena);
+  const RowReader from{tile.rows(), tile.cols(),
+                       [&](size_t row, float* out) { tile.dequantize_row(row, out); }};
+  return std::make_shared<Tile>(known, from, importance ? importance->data() : nullptr, place.pool,
+                                place.arena);
+}
+
+// Blocks as in a file, and the factors of the rows where the format has them.
+std::pair<NewVector<uint8_t>, NewVector<float>> quantize_rows(
+    const std::string& format, const Matrix& x, const std::optional<Floats>& importance,
+    const std::shared_ptr<ThreadPool>& pool) {
+  const Format known = known_format(format);
+  const size_t rows = x.shape(0), cols = x.shape(1);
+  const FormatInfo& f = info(known);
+  if (cols % f.block != 0 || (importance && importance->size() != cols))
+    throw nb::value_error("rows must be whole blocks, importance a number for each column");
+  std::vector<uint8_t> blocks(rows * (cols / f.block) * f.block_bytes);
+  std::vector<float> factors(head_bytes(known) == 0 ? 0 : rows);
+  std::atomic<bool> refused{false};
+  {
+    const nb::gil_scoped_release release;
+    Place place(pool, nullptr);
+    const RowReader from{
+        rows, cols, [&](size_t row, float* out) { std::copy_n(x.data() + row * cols, cols, out); }};
+    const Quantizer quantizer(known, from, importance ? importance->data() : nullptr, place.pool);
+    place.pool.run({&rows, 1}, [&](size_t, size_t row) {
+      float factor = 0.0f;
+      if (!quantizer.row(row, x.data() + row * cols, &blocks[row * (blocks.size() / rows)],
+                         &factor))
+        refused = true;
+      if (!factors.empty()) factors[row] = factor;
+    });
+  }
+  if (refused) throw nb::value_error("a value is NaN, infinite or above 65504");
+  return {new_vector<uint8_t>(blocks), new_vector<float>(factors)};
 }
 
 NewMatrix dequantize(const Tile& tile) {
@@ -331,9 +391,14 @@ NB_MODULE(_native, m) {
       .def_prop_ro("rows", &Tile::rows)
       .def_prop_ro("cols", &Tile::cols)
       .def_prop_ro("nbytes", &Tile::nbytes)
+      .def_prop_ro("format", [](const Tile& t) { return info(t.format()).name; })
       .def("dequantize", &dequantize);
   m.def("pack", &pack, "format"_a, "data"_a, "rows"_a, "cols"_a, "pool"_a.none() = nb::none(),
-        "arena"_a.none() = nb::none());
+        "arena"_a.none() = nb::none(), "factors"_a.none() = nb::none());
+  m.def("requantize", &requantize, "tile"_a, "format"_a, "pool"_a.none() = nb::none(),
+        "arena"_a.none() = nb::none(), "importance"_a.none() = nb::none());
+  m.def("quantize", &quantize_rows, "format"_a, "x"_a, "importance"_a.none() = nb::none(),
+        "pool"_a.none() = nb::none());
   m.def("linear", &linear, "x"_a, "tile"_a, "isa"_a, "threads"_a);
   m.def("timed_linear", &timed_linear, "x"_a, "tile"_a, "isa"_a, "threads"_a, "passes"_a);
 

@@ -10,7 +10,8 @@
 //           plane holds columns 8v..8v+3 of vector v in its low nibbles and 8v+4..8v+7 in its high
 //           ones, the 2-bit plane four such runs of 4 columns, the 1-bit plane eight. 8-bit codes
 //           lie as they are.
-// Float formats hold for every column the 16 rows' values.
+// Float formats hold for every column the 16 rows' values; 8-bit ones begin with f32 factors of the
+// 16 rows.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -23,6 +24,7 @@ namespace squall {
 constexpr size_t kLanes = 16;   // rows of a tile
 constexpr size_t kGroup = 32;   // columns quantized together in an activation
 constexpr size_t kSuper = 256;  // columns of a K-quant block
+constexpr size_t kHqqGroup = 64;
 
 enum class Format : uint8_t {
   kF32,
@@ -40,8 +42,14 @@ enum class Format : uint8_t {
   kQ5K,
   kQ6K,
   kQ8K,
+  kHqq8,
+  kHqq4,
+  kHqq3,
+  kHqq2,
+  kHqq1,
+  kF8,
 };
-constexpr size_t kFormats = 15;
+constexpr size_t kFormats = 21;
 
 struct FormatInfo {
   std::string_view name;
@@ -71,9 +79,19 @@ constexpr std::array<FormatInfo, kFormats> kFormatInfo = {{
     {"q5_k", 256, 176, 5, 256, 64 + 8 * 32},
     {"q6_k", 256, 210, 6, 256, 32 + 16 * 16},
     {"q8_k", 256, 292, 8, 256, 64},
+    {"hqq8", 64, 68, 8, 64, 64},
+    {"hqq4", 64, 36, 4, 64, 64},
+    {"hqq3", 64, 28, 3, 64, 64},
+    {"hqq2", 64, 20, 2, 64, 64},
+    {"hqq1", 64, 12, 1, 64, 64},
+    {"f8_e4m3", 1, 1, 0, 1, 0},
 }};
 
 inline const FormatInfo& info(Format format) { return kFormatInfo[static_cast<size_t>(format)]; }
+
+constexpr bool is_hqq(Format format) { return format >= Format::kHqq8 && format <= Format::kHqq1; }
+// Bytes in front of the codes of a float tile.
+constexpr size_t head_bytes(Format format) { return format == Format::kF8 ? 4 * kLanes : 0; }
 
 inline std::optional<Format> format_named(std::string_view name) {
   for (size_t i = 0; i < kFormats; ++i)

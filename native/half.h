@@ -31,4 +31,29 @@ static inline float bf16_to_float(uint16_t b) {
   return std::bit_cast<float>(static_cast<uint32_t>(b) << 16);
 }
 
+static inline uint16_t float_to_bf16(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The eight bits of E4M3 (no infinities; 0x7f is NaN) are those of a half 2^8 times smaller.
+constexpr float kF8Unit = 256.0f;
+
+static inline uint16_t f8_to_half(uint8_t f) {
+  return static_cast<uint16_t>((f & 0x80) << 8 | (f & 0x7f) << 7);
+}
+
+// Rounds to nearest even; what is too large becomes the largest, 448.
+static inline uint8_t float_to_f8(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f), rest = bits & 0x7fffffff;
+  const uint32_t sign = bits >> 24 & 0x80;
+  if (rest < 0x3c800000) {  // below 2^-6: a multiple of 2^-9
+    const float shifted = std::bit_cast<float>(rest) + 0x1p14f;
+    return static_cast<uint8_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x46800000));
+  }
+  const uint32_t code = (rest - 0x3c000000 + 0x7ffff + (rest >> 20 & 1)) >> 20;
+  return static_cast<uint8_t>(sign | (code < 0x7e ? code : 0x7e));
+}
+
 }  // namespace squall

@@ -9,6 +9,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "half.h"
 #include "kernels.h"
 
 namespace {
@@ -28,6 +29,13 @@ inline const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const 
 template <int kBits>
 struct Planes;  // vector(p, j): the codes of columns 4j..4j+3 of a 32-column run at p
 
+template <>
+struct Planes<1> {
+  template <int j>
+  [[gnu::always_inline]] static inline U8x64 vector(const uint8_t* p) {
+    return bits_of<j, 0>(load_codes(p), 1);
+  }
+};
 template <>
 struct Planes<8> {
   template <int j>
@@ -97,6 +105,13 @@ struct DirectMinimum {  // f16 d, f16 m a run
   [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
     const F32x16 d = load(halves(p)), m = load(halves(p + 32));
     return {{d, d}, {m, m}};
+  }
+};
+struct PairMinimum {  // f16 d, f16 m two runs
+  static constexpr size_t kRuns = 2, kBytes = 64;
+  static constexpr bool kHalves = false, kMinimum = true;
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
+    return DirectMinimum::of(p, 0);
   }
 };
 struct Super4 {  // q4_k, q5_k: f16 d, f16 dmin a 256; u8 scale, u8 minimum a run
@@ -458,17 +473,26 @@ void matmul_integer(const uint8_t* data, size_t count, size_t bytes, size_t cols
 
 // ---- float matmul ----
 
+// kHead: bytes of factors of the rows, which come first.
 struct Float32 {
-  static constexpr size_t kBytes = 4;
+  static constexpr size_t kBytes = 4, kHead = 0;
   static inline F32x16 of(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
 };
 struct Float16 {
-  static constexpr size_t kBytes = 2;
+  static constexpr size_t kBytes = 2, kHead = 0;
   static inline F32x16 of(const uint8_t* p) { return load(halves(p)); }
 };
 struct BFloat16 {
-  static constexpr size_t kBytes = 2;
+  static constexpr size_t kBytes = 2, kHead = 0;
   static inline F32x16 of(const uint8_t* p) { return load_bf16(halves(p)); }
+};
+struct Float8 {
+  static constexpr size_t kBytes = 1, kHead = squall::head_bytes(squall::Format::kF8);
+  static inline F32x16 of(const uint8_t* p) {
+    alignas(32) uint16_t half[kLanes];
+    for (size_t i = 0; i < kLanes; ++i) half[i] = squall::f8_to_half(p[i]);
+    return load(half);
+  }
 };
 
 template <class Element, int kTiles, int kRows>
@@ -481,7 +505,7 @@ void matmul_float_rows(const Tiles& tiles, size_t cols, const float* x, size_t s
     F32x16 w[kTiles];
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t)
-      w[t] = Element::of(tiles.tile(t) + k * kLanes * Element::kBytes);
+      w[t] = Element::of(tiles.tile(t) + Element::kHead + k * kLanes * Element::kBytes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32x16 value = set1(x[static_cast<size_t>(r) * stride + k]);
@@ -492,7 +516,11 @@ void matmul_float_rows(const Tiles& tiles, size_t cols, const float* x, size_t s
 #pragma GCC unroll 4
   for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (Element::kHead != 0)
+        acc[t][r] = mul(acc[t][r], load(reinterpret_cast<const float*>(tiles.tile(t))));
+      store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
+    }
 }
 
 template <class Element, int kTiles, size_t kBlock = kFloatRowBlock>
@@ -783,14 +811,48 @@ template <class Cache>
 constexpr squall::Kernels table(const char* isa, CacheType type) {
   return {
       isa,
-      {nullptr, nullptr, nullptr, matmul_integer<IntegerTile<4, Direct, 3>>,
-       matmul_integer<IntegerTile<4, DirectMinimum, -1>>, matmul_integer<IntegerTile<5, Direct, 4>>,
-       matmul_integer<IntegerTile<5, DirectMinimum, -1>>, matmul_integer<IntegerTile<8, Direct, 7>>,
-       matmul_integer<IntegerTile<8, Direct, 7>>, matmul_integer<IntegerTile<2, Super2, -1>>,
-       matmul_integer<IntegerTile<3, Super6, 2>>, matmul_integer<IntegerTile<4, Super4, -1>>,
-       matmul_integer<IntegerTile<5, Super4, -1>>, matmul_integer<IntegerTile<6, Super6, 5>>,
-       matmul_integer<IntegerTile<8, Super8, 7>>},
-      {matmul_float<Float32>, matmul_float<Float16>, matmul_float<BFloat16>},
+      {nullptr,
+       nullptr,
+       nullptr,
+       matmul_integer<IntegerTile<4, Direct, 3>>,
+       matmul_integer<IntegerTile<4, DirectMinimum, -1>>,
+       matmul_integer<IntegerTile<5, Direct, 4>>,
+       matmul_integer<IntegerTile<5, DirectMinimum, -1>>,
+       matmul_integer<IntegerTile<8, Direct, 7>>,
+       matmul_integer<IntegerTile<8, Direct, 7>>,
+       matmul_integer<IntegerTile<2, Super2, -1>>,
+       matmul_integer<IntegerTile<3, Super6, 2>>,
+       matmul_integer<IntegerTile<4, Super4, -1>>,
+       matmul_integer<IntegerTile<5, Super4, -1>>,
+       matmul_integer<IntegerTile<6, Super6, 5>>,
+       matmul_integer<IntegerTile<8, Super8, 7>>,
+       matmul_integer<IntegerTile<8, PairMinimum, 7>>,
+       matmul_integer<IntegerTile<4, PairMinimum, -1>>,
+       matmul_integer<IntegerTile<3, PairMinimum, -1>>,
+       matmul_integer<IntegerTile<2, PairMinimum, -1>>,
+       matmul_integer<IntegerTile<2, PairMinimum, -1, 1>>,
+       nullptr},
+      {matmul_float<Float32>,
+       matmul_float<Float16>,
+       matmul_float<BFloat16>,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       matmul_float<Float8>},
       quantize,
       rms_norm,
       layer_norm,

@@ -104,7 +104,7 @@ void put_plane(const Codes& codes, size_t shift, uint8_t* to) {
 
 template <size_t kBits>
 void put_codes(const Codes& codes, uint8_t* to) {
-  constexpr size_t low = kBits == 8 ? 8 : kBits < 4 ? 2 : 4, high = kBits - low;
+  constexpr size_t low = kBits == 8 || kBits == 1 ? kBits : kBits < 4 ? 2 : 4, high = kBits - low;
   put_plane<low>(codes, 0, to);
   if constexpr (high != 0) put_plane<high>(codes, low, to + 64 * low);
 }
@@ -159,15 +159,53 @@ struct TwoBits {
   }
 };
 
-template <size_t kAt>
+template <size_t kAt, size_t kParts = 4>
 struct Nibbles {  // byte i of 32: columns i and 32 + i
   template <class Put>
   static void codes(Rows rows, const Put& put) {
-    for (size_t part = 0; part < 4; ++part) {
+    for (size_t part = 0; part < kParts; ++part) {
       const auto t = load_words<8>(rows, kAt + 32 * part);
       put(2 * part, make_codes([&](size_t k) { return t[k] & 15 * kBytes; }));
       put(2 * part + 1, make_codes([&](size_t k) { return t[k] >> 4 & 15 * kBytes; }));
     }
+  }
+};
+
+// Word k of run `run` of 64 columns, a bit each in 8 bytes: bit r is that of columns 8r..8r+7.
+struct BitPlane {
+  Word word[2];
+
+  BitPlane(Rows rows, size_t at) {
+    for (size_t row = 0; row < 4; ++row)
+      for (size_t w = 0; w < 2; ++w) memcpy(&word[w][row], rows[row] + at + 4 * w, 4);
+  }
+  Word of(size_t run, size_t k) const {
+    return word[k % 2] >> static_cast<uint32_t>(4 * run + k / 2) & kBytes;
+  }
+};
+
+template <size_t kAt, bool kBit>
+struct QuarterBytes {  // byte i of 16: columns i, 16 + i, 32 + i, 48 + i; then bits above them
+  template <class Put>
+  static void codes(Rows rows, const Put& put) {
+    const auto t = load_words<4>(rows, kAt);
+    for (size_t run = 0; run < 2; ++run)
+      put(run, make_codes([&](size_t k) {
+            const auto shift = static_cast<uint32_t>(4 * run + k / 4 * 2);
+            const Word low = t[k % 4] >> shift & 3 * kBytes;
+            if constexpr (kBit) return low | BitPlane(rows, kAt + 16).of(run, k) << 2;
+            return low;
+          }));
+  }
+};
+
+template <size_t kAt>
+struct OneBit {
+  template <class Put>
+  static void codes(Rows rows, const Put& put) {
+    const BitPlane plane(rows, kAt);
+    for (size_t run = 0; run < 2; ++run)
+      put(run, make_codes([&](size_t k) { return plane.of(run, k); }));
   }
 };
 
@@ -306,6 +344,12 @@ struct Q8K : EightBits<4, 8> {
   static void scales(Rows rows, uint8_t* to) { put_column<4>(rows, 0, to); }
 };
 
+struct Hqq8 : EightBits<4, 2>, ScaleAndMinimum {};
+struct Hqq4 : Nibbles<4, 1>, ScaleAndMinimum {};
+struct Hqq3 : QuarterBytes<4, true>, ScaleAndMinimum {};
+struct Hqq2 : QuarterBytes<4, false>, ScaleAndMinimum {};
+struct Hqq1 : OneBit<4>, ScaleAndMinimum {};
+
 template <Format kFormat, class Layout>
 void pack_blocks(Rows rows, size_t cols, uint8_t* to, const uint8_t* next) {
   constexpr FormatInfo f = kFormatInfo[static_cast<size_t>(kFormat)];
@@ -358,6 +402,12 @@ constexpr std::array<Pack, kFormats> kPack = {
     pack_blocks<Format::kQ5K, Q5K>,
     pack_blocks<Format::kQ6K, Q6K>,
     pack_blocks<Format::kQ8K, Q8K>,
+    pack_blocks<Format::kHqq8, Hqq8>,
+    pack_blocks<Format::kHqq4, Hqq4>,
+    pack_blocks<Format::kHqq3, Hqq3>,
+    pack_blocks<Format::kHqq2, Hqq2>,
+    pack_blocks<Format::kHqq1, Hqq1>,
+    pack_floats<uint8_t>,
 };
 
 }  // namespace

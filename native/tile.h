@@ -6,6 +6,7 @@
 #include <span>
 
 #include "format.h"
+#include "quantize.h"
 #include "thread_pool.h"
 
 namespace squall {
@@ -38,9 +39,12 @@ class Arena {
 
 class Tile {
  public:
-  // `data` holds rows * row_bytes of the file's blocks. Throws std::invalid_argument on a size that
-  // does not fit.
+  // `data` holds rows * row_bytes of the file's blocks. Throws std::invalid_argument on a size
+  // that does not fit. `factors` multiply the rows of an 8-bit float; empty means 1.
   Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t cols, ThreadPool& pool,
+       Arena& arena, std::span<const float> factors = {});
+  // Quantizes rows as they are read. Throws std::invalid_argument on what has no such form.
+  Tile(Format format, const RowReader& from, const float* importance, ThreadPool& pool,
        Arena& arena);
 
   Format format() const { return format_; }
@@ -54,6 +58,9 @@ class Tile {
   void dequantize_row(size_t row, float* out) const;
 
  private:
+  Tile(Format format, size_t rows, size_t cols, Arena& arena);
+  void pack(size_t tile, const uint8_t* const* lanes, const float* factors, const uint8_t* next);
+
   Format format_;
   size_t rows_, cols_, tiles_, tile_bytes_;
   std::shared_ptr<uint8_t> data_;

@@ -115,7 +115,8 @@ def test_only_wanted_rows_reach_the_head() -> None:
 def test_a_tied_head_is_the_embedding_table() -> None:
     found = program(decoder(Layer(ATTENTION, MLP, NORM), tied=True))
     tables = [w for w in found.weights() if isinstance(w, Matrix) and w.rows == 50]
-    assert len(tables) == 1
+    assert [table.role for table in tables] == ["embed", "head"]
+    assert tables[0].slices == tables[1].slices
 
 
 def test_angles_are_made_once_a_kind() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from squall.program import (
     Add,
@@ -51,7 +51,7 @@ class _Compiler:
             x = self.layer(x, f"layers.{index}", index, layer)
         x = b.emit(GatherRows(b.value("outputs", d.hidden, "outputs"), x))
         x = self.norm(x, "norm", d.norm)
-        head = table if d.tied else self.matrix("head")
+        head = replace(table, role="head") if d.tied else self.matrix("head")
         name = "logits" if d.logit_softcap is None else "head"
         out = b.value(name, d.vocab, "outputs")
         bias = self.vector("head.bias") if d.head_bias else None
@@ -184,7 +184,7 @@ class _Compiler:
 
     def matrix(self, role: str) -> Matrix:
         *experts, rows, cols = self.shapes[f"{role}.weight"]
-        return Matrix(self.names[f"{role}.weight"], rows, cols, math.prod(experts))
+        return Matrix(self.names[f"{role}.weight"], rows, cols, math.prod(experts), role)
 
     def vector(self, role: str, *, offset: float = 0.0) -> Vector:
         return Vector(self.names[role], self.shapes[role][0], offset)

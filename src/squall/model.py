@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -32,6 +33,8 @@ from squall.errors import InvalidRequest
 from squall.executors.native import CacheType, NativeExecutor
 from squall.locate import locate
 from squall.program import Program
+from squall.quant import FormatTotal, Plan, Topology
+from squall.quant.isq import Dtype
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatTemplate
@@ -46,6 +49,7 @@ Progress = Callable[[int, int], None]
 BLOCK_SIZE = 16
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
+DEVICES = ("cpu",)
 GREEDY = Sampling(temperature=0, seed=0)
 
 
@@ -83,6 +87,10 @@ class Model:
         weights: Literal["packed", "f32"] = "packed",
         kv_dtype: CacheType = "f16",
         kv_tokens: int | None = None,
+        isq: str | int | None = None,
+        topology: Topology | str | os.PathLike[str] | None = None,
+        dtype: Dtype = "auto",
+        experts_only: bool = False,
         engine: EngineConfig | None = None,
         architecture: str | None = None,
         hub: Hub | None = None,
@@ -98,6 +106,10 @@ class Model:
         weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
         kv_tokens: tokens of all requests together that the KV cache has room for; by default one
             whole context.
+        isq: quantize the weights while they are read: "Q4K", "Q8_0", "HQQ4", "FP8"..., or bits.
+        topology: other types for some layers, a `Topology` or its YAML file.
+        dtype: of the float weights that are not quantized; "auto": as they are stored.
+        experts_only: of a mixture of experts quantize only the experts and the head.
         engine: how many requests run and wait, and what is kept.
         architecture: such as "mistral", in place of what a folder's config.json says.
         hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
@@ -105,6 +117,7 @@ class Model:
         """
         checkpoint = open_checkpoint(locate(path, hub, progress))
         recipe = recipes.load(checkpoint, architecture)
+        plan = _plan(isq, topology, recipe.decoder, experts_only=experts_only, dtype=dtype)
         memory = {
             "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
             "weight_bytes": checkpoint.size_bytes,
@@ -118,6 +131,7 @@ class Model:
             checkpoint,
             threads=threads,
             weights=weights,
+            plan=plan,
             kv_dtype=kv_dtype,
             blocks=-(-room // BLOCK_SIZE),
             block_size=BLOCK_SIZE,
@@ -125,15 +139,7 @@ class Model:
             max_outputs=MAX_OUTPUTS,
             progress=progress,
         )
-        core = Engine(
-            executor,
-            engine,
-            text=lambda request: TextStream(
-                tokenizer, request.stop, at_start=not request.continues
-            ),
-            stop_ids=tokenizer.stop_ids,
-        )
-        return cls(checkpoint, recipe, program, tokenizer, core)
+        return cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
 
     @property
     def context(self) -> int:
@@ -151,6 +157,26 @@ class Model:
     def executor(self) -> Executor:
         """What runs the program; knows threads, instruction set and sizes."""
         return self.engine.executor
+
+    @property
+    def weight_formats(self) -> tuple[FormatTotal, ...]:
+        """What the matrices are in memory: number formats, with counts and bytes."""
+        return self._native.formats
+
+    def re_isq(self, isq: str | int | None, *, progress: Progress | None = None) -> None:
+        """Quantize the weights again, from the file, as `isq` of `open` says; None: as they are.
+
+        Answers that are under way wait, and go on with the new weights. Needs memory for the old
+        and the new weights together.
+        """
+        plan = replace(self._native.plan, isq=Plan.of(isq).isq)
+        self.engine.change_model(lambda: self._native.requantize(plan, progress=progress))
+
+    @property
+    def _native(self) -> NativeExecutor:
+        executor = self.engine.executor
+        assert isinstance(executor, NativeExecutor)
+        return executor
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -345,6 +371,28 @@ def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     if checkpoint.kind == "gguf":
         return Tokenizer.from_gguf(checkpoint.metadata)
     return HfTokenizer.from_folder(checkpoint.path)
+
+
+def _plan(
+    isq: str | int | None,
+    topology: Topology | str | os.PathLike[str] | None,
+    model: Decoder,
+    *,
+    experts_only: bool,
+    dtype: Dtype,
+) -> Plan:
+    if isinstance(topology, str | os.PathLike):
+        topology = Topology.from_file(Path(topology))
+    plan = Plan.of(isq, topology, experts_only=experts_only, dtype=dtype)
+    plan.topology.check(len(model.layers), DEVICES)
+    return plan
+
+
+def _engine(executor: Executor, config: EngineConfig | None, tokenizer: Tokenizer) -> Engine:
+    def text(request: Request) -> TextStream:
+        return TextStream(tokenizer, request.stop, at_start=not request.continues)
+
+    return Engine(executor, config, text=text, stop_ids=tokenizer.stop_ids)
 
 
 def _log_softmax_at(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float64]:

@@ -40,12 +40,16 @@ Names = Mapping[str, tuple[Slice, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A weight `[experts * rows, cols]`: slices of checkpoint tensors, one after another."""
+    """A weight `[experts * rows, cols]`: slices of checkpoint tensors, one after another.
+
+    role: what it is in the decoder, such as `layers.3.attention.q`.
+    """
 
     slices: tuple[Slice, ...]
     rows: int
     cols: int
     experts: int = 1
+    role: str = ""
 
 
 @dataclass(frozen=True, slots=True)

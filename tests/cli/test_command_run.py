@@ -105,3 +105,9 @@ def test_penalties_reach_the_sampler() -> None:
         done = squall(*ask, option, "3")
         assert done.returncode != 0
         assert option[2:].replace("-", "_") in done.stderr
+
+
+def test_isq_of_a_quantized_file_is_refused() -> None:
+    done = squall("run", QUESTION, "--isq", "q4k", *SHORT)
+    assert done.returncode != 0
+    assert "has its number formats already" in " ".join(done.stderr.split())

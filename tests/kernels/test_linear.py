@@ -64,7 +64,11 @@ def case(format: Format, rng: np.random.Generator, *, rows: int, outputs: int, c
 def widths(format: Format) -> tuple[int, ...]:
     if format.block == 1:
         return (1, 3, 17, 33, 100)
-    return (32, 64, 96, 256, 512) if format.block == 32 else (256, 512, 768)
+    return {
+        32: (32, 64, 96, 256, 512),
+        64: (64, 128, 192, 512),
+        256: (256, 512, 768),
+    }[format.block]
 
 
 def cases(format: Format, rng: np.random.Generator) -> Iterator[Case]:
@@ -199,6 +203,22 @@ def test_subnormal_rows_stay_finite(format: Format, isa: str, rng: np.random.Gen
 def test_no_rows(format: Format, isa: str, rng: np.random.Generator) -> None:
     c = case(format, rng, rows=1, outputs=17, cols=widths(format)[-1])
     assert run(c.x[:0], c.tile, isa).shape == (0, 17)
+
+
+@isas
+def test_factors_of_rows(isa: str, rng: np.random.Generator) -> None:
+    format, rows, cols = FORMATS["f8_e4m3"], 33, 100
+    data = random_blocks(format, rng, rows * cols)
+    factors = np.exp2(rng.uniform(-30, 30, rows)).astype(np.float32)
+    weight = format.dequantize(data).reshape(rows, cols) * factors[:, None]
+    tile = _native.pack(format.name, data, rows, cols, factors=factors)
+    np.testing.assert_array_equal(tile.dequantize(), weight)
+    x = rng.standard_normal((5, cols), np.float32)
+    y, expected = run(x, tile, isa), reference.linear(x, weight)
+    assert (
+        reference.relative_error(y / factors, expected / factors, x, weight / factors[:, None])
+        <= 1e-5
+    )
 
 
 @isas

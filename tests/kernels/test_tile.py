@@ -105,3 +105,17 @@ def test_pack_refuses_part_of_a_block() -> None:
 def test_pack_refuses_an_unknown_format() -> None:
     with pytest.raises(ValueError, match="q9_9"):
         _native.pack("q9_9", np.zeros(18, np.uint8), 1, 32)
+
+
+def test_pack_refuses_nan() -> None:
+    data = np.zeros(16, np.uint8)
+    data[5] = 0x7F
+    with pytest.raises(ValueError, match="NaN"):
+        _native.pack("f8_e4m3", data, 1, 16)
+
+
+@pytest.mark.parametrize(("format", "factors"), [("f8_e4m3", 2), ("f32", 1)])
+def test_pack_refuses_factors_that_do_not_fit(format: str, factors: int) -> None:
+    data = np.zeros(FORMATS[format].row_bytes(4), np.uint8)
+    with pytest.raises(ValueError, match="factors"):
+        _native.pack(format, data, 1, 4, factors=np.ones(factors, np.float32))

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "batch": set(),
     "program": {"spec"},
     "roles": {"spec"},
-    "quant": {"errors"},
+    "quant": {"errors", "_native"},
     "checkpoints": {"errors", "quant"},
     "recipes": {"errors", "spec", "roles", "program", "checkpoints"},
     "decoder": {"errors", "spec", "roles", "program"},

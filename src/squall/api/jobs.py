@@ -33,8 +33,8 @@ OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
 CHARACTERS_PER_TOKEN = 64
 # Fields that mean the same in a request and in Sampling.
 SAMPLING = (
-    "temperature", "top_k", "top_p", "min_p", "seed", "logit_bias", "frequency_penalty", "presence_penalty",
-    "repetition_penalty", "min_tokens",
+    "temperature", "top_k", "top_p", "min_p", "seed", "logit_bias", "frequency_penalty",
+    "presence_penalty", "repetition_penalty", "min_tokens",
 )  # fmt: skip
 
 Asked = TypeVar("Asked", bound=ChatCompletionRequest | CompletionRequest)

@@ -20,7 +20,7 @@ from squall.checkpoints.base import Field, Scalar, TensorInfo
 from squall.checkpoints.files import quote
 from squall.checkpoints.mapped import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
-from squall.quant import FORMATS, UNSUPPORTED
+from squall.quant import GGML_FORMATS, UNSUPPORTED
 
 # At least twice what the largest known models need (a vocabulary of 262 k with 515 k merges).
 MAX_HEADER_BYTES = 32 << 20
@@ -71,9 +71,9 @@ _BLOCKS = {
     22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8),
     29: (256, 56), 31: (32, 18), 32: (32, 18), 33: (32, 18), 34: (256, 54), 35: (256, 66),
     39: (32, 17), 40: (64, 36), 41: (128, 18),
-    **{format.ggml_id: (format.block, format.block_bytes) for format in FORMATS.values()},
+    **{id: (format.block, format.block_bytes) for id, format in GGML_FORMATS.items()},
 }  # fmt: skip
-_TYPE_NAMES = {**UNSUPPORTED, **{format.ggml_id: format.name for format in FORMATS.values()}}
+_TYPE_NAMES = {**UNSUPPORTED, **{id: format.name for id, format in GGML_FORMATS.items()}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,6 +97,36 @@ WeightsOption = Annotated[
 ]
 
 
+Isq = Annotated[
+    str | None,
+    typer.Option(
+        "--isq", help="Quantize a model of float weights: Q4K, Q8_0, HQQ4, FP8... or bits."
+    ),
+]
+TopologyFile = Annotated[
+    Path | None, typer.Option("--topology", help="A YAML file: quantization by layer.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """What is to become of float weights."""
+
+    isq: str | None = None
+    topology: Path | None = None
+
+    def check(self, path: Path) -> None:
+        """Raise InvalidRequest if the model at `path` is quantized already."""
+        if path.is_file() and (self.isq is not None or self.topology is not None):
+            raise InvalidRequest(
+                f"{path} has its number formats already; --isq and --topology are for folders "
+                "of float weights (safetensors). Choose a GGUF file of the format you want"
+            )
+
+
+AS_STORED = Quantization()
+
+
 def source(file: Path | None, folder: str | None) -> str | Path | None:
     """What -f and -m name together; None is the default model."""
     if file is not None and folder is not None:
@@ -113,20 +144,25 @@ def open_model(
     engine: EngineConfig | None = None,
     kv_dtype: KvDtype = KvDtype.f16,
     hub: Hub | None = None,
+    quantization: Quantization = AS_STORED,
 ) -> Model:
     """Open a model; a terminal is told how far it is."""
+    from squall.locate import locate
     from squall.model import Model
 
     with progress("loading") as shown:
+        found = locate(path, hub, shown)
+        quantization.check(found)
         return Model.open(
-            path,
+            found,
             context=context,
             threads=threads,
             weights=weights.value,
             kv_tokens=kv_tokens,
             engine=engine,
             kv_dtype=kv_dtype.value,
-            hub=hub,
+            isq=quantization.isq,
+            topology=quantization.topology,
             progress=shown,
         )
 

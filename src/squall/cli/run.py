@@ -19,11 +19,13 @@ from squall.cli.options import (
     File,
     Folder,
     FrequencyPenalty,
+    Isq,
     KvDtype,
     KvDtypeOption,
     MinP,
     Offline,
     PresencePenalty,
+    Quantization,
     RepetitionPenalty,
     Revision,
     Seed,
@@ -32,6 +34,7 @@ from squall.cli.options import (
     Threads,
     TokenSource,
     TopK,
+    TopologyFile,
     TopP,
     Weights,
     WeightsOption,
@@ -92,6 +95,8 @@ def run(
     revision: Revision = "main",
     token_source: TokenSource = "cache",
     offline: Offline = False,
+    isq: Isq = None,
+    topology: TopologyFile = None,
 ) -> None:
     """Ask a model, or chat with it.
 
@@ -114,9 +119,12 @@ def run(
     with (
         _interruptible(),
         open_model(
-            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype, hub=hub
+            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype, hub=hub,
+            quantization=Quantization(isq, topology),
         ) as opened,
-    ):
+    ):  # fmt: skip
+        if isq is not None or topology is not None:
+            sys.stderr.write(f"{formats(opened)}\n")
         if chat_template is not None:
             opened.set_chat_template(chat_template)
         _converse(opened, Settings(options, dry), prompt, system, raw=raw)
@@ -168,6 +176,15 @@ def show(generation: Generation, written: list[str]) -> None:
         written.append(piece.text)
         sys.stdout.write(piece.text)
         sys.stdout.flush()
+
+
+def formats(model: Model) -> str:
+    """What the weights are in memory, in one line."""
+    parts = [
+        f"{total.matrices} {total.format} ({total.nbytes / 2**20:.1f} MiB)"
+        for total in model.weight_formats
+    ]
+    return f"[weights: {', '.join(parts)}]"
 
 
 def summary(generation: Generation) -> str:

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
@@ -178,6 +179,7 @@ class Engine:
         self._inbox: list[Answer] = []
         self._cancels: set[Answer] = set()
         self._clear = False
+        self._calls: list[tuple[Callable[[], None], Future[None]]] = []
         self._draining = False
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -239,6 +241,19 @@ class Engine:
         """Forget all prefixes before the next step."""
         with self._lock:
             self._clear = True
+
+    def change_model(self, change: Callable[[], None]) -> None:
+        """Run `change` on the engine's thread, between steps, and wait for it.
+
+        What was computed before is forgotten, and running requests go on where they are, with all
+        their tokens computed anew. If it raises, so does this, and nothing has changed.
+        """
+        done: Future[None] = Future()
+        with self._lock:
+            self._check_open()
+            self._calls.append((change, done))
+            self._wake()
+        done.result()
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no more requests, and wait for those there are; whether all ended in time."""
@@ -318,9 +333,9 @@ class Engine:
     def _receive(self) -> bool:
         """Take what other threads left here; False if the thread is to end."""
         with self._lock:
-            while not (self._answers or self._inbox or self._cancels or self._closing):
+            while not (self._answers or self._left_here() or self._closing):
                 self._lock.notify_all()
-                if not self._lock.wait(IDLE_S) and not (self._inbox or self._cancels):
+                if not self._lock.wait(IDLE_S) and not self._left_here():
                     self._thread = None
                     return False
                 self._moved_s = time.monotonic()
@@ -330,6 +345,9 @@ class Engine:
             cancels = set(self._answers.values()) if self._closing else self._cancels
             self._inbox, self._cancels = [], set()
             clear, self._clear = self._clear, False
+            calls, self._calls = self._calls, []
+        for change, done in calls:
+            self._change(change, done)
         if clear:
             self._scheduler.cache.clear()
         for answer in cancels:
@@ -341,6 +359,19 @@ class Engine:
             self._thread = None
             self._lock.notify_all()
         return False
+
+    def _left_here(self) -> bool:
+        return bool(self._inbox or self._cancels or self._calls)
+
+    def _change(self, change: Callable[[], None], done: Future[None]) -> None:
+        try:
+            change()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            self._scheduler.restart()
+            done.set_result(None)
+        self._moved_s = time.monotonic()
 
     def _step(self) -> None:
         """Compute a chunk of each running request, and give those that are due a token."""
@@ -436,11 +467,14 @@ class Engine:
         with self._lock:
             self._death = error
             failed = [*self._answers.values(), *self._inbox]
+            calls, self._calls = self._calls, []
             self._answers.clear()
             self._inbox.clear()
             self._lock.notify_all()
         for answer in failed:
             self._tell_end(answer, "error", EngineStopped(_stopped_by(error)))
+        for _, done in calls:
+            done.set_exception(EngineStopped(_stopped_by(error)))
         if self.on_death is not None:
             self.on_death(error)
 

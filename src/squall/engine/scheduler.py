@@ -137,6 +137,12 @@ class Scheduler:
             request.computed = 0
         return done
 
+    def restart(self) -> None:
+        """Forget all that was computed: running requests begin again, and no prefix is known."""
+        for request in tuple(self.running):
+            self._preempt(request)
+        self.cache.clear()
+
     def _chunk(self, request: Progress, rows: int, outputs: int) -> Chunk:
         """A chunk of at most `rows`, with at most `outputs` beside the request's own one."""
         start = request.computed

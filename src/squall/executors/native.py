@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from squall import program as p
 from squall.batch import Batch
 from squall.checkpoints.base import Checkpoint, Pages
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
+from squall.quant import FormatTotal, Plan
 
 Weights = Literal["packed", "f32"]
 CacheType = Literal["f16", "f32", "q8_0"]
@@ -29,42 +31,73 @@ class _Loader:
         checkpoint: Checkpoint,
         needed: Sequence[p.Matrix | p.Vector],
         pool: _native.ThreadPool,
+        *,
         weights: Weights,
+        plan: Plan,
         progress: Progress | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.pool = pool
         self.weights = weights
-        self.bytes = 0
+        self.plan = plan
         self._progress = progress
         self._done = 0
-        self._whole = sum(self._stored(weight) for weight in needed)
         self._arena = _native.Arena()
-        self._tiles: dict[p.Matrix, list[_native.Tile]] = {}
+        self._tiles: dict[tuple[p.Matrix, str], list[_native.Tile]] = {}
         self._vectors: dict[p.Vector, NDArray[np.float32]] = {}
-        for weight, following in zip(needed, [*needed[1:], None], strict=True):
+        distinct = list({self._key(weight): weight for weight in needed}.values())
+        self._whole = sum(self._stored(weight) for weight in distinct)
+        for weight, following in zip(distinct, [*distinct[1:], None], strict=True):
             for pages in self._pages(following):
                 pages.fetch()
             self._load(weight)
             for pages in self._pages(weight):
                 pages.release()
 
+    def totals(self) -> tuple[FormatTotal, ...]:
+        """What the matrices became."""
+        found: dict[str, list[_native.Tile]] = {}
+        matrices = Counter[str]()
+        for tiles in self._tiles.values():
+            found.setdefault(tiles[0].format, []).extend(tiles)
+            matrices[tiles[0].format] += 1
+        return tuple(
+            FormatTotal(
+                name,
+                matrices[name],
+                sum(tile.rows * tile.cols for tile in tiles),
+                sum(tile.nbytes for tile in tiles),
+            )
+            for name, tiles in found.items()
+        )
+
     def _load(self, weight: p.Matrix | p.Vector) -> None:
         if isinstance(weight, p.Vector):
             self._vectors[weight] = self._vector(weight)
             self._advance(self._stored(weight))
             return
-        self._tiles[weight] = []
+        tiles = self._tiles[self._matrix_key(weight)] = []
         for expert in range(weight.experts):
-            tile = self._pack(weight, expert)
-            self._tiles[weight].append(tile)
-            self.bytes += tile.nbytes
+            tiles.append(self._pack(weight, expert))
             self._advance(self._stored(weight) // weight.experts)
 
     def _advance(self, stored: int) -> None:
         self._done += stored
         if self._progress is not None:
             self._progress(self._done, self._whole)
+
+    def _key(self, weight: p.Matrix | p.Vector) -> object:
+        return weight if isinstance(weight, p.Vector) else self._matrix_key(weight)
+
+    def _matrix_key(self, weight: p.Matrix) -> tuple[p.Matrix, str]:
+        """Matrices of other roles share tiles if they become the same."""
+        return replace(weight, role=""), self._target(weight)
+
+    def _target(self, weight: p.Matrix) -> str:
+        stored = self.checkpoint.tensors[weight.slices[0].tensor].format
+        if self.weights == "f32":
+            return "f32"
+        return self.plan.target(weight.role, stored, weight.cols)
 
     def _stored(self, weight: p.Matrix | p.Vector) -> int:
         """Bytes of a weight in the checkpoint."""
@@ -79,11 +112,11 @@ class _Loader:
         return [pages for pages in found if pages is not None]
 
     def tile(self, weight: p.Matrix) -> _native.Tile:
-        (tile,) = self._tiles[weight]
+        (tile,) = self.tiles(weight)
         return tile
 
     def tiles(self, weight: p.Matrix) -> list[_native.Tile]:
-        return self._tiles[weight]
+        return self._tiles[self._matrix_key(weight)]
 
     def vector(self, weight: p.Vector | None) -> NDArray[np.float32] | None:
         return None if weight is None else self._vectors[weight]
@@ -105,10 +138,18 @@ class _Loader:
             names = ", ".join(part.tensor for part in weight.slices)
             raise UnsupportedModel(f"tensors of one weight differ in format: {names}")
         data = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        name = formats.pop()
-        if self.weights == "f32" and name != "f32":
-            data, name = quant.FORMATS[name].dequantize(data).view(np.uint8), "f32"
-        return _native.pack(name, data, weight.rows, weight.cols, self.pool, self._arena)
+        return self._convert(weight, data, formats.pop())
+
+    def _convert(self, weight: p.Matrix, data: NDArray[np.uint8], stored: str) -> _native.Tile:
+        target, rows, cols = self._target(weight), weight.rows, weight.cols
+        if target == stored:
+            return _native.pack(stored, data, rows, cols, self.pool, self._arena)
+        try:
+            source = _native.pack(stored, data, rows, cols, self.pool)
+            return _native.requantize(source, target, self.pool, self._arena)
+        except ValueError as error:
+            name = weight.slices[0].tensor
+            raise InvalidCheckpoint(f"cannot convert tensor {name}: {error}") from None
 
     def _rows(self, name: str, start: int, stop: int, cols: int) -> NDArray[np.uint8]:
         tensor = self.checkpoint.tensors[name]
@@ -236,6 +277,7 @@ class NativeExecutor:
     blocks, block_size: the paged KV cache; block_size a multiple of 16.
     max_rows, max_outputs: limits of one step; its buffers are laid out once for them.
     weights: "packed" keeps the file's precision, "f32" dequantizes everything (for comparisons).
+    plan: what is quantized, and to what; by default nothing.
     keep: names of values that `value` can return after a step.
     progress: called with (bytes of the checkpoint loaded, bytes in all).
     """
@@ -249,6 +291,7 @@ class NativeExecutor:
         block_size: int = 16,
         threads: int | None = None,
         weights: Weights = "packed",
+        plan: Plan | None = None,
         kv_dtype: CacheType = "f16",
         max_rows: int = 512,
         max_outputs: int = 64,
@@ -256,44 +299,62 @@ class NativeExecutor:
         progress: Progress | None = None,
     ) -> None:
         self.program = program
+        self.checkpoint = checkpoint
         self.context = program.context
         self.blocks = blocks
         self.block_size = block_size
         self.max_rows = max_rows
         self.max_outputs = max_outputs
         self.isa = _isa()
-        self.pool = pool = _native.ThreadPool(threads or _native.default_threads()[0])
-        self.threads = pool.threads
+        self.pool = _native.ThreadPool(threads or _native.default_threads()[0])
+        self.threads = self.pool.threads
+        self._weights: Weights = weights
+        self._kv_dtype: CacheType = kv_dtype
         self._kept = {value.name: value.id for value in program.values if value.name in keep}
         if missing := set(keep) - self._kept.keys():
             raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
-        loader = _Loader(checkpoint, program.weights(), pool, weights, progress)
+        self.requantize(plan or Plan(), progress=progress)
+
+    def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
+        """Load all weights again from the checkpoint, by another plan; the KV cache is lost.
+
+        Until it is done the old weights are in memory too; if it fails, they stay. Not during a
+        step.
+        """
+        loader = _Loader(
+            self.checkpoint, self.program.weights(), self.pool,
+            weights=self._weights, plan=plan, progress=progress,
+        )  # fmt: skip
         try:
-            self._native = _native.Executor(
-                isa=self.isa, pool=pool, rows=max_rows, outputs=max_outputs, blocks=blocks,
-                block_size=block_size, context=program.context, cache=kv_dtype,
-            )  # fmt: skip
-            self._lower(loader)
+            self._native = self._lower(loader)
         except ValueError as error:
             raise UnsupportedModel(f"the native executor cannot run this model: {error}") from None
         except MemoryError:
             raise OutOfMemory(
-                f"the KV cache ({blocks} blocks of {block_size} tokens) or the buffers for "
-                f"{max_rows} rows do not fit in memory; choose a smaller context"
+                f"the KV cache ({self.blocks} blocks of {self.block_size} tokens) or the buffers "
+                f"for {self.max_rows} rows do not fit in memory; choose a smaller context"
             ) from None
-        self.weight_bytes = loader.bytes
+        self.plan = plan
+        self.formats = loader.totals()
+        self.weight_bytes = sum(total.nbytes for total in self.formats)
         self.kv_bytes = self._native.cache_bytes
 
-    def _lower(self, loader: _Loader) -> None:
+    def _lower(self, loader: _Loader) -> _native.Executor:
+        executor = _native.Executor(
+            isa=self.isa, pool=self.pool, rows=self.max_rows, outputs=self.max_outputs,
+            blocks=self.blocks, block_size=self.block_size, context=self.context,
+            cache=self._kv_dtype,
+        )  # fmt: skip
         kept = set(self._kept.values())
         for value in self.program.values:
-            number = self._native.value(value.width, value.rows == "outputs", value.id in kept)
+            number = executor.value(value.width, value.rows == "outputs", value.id in kept)
             assert number == value.id
         for cache in self.program.caches:
-            self._native.cache(cache.kv_heads, cache.head_dim)
+            executor.cache(cache.kv_heads, cache.head_dim)
         for op in self.program.ops:
-            _lower(op, self._native, loader)
-        self._native.plan(self.program.logits.id)
+            _lower(op, executor, loader)
+        executor.plan(self.program.logits.id)
+        return executor
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         """Logits [outputs, vocab] of one step; its K and V are in the cache afterwards."""

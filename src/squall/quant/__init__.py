@@ -1,57 +1,19 @@
-"""Number formats of checkpoints: block layouts, and conversion to and from float32 (NumPy only)."""
+"""Number formats of weights: block layouts, conversions, and what becomes what."""
 
 from __future__ import annotations
 
-from squall.errors import UnsupportedModel
-from squall.quant import floats, kquants, legacy
 from squall.quant.format import Format
+from squall.quant.formats import FORMATS, GGML_FORMATS, UNSUPPORTED, by_ggml_id
+from squall.quant.isq import FormatTotal, Plan
+from squall.quant.topology import Topology
 
-__all__ = ["FORMATS", "UNSUPPORTED", "Format", "by_ggml_id"]
-
-FORMATS: dict[str, Format] = {
-    format.name: format for format in (*floats.FORMATS, *legacy.FORMATS, *kquants.FORMATS)
-}
-
-# ggml tensor types known by name only, so that the error can say what the file holds.
-UNSUPPORTED: dict[int, str] = {
-    4: "q4_2 (withdrawn)",
-    5: "q4_3 (withdrawn)",
-    16: "iq2_xxs",
-    17: "iq2_xs",
-    18: "iq3_xxs",
-    19: "iq1_s",
-    20: "iq4_nl",
-    21: "iq3_s",
-    22: "iq2_s",
-    23: "iq4_xs",
-    24: "i8",
-    25: "i16",
-    26: "i32",
-    27: "i64",
-    28: "f64",
-    29: "iq1_m",
-    31: "q4_0_4_4 (withdrawn)",
-    32: "q4_0_4_8 (withdrawn)",
-    33: "q4_0_8_8 (withdrawn)",
-    34: "tq1_0",
-    35: "tq2_0",
-    36: "iq4_nl_4_4 (withdrawn)",
-    37: "iq4_nl_4_8 (withdrawn)",
-    38: "iq4_nl_8_8 (withdrawn)",
-    39: "mxfp4",
-    40: "nvfp4",
-    41: "q1_0",
-}
-
-_BY_GGML_ID = {format.ggml_id: format for format in FORMATS.values()}
-
-
-def by_ggml_id(id: int) -> Format:
-    """The format of a GGUF or ggml tensor type."""
-    try:
-        return _BY_GGML_ID[id]
-    except KeyError:
-        raise UnsupportedModel(
-            f"tensor type {UNSUPPORTED.get(id, 'unknown')} (ggml id {id}) is not supported; "
-            f"known: {', '.join(FORMATS)}. Use a file quantized to one of these"
-        ) from None
+__all__ = [
+    "FORMATS",
+    "GGML_FORMATS",
+    "UNSUPPORTED",
+    "Format",
+    "FormatTotal",
+    "Plan",
+    "Topology",
+    "by_ggml_id",
+]

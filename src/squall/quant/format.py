@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from squall import _native
 from squall.errors import InvalidCheckpoint, InvalidRequest
 
 Decode: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -23,11 +24,11 @@ class Format:
     """One number format. `layout` is the block's bytes, field by field, little-endian."""
 
     name: str
-    ggml_id: int
+    ggml_id: int | None  # in GGUF files, if ggml has the format
     block: int  # values a block
     layout: np.dtype[Any]
     decode: Decode  # layout [blocks] -> float32 [blocks, block]
-    encode: Encode | None = None  # float32 [blocks, block] -> layout [blocks]
+    encode: Encode | None = None  # float32 [values, 1] -> layout [values]; None: the native core
 
     @property
     def block_bytes(self) -> int:
@@ -59,12 +60,18 @@ class Format:
 
     def quantize(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
         """The nearest blocks to `values`, float32 [values], whole blocks -> uint8 [bytes]."""
-        if self.encode is None:
-            raise InvalidRequest(f"cannot quantize to {self.name}; it can only be read")
         if len(values) % self.block:
             raise InvalidRequest(
                 f"{self.name} takes whole blocks of {self.block} values, not {len(values)} values"
             )
         blocks = np.ascontiguousarray(values, np.float32).reshape(-1, self.block)
+        if self.encode is None:
+            return self._search(blocks)
         with np.errstate(over="ignore", invalid="ignore"):
             return self.encode(blocks).view(np.uint8).reshape(-1)
+
+    def _search(self, blocks: NDArray[np.float32]) -> NDArray[np.uint8]:
+        try:
+            return _native.quantize(self.name, blocks)[0]
+        except ValueError as error:
+            raise InvalidRequest(f"cannot quantize to {self.name}: {error}") from None

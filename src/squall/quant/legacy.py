@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.errors import InvalidRequest
 from squall.quant.bits import unpack
 from squall.quant.format import Format
 
@@ -65,28 +64,11 @@ def _decode_q8(blocks: NDArray[Any]) -> NDArray[np.float32]:
     return _column(blocks["scale"]) * blocks["codes"].astype(np.float32)
 
 
-def _encode_q8_0(values: NDArray[np.float32]) -> NDArray[Any]:
-    """ggml's reference rounding: half away from zero, by the scale before it is cut to f16."""
-    scale = np.abs(values).max(axis=1) / np.float32(127)
-    blocks = np.empty(len(values), _Q8_0)
-    blocks["scale"] = scale
-    if not np.isfinite(blocks["scale"]).all():
-        raise InvalidRequest("cannot quantize to q8_0: a value is NaN, infinite or above 8e6")
-    # Below the smallest normal number the inverse overflows, and the f16 scale is zero anyway.
-    normal = scale >= np.finfo(np.float32).tiny
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=normal)
-    scaled = values * inverse[:, None]
-    size = np.abs(scaled)
-    whole = np.floor(size)
-    blocks["codes"] = np.copysign(whole + (size - whole >= 0.5), scaled)
-    return blocks
-
-
 FORMATS = (
     Format("q4_0", 2, 32, _Q4_0, _decode_q4_0),
     Format("q4_1", 3, 32, _Q4_1, _decode_q4_1),
     Format("q5_0", 6, 32, _Q5_0, _decode_q5_0),
     Format("q5_1", 7, 32, _Q5_1, _decode_q5_1),
-    Format("q8_0", 8, 32, _Q8_0, _decode_q8, _encode_q8_0),
+    Format("q8_0", 8, 32, _Q8_0, _decode_q8),
     Format("q8_1", 9, 32, _Q8_1, _decode_q8),
 )
