@@ -18,7 +18,7 @@ from rich.table import Table
 from random_gguf import SHAPES, write
 from squall import _native
 from squall.measure import Bench, Plan
-from squall.quant import FORMATS
+from squall.quant import GGML_FORMATS
 
 
 def measured(path: Path, plan: Plan, rounds: int, threads: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     found = {}
-    for name in args.formats or FORMATS:
+    for name in args.formats or (format.name for format in GGML_FORMATS.values()):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.gguf"
             write(path, SHAPES[args.shape], name)

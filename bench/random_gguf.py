@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from squall.quant import FORMATS
+from squall.quant import FORMATS, GGML_FORMATS
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ ALPHABET = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 324)
 
 
 def write(path: Path, shape: Shape, format_name: str, *, context: int = 32768) -> None:
-    """One file; `format_name` is one of squall.quant.FORMATS."""
+    """One file; `format_name` is one of GGML_FORMATS."""
     writer = gguf.GGUFWriter(path, "llama")
     _metadata(writer, shape, context)
     format = FORMATS[format_name]
@@ -96,7 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
-    parser.add_argument("--format", choices=FORMATS, default="q4_k")
+    parser.add_argument(
+        "--format", choices=[format.name for format in GGML_FORMATS.values()], default="q4_k"
+    )
     parser.add_argument("--context", type=int, default=32768)
     args = parser.parse_args()
     write(args.out, SHAPES[args.shape], args.format, context=args.context)

@@ -38,7 +38,7 @@ def linears(
         tile = _native.pack(name, blocks, outputs, inputs)
         _, seconds = _native.timed_linear(x, tile, peak["isa"], threads, passes)
         rate = rows * inputs * outputs / seconds
-        bound = "float32" if name in ("f32", "f16", "bf16") else "int8"
+        bound = "float32" if format.block == 1 else "int8"
         found.append({"format": name, "bound": bound, "rate": rate, "share": rate / peak[bound]})
     return found
 

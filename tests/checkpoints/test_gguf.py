@@ -13,7 +13,7 @@ import pytest
 from checkpoints import gguf_builder as b
 from squall.checkpoints import Checkpoint, open_gguf, read_header
 from squall.errors import InvalidCheckpoint, ModelNotFound
-from squall.quant import FORMATS
+from squall.quant import FORMATS, GGML_FORMATS
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -53,7 +53,7 @@ ARRAYS = [
 
 
 # gguf-py gives a q8_1 block 40 bytes, ggml 36.
-SAME_FORMATS = [name for name in FORMATS if name != "q8_1"]
+SAME_FORMATS = [format.name for format in GGML_FORMATS.values() if format.name != "q8_1"]
 
 
 def test_values_written_by_gguf_py(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from squall import recipes
 
 # Paths of one machine, and hosts of package registries: both are for whoever runs this to choose.
 STRANGE = re.compile(r"/wor[k]/|/roo[t]/|/hom[e]/\w|\bpypi[.]org|pythonhosted[.]org|debian[.]org")
-# Tokenizer kinds in GGUF files have names such as "llama", whatever the architecture.
-MAY_NAME = {"recipes", "text"}
+# Tokenizer kinds in GGUF files have names such as "llama", whatever the architecture; files from
+# before GGUF have no other.
+MAY_NAME = {"recipes", "text", "ggml.py"}
 
 
 @pytest.mark.parametrize("architecture", recipes.KNOWN)
