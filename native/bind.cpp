@@ -275,9 +275,10 @@ void bind_ops(nb::class_<Executor>& c) {
       .def(
           "normalize",
           [](Executor& e, size_t out, size_t x, const Floats& weight,
-             const std::optional<Floats>& bias, bool rms,
-             float eps) { e.normalize({out, x, vector(weight), vector(bias), rms, eps}); },
-          "out"_a, "x"_a, "weight"_a, "bias"_a.none(), "rms"_a, "eps"_a)
+             const std::optional<Floats>& bias, bool rms, float eps, size_t group) {
+            e.normalize({out, x, vector(weight), vector(bias), rms, eps, group});
+          },
+          "out"_a, "x"_a, "weight"_a, "bias"_a.none(), "rms"_a, "eps"_a, "group"_a)
       .def(
           "linear",
           [](Executor& e, size_t out, size_t x, std::shared_ptr<Tile> weight,
@@ -319,15 +320,15 @@ void bind_ops(nb::class_<Executor>& c) {
              const std::vector<std::shared_ptr<Tile>>& gate,
              const std::vector<std::shared_ptr<Tile>>& up,
              const std::vector<std::shared_ptr<Tile>>& down, size_t top_k, const std::string& act,
-             bool normalize, float scale, MaybeId residual) {
+             bool normalize, std::optional<float> jitter, float scale, MaybeId residual) {
             const auto all = [](const auto& tiles) {
               return std::vector<TilePtr>(tiles.begin(), tiles.end());
             };
             e.mixture_of_experts({out, x, std::move(router), all(gate), all(up), all(down), top_k,
-                                  activation_named(act), normalize, scale, id(residual)});
+                                  activation_named(act), normalize, jitter, scale, id(residual)});
           },
           "out"_a, "x"_a, "router"_a, "gate"_a, "up"_a, "down"_a, "top_k"_a, "activation"_a,
-          "normalize"_a, "scale"_a, "residual"_a.none())
+          "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none())
       .def("add", &Executor::add, "out"_a, "a"_a, "b"_a, "scale"_a)
       .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
       .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a);

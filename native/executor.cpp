@@ -119,18 +119,22 @@ void Executor::rope_angles(size_t out, Vector frequencies, float magnitude) {
 
 void Executor::normalize(NormalizeOp op) {
   const Buffer &x = floats(op.x), &to = *buffers_[op.out];
-  expect(x.width == to.width && !op.weight.empty() && x.width % op.weight.size() == 0 &&
+  expect(x.width == to.width && op.group > 0 && x.width % op.group == 0 &&
+             (op.weight.size() == op.group || op.weight.size() == x.width) &&
              (op.bias.empty() || op.bias.size() == op.weight.size()),
          "a norm's weight does not fit its input");
   const size_t in = op.x, out = op.out;
   auto phase = row_phase(
       to, pool_->threads(), [&k = kernels_, &x, &to, op = std::move(op)](const Step&, size_t r) {
-        const size_t group = op.weight.size();
-        if (op.rms)
-          k.rms_norm(x.row(r), x.width, group, op.weight.data(), op.eps, to.row(r));
-        else
-          k.layer_norm(x.row(r), x.width, group, op.weight.data(), or_null(op.bias), op.eps,
-                       to.row(r));
+        // At once where all groups share a weight, else each with its own.
+        const size_t span = op.weight.size() == op.group ? x.width : op.group;
+        for (size_t i = 0; i < x.width; i += span) {
+          const float *in = x.row(r) + i, *weight = at(op.weight, i);
+          if (op.rms)
+            k.rms_norm(in, span, op.group, weight, op.eps, to.row(r) + i);
+          else
+            k.layer_norm(in, span, op.group, weight, at(op.bias, i), op.eps, to.row(r) + i);
+        }
         if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
       });
   phase->reads = {in};
@@ -241,7 +245,8 @@ void Executor::route(const Mixture& m) {
   const MoeOp& op = m.op;
   const size_t scores = add_value(op.router->rows(), false, false);
   linear({scores, op.x, op.router, {}, Activation::kNone, 1.0f, kNone});
-  auto choose = std::make_unique<RoutePhase>(kernels_, *m.routing, floats(scores), op.normalize);
+  auto choose =
+      std::make_unique<RoutePhase>(kernels_, *m.routing, floats(scores), op.normalize, op.jitter);
   choose->reads = {scores};
   choose->writes = {m.routed};
   add_phase("moe choose", std::move(choose));

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -114,6 +115,7 @@ struct NormalizeOp {
   Vector weight, bias;
   bool rms;
   float eps;
+  size_t group;  // columns that are normalized together
 };
 struct RotateOp {
   size_t out, x, angles, heads, head_dim;
@@ -132,6 +134,7 @@ struct MoeOp {
   size_t top_k;
   Activation activation;
   bool normalize;
+  std::optional<float> jitter;  // of SparseMixer
   float scale;
   size_t residual;
 };

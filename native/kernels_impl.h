@@ -200,10 +200,10 @@ template <class Tile>
 template <class T, int kTiles, int kRows>
 using Block = T[kTiles][kRows];
 
-// acc += codes [kFrom, kTo) . the rows' int8, in runs of four; rows(r) is where they are
-template <class Tile, int kTo, int j, int kTiles, int kRows, class Rows>
-[[gnu::always_inline]] inline void dots(Block<I32x16, kTiles, kRows>& acc,
-                                        const uint8_t* const* codes, Rows rows) {
+// acc += codes [j, kTo) . the rows' int8, in runs of four; rows(r) is where they are
+template <class Tile, int kTo, int j, int kTiles, int kRows, class Acc, class Rows>
+[[gnu::always_inline]] inline void dots(Block<Acc, kTiles, kRows>& acc, const uint8_t* const* codes,
+                                        Rows rows) {
   if constexpr (j < kTo) {
     U8x64 w[kTiles];
 #pragma GCC unroll 4
@@ -213,6 +213,24 @@ template <class Tile, int kTo, int j, int kTiles, int kRows, class Rows>
 #pragma GCC unroll 4
       for (int t = 0; t < kTiles; ++t) acc[t][r] = dot<Tile::kBits, j>(acc[t][r], w[t], rows(r));
     dots<Tile, kTo, j + 1>(acc, codes, rows);
+  }
+}
+
+// The same; where an ISA adds up pairs of products first, as many as surely fit 16 bits.
+template <class Tile, int kTo, int j, int kTiles, int kRows, class Rows>
+[[gnu::always_inline]] inline void all_dots(Block<I32x16, kTiles, kRows>& acc,
+                                            const uint8_t* const* codes, Rows rows) {
+  constexpr int kRun = kPairRun<Tile::kBits>, kEnd = j + kRun < kTo ? j + kRun : kTo;
+  if constexpr (kRun == 0) {
+    dots<Tile, kTo, j>(acc, codes, rows);
+  } else if constexpr (j < kTo) {
+    Block<I16x32, kTiles, kRows> pairs = {};
+    dots<Tile, kEnd, j>(pairs, codes, rows);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) acc[t][r] = add_pairs(acc[t][r], pairs[t][r]);
+    all_dots<Tile, kTo, kEnd>(acc, codes, rows);
   }
 }
 
@@ -255,7 +273,7 @@ template <class Tile, int kParts, int kPart, int kTiles, int kRows>
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t) acc[t][r] = zero_point;
   }
-  dots<Tile, kTo, kFrom>(acc, codes, [&](int r) { return at.group(r).q; });
+  all_dots<Tile, kTo, kFrom>(acc, codes, [&](int r) { return at.group(r).q; });
   if (at.fine == 0) [[likely]] {
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t)
@@ -275,7 +293,7 @@ template <class Tile, int kParts, int kPart, int kTiles, int kRows>
   }
 #pragma GCC unroll 4
   for (int t = 0; t < kTiles; ++t) again[t] = afresh(codes[t]);
-  dots<Tile, kTo, kFrom>(acc, again, [&](int r) { return digits[r]->r; });
+  all_dots<Tile, kTo, kFrom>(acc, again, [&](int r) { return digits[r]->r; });
 #pragma GCC unroll 4
   for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 8
@@ -748,7 +766,7 @@ uint64_t peak_dots(size_t turns, float* out) {
   }
   for (size_t turn = 0; turn < turns; ++turn) {
     asm volatile("" : : "r"(codes), "r"(x) : "memory");  // read anew
-    dots<Codes, 8, 0, kTileBlock, kPeakRows>(acc, tiles, [&](int r) { return x[r]; });
+    all_dots<Codes, 8, 0, kTileBlock, kPeakRows>(acc, tiles, [&](int r) { return x[r]; });
   }
   F32x16 total = zero();
   for (const auto& tile : acc)

@@ -2,8 +2,10 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "executor.h"
@@ -13,7 +15,6 @@ namespace squall {
 constexpr size_t kRowsAtOnce = 64;  // rows that one tile is multiplied with before the next tile
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-inline const float* or_null(const Vector& v) { return v.empty() ? nullptr : v.data(); }
 inline const float* at(const Vector& v, size_t i) { return v.empty() ? nullptr : v.data() + i; }
 
 // Work that is done row by row.
@@ -374,6 +375,7 @@ struct Routing {
   std::vector<size_t> begin;    // [experts + 1] first pair of each expert
   std::vector<size_t> pair_of;  // [rows * top_k]
   std::vector<size_t> row_of;   // [pairs]
+  std::vector<float> near;      // [experts] scratch
 
   Routing(size_t rows, size_t experts_, size_t top_k_)
       : experts(experts_),
@@ -382,9 +384,12 @@ struct Routing {
         weight(rows * top_k_),
         begin(experts_ + 1),
         pair_of(rows * top_k_),
-        row_of(rows * top_k_) {}
+        row_of(rows * top_k_),
+        near(experts_) {}
 
-  void choose(size_t row, const float* scores, bool normalize) {
+  // share_of(best, i, winner): the score of the i-th best, of those chosen so far.
+  template <class Share>
+  void choose(size_t row, const float* scores, bool normalize, const Share& share_of) {
     int32_t* best = chosen.data() + row * top_k;
     float* share = weight.data() + row * top_k;
     float total = 0.0f;
@@ -395,8 +400,8 @@ struct Routing {
         if (std::find(best, best + i, expert) != best + i) continue;
         if (winner < 0 || scores[e] > scores[static_cast<size_t>(winner)]) winner = expert;
       }
+      share[i] = share_of(best, i, static_cast<size_t>(winner));
       best[i] = winner;
-      share[i] = scores[static_cast<size_t>(winner)];
       total += share[i];
     }
     for (size_t i = 0; normalize && i < top_k; ++i) share[i] /= total;
@@ -417,22 +422,44 @@ struct Routing {
 // One task for all rows: the sort is short and needs every row's choice.
 class RoutePhase final : public Phase {
  public:
-  RoutePhase(const Kernels& k, Routing& routing, const Buffer& scores, bool normalize)
-      : k_(k), routing_(routing), scores_(scores), normalize_(normalize) {}
+  RoutePhase(const Kernels& k, Routing& routing, const Buffer& scores, bool normalize,
+             std::optional<float> jitter)
+      : k_(k), routing_(routing), scores_(scores), normalize_(normalize), jitter_(jitter) {}
   size_t tasks(const Step&) const override { return 1; }
   void run(const Step& step, size_t) override {
     for (size_t r = 0; r < step.batch.rows(); ++r) {
-      k_.softmax(scores_.row(r), scores_.width);
-      routing_.choose(r, scores_.row(r), normalize_);
+      float* y = scores_.row(r);
+      if (jitter_) {
+        routing_.choose(r, y, normalize_, [&](const int32_t* chosen, size_t count, size_t winner) {
+          return near_share(y, chosen, count, winner);
+        });
+        continue;
+      }
+      k_.softmax(y, scores_.width);
+      routing_.choose(r, y, normalize_,
+                      [y](const int32_t*, size_t, size_t winner) { return y[winner]; });
     }
     routing_.sort(step.batch.rows());
   }
 
  private:
+  // The winner's part of a softmax over what is near it and not chosen before it.
+  float near_share(const float* y, const int32_t* chosen, size_t count, size_t winner) {
+    float* near = routing_.near.data();
+    for (size_t e = 0; e < routing_.experts; ++e) {
+      const float away = (y[winner] - y[e]) / std::max(std::abs(y[e]), y[winner]);
+      near[e] = away > 2.0f * *jitter_ ? -FLT_MAX : y[e];
+    }
+    for (size_t i = 0; i < count; ++i) near[chosen[i]] = -FLT_MAX;
+    k_.softmax(near, routing_.experts);
+    return near[winner];
+  }
+
   const Kernels& k_;
   Routing& routing_;
   const Buffer& scores_;
   bool normalize_;
+  std::optional<float> jitter_;
 };
 
 // Tile tasks for each expert in turn; fn(expert, tiles, first pair, pairs). weights: one or

@@ -183,28 +183,50 @@ inline U8x64 either(U8x64 x, U8x64 y) {
   return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)};
 }
 
-template <int kBits>
-inline __m256i dot_half(__m256i acc, __m256i codes, __m256i x) {
-#ifdef __AVXVNNI__
-  return _mm256_dpbusd_avx_epi32(acc, codes, x);
-#else
-  __m256i pairs;
-  if constexpr (kBits == 8) {
-    const __m256i w = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
-    pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-  } else {
-    pairs = _mm256_maddubs_epi16(codes, x);
-  }
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
-}
-template <int kBits, int j>
-inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
+template <int j>
+inline __m256i splat_four(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x + 4 * j, 4);
-  const __m256i splat = _mm256_set1_epi32(four);
-  return {dot_half<kBits>(acc.a, codes.a, splat), dot_half<kBits>(acc.b, codes.b, splat)};
+  return _mm256_set1_epi32(four);
 }
+struct I16x32 {
+  __m256i a, b;
+};
+#ifdef __AVXVNNI__
+template <int kBits>
+constexpr int kPairRun = 0;  // dot() adds to 32 bits at once
+inline I32x16 add_pairs(I32x16 acc, I16x32) { return acc; }
+template <int kBits, int j>
+inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
+  const __m256i four = splat_four<j>(x);
+  return {_mm256_dpbusd_avx_epi32(acc.a, codes.a, four),
+          _mm256_dpbusd_avx_epi32(acc.b, codes.b, four)};
+}
+#else
+// Runs of four whose pairs of products, added up, fit 16 bits: each is at most 2 * 127 * code.
+template <int kBits>
+constexpr int kPairRun = kBits <= 4   ? 8
+                         : kBits == 5 ? 4
+                         : kBits == 6 ? 2
+                                      : 1;
+inline I32x16 add_pairs(I32x16 acc, I16x32 pairs) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(pairs.a, one)),
+          _mm256_add_epi32(acc.b, _mm256_madd_epi16(pairs.b, one))};
+}
+template <int kBits>
+inline __m256i pair_products(__m256i codes, __m256i x) {
+  if constexpr (kBits < 8) return _mm256_maddubs_epi16(codes, x);
+  const __m256i w = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
+  return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+template <int kBits, int j>
+inline I16x32 dot(I16x32 pairs, U8x64 codes, const int8_t* x) {
+  const __m256i four = splat_four<j>(x);
+  return {_mm256_add_epi16(pairs.a, pair_products<kBits>(codes.a, four)),
+          _mm256_add_epi16(pairs.b, pair_products<kBits>(codes.b, four))};
+}
+#endif
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

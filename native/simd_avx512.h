@@ -130,6 +130,11 @@ inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
   return {_mm512_dpbusd_epi32(acc.v, codes.v, _mm512_set1_epi32(four))};
 }
 
+template <int kBits>
+constexpr int kPairRun = 0;  // dot() adds to 32 bits at once
+using I16x32 = I32x16;
+inline I32x16 add_pairs(I32x16 acc, I16x32) { return acc; }
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

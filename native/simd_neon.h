@@ -205,6 +205,11 @@ inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
       [&](int i) { return dot<j % 4>(acc.v[i], signed_codes<kBits>(codes.v[i]), run); });
 }
 
+template <int kBits>
+constexpr int kPairRun = 0;  // dot() adds to 32 bits at once
+using I16x32 = I32x16;
+inline I32x16 add_pairs(I32x16 acc, I16x32) { return acc; }
+
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace

@@ -37,6 +37,26 @@ def gelu(x: Array) -> Array:
     return np.float32(0.5) * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
+def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def sparse_mixer(
+    logits: NDArray[np.float64], chosen: NDArray[np.int64], jitter: float
+) -> NDArray[np.float64]:
+    """The scores of the chosen; those of the others are 0."""
+    scores = np.zeros_like(logits)
+    for row, y in enumerate(logits):
+        left = y.copy()
+        for e in chosen[row]:
+            best = left.max()
+            near = (best - y) / np.maximum(np.abs(y), best) <= 2 * jitter
+            scores[row, e] = softmax(np.where(near, left, -np.inf))[e]
+            left[e] = -np.inf
+    return scores
+
+
 ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
     None: lambda x: x,
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -97,8 +117,7 @@ class ReferenceExecutor:
 
     def _slice(self, part: Slice, weight: Matrix | Vector) -> Array:
         data = self.checkpoint.tensors[part.tensor].to_float32()
-        if isinstance(weight, Matrix):
-            data = data.reshape(-1, weight.cols)
+        data = data.reshape((-1, weight.cols) if isinstance(weight, Matrix) else -1)
         return data[part.start : part.stop]
 
     def of(self, value: Value) -> Array:
@@ -120,11 +139,16 @@ class ReferenceExecutor:
 
     def normalize(self, op: Normalize) -> Array:
         rows = self.of(op.x)
-        x = rows.reshape(len(rows), -1, op.weight.size).astype(np.float64)
+        x = rows.reshape(len(rows), -1, op.group).astype(np.float64)
         if op.kind == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
         x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + op.eps)
-        return (x * self.weights[op.weight] + self.bias(op.bias)).reshape(rows.shape)
+        runs = op.weight.size // op.group
+        x = x.reshape(-1, runs, op.group) * self.weights[op.weight].reshape(runs, op.group)
+        return x.reshape(rows.shape) + self.tiled(op.bias, rows.shape[1])
+
+    def tiled(self, weight: Vector | None, width: int) -> Array | float:
+        return 0.0 if weight is None else np.tile(self.weights[weight], width // weight.size)
 
     def linear(self, op: Linear) -> Array:
         y = self.of(op.x) @ self.matrix(op.weight).T + self.bias(op.bias)
@@ -185,9 +209,8 @@ class ReferenceExecutor:
         x = self.of(op.x)
         gate, up, down = (self.weights[w] for w in (op.gate, op.up, op.down))
         logits = (x @ self.matrix(op.router).T).astype(np.float64)
-        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
-        scores /= scores.sum(axis=1, keepdims=True)
-        chosen = np.argsort(-scores, axis=1, kind="stable")[:, : op.top_k]
+        chosen = np.argsort(-logits, axis=1, kind="stable")[:, : op.top_k]
+        scores = softmax(logits) if op.jitter is None else sparse_mixer(logits, chosen, op.jitter)
         out = np.zeros_like(x)
         for row, experts in enumerate(chosen):
             total = scores[row, experts].sum() if op.normalize else 1.0

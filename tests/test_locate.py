@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from squall.checkpoints.hub import Hub
 from squall.errors import ModelNotFound
 from squall.locate import locate
 
@@ -30,10 +31,15 @@ def test_a_folder_with_a_split_one(tmp_path: Path) -> None:
     assert locate(tmp_path) == tmp_path / "a-00001-of-00002.gguf"
 
 
+def test_a_folder_with_a_config(tmp_path: Path) -> None:
+    assert locate(make(tmp_path, "config.json", "model.safetensors")) == tmp_path
+    assert locate(make(tmp_path, "a.gguf")) == tmp_path / "a.gguf"
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "has no GGUF file"),
+        ([], r"has no GGUF file and no config\.json"),
         (["a.gguf", "b.gguf"], r"2 models; name one of them: a\.gguf, b\.gguf"),
     ],
 )
@@ -45,12 +51,32 @@ def test_other_folders(tmp_path: Path, names: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("owner/model", "does not download"),
-        ("owner/model:Q4_K_M", "does not download"),
+        ("owner/model", "owner/model is not, .* in the cache"),
+        ("owner/model:Q4_K_M", "owner/model:Q4_K_M is not, .* in the cache"),
+        ("owner/../model", "does not exist"),
         ("folder/model.gguf", "does not exist"),
         ("model.gguf", "does not exist"),
     ],
 )
-def test_what_is_not_there(name: str, message: str) -> None:
+def test_what_is_not_there(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelNotFound, match=message):
-        locate(name)
+        locate(name, Hub(offline=True))
+
+
+def test_what_is_here_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    make(tmp_path / "owner" / "model", "a.gguf")
+    assert locate("owner/model") == Path("owner/model/a.gguf")
+
+
+def test_what_the_cache_of_the_hub_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--o--m" / "snapshots" / ("c" * 40)
+    folder.mkdir(parents=True)
+    make(folder, "a-Q8_0.gguf")
+    hub = Hub(revision="c" * 40, offline=True)
+    assert locate("o/m", hub) == locate("o/m:Q8_0", hub) == folder / "a-Q8_0.gguf"

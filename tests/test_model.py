@@ -194,3 +194,48 @@ def test_closed() -> None:
 def test_context_of_the_model() -> None:
     with pytest.raises(squall.InvalidRequest, match="1 to 8192"):
         Model.open(context=8193)
+
+
+def test_generate_takes_what_sampling_has(model: Model) -> None:
+    prompt = "One two three one two three one two three one"
+    greedy = {"max_tokens": 6, "temperature": 0}
+    plain = model.generate(prompt, **greedy)
+    plain.read()
+    first = plain.ids[0]
+    for change in (
+        {"logit_bias": {first: float("-inf")}},
+        {"dry": model.dry(20, allowed_length=1)},
+        {"repetition_penalty": 20},
+        {"logits_processors": [lambda logits, _: np.negative(logits)]},
+    ):
+        other = model.generate(prompt, **greedy, **change)
+        other.read()
+        assert other.ids[0] != first, change
+    repeated = model.generate(prompt, **greedy, frequency_penalty=2, presence_penalty=2)
+    repeated.read()
+    assert repeated.ids[0] == first  # nothing is generated yet
+    stopped = model.generate(prompt, **greedy, stop_ids=[first], logprobs=1)
+    (piece,) = stopped
+    assert (piece.ids, piece.finish_reason) == ((first,), "stop")
+    (sampled,) = piece.logprobs
+    ids = [*model.encode(prompt), first]
+    assert sampled.logprob == pytest.approx(model.log_probabilities(ids)[-1], abs=1e-5)
+    assert sampled.top == ((first, sampled.logprob),)
+    kept = model.generate(prompt, **greedy, stop_ids=[first], min_tokens=3)
+    kept.read()
+    assert first not in kept.ids[:3]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"logit_bias": {10**9: 1}}, "logit_bias"),
+        ({"stop_ids": [-1]}, "token ids"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+    ],
+)
+def test_generate_refuses(model: Model, options: dict[str, object], named: str) -> None:
+    with pytest.raises(squall.InvalidRequest, match=named):
+        model.generate("Hi", **options)  # type: ignore[arg-type]

@@ -164,13 +164,13 @@ struct Model {
     const size_t x = value(kHidden), angles = value(16), n = value(kHidden);
     e->embed(x, table, 1.5f);
     e->rope_angles(angles, floats_of(8), 1.1f);
-    e->normalize({n, x, norm, bias, false, 1e-5f});
+    e->normalize({n, x, norm, bias, false, 1e-5f, kHidden});
     const size_t query = value(kHeads * kDim), key = value(kKvHeads * kDim);
     const size_t val = value(kKvHeads * kDim), normed = value(kHeads * kDim);
     e->linear({query, n, q, {}, Activation::kNone, 1.0f, kNone});
     e->linear({key, n, k, {}, Activation::kNone, 1.0f, kNone});
     e->linear({val, n, v, {}, Activation::kNone, 1.0f, kNone});
-    e->normalize({normed, query, head_norm, {}, true, 1e-6f});
+    e->normalize({normed, query, head_norm, {}, true, 1e-6f, kDim});
     const size_t query2 = value(kHeads * kDim), key2 = value(kKvHeads * kDim);
     e->rotate({query2, normed, angles, kHeads, kDim, false});
     e->rotate({key2, key, angles, kKvHeads, kDim, true});
@@ -182,7 +182,7 @@ struct Model {
     e->gated_linear({inner, y, gate, up, {}, {}, Activation::kSilu});
     e->linear({z, inner, down, {}, Activation::kRelu, 1.0f, y});
     e->mixture_of_experts(
-        {mixed, z, router, gates, ups, downs, 2, Activation::kGeluTanh, true, 0.5f, z});
+        {mixed, z, router, gates, ups, downs, 2, Activation::kGeluTanh, true, 0.01f, 0.5f, z});
     e->add(sum, mixed, y, 0.25f);
     const size_t wanted = e->add_value(kHidden, true, false),
                  raw = e->add_value(kVocab, true, false);

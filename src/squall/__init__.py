@@ -26,6 +26,29 @@ from squall.errors import (
 )
 
 if TYPE_CHECKING:
+    from squall.api.requests import (
+        ChatCompletionRequest,
+        CompletionRequest,
+        ToolChoice,
+    )
+    from squall.api.responses import (
+        ChatCompletionChunkResponse,
+        ChatCompletionResponse,
+        CompletionChunkResponse,
+        CompletionResponse,
+    )
+    from squall.api.runner import AsyncRunner, Runner
+    from squall.api.which import (
+        AnyMoeConfig,
+        AnyMoeExpertType,
+        Architecture,
+        DiffusionArchitecture,
+        ImageGenerationResponseFormat,
+        IsqOrganization,
+        ModelDType,
+        VisionArchitecture,
+        Which,
+    )
     from squall.engine.engine import EngineConfig
     from squall.engine.generation import Generation
     from squall.engine.request import Piece, Usage
@@ -34,33 +57,69 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnyMoeConfig",
+    "AnyMoeExpertType",
+    "Architecture",
+    "AsyncRunner",
+    "ChatCompletionChunkResponse",
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
+    "CompletionChunkResponse",
+    "CompletionRequest",
+    "CompletionResponse",
     "ContextLengthExceeded",
+    "DiffusionArchitecture",
     "EngineConfig",
     "EngineStopped",
     "Generation",
+    "ImageGenerationResponseFormat",
     "InvalidCheckpoint",
     "InvalidRequest",
+    "IsqOrganization",
     "Message",
     "Model",
+    "ModelDType",
     "ModelNotFound",
     "OutOfMemory",
     "Piece",
     "QueueFull",
+    "Runner",
     "SamplingFailed",
     "SquallError",
     "TemplateError",
+    "ToolChoice",
     "UnsupportedModel",
     "Usage",
+    "VisionArchitecture",
+    "Which",
     "__version__",
 ]
 
 _LAZY = {
+    "AnyMoeConfig": "squall.api.which",
+    "AnyMoeExpertType": "squall.api.which",
+    "Architecture": "squall.api.which",
+    "AsyncRunner": "squall.api.runner",
+    "ChatCompletionChunkResponse": "squall.api.responses",
+    "ChatCompletionRequest": "squall.api.requests",
+    "ChatCompletionResponse": "squall.api.responses",
+    "CompletionChunkResponse": "squall.api.responses",
+    "CompletionRequest": "squall.api.requests",
+    "CompletionResponse": "squall.api.responses",
+    "DiffusionArchitecture": "squall.api.which",
     "EngineConfig": "squall.engine.engine",
     "Generation": "squall.engine.generation",
+    "ImageGenerationResponseFormat": "squall.api.which",
+    "IsqOrganization": "squall.api.which",
     "Message": "squall.model",
     "Model": "squall.model",
+    "ModelDType": "squall.api.which",
     "Piece": "squall.engine.request",
+    "Runner": "squall.api.runner",
+    "ToolChoice": "squall.api.requests",
     "Usage": "squall.engine.request",
+    "VisionArchitecture": "squall.api.which",
+    "Which": "squall.api.which",
 }
 
 

@@ -85,8 +85,9 @@ class _Compiler:
         k = self.linear(h, f"{name}.k", f"{name}.k", bias=a.qkv_bias)
         v = self.linear(h, f"{name}.v", f"{name}.v", bias=a.qkv_bias)
         if a.qk_norm is not None:
-            q = self.norm(q, f"{name}.q_norm", a.qk_norm)
-            k = self.norm(k, f"{name}.k_norm", a.qk_norm)
+            whole = a.qk_norm_scope == "row"
+            q = self.norm(q, f"{name}.q_norm", a.qk_norm, q.width if whole else a.head_dim)
+            k = self.norm(k, f"{name}.k_norm", a.qk_norm, k.width if whole else a.head_dim)
         if a.rope is not None:
             q = self.rotate(q, f"{name}.q_rotated", a.rope, a.heads)
             k = self.rotate(k, f"{name}.k_rotated", a.rope, a.kv_heads)
@@ -147,6 +148,7 @@ class _Compiler:
                 f.top_k,
                 f.activation,
                 f.normalize,
+                f.jitter,
                 scale,
                 residual,
             )
@@ -168,11 +170,12 @@ class _Compiler:
         value = self.builder.value(out, weight.rows)
         return self.builder.emit(Linear(value, x, weight, b, activation, scale, residual))
 
-    def norm(self, x: Value, role: str, norm: Norm) -> Value:
+    def norm(self, x: Value, role: str, norm: Norm, group: int | None = None) -> Value:
         weight = self.vector(f"{role}.weight", offset=1.0 if norm.unit_offset else 0.0)
         bias = self.vector(f"{role}.bias") if norm.bias else None
         out = self.builder.value(role, x.width, x.rows)
-        return self.builder.emit(Normalize(out, x, weight, bias, norm.kind, norm.eps))
+        run = x.width if group is None else group
+        return self.builder.emit(Normalize(out, x, weight, bias, norm.kind, norm.eps, run))
 
     def add_normed(self, x: Value, y: Value, role: str, norm: Norm, name: str) -> Value:
         normed = self.norm(y, f"{role}.post_norm", norm)

@@ -30,7 +30,7 @@ class UnsupportedModel(SquallError):
     """A well-formed checkpoint that Squall cannot run: architecture, field or number format."""
 
 
-class InvalidRequest(SquallError):
+class InvalidRequest(SquallError, ValueError):
     """An argument is out of range."""
 
 

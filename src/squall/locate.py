@@ -1,4 +1,4 @@
-"""Which file is meant: a GGUF file, a folder with one, or, with nothing named, the default."""
+"""What is meant: a GGUF file, a folder of a model, a model of the hub, or the default."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import os
 import re
 from pathlib import Path
 
+from squall.checkpoints.hub import Hub, Progress, is_id
 from squall.errors import ModelNotFound
 
 _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:\S+)?")
 
 
-def locate(path: str | os.PathLike[str] | None) -> Path:
-    """The GGUF file to open; of a split file its first part."""
+def locate(
+    path: str | os.PathLike[str] | None,
+    hub: Hub | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """What to open: a GGUF file, of a split one the first part, or a folder with config.json.
+
+    What is here wins over a model of the hub, which is `owner/name` or `owner/name:file`.
+    """
     if path is None:
         # Imported here because importlib.metadata is slow, and needed for the default model only.
         from squall import embedded
@@ -21,31 +28,31 @@ def locate(path: str | os.PathLike[str] | None) -> Path:
         return embedded.find()
     chosen = Path(path).expanduser()
     if chosen.is_dir():
-        return _only_file(chosen)
+        return _in_folder(chosen)
     if chosen.is_file():
         return chosen
-    raise ModelNotFound(_advice(str(path)))
+    if not is_id(str(path)):
+        raise ModelNotFound(
+            f"{str(path)!r} does not exist; name a GGUF file, the folder of a model, or a model of "
+            "the hub as owner/name or owner/name:file"
+        )
+    fetched = (hub or Hub()).fetch(str(path), progress)
+    return _in_folder(fetched) if fetched.is_dir() else fetched
 
 
-def _only_file(folder: Path) -> Path:
+def _in_folder(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if file.suffix == ".gguf")
     models = [
         file for file in found if (part := _PART.search(file.name)) is None or part[1] == "00001"
     ]
+    if not models and (folder / "config.json").is_file():
+        return folder
     if not models:
         raise ModelNotFound(
-            f"{folder} has no GGUF file; Squall reads GGUF. Name a file with the ending .gguf."
+            f"{folder} has no GGUF file and no config.json; "
+            "name a file with the ending .gguf, or a folder as transformers saves it"
         )
     if len(models) > 1:
         names = ", ".join(file.name for file in models)
         raise ModelNotFound(f"{folder} has {len(models)} models; name one of them: {names}")
     return models[0]
-
-
-def _advice(path: str) -> str:
-    if _HUB_ID.fullmatch(path) and not path.endswith(".gguf"):
-        return (
-            f"{path!r} is not a folder here, and Squall does not download from a model hub yet. "
-            "Download a GGUF file of the model, then name it with -f FILE."
-        )
-    return f"{path!r} does not exist; name a GGUF file, or a folder with one"

@@ -12,7 +12,7 @@ import numpy as np
 
 from squall import _native, decoder, recipes
 from squall.batch import Batch, Int32
-from squall.checkpoints import Checkpoint, open_gguf
+from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.engine.memory import choose_context, token_bytes
 from squall.errors import InvalidRequest
 from squall.executors.native import CacheType, NativeExecutor, Phase
@@ -133,7 +133,7 @@ class Bench:
         """The GGUF file `path`, a folder with one, or the default model."""
         if plan.prompt + plan.answer == 0:
             raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
-        return cls(open_gguf(locate(path)), plan, threads=threads)
+        return cls(open_checkpoint(locate(path)), plan, threads=threads)
 
     def rates(self, repetitions: int) -> list[Result]:
         """Of `repetitions` rounds after one to warm up; a test of no tokens is left out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall import decoder, recipes
-from squall.checkpoints import Checkpoint, open_gguf
+from squall.checkpoints import Checkpoint, open_checkpoint
+from squall.checkpoints.hub import Hub
+from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig, Executor
 from squall.engine.generation import Generation
 from squall.engine.memory import choose_context, choose_kv_tokens, token_bytes
 from squall.engine.request import Request, Scoring
-from squall.engine.sampling import MIN_P, TEMPERATURE, TOP_K, TOP_P, Sampling, random_seed
+from squall.engine.sampling import (
+    DRY_BREAKERS,
+    Breakers,
+    Dry,
+    LogitsProcessor,
+    Sampling,
+    random_seed,
+)
 from squall.errors import InvalidRequest
 from squall.executors.native import CacheType, NativeExecutor
 from squall.locate import locate
@@ -29,6 +38,7 @@ from squall.quant.isq import Dtype
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatTemplate
+from squall.text.hf_tokenizer import HfTokenizer
 from squall.text.stream import TextStream
 from squall.text.tokenizer import Tokenizer
 
@@ -41,7 +51,6 @@ MAX_ROWS = 512
 MAX_OUTPUTS = 64
 DEVICES = ("cpu",)
 GREEDY = Sampling(temperature=0, seed=0)
-_TEMPLATE = "tokenizer.chat_template"
 
 
 class Model:
@@ -60,6 +69,7 @@ class Model:
         tokenizer: Tokenizer,
         engine: Engine,
     ) -> None:
+        self.defaults = GenerationDefaults.from_folder(checkpoint.path)
         self.checkpoint = checkpoint
         self.architecture = recipe.architecture
         self.spec: Decoder = recipe.decoder
@@ -82,9 +92,11 @@ class Model:
         dtype: Dtype = "auto",
         experts_only: bool = False,
         engine: EngineConfig | None = None,
+        architecture: str | None = None,
+        hub: Hub | None = None,
         progress: Progress | None = None,
     ) -> Model:
-        """Open a GGUF file, a folder with one, or, without `path`, the default model.
+        """Open a GGUF file, the folder of a model, a model of the hub; without `path` the default.
 
         context: tokens of prompt and answer together; by default what the model was trained for,
             up to 8192 and to half of the free memory.
@@ -99,10 +111,12 @@ class Model:
         dtype: of the float weights that are not quantized; "auto": as they are stored.
         experts_only: of a mixture of experts quantize only the experts and the head.
         engine: how many requests run and wait, and what is kept.
+        architecture: such as "mistral", in place of what a folder's config.json says.
+        hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
         progress: called with (bytes loaded, bytes in all).
         """
-        checkpoint = open_gguf(locate(path))
-        recipe = recipes.load(checkpoint)
+        checkpoint = open_checkpoint(locate(path, hub, progress))
+        recipe = recipes.load(checkpoint, architecture)
         plan = _plan(isq, topology, recipe.decoder, experts_only=experts_only, dtype=dtype)
         memory = {
             "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
@@ -111,7 +125,7 @@ class Model:
         size = choose_context(context, trained=recipe.decoder.context, **memory)
         room = choose_kv_tokens(kv_tokens, context=size, **memory)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
-        tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
+        tokenizer = open_tokenizer(checkpoint)
         executor = NativeExecutor(
             program,
             checkpoint,
@@ -167,12 +181,13 @@ class Model:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The chat template: the file's, unless another one is assigned."""
-        return ChatTemplate.from_gguf(self.checkpoint.metadata)
+        if self.checkpoint.kind == "gguf":
+            return ChatTemplate.from_gguf(self.checkpoint.metadata)
+        return ChatTemplate.from_folder(self.checkpoint.path, controls=self.tokenizer.controls)
 
     def set_chat_template(self, source: str) -> None:
-        """Use this Jinja template instead of the file's."""
-        others = {k: v for k, v in self.checkpoint.metadata.items() if not k.startswith(_TEMPLATE)}
-        self.chat_template = ChatTemplate.from_gguf(others | {_TEMPLATE: source})
+        """Use another template: a name such as "chatml", a .jinja or .json file, or Jinja."""
+        self.chat_template = self.chat_template.replaced(source)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text; control tokens in it are not special. BOS if it is used."""
@@ -220,12 +235,22 @@ class Model:
         prompt: Prompt,
         *,
         max_tokens: int | None = None,
-        temperature: float = TEMPERATURE,
-        top_k: int = TOP_K,
-        top_p: float = TOP_P,
-        min_p: float = MIN_P,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        stop_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
+        min_tokens: int = 0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        repetition_penalty: float | None = None,
+        dry: Dry | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        logprobs: int | None = None,
     ) -> Generation:
         """Continue a text, token ids, or a conversation (messages of `role` and `content`).
 
@@ -234,20 +259,64 @@ class Model:
 
         max_tokens: at most so many, and no more than the context leaves, which is the default.
         temperature: 0 always takes the likeliest token. `top_k` 0, `top_p` 1, `min_p` 0 mean "off".
+            What is None (`repetition_penalty` too) is as `defaults` has it, or as `Sampling`.
         seed: by default random, and told by the result. The same seed gives the same answer.
-        stop: strings that end the answer and are not part of it.
+        stop: strings that end the answer and are not part of it; `stop_ids` are tokens that do.
+        ignore_eos: go on after the model's own end tokens. min_tokens: none ends it before so many.
+        dry: made by `dry`. The other penalties, biases and processors: docs/sampling.md.
+        logprobs: pieces tell each token's log-probability, and those of so many likeliest tokens.
         """
-        if max_tokens is not None and max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {max_tokens}; it must be at least 1")
-        seed = random_seed() if seed is None else seed
-        request = Request(
+        given = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": random_seed() if seed is None else seed,
+            "logit_bias": logit_bias,
+            "frequency_penalty": frequency_penalty,
+            "presence_penalty": presence_penalty,
+            "repetition_penalty": repetition_penalty,
+            "dry": dry,
+            "logits_processors": tuple(logits_processors),
+            "min_tokens": min_tokens,
+        }
+        sampling = self.defaults.sampling(given)
+        request = self.request(prompt, sampling, max_tokens, stop=stop, stop_ids=stop_ids)
+        request = replace(request, ignore_eos=ignore_eos, logprobs=logprobs)
+        return Generation(self.engine, request)
+
+    def request(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        max_tokens: int | None = None,
+        *,
+        stop: str | Sequence[str] = (),
+        stop_ids: Iterable[int] = (),
+    ) -> Request:
+        """What `generate` asks of the engine, checked against this model."""
+        sampling.check_ids(self.spec.vocab)
+        return Request(
             ids=self._prompt_ids(prompt),
-            sampling=Sampling(temperature, top_k, top_p, min_p, seed),
+            sampling=sampling,
             max_tokens=max_tokens,
             stop=_check_stop(stop),
+            stop_ids=frozenset(self._check_ids(tuple(stop_ids)) if stop_ids else ()),
             continues=not _is_chat(prompt),
         )
-        return Generation(self.engine, request)
+
+    def dry(
+        self,
+        multiplier: float,
+        *,
+        base: float = 1.75,
+        allowed_length: int = 2,
+        breakers: Sequence[str] = DRY_BREAKERS,
+        range: int | None = None,
+    ) -> Dry:
+        """The DRY penalty on repeats (docs/sampling.md), with breakers in this model's tokens."""
+        found = Breakers(tuple(breakers), self.tokenizer.token_bytes)
+        return Dry(multiplier, base, allowed_length, found, range)
 
     def close(self) -> None:
         """End all answers, and free weights and cache. A closed model cannot be used."""
@@ -317,6 +386,13 @@ def _engine(executor: Executor, config: EngineConfig | None, tokenizer: Tokenize
         return TextStream(tokenizer, request.stop, at_start=not request.continues)
 
     return Engine(executor, config, text=text, stop_ids=tokenizer.stop_ids)
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of a checkpoint, from where its kind has it."""
+    if checkpoint.kind == "gguf":
+        return Tokenizer.from_gguf(checkpoint.metadata)
+    return HfTokenizer.from_folder(checkpoint.path)
 
 
 def _log_softmax_at(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float64]:

@@ -81,7 +81,10 @@ class RopeAngles:
 
 @dataclass(frozen=True, slots=True)
 class Normalize:
-    """Norm of each run of `weight.size` columns: of every head by itself, or of the row."""
+    """Norm of each run of `group` columns: of every head by itself, or of the row.
+
+    The weight has `group` elements, the same for every run, or one for each column.
+    """
 
     out: Value
     x: Value
@@ -89,6 +92,7 @@ class Normalize:
     bias: Vector | None
     kind: Literal["rms", "layer"]
     eps: float
+    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,9 @@ class MixtureOfExperts:
 
     The sum is over the `top_k` largest scores of softmax(x @ router.T), the lower index first among
     equals; `normalize` divides them by their sum.
+
+    With a `jitter` an expert's score is instead its part of a softmax over those logits y not yet
+    chosen that are near the best of them, m: (m - y) / max(|y|, m) <= 2 * jitter.
     """
 
     out: Value
@@ -163,6 +170,7 @@ class MixtureOfExperts:
     top_k: int
     activation: Activation
     normalize: bool
+    jitter: float | None = None
     scale: float = 1.0
     residual: Value | None = None
 

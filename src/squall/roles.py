@@ -58,9 +58,9 @@ def _attention(a: Attention, hidden: int) -> Shapes:
     shapes |= _linear("attention.k", kv, hidden, bias=a.qkv_bias)
     shapes |= _linear("attention.v", kv, hidden, bias=a.qkv_bias)
     if a.qk_norm is not None:
-        per_head = a.qk_norm_scope == "head"
-        shapes |= _norm("attention.q_norm", a.qk_norm, a.head_dim if per_head else q)
-        shapes |= _norm("attention.k_norm", a.qk_norm, a.head_dim if per_head else kv)
+        shared = a.qk_norm_scope == "head"
+        shapes |= _norm("attention.q_norm", a.qk_norm, a.head_dim if shared else q)
+        shapes |= _norm("attention.k_norm", a.qk_norm, a.head_dim if shared else kv)
     return shapes | _linear("attention.out", hidden, q, bias=a.out_bias)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Wiring = Literal["pre", "sandwich", "post", "parallel"]
+NormScope = Literal["head", "each_head", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,14 @@ class LinearScaling:
     """Positions divided by `factor`."""
 
     factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicScaling:
+    """NTK: above `original_context` theta grows, so that the slowest frequency still fits."""
+
+    factor: float
+    original_context: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +62,19 @@ class YarnScaling:
 
 @dataclass(frozen=True, slots=True)
 class FactorScaling:
-    """Each frequency divided by its factor: `long` above `original_context`, else `short`."""
+    """Each frequency divided by its factor: `long` above `original_context`, else `short`.
+
+    `long_magnitude` is the magnitude that goes with `long`; None: the same.
+    """
 
     short: tuple[float, ...]
     long: tuple[float, ...]
     original_context: int
     magnitude: float = 1.0
+    long_magnitude: float | None = None
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FactorScaling
+RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | FactorScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +87,39 @@ class Rope:
     scaling: RopeScaling | None = None
 
     def frequencies(self, context: int) -> tuple[tuple[float, ...], float]:
-        """The `dims / 2` frequencies (radians a position), and the magnitude of cos and sin."""
+        """The `dims / 2` frequencies (radians a position), and the magnitude of cos and sin.
+
+        What depends on the length goes by `context`, the tokens there is room for, and not by how
+        many there are: so a token's result does not depend on when it was computed.
+        """
         base = [self.theta ** (-2 * i / self.dims) for i in range(self.dims // 2)]
         match self.scaling:
             case None:
                 return tuple(base), 1.0
             case LinearScaling(factor):
                 return tuple(f / factor for f in base), 1.0
+            case DynamicScaling() as scaling:
+                stretch = self._stretch(scaling, context)
+                return tuple(f * stretch**i for i, f in enumerate(base)), 1.0
             case Llama3Scaling() as scaling:
                 return tuple(_llama3(f, scaling) for f in base), 1.0
             case YarnScaling() as scaling:
                 return self._yarn(base, scaling)
             case FactorScaling() as scaling:
-                factors = scaling.long if context > scaling.original_context else scaling.short
-                return tuple(f / by for f, by in zip(base, factors, strict=True)), scaling.magnitude
+                return self._factored(base, scaling, long=context > scaling.original_context)
+
+    def _stretch(self, s: DynamicScaling, context: int) -> float:
+        """What each frequency is multiplied by, to the power of its index."""
+        growth = s.factor * max(context / s.original_context, 1.0) - (s.factor - 1)
+        return growth ** (-2 / (self.dims - 2)) if self.dims > 2 else 1.0
+
+    def _factored(
+        self, base: list[float], s: FactorScaling, *, long: bool
+    ) -> tuple[tuple[float, ...], float]:
+        factors = s.long if long else s.short
+        own = s.long_magnitude if long else None
+        scaled = tuple(f / by for f, by in zip(base, factors, strict=True))
+        return scaled, s.magnitude if own is None else own
 
     def _yarn(self, base: list[float], s: YarnScaling) -> tuple[tuple[float, ...], float]:
         def dim_of(rotations: float) -> float:
@@ -116,7 +148,11 @@ def _llama3(frequency: float, s: Llama3Scaling) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query causal attention; `window` counts the positions seen, itself included."""
+    """Grouped-query causal attention; `window` counts the positions seen, itself included.
+
+    qk_norm_scope: of each head with weights that all share (head) or its own (each_head), or of the
+        whole row.
+    """
 
     heads: int
     kv_heads: int
@@ -128,7 +164,7 @@ class Attention:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: Norm | None = None
-    qk_norm_scope: Literal["head", "row"] = "head"
+    qk_norm_scope: NormScope = "head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +181,8 @@ class Mlp:
 class Moe:
     """`top_k` of `experts` gated MLPs, weighted by their softmax scores.
 
-    `normalize`: the chosen scores are divided by their sum.
+    normalize: the chosen scores are divided by their sum.
+    jitter: of SparseMixer (arXiv 2409.12136), see `program.MixtureOfExperts`; None: softmax.
     """
 
     experts: int
@@ -153,6 +190,7 @@ class Moe:
     width: int
     activation: Activation
     normalize: bool
+    jitter: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

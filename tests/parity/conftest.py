@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from harness import BLOCK, BLOCKS, Build, Built, MakeExecutor, build
+from harness import BLOCK, BLOCKS, Build, Built, MakeExecutor, build, build_folder
 from tiny import Case
 
 from reference_executor import ReferenceExecutor
@@ -25,6 +25,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     def get(case: Case) -> Built:
         if case.name not in done:
             done[case.name] = build(case, folder / f"{case.name}.gguf")
+        return done[case.name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def built_folder(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The same, as a folder with config.json."""
+    folder = tmp_path_factory.mktemp("folders")
+    done: dict[str, Built] = {}
+
+    def get(case: Case) -> Built:
+        if case.name not in done:
+            done[case.name] = build_folder(case, folder / case.name)
         return done[case.name]
 
     return get

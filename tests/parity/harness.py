@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from squall.batch import Batch
 from squall.checkpoints.base import Checkpoint
+from squall.checkpoints.folder import open_folder
 from squall.checkpoints.gguf import open_gguf
 from squall.recipes import Recipe, load
 
@@ -33,23 +35,40 @@ class Built:
     tokens: list[int]
     logits: Float32
     hidden: list[Float32]
+    context: int = tiny.CONTEXT
 
 
 Build = Callable[[tiny.Case], Built]
 
 
 def build(case: tiny.Case, path: Path) -> Built:
-    import torch
-
+    """The model of a case, through a GGUF file."""
     model = tiny.build(case)
     convert(model, case.architecture, path, **case.options)
+    return run_model(model, case, open_gguf(path))
+
+
+def build_folder(case: tiny.Case, path: Path) -> Built:
+    """The model of a case, through a folder as transformers saves it, in several files."""
+    model = tiny.build(case)
+    model.save_pretrained(path, max_shard_size="150KB")
+    if case.options.get("rope_for_prompt"):
+        # transformers 5 does not tell this model's rope how long the prompt is; its authors' does.
+        rotary = model.model.rotary_emb
+        rotary.rope_init_fn = partial(rotary.rope_init_fn, seq_len=tiny.PROMPT)
+    return run_model(model, case, open_folder(path))
+
+
+def run_model(model: Any, case: tiny.Case, checkpoint: Checkpoint) -> Built:
+    import torch
+
     rng = np.random.default_rng(len(case.name))
     tokens = rng.integers(3, model.config.vocab_size, tiny.PROMPT).tolist()
     with torch.no_grad():
         out = model(torch.tensor([tokens]), output_hidden_states=True)
-    checkpoint = open_gguf(path)
     hidden = [state[0].numpy() for state in out.hidden_states]
-    return Built(checkpoint, load(checkpoint), tokens, out.logits[0].numpy(), hidden)
+    recipe, logits = load(checkpoint), out.logits[0].numpy()
+    return Built(checkpoint, recipe, tokens, logits, hidden, case.context)
 
 
 def make_batch(parts: Sequence[tuple[Sequence[int], int, int]]) -> Batch:

@@ -15,6 +15,8 @@ PRESENT: dict[str, Any] = {
     "logit_softcap": 2.0,
     "scaling": LinearScaling(2.0),
     "magnitude": 1.5,
+    "long_magnitude": 1.5,
+    "jitter": 0.3,
     "qk_norm": Norm("rms", 0.01),
     "rope": Rope(10000.0, 32),
 }

@@ -11,15 +11,16 @@ import re
 from collections.abc import Callable
 
 import pytest
+from config_cases import CONFIG_CASES
 from harness import Build, Built, MakeExecutor, distance, make_batch
 from mutate import mutations
 from tiny import CASES, CONTEXT, Case
 
 from squall.decoder import compile
-from squall.errors import InvalidCheckpoint
+from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.recipes.names import locate
 from squall.roles import roles
-from squall.spec import Decoder, FactorScaling, RopeScaling, YarnScaling
+from squall.spec import Decoder, DynamicScaling, FactorScaling, RopeScaling, YarnScaling
 
 MOVED = 1e-4
 
@@ -38,9 +39,21 @@ EQUIVALENT: dict[str, tuple[Callable[[Decoder], bool], str]] = {
         lambda d: factors(d).original_context < CONTEXT,
         "the context is long",
     ),
+    r".*\.scaling(\.factor\*1\.5|=None)": (
+        lambda d: isinstance(s := scaling(d), DynamicScaling) and s.original_context >= CONTEXT,
+        "the context is short",
+    ),
     r".*\.magnitude=None": (
         lambda d: magnitude(d) == pytest.approx(0.1 * math.log(4.0) + 1.0),
         "the file's magnitude is the default",
+    ),
+    r".*\.scaling\.magnitude\*1\.5": (
+        lambda d: factors(d).long_magnitude is not None and factors(d).original_context < CONTEXT,
+        "the context is long, and has a magnitude of its own",
+    ),
+    r".*\.long_magnitude(\*1\.5|=\w+)": (
+        lambda d: factors(d).original_context >= CONTEXT,
+        "the context is short",
     ),
     r".*\.original_context=other": (
         lambda d: isinstance(scaling(d), FactorScaling) and factors(d).long == factors(d).short,
@@ -77,24 +90,34 @@ def effect(decoder: Decoder, model: Built, make_executor: MakeExecutor) -> float
     shapes, names = roles(decoder), model.recipe.names
     known = roles(model.recipe.decoder)
     if any(known.get(role) != shape for role, shape in shapes.items()):
-        with pytest.raises(InvalidCheckpoint):
-            locate(shapes, model.checkpoint.tensors, read=set())
+        with pytest.raises((InvalidCheckpoint, UnsupportedModel)):
+            locate(shapes, model.checkpoint.tensors, model.recipe.naming, read=set())
         return math.inf
     try:
-        program = compile(decoder, names, context=CONTEXT)
+        program = compile(decoder, names, context=model.context)
     except ValueError:  # not one rope factor a frequency
         return math.inf
     logits = make_executor(program, model.checkpoint).step(make_batch([(model.tokens, 0, 0)]))
     return distance(logits, model.logits)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_field_matters(case: Case, built: Build, make_reference: MakeExecutor) -> None:
-    model = built(case)
-    unmoved = [
+def unmoved(model: Built, make_executor: MakeExecutor) -> list[str]:
+    """The mutations that change nothing, and should."""
+    return [
         f"{name}: {moved:.1e}"
-        for name, changed in mutations(model.recipe.decoder, CONTEXT)
-        if (moved := effect(changed, model, make_reference)) <= MOVED
+        for name, changed in mutations(model.recipe.decoder, model.context)
+        if (moved := effect(changed, model, make_executor)) <= MOVED
         and not is_equivalent(name, model.recipe.decoder)
     ]
-    assert not unmoved
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_field_matters(case: Case, built: Build, make_reference: MakeExecutor) -> None:
+    assert not unmoved(built(case), make_reference)
+
+
+@pytest.mark.parametrize("case", CONFIG_CASES, ids=str)
+def test_every_field_matters_in_folders(
+    case: Case, built_folder: Build, make_reference: MakeExecutor
+) -> None:
+    assert not unmoved(built_folder(case), make_reference)

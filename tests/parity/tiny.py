@@ -75,6 +75,7 @@ class Case:
     model: str
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    context: int = CONTEXT
 
     def __str__(self) -> str:
         return self.name

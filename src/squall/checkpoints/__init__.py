@@ -1,7 +1,13 @@
 """Bytes on disk to metadata and tensors. Files are untrusted: all in them is checked first."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
 from squall.checkpoints.base import Checkpoint, Field, Header, Scalar, Tensor, TensorInfo
-from squall.checkpoints.gguf import open_gguf, read_header
+from squall.checkpoints.folder import open_folder, read_folder
+from squall.checkpoints.gguf import open_gguf, read_gguf
 from squall.checkpoints.inspect import Inspection, describe
 
 __all__ = [
@@ -13,6 +19,17 @@ __all__ = [
     "Tensor",
     "TensorInfo",
     "describe",
+    "open_checkpoint",
     "open_gguf",
     "read_header",
 ]
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open what `squall.locate` found: a GGUF file, or a folder with config.json and weights."""
+    return open_folder(Path(path)) if os.path.isdir(path) else open_gguf(path)
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Metadata and tensor table, also of number formats that Squall cannot run."""
+    return read_folder(Path(path)) if os.path.isdir(path) else read_gguf(path)

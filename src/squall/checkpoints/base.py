@@ -8,15 +8,18 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from squall.checkpoints.files import quote
+from squall.errors import UnsupportedModel
 from squall.quant import FORMATS
 
 Scalar = int | float | bool
-Field = Scalar | str | list[str] | NDArray[Any]
+Field = Scalar | str | list[Any] | dict[str, Any] | NDArray[Any] | None
+Kind = Literal["gguf", "folder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,14 @@ class Tensor:
         """Stored bytes."""
         return self.data.size
 
+    def check_format(self) -> None:
+        """Raise UnsupportedModel when Squall cannot compute with the tensor's format."""
+        if self.format not in FORMATS:
+            raise UnsupportedModel(
+                f"tensor {quote(self.name)} has format {self.format}, which Squall cannot "
+                f"compute with; known: {', '.join(FORMATS)}"
+            )
+
     def to_float32(self) -> NDArray[np.float32]:
         """The values as float32, in `shape`."""
         return FORMATS[self.format].dequantize(self.data).reshape(self.shape)
@@ -93,11 +104,16 @@ class Header:
     size_bytes: int
     version: int = 0
     parts: tuple[Path, ...] = ()
+    kind: Kind = "gguf"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """An open checkpoint; reading a tensor's `data` is what brings its pages in."""
+    """An open checkpoint; reading a tensor's `data` is what brings its pages in.
+
+    gguf: `path` is a file, `metadata` its fields. folder: `path` is one, `metadata` what its
+    config.json says; other files in it (tokenizer, generation defaults) are for who needs them.
+    """
 
     path: Path
     metadata: Mapping[str, Field]
@@ -105,3 +121,4 @@ class Checkpoint:
     size_bytes: int
     version: int = 0
     parts: tuple[Path, ...] = ()
+    kind: Kind = "gguf"

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections import Counter
 from dataclasses import dataclass
-from mmap import ACCESS_READ, mmap
+from mmap import mmap
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
 from squall.checkpoints.base import Checkpoint, Header, Pages, Tensor, TensorInfo
+from squall.checkpoints.files import quote
 from squall.checkpoints.gguf_header import (
     MAX_HEADER_BYTES,
     MAX_TENSORS,
-    Buffer,
     Entry,
     PartHeader,
     parse_header,
-    quote,
 )
-from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
+from squall.checkpoints.mapped import Buffer, map_file
+from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.quant import by_ggml_id
 
 MAX_PARTS = 512
@@ -51,7 +50,7 @@ def open_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_gguf(path: str | os.PathLike[str]) -> Header:
     """Read metadata and tensor table; unlike `open_gguf`, with formats that Squall cannot run."""
     parts = _open_parts(Path(path))
     tensors: dict[str, TensorInfo] = {
@@ -103,25 +102,8 @@ def _open_parts(path: Path) -> list[_Part]:
 
 
 def _open_part(path: Path, limit: int) -> _Part:
-    buffer = _map(path)
+    buffer = map_file(path)
     return _Part(path, buffer, parse_header(buffer, path.name, limit))
-
-
-def _map(path: Path) -> Buffer:
-    try:
-        kind = os.stat(path).st_mode
-        # Before opening: to open a pipe blocks.
-        if not stat.S_ISREG(kind):
-            what = "a folder" if stat.S_ISDIR(kind) else "not a regular file"
-            raise ModelNotFound(f"{str(path)!r} is {what}; give the path of a .gguf file")
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""
-            return mmap(file.fileno(), 0, access=ACCESS_READ)
-    except FileNotFoundError:
-        raise ModelNotFound(f"there is no file {str(path)!r}") from None
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"cannot read {str(path)!r}: {error}") from None
 
 
 def _split_field(part: _Part, key: str, default: int | None = None) -> int:

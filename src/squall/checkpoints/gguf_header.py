@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from mmap import mmap
 from struct import Struct
 from typing import Any
 
@@ -18,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints.base import Field, Scalar, TensorInfo
+from squall.checkpoints.files import quote
+from squall.checkpoints.mapped import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.quant import GGML_FORMATS, UNSUPPORTED
-
-Buffer = mmap | bytes
 
 # At least twice what the largest known models need (a vocabulary of 262 k with 515 k merges).
 MAX_HEADER_BYTES = 32 << 20
@@ -59,9 +58,9 @@ _HINTS = {
     b"<": "it looks like a web page; download the file again",
     b"PK\x03\x04": "it is a ZIP or PyTorch file; give a .gguf file",
     b"FUGG": "its bytes are in reverse order",
-    b"lmgg": "it is a GGML file from before GGUF; convert the model again",
-    b"fmgg": "it is a GGMF file from before GGUF; convert the model again",
-    b"tjgg": "it is a GGJT file from before GGUF; convert the model again",
+    b"lmgg": "it is a GGML file from before GGUF",
+    b"fmgg": "it is a GGMF file from before GGUF",
+    b"tjgg": "it is a GGJT file from before GGUF",
 }
 
 
@@ -105,12 +104,7 @@ class _Span:
     element: int | None = None
 
 
-def quote(name: str) -> str:
-    """A name from a file, safe to print and of bounded length."""
-    return repr(name if len(name) <= 80 else name[:80] + "...")
-
-
-class _Cursor:
+class Cursor:
     """A position in the header that never passes its end."""
 
     def __init__(self, buffer: Buffer, source: str, limit: int) -> None:
@@ -169,7 +163,7 @@ class _Cursor:
 
 def parse_header(buffer: Buffer, source: str, limit: int = MAX_HEADER_BYTES) -> PartHeader:
     """Read and check the header of one file, at most `limit` bytes; `source` names it in errors."""
-    cursor = _Cursor(buffer, source, limit)
+    cursor = Cursor(buffer, source, limit)
     version = _version(cursor)
     tensors = cursor.count("tensors", MAX_TENSORS, _TENSOR_BYTES)
     fields = _scan_fields(cursor, cursor.count("metadata fields", MAX_FIELDS, _FIELD_BYTES))
@@ -181,7 +175,7 @@ def parse_header(buffer: Buffer, source: str, limit: int = MAX_HEADER_BYTES) -> 
     return PartHeader(version, metadata, entries, data_start)
 
 
-def _version(cursor: _Cursor) -> int:
+def _version(cursor: Cursor) -> int:
     head = cursor.buffer[:32]
     if head[:4] != b"GGUF":
         hint = next((text for start, text in _HINTS.items() if head.startswith(start)), "")
@@ -204,7 +198,7 @@ def _version(cursor: _Cursor) -> int:
     )
 
 
-def _scan_fields(cursor: _Cursor, count: int) -> dict[str, Scalar | _Span]:
+def _scan_fields(cursor: Cursor, count: int) -> dict[str, Scalar | _Span]:
     fields: dict[str, Scalar | _Span] = {}
     for _ in range(count):
         key = cursor.name("a metadata key", MAX_KEY_BYTES)
@@ -214,7 +208,7 @@ def _scan_fields(cursor: _Cursor, count: int) -> dict[str, Scalar | _Span]:
     return fields
 
 
-def _scan_value(cursor: _Cursor, key: str) -> Scalar | _Span:
+def _scan_value(cursor: Cursor, key: str) -> Scalar | _Span:
     kind = cursor.integer(_U32, f"the type of {key}")
     if kind == _STRING:
         size = cursor.integer(_U64, f"the length of {key}")
@@ -232,7 +226,7 @@ def _scan_value(cursor: _Cursor, key: str) -> Scalar | _Span:
     return bool(value)
 
 
-def _scan_array(cursor: _Cursor, key: str) -> _Span:
+def _scan_array(cursor: Cursor, key: str) -> _Span:
     element = cursor.integer(_U32, f"the element type of {key}")
     count = cursor.integer(_U64, f"the length of {key}")
     if element == _ARRAY:
@@ -253,7 +247,7 @@ def _scan_array(cursor: _Cursor, key: str) -> _Span:
     return _Span(start, count, element)
 
 
-def _scan_strings(cursor: _Cursor, count: int, key: str) -> int:
+def _scan_strings(cursor: Cursor, count: int, key: str) -> int:
     cursor.need(count * 8, f"{key} with {count} strings")
     cursor.strings += count
     if cursor.strings > MAX_STRINGS:
@@ -272,7 +266,7 @@ def _scan_strings(cursor: _Cursor, count: int, key: str) -> int:
     return start
 
 
-def _alignment(cursor: _Cursor, fields: dict[str, Scalar | _Span]) -> int:
+def _alignment(cursor: Cursor, fields: dict[str, Scalar | _Span]) -> int:
     value = fields.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(value) is not int or not 8 <= value <= MAX_ALIGNMENT or value.bit_count() != 1:
         shown = "not a number" if isinstance(value, _Span) else repr(value)
@@ -282,7 +276,7 @@ def _alignment(cursor: _Cursor, fields: dict[str, Scalar | _Span]) -> int:
     return value
 
 
-def _read_table(cursor: _Cursor, count: int, alignment: int) -> tuple[Entry, ...]:
+def _read_table(cursor: Cursor, count: int, alignment: int) -> tuple[Entry, ...]:
     entries: dict[str, Entry] = {}
     for _ in range(count):
         entry = _read_entry(cursor, alignment)
@@ -292,7 +286,7 @@ def _read_table(cursor: _Cursor, count: int, alignment: int) -> tuple[Entry, ...
     return tuple(entries.values())
 
 
-def _read_entry(cursor: _Cursor, alignment: int) -> Entry:
+def _read_entry(cursor: Cursor, alignment: int) -> Entry:
     name = cursor.name("a tensor name", MAX_NAME_BYTES)
     tensor = f"tensor {quote(name)}"
     dims = cursor.integer(_U32, f"the dimensions of {tensor}")
@@ -309,7 +303,7 @@ def _read_entry(cursor: _Cursor, alignment: int) -> Entry:
     return Entry(_info(cursor, name, shape, type_id), type_id, offset)
 
 
-def _info(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int) -> TensorInfo:
+def _info(cursor: Cursor, name: str, shape: tuple[int, ...], type_id: int) -> TensorInfo:
     elements = math.prod(shape)
     if not 1 <= elements < 1 << 63:
         raise cursor.fault(
@@ -326,7 +320,7 @@ def _info(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int) -> T
     return TensorInfo(name, kind, shape, elements // block * block_bytes)
 
 
-def _check_places(cursor: _Cursor, entries: Iterable[Entry], data_start: int) -> None:
+def _check_places(cursor: Cursor, entries: Iterable[Entry], data_start: int) -> None:
     ordered = sorted(entries, key=lambda entry: entry.offset)
     for before, after in itertools.pairwise(ordered):
         if before.offset + before.info.nbytes > after.offset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from squall.checkpoints.base import Field
+from squall.checkpoints.base import Field, Kind
 
 Item = int | float | bool | str
 
@@ -44,13 +45,16 @@ class Source(Protocol):
     def version(self) -> int: ...
     @property
     def parts(self) -> tuple[Path, ...]: ...
+    @property
+    def kind(self) -> Kind: ...
 
 
 @dataclass(frozen=True, slots=True)
 class MetadataField:
     """One metadata field: `items` is its value, or the first values of an array of `length`.
 
-    `kind` is bool, int, float, text or, of an array, text or a NumPy dtype; `cut`: there is more.
+    `kind` is bool, int, float, text, object (shown as JSON), null or, of an array, text or a NumPy
+    dtype; `cut`: there is more.
     """
 
     key: str
@@ -89,6 +93,7 @@ class Inspection:
     """What is in a checkpoint; every text in it can be written to a terminal."""
 
     path: str
+    kind: Kind
     size_bytes: int
     version: int
     parts: tuple[str, ...]
@@ -105,6 +110,7 @@ def describe(source: Source, *, array_items: int = 6, text_chars: int = 200) -> 
     )
     return Inspection(
         path=escape(str(source.path)),
+        kind=source.kind,
         size_bytes=source.size_bytes,
         version=source.version,
         parts=tuple(escape(str(part)) for part in source.parts),
@@ -127,8 +133,12 @@ def _field(key: str, value: Field, array_items: int, text_chars: int) -> Metadat
     if isinstance(value, str):
         cut = len(value) > text_chars
         return MetadataField(key, "text", (escape(value[:text_chars]),), cut=cut)
+    if value is None or isinstance(value, dict):
+        text = json.dumps(value)
+        kind = "null" if value is None else "object"
+        return MetadataField(key, kind, (text[:text_chars],), cut=len(text) > text_chars)
     if isinstance(value, list):
-        texts = tuple(escape(text[:text_chars]) for text in value[:array_items])
+        texts = tuple(escape(str(item)[:text_chars]) for item in value[:array_items])
         return MetadataField(key, "text", texts, len(value), len(value) > array_items)
     if isinstance(value, np.ndarray):
         numbers = tuple(value[:array_items].tolist())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def inspect(
     file: Annotated[
         str | None,
-        typer.Argument(help="A GGUF file, or a folder with one; by default the default."),
+        typer.Argument(help="A GGUF file, or the folder of a model; by default the default."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -48,13 +48,13 @@ def inspect(
 def _obstacle(path: Path) -> str | None:
     """Why Squall cannot run the model; None if it can."""
     from squall import recipes
-    from squall.checkpoints import open_gguf
-    from squall.text.tokenizer import Tokenizer
+    from squall.checkpoints import open_checkpoint
+    from squall.model import open_tokenizer
 
     try:
-        checkpoint = open_gguf(path)
+        checkpoint = open_checkpoint(path)
         recipes.load(checkpoint)
-        Tokenizer.from_gguf(checkpoint.metadata)
+        open_tokenizer(checkpoint)
     except SquallError as error:
         return str(error)
     return None
@@ -81,9 +81,10 @@ def _print(found: Inspection, obstacle: str | None) -> None:
         totals.add_row(Text(total.format), str(total.tensors), str(total.parameters), size)
     for table in (metadata, tensors, totals):
         console.print(table)
+    form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
     console.print(
         Text(
-            f"{found.path}: GGUF {found.version}, {found.parameters / 1e6:.1f} million parameters, "
+            f"{found.path}: {form}, {found.parameters / 1e6:.1f} million parameters, "
             f"{found.size_bytes / 2**20:.1f} MiB"
         )
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from squall.checkpoints.hub import TOKEN_SOURCES, Hub
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ File = Annotated[
 ]
 Folder = Annotated[
     str | None,
-    typer.Option("-m", "--model", metavar="DIR_OR_ID", help="A folder with one GGUF model."),
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="DIR_OR_ID",
+        help="A folder with one GGUF model, or a model of the hub: owner/name, owner/name:file.",
+    ),
 ]
 Threads = Annotated[
     int | None,
@@ -37,7 +43,32 @@ ContextSize = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Tokens of prompt and answer together."),
 ]
+Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a model of the hub.")]
+TokenSource = Annotated[
+    str,
+    typer.Option(help=f"The hub's token: {TOKEN_SOURCES}.", metavar="SOURCE"),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Use the hub's cache; no connection.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+Temperature = Annotated[float | None, typer.Option(help="0: always the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0: off.")]
+TopP = Annotated[float | None, typer.Option(help="Only the likeliest that sum to p; 1: off.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Only tokens at least p times as likely as the first; 0: off.")
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed, the same answer.")]
+FrequencyPenalty = Annotated[
+    float, typer.Option(help="Against words of the answer, by how often; 0: off.")
+]
+PresencePenalty = Annotated[float, typer.Option(help="Against words of the answer; 0: off.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Divides the logits of tokens of prompt and answer; 1: off.")
+]
+DryMultiplier = Annotated[float, typer.Option(help="Against repeats (DRY); 0: off.")]
+DryBase = Annotated[float, typer.Option(help="How DRY grows with each token of a repeat.")]
+DryAllowedLength = Annotated[int, typer.Option(help="Tokens of a repeat that DRY allows.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")]
 
 
 class Weights(str, Enum):
@@ -110,15 +141,17 @@ def open_model(
     weights: Weights = Weights.packed,
     kv_dtype: KvDtype = KvDtype.f16,
     quantization: Quantization = AS_STORED,
+    hub: Hub | None = None,
 ) -> Model:
     """Open a model; a terminal is told how far it is."""
     from squall.locate import locate
     from squall.model import Model
 
-    quantization.check(locate(path))
     with progress("loading") as shown:
-        return Model.open(
-            path,
+        found = locate(path, hub, shown)
+        quantization.check(found)
+        model = Model.open(
+            found,
             context=context,
             threads=threads,
             weights=weights.value,
@@ -127,6 +160,18 @@ def open_model(
             topology=quantization.topology,
             progress=shown,
         )
+    if quantization != AS_STORED:
+        sys.stderr.write(f"{_formats(model)}\n")
+    return model
+
+
+def _formats(model: Model) -> str:
+    """What the weights are in memory, in one line."""
+    parts = [
+        f"{total.matrices} {total.format} ({total.nbytes / 2**20:.1f} MiB)"
+        for total in model.weight_formats
+    ]
+    return f"[weights: {', '.join(parts)}]"
 
 
 def read_text(path: Path) -> str:

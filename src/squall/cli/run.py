@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from squall.checkpoints.hub import Hub
 from squall.cli.options import (
     ContextSize,
+    DryAllowedLength,
+    DryBase,
+    DryMultiplier,
     File,
     Folder,
+    FrequencyPenalty,
     Isq,
     KvDtype,
     KvDtypeOption,
+    MinP,
+    Offline,
+    PresencePenalty,
     Quantization,
+    RepetitionPenalty,
+    Revision,
+    Seed,
+    Stop,
+    Temperature,
     Threads,
+    TokenSource,
+    TopK,
     TopologyFile,
+    TopP,
     Weights,
     WeightsOption,
     open_model,
-    read_text,
     source,
 )
 
@@ -35,28 +51,14 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How answers are made."""
+    """How answers are made: `Model.generate`'s arguments, with those of DRY apart."""
 
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int | None
-    stop: tuple[str, ...]
+    options: dict[str, Any]
+    dry: dict[str, Any]
 
     def answer(self, model: Model, prompt: Prompt) -> Generation:
         """Begin an answer to `prompt`."""
-        return model.generate(
-            prompt,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=self.stop,
-        )
+        return model.generate(prompt, dry=model.dry(**self.dry), **self.options)
 
 
 def run(
@@ -66,17 +68,22 @@ def run(
     file: File = None,
     model: Folder = None,
     max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest that sum to p; 1: off.")] = 0.95,
-    min_p: Annotated[
-        float, typer.Option(help="Only tokens at least p times as likely as the first; 0: off.")
-    ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    repetition_penalty: RepetitionPenalty = None,
+    dry_multiplier: DryMultiplier = 0.0,
+    dry_base: DryBase = 1.75,
+    dry_allowed_length: DryAllowedLength = 2,
+    stop: Stop = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     chat_template: Annotated[
-        Path | None, typer.Option(help="A Jinja file to use instead of the model's own template.")
+        str | None,
+        typer.Option(help="Instead of the model's: a .jinja or .json file, Jinja, or a name."),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text; no chat template.")
@@ -87,38 +94,51 @@ def run(
     kv_dtype: KvDtypeOption = KvDtype.f16,
     isq: Isq = None,
     topology: TopologyFile = None,
+    revision: Revision = "main",
+    token_source: TokenSource = "cache",
+    offline: Offline = False,
 ) -> None:
     """Ask a model, or chat with it.
-
-    Examples:
 
     squall run "Why is the sky blue?"
 
     squall run -f model.gguf --temperature 0 "Write a haiku."
-
-    squall run
     """
-    settings = Settings(max_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
-    path = source(file, model)
-    try:
-        with open_model(
-            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype,
-            quantization=Quantization(isq, topology),
-        ) as opened:  # fmt: skip
-            if isq is not None or topology is not None:
-                sys.stderr.write(f"{formats(opened)}\n")
-            if chat_template is not None:
-                opened.set_chat_template(read_text(chat_template))
-            if prompt is None:
-                from squall.cli.chat import Chat
+    options = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "min_p": min_p, "seed": seed, "stop": tuple(stop or ()),
+        "repetition_penalty": repetition_penalty, "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+    }  # fmt: skip
+    dry = {"multiplier": dry_multiplier, "base": dry_base, "allowed_length": dry_allowed_length}
+    with _interruptible(), open_model(
+        source(file, model), context=context, threads=threads, weights=weights, kv_dtype=kv_dtype,
+        quantization=Quantization(isq, topology), hub=Hub(revision, token_source, offline),
+    ) as opened:  # fmt: skip
+        if chat_template is not None:
+            opened.set_chat_template(chat_template)
+        _converse(opened, Settings(options, dry), prompt, system, raw=raw)
 
-                Chat(opened, settings, system).loop()
-            else:
-                text = sys.stdin.read() if prompt == "-" else prompt
-                _answer_once(opened, settings, _prompt(opened, text, system, raw=raw))
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         sys.stderr.write("\n")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _converse(
+    model: Model, settings: Settings, prompt: str | None, system: str | None, *, raw: bool
+) -> None:
+    if prompt is None:
+        from squall.cli.chat import Chat
+
+        Chat(model, settings, system).loop()
+    else:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        _answer_once(model, settings, _prompt(model, text, system, raw=raw))
 
 
 def _prompt(model: Model, text: str, system: str | None, *, raw: bool) -> Prompt:
@@ -146,15 +166,6 @@ def show(generation: Generation, written: list[str]) -> None:
         written.append(piece.text)
         sys.stdout.write(piece.text)
         sys.stdout.flush()
-
-
-def formats(model: Model) -> str:
-    """What the weights are in memory, in one line."""
-    parts = [
-        f"{total.matrices} {total.format} ({total.nbytes / 2**20:.1f} MiB)"
-        for total in model.weight_formats
-    ]
-    return f"[weights: {', '.join(parts)}]"
 
 
 def summary(generation: Generation) -> str:

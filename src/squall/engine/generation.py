@@ -6,31 +6,34 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from queue import SimpleQueue
 from types import TracebackType
+from typing import Generic, TypeVar
 
 from squall.engine.engine import Engine
 from squall.engine.request import FinishReason, Piece, Request, Usage
 from squall.engine.sampling import Sampling
 
+_Mail = TypeVar("_Mail")
 
-class Mailbox:
+
+class Mailbox(Generic[_Mail]):
     """Carries pieces from the engine's thread to a thread or a task that waits for them."""
 
     def __init__(self) -> None:
-        self._pieces: SimpleQueue[Piece] = SimpleQueue()
+        self._pieces: SimpleQueue[_Mail] = SimpleQueue()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
-    def put(self, piece: Piece) -> None:
+    def put(self, piece: _Mail) -> None:
         """Never blocks."""
         self._pieces.put(piece)
         if self._waiter is not None:
             loop, arrived = self._waiter
             loop.call_soon_threadsafe(arrived.set)
 
-    def get(self) -> Piece:
+    def get(self) -> _Mail:
         """The next piece; the thread waits for it."""
         return self._pieces.get()
 
-    async def get_async(self) -> Piece:
+    async def get_async(self) -> _Mail:
         """The next piece; the task waits for it."""
         arrived = asyncio.Event()
         self._waiter = asyncio.get_running_loop(), arrived
@@ -57,7 +60,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         self.sampling: Sampling = request.sampling
         self.finish_reason: FinishReason | None = None
         self.ids: list[int] = []
-        self._pieces = Mailbox()
+        self._pieces: Mailbox[Piece] = Mailbox()
         self._answer = engine.submit(request, self._pieces.put)
 
     @property

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.engine.sampling import Sampled, Sampling
+from squall.engine.sampling import MOST_TOP_LOGPROBS, Sampled, Sampling
 from squall.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -80,6 +80,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < allowed:
                 raise InvalidRequest(f"{name} is {value}; it must be at least {allowed}")
+        if self.logprobs is not None and self.logprobs > MOST_TOP_LOGPROBS:
+            raise InvalidRequest(f"logprobs is {self.logprobs}; at most {MOST_TOP_LOGPROBS}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,7 +212,7 @@ def _(op: p.RopeAngles, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG00
 def _(op: p.Normalize, e: _native.Executor, w: _Loader) -> None:
     weight, bias = w.vector(op.weight), w.vector(op.bias)
     assert weight is not None
-    e.normalize(op.out.id, op.x.id, weight, bias, op.kind == "rms", op.eps)
+    e.normalize(op.out.id, op.x.id, weight, bias, op.kind == "rms", op.eps, op.group)
 
 
 @_lower.register
@@ -245,7 +245,7 @@ def _(op: p.Attend, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
 def _(op: p.MixtureOfExperts, e: _native.Executor, w: _Loader) -> None:
     e.mixture_of_experts(
         op.out.id, op.x.id, w.tile(op.router), w.tiles(op.gate), w.tiles(op.up), w.tiles(op.down),
-        op.top_k, op.activation, op.normalize, op.scale, _id(op.residual),
+        op.top_k, op.activation, op.normalize, op.jitter, op.scale, _id(op.residual),
     )  # fmt: skip
 
 

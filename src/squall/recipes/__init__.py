@@ -5,31 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from squall.checkpoints.base import Checkpoint
-from squall.checkpoints.gguf_header import quote
-from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.checkpoints.files import quote
+from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.program import Names
+from squall.recipes import config, gguf
 from squall.recipes.fields import Fields
-from squall.recipes.gguf import RECIPES
-from squall.recipes.names import locate
+from squall.recipes.gguf_parts import NAMING, GgufFields
+from squall.recipes.names import Naming, locate
 from squall.roles import roles
 from squall.spec import Decoder
 
 __all__ = ["KNOWN", "Recipe", "load"]
 
-KNOWN = sorted(RECIPES)
+KNOWN = sorted({*gguf.RECIPES, *config.RECIPES})
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A model's Spec and the places of its weights in the checkpoint."""
+    """A model's Spec and the places of its weights in the checkpoint, found by its naming."""
 
     architecture: str
     decoder: Decoder
     names: Names
+    naming: Naming
 
 
-def load(checkpoint: Checkpoint) -> Recipe:
-    """The recipe of a GGUF checkpoint; what it does not use of the file, it refuses."""
+def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
+    """The recipe of a checkpoint; what it does not use of the files, it refuses.
+
+    architecture: what the model is, if config.json does not say, or says something else: a class
+        of transformers or a name such as "mistral".
+    """
+    if checkpoint.kind == "gguf":
+        if architecture is not None:
+            raise InvalidRequest("a GGUF file says what it is; an architecture is for config.json")
+        return _load_gguf(checkpoint)
+    name = config.architecture(checkpoint.metadata, architecture)
+    entry = config.RECIPES[name]
+    fields = config.fields(checkpoint.metadata, checkpoint.tensors, entry)
+    config.check_depth(fields)
+    return _finish(name, checkpoint, entry.function(fields), fields, fields.naming)
+
+
+def _load_gguf(checkpoint: Checkpoint) -> Recipe:
     architecture = checkpoint.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise InvalidCheckpoint("the metadata key general.architecture is missing or not a string")
@@ -38,11 +56,16 @@ def load(checkpoint: Checkpoint) -> Recipe:
         raise UnsupportedModel(
             f"the file is of type {quote(str(kind))}; only whole models can be run"
         )
-    if architecture not in RECIPES:
-        known = ", ".join(KNOWN)
+    if architecture not in gguf.RECIPES:
+        known = ", ".join(sorted(gguf.RECIPES))
         raise UnsupportedModel(f"unknown architecture {quote(architecture)}; known: {known}")
-    fields = Fields(architecture, checkpoint.metadata, checkpoint.tensors)
-    decoder = RECIPES[architecture](fields)
+    fields = GgufFields(architecture, checkpoint.metadata, checkpoint.tensors)
+    return _finish(architecture, checkpoint, gguf.RECIPES[architecture](fields), fields, NAMING)
+
+
+def _finish(
+    architecture: str, checkpoint: Checkpoint, decoder: Decoder, fields: Fields, naming: Naming
+) -> Recipe:
     fields.check_all_read()
-    names = locate(roles(decoder), checkpoint.tensors, read=fields.tensors_read)
-    return Recipe(architecture, decoder, names)
+    names = locate(roles(decoder), checkpoint.tensors, naming, read=fields.tensors_read)
+    return Recipe(architecture, decoder, names, naming)

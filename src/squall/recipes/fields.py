@@ -1,4 +1,4 @@
-"""A checkpoint's metadata, read with types and bounds; what nobody read is an error."""
+"""A checkpoint's configuration, read with types and bounds; what nobody read is an error."""
 
 from __future__ import annotations
 
@@ -8,48 +8,33 @@ from collections.abc import Mapping
 import numpy as np
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.gguf_header import quote
+from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
-
-HARMLESS = frozenset(
-    {
-        "attention.layer_norm_epsilon",  # each recipe reads the epsilon of its own kind of norm
-        "attention.layer_norm_rms_epsilon",
-        "mm.tokens_per_image",  # of a vision tower that is not in this file
-        "rope.scaling.finetuned",
-        "tensor_data_layout",  # a remark of early converters
-        "vocab_size",  # the embedding table has the true size
-    }
-)
-NEUTRAL = (0, "", "none")  # 0 also equals False and 0.0
-NEUTRAL_BY_KEY: Mapping[str, tuple[object, ...]] = {
-    "attention.causal": (True,),
-    "attention.output_scale": (0, 1),
-    "embedding_scale": (0, 1),
-    "expert_gating_func": (0, 1),  # softmax
-    "expert_weights_scale": (0, 1),
-    "logit_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "rope.scaling.yarn_ext_factor": (1,),
-}
 
 
 class Fields:
-    """The metadata of one architecture (keys without its prefix), and the file's tensors."""
+    """Typed values of one checkpoint, and its tensors. Parts ask by GGUF's keys, without prefix."""
 
-    def __init__(
-        self, architecture: str, metadata: Mapping[str, object], tensors: Mapping[str, Tensor]
-    ) -> None:
-        self.architecture = architecture
+    def __init__(self, values: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
-        prefix = f"{architecture}."
-        keys = [key for key in metadata if key.startswith(prefix)]
-        self._values = {key.removeprefix(prefix): metadata[key] for key in keys}
-        self._read: set[str] = set()
         self.tensors_read: set[str] = set()
+        self._values = values
+        self._read: set[str] = set()
+
+    def key(self, key: str) -> str:
+        """The key as the values have it."""
+        return key
+
+    def shown(self, key: str) -> str:
+        """The key as the file has it."""
+        return key
 
     def has(self, key: str) -> bool:
-        return key in self._values
+        return self.key(key) in self._values
+
+    def skip(self, *keys: str) -> None:
+        """These are known, and change nothing here."""
+        self._read.update(keys)
 
     def count(self, key: str, default: int | None = None, *, high: int = 1 << 24) -> int:
         """An integer in `1..high`."""
@@ -66,12 +51,12 @@ class Fields:
         self, key: str, default: float | None = None, *, low: float = 1e-6, high: float = 1e9
     ) -> float:
         """A finite number above `low`, at most `high`."""
-        value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._invalid(key, value, "a number")
-        if not (math.isfinite(value) and low < value <= high):
-            raise self._invalid(key, value, f"above {low:g} and at most {high:g}")
-        return float(value)
+        return self._number(key, self._value(key, default), low, high)
+
+    def numbers(self, key: str, size: int) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        items = self._list(key, self._value(key, None), size)
+        return tuple(self._number(key, item, 1e-6, 1e9) for item in items)
 
     def optional(self, key: str) -> float | None:
         """A positive number, or None when the key is missing or zero (which means "off")."""
@@ -93,8 +78,20 @@ class Fields:
             raise self._invalid(key, value, "a string")
         return value
 
+    def words(self, key: str, *, layers: int) -> tuple[str, ...]:
+        """One string a layer."""
+        items = self._list(key, self._value(key, None), layers)
+        return tuple(str(item) for item in items)
+
+    def indices(self, key: str, *, below: int) -> frozenset[int]:
+        """A list of layers, empty when the key is missing."""
+        value = self._value(key, [])
+        if not isinstance(value, list) or len(value) > below:
+            raise self._invalid(key, value, "a list of layers")
+        return frozenset(self._integer(key, item, 0, below - 1) for item in value)
+
     def pattern(self, key: str, default: int, *, layers: int) -> tuple[bool, ...]:
-        """Which layers have a window: the file's list, or all but every n-th layer."""
+        """A mark a layer: the file's list, or all but every n-th layer (all, where n is 0)."""
         value = self._value(key, default)
         if isinstance(value, np.ndarray | list):
             return tuple(bool(item) for item in self._list(key, value, layers))
@@ -118,25 +115,28 @@ class Fields:
 
     def check_all_read(self) -> None:
         """Raise UnsupportedModel when the recipe did not read a key that may matter."""
-        unread = {k: v for k, v in self._values.items() if k not in self._read | HARMLESS}
-        wrong = sorted(key for key, value in unread.items() if not _is_neutral(key, value))
+        unread = (key for key in self._values if key not in self._read)
+        wrong = sorted(key for key in unread if not self._is_harmless(key, self._values[key]))
         if wrong:
-            keys = ", ".join(quote(f"{self.architecture}.{key}") for key in wrong[:6])
+            keys = ", ".join(quote(self.shown(key)) for key in wrong[:6])
             raise UnsupportedModel(
                 f"the metadata has {keys}, which Squall cannot follow in this architecture; "
                 "ignoring it could change the results"
             )
 
+    def _is_harmless(self, key: str, value: object) -> bool:
+        raise NotImplementedError
+
     def _value(self, key: str, default: object) -> object:
-        self._read.add(key)
-        value = self._values.get(key, default)
+        self._read.add(self.key(key))
+        value = self._values.get(self.key(key), default)
         if value is None:
-            raise InvalidCheckpoint(f"metadata key {self.architecture}.{key} is missing")
+            raise InvalidCheckpoint(f"metadata key {self.shown(key)} is missing")
         return value
 
     def _off(self, key: str) -> bool:
-        self._read.add(key)
-        value = self._values.get(key, 0)
+        self._read.add(self.key(key))
+        value = self._values.get(self.key(key), 0)
         return isinstance(value, int | float) and value == 0
 
     def _integer(self, key: str, value: object, low: int, high: int) -> int:
@@ -146,17 +146,20 @@ class Fields:
             raise self._invalid(key, value, f"in {low}..{high}")
         return int(value)
 
-    def _list(self, key: str, value: object, layers: int) -> list[object]:
-        assert isinstance(value, np.ndarray | list)
-        if len(value) != layers:
-            raise self._invalid(key, f"a list of {len(value)}", f"a list of {layers}, one a layer")
+    def _number(self, key: str, value: object, low: float, high: float) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._invalid(key, value, "a number")
+        if not (low < value <= high and math.isfinite(value)):
+            raise self._invalid(key, value, f"above {low:g} and at most {high:g}")
+        return float(value)
+
+    def _list(self, key: str, value: object, size: int) -> list[object]:
+        if not isinstance(value, np.ndarray | list) or len(value) != size:
+            shown = f"a list of {len(value)}" if isinstance(value, np.ndarray | list) else value
+            raise self._invalid(key, shown, f"a list of {size}")
         return list(value)
 
     def _invalid(self, key: str, value: object, allowed: str) -> InvalidCheckpoint:
         return InvalidCheckpoint(
-            f"metadata key {self.architecture}.{key} is {repr(value)[:99]}; it must be {allowed}"
+            f"metadata key {self.shown(key)} is {repr(value)[:99]}; it must be {allowed}"
         )
-
-
-def _is_neutral(key: str, value: object) -> bool:
-    return isinstance(value, int | float | str) and value in NEUTRAL_BY_KEY.get(key, NEUTRAL)

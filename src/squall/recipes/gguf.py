@@ -6,25 +6,12 @@ family the norm weights have their 1 added already.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 from squall.recipes.fields import Fields
-from squall.recipes.parts import (
-    attention,
-    context,
-    decoder,
-    depth,
-    head_dim,
-    hidden,
-    layer_norm,
-    mlp,
-    mlp_or_moe,
-    rms,
-    rope,
-    windows,
-)
-from squall.spec import Decoder
+from squall.recipes.gguf_parts import attention, decoder, mlp, mlp_or_moe, rope, windows
+from squall.recipes.parts import context, depth, head_dim, hidden, layer_norm, rms
+from squall.spec import Attention, Decoder
 
 RecipeFunction = Callable[[Fields], Decoder]
 
@@ -43,104 +30,62 @@ def recipe(architecture: str) -> Callable[[RecipeFunction], RecipeFunction]:
 
 @recipe("llama")
 def llama(c: Fields) -> Decoder:
-    turn, window = rope(c, interleaved=True), windows(c)
-    return decoder(
-        c,
-        rms(c),
-        lambda i: attention(c, i, turn, window=window[i]),
-        lambda i: mlp_or_moe(c, i, "silu"),
-    )
+    heads = attention(c, rope(c, interleaved=True), window=windows(c))
+    return decoder(c, rms(c), heads, mlp_or_moe(c, "silu"))
 
 
 @recipe("qwen2")
 def qwen2(c: Fields) -> Decoder:
-    turn = rope(c)
-    return decoder(c, rms(c), lambda i: attention(c, i, turn), lambda i: mlp(c, i, "silu"))
+    return decoder(c, rms(c), attention(c, rope(c)), mlp(c, "silu"))
 
 
 @recipe("qwen3")
+@recipe("qwen3moe")
 def qwen3(c: Fields) -> Decoder:
-    turn, norm = rope(c), rms(c)
-    return decoder(
-        c, norm, lambda i: attention(c, i, turn, qk_norm=norm), lambda i: mlp(c, i, "silu")
-    )
+    heads = attention(c, rope(c), qk_norm=rms(c))
+    return decoder(c, rms(c), heads, mlp_or_moe(c, "silu"))
 
 
 @recipe("phi2")
 def phi2(c: Fields) -> Decoder:
-    turn = rope(c)
-    return decoder(
-        c,
-        layer_norm(c),
-        lambda i: attention(c, i, turn),
-        lambda i: mlp(c, i, "gelu_tanh", gated=False),
-        wiring="parallel",
-    )
+    feed_forward = mlp(c, "gelu_tanh", gated=False)
+    return decoder(c, layer_norm(c), attention(c, rope(c)), feed_forward, wiring="parallel")
 
 
 @recipe("phi3")
 def phi3(c: Fields) -> Decoder:
     # Files of the 4k models that lack the key are older than the key.
-    turn, window = rope(c), windows(c, default=2047 if context(c) == 4096 else None)
-    return decoder(
-        c,
-        rms(c),
-        lambda i: attention(c, i, turn, window=window[i]),
-        lambda i: mlp(c, i, "silu"),
-    )
+    window = windows(c, default=2047 if context(c) == 4096 else None)
+    return decoder(c, rms(c), attention(c, rope(c), window=window), mlp(c, "silu"))
 
 
 @recipe("starcoder2")
 def starcoder2(c: Fields) -> Decoder:
-    turn, window = rope(c), windows(c)
-    return decoder(
-        c,
-        layer_norm(c),
-        lambda i: attention(c, i, turn, window=window[i]),
-        lambda i: mlp(c, i, "gelu_tanh", gated=False),
-    )
+    heads = attention(c, rope(c), window=windows(c))
+    return decoder(c, layer_norm(c), heads, mlp(c, "gelu_tanh", gated=False))
 
 
 @recipe("gemma")
 def gemma(c: Fields) -> Decoder:
-    turn = rope(c)
-    return decoder(
-        c,
-        rms(c),
-        lambda i: attention(c, i, turn),
-        lambda i: mlp(c, i, "gelu_tanh"),
-        embed_scale=hidden(c) ** 0.5,
-    )
+    heads, scale = attention(c, rope(c)), hidden(c) ** 0.5
+    return decoder(c, rms(c), heads, mlp(c, "gelu_tanh"), embed_scale=scale)
 
 
 @recipe("gemma2")
 def gemma2(c: Fields) -> Decoder:
-    turn, window = rope(c), windows(c, period=2, default=4096)
-    scale, cap = gemma_scale(c, layers_of_27b=46), c.optional("attn_logit_softcapping")
-    return decoder(
-        c,
-        rms(c),
-        lambda i: attention(c, i, turn, window=window[i], scale=scale, softcap=cap),
-        lambda i: mlp(c, i, "gelu_tanh"),
-        wiring="sandwich",
-        embed_scale=hidden(c) ** 0.5,
-    )
+    window, cap = windows(c, period=2, default=4096), c.optional("attn_logit_softcapping")
+    scale = gemma_scale(c, layers_of_27b=46)
+    heads = attention(c, rope(c), window=window, scale=scale, softcap=cap)
+    return sandwich(c, heads)
 
 
 @recipe("gemma3")
 def gemma3(c: Fields) -> Decoder:
-    norm, window, scale = rms(c), windows(c, period=6), gemma_scale(c, layers_of_27b=62)
+    window, scale = windows(c, period=6), gemma_scale(c, layers_of_27b=62)
     far = rope(c)
     near = rope(c, theta=c.number("rope.freq_base_swa", 10000.0, low=1.0), scaled=False)
-    turns = [near if size else far for size in window]
-    return decoder(
-        c,
-        norm,
-        lambda i: attention(c, i, turns[i], window=window[i], scale=scale, qk_norm=norm),
-        lambda i: mlp(c, i, "gelu_tanh"),
-        wiring="sandwich",
-        embed_scale=hidden(c) ** 0.5,
-    )
+    turns = tuple(near if size else far for size in window)
+    return sandwich(c, attention(c, turns, window=window, scale=scale, qk_norm=rms(c)))
 
 
 @recipe("granite")
@@ -148,8 +93,11 @@ def granite(c: Fields) -> Decoder:
     turn = rope(c, interleaved=True)
     # The key is granite's switch for rope, whatever its name says.
     used = turn if c.flag("rope.scaling.finetuned", True) else None
-    return replace(
-        decoder(c, rms(c), lambda i: attention(c, i, used), lambda i: mlp(c, i, "silu")),
+    return decoder(
+        c,
+        rms(c),
+        attention(c, used),
+        mlp(c, "silu"),
         embed_scale=c.optional("embedding_scale") or 1.0,
         residual_scale=c.optional("residual_scale") or 1.0,
         logit_scale=1.0 / (c.optional("logit_scale") or 1.0),
@@ -158,33 +106,20 @@ def granite(c: Fields) -> Decoder:
 
 @recipe("olmo2")
 def olmo2(c: Fields) -> Decoder:
-    turn, norm = rope(c), rms(c)
-    return decoder(
-        c,
-        norm,
-        lambda i: attention(c, i, turn, qk_norm=norm, qk_norm_scope="row"),
-        lambda i: mlp(c, i, "silu"),
-        wiring="post",
-    )
-
-
-@recipe("qwen3moe")
-def qwen3moe(c: Fields) -> Decoder:
-    turn, norm = rope(c), rms(c)
-    return decoder(
-        c, norm, lambda i: attention(c, i, turn, qk_norm=norm), lambda i: mlp_or_moe(c, i, "silu")
-    )
+    heads = attention(c, rope(c), qk_norm=rms(c), qk_norm_scope="row")
+    return decoder(c, rms(c), heads, mlp(c, "silu"), wiring="post")
 
 
 @recipe("smollm3")
 def smollm3(c: Fields) -> Decoder:
     turn = rope(c, interleaved=True)
-    return decoder(
-        c,
-        rms(c),
-        lambda i: attention(c, i, None if i % 4 == 3 else turn),
-        lambda i: mlp(c, i, "silu"),
-    )
+    turns = tuple(None if i % 4 == 3 else turn for i in range(depth(c)))
+    return decoder(c, rms(c), attention(c, turns), mlp(c, "silu"))
+
+
+def sandwich(c: Fields, heads: Sequence[Attention]) -> Decoder:
+    scale = hidden(c) ** 0.5
+    return decoder(c, rms(c), heads, mlp(c, "gelu_tanh"), wiring="sandwich", embed_scale=scale)
 
 
 def gemma_scale(c: Fields, *, layers_of_27b: int) -> float:

@@ -1,55 +1,61 @@
-"""GGUF tensor names: where a decoder's weights lie in a file, and whether their shapes fit."""
+"""Tensor names: where a decoder's weights lie in a checkpoint, and whether their shapes fit."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.gguf_header import quote
+from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.program import Names, Slice
 from squall.roles import Shapes
 
-STEMS = {
-    "embed": "token_embd",
-    "norm": "output_norm",
-    "head": "output",
-    "attention.norm": "attn_norm",
-    "attention.q": "attn_q",
-    "attention.k": "attn_k",
-    "attention.v": "attn_v",
-    "attention.q_norm": "attn_q_norm",
-    "attention.k_norm": "attn_k_norm",
-    "attention.out": "attn_output",
-    "attention.post_norm": "post_attention_norm",
-    "feed_forward.norm": "ffn_norm",
-    "feed_forward.gate": "ffn_gate",
-    "feed_forward.up": "ffn_up",
-    "feed_forward.down": "ffn_down",
-    "feed_forward.router": "ffn_gate_inp",
-    "feed_forward.experts.gate": "ffn_gate_exps",
-    "feed_forward.experts.up": "ffn_up_exps",
-    "feed_forward.experts.down": "ffn_down_exps",
-    "feed_forward.post_norm": "post_ffw_norm",
-}
-# Tensors of several roles, one after another, where the first has no tensor of its own.
-FUSED = {
-    "attn_qkv": ("attention.q", "attention.k", "attention.v"),
-    "ffn_up": ("feed_forward.gate", "feed_forward.up"),
-}
-HARMLESS = re.compile(r"blk\.\d+\.attn_rot_embd(\.\w+)?")  # rope tables of early converters
 ROLE = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)")
+_NONE = re.compile(r"(?!)")
 
 
-def locate(shapes: Shapes, tensors: Mapping[str, Tensor], *, read: set[str]) -> Names:
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How a family of checkpoints calls its tensors, without `.weight` and `.bias`.
+
+    stems: role -> name; in a layer the name follows `layer`, which `{}` stands for the index in.
+    pieces: role -> name of one piece of several, `{}` being its index: experts, or heads.
+    fused: name -> roles that lie in one tensor, one after another, where they have none of their
+        own.
+    harmless: what may be in a checkpoint unused.
+    """
+
+    stems: Mapping[str, str]
+    layer: str
+    pieces: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    harmless: re.Pattern[str] = _NONE
+
+    def name(self, role: str) -> str:
+        """The tensor of a role such as `layers.3.attention.q.weight`."""
+        layer, stem, kind = self.split(role)
+        return f"{layer}{self.stems[stem]}.{kind}"
+
+    def split(self, role: str) -> tuple[str, str, str]:
+        """What names in the role's layer begin with, the role in the layer, weight or bias."""
+        match = ROLE.fullmatch(role)
+        assert match is not None
+        layer, stem, kind = match.groups()
+        return "" if layer is None else self.layer.format(layer), stem, kind
+
+
+def locate(
+    shapes: Shapes, tensors: Mapping[str, Tensor], naming: Naming, *, read: set[str]
+) -> Names:
     """The slices of every role; refuses missing, misshapen and unused tensors but `read`."""
-    names: dict[str, tuple[Slice, ...]] = {}
-    for role in shapes:
-        names[role] = _locate(role, shapes, tensors)
+    finder = _Finder(shapes, tensors, naming)
+    names = {role: finder.find(role) for role in shapes}
     used = read | {part.tensor for parts in names.values() for part in parts}
-    unused = sorted(name for name in tensors if name not in used and not HARMLESS.fullmatch(name))
+    unused = sorted(n for n in tensors if n not in used and not naming.harmless.fullmatch(n))
     if unused:
         listed = ", ".join(quote(name) for name in unused[:6])
         listed += f" and {len(unused) - 6} more" if unused[6:] else ""
@@ -60,56 +66,70 @@ def locate(shapes: Shapes, tensors: Mapping[str, Tensor], *, read: set[str]) -> 
     return MappingProxyType(names)
 
 
-def gguf_name(role: str) -> str:
-    """The usual tensor name of a role: `layers.3.attention.q.weight` is `blk.3.attn_q.weight`."""
-    layer, stem, kind = _split(role)
-    return f"{layer}{STEMS[stem]}.{kind}"
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    shapes: Shapes
+    tensors: Mapping[str, Tensor]
+    naming: Naming
 
+    def find(self, role: str) -> tuple[Slice, ...]:
+        return self.fused(role) or self.pieces(role) or (self.whole(role),)
 
-def _split(role: str) -> tuple[str, str, str]:
-    match = ROLE.fullmatch(role)
-    assert match is not None
-    layer, stem, kind = match.groups()
-    return "" if layer is None else f"blk.{layer}.", stem, kind
+    def whole(self, role: str) -> Slice:
+        name, shape = self.naming.name(role), self.shapes[role]
+        # A vector may be stored as a matrix with a row a head.
+        flat = name in self.tensors and shape == (math.prod(self.tensors[name].shape),)
+        if not flat:
+            self.check(name, shape)
+        return self.slice(name, shape)
 
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self.tensors:
+            raise InvalidCheckpoint(
+                f"the tensor {quote(name)} is missing; its shape would be {shape}"
+            )
+        found = self.tensors[name].shape
+        if found != shape:
+            raise InvalidCheckpoint(
+                f"tensor {quote(name)} has shape {found}, the metadata asks for {shape}"
+            )
 
-def _locate(role: str, shapes: Shapes, tensors: Mapping[str, Tensor]) -> tuple[Slice, ...]:
-    name = gguf_name(role)
-    parts = _fused(role, shapes, tensors) or _experts(name, shapes[role], tensors)
-    return parts or (_whole(name, shapes[role], tensors),)
+    def slice(self, name: str, shape: tuple[int, ...]) -> Slice:
+        """The whole tensor: its rows, or, of a vector, its elements."""
+        self.tensors[name].check_format()
+        return Slice(name, 0, math.prod(shape[:-1] or shape))
 
-
-def _whole(name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Slice:
-    if name not in tensors:
-        raise InvalidCheckpoint(f"the tensor {name!r} is missing; its shape would be {shape}")
-    found = tensors[name].shape
-    if found != shape:
-        raise InvalidCheckpoint(f"tensor {name!r} has shape {found}, the metadata asks for {shape}")
-    rows = 1
-    for size in shape[:-1] or shape:
-        rows *= size
-    return Slice(name, 0, rows)
-
-
-def _fused(role: str, shapes: Shapes, tensors: Mapping[str, Tensor]) -> tuple[Slice, ...]:
-    layer, stem, kind = _split(role)
-    for fused, stems in FUSED.items():
-        group = [f"{role.removesuffix(f'{stem}.{kind}')}{s}.{kind}" for s in stems]
-        name = f"{layer}{fused}.{kind}"
-        if role not in group or group[0] not in shapes or name not in tensors:
-            continue
-        if gguf_name(group[0]) in tensors:
-            continue
-        sizes = [shapes[member][0] for member in group]
-        _whole(name, (sum(sizes), *shapes[role][1:]), tensors)
-        start = sum(sizes[: group.index(role)])
-        return (Slice(name, start, start + shapes[role][0]),)
-    return ()
-
-
-def _experts(name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> tuple[Slice, ...]:
-    """One tensor an expert (`blk.0.ffn_up.7.weight`), as early Mixtral files have them."""
-    if len(shape) != 3 or name in tensors:
+    def fused(self, role: str) -> tuple[Slice, ...]:
+        layer, stem, kind = self.naming.split(role)
+        for fused, stems in self.naming.fused.items():
+            name = f"{layer}{fused}.{kind}"
+            if stem not in stems or name not in self.tensors:
+                continue
+            group = [f"{role.removesuffix(f'{stem}.{kind}')}{s}.{kind}" for s in stems]
+            if group[0] not in self.shapes or self.naming.name(group[0]) in self.tensors:
+                continue
+            sizes = [self.shapes[member][0] for member in group]
+            self.check(name, (sum(sizes), *self.shapes[role][1:]))
+            self.slice(name, self.shapes[role])
+            start = sum(sizes[: group.index(role)])
+            return (Slice(name, start, start + self.shapes[role][0]),)
         return ()
-    single = [name.replace("_exps.", f".{expert}.") for expert in range(shape[0])]
-    return tuple(_whole(expert, shape[1:], tensors) for expert in single)
+
+    def pieces(self, role: str) -> tuple[Slice, ...]:
+        """One tensor an expert, or a head."""
+        layer, stem, kind = self.naming.split(role)
+        shape = self.shapes[role]
+        if stem not in self.naming.pieces or self.naming.name(role) in self.tensors:
+            return ()
+        names = f"{layer}{self.naming.pieces[stem]}.{kind}"
+        if len(shape) == 1:
+            first = names.format(0)
+            if first not in self.tensors:
+                return ()
+            size = max(math.prod(self.tensors[first].shape), 1)
+            shape = (shape[0] // size, size)
+        found = []
+        for index in range(shape[0]):
+            self.check(names.format(index), shape[1:])
+            found.append(self.slice(names.format(index), shape[1:]))
+        return tuple(found)

@@ -28,13 +28,14 @@ def _symbols() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
 
 
-_BYTE_OF = _symbols()
+BYTE_OF = _symbols()
 
 
 class ByteLevel:
     """Words by pattern, then merges by rank over the UTF-8 bytes of each word."""
 
     space_prefix = False
+    space_after_control = False
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         pre = pretokenizers.by_name(metadata.get("tokenizer.ggml.pre"))
@@ -47,7 +48,7 @@ class ByteLevel:
         self._library = _library(vocabulary, metadata.get("tokenizer.ggml.merges"), pre)
         self._digits_alone = len(self._library.pre_tokenizer.pre_tokenize_str("11")) == 2
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, first: bool = True) -> list[int]:  # noqa: ARG002
         """Ids of text that holds no control token."""
         if self._nfc:
             text = unicodedata.normalize("NFC", text)
@@ -82,7 +83,7 @@ class ByteLevel:
         if self._vocabulary.types[token] in (CONTROL, UNKNOWN, USER_DEFINED):
             return text.encode()
         try:
-            return bytes([_BYTE_OF[character] for character in text])
+            return bytes([BYTE_OF[character] for character in text])
         except KeyError:  # not written in byte symbols, such as "[PAD151646]"
             return text.encode()
 

@@ -8,13 +8,17 @@ token.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from squall.errors import InvalidRequest, TemplateError
+from squall.text.files import parse_json, read_json, read_text, token_text
+from squall.text.templates import TEMPLATES
 from squall.text.tokenizer import Piece
 from squall.text.vocabulary import CONTROL, UNKNOWN, Vocabulary, literals
 
@@ -41,6 +45,7 @@ class ChatTemplate:
         *,
         bos: str | None = None,
         eos: str | None = None,
+        unk: str | None = None,
         controls: Sequence[str] = (),
     ) -> None:
         sources = {"default": source} if isinstance(source, str) else dict(source or {})
@@ -48,7 +53,7 @@ class ChatTemplate:
         self._controls = controls
         self._constants = {
             name: text
-            for name, text in (("bos_token", bos), ("eos_token", eos))
+            for name, text in (("bos_token", bos), ("eos_token", eos), ("unk_token", unk))
             if text is not None
         }
         self._compiled: dict[str, _Compiled] = {}
@@ -70,6 +75,33 @@ class ChatTemplate:
             eos=None if vocabulary.eos is None else tokens[vocabulary.eos],
             controls=[tokens[i] for i in vocabulary.of_type(CONTROL, UNKNOWN)],
         )
+
+    @classmethod
+    def from_folder(
+        cls, path: str | os.PathLike[str], *, controls: Sequence[str] = ()
+    ) -> ChatTemplate:
+        """The templates of a Hugging Face folder; without any, rendering raises TemplateError.
+
+        Of several sources the first counts: chat_template.jinja (with additional_chat_templates/),
+        processor_config.json, chat_template.json, tokenizer_config.json.
+        """
+        folder = Path(path)
+        config = read_json(folder / "tokenizer_config.json") or {}
+        tokens = (read_json(folder / "special_tokens_map.json") or {}) | config
+        sources = _jinja_files(folder)
+        for name in ("processor_config.json", "chat_template.json", "tokenizer_config.json"):
+            sources = sources or _named((read_json(folder / name) or {}).get("chat_template"))
+        return cls(sources, **_special(tokens), controls=controls)
+
+    def replaced(self, source: str) -> ChatTemplate:
+        """With another template: a name in TEMPLATES, a .jinja or .json file, or Jinja itself.
+
+        The object in a JSON file has a `chat_template`, and may have `bos_token`, `eos_token` and
+        `unk_token`.
+        """
+        sources, tokens = _given(source)
+        special = {name[:3]: text for name, text in self._constants.items()} | tokens
+        return ChatTemplate(sources, **special, controls=self._controls)
 
     def render(
         self,
@@ -104,6 +136,52 @@ class ChatTemplate:
             if name not in self._compiled:
                 self._compiled[name] = _Compiled(self.sources[name], self._controls)
             return self._compiled[name]
+
+
+def _jinja_files(folder: Path) -> dict[str, str]:
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files = {"default": folder / "chat_template.jinja", **{file.stem: file for file in others}}
+    found = {name: read_text(file, 4 * MAX_SOURCE) for name, file in files.items()}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _named(value: object) -> dict[str, str]:
+    """One template, or several as a list of objects with `name` and `template`, or as an object."""
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+    if not isinstance(value, dict):
+        return {}
+    return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, str)}
+
+
+def _special(tokens: Mapping[str, Any]) -> dict[str, str]:
+    texts = {name: token_text(tokens.get(f"{name}_token")) for name in ("bos", "eos", "unk")}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _given(source: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Templates by name, and special tokens, from what the user calls a chat template."""
+    if source in TEMPLATES:
+        return {"default": TEMPLATES[source]}, {}
+    if "{{" in source or "{%" in source:
+        return {"default": source}, {}
+    file = Path(source).expanduser()
+    if not file.is_file():
+        known = ", ".join(TEMPLATES)
+        raise TemplateError(
+            f"{source[:200]!r} is no chat template: give a .jinja or .json file, a template, or "
+            f"one of the names {known}"
+        )
+    text = read_text(file, 4 * MAX_SOURCE) or ""
+    if file.suffix != ".json":
+        return {"default": text}, {}
+    config = parse_json(text, file.name)
+    sources = _named(config.get("chat_template"))
+    if not sources:
+        raise TemplateError(f"{file.name} has no chat_template; give it one")
+    return sources, _special(config)
 
 
 class _Compiled:

@@ -32,6 +32,7 @@ class SentencePiece:
             raise InvalidCheckpoint("tokenizer.ggml.scores must have one score a token")
         self.add_bos = True
         self.space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        self.space_after_control = self.space_prefix
         self._vocabulary = vocabulary
         self._ids: dict[str, int] = {}
         self._cost: dict[str, float] = {}
@@ -46,7 +47,7 @@ class SentencePiece:
         self._joined = _neighbours(self._ids)
         self._words: dict[str, list[int]] = {}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, first: bool = True) -> list[int]:  # noqa: ARG002
         """Ids of text that holds no control token and follows one, or is the start."""
         text = text.replace(" ", _SPACE)
         if self.space_prefix:

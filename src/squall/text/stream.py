@@ -30,7 +30,7 @@ class TextStream:
         if self.stopped:
             return ""
         if self._tokenizer.is_special(token):
-            self._at_start = self._tokenizer.space_prefix
+            self._at_start = self._at_start or self._tokenizer.space_after_control
             return ""
         part = self._tokenizer.token_bytes(token)
         if self._at_start:

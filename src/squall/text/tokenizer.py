@@ -1,4 +1,4 @@
-"""Text to token ids and back, from what a GGUF file says.
+"""Text to token ids and back.
 
 Control tokens (`<|im_end|>`, `</s>`) come from text only where the caller says so, so that a user's
 message can never hold one. User-defined tokens are words like any other.
@@ -6,6 +6,7 @@ message can never hold one. User-defined tokens are words like any other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -25,13 +26,11 @@ class Piece(NamedTuple):
 class Codec(Protocol):
     """One kind of vocabulary: text without control tokens to ids, and ids to bytes."""
 
-    add_bos: bool
-    space_prefix: (
-        bool  # text starts with a space that was not written, at the start and after controls
-    )
+    space_prefix: bool  # text starts with a space that was not written
+    space_after_control: bool  # so does text after a control token
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of text that holds no control token."""
+    def encode(self, text: str, *, first: bool) -> list[int]:
+        """Ids of text that holds no control token; `first`: nothing is before it."""
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for."""
@@ -47,15 +46,24 @@ class Tokenizer:
     """Encodes and decodes; immutable but for caches, and safe to share between threads."""
 
     def __init__(
-        self, vocabulary: Vocabulary, codec: Codec, *, add_bos: bool, rstrip: bool
+        self,
+        vocabulary: Vocabulary,
+        codec: Codec,
+        *,
+        prefix: Sequence[int],
+        lstrip: frozenset[int] = frozenset(),
+        rstrip: frozenset[int] = frozenset(),
     ) -> None:
+        """`prefix` comes before texts; `lstrip`, `rstrip`: ids that swallow white space there."""
         self.bos = vocabulary.bos
         self.eos = vocabulary.eos
         self.stop_ids = vocabulary.stops
         self.vocab_size = len(vocabulary.tokens)
-        self.add_bos = add_bos
         self.space_prefix = codec.space_prefix
+        self.space_after_control = codec.space_after_control
         self._codec = codec
+        self._prefix = list(prefix)
+        self._lstrip = lstrip
         self._rstrip = rstrip
         special = vocabulary.of_type(CONTROL, UNKNOWN)
         self._special = frozenset(special)
@@ -74,10 +82,17 @@ class Tokenizer:
             raise UnsupportedModel(f"unknown tokenizer.ggml.model {model!r}; known: {known}")
         vocabulary = Vocabulary.from_gguf(metadata)
         codec = CODECS[model](vocabulary, metadata)
+        bos = vocabulary.bos
         add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", codec.add_bos))
         # GGUF does not say it, but Phi-3's control tokens swallow the white space after them.
         name = str(metadata.get("general.name", "")).lower()
-        return cls(vocabulary, codec, add_bos=add_bos, rstrip="phi-3" in name or "phi3" in name)
+        controls = vocabulary.of_type(CONTROL, UNKNOWN) if re.search("phi-?3", name) else ()
+        return cls(
+            vocabulary,
+            codec,
+            prefix=[bos] if add_bos and bos is not None else [],
+            rstrip=frozenset(controls) - {bos, vocabulary.eos},
+        )
 
     @property
     def controls(self) -> Sequence[str]:
@@ -99,26 +114,29 @@ class Tokenizer:
             start = 0
             for match in () if content else self._control_pattern.finditer(text):
                 run.append(text[start : match.start()])
-                ids += self._encode_run(run, ids)
-                ids.append(self._controls[match.group()])
+                token = self._controls[match.group()]
+                ids += self._encode_run(run, ids, strip=token in self._lstrip)
+                ids.append(token)
                 run, start = [], match.end()
             run.append(text[start:])
         ids += self._encode_run(run, ids)
-        if add_bos and self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
-            ids.insert(0, self.bos)
+        if add_bos and ids[: len(self._prefix)] != self._prefix:
+            ids[:0] = self._prefix
         return ids
 
-    def _encode_run(self, run: list[str], before: list[int]) -> list[int]:
+    def _encode_run(self, run: list[str], before: list[int], *, strip: bool = False) -> list[int]:
         text = "".join(run)
-        if self._rstrip and before and before[-1] not in (self.bos, self.eos):
+        if before and before[-1] in self._rstrip:
             text = text.lstrip()
+        if strip:
+            text = text.rstrip()
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(
                 f"the text has half a surrogate pair at character {error.start}; send valid Unicode"
             ) from None
-        return self._codec.encode(text) if text else []
+        return self._codec.encode(text, first=not before) if text else []
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -127,7 +145,7 @@ class Tokenizer:
         for token in ids:
             part = self.token_bytes(token)
             if token in self._special:
-                at_start = self.space_prefix
+                at_start = self.space_after_control or (at_start and skip_specials)
                 if not skip_specials:
                     parts.append(part)
                 continue

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its vocabulary, checked once."""
+"""What a checkpoint says of its vocabulary, checked once."""
 
 from __future__ import annotations
 
@@ -48,11 +48,12 @@ class Vocabulary:
             name: _id(metadata, name, len(tokens))
             for name in ("bos", "eos", "eot", "eom", "unknown")
         }
-        stops = _stops(tokens, [ids["eos"], ids["eot"], ids["eom"]])
-        named = [i for i in (ids["bos"], *stops) if i is not None]
+        named_stops = [ids["eos"], ids["eot"], ids["eom"]]
+        ends = stops(((token, i) for i, token in enumerate(tokens)), named_stops)
+        named = [i for i in (ids["bos"], *ends) if i is not None]
         for i in named:  # some files call them normal, and then no template would work
             types[i] = CONTROL
-        return cls(tokens, types, ids["bos"], ids["eos"], ids["unknown"], stops)
+        return cls(tokens, types, ids["bos"], ids["eos"], ids["unknown"], ends)
 
     def of_type(self, *types: int) -> list[int]:
         """The ids of all tokens of these types, without empty ones."""
@@ -81,8 +82,9 @@ def _id(metadata: Mapping[str, Any], name: str, size: int) -> int | None:
     return int(value)
 
 
-def _stops(tokens: list[str], named: Iterable[int | None]) -> frozenset[int]:
-    found = {token: i for i, token in enumerate(tokens) if token in STOP_TEXTS}
+def stops(vocabulary: Iterable[tuple[str, int]], named: Iterable[int | None]) -> frozenset[int]:
+    """The ids that end an answer: those `named`, and those whose texts are known for it."""
+    found = {token: i for token, i in vocabulary if token in STOP_TEXTS}
     # Harmony ends messages, not answers, with <|end|>; it has <|return|> and <|call|> for those.
     if {"<|return|>", "<|call|>"} <= found.keys() or {"<|flush|>", "<|calls|>"} <= found.keys():
         found.pop("<|end|>", None)

@@ -1,0 +1,1 @@
+"""Squall in OpenAI's terms: requests, the jobs they become, responses, and the Runner."""

@@ -1,0 +1,442 @@
+"""Jobs: a request of the API while it is answered, as a response or as chunks, now or awaited.
+
+Each answer of a job is a request of the engine; they share what their prompts have in common.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from squall.api import responses
+from squall.api.logprobs import Entry, PromptScores, Tokens, chat_logprobs, completion_logprobs
+from squall.api.requests import ChatCompletionRequest, CompletionRequest
+from squall.engine.answer import Answer
+from squall.engine.generation import Mailbox
+from squall.engine.request import CacheScope, Piece, Request, Scoring
+from squall.engine.sampling import Dry, Sampling
+from squall.errors import ContextLengthExceeded, InvalidRequest
+from squall.model import Model, Prompt
+
+# OpenAI's defaults, and mistral.rs's: a plain draw.
+DRAW = {"temperature": 1.0, "top_p": 1.0}
+# OpenAI allows a top_p of 0, which leaves the likeliest token.
+LEAST_TOP_P = 1e-9
+# More than texts have, so that what cannot fit is refused before it is read.
+CHARACTERS_PER_TOKEN = 64
+# Fields that mean the same in a request and in Sampling.
+SAMPLING = (
+    "temperature", "top_p", "min_p", "seed", "logit_bias", "frequency_penalty", "presence_penalty",
+    "repetition_penalty", "min_tokens",
+)  # fmt: skip
+
+Asked = TypeVar("Asked", bound=ChatCompletionRequest | CompletionRequest)
+Whole = TypeVar("Whole")
+Part = TypeVar("Part")
+
+
+def start_chat(
+    model: Model, request: ChatCompletionRequest, *, id: str | None = None, tenant: str = ""
+) -> ChatJob:
+    """Begin to answer a chat. Requests share cached prefixes with others of the same tenant only.
+
+    Raises InvalidRequest, ContextLengthExceeded, TemplateError, QueueFull or EngineStopped.
+    """
+    _check_count(model, request.n)
+    messages = [dict(message) for message in request.messages if not isinstance(message, str)]
+    _check_characters(model, sum(len(text) for message in messages for text in message.values()))
+    asked = replace(
+        _request(model, request, messages, tenant),
+        max_tokens=request.max_tokens,
+        logprobs=request.top_logprobs or 0 if request.logprobs else None,
+    )
+    job = ChatJob(model, request, id)
+    job.submit(
+        (one, _Choice(0, Tokens(model.tokenizer, wanted=request.logprobs, at_start=True)))
+        for one in _drawn_apart(asked, request.n)
+    )
+    return job
+
+
+def start_completion(
+    model: Model, request: CompletionRequest, *, id: str | None = None, tenant: str = ""
+) -> CompletionJob:
+    """Begin to complete a text or several; otherwise as `start_chat`."""
+    _check_count(model, len(request.prompts) * request.candidates)
+    answers: list[tuple[Request, _Choice]] = []
+    for number, prompt in enumerate(request.prompts):
+        _check_characters(model, len(prompt))
+        asked = _request(model, request, prompt, tenant)
+        answers += [
+            _completion(model, request, one, number)
+            for one in _drawn_apart(asked, request.candidates)
+        ]
+    job = CompletionJob(model, request, id)
+    job.submit(answers)
+    return job
+
+
+class _Choice:
+    """One answer, as far as it is known; it begins with the prompt if that is echoed."""
+
+    answer: Answer
+
+    def __init__(
+        self, prompt: int, tokens: Tokens, text: str = "", scores: PromptScores | None = None
+    ) -> None:
+        self.prompt = prompt
+        self.tokens = tokens
+        self.text = text
+        self.finish_reason: str | None = None
+        self._scores = scores
+        self._told = False
+
+    def take(self, piece: Piece) -> None:
+        """Go on with what the engine says."""
+        if self._scores is not None:
+            self.tokens.add_prompt(self._scores)
+            self._scores = None
+        self.text += piece.text
+        self.tokens.take(piece, len(self.text))
+        reason = piece.finish_reason
+        self.finish_reason = "canceled" if reason == "cancelled" else reason
+
+    def news(self) -> list[Entry]:
+        """Tokens that were not asked for before."""
+        return self.tokens.news(len(self.text), done=self.finish_reason is not None)
+
+    def is_first(self) -> bool:
+        """Whether this was not asked before."""
+        told, self._told = self._told, True
+        return not told
+
+
+class Job(ABC, Generic[Asked, Whole, Part]):
+    """Answers in the making. They go on by themselves; letting go of the job ends them.
+
+    One consumer asks for `response`, `response_async`, `chunks` or `chunks_async`; anyone may
+    `cancel`. What goes wrong is raised as a SquallError.
+    """
+
+    kind: str
+
+    def __init__(self, model: Model, request: Asked, id: str | None) -> None:
+        self.id = id or f"{self.kind}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.request = request
+        self._model = model
+        self._mail: Mailbox[tuple[int, Piece]] = Mailbox()
+        self._choices: list[_Choice] = []
+        self._open = 0
+
+    def submit(self, answers: Iterable[tuple[Request, _Choice]]) -> None:
+        """Ask the engine for all of the answers, or for none if it refuses one."""
+        try:
+            for request, choice in answers:
+                # The engine must not hold the job, or nobody could let go of it.
+                sink = partial(_deliver, self._mail, len(self._choices))
+                choice.answer = self._model.engine.submit(request, sink)
+                self._choices.append(choice)
+        except BaseException:
+            self.cancel()
+            raise
+        self._open = len(self._choices)
+
+    def response(self) -> Whole:
+        """Wait for the whole of it."""
+        with _cancelled_at_the_end(self):
+            while self._open:
+                self._take(*self._mail.get())
+        return self._response()
+
+    async def response_async(self) -> Whole:
+        """Wait for the whole of it, without blocking the event loop."""
+        with _cancelled_at_the_end(self):
+            while self._open:
+                self._take(*await self._mail.get_async())
+        return self._response()
+
+    def chunks(self) -> Iterator[Part]:
+        """Parts as they come; closing the iterator cancels the job."""
+        with _cancelled_at_the_end(self):
+            while self._open:
+                yield from self._chunks(*self._take(*self._mail.get()))
+            if self.request.include_usage:
+                yield self._chunk(usage=self.usage)
+
+    async def chunks_async(self) -> AsyncIterator[Part]:
+        """Parts as they come; closing the iterator cancels the job."""
+        with _cancelled_at_the_end(self):
+            while self._open:
+                for chunk in self._chunks(*self._take(*await self._mail.get_async())):
+                    yield chunk
+            if self.request.include_usage:
+                yield self._chunk(usage=self.usage)
+
+    def cancel(self) -> None:
+        """End all answers before their next token."""
+        for choice in self._choices:
+            choice.answer.cancel()
+
+    @property
+    def usage(self) -> responses.Usage:
+        """Tokens and seconds so far; a prompt counts once, however many answers it gets."""
+        every = [choice.answer.usage for choice in self._choices]
+        prompts = {c.prompt: c.answer.usage for c in reversed(self._choices)}.values()
+        prompt = sum(usage.prompt_tokens for usage in prompts)
+        cached = sum(usage.cached_tokens for usage in prompts)
+        answer = sum(usage.answer_tokens for usage in every)
+        prompt_s = max(usage.prompt_s for usage in every)
+        answer_s = max(usage.answer_s for usage in every)
+        whole_s = max(usage.queue_s + usage.running_s for usage in every)
+        return responses.Usage(
+            completion_tokens=answer,
+            prompt_tokens=prompt,
+            total_tokens=prompt + answer,
+            avg_tok_per_sec=_rate(prompt + answer, whole_s),
+            avg_prompt_tok_per_sec=_rate(prompt - cached, prompt_s),
+            avg_compl_tok_per_sec=_rate(answer, answer_s),
+            total_time_sec=whole_s,
+            total_prompt_time_sec=prompt_s,
+            total_completion_time_sec=answer_s,
+            prompt_tokens_details=responses.PromptTokensDetails(
+                cached, sum(usage.dropped_tokens for usage in prompts)
+            ),
+        )
+
+    def _take(self, index: int, piece: Piece) -> tuple[int, str]:
+        if piece.finish_reason is not None:
+            self._open -= 1
+        if piece.error is not None:
+            raise piece.error
+        self._choices[index].take(piece)
+        return index, piece.text
+
+    def _chunks(self, index: int, text: str) -> Iterator[Part]:
+        for part in self._parts(index, self._choices[index], text):
+            yield self._chunk(part)
+
+    def __del__(self) -> None:
+        self.cancel()
+
+    @abstractmethod
+    def _response(self) -> Whole:
+        """All answers, complete."""
+
+    @abstractmethod
+    def _parts(self, index: int, choice: _Choice, text: str) -> Iterator[Any]:
+        """What is new of a choice, of which `text` is; the finish_reason comes in the last."""
+
+    @abstractmethod
+    def _chunk(self, *parts: Any, usage: responses.Usage | None = None) -> Part:
+        """One chunk."""
+
+
+class ChatJob(
+    Job[
+        ChatCompletionRequest,
+        responses.ChatCompletionResponse,
+        responses.ChatCompletionChunkResponse,
+    ]
+):
+    """A chat's next message, or several to choose from."""
+
+    kind = "chatcmpl"
+
+    def _response(self) -> responses.ChatCompletionResponse:
+        choices = tuple(
+            responses.Choice(
+                choice.finish_reason,
+                index,
+                responses.ResponseMessage(choice.text),
+                self._logprobs(choice.tokens.entries),
+            )
+            for index, choice in enumerate(self._choices)
+        )
+        return responses.ChatCompletionResponse(
+            self.id, choices, self.created, self.request.model, self.usage
+        )
+
+    def _parts(self, index: int, choice: _Choice, text: str) -> Iterator[responses.ChunkChoice]:
+        if choice.is_first():
+            yield responses.ChunkChoice(None, index, responses.Delta(role="assistant"), None)
+        news = choice.news()
+        if text or news:
+            yield responses.ChunkChoice(None, index, responses.Delta(text), self._logprobs(news))
+        if choice.finish_reason is not None:
+            yield responses.ChunkChoice(choice.finish_reason, index, responses.Delta(), None)
+
+    def _chunk(
+        self, *parts: responses.ChunkChoice, usage: responses.Usage | None = None
+    ) -> responses.ChatCompletionChunkResponse:
+        return responses.ChatCompletionChunkResponse(
+            self.id, parts, self.created, self.request.model, usage
+        )
+
+    def _logprobs(self, entries: Sequence[Entry]) -> responses.Logprobs | None:
+        return chat_logprobs(self._model.tokenizer, entries) if self.request.logprobs else None
+
+
+class CompletionJob(
+    Job[CompletionRequest, responses.CompletionResponse, responses.CompletionChunkResponse]
+):
+    """Completions of a text, or of several; those of each prompt are neighbours."""
+
+    kind = "cmpl"
+
+    def _response(self) -> responses.CompletionResponse:
+        choices = tuple(
+            responses.CompletionChoice(
+                choice.finish_reason, index, choice.text, self._logprobs(choice.tokens.entries)
+            )
+            for index, choice in enumerate(self._best())
+        )
+        return responses.CompletionResponse(
+            self.id, choices, self.created, self.request.model, self.usage
+        )
+
+    def _best(self) -> list[_Choice]:
+        """The `n` best of each prompt's candidates."""
+        best, candidates = self.request.n, self.request.candidates
+        if best == candidates:
+            return self._choices
+        found = []
+        for first in range(0, len(self._choices), candidates):
+            group = self._choices[first : first + candidates]
+            found += sorted(group, key=lambda choice: -choice.tokens.mean)[:best]
+        return found
+
+    def _parts(
+        self, index: int, choice: _Choice, text: str
+    ) -> Iterator[responses.CompletionChoice]:
+        text = choice.text if choice.is_first() else text
+        news = choice.news()
+        if text or news:
+            yield responses.CompletionChoice(None, index, text, self._logprobs(news))
+        if choice.finish_reason is not None:
+            yield responses.CompletionChoice(choice.finish_reason, index, "", None)
+
+    def _chunk(
+        self, *parts: responses.CompletionChoice, usage: responses.Usage | None = None
+    ) -> responses.CompletionChunkResponse:
+        return responses.CompletionChunkResponse(
+            self.id, parts, self.created, self.request.model, usage
+        )
+
+    def _logprobs(self, entries: Sequence[Entry]) -> responses.CompletionLogprobs | None:
+        if self.request.logprobs is None:
+            return None
+        return completion_logprobs(self._model.tokenizer, entries)
+
+
+def _request(
+    model: Model,
+    request: ChatCompletionRequest | CompletionRequest,
+    prompt: Prompt,
+    tenant: str,
+) -> Request:
+    """What all answers to a prompt have in common."""
+    given = DRAW | _present({name: getattr(request, name) for name in SAMPLING})
+    sampling = Sampling(
+        **given | ({"top_p": LEAST_TOP_P} if given["top_p"] == 0 else {}),
+        top_k=0 if request.top_k == -1 else request.top_k,
+        dry=_dry(model, request),
+        logits_processors=tuple(request.logits_processors),
+    )
+    asked = model.request(prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids)
+    return replace(
+        asked,
+        scope=CacheScope(tenant),
+        truncate=request.truncate_sequence,
+        ignore_eos=request.ignore_eos,
+    )
+
+
+def _dry(model: Model, request: ChatCompletionRequest | CompletionRequest) -> Dry | None:
+    if request.dry_multiplier is None:
+        return None
+    given = {
+        "base": request.dry_base,
+        "allowed_length": request.dry_allowed_length,
+        "breakers": request.dry_sequence_breakers,
+        "range": request.dry_range,
+    }
+    return model.dry(request.dry_multiplier, **_present(given))
+
+
+def _present(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _completion(
+    model: Model, request: CompletionRequest, asked: Request, number: int
+) -> tuple[Request, _Choice]:
+    """A request of the engine for one answer to prompt `number`, and where the answer goes."""
+    echoed, scores, scoring = "", None, None
+    if request.echo:
+        prompt = request.prompts[number]
+        echoed = prompt if isinstance(prompt, str) else model.decode(asked.ids, skip_specials=True)
+        if request.logprobs is not None:
+            scores = PromptScores(asked.ids, request.logprobs)
+            scoring = scores.scoring
+        elif request.max_tokens == 0:
+            scoring = Scoring(lambda *_: None, len(asked.ids) - 1)
+    judged = 0 if request.candidates > request.n else None
+    asked = replace(
+        asked,
+        max_tokens=request.max_tokens,
+        logprobs=judged if request.logprobs is None else request.logprobs,
+        scoring=scoring,
+    )
+    tokens = Tokens(
+        model.tokenizer, wanted=request.logprobs is not None, at_start=scores is not None
+    )
+    return asked, _Choice(number, tokens, echoed, scores)
+
+
+def _drawn_apart(asked: Request, count: int) -> Iterator[Request]:
+    """The same request `count` times with seeds of their own; the first keeps its seed."""
+    yield asked
+    for choice in range(1, count):
+        name = f"{asked.sampling.seed} {choice}".encode()
+        seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+        yield replace(asked, sampling=replace(asked.sampling, seed=seed))
+
+
+def _check_count(model: Model, count: int) -> None:
+    config = model.engine.config
+    most = config.max_seqs + config.max_queue
+    if count > most:
+        raise InvalidRequest(f"these are {count} answers at a time; at most {most} are allowed")
+
+
+def _check_characters(model: Model, characters: int) -> None:
+    most = CHARACTERS_PER_TOKEN * model.context
+    if characters > most:
+        raise ContextLengthExceeded(
+            f"a prompt of {characters} characters cannot fit the context of {model.context} tokens"
+        )
+
+
+@contextmanager
+def _cancelled_at_the_end(job: Job[Any, Any, Any]) -> Iterator[None]:
+    """Does nothing to answers that are complete."""
+    try:
+        yield
+    finally:
+        job.cancel()
+
+
+def _deliver(mail: Mailbox[tuple[int, Piece]], index: int, piece: Piece) -> None:
+    mail.put((index, piece))
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if seconds else 0.0

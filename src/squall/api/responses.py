@@ -1,0 +1,208 @@
+"""What is answered, in OpenAI's shapes. `to_dict` and `to_json` give what goes over the wire."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+FINGERPRINT = "local"
+
+
+OMIT = {"omit": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Turns a dataclass into plain data; fields marked `OMIT` are left out when they are empty."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As dicts, lists and plain values."""
+        return {
+            f.name: _plain(value)
+            for f in fields(self)
+            if (value := getattr(self, f.name)) or not f.metadata
+        }
+
+    def to_json(self) -> str:
+        """As JSON in one line of ASCII."""
+        return json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Shape):
+        return value.to_dict()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokensDetails(Shape):
+    """cached_tokens did not have to be computed; dropped_tokens were cut off the beginning."""
+
+    cached_tokens: int = 0
+    dropped_tokens: int = field(default=0, metadata=OMIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage(Shape):
+    """Tokens, seconds and tokens a second of all choices together.
+
+    The time of the prompt is that until its first token, without waiting in the queue; the rate
+    counts the tokens that were computed. With several choices the slowest one's times are told.
+    """
+
+    completion_tokens: int
+    prompt_tokens: int
+    total_tokens: int
+    avg_tok_per_sec: float
+    avg_prompt_tok_per_sec: float
+    avg_compl_tok_per_sec: float
+    total_time_sec: float
+    total_prompt_time_sec: float
+    total_completion_time_sec: float
+    prompt_tokens_details: PromptTokensDetails
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob(Shape):
+    """A token that was likely; `bytes` are right also where they are no whole characters."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseLogprob(Shape):
+    """A token of the answer, and the likeliest in its place."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs(Shape):
+    """Natural log-probabilities of a chat's tokens."""
+
+    content: tuple[ResponseLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionLogprobs(Shape):
+    """Natural log-probabilities of a completion's tokens, one entry a token in each list.
+
+    text_offset: the character of the choice's text at which a token begins. The first token of a
+    prompt has no log-probability.
+    """
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[dict[str, float] | None, ...]
+    text_offset: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseMessage(Shape):
+    """What the assistant says."""
+
+    content: str
+    role: str = "assistant"
+    tool_calls: tuple[Any, ...] = field(default=(), metadata=OMIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Shape):
+    """One answer; finish_reason is "stop", "length" or "canceled"."""
+
+    finish_reason: str | None
+    index: int
+    message: ResponseMessage
+    logprobs: Logprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCompletionResponse(Shape):
+    """A whole answer to a chat."""
+
+    id: str
+    choices: tuple[Choice, ...]
+    created: int
+    model: str
+    usage: Usage
+    object: str = "chat.completion"
+    system_fingerprint: str = FINGERPRINT
+
+
+@dataclass(frozen=True, slots=True)
+class Delta(Shape):
+    """What is new; `role` comes first, and once."""
+
+    content: str = ""
+    role: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without what is not new."""
+        if self.role is not None:
+            return {"role": self.role, "content": self.content}
+        return {"content": self.content} if self.content else {}
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkChoice(Shape):
+    """News of one answer; the last has the finish_reason."""
+
+    finish_reason: str | None
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCompletionChunkResponse(Shape):
+    """A part of a chat's answers; the one with the usage has no choices."""
+
+    id: str
+    choices: tuple[ChunkChoice, ...]
+    created: int
+    model: str
+    usage: Usage | None = field(default=None, metadata=OMIT)
+    object: str = "chat.completion.chunk"
+    system_fingerprint: str = FINGERPRINT
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChoice(Shape):
+    """One completion, or a part of one; finish_reason is "stop", "length" or "canceled"."""
+
+    finish_reason: str | None
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionResponse(Shape):
+    """Whole completions."""
+
+    id: str
+    choices: tuple[CompletionChoice, ...]
+    created: int
+    model: str
+    usage: Usage
+    object: str = "text_completion"
+    system_fingerprint: str = FINGERPRINT
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChunkResponse(Shape):
+    """A part of completions; the one with the usage has no choices."""
+
+    id: str
+    choices: tuple[CompletionChoice, ...]
+    created: int
+    model: str
+    usage: Usage | None = field(default=None, metadata=OMIT)
+    object: str = "text_completion"
+    system_fingerprint: str = FINGERPRINT

@@ -1,0 +1,387 @@
+"""Tokenizers of Hugging Face folders: tokenizer.json, run by the `tokenizers` library.
+
+Control tokens are cut out before the library sees a text, and in the rest it takes their names for
+plain text. What it makes of such a name is checked, for vocabularies may hold it as a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Library
+
+from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.text.bytelevel import BYTE_OF
+from squall.text.files import parse_json, read_json, read_text, token_ids, token_text
+from squall.text.tokenizer import Tokenizer
+from squall.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, stops
+
+MAX_ID = 1 << 24
+_LONG = 1 << 14  # characters; from here on the batch call pays, which tracks no offsets
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_NOTHING = {"type": "BPE", "vocab": {}, "merges": []}
+_NAMES = ("bos_token", "eos_token", "unk_token")
+
+
+class HfTokenizer(Tokenizer):
+    """A `Tokenizer` from the files of a Hugging Face checkpoint."""
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer_json: str | os.PathLike[str] | None = None,
+    ) -> HfTokenizer:
+        """Read `tokenizer.json` and, where they exist, the configurations beside it.
+
+        tokenizer_json: another file to use in its place.
+        """
+        files = _Files.read(Path(path), None if tokenizer_json is None else Path(tokenizer_json))
+        library = _load(files.tokenizer)
+        _repair(library, files)
+        vocabulary = _vocabulary(library, files)
+        prefix = _prefix(library, files, vocabulary.bos)
+        added: dict[int, AddedToken] = library.get_added_tokens_decoder()
+        codec = _Codec(library, vocabulary, files.spec)
+        return cls(
+            vocabulary,
+            codec,
+            prefix=prefix,
+            lstrip=frozenset(i for i, token in added.items() if token.lstrip),
+            rstrip=frozenset(i for i, token in added.items() if token.rstrip),
+        )
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; none for the ids that pad a model's vocabulary."""
+        return b"" if token >= self.vocab_size else super().token_bytes(token)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What the folder says of its tokenizer."""
+
+    tokenizer: str
+    spec: Mapping[str, Any]
+    config: Mapping[str, Any]  # tokenizer_config.json over special_tokens_map.json
+    added: Mapping[str, Any]  # added_tokens.json
+    model: Sequence[Mapping[str, Any]]  # generation_config.json, config.json and its text_config
+
+    @classmethod
+    def read(cls, folder: Path, tokenizer_json: Path | None) -> _Files:
+        file = tokenizer_json or folder / "tokenizer.json"
+        text = read_text(file)
+        if text is None:
+            raise InvalidCheckpoint(
+                f"{str(file)!r} does not exist; Squall reads tokenizers from tokenizer.json: save "
+                "the tokenizer with transformers' save_pretrained, or name a file that has it"
+            )
+        first = read_json(folder / "special_tokens_map.json") or {}
+        config = read_json(folder / "config.json") or {}
+        inner = config.get("text_config")
+        return cls(
+            text,
+            parse_json(text, file.name),
+            first | (read_json(folder / "tokenizer_config.json") or {}),
+            read_json(folder / "added_tokens.json") or {},
+            (
+                read_json(folder / "generation_config.json") or {},
+                config,
+                inner if isinstance(inner, dict) else {},
+            ),
+        )
+
+    def ids(self, name: str) -> list[int]:
+        """The ids that the model's configurations give for `name`."""
+        return [i for config in self.model for i in token_ids(config.get(name))]
+
+
+def _load(text: str) -> Any:
+    try:
+        library = Library.from_str(text)
+        library.no_truncation()
+        library.no_padding()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's panics are no Exceptions
+        raise InvalidCheckpoint(f"tokenizer.json: {error}") from None
+    return library
+
+
+def _repair(library: Any, files: _Files) -> None:
+    """Add tokens that only the configurations have, and make those with a meaning special."""
+    decoder = files.config.get("added_tokens_decoder")
+    known: dict[int, tuple[str, dict[str, Any]]] = {}
+    for content, i in files.added.items():
+        if type(i) is int:
+            known[i] = (content, {})
+    for key, value in decoder.items() if isinstance(decoder, dict) else ():
+        named = token_text(value)
+        if key.isdecimal() and len(key) < 10 and named is not None and isinstance(value, dict):
+            known[int(key)] = (named, value)
+    for i, (text, flags) in sorted(known.items()):
+        if library.token_to_id(text) is not None:
+            continue
+        _add(library, text, flags)
+        if library.token_to_id(text) != i:
+            raise InvalidCheckpoint(
+                f"the added token {text!r} should have id {i}, but tokenizer.json leaves "
+                f"it {library.token_to_id(text)}; save the tokenizer again"
+            )
+    _mark_special(library, files)
+
+
+def _add(library: Any, content: str, flags: Mapping[str, Any]) -> None:
+    names = ("lstrip", "rstrip", "single_word", "normalized")
+    given = {name: flags[name] for name in names if isinstance(flags.get(name), bool)}
+    special = flags.get("special") is True
+    token = AddedToken(content, special=special, **({"normalized": not special} | given))
+    (library.add_special_tokens if special else library.add_tokens)([token])
+
+
+def _mark_special(library: Any, files: _Files) -> None:
+    vocabulary = library.get_vocab(with_added_tokens=True)
+    extra = files.config.get("additional_special_tokens")
+    texts: list[str | None] = [token_text(files.config.get(name)) for name in _NAMES]
+    texts += [token_text(value) for value in (extra if isinstance(extra, list) else ())]
+    texts += [library.id_to_token(i) for i in stops(vocabulary.items(), _named(library, files))]
+    added = library.get_added_tokens_decoder()
+    marked = {token.content for token in added.values() if token.special}
+    flags = {token.content: token for token in added.values()}
+    for text in filter(None, texts):
+        if text in vocabulary and text not in marked:
+            token = flags.get(text)
+            strips = {"lstrip": token.lstrip, "rstrip": token.rstrip} if token else {}
+            library.add_special_tokens([AddedToken(text, special=True, normalized=False, **strips)])
+
+
+def _named(library: Any, files: _Files) -> list[int]:
+    """The ids that the configurations call the end."""
+    text = token_text(files.config.get("eos_token"))
+    named = [library.token_to_id(text)] if text else []
+    named += [i for i in files.ids("eos_token_id") if library.id_to_token(i) is not None]
+    return [i for i in named if i is not None]
+
+
+def _vocabulary(library: Any, files: _Files) -> Vocabulary:
+    by_text: dict[str, int] = library.get_vocab(with_added_tokens=True)
+    size = max(by_text.values(), default=-1) + 1
+    if not 0 < size <= MAX_ID:
+        raise InvalidCheckpoint(f"tokenizer.json has {size} tokens; 1 to {MAX_ID} are allowed")
+    tokens, types = [""] * size, [1] * size
+    for text, i in by_text.items():
+        tokens[i] = text
+    added = library.get_added_tokens_decoder()
+    # One character, such as a "!" for padding, is text that people write.
+    controls = {t.content for t in added.values() if t.special and len(t.content) > 1}
+    for i, token in added.items():
+        tokens[i], types[i] = token.content, USER_DEFINED
+    for i in range(size):
+        # Pieces may be there twice, and the map has one of them.
+        tokens[i] = tokens[i] or library.id_to_token(i) or ""
+        types[i] = CONTROL if tokens[i] in controls else types[i]
+    named = _named(library, files)
+    ends = stops(by_text.items(), named)
+    bos, unknown = (_id_of(library, files, name) for name in ("bos", "unk"))
+    if unknown is not None and unknown not in ends | {bos}:
+        types[unknown] = UNKNOWN
+    return Vocabulary(tokens, types, bos, next(iter(named), None), unknown, ends)
+
+
+def _id_of(library: Any, files: _Files, name: str) -> int | None:
+    text = token_text(files.config.get(f"{name}_token"))
+    found: int | None = library.token_to_id(text) if text else None
+    ids = [i for i in files.ids(f"{name}_token_id") if library.id_to_token(i) is not None]
+    return found if found is not None else next(iter(ids), None)
+
+
+def _prefix(library: Any, files: _Files, bos: int | None) -> list[int]:
+    """What comes before each text: BOS, or what the post-processor puts there."""
+    wanted = files.config.get("add_bos_token")
+    if isinstance(wanted, bool):
+        return [bos] if wanted and bos is not None else []
+    encoded = library.encode("a", add_special_tokens=True)
+    count = next((n for n, of in enumerate(encoded.special_tokens_mask) if not of), 0)
+    prefix: list[int] = encoded.ids[:count]
+    return prefix
+
+
+class _Codec:
+    """Text without control tokens to ids, by the library; and ids to bytes, by its decoder."""
+
+    space_after_control = False
+
+    def __init__(self, library: Any, vocabulary: Vocabulary, spec: Mapping[str, Any]) -> None:
+        self._first = library
+        library.encode_special_tokens = True
+        self._inner = _inner(library, spec)
+        first_only = '"prepend_scheme": "first"' in json.dumps(spec.get("pre_tokenizer"))
+        self._later = self._inner if first_only else library
+        self._vocabulary = vocabulary
+        self._controls = frozenset(vocabulary.of_type(CONTROL))
+        self._decoding = _Decoding(spec.get("decoder"))
+        self.space_prefix = self._decoding.space_prefix
+
+    def encode(self, text: str, *, first: bool) -> list[int]:
+        """Ids of text that holds no control token; `first`: nothing is before it."""
+        library = self._first if first else self._later
+        ids: list[int] = _encode(library, [text])[0]
+        if self._controls.isdisjoint(ids):
+            return ids
+        return self._without_controls(library, text)
+
+    def _without_controls(self, library: Any, text: str) -> list[int]:
+        """Cut inside of each word that is a control token, until there is none."""
+        offsets = library.encode(text, add_special_tokens=False)
+        done: list[int] = []
+        parts = _cut(text, offsets, self._controls)
+        for n, part in enumerate(parts):
+            again = library if n == 0 else self._inner
+            ids = again.encode(part, add_special_tokens=False).ids
+            if self._controls.isdisjoint(ids):
+                done += ids
+            elif len(part) > 1 and len(parts) > 1:
+                done += self._without_controls(again, part)
+            else:  # a control token of one character, or one that is no longer in its own text
+                done += [i for i in ids if i not in self._controls]
+        return done
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for."""
+        text = self._vocabulary.tokens[token]
+        if self._vocabulary.types[token] in (CONTROL, UNKNOWN, USER_DEFINED):
+            return text.encode()
+        return self._decoding.bytes_of(text)
+
+
+def _encode(library: Any, texts: list[str]) -> list[list[int]]:
+    if sum(map(len, texts)) < _LONG:
+        return [library.encode(text, add_special_tokens=False).ids for text in texts]
+    return [row.ids for row in library.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _cut(text: str, encoded: Any, controls: frozenset[int]) -> list[str]:
+    cuts = [
+        span[0] + 1
+        for i, span in zip(encoded.ids, encoded.offsets, strict=True)
+        if i in controls and span[1] - span[0] > 1
+    ]
+    ends = [*cuts, len(text)]
+    return [text[a:b] for a, b in zip([0, *cuts], ends, strict=True) if b > a]
+
+
+def _inner(library: Any, spec: Mapping[str, Any]) -> Any:
+    """The same vocabulary for the middle of a text, where no space is to be put before it."""
+    changed = {name: _without_prefix(spec.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    if all(changed[name] == spec.get(name) for name in changed):
+        return library
+    inner = _load(json.dumps({"version": "1.0", "added_tokens": [], **changed, "model": _NOTHING}))
+    inner.model = library.model
+    for _, token in sorted(library.get_added_tokens_decoder().items()):
+        (inner.add_special_tokens if token.special else inner.add_tokens)([token])
+    inner.encode_special_tokens = True
+    return inner
+
+
+_WITHOUT_PREFIX: Mapping[str, Mapping[str, Any]] = {
+    "Metaspace": {"prepend_scheme": "never", "add_prefix_space": False},
+    "ByteLevel": {"add_prefix_space": False},
+}
+
+
+def _without_prefix(step: Any) -> Any:
+    if not isinstance(step, dict) or step.get("type") == "Prepend":
+        return None
+    if step.get("type") == "Sequence":
+        (name, parts) = next((k, v) for k, v in step.items() if k != "type")
+        kept = [changed for part in parts if (changed := _without_prefix(part)) is not None]
+        return {**step, name: kept}
+    return {**step, **_WITHOUT_PREFIX.get(str(step.get("type")), {})}
+
+
+class _Decoding:
+    """A decoder of tokenizer.json as what one token stands for, whatever is around it."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.space_prefix = False
+        self._bytelevel = False
+        self._fallback = False
+        self._replace: list[tuple[str, str]] = []
+        for step in _flat(decoder):
+            kind = step.get("type")
+            if kind not in _STEPS:
+                known = ", ".join(sorted(_STEPS))
+                raise UnsupportedModel(
+                    f"tokenizer.json has the decoder {str(kind)[:80]!r}; known: {known}"
+                )
+            _STEPS[kind](self, step)
+
+    def bytes_of(self, text: str) -> bytes:
+        """The bytes of a token of the vocabulary."""
+        if self._bytelevel:
+            try:
+                return bytes([BYTE_OF[character] for character in text])
+            except KeyError:
+                return text.encode()
+        if self._fallback and (match := _BYTE.fullmatch(text)):
+            return bytes([int(match[1], 16)])
+        for old, new in self._replace:
+            text = text.replace(old, new)
+        return text.encode()
+
+    def bytelevel(self, _: Mapping[str, Any]) -> None:
+        self._bytelevel = True
+
+    def fallback(self, _: Mapping[str, Any]) -> None:
+        self._fallback = True
+
+    def replace(self, step: Mapping[str, Any]) -> None:
+        pattern = step.get("pattern")
+        old = pattern.get("String") if isinstance(pattern, dict) else None
+        if not isinstance(old, str) or not old or not isinstance(step.get("content"), str):
+            raise UnsupportedModel("tokenizer.json: a Replace decoder must replace a string")
+        self._replace.append((old, step["content"]))
+
+    def metaspace(self, step: Mapping[str, Any]) -> None:
+        self._replace.append((str(step.get("replacement") or "\u2581"), " "))
+        default = "always" if step.get("add_prefix_space", True) else "never"
+        self.space_prefix = step.get("prepend_scheme", default) != "never"
+
+    def strip(self, step: Mapping[str, Any]) -> None:
+        if (step.get("content"), step.get("start"), step.get("stop")) != (" ", 1, 0):
+            raise UnsupportedModel("tokenizer.json: a Strip decoder must strip one leading space")
+        self.space_prefix = True
+
+    def suffix(self, step: Mapping[str, Any]) -> None:
+        self._replace.append((str(step.get("suffix") or "</w>"), " "))
+
+    def fuse(self, _: Mapping[str, Any]) -> None:
+        """Tokens are joined anyway."""
+
+
+_STEPS = {
+    "ByteLevel": _Decoding.bytelevel,
+    "ByteFallback": _Decoding.fallback,
+    "Replace": _Decoding.replace,
+    "Metaspace": _Decoding.metaspace,
+    "Strip": _Decoding.strip,
+    "BPEDecoder": _Decoding.suffix,
+    "Fuse": _Decoding.fuse,
+}
+
+
+def _flat(decoder: Any) -> Iterable[Mapping[str, Any]]:
+    if not isinstance(decoder, dict):
+        raise UnsupportedModel("tokenizer.json has no decoder, so its tokens have no text")
+    if decoder.get("type") != "Sequence":
+        yield decoder
+        return
+    for step in decoder.get("decoders") or ():
+        yield from _flat(step)

@@ -1,0 +1,114 @@
+"""What a request refuses, before there is a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from squall import ChatCompletionRequest, CompletionRequest, InvalidRequest, ToolChoice
+from squall.api.requests import MOST_CHOICES, MOST_MESSAGES, MOST_PROMPTS, MOST_STOPS
+
+HI = {"role": "user", "content": "Hi"}
+MILLION = 10**6
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest(**{"messages": [HI], **fields})
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest(**{"prompt": "Hi", **fields})
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": MOST_CHOICES + 1}, "n"),
+        ({"n_choices": MILLION}, "n"),
+        ({"n": 2, "n_choices": 3}, "n_choices"),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens"),
+        ({"stop": "a", "stop_seqs": "b"}, "stop_seqs"),
+        ({"stop": ["x"] * (MOST_STOPS + 1)}, "stop"),
+        ({"stop": "x" * MILLION}, "stop"),
+        ({"stop_token_ids": range(MILLION)}, "stop_token_ids"),
+        ({"logits_processors": [print] * MILLION}, "logits_processors"),
+        ({"grammar": "a+"}, "grammar"),
+        ({"grammar_type": "regex"}, "grammar_type"),
+        ({"adapters": ["mine"]}, "adapters"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_schemas": ["{}"]}, "tool_schemas"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)
+def test_refused(make: Any, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"\b{named}\b"):
+        make(**fields)
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([], "messages"),
+        ([HI] * (MOST_MESSAGES + 1), "messages"),
+        (["Hi"], r"messages\[0\]"),
+        ([HI, {"content": "Hi"}], r"messages\[1\]"),
+        ([{"role": "user"}], "content"),
+        ([{"role": "user", "content": 7}], "content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "text"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}] * MILLION}], "content"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "tool_calls"),
+    ],
+)
+def test_refused_messages(messages: Any, named: str) -> None:
+    with pytest.raises(InvalidRequest, match=named):
+        chat(messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["x"] * (MOST_PROMPTS + 1)}, "prompt"),
+        ({"best_of": MILLION}, "best_of"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"suffix": "."}, "suffix"),
+        ({"echo": True, "logprobs": 0, "truncate_sequence": True}, "echo"),
+    ],
+)
+def test_refused_completions(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequest, match=named):
+        completion(**fields)
+
+
+def test_top_logprobs_need_logprobs() -> None:
+    with pytest.raises(InvalidRequest, match="top_logprobs"):
+        chat(top_logprobs=2)
+
+
+def test_names_of_both_apis() -> None:
+    theirs = completion(n_choices=2, stop_seqs=["."], echo_prompt=True, best_of=1)
+    assert theirs == completion(n=2, stop=["."], echo=True)
+    assert theirs.candidates == 2
+    assert chat(max_completion_tokens=3).max_tokens == 3
+    assert chat(tool_choice=ToolChoice.NoTools, tools=[], adapters=[]).tool_choice
+
+
+def test_messages_are_read() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    given = [{"role": "developer", "content": "Be."}, {"role": "user", "content": parts}]
+    expected = ({"role": "system", "content": "Be."}, {"role": "user", "content": "ab"})
+    assert chat(messages=given).messages == expected
+    assert chat(messages="Hi").messages == (HI,)
+
+
+def test_prompts_are_read() -> None:
+    assert completion(prompt=[1, 2]).prompts == [[1, 2]]
+    assert completion(prompt=[[1, 2], [3]]).prompts == [[1, 2], [3]]
+    assert completion(prompt=["a", "b"]).prompts == ["a", "b"]

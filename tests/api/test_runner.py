@@ -1,0 +1,178 @@
+"""mistral.rs's Python API, as its users call it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import squall
+from squall import ChatCompletionRequest, CompletionRequest, InvalidRequest, Model, Runner, Which
+from squall.embedded import find
+
+MESSAGES = [{"role": "user", "content": "Tell me a story about the sea."}]
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    given: dict[str, Any] = {
+        "model": "default", "messages": MESSAGES, "max_tokens": 8, "presence_penalty": 1.0,
+        "top_p": 0.1, "temperature": 0.1,
+    }  # fmt: skip
+    return ChatCompletionRequest(**{**given, **fields})
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    path = find()
+    selected = Which.GGUF(
+        tok_model_id="not/needed",
+        quantized_model_id=str(path.parent),
+        quantized_filename=path.name,
+    )
+    with Runner(selected, max_seqs=4, seed=5, pa_ctxt_len=2048, context=512) as opened:
+        yield opened
+
+
+def test_chat_and_stream_are_the_same(runner: Runner) -> None:
+    whole = runner.send_chat_completion_request(chat())
+    assert isinstance(whole, squall.ChatCompletionResponse)
+    text = whole.choices[0].message.content
+    assert text
+    assert whole.usage.completion_tokens == 8
+    chunks = runner.send_chat_completion_request(chat(stream=True))
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == text  # type: ignore[union-attr]
+
+
+def test_runner_s_seed_is_for_requests_without_one(runner: Runner) -> None:
+    free: dict[str, Any] = {"top_p": 1, "temperature": 1.5, "max_tokens": 12}
+    texts = [
+        runner.send_chat_completion_request(chat(**free, seed=seed)).choices[0].message.content  # type: ignore[union-attr]
+        for seed in (None, 5, 6)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_completion(runner: Runner) -> None:
+    asked = CompletionRequest(
+        prompt="One two", model="default", echo_prompt=True, best_of=1, max_tokens=4
+    )
+    found = runner.send_completion_request(asked)
+    assert isinstance(found, squall.CompletionResponse)
+    assert found.choices[0].text.startswith("One two")
+
+
+def test_threads_share_a_runner(runner: Runner) -> None:
+    expected = runner.send_chat_completion_request(chat())
+    found: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(runner.send_chat_completion_request(chat())))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [one.choices for one in found] == [expected.choices] * 6  # type: ignore[union-attr]
+
+
+def test_async_runner(runner: Runner) -> None:
+    other = squall.AsyncRunner(runner.model, seed=5)
+
+    async def ask() -> None:
+        whole, chunks = await asyncio.gather(
+            other.send_chat_completion_request(chat()),
+            other.send_chat_completion_request(chat(stream=True)),
+        )
+        text = [chunk.choices[0].delta.content async for chunk in chunks]  # type: ignore[union-attr]
+        assert "".join(text) == whole.choices[0].message.content  # type: ignore[union-attr]
+        asked = CompletionRequest(prompt="One two", max_tokens=3)
+        found = await other.send_completion_request(asked)
+        assert found.choices[0].finish_reason == "length"  # type: ignore[union-attr]
+
+    asyncio.run(ask())
+
+
+def test_tokens_and_text(runner: Runner) -> None:
+    ids = runner.tokenize_text("A cat <|im_end|>", add_special_tokens=False)
+    assert runner.detokenize_text(ids) == "A cat <|im_end|>"
+    end = [*ids, *runner.model.tokenizer.stop_ids]
+    assert runner.detokenize_text(end, skip_special_tokens=True) == "A cat <|im_end|>"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jinja", ""])
+def test_chat_template(model: Model, tmp_path: Path, suffix: str) -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}!"
+    path = tmp_path / f"template{suffix}"
+    path.write_text(json.dumps({"chat_template": source}) if suffix == ".json" else source)
+    before = model.chat_template
+    try:
+        other = Runner(model, chat_template=str(path) if suffix else source)
+        assert other.model.encode_chat(MESSAGES) == model.encode("Tell me a story about the sea.!")
+    finally:
+        model.chat_template = before
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        Runner(model, chat_template=str(tmp_path / "missing.json"))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"which_draft": Which.Plain("a")},
+        {"num_device_layers": ["0:3"]},
+        {"in_situ_quant": "Q4K"},
+        {"anymoe_config": object()},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_arguments_not_there_yet(model: Model, argument: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(argument))):
+        Runner(model, **argument)
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        Which.Plain("a", squall.Architecture.Mistral),
+        Which.XLora("x", "order.json"),
+        Which.Lora("a", "order.json"),
+        Which.XLoraGGUF("a", "f", "x", "order.json"),
+        Which.LoraGGUF("a", "f", "l", "order.json"),
+        Which.GGML("a", "f", gqa=8),
+        Which.XLoraGGML("a", "f", "x", "order.json"),
+        Which.LoraGGML("a", "f", "l", "order.json"),
+        Which.VisionPlain("a", squall.VisionArchitecture.Phi3V),
+        Which.DiffusionPlain("a", squall.DiffusionArchitecture.Flux),
+    ],
+    ids=lambda which: type(which).__name__,
+)
+def test_kinds_not_there_yet(which: Any) -> None:
+    with pytest.raises(squall.UnsupportedModel, match=rf"Which\.{type(which).__name__} "):
+        Runner(which)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a-00001-of-00002.gguf").touch()
+    names = ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]
+    with pytest.raises(squall.ModelNotFound, match="00002-of-00002"):
+        Runner(Which.GGUF(str(tmp_path), names))
+    with pytest.raises(squall.ModelNotFound, match="does not download"):
+        Runner(Which.GGUF("TheBloke/Mistral-7B", "m.gguf"))
+    with pytest.raises(InvalidRequest, match="topology"):
+        Runner(Which.GGUF(str(tmp_path), names, topology="t.yml"))
+
+
+def test_what_the_model_cannot_do(runner: Runner) -> None:
+    for ask in (
+        lambda: runner.send_re_isq("Q4K"),
+        lambda: runner.activate_adapters(["a"]),
+        lambda: runner.generate_image("a cat", squall.ImageGenerationResponseFormat.Url),
+    ):
+        with pytest.raises(squall.UnsupportedModel):
+            ask()
+    with pytest.raises(ValueError, match="n is 0"):
+        chat(n_choices=0)

@@ -1,0 +1,301 @@
+"""The hub, played by a server here: what is asked of it, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from squall.checkpoints import hub
+from squall.checkpoints.hub import Hub
+from squall.errors import InvalidRequest, ModelNotFound
+
+MAIN, OTHER = "a" * 40, "b" * 40
+TOKEN = "hf_right"
+FOLDER = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{ }",
+    "additional_chat_templates/tool_use.jinja": b"t",
+    "model-00001-of-00002.safetensors": b"1" * 1000,
+    "model-00002-of-00002.safetensors": b"2" * 1000,
+    "model.safetensors.index.json": b"{  }",
+    "pytorch_model.bin": b"no",
+    "model.gguf": b"no",
+    "README.md": b"no",
+    "original/consolidated.00.pth": b"no",
+}
+NEEDED = {name for name, content in FOLDER.items() if content != b"no"}
+GGUFS = {"m-Q4_K_M.gguf": b"q4", "m-Q8_0.gguf": b"q8", "README.md": b"no"} | {
+    f"big-F16-0000{n}-of-00002.gguf": b"%d" % n for n in (1, 2)
+}
+
+
+@dataclass
+class Repository:
+    files: dict[str, bytes]
+    gated: bool = False
+    listed: list[str] | None = None
+
+
+@dataclass
+class Server:
+    """Repositories by id, and each request that came: (method, path, token)."""
+
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    fail_after: int | None = None
+
+    def downloads(self) -> list[str]:
+        return [path.split("/", 5)[5] for method, path, _ in self.requests if method == "GET"
+                and "/resolve/" in path]  # fmt: skip
+
+
+class Handler(BaseHTTPRequestHandler):
+    server_state: Server
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, *, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        given = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        self.server_state.requests.append((self.command, path, given))
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repository = self.server_state.repositories.get("/".join(parts[:2]))
+        if repository is None:
+            self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif repository.gated and given != TOKEN:
+            self.send(403 if given else 401, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/api/"):
+            self.list(repository, "/".join(parts[3:]) or "main", "/".join(parts[:2]))
+        else:
+            self.file(repository, parts, body=body)
+
+    def list(self, repository: Repository, revision: str, id: str) -> None:
+        commits = {"main": MAIN, MAIN: MAIN, "v2": OTHER, OTHER: OTHER, "odd": "../../x"}
+        if revision not in commits:
+            self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            return
+        names = repository.listed or list(repository.files)
+        siblings = [{"rfilename": n, "size": len(repository.files.get(n, b""))} for n in names]
+        answer = {"id": id, "modelId": id, "sha": commits[revision], "siblings": siblings}
+        self.send(200, json.dumps(answer).encode(), {})
+
+    def file(self, repository: Repository, parts: list[str], *, body: bool) -> None:
+        commit = {"main": MAIN, "v2": OTHER}.get(parts[3], parts[3])
+        content = repository.files["/".join(parts[4:])]
+        content = content.upper() if commit == OTHER else content
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+        cut = self.server_state.fail_after
+        self.send(200, content, headers, body=body, cut=cut if len(content) == 1000 else None)
+
+    def send(
+        self,
+        status: int,
+        content: bytes,
+        headers: dict[str, str],
+        *,
+        body: bool = True,
+        cut: int | None = None,
+    ) -> None:
+        start = 0
+        if body and (wanted := self.headers.get("Range")):
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[start:cut])
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    state = Server({"o/folder": Repository(FOLDER), "o/ggufs": Repository(GGUFS)})
+    handler = type("Bound", (Handler,), {"server_state": state})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as made:
+        thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{made.server_port}")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield state
+        made.shutdown()
+        thread.join()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_has_what_is_needed(server: Server) -> None:
+    steps: list[tuple[int, int]] = []
+    folder = Hub().fetch("o/folder", lambda *step: steps.append(step))
+    assert names(folder) == NEEDED
+    assert all((folder / name).read_bytes() == FOLDER[name] for name in NEEDED)
+    whole = sum(len(FOLDER[name]) for name in NEEDED)
+    assert steps[-1] == (whole, whole)
+    assert steps == sorted(steps)
+    assert set(server.downloads()) == NEEDED
+
+
+def test_a_second_time_nothing_is_downloaded(server: Server) -> None:
+    first = Hub().fetch("o/folder")
+    server.requests.clear()
+    assert Hub().fetch("o/folder") == first
+    assert not server.downloads()
+    assert len(server.requests) <= 2
+
+
+def test_pickles_only_without_safetensors(server: Server) -> None:
+    files = {name: FOLDER[name] for name in ("config.json", "pytorch_model.bin", "README.md")}
+    server.repositories["o/old"] = Repository(files)
+    assert names(Hub().fetch("o/old")) == {"config.json", "pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("file", ["m-Q8_0.gguf", "Q8_0", "q8"])
+def test_one_gguf_file(file: str, server: Server) -> None:
+    found = Hub().fetch(f"o/ggufs:{file}")
+    assert found.name == "m-Q8_0.gguf"
+    assert found.read_bytes() == b"q8"
+    assert server.downloads() == ["m-Q8_0.gguf"]
+
+
+@pytest.mark.usefixtures("server")
+def test_a_split_gguf_file() -> None:
+    found = Hub().fetch("o/ggufs:F16")
+    assert found.name == "big-F16-00001-of-00002.gguf"
+    assert names(found.parent) == {name for name in GGUFS if "F16" in name}
+    (found.parent / "big-F16-00002-of-00002.gguf").unlink()
+    with pytest.raises(ModelNotFound, match="not wholly"):
+        Hub(offline=True).fetch("o/ggufs:F16")
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("file", ["", ":q5", ":m-", ":../m-Q8_0.gguf"])
+def test_which_gguf_must_be_clear(file: str) -> None:
+    with pytest.raises(ModelNotFound, match=r"o/ggufs.*m-Q4_K_M\.gguf, m-Q8_0\.gguf"):
+        Hub().fetch(f"o/ggufs{file}")
+
+
+@pytest.mark.usefixtures("server")
+def test_revisions() -> None:
+    main, other = Hub().fetch("o/folder"), Hub(revision="v2").fetch("o/folder")
+    assert (main.name, other.name) == (MAIN, OTHER)
+    assert Hub(revision="v2", offline=True).fetch("o/folder") == other
+    assert Hub(revision=MAIN, offline=True).fetch("o/folder") == main
+    with pytest.raises(ModelNotFound, match="no revision 'v3'"):
+        Hub(revision="v3").fetch("o/folder")
+
+
+def test_offline_makes_no_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelNotFound, match=r"o/folder is not, .*--offline"):
+        Hub(offline=True).fetch("o/folder")
+    assert not server.requests
+    folder = Hub().fetch("o/folder")
+    file = Hub().fetch("o/ggufs:q4")
+    server.requests.clear()
+    assert Hub(offline=True).fetch("o/folder") == folder
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert Hub().fetch("o/ggufs:q4") == file
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelNotFound, match="not wholly"):
+        Hub().fetch("o/folder")
+    assert not server.requests
+
+
+@pytest.mark.usefixtures("server")
+def test_without_a_connection_the_cache_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Hub().fetch("o/folder")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert Hub().fetch("o/folder") == folder
+    with pytest.raises(ModelNotFound, match="cannot download o/ggufs:q4"):
+        Hub().fetch("o/ggufs:q4")
+
+
+def test_gated_and_missing(server: Server) -> None:
+    server.repositories["o/gated"] = Repository(FOLDER, gated=True)
+    for source in ("none", "literal:wrong"):
+        with pytest.raises(ModelNotFound, match=r"gated.*--token-source"):
+            Hub(token_source=source).fetch("o/gated")
+    assert {given for *_, given in server.requests} == {None, "wrong"}
+    assert names(Hub(token_source=f"literal:{TOKEN}").fetch("o/gated")) == NEEDED
+    with pytest.raises(ModelNotFound, match="no model o/none"):
+        Hub().fetch("o/none")
+
+
+def test_an_interrupted_download_goes_on(server: Server) -> None:
+    server.fail_after = 300
+    with pytest.raises(ModelNotFound, match="cannot download o/folder"):
+        Hub().fetch("o/folder")
+    with pytest.raises(ModelNotFound, match="not wholly"):
+        Hub(offline=True).fetch("o/folder")
+    server.fail_after = None
+    assert names(Hub().fetch("o/folder")) == NEEDED
+
+
+def test_names_in_the_listing_never_lead_out(server: Server, tmp_path: Path) -> None:
+    listed = [
+        *("config.json", "../escape.safetensors", "/etc/x.gguf", "../../m.gguf", "a/../../b.gguf"),
+        *("additional_chat_templates/../../x.jinja", "model.safetensors", "..\\x.gguf"),
+    ]
+    files = {"config.json": b"{}", "model.safetensors": b"s"}
+    server.repositories["o/evil"] = Repository(files, listed=listed)
+    assert names(Hub().fetch("o/evil")) == {"config.json", "model.safetensors"}
+    for wanted in ("m.gguf", "x.gguf", "../../m.gguf"):
+        with pytest.raises(ModelNotFound, match="0 GGUF"):
+            Hub().fetch(f"o/evil:{wanted}")
+    with pytest.raises(ModelNotFound, match="no commit"):
+        Hub(revision="odd").fetch("o/evil")
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+
+
+@pytest.mark.parametrize(
+    "id",
+    ["../x", "o/..", "o/../x", "/etc/passwd", "o", "o/n/m", "o/n\0", "o/n\n", "o/n%2f", "o\\n",
+     ".o/n", "o/n--m", "", "o/" + "n" * 97, "http://x/y"],
+)  # fmt: skip
+def test_other_ids_are_refused(id: str, server: Server) -> None:
+    with pytest.raises(InvalidRequest, match=r"is no model id; it must be owner/name"):
+        Hub().fetch(id)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("revision", ["../main", "", "a b", "/x", "-x", "x/../y", "x\n"])
+def test_other_revisions_are_refused(revision: str) -> None:
+    with pytest.raises(InvalidRequest, match="is no revision"):
+        Hub(revision=revision)
+
+
+def test_token_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "usual")
+    monkeypatch.setenv("MINE", "mine")
+    assert hub.token("cache") is None
+    (tmp_path / "token").write_text("cached\n")
+    expected = {
+        "literal:a:b": "a:b", "env:MINE": "mine", "env:": "usual", "env:ABSENT": None,
+        f"path:{tmp_path / 'token'}": "cached", "path:absent": None, "cache": "cached",
+        "none": None,
+    }  # fmt: skip
+    assert {source: hub.token(source) for source in expected} == expected
+    for wrong in ("", "literal", "env", "path", "cache:", "None", "keyring"):
+        with pytest.raises(InvalidRequest, match="literal:TOKEN, env:VARIABLE"):
+            Hub(token_source=wrong)

@@ -1,0 +1,46 @@
+"""Every example runs and prints an answer; so does what docs/python-api.md shows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from project import ROOT
+
+from squall.embedded import find
+
+PAGE = (ROOT / "docs/python-api.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+EXPECTED = {
+    "chat": "Paris",
+    "gguf": "",
+    "log_probabilities": "' sky'",
+    "logits_processor": "",
+    "many_at_once": "whale: ",
+    "streaming": "sea",
+}
+ARGUMENTS = {"gguf": [str(find().parent), find().name]}
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *command], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_example_runs(path: Path) -> None:
+    out = run(str(path), *ARGUMENTS.get(path.stem, []))
+    assert EXPECTED[path.stem] in out
+    assert out.strip()
+    if path.stem == "logits_processor":
+        assert "e" not in out
+
+
+def test_python_api_page_runs() -> None:
+    assert "Paris" in run("-c", "\n".join(BLOCKS))
