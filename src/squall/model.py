@@ -101,11 +101,9 @@ class Model:
         context: tokens of prompt and answer together; by default what the model was trained for,
             up to 8192 and to half of the free memory.
         threads: by default as many as this process may use.
-        kv_dtype: what the KV cache holds; "q8_0" takes half the memory of "f16" and costs a little
-            quality.
+        kv_dtype: of the KV cache; "q8_0" takes half the memory of "f16", and a little quality.
         weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
-        kv_tokens: tokens of all requests together that the KV cache has room for; by default one
-            whole context.
+        kv_tokens: room in the KV cache, for all requests together; by default one whole context.
         isq: quantize the weights while they are read: "Q4K", "Q8_0", "HQQ4", "FP8"..., or bits.
         topology: other types for some layers, a `Topology` or its YAML file.
         dtype: of the float weights that are not quantized; "auto": as they are stored.

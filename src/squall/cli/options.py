@@ -153,7 +153,7 @@ def open_model(
     with progress("loading") as shown:
         found = locate(path, hub, shown)
         quantization.check(found)
-        return Model.open(
+        model = Model.open(
             found,
             context=context,
             threads=threads,
@@ -165,6 +165,18 @@ def open_model(
             topology=quantization.topology,
             progress=shown,
         )
+    if quantization != AS_STORED:
+        sys.stderr.write(f"{_formats(model)}\n")
+    return model
+
+
+def _formats(model: Model) -> str:
+    """What the weights are in memory, in one line."""
+    parts = [
+        f"{total.matrices} {total.format} ({total.nbytes / 2**20:.1f} MiB)"
+        for total in model.weight_formats
+    ]
+    return f"[weights: {', '.join(parts)}]"
 
 
 def read_text(path: Path) -> str:

@@ -92,39 +92,29 @@ def run(
     threads: Threads = None,
     weights: WeightsOption = Weights.packed,
     kv_dtype: KvDtypeOption = KvDtype.f16,
+    isq: Isq = None,
+    topology: TopologyFile = None,
     revision: Revision = "main",
     token_source: TokenSource = "cache",
     offline: Offline = False,
-    isq: Isq = None,
-    topology: TopologyFile = None,
 ) -> None:
     """Ask a model, or chat with it.
-
-    Examples:
 
     squall run "Why is the sky blue?"
 
     squall run -f model.gguf --temperature 0 "Write a haiku."
-
-    squall run
     """
     options = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p, "seed": seed, "stop": tuple(stop or ()),
-        "frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty,
-        "repetition_penalty": repetition_penalty,
+        "repetition_penalty": repetition_penalty, "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
     }  # fmt: skip
     dry = {"multiplier": dry_multiplier, "base": dry_base, "allowed_length": dry_allowed_length}
-    path, hub = source(file, model), Hub(revision, token_source, offline)
-    with (
-        _interruptible(),
-        open_model(
-            path, context=context, threads=threads, weights=weights, kv_dtype=kv_dtype, hub=hub,
-            quantization=Quantization(isq, topology),
-        ) as opened,
-    ):  # fmt: skip
-        if isq is not None or topology is not None:
-            sys.stderr.write(f"{formats(opened)}\n")
+    with _interruptible(), open_model(
+        source(file, model), context=context, threads=threads, weights=weights, kv_dtype=kv_dtype,
+        quantization=Quantization(isq, topology), hub=Hub(revision, token_source, offline),
+    ) as opened:  # fmt: skip
         if chat_template is not None:
             opened.set_chat_template(chat_template)
         _converse(opened, Settings(options, dry), prompt, system, raw=raw)
@@ -176,15 +166,6 @@ def show(generation: Generation, written: list[str]) -> None:
         written.append(piece.text)
         sys.stdout.write(piece.text)
         sys.stdout.flush()
-
-
-def formats(model: Model) -> str:
-    """What the weights are in memory, in one line."""
-    parts = [
-        f"{total.matrices} {total.format} ({total.nbytes / 2**20:.1f} MiB)"
-        for total in model.weight_formats
-    ]
-    return f"[weights: {', '.join(parts)}]"
 
 
 def summary(generation: Generation) -> str:
