@@ -94,6 +94,8 @@ class Model:
         engine: EngineConfig | None = None,
         architecture: str | None = None,
         hub: Hub | None = None,
+        tokenizer_json: str | os.PathLike[str] | None = None,
+        gqa: int = 1,
         progress: Progress | None = None,
     ) -> Model:
         """Open a GGUF file, the folder of a model, a model of the hub; without `path` the default.
@@ -111,9 +113,11 @@ class Model:
         engine: how many requests run and wait, and what is kept.
         architecture: such as "mistral", in place of what a folder's config.json says.
         hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
+        tokenizer_json: a file to use in place of the model's own tokenizer.
+        gqa: query heads to a KV head, which files from before GGUF do not say.
         progress: called with (bytes loaded, bytes in all).
         """
-        checkpoint = open_checkpoint(locate(path, hub, progress))
+        checkpoint = open_checkpoint(locate(path, hub, progress), gqa=gqa)
         recipe = recipes.load(checkpoint, architecture)
         plan = _plan(isq, topology, recipe.decoder, experts_only=experts_only, dtype=dtype)
         memory = {
@@ -123,7 +127,7 @@ class Model:
         size = choose_context(context, trained=recipe.decoder.context, **memory)
         room = choose_kv_tokens(kv_tokens, context=size, **memory)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
-        tokenizer = open_tokenizer(checkpoint)
+        tokenizer = open_tokenizer(checkpoint, tokenizer_json)
         executor = NativeExecutor(
             program,
             checkpoint,
@@ -364,11 +368,14 @@ class Model:
         Generation(self.engine, request).read()
 
 
-def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer of a checkpoint, from where its kind has it."""
-    if checkpoint.kind == "gguf":
+def open_tokenizer(
+    checkpoint: Checkpoint, tokenizer_json: str | os.PathLike[str] | None = None
+) -> Tokenizer:
+    """The tokenizer of a checkpoint, from where its kind has it, or from a file."""
+    if checkpoint.kind == "gguf" and tokenizer_json is None:
         return Tokenizer.from_gguf(checkpoint.metadata)
-    return HfTokenizer.from_folder(checkpoint.path)
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return HfTokenizer.from_folder(folder, tokenizer_json=tokenizer_json)
 
 
 def _plan(

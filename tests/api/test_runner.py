@@ -115,7 +115,7 @@ def test_chat_template(model: Model, tmp_path: Path, suffix: str) -> None:
         assert other.model.encode_chat(MESSAGES) == model.encode("Tell me a story about the sea.!")
     finally:
         model.chat_template = before
-    with pytest.raises(InvalidRequest, match="cannot be read"):
+    with pytest.raises(InvalidRequest, match="is no chat template"):
         Runner(model, chat_template=str(tmp_path / "missing.json"))
 
 
@@ -137,12 +137,10 @@ def test_arguments_not_there_yet(model: Model, argument: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     "which",
     [
-        Which.Plain("a", squall.Architecture.Mistral),
         Which.XLora("x", "order.json"),
         Which.Lora("a", "order.json"),
         Which.XLoraGGUF("a", "f", "x", "order.json"),
         Which.LoraGGUF("a", "f", "l", "order.json"),
-        Which.GGML("a", "f", gqa=8),
         Which.XLoraGGML("a", "f", "x", "order.json"),
         Which.LoraGGML("a", "f", "l", "order.json"),
         Which.VisionPlain("a", squall.VisionArchitecture.Phi3V),
@@ -160,15 +158,33 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     names = ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]
     with pytest.raises(squall.ModelNotFound, match="00002-of-00002"):
         Runner(Which.GGUF(str(tmp_path), names))
-    with pytest.raises(squall.ModelNotFound, match="does not download"):
+    with pytest.raises(squall.ModelNotFound, match="TheBloke"):
         Runner(Which.GGUF("TheBloke/Mistral-7B", "m.gguf"))
+    with pytest.raises(squall.ModelNotFound, match="'none'"):
+        Runner(Which.GGML("none", "m.bin", gqa=8))
+    with pytest.raises(squall.ModelNotFound, match="'none'"):
+        Runner(Which.Plain("none", squall.Architecture.Phi3_5MoE))
     with pytest.raises(InvalidRequest, match="topology"):
         Runner(Which.GGUF(str(tmp_path), names, topology="t.yml"))
 
 
+def test_selections_are_arguments_of_open() -> None:
+    plain = Which.Plain(
+        "a/b", squall.Architecture.Phi3_5MoE, "t.json", organization=squall.IsqOrganization.MoQE,
+        dtype=squall.ModelDType.BF16,
+    )  # fmt: skip
+    opening = plain.opening()
+    assert opening.path == "a/b"
+    assert opening.options == {
+        "architecture": "phi3.5moe", "tokenizer_json": "t.json", "experts_only": True,
+        "dtype": "bf16",
+    }  # fmt: skip
+    assert Which.GGUF("a/b", ["2.gguf", "1.gguf"]).opening().path == "a/b:1.gguf"
+    assert Which.GGML("a/b", "c.bin", gqa=8).opening().options == {"gqa": 8}
+
+
 def test_what_the_model_cannot_do(runner: Runner) -> None:
     for ask in (
-        lambda: runner.send_re_isq("Q4K"),
         lambda: runner.activate_adapters(["a"]),
         lambda: runner.generate_image("a cat", squall.ImageGenerationResponseFormat.Url),
     ):

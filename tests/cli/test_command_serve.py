@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from command import squall
 
 from squall import InvalidRequest
-from squall.cli.selectors import NOT_YET, gguf
-from squall.cli.serve import _template
+from squall.api.which import IsqOrganization, ModelDType, Which
+from squall.cli.selectors import NOT_YET, ggml, gguf, plain
 from squall.load import percentiles
 
 SERVER = "from squall.cli import server; server()"
@@ -70,21 +69,17 @@ def test_a_wrong_word_or_flag() -> None:
 def test_gguf_files() -> None:
     assert gguf() is None
     assert gguf("folder") == "folder"
-    assert gguf("folder", "a.gguf b.gguf") == Path("folder/a.gguf")
-    assert gguf(quantized_filename="a.gguf") == Path("a.gguf")
-    with pytest.raises(InvalidRequest, match="topology"):
-        gguf(topology="t.yml")
+    assert gguf("folder", "a.gguf b.gguf") == Which.GGUF("folder", "a.gguf")
+    assert gguf(quantized_filename="a.gguf") == Which.GGUF(".", "a.gguf")
 
 
-def test_templates(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"chat_template": "{{ 1 }}"}))
-    (tmp_path / "a.jinja").write_text("{{ 2 }}")
-    (tmp_path / "b.json").write_text("[]")
-    assert _template(str(tmp_path / "a.json")) == "{{ 1 }}"
-    assert _template(str(tmp_path / "a.jinja")) == "{{ 2 }}"
-    assert _template("{{ 3 }}") == "{{ 3 }}"
-    with pytest.raises(InvalidRequest, match="no chat_template"):
-        _template(str(tmp_path / "b.json"))
+def test_folders_and_old_files() -> None:
+    assert plain("a/b", arch="llama", dtype="BF16", organization="moqe") == Which.Plain(
+        "a/b", "llama", organization=IsqOrganization.MoQE, dtype=ModelDType.BF16
+    )
+    with pytest.raises(InvalidRequest, match="--dtype is 'f8'"):
+        plain("a/b", dtype="f8")
+    assert ggml("a", "b.bin", gqa=8) == Which.GGML("a", "b.bin", gqa=8)
 
 
 def test_percentiles() -> None:

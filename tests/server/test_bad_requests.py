@@ -199,7 +199,7 @@ def test_paths_and_methods(http: httpx.Client) -> None:
     check_error(http.get("/v1/nothing"), 404, "unknown_url")
     check_error(http.get(CHAT), 405, "method_not_allowed")
     check_error(http.get("/v1/models/../../etc/passwd"), 404)
-    for path in ("/activate_adapters", "/re_isq", "/v1/images/generations"):
+    for path in ("/activate_adapters", "/v1/images/generations"):
         check_error(http.post(path, json={}), 501, "not_supported")
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 from squall.api import responses
 from squall.api.jobs import Asked, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
-from squall.api.which import AnyMoeConfig, ImageGenerationResponseFormat, Selection
+from squall.api.which import (
+    AnyMoeConfig,
+    ImageGenerationResponseFormat,
+    Opening,
+    Selection,
+    Which,
+)
+from squall.checkpoints.hub import Hub
 from squall.engine.engine import EngineConfig
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.model import Model
@@ -31,8 +36,11 @@ class _Runner:
     seed: for requests without one; by default they are random.
     context, threads: as in `Model.open`.
 
-    token_source, speculative_gamma, no_paged_attn and the other `pa_` arguments are accepted and
-    change nothing: nothing is downloaded, and the memory they speak of is a GPU's. Arguments whose
+    token_source: where the hub's token is from. in_situ_quant: quantize float weights, as `isq`
+    of `Model.open`.
+
+    speculative_gamma, no_paged_attn and the other `pa_` arguments are accepted and
+    change nothing: the memory they speak of is a GPU's. Arguments whose
     feature is not there yet raise InvalidRequest.
     """
 
@@ -42,7 +50,7 @@ class _Runner:
         max_seqs: int = 16,
         no_kv_cache: bool = False,
         prefix_cache_n: int = 16,
-        token_source: str = "cache",  # noqa: ARG002
+        token_source: str = "cache",
         speculative_gamma: int = 32,  # noqa: ARG002
         which_draft: Selection | None = None,
         chat_template: str | None = None,
@@ -63,7 +71,6 @@ class _Runner:
         _refuse(
             which_draft=which_draft,
             num_device_layers=num_device_layers,
-            in_situ_quant=in_situ_quant,
             anymoe_config=anymoe_config,
         )
         config = EngineConfig(
@@ -72,21 +79,24 @@ class _Runner:
             prefix_cache_n=prefix_cache_n,
             prompt_batchsize=prompt_batchsize,
         )
-        template = None if chat_template is None else _template(chat_template)
         self._seed = seed
-        self.model = (
-            which
-            if isinstance(which, Model)
-            else Model.open(
-                None if which is None else which.path(),
+        isq = _isq(which, in_situ_quant)
+        if isinstance(which, Model):
+            self.model = which
+        else:
+            opening = Opening(None) if which is None else which.opening()
+            self.model = Model.open(
+                opening.path,
                 context=context,
                 threads=threads,
                 kv_tokens=pa_ctxt_len,
+                isq=isq,
                 engine=config,
+                hub=Hub(token_source=token_source),
+                **opening.options,
             )
-        )
-        if template is not None:
-            self.model.set_chat_template(template)
+        if chat_template is not None:
+            self.model.set_chat_template(chat_template)
 
     def tokenize_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; add_special_tokens: after the BOS token, if the model has one."""
@@ -106,10 +116,6 @@ class _Runner:
         """Not there yet."""
         raise UnsupportedModel("images need a diffusion model; none is supported yet")
 
-    def send_re_isq(self, dtype: str) -> NoReturn:  # noqa: ARG002
-        """Not there yet."""
-        raise UnsupportedModel("the weights of a GGUF file cannot be quantized again")
-
     def activate_adapters(self, adapter_names: Sequence[str]) -> NoReturn:  # noqa: ARG002
         """Not there yet."""
         raise UnsupportedModel("this model has no adapters; none are supported yet")
@@ -124,6 +130,10 @@ class _Runner:
 
 class Runner(_Runner):
     __doc__ = _Runner.__doc__
+
+    def send_re_isq(self, dtype: str) -> None:
+        """Quantize the weights again; answers that are under way go on with the new ones."""
+        self.model.re_isq(dtype)
 
     def send_chat_completion_request(
         self, request: ChatCompletionRequest
@@ -153,6 +163,10 @@ class Runner(_Runner):
 
 class AsyncRunner(_Runner):
     __doc__ = _Runner.__doc__
+
+    async def send_re_isq(self, dtype: str) -> None:
+        """Quantize the weights again; answers that are under way go on with the new ones."""
+        await asyncio.to_thread(self.model.re_isq, dtype)
 
     async def send_chat_completion_request(
         self, request: ChatCompletionRequest
@@ -186,16 +200,7 @@ def _refuse(**arguments: object) -> None:
             raise InvalidRequest(f"{name} is not supported yet; leave it out")
 
 
-def _template(given: str) -> str:
-    """A template's text, from itself or from a file."""
-    if "\n" in given or "{" in given:
-        return given
-    path = Path(given)
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text)["chat_template"] if path.suffix == ".json" else text
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InvalidRequest(f"chat_template {given!r} cannot be read: {error}") from None
-    if not isinstance(found, str):
-        raise InvalidRequest(f"chat_template in {given!r} is not a text")
-    return found
+def _isq(which: Selection | Model | None, isq: str | None) -> str | None:
+    if isq is not None and not isinstance(which, Which.Plain):
+        raise InvalidRequest("in_situ_quant: only Which.Plain can be quantized; leave it out")
+    return isq

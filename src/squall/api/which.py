@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from squall.checkpoints.hub import is_id
 from squall.errors import InvalidRequest, ModelNotFound, UnsupportedModel
 
 Architecture = Enum(
@@ -55,16 +57,52 @@ class AnyMoeConfig:
     loss_csv_path: str | None = None
 
 
-class Selection:
-    """A kind of model; most kinds are not there yet."""
+@dataclass(frozen=True)
+class Opening:
+    """Arguments of `Model.open`; what is not among `options` is as it is by default."""
 
-    def path(self) -> Path:
-        """The GGUF file to open."""
+    path: str | Path | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Selection:
+    """A kind of model; some kinds are not there yet."""
+
+    def opening(self) -> Opening:
+        """How to open it. Raises UnsupportedModel for a kind that is not there yet."""
         name = type(self).__name__
-        raise UnsupportedModel(f"Which.{name} is not supported yet; Which.GGUF is")
+        raise UnsupportedModel(f"Which.{name} is not supported yet; Plain, GGUF and GGML are")
+
+
+def _given(**options: object) -> dict[str, object]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _dtype(dtype: ModelDType) -> str:
+    return str(dtype.name).lower()
+
+
+def _architecture(arch: Architecture | str | None) -> str | None:
+    name = arch.name if isinstance(arch, Architecture) else arch
+    return None if name is None else str(name).lower().replace("_", ".")
 
 
 Files = str | Sequence[str]
+
+
+def _check_as_stored(topology: str | None, dtype: ModelDType) -> None:
+    if topology is not None or dtype is not ModelDType.Auto:
+        raise InvalidRequest("the file has its number formats; leave topology and dtype out")
+
+
+def _file_of(model: str, names: Sequence[str]) -> str | Path:
+    """The first of the files of a folder, or of a model of the hub."""
+    if not Path(model).is_dir() and is_id(model):
+        return f"{model}:{names[0]}"
+    missing = [name for name in names if not Path(model, name).is_file()]
+    if missing:
+        raise ModelNotFound(f"{', '.join(missing)} is not in {model!r}")
+    return Path(model, names[0])
 
 
 class Which:
@@ -72,16 +110,29 @@ class Which:
 
     @dataclass(frozen=True)
     class Plain(Selection):
-        """Unquantized text models."""
+        """Text models of a folder, or of the hub; `from_uqff` is a file in it."""
 
         model_id: str
-        arch: Architecture | None = None
+        arch: Architecture | str | None = None
         tokenizer_json: str | None = None
         topology: str | None = None
         organization: IsqOrganization | None = None
         write_uqff: str | None = None
         from_uqff: str | None = None
         dtype: ModelDType = ModelDType.Auto
+
+        def opening(self) -> Opening:
+            """See `Selection`."""
+            options = _given(
+                architecture=_architecture(self.arch),
+                tokenizer_json=self.tokenizer_json,
+                topology=self.topology,
+                experts_only=self.organization is IsqOrganization.MoQE,
+                write_uqff=self.write_uqff,
+                from_uqff=self.from_uqff,
+                dtype=_dtype(self.dtype),
+            )
+            return Opening(self.model_id, options)
 
     @dataclass(frozen=True)
     class XLora(Selection):
@@ -116,7 +167,8 @@ class Which:
     class GGUF(Selection):
         """A GGUF file, or a split one.
 
-        quantized_model_id: a folder. quantized_filename: a file in it, or all parts of one.
+        quantized_model_id: a folder, or a model of the hub. quantized_filename: a file in it, or
+        all parts of one.
         tok_model_id: not needed, the file's own tokenizer and chat template are used.
         """
 
@@ -126,20 +178,14 @@ class Which:
         topology: str | None = None
         dtype: ModelDType = ModelDType.Auto
 
-        def path(self) -> Path:
-            """The file, or the first part of it."""
-            if self.topology is not None or self.dtype is not ModelDType.Auto:
-                raise InvalidRequest("topology and dtype are not supported yet; leave them out")
+        def opening(self) -> Opening:
+            """See `Selection`; of a split file the first part."""
+            _check_as_stored(self.topology, self.dtype)
             given = self.quantized_filename
             names = [given] if isinstance(given, str) else sorted(given)
-            paths = [Path(self.quantized_model_id, name) for name in names]
-            missing = [str(path) for path in paths if not path.is_file()]
-            if missing or not paths:
-                raise ModelNotFound(
-                    f"{', '.join(missing) or 'no file'} is not here, and Squall does not download "
-                    "from a model hub yet. Download the GGUF file; quantized_model_id is its folder"
-                )
-            return paths[0]
+            if not names:
+                raise ModelNotFound("quantized_filename is empty; name a file")
+            return Opening(_file_of(self.quantized_model_id, names))
 
     @dataclass(frozen=True)
     class XLoraGGUF(Selection):
@@ -177,6 +223,12 @@ class Which:
         gqa: int = 1
         topology: str | None = None
         dtype: ModelDType = ModelDType.Auto
+
+        def opening(self) -> Opening:
+            """See `Selection`. Without a tokenizer_json, the file's own tokenizer is used."""
+            _check_as_stored(self.topology, self.dtype)
+            path = _file_of(self.quantized_model_id, [self.quantized_filename])
+            return Opening(path, _given(gqa=self.gqa, tokenizer_json=self.tokenizer_json))
 
     @dataclass(frozen=True)
     class XLoraGGML(Selection):

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -145,8 +145,9 @@ def open_model(
     kv_dtype: KvDtype = KvDtype.f16,
     hub: Hub | None = None,
     quantization: Quantization = AS_STORED,
+    **others: Any,
 ) -> Model:
-    """Open a model; a terminal is told how far it is."""
+    """Open a model; a terminal is told how far it is. `others` are those of `Model.open`."""
     from squall.locate import locate
     from squall.model import Model
 
@@ -164,6 +165,7 @@ def open_model(
             isq=quantization.isq,
             topology=quantization.topology,
             progress=shown,
+            **others,
         )
     if quantization != AS_STORED:
         sys.stderr.write(f"{_formats(model)}\n")

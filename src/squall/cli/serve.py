@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -12,9 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from squall.api.which import Opening, Selection
+from squall.checkpoints.hub import Hub
 from squall.cli.flags import takes, takes_arguments_of
-from squall.cli.options import File, Folder, KvDtype, KvDtypeOption, open_model, read_text, source
-from squall.cli.selectors import NOT_YET, SELECTORS
+from squall.cli.options import (
+    File,
+    Folder,
+    Isq,
+    KvDtype,
+    KvDtypeOption,
+    Offline,
+    Quantization,
+    TokenSource,
+    open_model,
+    source,
+)
+from squall.cli.selectors import NOT_YET, SELECTORS, Selected
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -27,7 +39,7 @@ CHAT: dict[str, Any] = {
     "max_tokens": 4096, "temperature": 0.1, "top_k": 32, "top_p": 0.1, "min_p": 0.05,
     "frequency_penalty": 0.1, "presence_penalty": 0.1,
 }  # fmt: skip
-NO_EFFECT = ("pa_gpu_mem", "pa_gpu_mem_usage", "pa_blk_size", "token_source")
+NO_EFFECT = ("pa_gpu_mem", "pa_gpu_mem_usage", "pa_blk_size")
 
 _GPU = "Accepted; the KV cache of the CPU has no need of it."
 
@@ -116,22 +128,21 @@ class ServeFlags:
         str | None,
         typer.Option("-n", "--num-device-layers", help="Layers on a GPU; 0 until there is one."),
     ] = None
-    isq: Annotated[str | None, typer.Option(help="Not supported yet.")] = None
+    isq: Isq = None
     pa_gpu_mem: Annotated[int | None, typer.Option(help=_GPU)] = None
     pa_gpu_mem_usage: Annotated[float | None, typer.Option(min=0, max=1, help=_GPU)] = None
     pa_blk_size: Annotated[int | None, typer.Option(help=_GPU)] = None
     no_paged_attn: Annotated[bool, typer.Option("--no-paged-attn", help=_GPU)] = False
-    token_source: Annotated[str, typer.Option(help="Accepted; nothing is downloaded.")] = "cache"
+    token_source: TokenSource = "cache"
+    offline: Offline = False
 
     def check(self) -> None:
         """Raises InvalidRequest for what would be silently without effect."""
-        if self.isq is not None:
-            raise InvalidRequest("--isq is not supported yet; give a file that is quantized")
         if self.num_device_layers not in (None, "0", "0:0"):
             raise InvalidRequest("--num-device-layers: this build runs on the CPU only; give 0")
 
-    def open(self, path: str | Path | None) -> Model:
-        """The model at `path`, as the flags want it."""
+    def open(self, selected: Selected | Path) -> Model:
+        """The model that was selected, as the flags want it."""
         from squall.engine.engine import EngineConfig
 
         self.check()
@@ -142,16 +153,21 @@ class ServeFlags:
             prefix_cache_n=self.prefix_cache_n,
             no_kv_cache=self.no_kv_cache,
         )
+        opening = selected.opening() if isinstance(selected, Selection) else Opening(selected)
+        options = dict(opening.options)
         model = open_model(
-            path,
+            opening.path,
             context=self.context,
             threads=self.threads,
             kv_dtype=self.kv_dtype,
             kv_tokens=self.kv_tokens,
             engine=config,
+            hub=Hub(token_source=self.token_source, offline=self.offline),
+            quantization=Quantization(self.isq, options.pop("topology", None)),
+            **options,
         )
         if self.chat_template is not None:
-            model.set_chat_template(_template(self.chat_template))
+            model.set_chat_template(self.chat_template)
         return model
 
     def options(self) -> ServerOptions:
@@ -216,8 +232,8 @@ def _add_selectors() -> None:
             flags: ServeFlags = invocation.obj
             if flags.port is None and not flags.interactive_mode:
                 raise typer.BadParameter("give one, or -i for a chat", param_hint="--port")
-            path = SELECTORS[str(invocation.info_name)](**given)
-            _run(flags, path, flags.port or 0)
+            selected = SELECTORS[str(invocation.info_name)](**given)
+            _run(flags, selected, flags.port or 0)
 
         # What belongs to a word that is not known yet is not known either.
         settings = {"ignore_unknown_options": name in NOT_YET}
@@ -227,14 +243,14 @@ def _add_selectors() -> None:
 _add_selectors()
 
 
-def _run(flags: ServeFlags, path: str | Path | None, port: int) -> None:
+def _run(flags: ServeFlags, selected: Selected | Path, port: int) -> None:
     """Serve, or chat, until the user has enough."""
     if flags.interactive_mode:
         from squall.cli.chat import Chat
         from squall.cli.run import Settings
 
         settings = Settings(CHAT | {"seed": flags.seed}, {"multiplier": 0.0})
-        with flags.open(path) as model:
+        with flags.open(selected) as model:
             Chat(model, settings, None).loop()
         return
     # A signal while the model loads ends the process, also where it is a container's first one.
@@ -244,14 +260,14 @@ def _run(flags: ServeFlags, path: str | Path | None, port: int) -> None:
     options = flags.options()
     listener = listen(flags.serve_ip, port)
     for name in NO_EFFECT:
-        if getattr(flags, name) not in (None, "cache"):
+        if getattr(flags, name) is not None:
             sys.stderr.write(f"note: --{name.replace('_', '-')} has no effect on the CPU\n")
     if options.hosts is None and not options.api_keys:
         sys.stderr.write(
             f"warning: whoever reaches {flags.serve_ip} may use this server; --api-key KEY asks "
             "for a key\n"
         )
-    with flags.open(path) as model:
+    with flags.open(selected) as model:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         name = options.model_id or model.checkpoint.path.stem
@@ -268,16 +284,3 @@ def _run(flags: ServeFlags, path: str | Path | None, port: int) -> None:
 
 def _leave(number: int, _: object) -> NoReturn:
     os._exit(128 + number)
-
-
-def _template(given: str) -> str:
-    """The Jinja source of a file, of a tokenizer's JSON, or given as it is."""
-    if given.endswith(".json"):
-        try:
-            found = json.loads(read_text(Path(given)))["chat_template"]
-        except (ValueError, KeyError, TypeError):
-            found = None
-        if not isinstance(found, str):
-            raise InvalidRequest(f"{given} has no chat_template that is text")
-        return found
-    return read_text(Path(given)) if given.endswith((".jinja", ".j2")) else given

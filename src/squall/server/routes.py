@@ -20,14 +20,20 @@ from squall.server.answer import Answer, AnyJob
 from squall.server.errors import ApiError
 from squall.server.gate import Visit
 from squall.server.metrics import CONTENT_TYPE
-from squall.server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from squall.server.schemas import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    ReIsqBody,
+    TokenizeBody,
+)
 from squall.server.service import Service
 
-BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ReIsqBody)
 # The seed API has these; what they need is not there yet.
 NOT_YET = {
     "/activate_adapters": "adapters",
-    "/re_isq": "quantizing a loaded model again",
     "/v1/images/generations": "images",
 }
 OPENAPI_PATHS = ("/openapi.json", "/api-doc/openapi.json")
@@ -113,6 +119,13 @@ def _add_models(router: APIRouter, service: Service) -> None:
         "owned_by": "local",
         "max_model_len": service.model.context,
     }
+
+    @router.post("/re_isq", include_in_schema=False)
+    async def re_isq(request: Request) -> Response:
+        """Quantize the weights again; answers that are under way go on with the new ones."""
+        body = await _read(service, request, ReIsqBody)
+        await _work(service, partial(service.model.re_isq, body.ggml_type))
+        return JSONResponse({"ggml_type": body.ggml_type})
 
     @router.get("/v1/models")
     async def models() -> Response:

@@ -187,6 +187,12 @@ class TokenizeBody(Body):
     add_special_tokens: bool = True
 
 
+class ReIsqBody(Body):
+    """POST /re_isq: other weights, of a type that --isq knows."""
+
+    ggml_type: Annotated[str, Field(max_length=40)]
+
+
 class DetokenizeBody(Body):
     """POST /detokenize: the text of token ids."""
 
