@@ -153,7 +153,8 @@ def test_kinds_not_there_yet(which: Any) -> None:
         Runner(which)
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "a-00001-of-00002.gguf").touch()
     names = ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]
     with pytest.raises(squall.ModelNotFound, match="00002-of-00002"):
