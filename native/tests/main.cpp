@@ -50,6 +50,14 @@ std::vector<size_t> exponents(Format format) {
     case Format::kQ4K:
     case Format::kQ5K:
       return {1, 3};
+    case Format::kHqq8:
+    case Format::kHqq4:
+    case Format::kHqq3:
+    case Format::kHqq2:
+    case Format::kHqq1:
+      return {1, 3};
+    case Format::kF8:
+      return {0};
     case Format::kQ2K:
       return {81, 83};
     case Format::kQ3K:
