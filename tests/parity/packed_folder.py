@@ -1,4 +1,4 @@
-"""Models quantized as GPTQ and AWQ do it, and written as their tools document it: slowly, plainly."""
+"""Models quantized to the layouts of GPTQ and AWQ, and written as their tools document them."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def to_words(codes: list[int], bits: int) -> list[int]:
 
 
 def awq_words(codes: list[int]) -> list[int]:
-    words = []
-    for first in range(0, len(codes), 8):
-        words.append(sum(codes[first + NIBBLES[i]] << 4 * i for i in range(8)))
-    return words
+    return [
+        sum(codes[first + NIBBLES[i]] << 4 * i for i in range(8))
+        for first in range(0, len(codes), 8)
+    ]
 
 
 def words_array(rows: list[list[int]]) -> NDArray[np.int32]:

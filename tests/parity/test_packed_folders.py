@@ -21,7 +21,7 @@ from reference_executor import ReferenceExecutor
 from squall.checkpoints import open_checkpoint
 from squall.cli.app import app
 from squall.decoder import compile
-from squall.errors import InvalidCheckpoint, SquallError, UnsupportedModel
+from squall.errors import InvalidRequest, SquallError, UnsupportedModel
 from squall.executors.native import NativeExecutor
 from squall.quant import Plan
 from squall.recipes import load
@@ -33,6 +33,7 @@ GPTQ = [
     Packing("gptq", bits, group, act_order, version=1 + (bits + group + act_order) % 2)
     for bits, group, act_order in product((2, 3, 4, 8), (32, 64, 128, -1), (False, True))
 ]
+ORDERED = Packing(act_order=True)
 AWQ = [Packing("awq", 4, group) for group in (32, 64, 128, -1)]
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -108,3 +109,141 @@ def test_a_quantized_head(tmp_path: Path) -> None:
     model = build("llama-2", Packing(act_order=True), tmp_path, head=True)
     formats = {total.format: total for total in check(model).formats}
     assert formats["int4_g128"].matrices == 15
+
+
+def altered(tmp_path: Path, change: Any, packing: Packing = ORDERED) -> Path:
+    """A quantized folder whose config and tensors `change(config, tensors)` has altered."""
+    build("llama-2", packing, tmp_path)
+    folder = tmp_path / "m"
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / packed_folder.WHOLE)
+    change(config["quantization_config"], tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / packed_folder.WHOLE)
+    return folder
+
+
+def set_key(key: str, value: Any) -> Any:
+    return lambda config, _: config.update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("quant_method", "bitsandbytes", "gptq, awq"),
+        ("quant_method", None, "gptq, awq"),
+        ("quant_method", [], "gptq, awq"),
+        ("bits", 5, "2, 3, 4, 8"),
+        ("bits", True, "2, 3, 4, 8"),
+        ("bits", [4], "2, 3, 4, 8"),
+        ("checkpoint_format", "marlin", "gptq_v2"),
+        ("group_size", 0, "multiple of 32"),
+        ("group_size", 48, "multiple of 32"),
+        ("group_size", -2, "multiple of 32"),
+        ("group_size", 1 << 40, "multiple of 32"),
+        ("group_size", "128", "multiple of 32"),
+        ("dynamic", [8], "single layers"),
+        ("dynamic", {"+:.*": {"bits": 8}}, "single layers"),
+    ],
+)
+def test_unsupported_schemes(key: str, value: Any, text: str, tmp_path: Path) -> None:
+    folder = altered(tmp_path, set_key(key, value))
+    with pytest.raises(UnsupportedModel, match=text):
+        open_checkpoint(folder)
+    report = inspect(folder)
+    assert not report["runs"]
+    assert text in report["obstacle"]
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    shown = CliRunner().invoke(app, ["inspect", "--json", str(folder)])
+    assert shown.exit_code == 0
+    report: dict[str, Any] = json.loads(shown.stdout)
+    return report
+
+
+NAME = "model.layers.1.mlp.down_proj."
+
+
+def set_tensor(part: str, change: Any) -> Any:
+    def alter(_: Any, tensors: dict[str, Any]) -> None:
+        tensors[NAME + part] = np.ascontiguousarray(change(tensors[NAME + part]))
+
+    return alter
+
+
+def put(index: Any, value: Any) -> Any:
+    def change(array: Any) -> Any:
+        array[index] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (set_key("bits", 8), "shape"),
+        (set_key("group_size", 64), "shape"),
+        (set_tensor("qweight", lambda x: x[:-1]), "shape"),
+        (set_tensor("qweight", lambda x: x.reshape(-1)), "shape"),
+        (set_tensor("qweight", lambda x: x[:0]), "shape"),
+        (set_tensor("qzeros", lambda x: x[:, :-1]), "qzeros.*shape"),
+        (set_tensor("scales", lambda x: x[:-1]), "scales.*shape"),
+        (set_tensor("g_idx", lambda x: x[:-1]), "g_idx.*shape"),
+        (set_tensor("g_idx", put(3, -1)), "g_idx goes from -1"),
+        (set_tensor("g_idx", put(3, 2)), "to 2; there are 2 groups"),
+        (
+            set_tensor("g_idx", lambda x: (np.arange(len(x)) < 100).astype(np.int32)),
+            "not multiples of 128",
+        ),
+        (set_tensor("scales", put((0, 3), np.inf)), "infinite"),
+        (set_tensor("scales", put((1, 0), np.nan)), "infinite or NaN"),
+        (set_tensor("scales", lambda x: x.astype(np.int16)), "must be f16"),
+        (set_tensor("qweight", lambda x: x.astype(np.int64)), "must be i32"),
+        (lambda _, tensors: tensors.pop(NAME + "qzeros"), "qzeros.*missing"),
+        (lambda _, tensors: tensors.pop(NAME + "g_idx"), "g_idx.*missing"),
+        (lambda _, tensors: tensors.pop(NAME + "qweight"), "missing"),
+        (lambda _, t: t.update({NAME + "weight": np.ones((128, 256), np.float32)}), "both"),
+        (lambda _, t: t.update({NAME + "bias": np.ones(128, np.float32)}), "does not use"),
+    ],
+)
+def test_broken_tensors(change: Any, text: str, tmp_path: Path) -> None:
+    folder = altered(tmp_path, change)
+    with pytest.raises(SquallError, match=text):
+        executor_of(folder)
+
+
+def executor_of(folder: Path, **options: Any) -> NativeExecutor:
+    checkpoint = open_checkpoint(folder)
+    recipe = load(checkpoint)
+    program = compile(recipe.decoder, recipe.names, context=64)
+    return NativeExecutor(program, checkpoint, blocks=4, threads=1, **options)
+
+
+def test_a_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:
+    folder = altered(tmp_path, set_key("bits", 4))
+    with pytest.raises(InvalidRequest, match="GPTQ, 4 bits"):
+        executor_of(folder, plan=Plan.of("q4k"))
+
+
+def test_inspect_tells_the_scheme(tmp_path: Path) -> None:
+    report = inspect(altered(tmp_path, set_key("bits", 4)))
+    assert report["quantization"] == "GPTQ, 4 bits, groups of 128, in order of activation"
+    assert {total["format"] for total in report["formats"]} == {"int4_g128", "f32"}
+
+
+def test_old_folders_have_a_file_of_their_own(tmp_path: Path) -> None:
+    folder = altered(tmp_path, set_key("bits", 4))
+    config = json.loads((folder / "config.json").read_text())
+    own = config.pop("quantization_config")
+    del own["quant_method"], own["checkpoint_format"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(own))
+    assert executor_of(folder).formats
+
+
+def test_codes_of_three_bits_lie_as_their_packers_document() -> None:
+    """Value 10 has its upper bit in the next word, value 21 its upper two."""
+    words = packed_folder.to_words([0] * 10 + [0b101] + [0] * 10 + [0b011] + [0] * 9 + [7], 3)
+    assert words == [0b01 << 30, 1 | 1 << 31, 0b01 | 7 << 29]

@@ -160,12 +160,14 @@ class _Loader:
         data = tensor.row_data(start, stop)
         if name not in self._restored:
             return data
-        values = np.empty((stop - start, cols), np.float16)
+        values = np.empty((stop - start, cols), quant.FORMATS[self._format(name)].layout)
         values[:, tensor.order] = quant.FORMATS[tensor.format].dequantize(data).reshape(-1, cols)
         return values.reshape(-1).view(np.uint8)
 
     def _format(self, name: str) -> str:
-        return "f16" if name in self._restored else self.checkpoint.tensors[name].format
+        if name not in self._restored:
+            return self.checkpoint.tensors[name].format
+        return "f32" if self.weights == "f32" else "f16"
 
     def input(self, executor: _native.Executor, x: p.Value, weight: p.Matrix) -> int:
         """x, with its columns in the order that the tiles of `weight` have."""
@@ -370,6 +372,11 @@ class NativeExecutor:
         Until it is done the old weights are in memory too; if it fails, they stay. Not during a
         step.
         """
+        if plan.quantizes and self.checkpoint.quantization:
+            raise InvalidRequest(
+                f"the weights are quantized already ({self.checkpoint.quantization}); "
+                "quantization on the way in is for float weights"
+            )
         loader = _Loader(
             self.checkpoint, self.program, self.pool,
             weights=self._weights, plan=plan, progress=progress,

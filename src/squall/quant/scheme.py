@@ -11,10 +11,11 @@ from squall.errors import UnsupportedModel
 from squall.quant import awq, gptq
 
 METHODS: Mapping[str, ModuleType] = {"gptq": gptq, "awq": awq}
-# Values of quantization_config that other kernels than these or other layouts belong to.
+LARGEST_GROUP = 1 << 16
+# The key of quantization_config that names the layout, the known ones, and the default.
 _LAYOUTS = {
-    "gptq": ("checkpoint_format", {"gptq", "gptq_v2"}, "gptq"),
-    "awq": ("version", {"gemm"}, "gemm"),
+    "gptq": ("checkpoint_format", ("gptq", "gptq_v2"), "gptq"),
+    "awq": ("version", ("gemm",), "gemm"),
 }
 _HINT = "Use the model as it was before, or a GGUF file"
 
@@ -39,36 +40,28 @@ class Scheme:
     def of(cls, config: Mapping[str, Any]) -> Scheme:
         """From quantization_config, or quantize_config.json; UnsupportedModel for any other."""
         method = config.get("quant_method", "gptq" if "bits" in config else None)
-        if method not in METHODS:
-            raise UnsupportedModel(
-                f"quantization_config has quant_method {_shown(method)}; "
-                f"known: {', '.join(METHODS)}. {_HINT}"
-            )
+        _check("quant_method", method, tuple(METHODS))
         key, known, default = _LAYOUTS[method]
         layout = str(config.get(key) or default).lower()
-        bits = config.get("bits", config.get("w_bit"))
-        group = config.get("group_size", config.get("q_group_size"))
         _check(key, layout, known)
-        _check("bits", bits, set(METHODS[method].BITS))
-        if (
-            type(group) is not int
-            or not (group == -1 or 32 <= group <= 1 << 20)
-            or group % 32 > 0 < group
-        ):
+        bits = config.get("bits", config.get("w_bit"))
+        _check("bits", bits, METHODS[method].BITS)
+        group = config.get("group_size", config.get("q_group_size"))
+        if type(group) is not int or group not in (-1, *range(32, LARGEST_GROUP + 1, 32)):
             raise UnsupportedModel(
                 f"quantization_config has group_size {_shown(group)}; "
                 "it must be -1 or a multiple of 32"
             )
-        dynamic = config.get("dynamic") or {}
-        if any(not str(rule).startswith("-:") for rule in dynamic):
+        rules = config.get("dynamic") or {}
+        if not isinstance(rules, dict) or not all(rule.startswith("-:") for rule in rules):
             raise UnsupportedModel(f"quantization_config has rules for single layers. {_HINT}")
         ordered = method == "gptq" and config.get("desc_act") is True
         return cls(method, bits, None if group == -1 else group, layout, ordered)
 
 
-def _check(key: str, value: object, known: set[Any]) -> None:
+def _check(key: str, value: object, known: tuple[Any, ...]) -> None:
     if type(value) is bool or value not in known:
-        listed = ", ".join(map(str, sorted(known)))
+        listed = ", ".join(map(str, known))
         raise UnsupportedModel(
             f"quantization_config has {key} {_shown(value)}; known: {listed}. {_HINT}"
         )
