@@ -52,7 +52,7 @@ def grouped(  # noqa: PLR0913
     def zeros(start: int, stop: int) -> NDArray[np.uint8]:
         found = unpack_rows(_restored(qzeros, bits) if less_one else qzeros, bits)
         if less_one and bits == 3:
-            found = found + 1 & 7
+            found = (found + np.uint8(1)) & np.uint8(7)
         return found[:, start:stop].T
 
     return Grouped(bits, block_for(group, len(groups)), codes, zeros, scales, groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,12 +85,12 @@ def unpack_rows(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
         return data
     if bits == 3:  # three bytes are eight codes
         first, second, third = (data[:, i::3].astype(np.uint32) for i in range(3))
-        data24 = first | second << 8 | third << 16
-        return _shifted(data24, 3, 8)
+        eight = first | second << np.uint32(8) | third << np.uint32(16)
+        return _shifted(eight, 3, 8)
     return _shifted(data, bits, 8 // bits)
 
 
-def _shifted(values: NDArray[np.uint8 | np.uint32], bits: int, count: int) -> NDArray[np.uint8]:
+def _shifted(values: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]:
     codes = np.empty((*values.shape, count), np.uint8)
     for i in range(count):
         codes[..., i] = values >> (bits * i) & ((1 << bits) - 1)
