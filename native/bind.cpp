@@ -331,7 +331,8 @@ void bind_ops(nb::class_<Executor>& c) {
           "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none())
       .def("add", &Executor::add, "out"_a, "a"_a, "b"_a, "scale"_a)
       .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
-      .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a);
+      .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a)
+      .def("gather_columns", &Executor::gather_columns, "out"_a, "x"_a, "order"_a);
 }
 
 }  // namespace

@@ -360,6 +360,24 @@ void Executor::gather_rows(size_t out, size_t x) {
   add_phase("gather rows", std::move(phase));
 }
 
+void Executor::gather_columns(size_t out, size_t x, std::vector<uint32_t> order) {
+  const Buffer &from = floats(x), &to = *buffers_.at(out);
+  expect(to.width == order.size(), "gathered columns are as many as the order has");
+  for (const uint32_t column : order)
+    expect(column < from.width, "a gathered column is outside its input");
+  auto phase =
+      row_phase(to, pool_->threads(),
+                [&k = kernels_, &from, &to, order = std::move(order)](const Step&, size_t r) {
+                  float* row = to.row(r);
+                  for (size_t c = 0; c < to.width; ++c) row[c] = from.row(r)[order[c]];
+                  if (to.quant != nullptr) to.quantize(k, r, 0, to.width, row);
+                });
+  phase->reads = {x};
+  phase->writes = {out};
+  phase->quantizes = true;
+  add_phase("gather columns", std::move(phase));
+}
+
 // ---- planning ----
 
 void Executor::plan(size_t logits) {

@@ -161,6 +161,8 @@ class Executor {
   void add(size_t out, size_t a, size_t b, float scale);
   void softcap(size_t out, size_t x, float cap);
   void gather_rows(size_t out, size_t x);
+  // out[:, i] = x[:, order[i]]
+  void gather_columns(size_t out, size_t x, std::vector<uint32_t> order);
   // No more ops: groups the phases and lays out the buffers.
   void plan(size_t logits);
 

@@ -2,7 +2,8 @@
 //
 // A tile is 16 rows of a weight, interleaved so that a SIMD lane is a row, and read from front to
 // back. Integer formats are chunks of 32, 64 or 256 columns, each scales, then codes:
-//   scales  direct: for every 32 columns f16 d[16], and f16 m[16] when there is a minimum. Super,
+//   scales  direct: for every 32 columns (of HQQ and the integers of GPTQ: of a block) f16 d[16],
+//           and f16 m[16] when there is a minimum, or the code that means zero. Super,
 //   for 256 columns:
 //           f16 d[16], f16 dmin[16], then 16 byte-sized sub-scales, and sub-minima, per group.
 //   codes   for every 32 columns bit planes of 16 x 32 codes. A vector of 64 bytes is 16 rows x 4
@@ -48,8 +49,20 @@ enum class Format : uint8_t {
   kHqq2,
   kHqq1,
   kF8,
+  kInt8G32,
+  kInt8G64,
+  kInt8G128,
+  kInt4G32,
+  kInt4G64,
+  kInt4G128,
+  kInt3G32,
+  kInt3G64,
+  kInt3G128,
+  kInt2G32,
+  kInt2G64,
+  kInt2G128,
 };
-constexpr size_t kFormats = 21;
+constexpr size_t kFormats = 33;
 
 struct FormatInfo {
   std::string_view name;
@@ -85,10 +98,23 @@ constexpr std::array<FormatInfo, kFormats> kFormatInfo = {{
     {"hqq2", 64, 20, 2, 64, 64},
     {"hqq1", 64, 12, 1, 64, 64},
     {"f8_e4m3", 1, 1, 0, 1, 0},
+    {"int8_g32", 32, 36, 8, 32, 64},
+    {"int8_g64", 64, 68, 8, 64, 64},
+    {"int8_g128", 128, 132, 8, 128, 64},
+    {"int4_g32", 32, 36, 4, 32, 64},
+    {"int4_g64", 64, 68, 4, 64, 64},
+    {"int4_g128", 128, 132, 4, 128, 64},
+    {"int3_g32", 32, 36, 3, 32, 64},
+    {"int3_g64", 64, 68, 3, 64, 64},
+    {"int3_g128", 128, 132, 3, 128, 64},
+    {"int2_g32", 32, 36, 2, 32, 64},
+    {"int2_g64", 64, 68, 2, 64, 64},
+    {"int2_g128", 128, 132, 2, 128, 64},
 }};
 
 inline const FormatInfo& info(Format format) { return kFormatInfo[static_cast<size_t>(format)]; }
 
+constexpr bool has_zero_code(Format format) { return format >= Format::kInt8G32; }
 constexpr bool is_hqq(Format format) { return format >= Format::kHqq8 && format <= Format::kHqq1; }
 // Bytes in front of the codes of a float tile.
 constexpr size_t head_bytes(Format format) { return format == Format::kF8 ? 4 * kLanes : 0; }

@@ -114,6 +114,16 @@ struct PairMinimum {  // f16 d, f16 m two runs
     return DirectMinimum::of(p, 0);
   }
 };
+template <size_t kBlock, int kMiddle>
+struct ZeroCode {  // f16 d, f16 code of zero a block; kMiddle: what the kernel takes for zero
+  static constexpr size_t kRuns = kBlock / kGroup, kBytes = 64;
+  static constexpr bool kHalves = false, kMinimum = true;
+  [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
+    const F32x16 d = load(halves(p));
+    const F32x16 m = mul(d, ::sub(set1(static_cast<float>(kMiddle)), load(halves(p + 32))));
+    return {{d, d}, {m, m}};
+  }
+};
 struct Super4 {  // q4_k, q5_k: f16 d, f16 dmin a 256; u8 scale, u8 minimum a run
   static constexpr size_t kRuns = 8, kBytes = 64 + 8 * 32;
   static constexpr bool kHalves = false, kMinimum = true;
@@ -831,7 +841,19 @@ constexpr squall::Kernels table(const char* isa, CacheType type) {
        matmul_integer<IntegerTile<3, PairMinimum, -1>>,
        matmul_integer<IntegerTile<2, PairMinimum, -1>>,
        matmul_integer<IntegerTile<2, PairMinimum, -1, 1>>,
-       nullptr},
+       nullptr,
+       matmul_integer<IntegerTile<8, ZeroCode<32, 128>, 7>>,
+       matmul_integer<IntegerTile<8, ZeroCode<64, 128>, 7>>,
+       matmul_integer<IntegerTile<8, ZeroCode<128, 128>, 7>>,
+       matmul_integer<IntegerTile<4, ZeroCode<32, 0>, -1>>,
+       matmul_integer<IntegerTile<4, ZeroCode<64, 0>, -1>>,
+       matmul_integer<IntegerTile<4, ZeroCode<128, 0>, -1>>,
+       matmul_integer<IntegerTile<3, ZeroCode<32, 0>, -1>>,
+       matmul_integer<IntegerTile<3, ZeroCode<64, 0>, -1>>,
+       matmul_integer<IntegerTile<3, ZeroCode<128, 0>, -1>>,
+       matmul_integer<IntegerTile<2, ZeroCode<32, 0>, -1>>,
+       matmul_integer<IntegerTile<2, ZeroCode<64, 0>, -1>>,
+       matmul_integer<IntegerTile<2, ZeroCode<128, 0>, -1>>},
       {matmul_float<Float32>,
        matmul_float<Float16>,
        matmul_float<BFloat16>,

@@ -137,13 +137,13 @@ struct FiveBits {  // bit i of the word at kBitsAt is column i's fifth
   }
 };
 
-template <size_t kAt, size_t kRuns>
-struct EightBits {  // int8 to code = value + 128
+template <size_t kAt, size_t kRuns, uint32_t kFlip = 128>
+struct EightBits {  // int8 to code = value + 128; kFlip 0: a code a byte
   template <class Put>
   static void codes(Rows rows, const Put& put) {
     for (size_t run = 0; run < kRuns; ++run) {
       const auto t = load_words<8>(rows, kAt + 32 * run);
-      put(run, make_codes([&](size_t k) { return t[k] ^ 128 * kBytes; }));
+      put(run, make_codes([&](size_t k) { return t[k] ^ kFlip * kBytes; }));
     }
   }
 };
@@ -350,6 +350,9 @@ struct Hqq3 : QuarterBytes<4, true>, ScaleAndMinimum {};
 struct Hqq2 : QuarterBytes<4, false>, ScaleAndMinimum {};
 struct Hqq1 : OneBit<4>, ScaleAndMinimum {};
 
+template <size_t kBlock>
+struct Integers : EightBits<4, kBlock / kGroup, 0>, ScaleAndMinimum {};
+
 template <Format kFormat, class Layout>
 void pack_blocks(Rows rows, size_t cols, uint8_t* to, const uint8_t* next) {
   constexpr FormatInfo f = kFormatInfo[static_cast<size_t>(kFormat)];
@@ -408,6 +411,18 @@ constexpr std::array<Pack, kFormats> kPack = {
     pack_blocks<Format::kHqq2, Hqq2>,
     pack_blocks<Format::kHqq1, Hqq1>,
     pack_floats<uint8_t>,
+    pack_blocks<Format::kInt8G32, Integers<32>>,
+    pack_blocks<Format::kInt8G64, Integers<64>>,
+    pack_blocks<Format::kInt8G128, Integers<128>>,
+    pack_blocks<Format::kInt4G32, Integers<32>>,
+    pack_blocks<Format::kInt4G64, Integers<64>>,
+    pack_blocks<Format::kInt4G128, Integers<128>>,
+    pack_blocks<Format::kInt3G32, Integers<32>>,
+    pack_blocks<Format::kInt3G64, Integers<64>>,
+    pack_blocks<Format::kInt3G128, Integers<128>>,
+    pack_blocks<Format::kInt2G32, Integers<32>>,
+    pack_blocks<Format::kInt2G64, Integers<64>>,
+    pack_blocks<Format::kInt2G128, Integers<128>>,
 };
 
 }  // namespace

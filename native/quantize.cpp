@@ -515,6 +515,8 @@ QuantizeBlock quantizer(Format format) {
 Quantizer::Quantizer(Format format, const RowReader& from, const float* importance,
                      ThreadPool& pool)
     : format_(format), cols_(from.cols), importance_(importance) {
+  if (has_zero_code(format))
+    throw std::invalid_argument("nothing is quantized to " + std::string(info(format).name));
   if (is_hqq(format)) zeros_ = fit_hqq_zeros(info(format).bits, from, pool);
 }
 

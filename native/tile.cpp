@@ -73,6 +73,7 @@ float half_at(const uint8_t* p, size_t lane) {
 float value_of(Format format, const uint8_t* s, size_t lane, size_t column, int code) {
   const float d = half_at(s, lane), q = static_cast<float>(code);
   const size_t run = column / 32, half = column / 16;
+  if (has_zero_code(format)) return d * (q - half_at(s + 32, lane));
   switch (format) {
     case Format::kQ4_0:
       return d * (q - 8.0f);
@@ -111,10 +112,7 @@ float value_of(Format format, const uint8_t* s, size_t lane, size_t column, int 
       memcpy(&wide, s + 4 * lane, 4);
       return wide * (q - 128.0f);
     }
-    case Format::kF32:
-    case Format::kF16:
-    case Format::kBF16:
-    case Format::kF8:
+    default:  // floats
       break;
   }
   return 0.0f;

@@ -49,7 +49,7 @@ def test_dequantize(format: Format, rows: int, rng: np.random.Generator) -> None
 def test_dequantize_edge_blocks(format: Format, byte: int, scale: float) -> None:
     rows, cols = 17, format.block
     data = np.full(rows * format.block_bytes, byte, np.uint8)
-    for name in {"scale", "minimum", "sum"} & set(format.layout.names or ()):
+    for name in {"scale", "minimum", "sum", "zero"} & set(format.layout.names or ()):
         data.view(format.layout)[name] = scale
     assert_exact(format, data, rows, cols)
 

@@ -21,6 +21,8 @@ def random_blocks(format: Format, rng: np.random.Generator, blocks: int) -> NDAr
     for name in ("scale", "minimum"):
         if name in format.layout.names:
             view[name] = random_scales(rng, blocks)
+    if "zero" in format.layout.names:  # of formats such as int4_g128
+        view["zero"] = rng.integers(0, 1 << int(format.name[3]), blocks)
     _fill_sums(view)
     return data
 

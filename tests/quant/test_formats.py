@@ -38,9 +38,14 @@ TABLE: dict[str, tuple[int | None, int, int]] = {
     "hqq2": (None, 64, 20),
     "hqq1": (None, 64, 12),
     "f8_e4m3": (None, 1, 1),
+} | {
+    f"int{bits}_g{block}": (None, block, 4 + block)
+    for bits in (8, 4, 3, 2)
+    for block in (32, 64, 128)
 }
+INTEGERS = {name for name in TABLE if name.startswith("int")}
 LIKE_GGUF = {"f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"}
-UNKNOWN_TO_GGUF = {"q8_1", "q8_k", "hqq8", "hqq4", "hqq3", "hqq2", "hqq1", "f8_e4m3"}
+UNKNOWN_TO_GGUF = {"q8_1", "q8_k", "hqq8", "hqq4", "hqq3", "hqq2", "hqq1", "f8_e4m3"} | INTEGERS
 
 formats = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 in_gguf = pytest.mark.parametrize(
@@ -64,6 +69,9 @@ def scalar_dequantize(data: NDArray[np.uint8], format: Format) -> NDArray[np.flo
         if format.name.startswith("hqq"):
             values += scalar_hqq(block, int(format.name[3:]))
             continue
+        if format.name in INTEGERS:
+            values += scalar_integers(block, int(format.name[3]))
+            continue
         header, codes = {"q8_1": ("<2e", "<32b"), "q8_k": ("<f", "<256b")}[format.name]
         scale = np.float32(struct.unpack_from(header, block)[0])
         values += [
@@ -86,6 +94,11 @@ def scalar_hqq(block: bytes, bits: int) -> list[np.float32]:
     if bits == 3:
         codes = [low | high << 2 for low, high in zip(codes, plane(1, 20), strict=True)]
     return [scale * np.float32(q) + minimum for q in codes]
+
+
+def scalar_integers(block: bytes, bits: int) -> list[np.float32]:
+    scale, zero = map(np.float32, struct.unpack_from("<2e", block))
+    return [scale * (np.float32(code % (1 << bits)) - zero) for code in block[4:]]
 
 
 def torch_dequantize(data: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -133,7 +146,7 @@ def test_dequantize_any_bytes(format: Format, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("scale", [0.0, -0.0, 1.0, -0.037])
 def test_dequantize_edge_blocks(format: Format, byte: int, scale: float) -> None:
     data = np.full(3 * format.block_bytes, byte, np.uint8)
-    for name in {"scale", "minimum", "sum"} & set(format.layout.names):
+    for name in {"scale", "minimum", "sum", "zero"} & set(format.layout.names):
         data.view(format.layout)[name] = scale
     assert_same_bits(format.dequantize(data), reference(data, format))
 

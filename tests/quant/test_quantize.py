@@ -20,7 +20,8 @@ REFERENCE_ERROR = {
     "q5_k": 0.03611,
     "q6_k": 0.01774,
 }
-BLOCKS = [format for format in FORMATS.values() if format.block > 1]
+MADE = {name: format for name, format in FORMATS.items() if not name.startswith("int")}
+BLOCKS = [format for format in MADE.values() if format.block > 1]
 HQQ = [8, 4, 3, 2, 1]
 
 blocks = pytest.mark.parametrize("format", BLOCKS, ids=lambda f: f.name)
@@ -151,7 +152,7 @@ def test_importance_is_a_number_a_column() -> None:
         _native.quantize("q4_k", np.ones((1, 256), np.float32), importance=np.ones(1, np.float32))
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("format", MADE.values(), ids=MADE)
 @pytest.mark.parametrize("rows", [1, 16, 33])
 def test_tiles_hold_what_the_blocks_say(
     format: Format, rows: int, rng: np.random.Generator
@@ -184,3 +185,12 @@ def test_requantize_names_the_row_it_cannot() -> None:
         _native.requantize(source, "q4_0")
     with pytest.raises(ValueError, match="multiple of 256"):
         _native.requantize(source, "q4_k")
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - MADE.keys()))
+def test_what_files_bring_is_not_made(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"nothing is quantized to {name}"):
+        FORMATS[name].quantize(np.ones(FORMATS[name].block, np.float32))
+    source = _native.pack("f32", np.zeros(512, np.uint8), 1, 128)
+    with pytest.raises(ValueError, match=name):
+        _native.requantize(source, name)

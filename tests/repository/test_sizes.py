@@ -14,7 +14,7 @@ BUDGETS = {
     "src/squall/cli": 1700,
     "src/squall/engine": 1800,
     "src/squall/executors": 700,
-    "src/squall/quant": 900,
+    "src/squall/quant": 1150,
     "src/squall/recipes": 1700,
     "src/squall/server": 1700,
     "src/squall/text": 2250,

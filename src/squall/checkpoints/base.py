@@ -81,6 +81,16 @@ class Tensor:
         """Stored bytes."""
         return self.data.size
 
+    @property
+    def order(self) -> NDArray[np.uint32] | None:
+        """The columns as `row_data` has them; None: as they are."""
+        return None
+
+    def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of rows start:stop, in blocks of `format`."""
+        row_bytes = FORMATS[self.format].row_bytes(self.cols)
+        return self.data[start * row_bytes : stop * row_bytes]
+
     def check_format(self) -> None:
         """Raise UnsupportedModel when Squall cannot compute with the tensor's format."""
         if self.format not in FORMATS:
@@ -105,6 +115,7 @@ class Header:
     version: int = 0
     parts: tuple[Path, ...] = ()
     kind: Kind = "gguf"
+    quantization: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,6 +124,7 @@ class Checkpoint:
 
     gguf: `path` is a file, `metadata` its fields. folder: `path` is one, `metadata` what its
     config.json says; other files in it (tokenizer, generation defaults) are for who needs them.
+    quantization: how the weights of a folder are quantized, for people; "": they are not.
     """
 
     path: Path
@@ -122,3 +134,4 @@ class Checkpoint:
     version: int = 0
     parts: tuple[Path, ...] = ()
     kind: Kind = "gguf"
+    quantization: str = ""

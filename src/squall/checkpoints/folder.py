@@ -12,8 +12,10 @@ from squall.checkpoints.base import Checkpoint, Header, Tensor, TensorInfo
 from squall.checkpoints.files import quote, read_json
 from squall.checkpoints.pickle import INDEX as PICKLE_INDEX
 from squall.checkpoints.pickle import open_pickle, open_pickles
+from squall.checkpoints.quantized import quantization, with_weights
 from squall.checkpoints.safetensors import MAX_TENSORS, Part, open_part
-from squall.errors import InvalidCheckpoint, ModelNotFound
+from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
+from squall.quant.scheme import Scheme
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"
@@ -28,8 +30,14 @@ _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 def open_folder(folder: Path) -> Checkpoint:
     """Open a folder with config.json and weights; no weight is read."""
+    return _open(folder, quantization(folder, _config(folder)))
+
+
+def _open(folder: Path, scheme: Scheme | None) -> Checkpoint:
     config = _config(folder)
     tensors, parts = _open_safetensors(folder) or _open_pickles(folder)
+    if scheme is not None:
+        tensors = with_weights(tensors, scheme)
     return Checkpoint(
         folder,
         MappingProxyType(config),
@@ -37,12 +45,16 @@ def open_folder(folder: Path) -> Checkpoint:
         sum(part.stat().st_size for part in parts),
         parts=tuple(parts),
         kind="folder",
+        quantization="" if scheme is None else str(scheme),
     )
 
 
 def read_folder(folder: Path) -> Header:
-    """The same without the weights."""
-    opened = open_folder(folder)
+    """The same without the weights; those of an unknown quantization as they are stored."""
+    try:
+        opened = open_folder(folder)
+    except UnsupportedModel:
+        opened = _open(folder, None)
     infos = {
         tensor.name: TensorInfo(tensor.name, tensor.format, tensor.shape, tensor.nbytes)
         for tensor in opened.tensors.values()
@@ -54,6 +66,7 @@ def read_folder(folder: Path) -> Header:
         opened.size_bytes,
         parts=opened.parts,
         kind="folder",
+        quantization=opened.quantization,
     )
 
 

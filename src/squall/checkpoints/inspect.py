@@ -47,6 +47,8 @@ class Source(Protocol):
     def parts(self) -> tuple[Path, ...]: ...
     @property
     def kind(self) -> Kind: ...
+    @property
+    def quantization(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class Inspection:
 
     path: str
     kind: Kind
+    quantization: str
     size_bytes: int
     version: int
     parts: tuple[str, ...]
@@ -111,6 +114,7 @@ def describe(source: Source, *, array_items: int = 6, text_chars: int = 200) -> 
     return Inspection(
         path=escape(str(source.path)),
         kind=source.kind,
+        quantization=escape(source.quantization),
         size_bytes=source.size_bytes,
         version=source.version,
         parts=tuple(escape(str(part)) for part in source.parts),

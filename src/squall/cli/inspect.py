@@ -82,6 +82,7 @@ def _print(found: Inspection, obstacle: str | None) -> None:
     for table in (metadata, tensors, totals):
         console.print(table)
     form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
+    form += f" ({found.quantization})" if found.quantization else ""
     console.print(
         Text(
             f"{found.path}: {form}, {found.parameters / 1e6:.1f} million parameters, "

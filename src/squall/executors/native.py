@@ -29,7 +29,7 @@ class _Loader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        needed: Sequence[p.Matrix | p.Vector],
+        program: p.Program,
         pool: _native.ThreadPool,
         *,
         weights: Weights,
@@ -45,7 +45,9 @@ class _Loader:
         self._arena = _native.Arena()
         self._tiles: dict[tuple[p.Matrix, str], list[_native.Tile]] = {}
         self._vectors: dict[p.Vector, NDArray[np.float32]] = {}
-        distinct = list({self._key(weight): weight for weight in needed}.values())
+        self._inputs: dict[tuple[int, bytes], int] = {}
+        self._restored = _in_disorder(program, checkpoint)
+        distinct = list({self._key(weight): weight for weight in program.weights()}.values())
         self._whole = sum(self._stored(weight) for weight in distinct)
         for weight, following in zip(distinct, [*distinct[1:], None], strict=True):
             for pages in self._pages(following):
@@ -94,7 +96,7 @@ class _Loader:
         return replace(weight, role=""), self._target(weight)
 
     def _target(self, weight: p.Matrix) -> str:
-        stored = self.checkpoint.tensors[weight.slices[0].tensor].format
+        stored = self._format(weight.slices[0].tensor)
         if self.weights == "f32":
             return "f32"
         return self.plan.target(weight.role, stored, weight.cols)
@@ -132,7 +134,7 @@ class _Loader:
             if start < stop:
                 offset = part.start - at
                 parts.append(self._rows(part.tensor, start + offset, stop + offset, weight.cols))
-                formats.add(self.checkpoint.tensors[part.tensor].format)
+                formats.add(self._format(part.tensor))
             at += part.stop - part.start
         if len(formats) != 1:
             names = ", ".join(part.tensor for part in weight.slices)
@@ -153,10 +155,31 @@ class _Loader:
 
     def _rows(self, name: str, start: int, stop: int, cols: int) -> NDArray[np.uint8]:
         tensor = self.checkpoint.tensors[name]
-        row_bytes = quant.FORMATS[tensor.format].row_bytes(cols)
-        if tensor.cols != cols or stop * row_bytes > tensor.nbytes:
+        if tensor.cols != cols or stop > tensor.rows:
             raise InvalidCheckpoint(f"tensor {name} has shape {tensor.shape}, not [{stop}, {cols}]")
-        return tensor.data[start * row_bytes : stop * row_bytes]
+        data = tensor.row_data(start, stop)
+        if name not in self._restored:
+            return data
+        values = np.empty((stop - start, cols), quant.FORMATS[self._format(name)].layout)
+        values[:, tensor.order] = quant.FORMATS[tensor.format].dequantize(data).reshape(-1, cols)
+        return values.reshape(-1).view(np.uint8)
+
+    def _format(self, name: str) -> str:
+        if name not in self._restored:
+            return self.checkpoint.tensors[name].format
+        return "f32" if self.weights == "f32" else "f16"
+
+    def input(self, executor: _native.Executor, x: p.Value, weight: p.Matrix) -> int:
+        """x, with its columns in the order that the tiles of `weight` have."""
+        name = weight.slices[0].tensor
+        order = None if name in self._restored else self.checkpoint.tensors[name].order
+        if order is None:
+            return x.id
+        key = (x.id, order.tobytes())
+        if key not in self._inputs:
+            self._inputs[key] = executor.value(x.width, x.rows == "outputs", False)
+            executor.gather_columns(self._inputs[key], x.id, order.tolist())
+        return self._inputs[key]
 
     def _vector(self, weight: p.Vector) -> NDArray[np.float32]:
         parts = [
@@ -169,6 +192,26 @@ class _Loader:
                 f"{weight.slices[0].tensor} has {vector.size} values, not {weight.size}"
             )
         return vector
+
+
+def _in_disorder(program: p.Program, checkpoint: Checkpoint) -> frozenset[str]:
+    """Tensors whose columns go back where they belong, as f16.
+
+    They have an order of their own, and their op cannot reorder its input: it multiplies several
+    weights by it, which do not agree.
+    """
+    found: set[str] = set()
+    for op in program.ops:
+        several: list[p.Matrix] = []
+        if isinstance(op, p.MixtureOfExperts):
+            several = [op.router, op.gate, op.up, op.down]
+        elif isinstance(op, p.GatedLinear):
+            several = [op.gate, op.up]
+        tensors = [checkpoint.tensors[part.tensor] for m in several for part in m.slices]
+        orders = {None if t.order is None else t.order.tobytes() for t in tensors}
+        if len(orders) > 1 or (isinstance(op, p.MixtureOfExperts) and orders != {None}):
+            found |= {t.name for t in tensors if t.order is not None}
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +261,22 @@ def _(op: p.Normalize, e: _native.Executor, w: _Loader) -> None:
 @_lower.register
 def _(op: p.Linear, e: _native.Executor, w: _Loader) -> None:
     weight, bias = w.tile(op.weight), w.vector(op.bias)
-    e.linear(op.out.id, op.x.id, weight, bias, op.activation, op.scale, _id(op.residual))
+    e.linear(
+        op.out.id,
+        w.input(e, op.x, op.weight),
+        weight,
+        bias,
+        op.activation,
+        op.scale,
+        _id(op.residual),
+    )
 
 
 @_lower.register
 def _(op: p.GatedLinear, e: _native.Executor, w: _Loader) -> None:
     gate, up = w.tile(op.gate), w.tile(op.up)
     biases = w.vector(op.gate_bias), w.vector(op.up_bias)
-    e.gated_linear(op.out.id, op.x.id, gate, up, *biases, op.activation)
+    e.gated_linear(op.out.id, w.input(e, op.x, op.gate), gate, up, *biases, op.activation)
 
 
 @_lower.register
@@ -321,8 +372,13 @@ class NativeExecutor:
         Until it is done the old weights are in memory too; if it fails, they stay. Not during a
         step.
         """
+        if plan.quantizes and self.checkpoint.quantization:
+            raise InvalidRequest(
+                f"the weights are quantized already ({self.checkpoint.quantization}); "
+                "quantization on the way in is for float weights"
+            )
         loader = _Loader(
-            self.checkpoint, self.program.weights(), self.pool,
+            self.checkpoint, self.program, self.pool,
             weights=self._weights, plan=plan, progress=progress,
         )  # fmt: skip
         try:

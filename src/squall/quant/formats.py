@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from squall.errors import UnsupportedModel
-from squall.quant import floats, hqq, kquants, legacy
+from squall.quant import floats, hqq, integers, kquants, legacy
 from squall.quant.format import Format
 
 FORMATS: dict[str, Format] = {
-    format.name: format for family in (floats, legacy, kquants, hqq) for format in family.FORMATS
+    format.name: format
+    for family in (floats, legacy, kquants, hqq, integers)
+    for format in family.FORMATS
 }
 
 # ggml tensor types known by name only, so that the error can say what the file holds.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from squall.checkpoints.base import Checkpoint
 from squall.checkpoints.files import quote
+from squall.checkpoints.quantized import zero_biases
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.program import Names
 from squall.recipes import config, gguf
@@ -40,10 +41,13 @@ def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
         if architecture is not None:
             raise InvalidRequest("a GGUF file says what it is; an architecture is for config.json")
         return _load_gguf(checkpoint)
+    if "quantization_config" in checkpoint.metadata and not checkpoint.quantization:
+        raise UnsupportedModel("config.json has a quantization_config that was not applied")
     name = config.architecture(checkpoint.metadata, architecture)
     entry = config.RECIPES[name]
     fields = config.fields(checkpoint.metadata, checkpoint.tensors, entry)
     config.check_depth(fields)
+    fields.tensors_read |= zero_biases(checkpoint.tensors)
     return _finish(name, checkpoint, entry.function(fields), fields, fields.naming)
 
 

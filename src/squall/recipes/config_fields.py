@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from squall.checkpoints.base import Tensor
-from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.errors import InvalidCheckpoint
 from squall.recipes.fields import Fields
 from squall.recipes.names import Naming
 
@@ -33,7 +33,7 @@ HARMLESS = frozenset(
     embd_pdrop embedding_dropout eos_token_id hidden_dropout id2label initializer_range
     input_jitter_noise is_decoder label2id max_length max_window_layers model_max_length
     model_type output_attentions output_hidden_states output_router_logits pad_token_id
-    pretraining_tp problem_type resid_pdrop residual_dropout return_dict
+    pretraining_tp problem_type quantization_config resid_pdrop residual_dropout return_dict
     router_aux_loss_coef router_jitter_noise task_specific_params temperature
     tokenizer_class top_k top_p torch_dtype transformers_version unk_token_id unsloth_fixed
     unsloth_version use_cache
@@ -68,11 +68,6 @@ class ConfigFields(Fields):
         defaults: Mapping[str, object],
         naming: Naming,
     ) -> None:
-        if "quantization_config" in config:
-            raise UnsupportedModel(
-                "config.json has a quantization_config; Squall does not read weights that are "
-                "quantized in safetensors files. Use the model as it was before, or a GGUF file"
-            )
         missing = {key: value for key, value in defaults.items() if key not in config}
         super().__init__(missing | dict(_flatten(config)), tensors)
         self.naming = naming
