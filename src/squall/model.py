@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from squall import decoder, recipes
-from squall.checkpoints import Checkpoint, open_checkpoint
+from squall import convert, decoder, recipes
+from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.checkpoints.hub import Hub
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig, Executor
@@ -30,8 +30,8 @@ from squall.engine.sampling import (
     random_seed,
 )
 from squall.errors import InvalidRequest
-from squall.executors.native import CacheType, NativeExecutor
-from squall.locate import locate
+from squall.executors.native import CacheType, NativeExecutor, default_threads
+from squall.locate import locate, locate_uqff
 from squall.program import Program
 from squall.quant import FormatTotal, Plan, Topology
 from squall.quant.isq import Dtype
@@ -94,6 +94,8 @@ class Model:
         engine: EngineConfig | None = None,
         architecture: str | None = None,
         hub: Hub | None = None,
+        write_uqff: str | os.PathLike[str] | None = None,
+        from_uqff: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> Model:
         """Open a GGUF file, the folder of a model, a model of the hub; without `path` the default.
@@ -111,11 +113,17 @@ class Model:
         engine: how many requests run and wait, and what is kept.
         architecture: such as "mistral", in place of what a folder's config.json says.
         hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
+        write_uqff: write the quantized weights to this new UQFF file, and open that.
+        from_uqff: open this UQFF file, or the one of this name in the model's folder.
         progress: called with (bytes loaded, bytes in all).
         """
-        checkpoint = open_checkpoint(locate(path, hub, progress))
+        checkpoint = open_checkpoint(_locate(path, from_uqff, hub, progress))
         recipe = recipes.load(checkpoint, architecture)
         plan = _plan(isq, topology, recipe.decoder, experts_only=experts_only, dtype=dtype)
+        if write_uqff is not None:
+            target = Path(write_uqff)
+            checkpoint = _written(checkpoint, recipe, plan, target, threads, progress)
+            recipe, plan = recipes.load(checkpoint, architecture), Plan()
         memory = {
             "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
             "weight_bytes": checkpoint.size_bytes,
@@ -384,6 +392,38 @@ def _engine(executor: Executor, config: EngineConfig | None, tokenizer: Tokenize
         return TextStream(tokenizer, request.stop, at_start=not request.continues)
 
     return Engine(executor, config, text=text, stop_ids=tokenizer.stop_ids)
+
+
+def _locate(
+    path: str | os.PathLike[str] | None,
+    from_uqff: str | os.PathLike[str] | None,
+    hub: Hub | None,
+    progress: Progress | None,
+) -> Path:
+    if from_uqff is None:
+        return locate(path, hub, progress)
+    if path is None:
+        return locate_uqff(Path(), from_uqff)
+    folder = Path(path).expanduser()
+    return locate_uqff(folder if folder.is_dir() else locate(path, hub, progress), from_uqff)
+
+
+def _written(  # noqa: PLR0913
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    plan: Plan,
+    path: Path,
+    threads: int | None,
+    progress: Progress | None,
+) -> Checkpoint:
+    """The checkpoint as a UQFF file, which is new."""
+    if path.suffix != UQFF:
+        raise InvalidRequest(f"write_uqff is {str(path)!r}; the name must end in {UQFF}")
+    if not plan.quantizes:
+        raise InvalidRequest("write_uqff needs isq or a topology: what to quantize the weights to")
+    threads = threads or default_threads()
+    convert.write_uqff(checkpoint, recipe, plan, path, threads=threads, progress=progress)
+    return open_checkpoint(path)
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

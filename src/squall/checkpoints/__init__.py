@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 
 from squall.checkpoints.base import Checkpoint, Field, Header, Scalar, Tensor, TensorInfo
-from squall.checkpoints.folder import open_folder, read_folder
+from squall.checkpoints.folder import header_of, open_folder, read_folder
 from squall.checkpoints.gguf import open_gguf, read_gguf
 from squall.checkpoints.inspect import Inspection, describe
+from squall.checkpoints.uqff import SUFFIX as UQFF
+from squall.checkpoints.uqff import open_uqff
 
 __all__ = [
+    "UQFF",
     "Checkpoint",
     "Field",
     "Header",
@@ -21,15 +24,20 @@ __all__ = [
     "describe",
     "open_checkpoint",
     "open_gguf",
+    "open_uqff",
     "read_header",
 ]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open what `squall.locate` found: a GGUF file, or a folder with config.json and weights."""
-    return open_folder(Path(path)) if os.path.isdir(path) else open_gguf(path)
+    """Open what `squall.locate` found: a GGUF or UQFF file, or a folder with config.json."""
+    if os.path.isdir(path):
+        return open_folder(Path(path))
+    return open_uqff(Path(path)) if Path(path).suffix == UQFF else open_gguf(path)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Metadata and tensor table, also of number formats that Squall cannot run."""
-    return read_folder(Path(path)) if os.path.isdir(path) else read_gguf(path)
+    if os.path.isdir(path):
+        return read_folder(Path(path))
+    return header_of(open_uqff(Path(path))) if Path(path).suffix == UQFF else read_gguf(path)

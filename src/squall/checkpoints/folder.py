@@ -42,18 +42,22 @@ def open_folder(folder: Path) -> Checkpoint:
 
 def read_folder(folder: Path) -> Header:
     """The same without the weights."""
-    opened = open_folder(folder)
+    return header_of(open_folder(folder))
+
+
+def header_of(opened: Checkpoint) -> Header:
+    """What a checkpoint is but for its weights."""
     infos = {
         tensor.name: TensorInfo(tensor.name, tensor.format, tensor.shape, tensor.nbytes)
         for tensor in opened.tensors.values()
     }
     return Header(
-        folder,
+        opened.path,
         opened.metadata,
         MappingProxyType(infos),
         opened.size_bytes,
         parts=opened.parts,
-        kind="folder",
+        kind=opened.kind,
     )
 
 
