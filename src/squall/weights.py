@@ -48,9 +48,7 @@ def gather(
     return Rows(formats.pop(), data, np.concatenate(factors) if scaled else None)
 
 
-def _rows(
-    checkpoint: Checkpoint, name: str, start: int, stop: int, cols: int
-) -> NDArray[np.uint8]:
+def _rows(checkpoint: Checkpoint, name: str, start: int, stop: int, cols: int) -> NDArray[np.uint8]:
     tensor = checkpoint.tensors[name]
     row_bytes = FORMATS[tensor.format].row_bytes(cols)
     if tensor.cols != cols or stop * row_bytes > tensor.nbytes:

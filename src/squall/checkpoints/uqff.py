@@ -21,7 +21,7 @@ from squall.checkpoints.files import quote, read_json
 from squall.checkpoints.safetensors import open_part
 from squall.checkpoints.uqff_hqq import Hqq
 from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
-from squall.quant import FORMATS, by_ggml_id
+from squall.quant import by_ggml_id
 
 SUFFIX = ".uqff"
 RESIDUAL = "residual.safetensors"
@@ -233,7 +233,12 @@ def _fp8(blob: Blob) -> tuple[Tensor, bool]:
 def _hqq(blob: Blob) -> tuple[Tensor, bool]:
     has_bias = blob.flag("bias")
     codes, scales, zeros = (blob.tensor("", what) for what in ("codes", "scales", "zeros"))
-    shape, bits, group, axis = blob.matrix("weight"), blob.u8("bits"), blob.u32("group"), blob.u8("axis")
+    shape, bits, group, axis = (
+        blob.matrix("weight"),
+        blob.u8("bits"),
+        blob.u32("group"),
+        blob.u8("axis"),
+    )
     blob.take(6, "settings")  # of the search for the zero points: they change nothing here
     blob.floats(scales), blob.floats(zeros)
     try:

@@ -83,13 +83,13 @@ class Quantizer:
     def rows(self, matrix: Matrix, expert: int = 0) -> Rows:
         """The rows of an expert as they are stored, in the order in which they are written."""
         first = matrix.first + expert * matrix.rows
-        found = gather(
-            self.checkpoint, matrix.slices, first, first + matrix.rows, matrix.cols
-        )
+        found = gather(self.checkpoint, matrix.slices, first, first + matrix.rows, matrix.cols)
         if matrix.order is None:
             return found
         data = found.data.reshape(matrix.rows, -1)[matrix.order].reshape(-1)
-        return Rows(found.format, data, None if found.factors is None else found.factors[matrix.order])
+        return Rows(
+            found.format, data, None if found.factors is None else found.factors[matrix.order]
+        )
 
     def _runs(self, matrix: Matrix) -> Iterator[tuple[int, int]]:
         run = max(_RUN_VALUES // matrix.cols, 1)
@@ -128,9 +128,7 @@ class Quantizer:
         """Keep what became of a matrix; error: the sums of squares of errors and of values."""
         rmse = float(np.sqrt(error[0] / error[1])) if error[1] > 0 else 0.0
         shape = (matrix.experts * matrix.rows, matrix.cols)
-        self.written.append(
-            Written(matrix.name, source, matrix.format, shape, matrix.nbytes, rmse)
-        )
+        self.written.append(Written(matrix.name, source, matrix.format, shape, matrix.nbytes, rmse))
 
     def advance(self, nbytes: int) -> None:
         self._done += nbytes

@@ -111,7 +111,9 @@ class _Job:
     def item(self, index: int, linear: Linear) -> Item:
         part = self.blob(linear)
         if part.nbytes > _MOST:
-            raise UnsupportedModel(f"{linear.tensor} takes {part.nbytes} bytes; UQFF allows {_MOST}")
+            raise UnsupportedModel(
+                f"{linear.tensor} takes {part.nbytes} bytes; UQFF allows {_MOST}"
+            )
         return Item(str(index), "U8", (part.nbytes,), part)
 
     def blob(self, linear: Linear) -> Part:
@@ -138,7 +140,9 @@ class _Job:
         rows, cols = sum(shapes[name][-2] for name in names), shapes[names[0]][-1]
         stored = self.quantizer.checkpoint.tensors[slices[0].tensor].format
         format = self.plan.target(linear.roles[0], stored, cols)
-        known = self.importance.get(NAMING.name(f"{linear.roles[0]}.weight").removesuffix(".weight"))
+        known = self.importance.get(
+            NAMING.name(f"{linear.roles[0]}.weight").removesuffix(".weight")
+        )
         weights = None if known is None else check_importance(known, linear, cols)
         return Matrix(
             linear.tensor, slices, linear.expert * rows, rows, cols, format, importance=weights
@@ -199,9 +203,7 @@ class _Job:
         return _joined(head, matrix.nbytes + 16, body, _bias(bias))
 
 
-def check_importance(
-    known: NDArray[np.float32], linear: Linear, cols: int
-) -> NDArray[np.float32]:
+def check_importance(known: NDArray[np.float32], linear: Linear, cols: int) -> NDArray[np.float32]:
     """The importance of a linear's columns, [1, cols]."""
     own = known[linear.expert : linear.expert + 1]
     if own.shape != (1, cols):

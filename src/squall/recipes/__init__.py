@@ -82,7 +82,9 @@ def _load_gguf(checkpoint: Checkpoint) -> Recipe:
         known = ", ".join(sorted(gguf.RECIPES))
         raise UnsupportedModel(f"unknown architecture {quote(architecture)}; known: {known}")
     fields = GgufFields(architecture, checkpoint.metadata, checkpoint.tensors)
-    return _finish(architecture, checkpoint.tensors, gguf.RECIPES[architecture](fields), fields, NAMING)
+    return _finish(
+        architecture, checkpoint.tensors, gguf.RECIPES[architecture](fields), fields, NAMING
+    )
 
 
 def _finish(
