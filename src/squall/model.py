@@ -408,7 +408,7 @@ def _locate(
     return locate_uqff(folder if folder.is_dir() else locate(path, hub, progress), from_uqff)
 
 
-def _written(  # noqa: PLR0913
+def _written(
     checkpoint: Checkpoint,
     recipe: Recipe,
     plan: Plan,

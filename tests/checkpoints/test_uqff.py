@@ -73,7 +73,8 @@ def hqq(
         groups = rows * COLS // group
         shape = (group, groups) if axis == 0 else (groups, group)
         codes = rng.integers(0, 1 << bits, shape, np.uint8)
-        scales = rng.uniform(0.01, 0.1, groups).astype(np.float16).astype(np.float32)
+        # So few bits that scale times zero point is a float16, as Squall's blocks want it.
+        scales = rng.integers(1, 8, groups).astype(np.float32) / 128
         zeros = rng.integers(0, 1 << bits, groups).astype(np.float32)
         one = (1, groups) if axis == 0 else (groups, 1)
         scales, zeros = scales.reshape(one), zeros.reshape(one)

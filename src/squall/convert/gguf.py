@@ -138,7 +138,7 @@ class _Job:
         return None if found == tensor.format else found
 
     def _fused(self, role: str) -> list[str]:
-        """The roles that share the tensor of a role, in its order, if it is the first of several."""
+        """The roles that share a role's tensor, in their order; if it is not the first, none."""
         _, stem, kind = NAMING.split(role)
         names = self.recipe.names
         for stems in NAMING.fused.values():

@@ -26,13 +26,11 @@ _CANDIDATES = (
 )  # fmt: skip
 # Words, cases, digits, spaces, lines, scripts, marks: where the rules differ.
 SAMPLES = (
-    "Hello, I'm here; WE'LL see what they'Re doing, don't you?  It's 12345678 o'clock... 3.14 1,000",
+    "Hello, I'm here; WE'LL see what they'Re doing.  It's 12345678 o'clock... 3.14 1,000",
     "  two spaces\n\nlines \n \t\ttabs\r\n   end   \n\n\n x",
     "def f(x_1):\n    return {'a': x_1**2}  # CamelCaseWord HTMLParser aB\n//=>!?\n",
-    "D\u00e9j\u00e0 vu na\u0308ive \u4f60\u597d\uff0c\u4e16\u754c\u3002 \u65e5\u672c\u8a9e\u30c6\u30b9\u30c8 "
-    "\u0627\u0644\u0639 \u0e44\u0e17\u0e22 \u0939\u093f\u0928\u094d\u0926\u0940 \ud55c\uad6d\uc5b4 \U0001f600\U0001f468\u200d\U0001f469 "
-    "\u0661\u0662\u0663 \u00bd \u2167",
-    "https://example.org/a?b=c&d=1 $5.00 50% #tag @you a-b a--b \u2014 \u201cquote\u201d 'tis 2nd x1y22z333",
+    "Déjà vu nai\u0308ve 你好，世界。 日本語テスト العربية ไทย हिन्दी 한국어 😀 ١٢٣ ½ Ⅷ",  # noqa: RUF001
+    "https://example.org/a?b=c&d=1 $5.00 50% #tag @you a--b — “quote” 'tis 2nd x1y22z333",
 )
 
 
