@@ -121,30 +121,17 @@ class Model:
         recipe = recipes.load(checkpoint, architecture)
         plan = _plan(isq, topology, recipe.decoder, experts_only=experts_only, dtype=dtype)
         if write_uqff is not None:
-            target = Path(write_uqff)
-            checkpoint = _written(checkpoint, recipe, plan, target, threads, progress)
+            checkpoint = _written(checkpoint, recipe, plan, Path(write_uqff), threads, progress)
             recipe, plan = recipes.load(checkpoint, architecture), Plan()
-        memory = {
-            "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
-            "weight_bytes": checkpoint.size_bytes,
-        }
-        size = choose_context(context, trained=recipe.decoder.context, **memory)
-        room = choose_kv_tokens(kv_tokens, context=size, **memory)
+        size, room = _sizes(checkpoint, recipe.decoder, kv_dtype, context, kv_tokens)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
         tokenizer = open_tokenizer(checkpoint)
         executor = NativeExecutor(
-            program,
-            checkpoint,
-            threads=threads,
-            weights=weights,
-            plan=plan,
-            kv_dtype=kv_dtype,
-            blocks=-(-room // BLOCK_SIZE),
-            block_size=BLOCK_SIZE,
-            max_rows=MAX_ROWS,
-            max_outputs=MAX_OUTPUTS,
-            progress=progress,
-        )
+            program, checkpoint,
+            threads=threads, weights=weights, plan=plan, kv_dtype=kv_dtype,
+            blocks=-(-room // BLOCK_SIZE), block_size=BLOCK_SIZE,
+            max_rows=MAX_ROWS, max_outputs=MAX_OUTPUTS, progress=progress,
+        )  # fmt: skip
         return cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
 
     @property
@@ -385,6 +372,22 @@ def _plan(
     plan = Plan.of(isq, topology, experts_only=experts_only, dtype=dtype)
     plan.topology.check(len(model.layers), DEVICES)
     return plan
+
+
+def _sizes(
+    checkpoint: Checkpoint,
+    model: Decoder,
+    kv_dtype: CacheType,
+    context: int | None,
+    kv_tokens: int | None,
+) -> tuple[int, int]:
+    """Tokens of the context, and of the KV cache."""
+    memory = {
+        "bytes_per_token": token_bytes(model, kv_dtype),
+        "weight_bytes": checkpoint.size_bytes,
+    }
+    size = choose_context(context, trained=model.context, **memory)
+    return size, choose_kv_tokens(kv_tokens, context=size, **memory)
 
 
 def _engine(executor: Executor, config: EngineConfig | None, tokenizer: Tokenizer) -> Engine:

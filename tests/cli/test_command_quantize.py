@@ -75,7 +75,7 @@ def test_the_page(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     for line in COMMANDS:
         arguments = shlex.split(line)[1:]
         if arguments[0] == "run":
-            arguments += ["--context", "64", "-n", "4", "Hello"]
+            arguments += ["--context", "64", "--max-tokens", "4", "--raw", "Hello"]
         assert invoke(*arguments).exit_code == 0
         for gone in tmp_path.glob("model-q4k.gguf"):
             gone.rename(tmp_path / "first.gguf")
@@ -140,8 +140,8 @@ def gguf_imatrix(path: Path, entries: dict[str, np.ndarray]) -> None:
     writer = gguf.GGUFWriter(path, "")
     writer.add_type("imatrix")
     for name, values in entries.items():
-        writer.add_tensor(f"{name}.in_sum2", (values * 5).astype(np.float32)[None])
-        writer.add_tensor(f"{name}.counts", np.full((1, 1), 5, np.float32))
+        writer.add_tensor(f"{name}.in_sum2", (values * 4).astype(np.float32)[None])
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), 4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

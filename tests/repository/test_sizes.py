@@ -10,12 +10,13 @@ from project import ROOT, modules
 
 BUDGETS = {
     "src/squall/api": 1500,
-    "src/squall/checkpoints": 2600,
-    "src/squall/cli": 1100,
+    "src/squall/checkpoints": 3000,
+    "src/squall/cli": 1200,
+    "src/squall/convert": 900,
     "src/squall/engine": 1800,
     "src/squall/executors": 700,
     "src/squall/quant": 900,
-    "src/squall/recipes": 1700,
+    "src/squall/recipes": 2100,
     "src/squall/text": 2250,
     "native": 6850,
 }

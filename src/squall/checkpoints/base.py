@@ -113,7 +113,7 @@ class Deferred(Tensor):
             object.__setattr__(self, field, value)
 
     @property
-    def data(self) -> NDArray[np.uint8]:  # type: ignore[override]
+    def data(self) -> NDArray[np.uint8]:
         return self._make()
 
     @property

@@ -84,8 +84,8 @@ class Hqq:
         """The smallest and the largest value that each group could have."""
         scales, zeros = self.scales.to_float32().reshape(-1), self.zeros.to_float32().reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
-            ends = np.float32([[0.0], [(1 << self.bits) - 1]])
-            return (ends - zeros) * scales  # type: ignore[no-any-return]
+            ends = np.array([[0], [(1 << self.bits) - 1]], np.float32)
+            return (ends - zeros) * scales
 
     def _scales_minimums(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         scales, zeros = self.scales.to_float32().reshape(-1), self.zeros.to_float32().reshape(-1)
@@ -104,8 +104,8 @@ class Hqq:
         if self.bits == 8:
             blocks["codes"] = codes.astype(np.int16) - 128
         elif self.bits == 3:
-            blocks["codes"] = _pack(codes & 3, 2, 16)
-            blocks["high"] = _pack(codes >> 2, 1, 8)
+            blocks["codes"] = _pack(codes & np.uint8(3), 2, 16)
+            blocks["high"] = _pack(codes >> np.uint8(2), 1, 8)
         else:
             run = {4: 32, 2: 16, 1: 8}[self.bits]
             blocks["codes"] = _pack(codes, self.bits, run)
@@ -154,4 +154,5 @@ def _pack(codes: NDArray[np.uint8], bits: int, run: int) -> NDArray[np.uint8]:
     """The reverse of `quant.bits.unpack`."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     parts = codes.reshape(len(codes), -1, len(shifts), run) << shifts
-    return np.bitwise_or.reduce(parts, axis=2).reshape(len(codes), -1)
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=2)
+    return packed.reshape(len(codes), -1)

@@ -33,7 +33,7 @@ def quantize(
         Path | None, typer.Option(help="YAML that gives layers types of their own.")
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="llama.cpp's importance matrix, for types such as Q4K.")
+        Path | None, typer.Option(help="An importance matrix (imatrix), for types such as Q4K.")
     ] = None,
     experts_only: Annotated[
         bool, typer.Option("--experts-only", help="Only the experts of a mixture, and the head.")
@@ -44,9 +44,8 @@ def quantize(
 ) -> None:
     """Quantize a model's weights once, and write them to a UQFF or GGUF file.
 
-    The files appear when they are complete. Beside a UQFF file lie residual.safetensors, which has
-    what is not quantized, and the model's JSON files. With several types their names end the
-    files' names: model-q4k.uqff, model-q8_0.uqff.
+    Beside a UQFF file lie residual.safetensors, which has what is not quantized, and JSON files.
+    With several types their names end the files' names: model-q4k.uqff, model-q8_0.uqff.
 
     Example:
 
@@ -106,8 +105,7 @@ def _report(path: Path, written: tuple[Written, ...], *, as_json: bool) -> None:
     for item in written:
         shape, rmse = " x ".join(map(str, item.shape)), f"{100 * item.rmse:.2f} %"
         table.add_row(Text(item.name), item.source, item.format, shape, str(item.nbytes), rmse)
-    console = Console()
-    console.print(table)
+    Console().print(table)
     size, values = path.stat().st_size, sum(item.shape[0] * item.shape[1] for item in written)
     bits = 8 * sum(item.nbytes for item in written) / max(values, 1)
-    console.print(Text(f"{path}: {size / 2**20:.1f} MiB, {bits:.2f} bits a quantized weight"))
+    typer.echo(f"{path}: {size / 2**20:.1f} MiB, {bits:.2f} bits a quantized weight")

@@ -66,7 +66,7 @@ def write_parts(file: IO[bytes], parts: Iterable[Part]) -> None:
     for part in parts:
         start = file.tell()
         for chunk in part.chunks:
-            file.write(memoryview(chunk).cast("B"))
+            file.write(chunk if isinstance(chunk, bytes) else chunk.data.cast("B"))
         assert file.tell() - start == part.nbytes, f"{file.tell() - start} of {part.nbytes} bytes"
 
 

@@ -265,5 +265,5 @@ def _field(key: str, value: object) -> bytes:
         texts = b"".join(_text(text) for text in value)
         return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + texts
     assert isinstance(value, np.ndarray)
-    kind = _TYPES[f"{value.dtype.kind}{value.dtype.itemsize}"]
-    return struct.pack("<IIQ", _ARRAY, kind, value.size) + value.tobytes()
+    item = _TYPES[f"{value.dtype.kind}{value.dtype.itemsize}"]
+    return struct.pack("<IIQ", _ARRAY, item, value.size) + value.tobytes()

@@ -1,4 +1,4 @@
-"""Importance matrices of llama.cpp: mean squares of what each column of a linear is given.
+"""Importance matrices of ggml's tools: mean squares of what each column of a linear is given.
 
 The older files are counts, names and floats one after another; the newer ones are GGUF.
 """
@@ -23,7 +23,7 @@ _SUMS, _COUNTS, _WEIGHT = ".in_sum2", ".counts", ".weight"
 
 def read_imatrix(path: Path) -> Importance:
     """Read either kind; every number is checked to be finite and not negative."""
-    data = map_file(path, "give an imatrix file of llama.cpp")
+    data = map_file(path, "give an imatrix file")
     found = _read_gguf(path) if data[:4] == b"GGUF" else _read_old(data[:], path.name)
     for name, values in found.items():
         if not (np.isfinite(values).all() and (values >= 0).all()):
@@ -37,7 +37,7 @@ def read_imatrix(path: Path) -> Importance:
 
 def _read_gguf(path: Path) -> dict[str, NDArray[np.float32]]:
     tensors = open_gguf(path).tensors
-    found = {}
+    found: dict[str, NDArray[np.float32]] = {}
     for name, sums in tensors.items():
         if not name.endswith(_SUMS):
             continue
@@ -47,7 +47,8 @@ def _read_gguf(path: Path) -> dict[str, NDArray[np.float32]]:
         if counts is None or counts.rows * counts.cols != experts:
             raise InvalidCheckpoint(f"{quote(path.name)}: {quote(stem)} has no counts that fit")
         each = np.maximum(counts.to_float32().reshape(experts, 1), np.float32(1))
-        found[stem.removesuffix(_WEIGHT)] = sums.to_float32().reshape(experts, -1) / each
+        mean = sums.to_float32().reshape(experts, -1) / each
+        found[stem.removesuffix(_WEIGHT)] = mean.astype(np.float32)
     return found
 
 
@@ -67,11 +68,11 @@ def _read_old(data: bytes, source: str) -> dict[str, NDArray[np.float32]]:
     count = number()
     if not 1 <= count <= MAX_ENTRIES:
         raise InvalidCheckpoint(f"{quote(source)} has {count} entries; it is no imatrix")
-    found = {}
+    found: dict[str, NDArray[np.float32]] = {}
     for _ in range(count):
         length = number()
         name = take(length if 0 < length <= MAX_NAME else -1).decode("utf-8", "replace")
         calls = max(number(), 1)
-        values = np.frombuffer(take(number() * 4), "<f4") / np.float32(calls)
+        values = np.frombuffer(take(number() * 4), np.float32) / np.float32(calls)
         found[name.removesuffix(_WEIGHT)] = values.reshape(1, -1)
     return found

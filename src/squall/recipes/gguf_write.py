@@ -166,7 +166,7 @@ def _rope(rope: Rope, context: int) -> tuple[Metadata, dict[str, NDArray[np.floa
         case Llama3Scaling():
             plain, _ = replace(rope, scaling=None).frequencies(context)
             scaled, _ = rope.frequencies(context)
-            return values, {"rope_freqs.weight": np.float32(np.divide(plain, scaled))}
+            return values, {"rope_freqs.weight": np.divide(plain, scaled).astype(np.float32)}
         case YarnScaling() as s:
             values |= {f"{at}type": "yarn", f"{at}factor": s.factor}
             values |= {f"{at}original_context_length": s.original_context}
@@ -176,8 +176,8 @@ def _rope(rope: Rope, context: int) -> tuple[Metadata, dict[str, NDArray[np.floa
             values[f"{at}original_context_length"] = s.original_context
             values[f"{at}attn_factor"] = s.magnitude
             return values, {
-                "rope_factors_short.weight": np.float32(s.short),
-                "rope_factors_long.weight": np.float32(s.long),
+                "rope_factors_short.weight": np.array(s.short, np.float32),
+                "rope_factors_long.weight": np.array(s.long, np.float32),
             }
         case other:
             raise UnsupportedModel(
