@@ -119,6 +119,7 @@ def test_nothing_is_overwritten(built_folder: Build, tmp_path: Path) -> None:
 
 def test_nothing_half_written_stays(built_folder: Build, tmp_path: Path) -> None:
     built = built_folder(CASES["llama-3"])
+    tokenizer_of_bytes(built.checkpoint.path, built.recipe.decoder.vocab)
     name = "model.layers.2.mlp.down_proj.weight"
     broken = dict(built.checkpoint.tensors)
     values = broken[name].to_float32().copy()
