@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from squall.checkpoints import UQFF
 from squall.checkpoints.hub import Hub, Progress, is_id
 from squall.errors import ModelNotFound
 
@@ -46,7 +47,7 @@ def _in_folder(folder: Path) -> Path:
         file for file in found if (part := _PART.search(file.name)) is None or part[1] == "00001"
     ]
     if not models and (folder / "config.json").is_file():
-        return folder
+        return _only_uqff(folder) or folder
     if not models:
         raise ModelNotFound(
             f"{folder} has no GGUF file and no config.json; "
@@ -56,3 +57,26 @@ def _in_folder(folder: Path) -> Path:
         names = ", ".join(file.name for file in models)
         raise ModelNotFound(f"{folder} has {len(models)} models; name one of them: {names}")
     return models[0]
+
+
+def locate_uqff(path: Path, name: str | os.PathLike[str]) -> Path:
+    """A UQFF file by its path, or by its name in the folder of a model."""
+    inside = (path if path.is_dir() else path.parent) / name
+    found = inside if inside.is_file() else Path(name).expanduser()
+    if found.suffix != UQFF or not found.is_file():
+        raise ModelNotFound(f"there is no UQFF file {str(name)!r}, and none in {str(path)!r}")
+    return found
+
+
+def _only_uqff(folder: Path) -> Path | None:
+    """The UQFF file of a folder whose other weights are what the file does not hold."""
+    weights = [
+        f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pth", ".pt")
+    ]
+    files = sorted(file for file in folder.iterdir() if file.suffix == UQFF)
+    if not files or set(weights) != {"residual.safetensors"}:
+        return None
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ModelNotFound(f"{folder} has {len(files)} UQFF files; name one of them: {names}")
+    return files[0]

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from squall import decoder, recipes
-from squall.checkpoints import Checkpoint, open_checkpoint
+from squall import convert, decoder, recipes
+from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.checkpoints.hub import Hub
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig, Executor
@@ -30,8 +30,8 @@ from squall.engine.sampling import (
     random_seed,
 )
 from squall.errors import InvalidRequest
-from squall.executors.native import CacheType, NativeExecutor
-from squall.locate import locate
+from squall.executors.native import CacheType, NativeExecutor, default_threads
+from squall.locate import locate, locate_uqff
 from squall.program import Program
 from squall.quant import FormatTotal, Plan, Topology
 from squall.quant.isq import Dtype
@@ -96,6 +96,8 @@ class Model:
         hub: Hub | None = None,
         tokenizer_json: str | os.PathLike[str] | None = None,
         gqa: int = 1,
+        write_uqff: str | os.PathLike[str] | None = None,
+        from_uqff: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> Model:
         """Open a GGUF file, the folder of a model, a model of the hub; without `path` the default.
@@ -113,34 +115,27 @@ class Model:
         engine: how many requests run and wait, and what is kept.
         architecture: such as "mistral", in place of what a folder's config.json says.
         hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
+        write_uqff: write the quantized weights to this new UQFF file, and open that.
+        from_uqff: open this UQFF file, or the one of this name in the model's folder.
         tokenizer_json: a file to use in place of the model's own tokenizer.
         gqa: query heads to a KV head, which files from before GGUF do not say.
         progress: called with (bytes loaded, bytes in all).
         """
-        checkpoint = open_checkpoint(locate(path, hub, progress), gqa=gqa)
+        checkpoint = open_checkpoint(_locate(path, from_uqff, hub, progress), gqa=gqa)
         recipe = recipes.load(checkpoint, architecture)
         plan = _plan(isq, topology, recipe.decoder, experts_only=experts_only, dtype=dtype)
-        memory = {
-            "bytes_per_token": token_bytes(recipe.decoder, kv_dtype),
-            "weight_bytes": checkpoint.size_bytes,
-        }
-        size = choose_context(context, trained=recipe.decoder.context, **memory)
-        room = choose_kv_tokens(kv_tokens, context=size, **memory)
+        if write_uqff is not None:
+            checkpoint = _written(checkpoint, recipe, plan, Path(write_uqff), threads, progress)
+            recipe, plan = recipes.load(checkpoint, architecture), Plan()
+        size, room = _sizes(checkpoint, recipe.decoder, kv_dtype, context, kv_tokens)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
         tokenizer = open_tokenizer(checkpoint, tokenizer_json)
         executor = NativeExecutor(
-            program,
-            checkpoint,
-            threads=threads,
-            weights=weights,
-            plan=plan,
-            kv_dtype=kv_dtype,
-            blocks=-(-room // BLOCK_SIZE),
-            block_size=BLOCK_SIZE,
-            max_rows=MAX_ROWS,
-            max_outputs=MAX_OUTPUTS,
-            progress=progress,
-        )
+            program, checkpoint,
+            threads=threads, weights=weights, plan=plan, kv_dtype=kv_dtype,
+            blocks=-(-room // BLOCK_SIZE), block_size=BLOCK_SIZE,
+            max_rows=MAX_ROWS, max_outputs=MAX_OUTPUTS, progress=progress,
+        )  # fmt: skip
         return cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
 
     @property
@@ -393,11 +388,59 @@ def _plan(
     return plan
 
 
+def _sizes(
+    checkpoint: Checkpoint,
+    model: Decoder,
+    kv_dtype: CacheType,
+    context: int | None,
+    kv_tokens: int | None,
+) -> tuple[int, int]:
+    """Tokens of the context, and of the KV cache."""
+    memory = {
+        "bytes_per_token": token_bytes(model, kv_dtype),
+        "weight_bytes": checkpoint.size_bytes,
+    }
+    size = choose_context(context, trained=model.context, **memory)
+    return size, choose_kv_tokens(kv_tokens, context=size, **memory)
+
+
 def _engine(executor: Executor, config: EngineConfig | None, tokenizer: Tokenizer) -> Engine:
     def text(request: Request) -> TextStream:
         return TextStream(tokenizer, request.stop, at_start=not request.continues)
 
     return Engine(executor, config, text=text, stop_ids=tokenizer.stop_ids)
+
+
+def _locate(
+    path: str | os.PathLike[str] | None,
+    from_uqff: str | os.PathLike[str] | None,
+    hub: Hub | None,
+    progress: Progress | None,
+) -> Path:
+    if from_uqff is None:
+        return locate(path, hub, progress)
+    if path is None:
+        return locate_uqff(Path(), from_uqff)
+    folder = Path(path).expanduser()
+    return locate_uqff(folder if folder.is_dir() else locate(path, hub, progress), from_uqff)
+
+
+def _written(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    plan: Plan,
+    path: Path,
+    threads: int | None,
+    progress: Progress | None,
+) -> Checkpoint:
+    """The checkpoint as a UQFF file, which is new."""
+    if path.suffix != UQFF:
+        raise InvalidRequest(f"write_uqff is {str(path)!r}; the name must end in {UQFF}")
+    if not plan.quantizes:
+        raise InvalidRequest("write_uqff needs isq or a topology: what to quantize the weights to")
+    threads = threads or default_threads()
+    convert.write_uqff(checkpoint, recipe, plan, path, threads=threads, progress=progress)
+    return open_checkpoint(path)
 
 
 def _log_softmax_at(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float64]:

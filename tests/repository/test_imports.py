@@ -17,8 +17,15 @@ MAY_IMPORT = {
     "quant": {"errors", "_native"},
     "checkpoints": {"errors", "quant"},
     "recipes": {"errors", "spec", "roles", "program", "checkpoints"},
+    "weights": {"errors", "program", "checkpoints", "quant"},
+    "convert": {
+        "errors", "spec", "roles", "program", "checkpoints", "recipes", "quant", "text", "weights",
+        "_native",
+    },
     "decoder": {"errors", "spec", "roles", "program"},
-    "executors": {"errors", "spec", "program", "batch", "quant", "checkpoints", "_native"},
+    "executors": {
+        "errors", "spec", "program", "batch", "quant", "checkpoints", "weights", "_native",
+    },
     "text": {"errors"},
     "engine": {"errors", "spec", "batch", "text", "_native"},
     "embedded": {"errors"},

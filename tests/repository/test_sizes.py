@@ -10,12 +10,13 @@ from project import ROOT, modules
 
 BUDGETS = {
     "src/squall/api": 1500,
-    "src/squall/checkpoints": 2600,
-    "src/squall/cli": 1700,
+    "src/squall/checkpoints": 3200,
+    "src/squall/cli": 1850,
+    "src/squall/convert": 900,
     "src/squall/engine": 1800,
     "src/squall/executors": 700,
     "src/squall/quant": 1150,
-    "src/squall/recipes": 1700,
+    "src/squall/recipes": 2100,
     "src/squall/server": 1700,
     "src/squall/text": 2250,
     "native": 7200,

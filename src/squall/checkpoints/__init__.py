@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 
 from squall.checkpoints.base import Checkpoint, Field, Header, Scalar, Tensor, TensorInfo
-from squall.checkpoints.folder import open_folder, read_folder
+from squall.checkpoints.folder import header_of, open_folder, read_folder
 from squall.checkpoints.ggml import is_ggml, open_ggml
 from squall.checkpoints.gguf import open_gguf, read_gguf
 from squall.checkpoints.inspect import Inspection, describe
+from squall.checkpoints.uqff import SUFFIX as UQFF
+from squall.checkpoints.uqff import open_uqff
 
 __all__ = [
+    "UQFF",
     "Checkpoint",
     "Field",
     "Header",
@@ -22,20 +25,25 @@ __all__ = [
     "describe",
     "open_checkpoint",
     "open_gguf",
+    "open_uqff",
     "read_header",
 ]
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, gqa: int = 1) -> Checkpoint:
-    """Open what `squall.locate` found: a GGUF file, a folder with config.json, or a GGML file.
+    """Open what `squall.locate` found: a GGUF, UQFF or GGML file, or a folder with config.json.
 
     gqa: query heads to a KV head, which GGML files do not say.
     """
     if os.path.isdir(path):
         return open_folder(Path(path))
+    if Path(path).suffix == UQFF:
+        return open_uqff(Path(path))
     return open_ggml(path, gqa=gqa) if is_ggml(path) else open_gguf(path)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Metadata and tensor table, also of number formats that Squall cannot run."""
-    return read_folder(Path(path)) if os.path.isdir(path) else read_gguf(path)
+    if os.path.isdir(path):
+        return read_folder(Path(path))
+    return header_of(open_uqff(Path(path))) if Path(path).suffix == UQFF else read_gguf(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from squall.quant import FORMATS
 
 Scalar = int | float | bool
 Field = Scalar | str | list[Any] | dict[str, Any] | NDArray[Any] | None
-Kind = Literal["gguf", "folder"]
+Kind = Literal["gguf", "folder", "uqff"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,17 @@ class Pages:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A stored tensor: row-major, the last axis contiguous; `data` its read-only bytes."""
+    """A stored tensor: row-major, the last axis contiguous; `data` its read-only bytes.
+
+    factor: what the values are multiplied by.
+    """
 
     name: str
     format: str
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
     pages: Pages | None = None
+    factor: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -101,7 +105,30 @@ class Tensor:
 
     def to_float32(self) -> NDArray[np.float32]:
         """The values as float32, in `shape`."""
-        return FORMATS[self.format].dequantize(self.data).reshape(self.shape)
+        values = FORMATS[self.format].dequantize(self.data).reshape(self.shape)
+        return values if self.factor == 1.0 else values * np.float32(self.factor)
+
+
+class Deferred(Tensor):
+    """A tensor whose bytes are made, from those of a file, whenever they are asked for."""
+
+    __slots__ = ("_make",)
+    _make: Callable[[], NDArray[np.uint8]]
+
+    def __init__(
+        self, name: str, format: str, shape: tuple[int, ...], make: Callable[[], NDArray[np.uint8]]
+    ) -> None:
+        values = {"name": name, "format": format, "shape": shape, "pages": None, "factor": 1.0}
+        for field, value in [*values.items(), ("_make", make)]:
+            object.__setattr__(self, field, value)
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self._make()
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * FORMATS[self.format].row_bytes(self.cols)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +152,7 @@ class Checkpoint:
     gguf: `path` is a file, `metadata` its fields. folder: `path` is one, `metadata` what its
     config.json says; other files in it (tokenizer, generation defaults) are for who needs them.
     quantization: how the weights of a folder are quantized, for people; "": they are not.
+    uqff: the same, with weights that are known by number (see `checkpoints.uqff`).
     """
 
     path: Path

@@ -52,20 +52,24 @@ def _open(folder: Path, scheme: Scheme | None) -> Checkpoint:
 def read_folder(folder: Path) -> Header:
     """The same without the weights; those of an unknown quantization as they are stored."""
     try:
-        opened = open_folder(folder)
+        return header_of(open_folder(folder))
     except UnsupportedModel:
-        opened = _open(folder, None)
+        return header_of(_open(folder, None))
+
+
+def header_of(opened: Checkpoint) -> Header:
+    """What a checkpoint is but for its weights."""
     infos = {
         tensor.name: TensorInfo(tensor.name, tensor.format, tensor.shape, tensor.nbytes)
         for tensor in opened.tensors.values()
     }
     return Header(
-        folder,
+        opened.path,
         opened.metadata,
         MappingProxyType(infos),
         opened.size_bytes,
         parts=opened.parts,
-        kind="folder",
+        kind=opened.kind,
         quantization=opened.quantization,
     )
 

@@ -11,6 +11,7 @@ from squall.cli.bench import bench
 from squall.cli.doctor import doctor
 from squall.cli.inspect import inspect
 from squall.cli.perplexity import perplexity
+from squall.cli.quantize import quantize
 from squall.cli.run import run
 from squall.cli.serve import serve
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, serve, bench, perplexity, inspect, doctor):
+for command in (run, serve, bench, perplexity, quantize, inspect, doctor):
     app.command()(command)
 
 

@@ -47,6 +47,12 @@ def plain(
     organization: Annotated[
         str, typer.Option("-o", "--organization", help="default, or moqe: experts only.")
     ] = "default",
+    write_uqff: Annotated[
+        str | None, typer.Option("-w", "--write-uqff", help="Write what --isq makes to this file.")
+    ] = None,
+    from_uqff: Annotated[
+        str | None, typer.Option("-f", "--from-uqff", help="A UQFF file, as in the model's folder.")
+    ] = None,
 ) -> Selected:
     """A folder of transformers, or a model of the hub."""
     return Which.Plain(
@@ -55,6 +61,8 @@ def plain(
         tokenizer_json,
         topology,
         _one_of(ORGANIZATIONS, "--organization", organization),
+        write_uqff,
+        from_uqff,
         dtype=_one_of(DTYPES, "--dtype", dtype),
     )
 

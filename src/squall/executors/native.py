@@ -11,12 +11,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from squall import _native, quant
+from squall import _native
 from squall import program as p
 from squall.batch import Batch
-from squall.checkpoints.base import Checkpoint, Pages
+from squall.checkpoints.base import Checkpoint, Pages, Tensor
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.quant import FormatTotal, Plan
+from squall.quant import FORMATS, FormatTotal, Plan
+from squall.weights import gather
 
 Weights = Literal["packed", "f32"]
 CacheType = Literal["f16", "f32", "q8_0"]
@@ -126,43 +127,27 @@ class _Loader:
     def _pack(self, weight: p.Matrix, expert: int) -> _native.Tile:
         """One expert's rows of the slices (the only expert of a dense weight)."""
         first, last = expert * weight.rows, (expert + 1) * weight.rows
-        parts: list[NDArray[np.uint8]] = []
-        formats: set[str] = set()
-        at = 0
-        for part in weight.slices:
-            start, stop = max(first, at), min(last, at + part.stop - part.start)
-            if start < stop:
-                offset = part.start - at
-                parts.append(self._rows(part.tensor, start + offset, stop + offset, weight.cols))
-                formats.add(self._format(part.tensor))
-            at += part.stop - part.start
-        if len(formats) != 1:
-            names = ", ".join(part.tensor for part in weight.slices)
-            raise UnsupportedModel(f"tensors of one weight differ in format: {names}")
-        data = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return self._convert(weight, data, formats.pop())
-
-    def _convert(self, weight: p.Matrix, data: NDArray[np.uint8], stored: str) -> _native.Tile:
-        target, rows, cols = self._target(weight), weight.rows, weight.cols
-        if target == stored:
-            return _native.pack(stored, data, rows, cols, self.pool, self._arena)
+        rows = gather(self.checkpoint, weight.slices, first, last, weight.cols, self._read)
+        target, sizes = self._target(weight), (weight.rows, weight.cols)
+        if target == rows.format:
+            return _native.pack(
+                rows.format, rows.data, *sizes, self.pool, self._arena, factors=rows.factors
+            )
         try:
-            source = _native.pack(stored, data, rows, cols, self.pool)
+            source = _native.pack(rows.format, rows.data, *sizes, self.pool, factors=rows.factors)
             return _native.requantize(source, target, self.pool, self._arena)
         except ValueError as error:
             name = weight.slices[0].tensor
             raise InvalidCheckpoint(f"cannot convert tensor {name}: {error}") from None
 
-    def _rows(self, name: str, start: int, stop: int, cols: int) -> NDArray[np.uint8]:
-        tensor = self.checkpoint.tensors[name]
-        if tensor.cols != cols or stop > tensor.rows:
-            raise InvalidCheckpoint(f"tensor {name} has shape {tensor.shape}, not [{stop}, {cols}]")
-        data = tensor.row_data(start, stop)
-        if name not in self._restored:
-            return data
-        values = np.empty((stop - start, cols), quant.FORMATS[self._format(name)].layout)
-        values[:, tensor.order] = quant.FORMATS[tensor.format].dequantize(data).reshape(-1, cols)
-        return values.reshape(-1).view(np.uint8)
+    def _read(self, tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.uint8]]:
+        if tensor.name not in self._restored:
+            return tensor.format, tensor.row_data(start, stop)
+        name = self._format(tensor.name)
+        values = np.empty((stop - start, tensor.cols), FORMATS[name].layout)
+        stored = FORMATS[tensor.format].dequantize(tensor.row_data(start, stop))
+        values[:, tensor.order] = stored.reshape(-1, tensor.cols)
+        return name, values.reshape(-1).view(np.uint8)
 
     def _format(self, name: str) -> str:
         if name not in self._restored:
@@ -315,6 +300,11 @@ def _(op: p.GatherRows, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG00
     e.gather_rows(op.out.id, op.x.id)
 
 
+def default_threads() -> int:
+    """As many threads as this process may use."""
+    return _native.default_threads()[0]
+
+
 def _isa() -> str:
     try:
         return _native.default_isa()
@@ -357,7 +347,7 @@ class NativeExecutor:
         self.max_rows = max_rows
         self.max_outputs = max_outputs
         self.isa = _isa()
-        self.pool = _native.ThreadPool(threads or _native.default_threads()[0])
+        self.pool = _native.ThreadPool(threads or default_threads())
         self.threads = self.pool.threads
         self._weights: Weights = weights
         self._kv_dtype: CacheType = kv_dtype

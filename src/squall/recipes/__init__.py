@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
-from squall.checkpoints.base import Checkpoint
+from squall.checkpoints.base import Checkpoint, Tensor
 from squall.checkpoints.files import quote
 from squall.checkpoints.quantized import zero_biases
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
@@ -12,6 +14,7 @@ from squall.program import Names
 from squall.recipes import config, gguf
 from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
+from squall.recipes.linears import linears, named
 from squall.recipes.names import Naming, locate
 from squall.roles import roles
 from squall.spec import Decoder
@@ -44,11 +47,30 @@ def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
     if "quantization_config" in checkpoint.metadata and not checkpoint.quantization:
         raise UnsupportedModel("config.json has a quantization_config that was not applied")
     name = config.architecture(checkpoint.metadata, architecture)
+    if checkpoint.kind == "uqff":
+        return _load_uqff(name, checkpoint)
     entry = config.RECIPES[name]
     fields = config.fields(checkpoint.metadata, checkpoint.tensors, entry)
     config.check_depth(fields)
     fields.tensors_read |= zero_biases(checkpoint.tensors)
-    return _finish(name, checkpoint, entry.function(fields), fields, fields.naming)
+    return _finish(name, checkpoint.tensors, entry.function(fields), fields, fields.naming)
+
+
+def _load_uqff(name: str, checkpoint: Checkpoint) -> Recipe:
+    """Once without the linears, for their order, and then with them under their usual names."""
+    entry = config.RECIPES[name]
+    residual = {n: t for n, t in checkpoint.tensors.items() if not n.startswith("uqff.")}
+    fields = config.fields(checkpoint.metadata, residual, entry)
+    config.check_depth(fields)
+    order = linears(name, entry.function(fields), fields.naming)
+    tensors, originals = named(order, checkpoint.tensors)
+    fields = config.fields(checkpoint.metadata, tensors, entry)
+    recipe = _finish(name, tensors, entry.function(fields), fields, fields.naming)
+    names = {
+        role: tuple(replace(part, tensor=originals.get(part.tensor, part.tensor)) for part in parts)
+        for role, parts in recipe.names.items()
+    }
+    return replace(recipe, names=MappingProxyType(names))
 
 
 def _load_gguf(checkpoint: Checkpoint) -> Recipe:
@@ -64,12 +86,18 @@ def _load_gguf(checkpoint: Checkpoint) -> Recipe:
         known = ", ".join(sorted(gguf.RECIPES))
         raise UnsupportedModel(f"unknown architecture {quote(architecture)}; known: {known}")
     fields = GgufFields(architecture, checkpoint.metadata, checkpoint.tensors)
-    return _finish(architecture, checkpoint, gguf.RECIPES[architecture](fields), fields, NAMING)
+    return _finish(
+        architecture, checkpoint.tensors, gguf.RECIPES[architecture](fields), fields, NAMING
+    )
 
 
 def _finish(
-    architecture: str, checkpoint: Checkpoint, decoder: Decoder, fields: Fields, naming: Naming
+    architecture: str,
+    tensors: Mapping[str, Tensor],
+    decoder: Decoder,
+    fields: Fields,
+    naming: Naming,
 ) -> Recipe:
     fields.check_all_read()
-    names = locate(roles(decoder), checkpoint.tensors, naming, read=fields.tensors_read)
+    names = locate(roles(decoder), tensors, naming, read=fields.tensors_read)
     return Recipe(architecture, decoder, names, naming)

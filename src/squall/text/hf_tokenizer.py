@@ -64,6 +64,14 @@ class HfTokenizer(Tokenizer):
         return b"" if token >= self.vocab_size else super().token_bytes(token)
 
 
+def read_vocabulary(path: Path) -> tuple[Vocabulary, Mapping[str, Any]]:
+    """The vocabulary of a folder, and what its tokenizer.json says."""
+    files = _Files.read(path, None)
+    library = _load(files.tokenizer)
+    _repair(library, files)
+    return _vocabulary(library, files), files.spec
+
+
 @dataclass(frozen=True, slots=True)
 class _Files:
     """What the folder says of its tokenizer."""

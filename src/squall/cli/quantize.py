@@ -1,0 +1,111 @@
+"""`squall quantize`: a model's weights in other number formats, written to a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from squall.cli.options import Json, Threads, progress
+from squall.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from squall.convert import Written
+
+_ENDINGS = (".uqff", ".gguf")
+
+
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="The folder of a model, a GGUF file, or a model of the hub.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The file to write: NAME.uqff or NAME.gguf.")
+    ],
+    isq: Annotated[
+        str | None,
+        typer.Option(help="Q4K, Q8_0, HQQ4, FP8... or bits; of several, with commas, a file each."),
+    ] = None,
+    topology: Annotated[
+        Path | None, typer.Option(help="YAML that gives layers types of their own.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="An importance matrix (imatrix), for types such as Q4K.")
+    ] = None,
+    experts_only: Annotated[
+        bool, typer.Option("--experts-only", help="Only the experts of a mixture, and the head.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model's weights once, and write them to a UQFF or GGUF file.
+
+    Beside a UQFF file lie residual.safetensors, which has what is not quantized, and JSON files.
+    With several types their names end the files' names: model-q4k.uqff, model-q8_0.uqff.
+
+    Example:
+
+    squall quantize FOLDER --isq Q4K -o quantized/model.uqff
+    """
+    from squall import convert, recipes
+    from squall.checkpoints import open_checkpoint
+    from squall.executors.native import default_threads
+    from squall.locate import locate
+    from squall.quant import Plan, Topology
+
+    if output.suffix not in _ENDINGS:
+        raise InvalidRequest(f"{output} must end in {' or '.join(_ENDINGS)}")
+    if isq is None and topology is None:
+        raise InvalidRequest("what to quantize to? Give --isq, --topology or both")
+    checkpoint = open_checkpoint(locate(model))
+    recipe = recipes.load(checkpoint)
+    ranges = Topology() if topology is None else Topology.from_file(topology)
+    ranges.check(len(recipe.decoder.layers), ("cpu",))
+    plans = {
+        path: Plan.of(name, ranges, experts_only=experts_only)
+        for path, name in _outputs(output, isq).items()
+    }
+    importance = None if imatrix is None else convert.read_imatrix(imatrix)
+    write = convert.write_uqff if output.suffix == ".uqff" else convert.write_gguf
+    for path, plan in plans.items():
+        with progress(f"quantizing {path.name}") as shown:
+            written = write(
+                checkpoint, recipe, plan, path, force=force, importance=importance,
+                threads=threads or default_threads(), progress=shown,
+            )  # fmt: skip
+        _report(path, written, as_json=as_json)
+
+
+def _outputs(output: Path, isq: str | None) -> dict[Path, str | None]:
+    """The files to write, and the type of each."""
+    names: list[str | None] = [None] if isq is None else [*isq.split(",")]
+    if len(names) == 1:
+        return {output: names[0]}
+    found = {output.with_stem(f"{output.stem}-{str(name).strip().lower()}"): name for name in names}
+    if len(found) != len(names):
+        raise InvalidRequest(f"--isq {isq} names a type twice")
+    return found
+
+
+def _report(path: Path, written: tuple[Written, ...], *, as_json: bool) -> None:
+    if as_json:
+        matrices = [asdict(item) for item in written]
+        typer.echo(json.dumps({"file": str(path), "matrices": matrices}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("tensor", "from", "to", "shape", "bytes", "RMSE", title=str(path))
+    table.columns[0].overflow = "fold"
+    for item in written:
+        shape, rmse = " x ".join(map(str, item.shape)), f"{100 * item.rmse:.2f} %"
+        table.add_row(Text(item.name), item.source, item.format, shape, str(item.nbytes), rmse)
+    Console().print(table)
+    size, values = path.stat().st_size, sum(item.shape[0] * item.shape[1] for item in written)
+    bits = 8 * sum(item.nbytes for item in written) / max(values, 1)
+    typer.echo(f"{path}: {size / 2**20:.1f} MiB, {bits:.2f} bits a quantized weight")

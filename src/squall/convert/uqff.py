@@ -1,0 +1,245 @@
+"""Writing UQFF 0.1.2; `checkpoints.uqff` reads it, and says what it is."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from squall import _native
+from squall.checkpoints.base import Checkpoint, Tensor
+from squall.checkpoints.safetensors import FORMATS as DTYPE_NAMES
+from squall.checkpoints.uqff import DTYPES, FP8, GGML, HQQ, PLAIN, RESIDUAL, VERSION
+from squall.checkpoints.uqff_hqq import fits, split
+from squall.convert.files import Chunks, Item, Part, exists, replacing, write_safetensors
+from squall.convert.matrices import (
+    Importance,
+    Matrix,
+    Progress,
+    Quantizer,
+    Written,
+    count_error,
+    values,
+)
+from squall.errors import InvalidRequest, UnsupportedModel
+from squall.quant import FORMATS, Plan
+from squall.quant.hqq import GROUP
+from squall.recipes import Recipe
+from squall.recipes.gguf_parts import NAMING
+from squall.recipes.linears import Linear, linears
+from squall.roles import roles
+
+BESIDE = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    "processor_config.json", "preprocessor_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+# What the search for HQQ's zero points was: steps, round_zeros, channel_wise.
+_SEARCH = struct.pack("<IBB", 10, 0, 1)
+_MOST = (1 << 32) - 1
+
+
+def write_uqff(  # noqa: PLR0913
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    plan: Plan,
+    path: Path,
+    *,
+    force: bool = False,
+    importance: Importance | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> tuple[Written, ...]:
+    """Quantize a folder's model to `path`; residual.safetensors and JSON files go beside it."""
+    if checkpoint.kind != "folder":
+        raise UnsupportedModel(
+            "a UQFF file is made from a folder with config.json and float weights; "
+            "a GGUF file can be quantized to a .gguf file"
+        )
+    if path.exists() and not force:
+        raise exists(path)
+    whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    quantizer = Quantizer(checkpoint, _native.ThreadPool(threads), whole, progress)
+    job = _Job(quantizer, recipe, plan, importance or {})
+    items = [job.item(i, linear) for i, linear in enumerate(job.linears)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"cannot make {path.parent}: {error.strerror}") from None
+    for name in BESIDE:
+        source = checkpoint.path / name
+        if source.is_file() and source.resolve() != path.with_name(name).resolve():
+            with replacing(path.with_name(name), force=force) as file:
+                file.write(source.read_bytes())
+    write_safetensors(path.with_name(RESIDUAL), job.residual(), force=force)
+    write_safetensors(path, items, force=force)
+    return tuple(job.quantizer.written)
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    quantizer: Quantizer
+    recipe: Recipe
+    plan: Plan
+    importance: Importance
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return linears(self.recipe.architecture, self.recipe.decoder, self.recipe.naming)
+
+    def residual(self) -> list[Item]:
+        """The tensors that hold no linear."""
+        taken = {role for linear in self.linears for role in linear.roles}
+        used = {
+            part.tensor
+            for role, parts in self.recipe.names.items()
+            if role.rsplit(".", 1)[0] not in taken
+            for part in parts
+        }
+        names = {format: name for name, (format, _) in DTYPE_NAMES.items()}
+        tensors = self.quantizer.checkpoint.tensors
+        return [
+            Item(name, names[t.format], t.shape, Part(t.nbytes, _stored(t)))
+            for name, t in tensors.items()
+            if name in used
+        ]
+
+    def item(self, index: int, linear: Linear) -> Item:
+        part = self.blob(linear)
+        if part.nbytes > _MOST:
+            raise UnsupportedModel(
+                f"{linear.tensor} takes {part.nbytes} bytes; UQFF allows {_MOST}"
+            )
+        return Item(str(index), "U8", (part.nbytes,), part)
+
+    def blob(self, linear: Linear) -> Part:
+        matrix, bias = self.matrix(linear), self.bias(linear)
+        format = FORMATS[matrix.format]
+        if matrix.format.startswith("hqq"):
+            return self._hqq(matrix, bias)
+        if format.name == "f8_e4m3":
+            return self._fp8(matrix, bias)
+        if format.name in ("f32", "f16", "bf16"):
+            return self._plain(matrix, bias)
+        assert format.ggml_id is not None
+        tail = b"" if bias is None else _tensor("f32", bias.to_float32())
+        head = struct.pack("<IBIB", VERSION, GGML, matrix.nbytes, bias is not None)
+        head += struct.pack("<4I", format.ggml_id, 2, matrix.rows, matrix.cols)
+        return _joined(head, matrix.nbytes, lambda: self.quantizer.chunks(matrix), tail)
+
+    def matrix(self, linear: Linear) -> Matrix:
+        names = [f"{role}.weight" for role in linear.roles]
+        if self.recipe.decoder.tied and linear.roles == ("head",):
+            names = ["embed.weight"]
+        shapes = roles(self.recipe.decoder)
+        slices = tuple(part for name in names for part in self.recipe.names[name])
+        rows, cols = sum(shapes[name][-2] for name in names), shapes[names[0]][-1]
+        stored = self.quantizer.checkpoint.tensors[slices[0].tensor].format
+        format = self.plan.target(linear.roles[0], stored, cols)
+        known = self.importance.get(
+            NAMING.name(f"{linear.roles[0]}.weight").removesuffix(".weight")
+        )
+        weights = None if known is None else check_importance(known, linear, cols)
+        return Matrix(
+            linear.tensor, slices, linear.expert * rows, rows, cols, format, importance=weights
+        )
+
+    def bias(self, linear: Linear) -> Tensor | None:
+        """The bias; of a fused linear there is none."""
+        parts = self.recipe.names.get(f"{linear.roles[0]}.bias", ())
+        if len(linear.roles) > 1 and parts:
+            raise UnsupportedModel(f"{linear.tensor} is fused and has a bias")
+        return self.quantizer.checkpoint.tensors[parts[0].tensor] if parts else None
+
+    def _plain(self, matrix: Matrix, bias: Tensor | None) -> Part:
+        head = struct.pack("<IBB", VERSION, PLAIN, bias is not None)
+        head += _tensor_head(matrix.format, matrix.nbytes, (matrix.rows, matrix.cols))
+        return _joined(head, matrix.nbytes, lambda: self.quantizer.chunks(matrix), _bias(bias))
+
+    def _hqq(self, matrix: Matrix, bias: Tensor | None) -> Part:
+        bits, groups = int(matrix.format[3:]), matrix.rows * matrix.cols // GROUP
+        if not fits(matrix.rows, matrix.cols, bits):
+            raise UnsupportedModel(
+                f"{matrix.name} has {groups} groups, which {matrix.format} cannot pack in a UQFF "
+                "file; choose another type, or one for its layer in a topology"
+            )
+
+        def body() -> Iterator[bytes]:
+            (blocks,) = self.quantizer.chunks(matrix)
+            codes, scales, zeros = split(blocks, bits)
+            yield _tensor("i32" if bits == 3 else "u8", codes)
+            yield _tensor("f32", scales[:, None])
+            yield _tensor("f32", zeros[:, None])
+
+        words = -(-groups // 10) * 4 if bits == 3 else groups * bits // 8
+        size = len(_tensor("f32", np.empty((0, 0)))) * 3 + words * GROUP + groups * 8
+        tail = struct.pack("<3IBIB", 2, matrix.rows, matrix.cols, bits, GROUP, 1) + _SEARCH
+        head = struct.pack("<IBB", VERSION, HQQ, bias is not None)
+        return _joined(head, size, body, tail + _bias(bias))
+
+    def _fp8(self, matrix: Matrix, bias: Tensor | None) -> Part:
+        head = struct.pack("<IBB", VERSION, FP8, bias is not None)
+        head += _tensor_head(matrix.format, matrix.nbytes, (matrix.rows, matrix.cols))
+
+        def body() -> Iterator[bytes | NDArray[np.uint8]]:
+            stored = self.quantizer.rows(matrix)
+            exact = values(stored, matrix.cols)
+            largest = float(np.max(np.abs(exact)))
+            if not np.isfinite(largest):
+                raise InvalidRequest(f"cannot quantize {matrix.name}: a value is not finite")
+            scale = np.float32(448.0 / largest) if largest > 0 else np.float32(1)
+            data = FORMATS[matrix.format].quantize((exact * scale).reshape(-1))
+            error, factor = np.zeros(2), np.float32(1) / scale
+            count_error(error, exact, FORMATS[matrix.format].dequantize(data) * factor)
+            self.quantizer.advance(len(stored.data))
+            self.quantizer.note(matrix, stored.format, error)
+            yield data
+            yield struct.pack("<3fI", factor, factor, scale, _dtype(stored.format))
+
+        return _joined(head, matrix.nbytes + 16, body, _bias(bias))
+
+
+def check_importance(known: NDArray[np.float32], linear: Linear, cols: int) -> NDArray[np.float32]:
+    """The importance of a linear's columns, [1, cols]."""
+    own = known[linear.expert : linear.expert + 1]
+    if own.shape != (1, cols):
+        raise InvalidRequest(
+            f"the imatrix has {known.shape} for {linear.tensor}, which has {cols} columns; "
+            "it is of another model"
+        )
+    return own
+
+
+def _stored(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
+    yield tensor.data
+
+
+def _joined(head: bytes, size: int, body: Callable[[], Chunks], tail: bytes) -> Part:
+    def chunks() -> Iterator[bytes | NDArray[np.uint8]]:
+        yield head
+        yield from body()
+        yield tail
+
+    return Part(len(head) + size + len(tail), chunks())
+
+
+def _dtype(format: str) -> int:
+    return next((id for id, (name, _) in DTYPES.items() if name == format), 6)
+
+
+def _tensor_head(format: str, nbytes: int, shape: tuple[int, ...]) -> bytes:
+    return struct.pack(f"<{3 + len(shape)}I", nbytes, _dtype(format), len(shape), *shape)
+
+
+def _tensor(format: str, array: NDArray[np.generic]) -> bytes:
+    return _tensor_head(format, array.nbytes, array.shape) + array.tobytes()
+
+
+def _bias(bias: Tensor | None) -> bytes:
+    if bias is None:
+        return b""
+    return _tensor_head(bias.format, bias.nbytes, bias.shape) + bias.data.tobytes()
