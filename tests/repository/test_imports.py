@@ -37,7 +37,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 # Above the model: its command line and servers, and what both of them and users ask.
 ABOVE = {
-    "api": {"errors", "engine", "text", "model"},
+    "api": {"errors", "checkpoints", "engine", "text", "model"},
     "server": {"__version__", "errors", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
 }
