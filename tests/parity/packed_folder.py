@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 WHOLE = "model.safetensors"
+# What GPTQ's first version is stored less by, a word of zeros at a time; of 3 bits each value is.
+LESS_ONE = {2: 0x55555555, 3: 0, 4: 0x11111111, 8: 0x01010101}
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # outputs of an AWQ word, from its lowest four bits on
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a folder is quantized; group -1: one a row. zeros: of v1 files one is stored less."""
+    """How a folder is quantized; group -1: one a row. Of version 1 zeros are stored less one."""
 
     method: str = "gptq"
     bits: int = 4
@@ -80,7 +82,9 @@ def quantize(
         zeros[g] = np.rint(-low / scales[g])
         if packing.symmetric:
             zeros[g] = (largest + 1) // 2
-        zeros[g] = np.clip(zeros[g], packing.method == "gptq", largest)
+        elif packing.version == 1:
+            zeros[g, ::7] = 0
+        zeros[g] = np.clip(zeros[g], packing.bits == 3, largest)
         steps = np.rint(part / scales[g][:, None]).astype(int) + zeros[g][:, None]
         codes[:, g_idx == g] = np.clip(steps, 0, largest)
     values = np.empty_like(weight)
@@ -92,12 +96,18 @@ def quantize(
             "qzeros": words_array([awq_words(zeros[g].tolist()) for g in range(groups)]),
         }
         return stored | {"scales": scales}, values
-    kept = zeros - 1 if packing.version == 1 else zeros
+    less = LESS_ONE[packing.bits] if packing.version == 1 else 0
+    kept = zeros - 1 if (packing.version, packing.bits) == (1, 3) else zeros
     stored = {
         "qweight": words_array(
             [to_words(codes[r].tolist(), packing.bits) for r in range(outputs)]
         ).T.copy(),
-        "qzeros": words_array([to_words(kept[g].tolist(), packing.bits) for g in range(groups)]),
+        "qzeros": words_array(
+            [
+                [word - less & 0xFFFFFFFF for word in to_words(kept[g].tolist(), packing.bits)]
+                for g in range(groups)
+            ]
+        ),
         "g_idx": g_idx,
     }
     return stored | {"scales": scales}, values

@@ -188,6 +188,7 @@ def put(index: Any, value: Any) -> Any:
         (set_tensor("qweight", lambda x: x[:-1]), "shape"),
         (set_tensor("qweight", lambda x: x.reshape(-1)), "shape"),
         (set_tensor("qweight", lambda x: x[:0]), "shape"),
+        (set_tensor("qweight", lambda x: x[:, :-1]), "whole words"),
         (set_tensor("qzeros", lambda x: x[:, :-1]), "qzeros.*shape"),
         (set_tensor("scales", lambda x: x[:-1]), "scales.*shape"),
         (set_tensor("g_idx", lambda x: x[:-1]), "g_idx.*shape"),

@@ -29,7 +29,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class GroupedTensor(Tensor):
-    """A quantized weight, made from `stored` tensors when asked for; `data` is but its codes.
+    """A quantized weight, made from `stored` tensors when asked for; `data` is only their first.
 
     zero_bias: the name of its bias, if that is there and 0: some writers add one to any weight.
     """
@@ -63,11 +63,8 @@ class GroupedTensor(Tensor):
         with np.errstate(over="ignore", invalid="ignore"):
             scales = self.stored["scales"].to_float32().astype(np.float16)
         groups = self._groups(group, len(scales))
-        own = (
-            {}
-            if scheme.method == "awq"
-            else {"bits": scheme.bits, "less_one": scheme.layout == "gptq"}
-        )
+        gptq = {"bits": scheme.bits, "less_one": scheme.layout == "gptq"}
+        own = gptq if scheme.method == "gptq" else {}
         made: Grouped = METHODS[scheme.method].grouped(
             shaped["qweight"], shaped["qzeros"], scales, groups, group=group, **own
         )
@@ -116,6 +113,11 @@ def _weight(stem: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Grouped
     if len(main.shape) != 2 or 0 in main.shape:
         raise InvalidCheckpoint(f"tensor {quote(main.name)} has shape {main.shape}, not two sizes")
     outputs, inputs = method.size(scheme.bits, main.shape)
+    if outputs * scheme.bits % 32:
+        raise InvalidCheckpoint(
+            f"tensor {quote(main.name)} has {outputs} outputs; {scheme.bits} bits of each are to "
+            "fill whole words of 32"
+        )
     group = scheme.group or inputs
     stored = {}
     for part, shape in method.shapes(scheme.bits, group, outputs, inputs).items():
@@ -135,12 +137,12 @@ def _weight(stem: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Grouped
 def _check(
     name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> None:
-    if tensor is None or tensor.shape != shape:
+    if tensor is None:
+        raise InvalidCheckpoint(f"the tensor {quote(name)} is missing; its shape would be {shape}")
+    if tensor.shape != shape:
         raise InvalidCheckpoint(
-            f"the tensor {quote(name)} is missing; its shape would be {shape}"
-            if tensor is None
-            else f"tensor {quote(name)} has shape {tensor.shape}; quantization_config and the "
-            f"other tensors ask for {shape}"
+            f"tensor {quote(name)} has shape {tensor.shape}; quantization_config and the other "
+            f"tensors ask for {shape}"
         )
     if tensor.format not in dtypes:
         raise UnsupportedModel(

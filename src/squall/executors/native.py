@@ -182,8 +182,8 @@ class _Loader:
 def _in_disorder(program: p.Program, checkpoint: Checkpoint) -> frozenset[str]:
     """Tensors whose columns go back where they belong, as f16.
 
-    They have an order of their own, and their op cannot reorder its input: it multiplies several
-    weights by it, which do not agree.
+    They have an order of their own, and their op multiplies its input by several weights that do
+    not agree on one.
     """
     found: set[str] = set()
     for op in program.ops:
@@ -246,15 +246,8 @@ def _(op: p.Normalize, e: _native.Executor, w: _Loader) -> None:
 @_lower.register
 def _(op: p.Linear, e: _native.Executor, w: _Loader) -> None:
     weight, bias = w.tile(op.weight), w.vector(op.bias)
-    e.linear(
-        op.out.id,
-        w.input(e, op.x, op.weight),
-        weight,
-        bias,
-        op.activation,
-        op.scale,
-        _id(op.residual),
-    )
+    x = w.input(e, op.x, op.weight)
+    e.linear(op.out.id, x, weight, bias, op.activation, op.scale, _id(op.residual))
 
 
 @_lower.register
