@@ -25,7 +25,7 @@ from squall.convert.matrices import (
     count_error,
     values,
 )
-from squall.errors import InvalidRequest, UnsupportedModel
+from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.quant import FORMATS, Plan
 from squall.quant.hqq import GROUP
 from squall.recipes import Recipe
@@ -190,7 +190,7 @@ class _Job:
             exact = values(stored, matrix.cols)
             largest = float(np.max(np.abs(exact)))
             if not np.isfinite(largest):
-                raise InvalidRequest(f"cannot quantize {matrix.name}: a value is not finite")
+                raise InvalidCheckpoint(f"cannot quantize {matrix.name}: a value is not finite")
             scale = np.float32(448.0 / largest) if largest > 0 else np.float32(1)
             data = FORMATS[matrix.format].quantize((exact * scale).reshape(-1))
             error, factor = np.zeros(2), np.float32(1) / scale

@@ -1,0 +1,189 @@
+"""mistral.rs's TOML files that select a model, as the same data as flags and `Which` give.
+
+[model]                   # the keys of a selector's flags, as snake_case
+model_id = "owner/name"
+
+[speculative]             # optional: a draft model
+gamma = 32
+[speculative.draft_model]
+model_id = "owner/small"
+
+[anymoe]                  # optional: experts made of several models
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from squall.api.which import (
+    AnyMoeConfig,
+    AnyMoeExpertType,
+    IsqOrganization,
+    ModelDType,
+    Selection,
+    VisionArchitecture,
+    Which,
+)
+from squall.cli.options import read_text
+from squall.errors import InvalidRequest, UnsupportedModel
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# The most special first; the first that has all keys, and all of whose required keys are there.
+_KINDS: tuple[type[Selection], ...] = (
+    Which.XLoraGGUF,
+    Which.LoraGGUF,
+    Which.XLoraGGML,
+    Which.LoraGGML,
+    Which.GGUF,
+    Which.GGML,
+    Which.XLora,
+    Which.Lora,
+    Which.VisionPlain,
+    Which.Plain,
+)
+_ENUMS: Mapping[str, type[Enum]] = {"dtype": ModelDType, "organization": IsqOrganization}
+_VISION = {str(arch.name).lower().replace("llavanext", "llava_next") for arch in VisionArchitecture}
+_NUMBERS = ("gqa", "max_edge", "tgt_non_granular_index")
+
+
+@dataclass(frozen=True)
+class TomlSelection:
+    """What a file selects. speculative: the draft model, and its tokens a step."""
+
+    model: Selection
+    speculative: tuple[Selection, int] | None = None
+    anymoe: AnyMoeConfig | None = None
+
+    def check_supported(self) -> None:
+        """Raise UnsupportedModel for what Squall does not do yet."""
+        for name, given in (("speculative", self.speculative), ("anymoe", self.anymoe)):
+            if given is not None:
+                raise UnsupportedModel(f"[{name}] is not supported yet; leave it out of the file")
+        self.model.opening()
+
+
+def read_toml(path: Path) -> TomlSelection:
+    """Read a file; raises InvalidRequest with what is wrong in it, and what could be there."""
+    try:
+        root = tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"{path} is not TOML: {error}") from None
+    _check_keys(root, "the file", {"model", "tokenizer_json", "speculative", "anymoe"}, {"model"})
+    tokenizer = root.get("tokenizer_json")
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        raise InvalidRequest(f"tokenizer_json is {tokenizer!r}; it must be a path")
+    model = _selection(root["model"], "[model]", tokenizer)
+    draft = anymoe = None
+    if "speculative" in root:
+        given = _table(root["speculative"], "[speculative]")
+        _check_keys(given, "[speculative]", {"gamma", "draft_model"}, {"gamma", "draft_model"})
+        if type(given["gamma"]) is not int or given["gamma"] < 1:
+            raise InvalidRequest(f"gamma is {given['gamma']!r}; it must be a number from 1 on")
+        section = "[speculative.draft_model]"
+        draft = (_selection(given["draft_model"], section, tokenizer), given["gamma"])
+    if "anymoe" in root:
+        anymoe = _anymoe(_table(root["anymoe"], "[anymoe]"))
+    return TomlSelection(model, draft, anymoe)
+
+
+def _selection(given: object, section: str, tokenizer: str | None) -> Selection:
+    values = dict(_table(given, section))
+    kinds = [kind for kind in _KINDS if _required(kind) <= values.keys() <= _allowed(kind)]
+    if not _is_vision(values):
+        kinds = [kind for kind in kinds if kind is not Which.VisionPlain]
+    if not kinds:
+        lines = "; ".join(
+            f"{kind.__name__}: {', '.join(sorted(_allowed(kind)))}" for kind in _KINDS
+        )
+        raise InvalidRequest(
+            f"{section} has {', '.join(sorted(values)) or 'nothing'}, which no kind of model has "
+            f"all of. The kinds and their keys: {lines}"
+        )
+    kind = next((k for k in kinds if _is_ggml(k) == _names_ggml(values)), kinds[0])
+    for key, value in values.items():
+        values[key] = _value(section, key, value)
+    if tokenizer is not None and "tokenizer_json" in {item.name for item in _fields(kind)}:
+        values["tokenizer_json"] = tokenizer
+    return kind(**values)
+
+
+def _is_vision(values: Mapping[str, object]) -> bool:
+    return "max_edge" in values or str(values.get("arch")).lower() in _VISION
+
+
+def _is_ggml(kind: type[Selection]) -> bool:
+    return kind.__name__.endswith("GGML")
+
+
+def _names_ggml(values: Mapping[str, object]) -> bool:
+    """GGML and GGUF have the same keys but for gqa, so the file's name tells."""
+    return "gqa" in values or not str(values.get("quantized_filename", ".gguf")).endswith(".gguf")
+
+
+def _value(section: str, key: str, value: object) -> object:
+    if key in _ENUMS:
+        known = {name.lower(): member for name, member in _ENUMS[key].__members__.items()}
+        if str(value).lower() not in known:
+            raise InvalidRequest(
+                f"{key} in {section} is {value!r}; it must be one of {', '.join(known)}"
+            )
+        return known[str(value).lower()]
+    kind, what = (int, "a number") if key in _NUMBERS else (str, "a text")
+    if type(value) is not kind:
+        raise InvalidRequest(f"{key} in {section} is {value!r}; it must be {what}")
+    if key == "quantized_filename" and " " in str(value).strip():
+        return tuple(str(value).split())
+    return value
+
+
+def _anymoe(given: Mapping[str, Any]) -> AnyMoeConfig:
+    config = dict(_table(given.get("config", {}), "[anymoe.config]"))
+    outer = {"dataset_json", "prefix", "mlp", "model_ids", "layers"}
+    _check_keys(given, "[anymoe]", outer | {"config"}, (outer - {"layers"}) | {"config"})
+    inner = {item.name for item in fields(AnyMoeConfig)} - outer
+    _check_keys(config, "[anymoe.config]", inner, {"hidden_size", "expert_type"})
+    expert, types = config["expert_type"], AnyMoeExpertType
+    if expert == "fine_tuned":
+        config["expert_type"] = types.FineTuned()
+    else:
+        adapter = _table(expert, "expert_type").get("lora_adapter")
+        names = {item.name for item in fields(types.LoraAdapter)}
+        _check_keys(_table(adapter, "lora_adapter"), "lora_adapter", names, names)
+        config["expert_type"] = types.LoraAdapter(**adapter)
+    return AnyMoeConfig(**config, **{key: given[key] for key in outer & given.keys()})
+
+
+def _fields(kind: type[Selection]) -> tuple[Field[Any], ...]:
+    return fields(kind)  # type: ignore[arg-type]
+
+
+def _allowed(kind: type[Selection]) -> set[str]:
+    return {item.name for item in _fields(kind)} - {"tokenizer_json"}
+
+
+def _required(kind: type[Selection]) -> set[str]:
+    return {item.name for item in _fields(kind) if item.default is MISSING}
+
+
+def _table(given: object, what: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"{what} is {given!r:.99}; it must be a table")
+    return given
+
+
+def _check_keys(given: Mapping[str, object], what: str, known: set[str], needed: set[str]) -> None:
+    if wrong := sorted(given.keys() - known):
+        raise InvalidRequest(
+            f"{what} has {', '.join(wrong)[:200]}; known: {', '.join(sorted(known))}"
+        )
+    if missing := sorted(needed - given.keys()):
+        raise InvalidRequest(f"{what} lacks {', '.join(missing)}")
