@@ -44,10 +44,10 @@ def seeds() -> list[bytes]:
     """Valid files that reach every kind of value and format, and the small hostile ones."""
     from checkpoints import gguf_builder as b
     from checkpoints.gguf_corpus import hostile
-    from squall.quant import FORMATS
+    from squall.quant import GGML_FORMATS
 
     found = [b.small().to_bytes(), b.small().with_(version=2).to_bytes(), part(0), part(1)]
-    for format in FORMATS.values():
+    for format in GGML_FORMATS.values():
         entry = b.TensorEntry("t", (format.block, 2), format.ggml_id)
         found.append(b.File([], [entry], bytes(2 * format.block_bytes)).to_bytes())
     scalars = [(f"k{kind}", b.scalar(kind, 1)) for kind in b.CODES]
