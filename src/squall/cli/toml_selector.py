@@ -155,9 +155,9 @@ def _anymoe(given: Mapping[str, Any]) -> AnyMoeConfig:
     if expert == "fine_tuned":
         config["expert_type"] = types.FineTuned()
     else:
-        adapter = _table(expert, "expert_type").get("lora_adapter")
+        adapter = _table(_table(expert, "expert_type").get("lora_adapter"), "lora_adapter")
         names = {item.name for item in fields(types.LoraAdapter)}
-        _check_keys(_table(adapter, "lora_adapter"), "lora_adapter", names, names)
+        _check_keys(adapter, "lora_adapter", names, names)
         config["expert_type"] = types.LoraAdapter(**adapter)
     return AnyMoeConfig(**config, **{key: given[key] for key in outer & given.keys()})
 
