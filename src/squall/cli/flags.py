@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperGroup
+from typer.models import ArgumentInfo
 
 from squall.cli.selectors import NOT_YET, SELECTORS, Selected
 
@@ -67,7 +68,7 @@ def command(
 
     app.callback()(_taking([p for p in own if not _is_argument(p)], begin))
     if takes_text:
-        going_on = _after(own, lambda: None, act, f"What to ask; -: what stdin says; none: a chat.")
+        going_on = _after(own, lambda: None, act, "What to ask; -: what stdin says; none: a chat.")
         app.command(TEXT, rich_help_panel="Arguments", context_settings=HELP)(going_on)
     for word, selector in SELECTORS.items():
         # What belongs to a kind that is not there yet is not known either.
@@ -108,19 +109,28 @@ def _without(
 ) -> list[inspect.Parameter]:
     """A command's parameters beside those of a kind, which takes names that both have."""
     names = {p.name for p in chosen}
-    taken = {flag for p in chosen if not _is_argument(p) for flag in _info(p).param_decls or ()}
+    taken = {flag for parameter in chosen for flag in _names(parameter)}
     found = []
     for parameter in own:
-        info = copy.copy(_info(parameter))
-        left = [flag for flag in info.param_decls or () if flag not in taken]
-        if parameter.name in names or (info.param_decls and not left):
+        flags = [flag for flag in _names(parameter) if flag not in taken]
+        if parameter.name in names or (_names(parameter) and not flags):
             continue
-        info.param_decls = tuple(left)
+        kind, info = get_args(parameter.annotation)
+        info = copy.copy(info)
+        if flags:
+            # In annotations typer keeps the first name where otherwise the default is.
+            info.default, info.param_decls = flags[0], flags[1:]
         if taken and not _is_argument(parameter):
             info.rich_help_panel = MORE
-        kind = get_args(parameter.annotation)[0]
         found.append(parameter.replace(annotation=Annotated[kind, info]))
     return found
+
+
+def _names(parameter: inspect.Parameter) -> list[str]:
+    """The names of a flag, if they are not made of its own."""
+    info = get_args(parameter.annotation)[1]
+    first = [] if info.default is ... else [info.default]
+    return [*first, *(info.param_decls or ())]
 
 
 def _fields(flags: type[Any]) -> list[inspect.Parameter]:
@@ -143,12 +153,8 @@ def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
-def _info(parameter: inspect.Parameter) -> Any:
-    return parameter.annotation.__metadata__[0]
-
-
 def _is_argument(parameter: inspect.Parameter) -> bool:
-    return isinstance(_info(parameter), type(typer.Argument()))
+    return isinstance(get_args(parameter.annotation)[1], ArgumentInfo)
 
 
 def _taking(parameters: list[inspect.Parameter], function: Command) -> Command:

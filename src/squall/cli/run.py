@@ -72,7 +72,7 @@ class RunFlags(ModelFlags):
     context: ContextSize = None
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="What to ask; -: what stdin says; none: a chat."),
+        typer.Argument(metavar="PROMPT", help="What to ask; -: what stdin says; none: a chat."),
     ] = None
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from squall.model import Model
     from squall.server.options import ServerOptions
 
-PORT = 8080
 # mistral.rs chats like this.
 CHAT: dict[str, Any] = {
     "max_tokens": 4096, "temperature": 0.1, "top_k": 32, "top_p": 0.1, "min_p": 0.05,
@@ -41,8 +40,8 @@ class ServeFlags(ModelFlags):
         str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine's.")
     ] = "127.0.0.1"
     port: Annotated[
-        int | None, typer.Option("-p", "--port", min=0, max=65535, help="0: any that is free.")
-    ] = None
+        int, typer.Option("-p", "--port", min=0, max=65535, help="0: any that is free.")
+    ] = 8080
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -165,42 +164,35 @@ def serve(flags: ServeFlags, selected: Selected) -> None:
     squall serve -f model.gguf --port 8000 --api-key SECRET
 
     squall serve plain -m FOLDER --isq Q4K
-    """
-    _run(flags, selected, PORT if flags.port is None else flags.port)
-
-
-def serve_seed(flags: ServeFlags, selected: Selected) -> None:
-    """Serve a model over HTTP, or chat with it, in the words of mistralrs-server.
 
     squall-server --port 1234 gguf -m FOLDER -f model.gguf
-
-    squall-server -i plain -m FOLDER -a llama
     """
-    if flags.port is None and not flags.interactive_mode:
-        raise typer.BadParameter("give one, or -i for a chat", param_hint="--port")
-    _run(flags, selected, flags.port or 0)
+    if flags.interactive_mode:
+        _chat(flags, selected)
+    else:
+        _serve(flags, selected)
 
 
 app = command("serve", ServeFlags, serve)
-server = command("squall-server", ServeFlags, serve_seed, no_args_is_help=True)
+server = command("squall-server", ServeFlags, serve, no_args_is_help=True)
 
 
-def _run(flags: ServeFlags, selected: Selected, port: int) -> None:
-    """Serve, or chat, until the user has enough."""
-    if flags.interactive_mode:
-        from squall.cli.chat import Chat
-        from squall.cli.run import Settings
+def _chat(flags: ServeFlags, selected: Selected) -> None:
+    from squall.cli.chat import Chat
+    from squall.cli.run import Settings
 
-        settings = Settings(CHAT | {"seed": flags.seed}, {"multiplier": 0.0})
-        with flags.served(selected) as model:
-            Chat(model, settings, None).loop()
-        return
+    settings = Settings(CHAT | {"seed": flags.seed}, {"multiplier": 0.0})
+    with flags.served(selected) as model:
+        Chat(model, settings, None).loop()
+
+
+def _serve(flags: ServeFlags, selected: Selected) -> None:
     # A signal while the model loads ends the process, also where it is a container's first one.
     signal.signal(signal.SIGTERM, _leave)
     from squall.server.run import listen, serve_on
 
     options = flags.options()
-    listener = listen(flags.serve_ip, port)
+    listener = listen(flags.serve_ip, flags.port)
     for name in NO_EFFECT:
         if getattr(flags, name) is not None:
             sys.stderr.write(f"note: --{name.replace('_', '-')} has no effect on the CPU\n")
@@ -209,10 +201,11 @@ def _run(flags: ServeFlags, selected: Selected, port: int) -> None:
             f"warning: whoever reaches {flags.serve_ip} may use this server; --api-key KEY asks "
             "for a key\n"
         )
-    with flags.served(selected) as model:
+    with listener, flags.served(selected) as model:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        name = options.model_id or model.checkpoint.path.stem
+        path = model.checkpoint.path.absolute()
+        name = options.model_id or (path.name if path.is_dir() else path.stem)
 
         def started() -> None:
             sys.stderr.write(
@@ -220,7 +213,7 @@ def _run(flags: ServeFlags, selected: Selected, port: int) -> None:
                 f"{model.executor.threads} threads, {model.executor.isa})\n"
             )
 
-        status = serve_on(model, options, listener, started=started)
+        status = serve_on(model, replace(options, model_id=name), listener, started=started)
     raise typer.Exit(status)
 
 
