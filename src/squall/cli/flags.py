@@ -1,7 +1,6 @@
 """Commands whose flags are dataclasses, and that may be told what kind of model it is.
 
-COMMAND [FLAGS] [TEXT]
-COMMAND [FLAGS] KIND [FLAGS OF THE KIND, AND MORE OF THE COMMAND'S] [TEXT]
+`COMMAND [FLAGS] [TEXT]`, or `COMMAND [FLAGS] KIND [FLAGS OF THE KIND OR THE COMMAND] [TEXT]`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
@@ -48,9 +47,9 @@ class _Kinds(TyperGroup):
 def command(
     name: str, flags: type[Flags], act: Callable[[Flags, Selected], None], **settings: Any
 ) -> typer.Typer:
-    """The command that calls `act` with its flags, an object of a dataclass, and the kind.
+    """The command that calls `act` with an object of the dataclass `flags`, and the kind.
 
-    Fields that are arguments come last: after the kind, if there is one.
+    All fields have defaults. Those that are arguments come last: after the kind, if there is one.
     """
     own = _fields(flags)
     takes_text = any(map(_is_argument, own))
@@ -135,12 +134,7 @@ def _names(parameter: inspect.Parameter) -> list[str]:
 
 def _fields(flags: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(flags, include_extras=True)
-    return [
-        _parameter(
-            f.name, hints[f.name], inspect.Parameter.empty if f.default is MISSING else f.default
-        )
-        for f in fields(flags)
-    ]
+    return [_parameter(f.name, hints[f.name], f.default) for f in fields(flags)]
 
 
 def _parameters(function: Command) -> list[inspect.Parameter]:

@@ -37,9 +37,7 @@ class Score:
 class PerplexityFlags(ModelFlags):
     """The flags of `squall perplexity`."""
 
-    text: Annotated[Path | None, typer.Option("--text", help="A text file, UTF-8.  [required]")] = (
-        None
-    )
+    text: Annotated[Path | None, typer.Option("--text", help="A text file, UTF-8; needed.")] = None
     window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens scored in each window; by default half.")
