@@ -14,7 +14,7 @@ ROUNDS ?= 5
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build stub demo test lint bench fuzz sanitize emulate clean
+.PHONY: help setup build stub docs demo test lint bench fuzz sanitize emulate clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ demo: $(VENV)/built $(VENV)/model ## Start from nothing and let the default mode
 
 stub: $(VENV)/dev ## Write src/squall/_native.pyi anew, after a change of the bindings
 	@$(BIN)/python -m nanobind.stubgen -q -m squall._native -o src/squall/_native.pyi
+
+docs: $(VENV)/built ## Write docs/supported.md anew, after a change of models or formats
+	@$(BIN)/python tools/supported.py
 
 lint: setup ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .

@@ -7,16 +7,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from squall import _native, decoder, recipes
+from squall import _native, decoder, quant, recipes
 from squall.batch import Batch, Int32
 from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.engine.memory import choose_context, token_bytes
 from squall.errors import InvalidRequest
-from squall.executors.native import CacheType, NativeExecutor, Phase
+from squall.executors.native import CacheType, NativeExecutor, Phase, Progress
 from squall.locate import locate
+from squall.recipes import Recipe
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
@@ -97,8 +99,19 @@ class Profile:
 class Bench:
     """A model that is open to be measured: the executor, with KV cache for a plan."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, *, threads: int | None) -> None:
-        recipe = recipes.load(checkpoint)
+    def __init__(
+        self,
+        prepared: tuple[Checkpoint, Recipe, quant.Plan],
+        plan: Plan,
+        *,
+        threads: int | None = None,
+        weights: Literal["packed", "f32"] = "packed",
+        progress: Progress | None = None,
+    ) -> None:
+        """prepared: what `squall.model.prepare` returns."""
+        if plan.prompt + plan.answer == 0:
+            raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
+        checkpoint, recipe, weight_plan = prepared
         size = choose_context(
             max(plan.context, 1),
             trained=recipe.decoder.context,
@@ -116,11 +129,14 @@ class Bench:
             program,
             checkpoint,
             threads=threads,
+            weights=weights,
+            plan=weight_plan,
             kv_dtype=plan.kv_dtype,
             blocks=blocks * plan.batch,
             block_size=block_size,
             max_rows=max(MAX_ROWS, plan.batch),
             max_outputs=max(MAX_OUTPUTS, plan.batch),
+            progress=progress,
         )
         self._tables: Int32 = np.arange(blocks * plan.batch, dtype=np.int32).reshape(-1, blocks)
         self._steps = 0
@@ -130,10 +146,9 @@ class Bench:
     def open(
         cls, path: str | os.PathLike[str] | None, plan: Plan, *, threads: int | None = None
     ) -> Bench:
-        """The GGUF file `path`, a folder with one, or the default model."""
-        if plan.prompt + plan.answer == 0:
-            raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
-        return cls(open_checkpoint(locate(path)), plan, threads=threads)
+        """The GGUF file `path`, a folder of a model, or the default model."""
+        checkpoint = open_checkpoint(locate(path))
+        return cls((checkpoint, recipes.load(checkpoint), quant.Plan()), plan, threads=threads)
 
     def rates(self, repetitions: int) -> list[Result]:
         """Of `repetitions` rounds after one to warm up; a test of no tokens is left out."""

@@ -121,9 +121,10 @@ class Model:
         gqa: query heads to a KV head, which files from before GGUF do not say.
         progress: called with (bytes loaded, bytes in all).
         """
-        checkpoint = open_checkpoint(_locate(path, from_uqff, hub, progress), gqa=gqa)
-        recipe = recipes.load(checkpoint, architecture)
-        plan = _plan(isq, topology, recipe.decoder, experts_only=experts_only, dtype=dtype)
+        checkpoint, recipe, plan = prepare(
+            path, isq=isq, topology=topology, dtype=dtype, experts_only=experts_only,
+            architecture=architecture, hub=hub, gqa=gqa, from_uqff=from_uqff, progress=progress,
+        )  # fmt: skip
         if write_uqff is not None:
             checkpoint = _written(checkpoint, recipe, plan, Path(write_uqff), threads, progress)
             recipe, plan = recipes.load(checkpoint, architecture), Plan()
@@ -373,19 +374,27 @@ def open_tokenizer(
     return HfTokenizer.from_folder(folder, tokenizer_json=tokenizer_json)
 
 
-def _plan(
-    isq: str | int | None,
-    topology: Topology | str | os.PathLike[str] | None,
-    model: Decoder,
+def prepare(  # noqa: PLR0913
+    path: str | os.PathLike[str] | None,
     *,
-    experts_only: bool,
-    dtype: Dtype,
-) -> Plan:
+    isq: str | int | None = None,
+    topology: Topology | str | os.PathLike[str] | None = None,
+    dtype: Dtype = "auto",
+    experts_only: bool = False,
+    architecture: str | None = None,
+    hub: Hub | None = None,
+    gqa: int = 1,
+    from_uqff: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Checkpoint, Recipe, Plan]:
+    """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
+    checkpoint = open_checkpoint(_locate(path, from_uqff, hub, progress), gqa=gqa)
+    recipe = recipes.load(checkpoint, architecture)
     if isinstance(topology, str | os.PathLike):
         topology = Topology.from_file(Path(topology))
     plan = Plan.of(isq, topology, experts_only=experts_only, dtype=dtype)
-    plan.topology.check(len(model.layers), DEVICES)
-    return plan
+    plan.topology.check(len(recipe.decoder.layers), DEVICES)
+    return checkpoint, recipe, plan
 
 
 def _sizes(

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 from command import squall
+from tiny_models import write_folder
+from typer.testing import CliRunner
+
+from squall.cli.app import app
 
 SMALL = ("-p", "24", "-g", "4", "-r", "2", "--threads", "1")
 
@@ -48,3 +54,16 @@ def test_profile() -> None:
     out = squall("bench", *SMALL, "--profile").stdout
     assert "of limit" in out
     assert "gated linear" in out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_folder_quantized_on_the_way_in(tmp_path: Path) -> None:
+    folder = str(write_folder(tmp_path))
+    sizes = {}
+    for isq in ((), ("--isq", "Q8_0"), ("--isq", "Q4_0")):
+        done = CliRunner().invoke(app, ["bench", *SMALL, "--json", "plain", "-m", folder, *isq])
+        assert done.exit_code == 0, (done.output, done.exception)
+        sizes[isq[-1:]] = json.loads(done.stdout)["weight_bytes"]
+    assert sizes["Q4_0",] < sizes["Q8_0",] < sizes[()]
+    requests = ["bench", *SMALL, "-c", "1", "--json", "plain", "-m", folder, "--isq", "Q4_0"]
+    assert json.loads(CliRunner().invoke(app, requests).stdout)["results"][0]["errors"] == 0

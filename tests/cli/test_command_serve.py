@@ -32,12 +32,6 @@ def test_words_that_are_not_there_yet(word: str) -> None:
     assert "not supported yet" in done.stderr
 
 
-def test_a_port_is_needed() -> None:
-    done = server("gguf")
-    assert done.returncode == 2
-    assert "--port" in done.stderr
-
-
 @pytest.mark.parametrize(
     "flags",
     [("--isq", "Q4K"), ("-n", "10"), ("-n", "0:4;1:4"), ("-c", "none.jinja"), ("-c", "none.json")],

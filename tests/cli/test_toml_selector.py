@@ -52,7 +52,7 @@ def test_models(text: str, wanted: Selection, tmp_path: Path) -> None:
     assert found == TomlSelection(wanted)
     if "lora" in text:
         with pytest.raises(UnsupportedModel, match="not supported yet"):
-            found.check_supported()
+            found.opening()
 
 
 def test_vision_is_told_by_its_architecture(tmp_path: Path) -> None:
@@ -60,14 +60,15 @@ def test_vision_is_told_by_its_architecture(tmp_path: Path) -> None:
         found = read(tmp_path, f'[model]\nmodel_id = "m"\n{extra}')
         assert isinstance(found.model, Which.VisionPlain)
         with pytest.raises(UnsupportedModel):
-            found.check_supported()
+            found.opening()
 
 
 def test_the_tokenizer_of_the_root(tmp_path: Path) -> None:
     found = read(tmp_path, 'tokenizer_json = "t.json"\n[model]\nmodel_id = "m"')
     assert found.model == Which.Plain("m", tokenizer_json="t.json")
-    found.check_supported()
-    assert found.model.opening().options["tokenizer_json"] == "t.json"
+    assert found.opening().options["tokenizer_json"] == "t.json"
+    assert not found.no_kv_cache
+    assert read(tmp_path, 'no_kv_cache = true\n[model]\nmodel_id = "m"').no_kv_cache
 
 
 def test_speculative_and_anymoe(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_speculative_and_anymoe(tmp_path: Path) -> None:
         64, "d.json", "model.layers", "mlp", ["a", "b"], adapter, [0, 2], epochs=3
     )
     with pytest.raises(UnsupportedModel, match=r"\[speculative\] is not supported yet"):
-        found.check_supported()
+        found.opening()
 
 
 WRONG = {
@@ -112,6 +113,7 @@ WRONG = {
     "an unknown dtype": ("[model]\nmodel_id = 'm'\ndtype = 'f8'", "auto, bf16, f16, f32"),
     "a number": ("[model]\nmodel_id = 3", "must be a text"),
     "no number": (f"[model]\n{FILE}'f'\ngqa = true", "must be a number"),
+    "no flag": ("no_kv_cache = 1\n[model]\nmodel_id = 'm'", "true or false"),
     "no gamma": (
         "[model]\nmodel_id = 'm'\n[speculative.draft_model]\nmodel_id = 'm'",
         "lacks gamma",

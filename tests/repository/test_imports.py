@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "embedded": {"errors"},
     "locate": {"errors", "embedded", "checkpoints"},
     "measure": {
-        "errors", "batch", "recipes", "decoder", "checkpoints", "executors", "engine", "locate",
-        "_native",
+        "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "executors", "engine",
+        "locate", "_native",
     },
 }  # fmt: skip
 # Above the model: its command line and servers, and what both of them and users ask.

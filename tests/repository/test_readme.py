@@ -17,14 +17,20 @@ LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlin
 TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("squall ")])
+@pytest.mark.parametrize("line", [line for line in LINES if re.match("squall(-server)? ", line)])
 def test_commands_parse(line: str) -> None:
     from squall.cli.app import app
+    from squall.cli.serve import server
 
-    group = typer.main.get_command(app)
-    name, *arguments = shlex.split(line)[1:]
-    command = group.get_command(None, name)  # type: ignore[attr-defined]
-    assert command is not None
+    name, *arguments = shlex.split(line)
+    command = typer.main.get_command(server if name == "squall-server" else app)
+    while arguments and hasattr(command, "commands"):
+        at = next((i for i, word in enumerate(arguments) if word in command.commands), None)
+        if at is None:
+            break
+        command.make_context(name, arguments[: at + 1])
+        name, command = arguments[at], command.commands[arguments[at]]
+        arguments = arguments[at + 1 :]
     command.make_context(name, arguments)
 
 

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from squall import __version__
-from squall.cli.bench import bench
+from squall.cli import bench, perplexity, run, serve
 from squall.cli.doctor import doctor
+from squall.cli.flags import HELP
 from squall.cli.inspect import inspect
-from squall.cli.perplexity import perplexity
 from squall.cli.quantize import quantize
-from squall.cli.run import run
-from squall.cli.serve import serve
+
+
+class _Ordered(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands by use: models first, and what helps last."""
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+
+_ORDER = ("run", "serve", "bench", "perplexity", "quantize", "inspect", "doctor")
 
 app = typer.Typer(
     name="squall",
+    cls=_Ordered,
     help="Fast, flexible LLM inference.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
-for command in (run, serve, bench, perplexity, quantize, inspect, doctor):
+for module in (run, serve, bench, perplexity):
+    app.add_typer(module.app)
+for command in (quantize, inspect, doctor):
     app.command()(command)
 
 

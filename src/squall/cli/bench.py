@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.options import (
-    File,
-    Folder,
-    Json,
-    KvDtype,
-    KvDtypeOption,
-    Threads,
-    open_model,
-    source,
-)
+from squall.cli.flags import command
+from squall.cli.opening import ModelFlags
+from squall.cli.options import Json, progress
+from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -28,33 +21,40 @@ if TYPE_CHECKING:
     from squall.measure import Bench, Profile, Result, Roofline
 
 
-def bench(
-    file: File = None,
-    model: Folder = None,
-    prompt_tokens: Annotated[int, typer.Option("-p", min=0, help="Tokens of the prompt.")] = 512,
-    answer_tokens: Annotated[int, typer.Option("-g", min=0, help="Tokens of the answer.")] = 128,
+@dataclass(frozen=True, kw_only=True)
+class BenchFlags(ModelFlags):
+    """The flags of `squall bench`."""
+
+    prompt_tokens: Annotated[
+        int, typer.Option("-p", "--n-prompt", min=0, help="Tokens of the prompt.")
+    ] = 512
+    answer_tokens: Annotated[
+        int, typer.Option("-g", "--n-gen", min=0, help="Tokens of the answer.")
+    ] = 128
     depth: Annotated[
         int, typer.Option("-d", "--depth", min=0, help="Tokens of context before the prompt.")
-    ] = 0,
+    ] = 0
     batch: Annotated[
         int, typer.Option("-b", "--batch", min=1, help="Sequences that decode together.")
-    ] = 1,
-    repetitions: Annotated[int, typer.Option("-r", min=1, help="Measurements of each.")] = 5,
+    ] = 1
+    repetitions: Annotated[
+        int, typer.Option("-r", "--repetitions", min=1, help="Measurements of each.")
+    ] = 5
     profile: Annotated[
         bool, typer.Option("--profile", help="Tell too where the time goes, by kind of op.")
-    ] = False,
+    ] = False
     concurrency: Annotated[
         str | None,
         typer.Option("-c", "--concurrency", metavar="N,N..", help="Requests at a time."),
-    ] = None,
+    ] = None
     url: Annotated[
         str | None, typer.Option(help="Ask a server with OpenAI's API instead of a model here.")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(help="For --url.")] = None,
-    threads: Threads = None,
-    kv_dtype: KvDtypeOption = KvDtype.f16,
-    as_json: Json = False,
-) -> None:
+    ] = None
+    api_key: Annotated[str | None, typer.Option(help="For --url.")] = None
+    as_json: Json = False
+
+
+def bench(flags: BenchFlags, selected: Selected) -> None:
     """Measure prompt and answer tokens per second.
 
     ppN is a prompt of N tokens; tgN is N tokens after it, one at a time. A first round is not
@@ -66,27 +66,47 @@ def bench(
 
     squall bench -f model.gguf -p 512 -g 128 -r 5 --threads 2
 
+    squall bench plain -m FOLDER --isq Q4K
+
     squall bench --url http://127.0.0.1:8080 -p 128 -g 64 -c 1,4,16
     """
-    if url is not None or concurrency is not None:
-        shape = (repetitions, prompt_tokens, answer_tokens)
-        asked = (url, api_key) if url is not None else None
-        _bench_load(concurrency, shape, asked or source(file, model), threads, as_json=as_json)
+    if flags.url is not None or flags.concurrency is not None:
+        _bench_load(flags, selected)
         return
-    from squall.measure import Bench, Plan, Roofline
+    from squall.measure import Roofline
 
-    plan = Plan(prompt_tokens, answer_tokens, depth, batch, kv_dtype.value)
-    opened = Bench.open(source(file, model), plan, threads=threads)
-    results = opened.rates(repetitions)
+    opened = _opened(flags, selected)
+    results = opened.rates(flags.repetitions)
     executor = opened.executor
-    profiles = opened.profiles() if profile else []
-    roofline = Roofline.of(executor.isa, executor.threads) if profile else None
-    if as_json:
+    profiles = opened.profiles() if flags.profile else []
+    roofline = Roofline.of(executor.isa, executor.threads) if flags.profile else None
+    if flags.as_json:
         typer.echo(json.dumps(_report(opened, results, profiles, roofline)))
         return
     _print([_rates_table(opened, results)])
     if roofline is not None:
         _print([_profile_table(found, roofline) for found in profiles])
+
+
+app = command("bench", BenchFlags, bench)
+
+
+def _opened(flags: BenchFlags, selected: Selected) -> Bench:
+    from squall.measure import Bench, Plan
+    from squall.model import prepare
+
+    plan = Plan(
+        flags.prompt_tokens, flags.answer_tokens, flags.depth, flags.batch, flags.kv_dtype.value
+    )
+    with progress("loading") as shown:
+        path, given = flags.opening(selected, shown)
+        if given.pop("write_uqff", None) is not None:
+            raise InvalidRequest("--write-uqff: bench writes no files; squall quantize does")
+        given.pop("tokenizer_json", None)  # the tokens are made up
+        return Bench(
+            prepare(path, **given, progress=shown), plan,
+            threads=flags.threads, weights=flags.weights.value, progress=shown,
+        )  # fmt: skip
 
 
 def _counts(text: str | None) -> list[int]:
@@ -96,40 +116,31 @@ def _counts(text: str | None) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _bench_load(
-    concurrency: str | None,
-    shape: tuple[int, int, int],
-    asked: tuple[str, str | None] | str | Path | None,
-    threads: int | None,
-    *,
-    as_json: bool,
-) -> None:
-    """Measure requests to the server or the model that is `asked`."""
+def _bench_load(flags: BenchFlags, selected: Selected) -> None:
+    """Measure requests to a server, or to a model here."""
     from squall.load import Load, over_http, run_all
 
-    loads = [Load(count, *shape) for count in _counts(concurrency)]
-    if isinstance(asked, tuple):
-        url, key = asked
-        reports = run_all(loads, over_http(url, key=key))
+    shape = (flags.repetitions, flags.prompt_tokens, flags.answer_tokens)
+    loads = [Load(count, *shape) for count in _counts(flags.concurrency)]
+    if flags.url is not None:
+        reports = run_all(loads, over_http(flags.url, key=flags.api_key))
     else:
-        reports = _ask_model(asked, loads, threads=threads)
-    if as_json:
+        reports = _ask_model(flags, selected, loads)
+    if flags.as_json:
         typer.echo(json.dumps({"results": [asdict(report) for report in reports]}))
     else:
         _print([_load_table(reports)])
 
 
-def _ask_model(path: str | Path | None, loads: list[Load], *, threads: int | None) -> list[Report]:
+def _ask_model(flags: BenchFlags, selected: Selected, loads: list[Load]) -> list[Report]:
     from squall.engine.engine import EngineConfig
     from squall.load import in_process, run_all
 
     most = max(load.concurrency for load in loads)
     tokens = max(load.prompt_tokens + load.answer_tokens for load in loads)
     config = EngineConfig(max_seqs=min(most, 64), prefix_cache_n=0)
-    with open_model(
-        path, context=tokens, kv_tokens=config.max_seqs * (tokens + 16), threads=threads,
-        engine=config,
-    ) as model:  # fmt: skip
+    room = config.max_seqs * (tokens + 16)
+    with flags.open(selected, context=tokens, kv_tokens=room, engine=config) as model:
         return run_all(loads, in_process(model))
 
 

@@ -1,60 +1,160 @@
-"""Commands whose options come from elsewhere: from a dataclass, or from another function."""
+"""Commands whose flags are dataclasses, and that may be told what kind of model it is.
+
+`COMMAND [FLAGS] [TEXT]`, or `COMMAND [FLAGS] KIND [FLAGS OF THE KIND OR THE COMMAND] [TEXT]`.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import Any, get_type_hints
+from dataclasses import fields, replace
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+from typer.models import ArgumentInfo
+
+from squall.cli.selectors import NOT_YET, SELECTORS, Selected
 
 Command = Callable[..., Any]
+Flags = TypeVar("Flags")
+
+HELP = {"help_option_names": ["-h", "--help"]}
+PANEL = "Kinds of models, instead of -f and -m"
+MORE = "Options of the command, which may come before the kind too"
+# The command for a text alone, and how help calls it.
+TEXT = "PROMPT"
+# What names a model where no kind does.
+_NAMES = ("file", "model")
+_GIVEN = "squall.given"
 
 
-def takes(flags: type[Any]) -> Callable[[Command], Command]:
-    """The decorated command's first parameter is a dataclass; each of its fields becomes a flag."""
+class _Kinds(TyperGroup):
+    """The first word that is no flag is a kind, or else the text of commands that take one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_GIVEN] = list(args)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        quoted = ctx.meta[_GIVEN][: -len(args)][-1:] == ["--"]
+        if TEXT in self.commands and (quoted or args[0] not in SELECTORS):
+            return "", self.commands[TEXT], ["--", *args] if quoted else args
+        return super().resolve_command(ctx, args)
+
+
+def command(
+    name: str, flags: type[Flags], act: Callable[[Flags, Selected], None], **settings: Any
+) -> typer.Typer:
+    """The command that calls `act` with an object of the dataclass `flags`, and the kind.
+
+    All fields have defaults. Those that are arguments come last: after the kind, if there is one.
+    """
+    own = _fields(flags)
+    takes_text = any(map(_is_argument, own))
+    metavar = f"[{TEXT}] | KIND ... [{TEXT}]" if takes_text else "[KIND ...]"
+    app = typer.Typer(
+        name=name, cls=_Kinds, help=act.__doc__, subcommand_metavar=metavar, context_settings=HELP,
+        invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False,
+        **settings,
+    )  # fmt: skip
+
+    def begin(invocation: typer.Context, **given: Any) -> None:
+        invocation.obj = flags(**given)
+        if invocation.invoked_subcommand is None:
+            act(invocation.obj, None)
+
+    app.callback()(_taking([p for p in own if not _is_argument(p)], begin))
+    if takes_text:
+        going_on = _after(own, lambda: None, act, "What to ask; -: what stdin says; none: a chat.")
+        app.command(TEXT, rich_help_panel="Arguments", context_settings=HELP)(going_on)
+    for word, selector in SELECTORS.items():
+        # What belongs to a kind that is not there yet is not known either.
+        unknown = word in NOT_YET
+        more = [] if unknown else [p for p in own if p.name not in _NAMES]
+        app.command(
+            word, rich_help_panel=PANEL, context_settings=HELP | {"ignore_unknown_options": unknown}
+        )(_after(more, selector, act, selector.__doc__))
+    return app
+
+
+def _after(
+    own: list[inspect.Parameter],
+    selector: Callable[..., Selected],
+    act: Callable[[Any, Selected], None],
+    doc: str | None,
+) -> Command:
+    """The rest of the command, from the kind on; what is given here wins over what came before."""
+    chosen = _parameters(selector)
+    names = {parameter.name for parameter in chosen}
+
+    def run(invocation: typer.Context, **given: Any) -> None:
+        selected = {name: given.pop(name) for name in names}
+        changes = {name: value for name, value in given.items() if _is_given(invocation, name)}
+        act(replace(invocation.obj, **changes), selector(**selected))
+
+    run.__doc__ = doc
+    return _taking([*chosen, *_without(own, chosen)], run)
+
+
+def _is_given(invocation: typer.Context, name: str) -> bool:
+    source = invocation.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _without(
+    own: Iterable[inspect.Parameter], chosen: Iterable[inspect.Parameter]
+) -> list[inspect.Parameter]:
+    """A command's parameters beside those of a kind, which takes names that both have."""
+    names = {p.name for p in chosen}
+    taken = {flag for parameter in chosen for flag in _names(parameter)}
+    found = []
+    for parameter in own:
+        flags = [flag for flag in _names(parameter) if flag not in taken]
+        if parameter.name in names or (_names(parameter) and not flags):
+            continue
+        kind, info = get_args(parameter.annotation)
+        info = copy.copy(info)
+        if flags:
+            # In annotations typer keeps the first name where otherwise the default is.
+            info.default, info.param_decls = flags[0], flags[1:]
+        if taken and not _is_argument(parameter):
+            info.rich_help_panel = MORE
+        found.append(parameter.replace(annotation=Annotated[kind, info]))
+    return found
+
+
+def _names(parameter: inspect.Parameter) -> list[str]:
+    """The names of a flag, if they are not made of its own."""
+    info = get_args(parameter.annotation)[1]
+    first = [] if info.default is ... else [info.default]
+    return [*first, *(info.param_decls or ())]
+
+
+def _fields(flags: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(flags, include_extras=True)
-    own = [_parameter(f.name, hints[f.name], f.default) for f in fields(flags)]
-    return _replacing_first(own, lambda given: flags(**given))
+    return [_parameter(f.name, hints[f.name], f.default) for f in fields(flags)]
 
 
-def takes_arguments_of(function: Command) -> Callable[[Command], Command]:
-    """The decorated command's first parameter is a dict of the arguments for `function`."""
+def _parameters(function: Command) -> list[inspect.Parameter]:
     hints = get_type_hints(function, include_extras=True)
     found = inspect.signature(function).parameters.values()
-    own = [_parameter(p.name, hints[p.name], p.default) for p in found]
-    return _replacing_first(own, dict, documented=function)
-
-
-def _replacing_first(
-    own: list[inspect.Parameter],
-    collect: Callable[[dict[str, Any]], Any],
-    documented: Command | None = None,
-) -> Callable[[Command], Command]:
-    names = {parameter.name for parameter in own}
-
-    def decorate(function: Command) -> Command:
-        def command(**given: Any) -> Any:
-            taken = {name: given.pop(name) for name in names}
-            return function(collect(taken), **given)
-
-        hints = get_type_hints(function, include_extras=True)
-        _, *others = inspect.signature(function).parameters.values()
-        _describe(command, [*own, *(_parameter(p.name, hints[p.name], p.default) for p in others)])
-        command.__name__ = function.__name__
-        command.__doc__ = (documented or function).__doc__
-        return command
-
-    return decorate
+    return [_parameter(p.name, hints[p.name], p.default) for p in found]
 
 
 def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
-    if default.__class__.__name__ == "_MISSING_TYPE":
-        default = inspect.Parameter.empty
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
-def _describe(command: Command, parameters: Iterable[inspect.Parameter]) -> None:
-    """What typer reads."""
-    listed = list(parameters)
-    command.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in listed}
+def _is_argument(parameter: inspect.Parameter) -> bool:
+    return isinstance(get_args(parameter.annotation)[1], ArgumentInfo)
+
+
+def _taking(parameters: list[inspect.Parameter], function: Command) -> Command:
+    """`function` with the signature that typer reads."""
+    context = _parameter("invocation", typer.Context, inspect.Parameter.empty)
+    listed = [context, *parameters]
+    function.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in listed}
+    return function

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they open."""
+"""Options that several commands share, and what they read and show."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.checkpoints.hub import TOKEN_SOURCES, Hub
+from squall.checkpoints.hub import TOKEN_SOURCES
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-    from squall.engine.engine import EngineConfig
-    from squall.model import Model
 
 PROGRESS_S = 0.5
 
@@ -103,82 +99,17 @@ Isq = Annotated[
         "--isq", help="Quantize a model of float weights: Q4K, Q8_0, HQQ4, FP8... or bits."
     ),
 ]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "-c",
+        "--chat-template",
+        help="In place of the model's: a .jinja or .json file, Jinja, or a name.",
+    ),
+]
 TopologyFile = Annotated[
     Path | None, typer.Option("--topology", help="A YAML file: quantization by layer.")
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """What is to become of float weights."""
-
-    isq: str | None = None
-    topology: Path | None = None
-
-    def check(self, path: Path) -> None:
-        """Raise InvalidRequest if the model at `path` is quantized already."""
-        if path.is_file() and (self.isq is not None or self.topology is not None):
-            raise InvalidRequest(
-                f"{path} has its number formats already; --isq and --topology are for folders "
-                "of float weights (safetensors). Choose a GGUF file of the format you want"
-            )
-
-
-AS_STORED = Quantization()
-
-
-def source(file: Path | None, folder: str | None) -> str | Path | None:
-    """What -f and -m name together; None is the default model."""
-    if file is not None and folder is not None:
-        raise InvalidRequest("-f and -m both name a model; give one of them")
-    return file if file is not None else folder
-
-
-def open_model(
-    path: str | Path | None,
-    *,
-    context: int | None = None,
-    threads: int | None = None,
-    weights: Weights = Weights.packed,
-    kv_tokens: int | None = None,
-    engine: EngineConfig | None = None,
-    kv_dtype: KvDtype = KvDtype.f16,
-    hub: Hub | None = None,
-    quantization: Quantization = AS_STORED,
-    **others: Any,
-) -> Model:
-    """Open a model; a terminal is told how far it is. `others` are those of `Model.open`."""
-    from squall.locate import locate
-    from squall.model import Model
-
-    with progress("loading") as shown:
-        found = locate(path, hub, shown)
-        quantization.check(found)
-        model = Model.open(
-            found,
-            context=context,
-            threads=threads,
-            weights=weights.value,
-            kv_tokens=kv_tokens,
-            engine=engine,
-            kv_dtype=kv_dtype.value,
-            isq=quantization.isq,
-            topology=quantization.topology,
-            progress=shown,
-            **others,
-        )
-    if quantization != AS_STORED:
-        sys.stderr.write(f"{_formats(model)}\n")
-    return model
-
-
-def _formats(model: Model) -> str:
-    """What the weights are in memory, in one line."""
-    parts = [
-        f"{total.matrices} {total.format} ({total.nbytes / 2**20:.1f} MiB)"
-        for total in model.weight_formats
-    ]
-    return f"[weights: {', '.join(parts)}]"
 
 
 def read_text(path: Path) -> str:

@@ -11,20 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.options import (
-    File,
-    Folder,
-    Json,
-    KvDtype,
-    KvDtypeOption,
-    Threads,
-    Weights,
-    WeightsOption,
-    open_model,
-    progress,
-    read_text,
-    source,
-)
+from squall.cli.flags import command
+from squall.cli.opening import ModelFlags
+from squall.cli.options import Json, progress, read_text
+from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -43,19 +33,19 @@ class Score:
     stride: int
 
 
-def perplexity(
-    text: Annotated[Path, typer.Option("--text", help="A text file, UTF-8.")],
-    file: File = None,
-    model: Folder = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024,
+@dataclass(frozen=True, kw_only=True)
+class PerplexityFlags(ModelFlags):
+    """The flags of `squall perplexity`."""
+
+    text: Annotated[Path | None, typer.Option("--text", help="A text file, UTF-8; needed.")] = None
+    window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens scored in each window; by default half.")
-    ] = None,
-    threads: Threads = None,
-    weights: WeightsOption = Weights.packed,
-    kv_dtype: KvDtypeOption = KvDtype.f16,
-    as_json: Json = False,
-) -> None:
+    ] = None
+    as_json: Json = False
+
+
+def perplexity(flags: PerplexityFlags, selected: Selected) -> None:
     """Measure the perplexity of a text.
 
     It is exp(-mean log p(token | the tokens before it in its window)). Windows end every --stride
@@ -67,14 +57,16 @@ def perplexity(
     Example:
 
     squall perplexity -f model.gguf --text wiki.txt
+
+    squall perplexity plain -m FOLDER --isq Q4K --text wiki.txt
     """
-    content = read_text(text)
-    with open_model(
-        source(file, model), context=window, threads=threads, weights=weights, kv_dtype=kv_dtype
-    ) as opened:
-        stride = stride or max(window // 2, 1)
-        score = measure(opened, content, window=window, stride=stride)
-    if as_json:
+    # Not required by its type, since it may come before a kind or after it.
+    if flags.text is None:
+        raise typer.BadParameter("name a text file", param_hint="--text")
+    content, stride = read_text(flags.text), flags.stride or max(flags.window // 2, 1)
+    with flags.open(selected, context=flags.window) as opened:
+        score = measure(opened, content, window=flags.window, stride=stride)
+    if flags.as_json:
         typer.echo(json.dumps(asdict(score)))
     else:
         typer.echo(
@@ -82,6 +74,9 @@ def perplexity(
             f"({score.scored_tokens} of {score.tokens} tokens scored, "
             f"window {score.window}, stride {score.stride})"
         )
+
+
+app = command("perplexity", PerplexityFlags, perplexity)
 
 
 def measure(model: Model, text: str, *, window: int, stride: int) -> Score:

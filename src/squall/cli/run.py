@@ -10,37 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from squall.checkpoints.hub import Hub
+from squall.cli.flags import command
+from squall.cli.opening import ModelFlags
 from squall.cli.options import (
+    ChatTemplate,
     ContextSize,
     DryAllowedLength,
     DryBase,
     DryMultiplier,
-    File,
-    Folder,
     FrequencyPenalty,
-    Isq,
-    KvDtype,
-    KvDtypeOption,
     MinP,
-    Offline,
     PresencePenalty,
-    Quantization,
     RepetitionPenalty,
-    Revision,
     Seed,
     Stop,
     Temperature,
-    Threads,
-    TokenSource,
     TopK,
-    TopologyFile,
     TopP,
-    Weights,
-    WeightsOption,
-    open_model,
-    source,
 )
+from squall.cli.selectors import Selected
 
 if TYPE_CHECKING:
     from squall.engine.generation import Generation
@@ -61,63 +49,62 @@ class Settings:
         return model.generate(prompt, dry=model.dry(**self.dry), **self.options)
 
 
-def run(
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(ModelFlags):
+    """The flags of `squall run`, and what to ask."""
+
+    max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024
+    temperature: Temperature = None
+    top_k: TopK = None
+    top_p: TopP = None
+    min_p: MinP = None
+    seed: Seed = None
+    frequency_penalty: FrequencyPenalty = 0.0
+    presence_penalty: PresencePenalty = 0.0
+    repetition_penalty: RepetitionPenalty = None
+    dry_multiplier: DryMultiplier = 0.0
+    dry_base: DryBase = 1.75
+    dry_allowed_length: DryAllowedLength = 2
+    stop: Stop = None
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None
+    chat_template: ChatTemplate = None
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False
+    context: ContextSize = None
     prompt: Annotated[
-        str | None, typer.Argument(help="What to ask; - reads it from stdin. None: a chat.")
-    ] = None,
-    file: File = None,
-    model: Folder = None,
-    max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    presence_penalty: PresencePenalty = 0.0,
-    repetition_penalty: RepetitionPenalty = None,
-    dry_multiplier: DryMultiplier = 0.0,
-    dry_base: DryBase = 1.75,
-    dry_allowed_length: DryAllowedLength = 2,
-    stop: Stop = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    chat_template: Annotated[
         str | None,
-        typer.Option(help="Instead of the model's: a .jinja or .json file, Jinja, or a name."),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text; no chat template.")
-    ] = False,
-    context: ContextSize = None,
-    threads: Threads = None,
-    weights: WeightsOption = Weights.packed,
-    kv_dtype: KvDtypeOption = KvDtype.f16,
-    isq: Isq = None,
-    topology: TopologyFile = None,
-    revision: Revision = "main",
-    token_source: TokenSource = "cache",
-    offline: Offline = False,
-) -> None:
-    """Ask a model, or chat with it.
+        typer.Argument(metavar="PROMPT", help="What to ask; -: what stdin says; none: a chat."),
+    ] = None
+
+    @property
+    def settings(self) -> Settings:
+        """How answers are made."""
+        same = (
+            "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty",
+            "frequency_penalty", "presence_penalty",
+        )  # fmt: skip
+        options = {name: getattr(self, name) for name in same} | {"stop": tuple(self.stop or ())}
+        dry = {"base": self.dry_base, "allowed_length": self.dry_allowed_length}
+        return Settings(options, {"multiplier": self.dry_multiplier} | dry)
+
+
+def run(flags: RunFlags, selected: Selected) -> None:
+    """Ask a model, or without a PROMPT chat with it.
 
     squall run "Why is the sky blue?"
 
     squall run -f model.gguf --temperature 0 "Write a haiku."
+
+    squall run plain -m FOLDER --isq Q4K "Why is the sky blue?"
+
+    A PROMPT that is the name of a kind has -- before it: squall run -- plain
     """
-    options = {
-        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "seed": seed, "stop": tuple(stop or ()),
-        "repetition_penalty": repetition_penalty, "frequency_penalty": frequency_penalty,
-        "presence_penalty": presence_penalty,
-    }  # fmt: skip
-    dry = {"multiplier": dry_multiplier, "base": dry_base, "allowed_length": dry_allowed_length}
-    with _interruptible(), open_model(
-        source(file, model), context=context, threads=threads, weights=weights, kv_dtype=kv_dtype,
-        quantization=Quantization(isq, topology), hub=Hub(revision, token_source, offline),
-    ) as opened:  # fmt: skip
-        if chat_template is not None:
-            opened.set_chat_template(chat_template)
-        _converse(opened, Settings(options, dry), prompt, system, raw=raw)
+    with _interruptible(), flags.open(selected, context=flags.context) as model:
+        if flags.chat_template is not None:
+            model.set_chat_template(flags.chat_template)
+        _converse(model, flags)
+
+
+app = command("run", RunFlags, run)
 
 
 @contextmanager
@@ -129,16 +116,14 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _converse(
-    model: Model, settings: Settings, prompt: str | None, system: str | None, *, raw: bool
-) -> None:
-    if prompt is None:
+def _converse(model: Model, flags: RunFlags) -> None:
+    if flags.prompt is None:
         from squall.cli.chat import Chat
 
-        Chat(model, settings, system).loop()
+        Chat(model, flags.settings, flags.system).loop()
     else:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        _answer_once(model, settings, _prompt(model, text, system, raw=raw))
+        text = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+        _answer_once(model, flags.settings, _prompt(model, text, flags.system, raw=flags.raw))
 
 
 def _prompt(model: Model, text: str, system: str | None, *, raw: bool) -> Prompt:

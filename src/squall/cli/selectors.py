@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from squall.api.which import IsqOrganization, ModelDType, Selection, Which
+from squall.cli.toml_selector import TomlSelection, read_toml
 from squall.errors import InvalidRequest
 
 _Value = TypeVar("_Value")
-Selected = Selection | str | None
+Selected = Selection | TomlSelection | str | None
 _Text = Annotated[str | None, typer.Option(hidden=True)]
 
 # Words whose models cannot be opened yet, and what they are for.
 NOT_YET = {
-    "toml": "selections in a TOML file",
     "x-lora": "X-LoRA adapters",
     "lora": "LoRA adapters",
     "x-lora-gguf": "X-LoRA adapters",
@@ -115,6 +116,15 @@ def ggml(
     )
 
 
+def toml(
+    file: Annotated[
+        Path, typer.Option("-f", "--file", help="Keys as the flags of a kind, in a table [model].")
+    ],
+) -> Selected:
+    """A TOML file that tells which model."""
+    return read_toml(file)
+
+
 def _one_of(known: Mapping[str, _Value], flag: str, given: str) -> _Value:
     if given.lower() not in known:
         raise InvalidRequest(f"{flag} is {given!r}; it must be one of {', '.join(known)}")
@@ -126,9 +136,11 @@ def _not_yet(word: str, what: str) -> Callable[..., Selected]:
         arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     ) -> Selected:
         del arguments
-        raise InvalidRequest(f"{word}: {what} are not supported yet; plain, gguf and ggml are")
+        raise InvalidRequest(
+            f"{word}: {what} are not supported yet; plain, gguf, ggml and toml are"
+        )
 
-    select.__doc__ = "Not supported yet."
+    select.__doc__ = f"Not supported yet: {what}."
     return select
 
 
@@ -136,5 +148,6 @@ SELECTORS: dict[str, Callable[..., Any]] = {
     "plain": plain,
     "gguf": gguf,
     "ggml": ggml,
+    "toml": toml,
     **{word: _not_yet(word, what) for word, what in NOT_YET.items()},
 }

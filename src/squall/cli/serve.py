@@ -5,35 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from squall.api.which import Opening, Selection
-from squall.checkpoints.hub import Hub
-from squall.cli.flags import takes, takes_arguments_of
-from squall.cli.options import (
-    File,
-    Folder,
-    Isq,
-    KvDtype,
-    KvDtypeOption,
-    Offline,
-    Quantization,
-    TokenSource,
-    open_model,
-    source,
-)
-from squall.cli.selectors import NOT_YET, SELECTORS, Selected
+from squall.cli.flags import command
+from squall.cli.opening import ModelFlags
+from squall.cli.options import ChatTemplate, ContextSize
+from squall.cli.selectors import Selected
+from squall.cli.toml_selector import TomlSelection
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from squall.model import Model
     from squall.server.options import ServerOptions
 
-PORT = 8080
 # mistral.rs chats like this.
 CHAT: dict[str, Any] = {
     "max_tokens": 4096, "temperature": 0.1, "top_k": 32, "top_p": 0.1, "min_p": 0.05,
@@ -45,15 +33,15 @@ _GPU = "Accepted; the KV cache of the CPU has no need of it."
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeFlags:
-    """The options of both commands."""
+class ServeFlags(ModelFlags):
+    """The flags of both commands."""
 
     serve_ip: Annotated[
         str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine's.")
     ] = "127.0.0.1"
     port: Annotated[
-        int | None, typer.Option("-p", "--port", min=0, max=65535, help="0: any that is free.")
-    ] = None
+        int, typer.Option("-p", "--port", min=0, max=65535, help="0: any that is free.")
+    ] = 8080
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,9 +61,7 @@ class ServeFlags:
     ] = None
     max_seqs: Annotated[int, typer.Option(min=1, help="Answers computed at a time.")] = 16
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait beside those.")] = 256
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and answer together.")
-    ] = None
+    context: ContextSize = None
     kv_tokens: Annotated[
         int | None,
         typer.Option(
@@ -83,7 +69,6 @@ class ServeFlags:
             help="Tokens of all answers together in the KV cache; by default one context.",
         ),
     ] = None  # fmt: skip
-    kv_dtype: KvDtypeOption = KvDtype.f16
     no_kv_cache: Annotated[
         bool, typer.Option("--no-kv-cache", help="Compute every token anew in every step.")
     ] = False
@@ -99,15 +84,9 @@ class ServeFlags:
             "-t", "--truncate-sequence", help="Cut prompts that are too long, at the beginning."
         ),
     ] = False
-    chat_template: Annotated[
-        str | None,
-        typer.Option("-c", "--chat-template", help="A .jinja or .json file, or a template."),
-    ] = None
+    chat_template: ChatTemplate = None
     seed: Annotated[
         int | None, typer.Option("-s", "--seed", min=0, help="For requests that give none.")
-    ] = None
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="By default as many as this process may use.")
     ] = None
     log: Annotated[
         Path | None, typer.Option("-l", "--log", help="Append requests and responses to a file.")
@@ -128,44 +107,30 @@ class ServeFlags:
         str | None,
         typer.Option("-n", "--num-device-layers", help="Layers on a GPU; 0 until there is one."),
     ] = None
-    isq: Isq = None
     pa_gpu_mem: Annotated[int | None, typer.Option(help=_GPU)] = None
     pa_gpu_mem_usage: Annotated[float | None, typer.Option(min=0, max=1, help=_GPU)] = None
     pa_blk_size: Annotated[int | None, typer.Option(help=_GPU)] = None
     no_paged_attn: Annotated[bool, typer.Option("--no-paged-attn", help=_GPU)] = False
-    token_source: TokenSource = "cache"
-    offline: Offline = False
 
     def check(self) -> None:
         """Raises InvalidRequest for what would be silently without effect."""
         if self.num_device_layers not in (None, "0", "0:0"):
             raise InvalidRequest("--num-device-layers: this build runs on the CPU only; give 0")
 
-    def open(self, selected: Selected | Path) -> Model:
-        """The model that was selected, as the flags want it."""
+    def served(self, selected: Selected) -> Model:
+        """The model, with an engine for many requests."""
         from squall.engine.engine import EngineConfig
 
         self.check()
+        in_file = isinstance(selected, TomlSelection) and selected.no_kv_cache
         config = EngineConfig(
             max_seqs=self.max_seqs,
             max_queue=self.max_queue,
             prompt_batchsize=self.prompt_batchsize,
             prefix_cache_n=self.prefix_cache_n,
-            no_kv_cache=self.no_kv_cache,
+            no_kv_cache=self.no_kv_cache or in_file,
         )
-        opening = selected.opening() if isinstance(selected, Selection) else Opening(selected)
-        options = dict(opening.options)
-        model = open_model(
-            opening.path,
-            context=self.context,
-            threads=self.threads,
-            kv_dtype=self.kv_dtype,
-            kv_tokens=self.kv_tokens,
-            engine=config,
-            hub=Hub(token_source=self.token_source, offline=self.offline),
-            quantization=Quantization(self.isq, options.pop("topology", None)),
-            **options,
-        )
+        model = self.open(selected, context=self.context, kv_tokens=self.kv_tokens, engine=config)
         if self.chat_template is not None:
             model.set_chat_template(self.chat_template)
         return model
@@ -191,74 +156,43 @@ class ServeFlags:
         )
 
 
-@takes(ServeFlags)
-def serve(flags: ServeFlags, file: File = None, model: Folder = None) -> None:
+def serve(flags: ServeFlags, selected: Selected) -> None:
     """Serve a model over HTTP, in the shape of OpenAI's API.
-
-    Examples:
 
     squall serve
 
     squall serve -f model.gguf --port 8000 --api-key SECRET
+
+    squall serve plain -m FOLDER --isq Q4K
+
+    squall-server --port 1234 gguf -m FOLDER -f model.gguf
     """
-    _run(flags, source(file, model), PORT if flags.port is None else flags.port)
-
-
-server = typer.Typer(
-    name="squall-server",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-@server.callback()
-@takes(ServeFlags)
-def _take_flags(flags: ServeFlags, invocation: typer.Context) -> None:
-    """Serve a model over HTTP. Options come first, then what kind of model it is.
-
-    Example:
-
-    squall-server --port 8080 gguf -m DIR -f model.gguf
-    """
-    invocation.obj = flags
-
-
-def _add_selectors() -> None:
-    for name, selector in SELECTORS.items():
-
-        def run(given: dict[str, object], invocation: typer.Context) -> None:
-            flags: ServeFlags = invocation.obj
-            if flags.port is None and not flags.interactive_mode:
-                raise typer.BadParameter("give one, or -i for a chat", param_hint="--port")
-            selected = SELECTORS[str(invocation.info_name)](**given)
-            _run(flags, selected, flags.port or 0)
-
-        # What belongs to a word that is not known yet is not known either.
-        settings = {"ignore_unknown_options": name in NOT_YET}
-        server.command(name, context_settings=settings)(takes_arguments_of(selector)(run))
-
-
-_add_selectors()
-
-
-def _run(flags: ServeFlags, selected: Selected | Path, port: int) -> None:
-    """Serve, or chat, until the user has enough."""
     if flags.interactive_mode:
-        from squall.cli.chat import Chat
-        from squall.cli.run import Settings
+        _chat(flags, selected)
+    else:
+        _serve(flags, selected)
 
-        settings = Settings(CHAT | {"seed": flags.seed}, {"multiplier": 0.0})
-        with flags.open(selected) as model:
-            Chat(model, settings, None).loop()
-        return
+
+app = command("serve", ServeFlags, serve)
+server = command("squall-server", ServeFlags, serve, no_args_is_help=True)
+
+
+def _chat(flags: ServeFlags, selected: Selected) -> None:
+    from squall.cli.chat import Chat
+    from squall.cli.run import Settings
+
+    settings = Settings(CHAT | {"seed": flags.seed}, {"multiplier": 0.0})
+    with flags.served(selected) as model:
+        Chat(model, settings, None).loop()
+
+
+def _serve(flags: ServeFlags, selected: Selected) -> None:
     # A signal while the model loads ends the process, also where it is a container's first one.
     signal.signal(signal.SIGTERM, _leave)
     from squall.server.run import listen, serve_on
 
     options = flags.options()
-    listener = listen(flags.serve_ip, port)
+    listener = listen(flags.serve_ip, flags.port)
     for name in NO_EFFECT:
         if getattr(flags, name) is not None:
             sys.stderr.write(f"note: --{name.replace('_', '-')} has no effect on the CPU\n")
@@ -267,10 +201,11 @@ def _run(flags: ServeFlags, selected: Selected | Path, port: int) -> None:
             f"warning: whoever reaches {flags.serve_ip} may use this server; --api-key KEY asks "
             "for a key\n"
         )
-    with flags.open(selected) as model:
+    with listener, flags.served(selected) as model:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        name = options.model_id or model.checkpoint.path.stem
+        path = model.checkpoint.path.absolute()
+        name = options.model_id or (path.name if path.is_dir() else path.stem)
 
         def started() -> None:
             sys.stderr.write(
@@ -278,7 +213,7 @@ def _run(flags: ServeFlags, selected: Selected | Path, port: int) -> None:
                 f"{model.executor.threads} threads, {model.executor.isa})\n"
             )
 
-        status = serve_on(model, options, listener, started=started)
+        status = serve_on(model, replace(options, model_id=name), listener, started=started)
     raise typer.Exit(status)
 
 

@@ -1,5 +1,6 @@
 """mistral.rs's TOML files that select a model, as the same data as flags and `Which` give.
 
+no_kv_cache = true        # optional, as is tokenizer_json
 [model]                   # the keys of a selector's flags, as snake_case
 model_id = "owner/name"
 
@@ -25,6 +26,7 @@ from squall.api.which import (
     AnyMoeExpertType,
     IsqOrganization,
     ModelDType,
+    Opening,
     Selection,
     VisionArchitecture,
     Which,
@@ -62,13 +64,14 @@ class TomlSelection:
     model: Selection
     speculative: tuple[Selection, int] | None = None
     anymoe: AnyMoeConfig | None = None
+    no_kv_cache: bool = False
 
-    def check_supported(self) -> None:
-        """Raise UnsupportedModel for what Squall does not do yet."""
+    def opening(self) -> Opening:
+        """How to open the model; raises UnsupportedModel for what Squall does not do yet."""
         for name, given in (("speculative", self.speculative), ("anymoe", self.anymoe)):
             if given is not None:
                 raise UnsupportedModel(f"[{name}] is not supported yet; leave it out of the file")
-        self.model.opening()
+        return self.model.opening()
 
 
 def read_toml(path: Path) -> TomlSelection:
@@ -77,7 +80,11 @@ def read_toml(path: Path) -> TomlSelection:
         root = tomllib.loads(read_text(path))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidRequest(f"{path} is not TOML: {error}") from None
-    _check_keys(root, "the file", {"model", "tokenizer_json", "speculative", "anymoe"}, {"model"})
+    known = {"model", "tokenizer_json", "no_kv_cache", "speculative", "anymoe"}
+    _check_keys(root, "the file", known, {"model"})
+    no_kv_cache = root.get("no_kv_cache", False)
+    if type(no_kv_cache) is not bool:
+        raise InvalidRequest(f"no_kv_cache is {no_kv_cache!r}; it must be true or false")
     tokenizer = root.get("tokenizer_json")
     if tokenizer is not None and not isinstance(tokenizer, str):
         raise InvalidRequest(f"tokenizer_json is {tokenizer!r}; it must be a path")
@@ -92,7 +99,7 @@ def read_toml(path: Path) -> TomlSelection:
         draft = (_selection(given["draft_model"], section, tokenizer), given["gamma"])
     if "anymoe" in root:
         anymoe = _anymoe(_table(root["anymoe"], "[anymoe]"))
-    return TomlSelection(model, draft, anymoe)
+    return TomlSelection(model, draft, anymoe, no_kv_cache)
 
 
 def _selection(given: object, section: str, tokenizer: str | None) -> Selection:

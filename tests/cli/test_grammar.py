@@ -1,0 +1,163 @@
+"""Flags, kinds of models and prompts: what `Model.open` is asked for, and what is refused."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from squall import model
+from squall.cli.app import app
+from squall.cli.selectors import NOT_YET, SELECTORS
+from squall.cli.serve import server
+from squall.errors import SquallError
+
+COMMANDS = ("run", "serve", "bench", "perplexity")
+FILES = ("a.gguf", "b.gguf", "old.bin", "folder/config.json", "folder/x.uqff", "text.txt", "y.yaml")
+WHICH = '[model]\nquantized_model_id = "."\nquantized_filename = "old.bin"\ngqa = 8\n'
+# What is typed after `squall` -> what is opened, and some of the options.
+OPENED: dict[str, tuple[str, dict[str, Any]]] = {
+    "run -f a.gguf Hi": ("a.gguf", {}),
+    "run Hi -f a.gguf --context 99": ("a.gguf", {"context": 99}),
+    "run -m folder": ("folder", {}),
+    "run plain -m folder --isq q4k Why?": ("folder", {"isq": "q4k", "dtype": "auto"}),
+    "run --isq q4k plain -m folder Why?": ("folder", {"isq": "q4k"}),
+    "run --isq q4k plain -m folder --isq q8_0": ("folder", {"isq": "q8_0"}),
+    "run --topology y.yaml plain -m folder": ("folder", {"topology": Path("y.yaml")}),
+    "run plain -m folder -a ARCH -d bf16 -t t.json -o moqe Hi --kv-dtype f32": (
+        "folder",
+        {"architecture": "arch", "dtype": "bf16", "tokenizer_json": "t.json", "kv_dtype": "f32",
+         "experts_only": True},
+    ),
+    "run plain -m folder -f x.uqff Hi": ("folder", {"from_uqff": "x.uqff"}),
+    "run gguf -f b.gguf - --threads 2": ("b.gguf", {"threads": 2}),
+    "run ggml -m . -f old.bin -g 4 Hi": ("old.bin", {"gqa": 4}),
+    "run toml -f which.toml Hi": ("old.bin", {"gqa": 8}),
+    "run -f a.gguf -- plain": ("a.gguf", {}),
+    "run -f a.gguf -- -5": ("a.gguf", {}),
+    "serve plain -m folder --port 0 --context 8": ("folder", {"context": 8, "kv_tokens": None}),
+    "serve --port 0 -i toml -f which.toml": ("old.bin", {"gqa": 8}),
+    "bench -c 1 gguf -f a.gguf -p 8": ("a.gguf", {}),
+    "bench plain -m folder --depth 3 --isq 4": ("folder", {"isq": "4"}),
+    "bench -g 4 ggml -m . -f old.bin -g 2": ("old.bin", {"gqa": 2}),
+    "perplexity --text text.txt plain -m folder -a ARCH": ("folder", {"architecture": "arch"}),
+    "perplexity plain -m folder --text text.txt": ("folder", {"context": 1024}),
+}  # fmt: skip
+WRONG = {
+    "run -f a.gguf plain -m folder": "-f, -m and a kind each name a model",
+    "run -f a.gguf -m folder": "-f, -m and a kind each name a model",
+    "run gguf -f a.gguf --isq q4k": "has its number formats already",
+    "run plain -m folder -d f8": "--dtype is 'f8'; it must be one of",
+    "run toml -f none.toml": "cannot read none.toml",
+    "bench plain -m folder -w new.uqff --isq 4": "squall quantize does",
+}
+USAGE = {
+    "run plain": "--model-id",
+    "run plain Hi": "--model-id",
+    "run plain -m folder --file a.gguf": "--file",
+    "run Hi there": "there",
+    "serve gguuf": "Did you mean 'gguf'",
+    "serve plain -m folder Hi": "Hi",
+    "perplexity": "--text",
+}
+
+
+class Opened(SquallError):
+    """Instead of opening: what was asked for."""
+
+
+@pytest.fixture(autouse=True)
+def _no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "which.toml").write_text(WHICH)
+    monkeypatch.chdir(tmp_path)
+
+    def stop(path: object, **options: object) -> None:
+        raise Opened(path, options)
+
+    monkeypatch.setattr(model.Model, "open", stop)
+    monkeypatch.setattr(model, "prepare", stop)
+
+
+def invoke(line: str, command: typer.Typer = app) -> Result:
+    return CliRunner().invoke(command, shlex.split(line))
+
+
+@pytest.mark.parametrize(("line", "wanted"), OPENED.items(), ids=OPENED.keys())
+def test_what_is_opened(line: str, wanted: tuple[str, dict[str, Any]]) -> None:
+    done = invoke(line)
+    assert isinstance(done.exception, Opened), (done.output, done.exception)
+    path, options = done.exception.args
+    assert (str(path), {**options, **wanted[1]}) == (wanted[0], options)
+
+
+@pytest.mark.parametrize(("line", "problem"), WRONG.items(), ids=WRONG.keys())
+def test_what_is_refused(line: str, problem: str) -> None:
+    done = invoke(line)
+    assert not isinstance(done.exception, Opened)
+    assert problem in str(done.exception)
+
+
+@pytest.mark.parametrize(("line", "problem"), USAGE.items(), ids=USAGE.keys())
+def test_wrong_usage(line: str, problem: str) -> None:
+    done = invoke(line)
+    assert done.exit_code == 2
+    assert problem in done.stderr
+
+
+@pytest.mark.parametrize("word", NOT_YET)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_kinds_that_are_not_there_yet(command: str, word: str) -> None:
+    done = invoke(f"{command} {word} -m somebody/something --anything x -x 5")
+    assert "not supported yet" in str(done.exception)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_every_kind(command: str) -> None:
+    text = invoke(f"{command} --help").stdout
+    assert all(f" {word} " in text for word in SELECTORS)
+    for word in SELECTORS.keys() - NOT_YET.keys():
+        text = invoke(f"{command} {word} -h").stdout
+        assert "--kv-dtype" in text
+        assert "--file" in text if word == "toml" else "--model" not in text.split("Options")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("run Hi", "Hi"), ("run", None), ("run -- plain", "plain"), ("run gguf plain", "plain"),
+        ("run --seed 1 -- -x", "-x"), ("run gguf", None), ("run PROMPT", "PROMPT"),
+        ("run --stop -- Hi", "Hi"),
+    ],
+)  # fmt: skip
+def test_prompts(line: str, wanted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from squall.cli import run
+
+    asked: list[str | None] = []
+    monkeypatch.setattr(run, "_converse", lambda _, flags: asked.append(flags.prompt))
+    monkeypatch.setattr(run.RunFlags, "open", lambda *_, **__: Nothing())
+    done = invoke(line)
+    assert done.exit_code == 0, done.output
+    assert asked == [wanted]
+
+
+class Nothing:
+    """An open model that is none."""
+
+    def __enter__(self) -> None:
+        """Nothing to open."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+
+def test_the_server_by_its_other_name() -> None:
+    done = invoke("--port 0 -i plain -m folder", server)
+    assert isinstance(done.exception, Opened)
+    assert invoke("", server).exit_code == 2

@@ -1,0 +1,199 @@
+"""The commands of mistral.rs's README and pages, word by word but for the program's name.
+
+What is a model of the hub there is a folder of that name here, with a tiny model.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from tiny_models import TEMPLATE, write_folder, write_gguf
+from typer.testing import CliRunner, Result
+
+from squall.cli.serve import server
+from squall.errors import SquallError
+from squall.server import run
+from squall.server.app import create_app
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+PHI3, PHI_MOE = "microsoft/Phi-3.5-mini-instruct", "microsoft/Phi-3.5-MoE-instruct"
+GGUF = "-m bartowski/Phi-3.5-mini-instruct-GGUF -f Phi-3.5-mini-instruct-Q4_K_M.gguf"
+CHATS = [
+    f"-i plain -m {PHI3} -a phi3",
+    f"-i plain -m {PHI_MOE} -a phi3.5moe",
+    "--token-source none -i plain -m microsoft/Phi-3-mini-128k-instruct -a phi3",
+    "-i plain -m microsoft/Phi-3-mini-128k-instruct -a phi3",
+    f"-i plain -m {PHI3}",
+    f"-i plain -m {PHI3} -d f32",
+    f"-i --isq Q4K plain -m {PHI3} -a phi3",
+    f"-i plain -m {PHI3} -a phi3 --topology topologies/isq.yml",
+    f"-i --isq HQQ8 plain -m {PHI_MOE} -o moqe",
+    f"--isq Q4K -s 5 -i plain -m {PHI3} -w phi3.5-mini-instruct-q4k.uqff",
+    "-i toml -f toml-selectors/plain.toml",
+]
+SERVERS = [
+    "--port 1234 plain -m . -a mistral",
+    f"gguf {GGUF} -t {PHI3}",
+    f"gguf {GGUF}",
+    "gguf -m path/to/files -f Phi-3.5-mini-instruct-Q4_K_M.gguf",
+    "--chat-template ../../../templates/own.json gguf -m . -f Phi-3.5-mini-instruct-Q4_K_M.gguf",
+    f"--port 1234 plain -m {PHI_MOE} -a phi3.5moe",
+    "--port 1234 toml -f toml-selectors/gguf.toml",
+    "--port 1234 --log output.txt gguf -t HuggingFaceH4/zephyr-7b-beta "
+    "-m TheBloke/zephyr-7B-beta-GGUF -f zephyr-7b-beta.Q5_0.gguf",
+    f"--port 1234 --throughput --max-seqs 2 --no-kv-cache --prefix-cache-n 0 plain -m {PHI3}",
+    f"--port 1234 --pa-ctxt-len 512 --pa-blk-size 32 --no-paged-attn -n 0 plain -m {PHI3}",
+]
+NOT_YET = {
+    "-i vision-plain -m lamm-mit/Cephalo-Llama-3.2-11B-Vision-Instruct-128k -a vllama": "vision",
+    "--port 1234 vision-plain -m microsoft/Phi-3.5-vision-instruct -a phi3v": "vision models",
+    "--port 1234 diffusion-plain -m black-forest-labs/FLUX.1-schnell -a flux": "diffusion models",
+    "-i diffusion-plain -m black-forest-labs/FLUX.1-schnell -a flux": "diffusion models",
+    "-i toml -f toml-selectors/anymoe_lora.toml": "anymoe",
+    "-i toml -f toml-selectors/lora.toml": "Lora",
+    "--port 1234 x-lora -o orderings/xlora-paper-ordering.json -x lamm-mit/x-lora": "X-LoRA",
+    "--port 1234 lora -m HuggingFaceH4/zephyr-7b-beta -o o.json -a lamm-mit/x-lora": "LoRA",
+    "--port 1234 x-lora-gguf -o o.json -t HuggingFaceH4/zephyr-7b-beta "
+    "-m TheBloke/zephyr-7B-beta-GGUF -f z.gguf -x lamm-mit/x-lora": "X-LoRA",
+    "--port 1234 lora-gguf -o o.json -m TheBloke/zephyr-7B-beta-GGUF -f z.gguf -a x/y": "LoRA",
+    "--port 1234 x-lora-ggml -o o.json -m a/b -f z.bin -x c/d": "X-LoRA",
+    "--port 1234 lora-ggml -o o.json -m a/b -f z.bin -a c/d": "LoRA",
+}
+FILES = {
+    "toml-selectors/gguf.toml": """
+        [model]
+        tok_model_id = "mistralai/Mistral-7B-Instruct-v0.1"
+        quantized_model_id = "TheBloke/zephyr-7B-beta-GGUF"
+        quantized_filename = "zephyr-7b-beta.Q5_0.gguf"
+        """,
+    "toml-selectors/plain.toml": f"""
+        no_kv_cache = true
+        [model]
+        model_id = "{PHI3}"
+        arch = "phi3"
+        """,
+    "toml-selectors/lora.toml": """
+        [model]
+        model_id = "HuggingFaceH4/zephyr-7b-beta"
+        adapters_model_id = "lamm-mit/x-lora"
+        order = "orderings/xlora-paper-ordering.json"
+        """,
+    "toml-selectors/anymoe_lora.toml": """
+        [model]
+        model_id = "HuggingFaceH4/zephyr-7b-beta"
+        arch = "mistral"
+        [anymoe]
+        dataset_json = "examples/amoe.json"
+        prefix = "model.layers"
+        mlp = "mlp"
+        model_ids = ["typeof/zephyr-7b-beta-lora"]
+        layers = [0, 1]
+        [anymoe.config]
+        hidden_size = 4096
+        expert_type = { lora_adapter = { rank = 64, alpha = 16, target_modules = ["up_proj"] } }
+        """,
+    "topologies/isq.yml": "0-1:\n  isq: Q3K\n1-2:\n  isq: Q8_0\n",
+    "templates/own.json": f'{{"chat_template": {TEMPLATE.strip()!r}}}'.replace("'", '"'),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the commands name."""
+    root = tmp_path_factory.mktemp("seed")
+    phi3 = write_folder(root / PHI3, "Phi3ForCausalLM")
+    (root / "microsoft/Phi-3-mini-128k-instruct").symlink_to(phi3)
+    write_folder(root / PHI_MOE, "PhimoeForCausalLM", num_local_experts=4)
+    zephyr = write_folder(root / "HuggingFaceH4/zephyr-7b-beta", "MistralForCausalLM")
+    (root / "here").symlink_to(zephyr)
+    name = "Phi-3.5-mini-instruct-Q4_K_M.gguf"
+    file = write_gguf(root / "bartowski/Phi-3.5-mini-instruct-GGUF" / name, phi3)
+    (root / "path/to/files").mkdir(parents=True)
+    (root / "path/to/files" / name).symlink_to(file)
+    write_gguf(root / "TheBloke/zephyr-7B-beta-GGUF/zephyr-7b-beta.Q5_0.gguf", zephyr)
+    for path, text in FILES.items():
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_text(text)
+    return root
+
+
+@pytest.fixture
+def answers(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """In the folder; what is served is asked one question, without a port of this machine."""
+    monkeypatch.chdir(models)
+    ports: list[int] = []
+    found: list[dict[str, Any]] = []
+
+    def listen(_: str, port: int) -> socket.socket:
+        ports.append(port)
+        return socket.socket()
+
+    def serve_on(model: Any, options: Any, listener: socket.socket, **_: Any) -> int:
+        listener.close()
+        with TestClient(create_app(model, options), base_url="http://127.0.0.1") as client:
+            assert client.get("/health").text == "OK"
+            body = {"messages": "Hi", "max_tokens": 3, "temperature": 0}
+            answer = client.post("/v1/chat/completions", json=body).json()
+        found.append(answer | {"port": ports[-1]})
+        return 0
+
+    monkeypatch.setattr(run, "listen", listen)
+    monkeypatch.setattr(run, "serve_on", serve_on)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield found
+    signal.signal(signal.SIGTERM, handler)
+
+
+def invoke(command: str) -> Result:
+    return CliRunner().invoke(server, shlex.split(command), input="Hi\n\\exit\n")
+
+
+@pytest.mark.parametrize("command", CHATS)
+@pytest.mark.usefixtures("answers")
+def test_chats(command: str) -> None:
+    done = invoke(command)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "answer tokens" in done.stderr
+    if "-w" in command:
+        made = Path("phi3.5-mini-instruct-q4k.uqff")
+        assert made.is_file()
+        reopened = invoke(f"-s 5 -i plain -m {PHI3} -f {made}")
+        assert reopened.exit_code == 0, (reopened.output, reopened.exception)
+        assert reopened.stdout == done.stdout
+
+
+@pytest.mark.parametrize("command", SERVERS)
+def test_servers(
+    command: str, answers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "-m . " in command:
+        monkeypatch.chdir("path/to/files" if "gguf" in command else "here")
+    done = invoke(command)
+    assert done.exit_code == 0, (done.output, done.exception)
+    (answer,) = answers
+    assert answer["usage"]["completion_tokens"] in (1, 2, 3)
+    assert answer["port"] == (1234 if "--port 1234" in command else 8080)
+    if "--log" in command:
+        assert "Hi" in Path("output.txt").read_text()
+
+
+@pytest.mark.parametrize(("command", "what"), NOT_YET.items())
+@pytest.mark.usefixtures("answers")
+def test_what_is_not_there_yet(command: str, what: str) -> None:
+    done = invoke(command)
+    assert isinstance(done.exception, SquallError)
+    assert what in str(done.exception)
+    assert "not supported yet" in str(done.exception)
+
+
+def test_help_names_the_kinds() -> None:
+    text = invoke("--help").stdout
+    assert all(word in text for word in ("plain", "gguf", "ggml", "toml", "lora", "vision-plain"))
