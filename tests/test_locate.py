@@ -32,8 +32,11 @@ def test_a_folder_with_a_split_one(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_config(tmp_path: Path) -> None:
-    assert locate(make(tmp_path, "config.json", "model.safetensors")) == tmp_path
-    assert locate(make(tmp_path, "a.gguf")) == tmp_path / "a.gguf"
+    assert locate(make(tmp_path, "config.json", "a.gguf")) == tmp_path / "a.gguf"
+
+
+def test_a_folder_with_both(tmp_path: Path) -> None:
+    assert locate(make(tmp_path, "config.json", "model.safetensors", "a.gguf")) == tmp_path
 
 
 @pytest.mark.parametrize(

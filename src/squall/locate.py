@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from squall.checkpoints import UQFF
-from squall.checkpoints.hub import Hub, Progress, is_id
+from squall.checkpoints.hub import Hub, Progress, folder_weights, is_id
 from squall.errors import ModelNotFound
 
 _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
@@ -19,6 +19,8 @@ def locate(
     progress: Progress | None = None,
 ) -> Path:
     """What to open: a GGUF file, of a split one the first part, or a folder with config.json.
+
+    Of a folder that has both kinds, its safetensors or PyTorch weights, as of a model of the hub.
 
     What is here wins over a model of the hub, which is `owner/name` or `owner/name:file`.
     """
@@ -42,11 +44,12 @@ def locate(
 
 
 def _in_folder(folder: Path) -> Path:
-    found = sorted(file for file in folder.iterdir() if file.suffix == ".gguf")
+    names = [file.name for file in folder.iterdir()]
+    found = sorted(folder / name for name in names if name.endswith(".gguf"))
     models = [
         file for file in found if (part := _PART.search(file.name)) is None or part[1] == "00001"
     ]
-    if not models and (folder / "config.json").is_file():
+    if "config.json" in names and (folder_weights(names) or not models):
         return _only_uqff(folder) or folder
     if not models:
         raise ModelNotFound(

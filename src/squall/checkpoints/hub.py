@@ -162,11 +162,8 @@ def _numbers(last: str) -> range:
 
 def choose(names: Collection[str], file: str) -> tuple[list[str], str | None]:
     """Which files of a repository are needed; and the GGUF file to open, if it is one."""
-    if not file:
-        for kind in _WEIGHTS:
-            weights = sorted(name for name in names if kind.fullmatch(name))
-            if any(not name.endswith(".json") for name in weights):
-                return sorted(filter(_CONFIGURATION.fullmatch, names)) + weights, None
+    if not file and (weights := folder_weights(names)):
+        return sorted(filter(_CONFIGURATION.fullmatch, names)) + weights, None
     ggufs = sorted(name for name in names if _GGUF.fullmatch(name) and ".." not in name)
     first = [name for name in ggufs if (of := _OF.search(name)) is None or of[1] == "00001"]
     found = [name for name in first if name == file] or [
@@ -183,6 +180,15 @@ def choose(names: Collection[str], file: str) -> tuple[list[str], str | None]:
         return found, found[0]
     parts = [_OF.sub(f"-{n:05}-of-{of[2]}.", found[0]) for n in _numbers(of[2])]
     return [part for part in parts if part in names], found[0]
+
+
+def folder_weights(names: Collection[str]) -> list[str]:
+    """Of the files of a model, those that transformers would take weights from."""
+    for kind in _WEIGHTS:
+        weights = sorted(name for name in names if kind.fullmatch(name))
+        if any(not name.endswith(".json") for name in weights):
+            return weights
+    return []
 
 
 class _Download:
