@@ -57,8 +57,8 @@ def _in_folder(folder: Path) -> Path:
             "name a file with the ending .gguf, or a folder as transformers saves it"
         )
     if len(models) > 1:
-        names = ", ".join(file.name for file in models)
-        raise ModelNotFound(f"{folder} has {len(models)} models; name one of them: {names}")
+        choice = ", ".join(file.name for file in models)
+        raise ModelNotFound(f"{folder} has {len(models)} models; name one of them: {choice}")
     return models[0]
 
 
