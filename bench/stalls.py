@@ -28,30 +28,24 @@ def _bytes(body: Any) -> bytes:
     return json.dumps(body).encode()
 
 
-def _prompt(tokens: int) -> bytes:
-    # One word is one token of the default model.
-    ids = [1000 + 7 * i % 40000 for i in range(tokens)]
-    return _bytes({"prompt": ids, "max_tokens": 1})
+def _many(item: bytes, count: int) -> bytes:
+    return b"[" + (item + b",") * count + item + b"]"
 
 
-_MESSAGE = b'{"role":"","content":""}'
+MESSAGE, PART = b'{"role":"","content":""}', b'{"type":"text","text":""}'
+CHAT, PROMPT = b'{"messages":%s,"max_tokens":1}', b'{"prompt":%s,"max_tokens":1}'
 ARRIVALS: dict[str, Callable[[], bytes]] = {
-    "nothing": lambda: _bytes({"prompt": "x", "max_tokens": 1}),
-    "prompt": lambda: _prompt(6000),
-    "text": lambda: _bytes({"messages": "x" * (2**24 - 100)}),
+    "nothing": lambda: PROMPT % b'"x"',
+    "prompt": lambda: _bytes({"prompt": [1000 + 7 * i for i in range(6000)], "max_tokens": 1}),
+    # Too long, too many, or as many as may be.
+    "characters": lambda: CHAT % (b'"' + b"x" * (2**24 - 100) + b'"'),
     "words": lambda: _bytes({"messages": (WORDS * 6000)[:520_000]}),
-    "messages": lambda: b'{"messages":[' + (_MESSAGE + b",") * 650_000 + _MESSAGE + b"]}",
-    "empty messages": lambda: b'{"messages":[' + b"{}," * 5_000_000 + b"{}]}",
-    "parts": lambda: b'{"messages":[{"role":"user","content":['
-    + b'{"a":""},' * 1_700_000 + b'{"a":""}]}]}',
-    "ids": lambda: b'{"prompt":[' + b"1," * 8_000_000 + b"1]}",
-    "metadata": lambda: b'{"messages":"x","max_tokens":1,"metadata":[' + b"{}," * 5_000_000 + b"{}]}",
-    "strings": lambda: b'{"messages":"x","max_tokens":1,"metadata":[' + b'"a",' * 4_000_000 + b"1]}",
-    "bias": lambda: b'{"messages":"x","max_tokens":1,"logit_bias":{'
-    + b",".join(b'"%d":1' % i for i in range(1_400_000)) + b"}}",
-    "fields": lambda: b"{" + b",".join(b'"%d":1' % i for i in range(1_400_000)) + b"}",
-    "nested": lambda: b'{"messages":"x","max_tokens":1,"metadata":[' + b"[[[]]]," * 2_300_000 + b"1]}",
-}  # fmt: skip
+    "messages": lambda: CHAT % _many(MESSAGE, 600_000),
+    "some messages": lambda: CHAT % _many(MESSAGE, 38_000),
+    "some parts": lambda: CHAT % (b'[{"role":"user","content":' + _many(PART, 38_000) + b"}]"),
+    "some ids": lambda: PROMPT % _many(b"123456789012345", 990_000),
+    "some fields": lambda: b"{%s}" % b",".join(b'"%d":1' % i for i in range(110_000)),
+}
 
 
 class Stream:

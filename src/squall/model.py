@@ -107,8 +107,8 @@ class Model:
         threads: by default as many as this process may use.
         kv_dtype: of the KV cache; "q8_0" takes half the memory of "f16", and a little quality.
         weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
-        kv: the KV cache's size; by default 2048 tokens for each request of `engine.max_seqs`, or one
-            whole context. kv_tokens: short for `KvSize(tokens=...)`.
+        kv: how large the KV cache is, for all requests together, and its blocks.
+        kv_tokens: short for `KvSize(tokens=kv_tokens)`.
         isq: quantize the weights while they are read: "Q4K", "Q8_0", "HQQ4", "FP8"..., or bits.
         topology: other types for some layers, a `Topology` or its YAML file.
         dtype: of the float weights that are not quantized; "auto": as they are stored.
