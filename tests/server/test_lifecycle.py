@@ -247,6 +247,22 @@ def test_row_31_little_memory(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--context 600 --max-seqs 4", "context 600 tokens, KV cache 2400, "),
+        ("--kv-tokens 1000", "context 1000 tokens, KV cache 1008, "),
+        # A token takes 22.5 KiB.
+        ("--pa-gpu-mem 45 --pa-blk-size 32", "context 2048 tokens, KV cache 2048, "),
+        ("--kv-memory 45 --kv-tokens 64", "context 64 tokens, KV cache 64, "),
+        ("--kv-memory 45 --kv-dtype q8_0", "context 3640 tokens, KV cache 3648, "),
+    ],
+)
+def test_row_31_sizes_that_are_asked_for(tmp_path: Path, flags: str, said: str) -> None:
+    with in_process(tmp_path / "stderr", *flags.split()) as server:
+        assert f"({said}" in server.stderr()
+
+
 def test_row_34_a_burst_changes_nothing_for_others(tmp_path: Path) -> None:
     """Four times what may run and wait; the surplus is told when to come again."""
     body = chat("Tell a story.", max_tokens=400, temperature=1, seed=4, ignore_eos=True)

@@ -26,6 +26,7 @@ from squall.server.schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    GenerationBody,
     ReIsqBody,
     TokenizeBody,
 )
@@ -214,6 +215,8 @@ async def _read(service: Service, request: Request, kind: type[_BodyT]) -> _Body
     service.check_ready()
     service.check_room()
     visit = _visit(request)
+    if issubclass(kind, GenerationBody):
+        visit.enter()
     with service.bodies.hold() as held:
         data = await held.read(request.receive, request.headers.get("content-length"))
         service.log.body("request", visit.id, data)
