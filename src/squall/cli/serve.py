@@ -29,7 +29,6 @@ CHAT: dict[str, Any] = {
 }  # fmt: skip
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class ServeFlags(ModelFlags):
     """The flags of both commands."""
