@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from squall.engine.engine import EngineConfig
     from squall.engine.generation import Generation
+    from squall.engine.memory import KvSize
     from squall.engine.request import Piece, Usage
     from squall.model import Message, Model
 
@@ -76,6 +77,7 @@ __all__ = [
     "InvalidCheckpoint",
     "InvalidRequest",
     "IsqOrganization",
+    "KvSize",
     "Message",
     "Model",
     "ModelDType",
@@ -111,6 +113,7 @@ _LAZY = {
     "Generation": "squall.engine.generation",
     "ImageGenerationResponseFormat": "squall.api.which",
     "IsqOrganization": "squall.api.which",
+    "KvSize": "squall.engine.memory",
     "Message": "squall.model",
     "Model": "squall.model",
     "ModelDType": "squall.api.which",

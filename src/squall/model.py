@@ -19,7 +19,7 @@ from squall.checkpoints.hub import Hub
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig, Executor
 from squall.engine.generation import Generation
-from squall.engine.memory import choose_context, choose_kv_tokens, token_bytes
+from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
 from squall.engine.request import Request, Scoring
 from squall.engine.sampling import (
     DRY_BREAKERS,
@@ -46,7 +46,6 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
 Progress = Callable[[int, int], None]
 
-BLOCK_SIZE = 16
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
 DEVICES = ("cpu",)
@@ -87,6 +86,7 @@ class Model:
         weights: Literal["packed", "f32"] = "packed",
         kv_dtype: CacheType = "f16",
         kv_tokens: int | None = None,
+        kv: KvSize | None = None,
         isq: str | int | None = None,
         topology: Topology | str | os.PathLike[str] | None = None,
         dtype: Dtype = "auto",
@@ -107,7 +107,8 @@ class Model:
         threads: by default as many as this process may use.
         kv_dtype: of the KV cache; "q8_0" takes half the memory of "f16", and a little quality.
         weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
-        kv_tokens: room in the KV cache, for all requests together; by default one whole context.
+        kv: how large the KV cache is, for all requests together, and its blocks.
+        kv_tokens: short for `KvSize(tokens=kv_tokens)`.
         isq: quantize the weights while they are read: "Q4K", "Q8_0", "HQQ4", "FP8"..., or bits.
         topology: other types for some layers, a `Topology` or its YAML file.
         dtype: of the float weights that are not quantized; "auto": as they are stored.
@@ -128,13 +129,14 @@ class Model:
         if write_uqff is not None:
             checkpoint = _written(checkpoint, recipe, plan, Path(write_uqff), threads, progress)
             recipe, plan = recipes.load(checkpoint, architecture), Plan()
-        size, room = _sizes(checkpoint, recipe.decoder, kv_dtype, context, kv_tokens)
+        engine, kv = engine or EngineConfig(), kv or KvSize(tokens=kv_tokens)
+        size, room = _sizes(checkpoint, recipe.decoder, kv_dtype, context, kv, engine.max_seqs)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
         tokenizer = open_tokenizer(checkpoint, tokenizer_json)
         executor = NativeExecutor(
             program, checkpoint,
             threads=threads, weights=weights, plan=plan, kv_dtype=kv_dtype,
-            blocks=-(-room // BLOCK_SIZE), block_size=BLOCK_SIZE,
+            blocks=-(-room // kv.block_size), block_size=kv.block_size,
             max_rows=MAX_ROWS, max_outputs=MAX_OUTPUTS, progress=progress,
         )  # fmt: skip
         return cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
@@ -402,7 +404,8 @@ def _sizes(
     model: Decoder,
     kv_dtype: CacheType,
     context: int | None,
-    kv_tokens: int | None,
+    kv: KvSize,
+    max_seqs: int,
 ) -> tuple[int, int]:
     """Tokens of the context, and of the KV cache."""
     memory = {
@@ -410,10 +413,11 @@ def _sizes(
         "weight_bytes": checkpoint.size_bytes,
     }
     size = choose_context(context, trained=model.context, **memory)
-    return size, choose_kv_tokens(kv_tokens, context=size, **memory)
+    room = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, **memory)
+    return (min(size, room) if context is None else size), room
 
 
-def _engine(executor: Executor, config: EngineConfig | None, tokenizer: Tokenizer) -> Engine:
+def _engine(executor: Executor, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
     def text(request: Request) -> TextStream:
         return TextStream(tokenizer, request.stop, at_start=not request.continues)
 

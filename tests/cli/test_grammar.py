@@ -14,6 +14,7 @@ from squall import model
 from squall.cli.app import app
 from squall.cli.selectors import NOT_YET, SELECTORS
 from squall.cli.serve import server
+from squall.engine.memory import KvSize
 from squall.errors import SquallError
 
 COMMANDS = ("run", "serve", "bench", "perplexity")
@@ -39,7 +40,11 @@ OPENED: dict[str, tuple[str, dict[str, Any]]] = {
     "run toml -f which.toml Hi": ("old.bin", {"gqa": 8}),
     "run -f a.gguf -- plain": ("a.gguf", {}),
     "run -f a.gguf -- -5": ("a.gguf", {}),
-    "serve plain -m folder --port 0 --context 8": ("folder", {"context": 8, "kv_tokens": None}),
+    "serve plain -m folder --port 0 --context 8": ("folder", {"context": 8, "kv": KvSize()}),
+    "serve gguf -f a.gguf --pa-gpu-mem 3 --pa-gpu-mem-usage 0.5 --pa-blk-size 32 --port 0": (
+        "a.gguf",
+        {"kv": KvSize(bytes=3 * 2**20, fraction=0.5, block_size=32)},
+    ),
     "serve --port 0 -i toml -f which.toml": ("old.bin", {"gqa": 8}),
     "bench -c 1 gguf -f a.gguf -p 8": ("a.gguf", {}),
     "bench plain -m folder --depth 3 --isq 4": ("folder", {"isq": "4"}),

@@ -186,7 +186,7 @@ def test_multi_turn_reuses_answers_too(engine: Engine) -> None:
     assert second.usage.cached_tokens == 36
 
 
-def test_security_row_17_scopes(engine: Engine) -> None:
+def test_row_s17_scopes(engine: Engine) -> None:
     for tenant, cached in [("a", 0), ("b", 0), ("a", 16), ("", 0)]:
         generation = Generation(engine, request([4] * 20, scope=CacheScope(tenant=tenant)))
         generation.read()

@@ -47,13 +47,15 @@ def machine(root: Path, groups: str, files: dict[str, str]) -> str:
         ("0::/\n", {"cpu.max": "many 100000"}, None),
     ],
 )
-def test_quota(tmp_path: Path, groups: str, files: dict[str, str], limit: int | None) -> None:
+def test_row_25_quota(
+    tmp_path: Path, groups: str, files: dict[str, str], limit: int | None
+) -> None:
     threads, why = _native.default_threads(machine(tmp_path, groups, files))
     assert threads == (ALLOWED if limit is None else min(limit, ALLOWED))
     assert ("quota" in why) == (limit is not None and limit < ALLOWED)
 
 
-def test_affinity() -> None:
+def test_row_25_affinity() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     code += "from squall import _native; print(_native.default_threads())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -195,6 +195,55 @@ def test_row_s15_a_million_messages(http: httpx.Client) -> None:
     check_error(http.post(CHAT, content=data), 400)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"messages":"x","metadata":[' + b"{}," * 10**6 + b"1]}",
+        b'{"messages":"x","metadata":[' + b"[[]]," * 10**6 + b"1]}",
+        b'{"messages":"x","stop":[' + b'"a",' * 2 * 10**6 + b'"a"]}',
+        b'{"messages":[{"role":"user","content":[' + b'{"type":"text"},' * 10**6 + b"{}]}]}",
+        b'{"prompt":[' + b"1," * 4 * 10**6 + b"1]}",
+        b"{" + b",".join(b'"%d":1' % i for i in range(10**6)) + b"}",
+    ],
+    ids=["objects", "lists", "texts", "parts", "numbers", "fields"],
+)
+def test_row_s15_bodies_that_are_slow_to_read(http: httpx.Client, data: bytes) -> None:
+    """They are not read at all, since that would keep all others waiting."""
+    for path in (CHAT, TEXT, "/tokenize", "/detokenize"):
+        check_error(http.post(path, content=data), 400, "too_many_values")
+
+
+def test_long_texts_may_hold_many_commas_and_braces(http: httpx.Client) -> None:
+    text = '{"a": [1, 2, 3]}, ' * 5000
+    check_error(http.post(CHAT, json=chat(text)), 400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_row_s15_a_million_answers(http: httpx.Client, path: str) -> None:
+    fields = {"messages": "x"} if path == CHAT else {"prompt": "x"}
+    for name in ("n", "best_of")[: 1 + (path == TEXT)]:
+        assert check_error(http.post(path, json={**fields, name: 10**6}), 400)["param"] == name
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat_template_kwargs": {"tokenize": True}},
+        {"chat_template_kwargs": {"messages": []}},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"chat_template": "{{ 1 }}"},
+        {"documents": [{}]},
+        {"tokenize": False},
+    ],
+)
+def test_row_s2_nothing_for_the_template_but_messages(
+    http: httpx.Client, path: str, fields: dict[str, Any]
+) -> None:
+    body = {"prompt": "x"} if path == TEXT else {"messages": chat()["messages"]}
+    assert check_error(http.post(path, json=body | fields), 400)["param"] == next(iter(fields))
+
+
 def test_paths_and_methods(http: httpx.Client) -> None:
     check_error(http.get("/v1/nothing"), 404, "unknown_url")
     check_error(http.get(CHAT), 405, "method_not_allowed")

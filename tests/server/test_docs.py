@@ -13,6 +13,8 @@ import pytest
 import typer.main
 from servers import Process, events
 
+from squall.engine.memory import USUAL_TOKENS
+from squall.server.limits import MOST_VALUES
 from squall.server.options import ServerOptions
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -62,6 +64,8 @@ def test_benches_run(server: Process, line: str) -> None:
 def test_numbers() -> None:
     options = ServerOptions()
     assert f"over {options.body_bytes >> 20} MiB" in TEXT
+    assert MOST_VALUES == 10**6
+    assert f"room for {USUAL_TOKENS} tokens" in TEXT
     assert f"over {options.all_bodies_bytes >> 20} MiB together" in TEXT
     assert f"header slower than {options.header_s:g} s" in TEXT
     assert f"body slower than {options.body_s:g} s" in TEXT

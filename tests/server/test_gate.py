@@ -99,6 +99,24 @@ def test_row_s17_keys_share_no_cache(http: httpx.Client) -> None:
     assert cached(KEYS[1]) > 50
 
 
+def test_row_10_cached_prefixes_change_no_bit(http: httpx.Client) -> None:
+    """Cold, warm, for another tenant, and once it was evicted."""
+    body = chat("Once upon a time " * 20, max_tokens=12, logprobs=True, top_logprobs=5)
+
+    def answer(key: str, known: bool) -> Any:
+        found = http.post(PATH, json=body | {"temperature": 0}, headers=bearer(key)).json()
+        assert (found["usage"]["prompt_tokens_details"]["cached_tokens"] > 60) == known
+        return found["choices"]
+
+    cold = answer(KEYS[0], False)
+    assert [answer(KEYS[0], True) for _ in range(4)] == [cold] * 4
+    assert [answer(KEYS[1], known) for known in (False, True)] == [cold] * 2
+    for i in range(4):
+        other = chat(f"{i} " * 440, max_tokens=1)
+        assert http.post(PATH, json=other, headers=bearer(KEYS[1])).status_code == 200
+    assert [answer(KEYS[0], known) for known in (False, True)] == [cold] * 2
+
+
 @pytest.mark.parametrize(
     ("host", "allowed"),
     [

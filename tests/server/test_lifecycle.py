@@ -1,4 +1,4 @@
-"""Rows 3 and 39: an orderly end, and no zombie where there is none."""
+"""Rows 3, 25, 31, 34 and 39: a process that starts, is under load, and ends in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -42,6 +44,32 @@ def broken(self):
         {what}
     step(self)
 Engine._step = broken
+sys.argv[0] = "squall"
+main()
+"""
+
+
+# The machine has memory for the weights and 600 tokens of KV cache, or one CPU.
+SMALL = """
+import sys
+from squall import model
+from squall.cli import main
+from squall.engine import memory
+choose = memory.choose_context
+def small(wanted, *, weight_bytes, bytes_per_token, **others):
+    free = weight_bytes + 600 * bytes_per_token
+    memory.available_bytes = lambda: free
+    return choose(
+        wanted, weight_bytes=weight_bytes, bytes_per_token=bytes_per_token, **others
+    )
+model.choose_context = small
+sys.argv[0] = "squall"
+main()
+"""
+ONE_CPU = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from squall.cli import main
 sys.argv[0] = "squall"
 main()
 """
@@ -194,3 +222,69 @@ def test_a_port_that_is_taken(server: Process, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: cannot listen on 127.0.0.1 port")
+
+
+def test_row_25_one_cpu_one_thread(tmp_path: Path) -> None:
+    with in_process(tmp_path / "stderr", command=("-c", ONE_CPU, "serve")) as server:
+        assert " 1 threads," in server.stderr()
+
+
+def test_row_31_little_memory(tmp_path: Path) -> None:
+    """It starts at its defaults, says with what context, and preempts when that is not enough."""
+
+    def story(i: int) -> str:
+        body = chat(f"Tell story {i}.", max_tokens=150, temperature=1, seed=i, ignore_eos=True)
+        answer = httpx.post(server.url + PATH, json=body, timeout=60).json()
+        text: str = answer["choices"][0]["message"]["content"]
+        return text
+
+    with in_process(tmp_path / "stderr", command=("-c", SMALL, "serve")) as server:
+        assert "(context 300 tokens, KV cache 304, " in server.stderr()
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(story, range(8)))
+        assert "squall_preemptions_total 0.0" not in httpx.get(f"{server.url}/metrics").text
+        assert found == list(map(story, range(8)))
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--context 600 --max-seqs 4", "context 600 tokens, KV cache 2400, "),
+        ("--kv-tokens 1000", "context 1000 tokens, KV cache 1008, "),
+        # A token takes 22.5 KiB.
+        ("--pa-gpu-mem 45 --pa-blk-size 32", "context 2048 tokens, KV cache 2048, "),
+        ("--kv-memory 45 --kv-tokens 64", "context 64 tokens, KV cache 64, "),
+        ("--kv-memory 45 --kv-dtype q8_0", "context 3640 tokens, KV cache 3648, "),
+    ],
+)
+def test_row_31_sizes_that_are_asked_for(tmp_path: Path, flags: str, said: str) -> None:
+    with in_process(tmp_path / "stderr", *flags.split()) as server:
+        assert f"({said}" in server.stderr()
+
+
+def test_row_34_a_burst_changes_nothing_for_others(tmp_path: Path) -> None:
+    """Four times what may run and wait; the surplus is told when to come again."""
+    body = chat("Tell a story.", max_tokens=400, temperature=1, seed=4, ignore_eos=True)
+
+    def story(server: Process) -> str:
+        text = httpx.post(server.url + PATH, json=body | {"stream": True}, timeout=60).text
+        return "".join(e["choices"][0]["delta"].get("content", "") for e in events(text)[:-1])
+
+    def short(server: Process) -> httpx.Response:
+        return httpx.post(server.url + PATH, json=chat(max_tokens=2), timeout=60)
+
+    flags = ("--max-seqs", "2", "--max-queue", "4")
+    with in_process(tmp_path / "stderr", *flags) as server, ThreadPoolExecutor(32) as pool:
+        alone = story(server)
+        streams = [pool.submit(story, server) for _ in range(2)]
+        busy(server, 2)
+        others = [pool.submit(short, server) for _ in range(24)]
+        first = [answer.result() for answer in islice(as_completed(others), 20)]
+        assert not any(stream.done() for stream in streams)
+        assert [answer.status_code for answer in first] == [429] * 20
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in first)
+        assert sorted(answer.result().status_code for answer in others) == [200] * 4 + [429] * 20
+        assert [stream.result() for stream in streams] == [alone] * 2
+        assert httpx.get(f"{server.url}/health").text == "OK"
+        assert server.stop() == 0

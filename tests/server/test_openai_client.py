@@ -39,6 +39,16 @@ def test_streamed_is_not_streamed(client: openai.OpenAI, sampling: dict[str, Any
     assert chunks[-1].choices[0].finish_reason == whole.finish_reason
 
 
+def test_row_17_a_stream_of_completions_with_usage(http: httpx.Client) -> None:
+    body = {"prompt": "a", "max_tokens": 3, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    *found, last, done = events(http.post("/v1/completions", json=body).text)
+    assert done == "[DONE]"
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 3)
+    assert [event["usage"] for event in found] == [None] * len(found)
+    assert not any("usage_follows" in event for event in (*found, last))
+
+
 @pytest.mark.parametrize("usage", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
 def test_row_17_the_form_of_a_stream(http: httpx.Client, usage: bool, n: int) -> None:
@@ -53,7 +63,8 @@ def test_row_17_the_form_of_a_stream(http: httpx.Client, usage: bool, n: int) ->
         assert last["usage"]["completion_tokens"] == 5 * n
     assert len({event["id"] for event in found}) == 1
     assert all(event["object"] == "chat.completion.chunk" for event in found)
-    assert not any(event.get("usage") for event in found)
+    # As OpenAI has it: null before the usage comes, and no such key if it does not.
+    assert [event.get("usage", "") for event in found] == [None if usage else ""] * len(found)
     for index in range(n):
         own = [c for e in found for c in e["choices"] if c["index"] == index]
         assert own[0]["delta"] == {"role": "assistant", "content": ""}
@@ -250,11 +261,13 @@ def test_row_13_row_35_many_at_a_time_answer_as_alone(server: Process) -> None:
 
 
 def test_row_11_the_next_turn_knows_the_last(client: openai.OpenAI) -> None:
+    """All of it but its last block, which may not be full."""
     history: Any = [{"role": "system", "content": "You are brief."}]
     known = 0
-    for text in ("My name is Ada.", "What is my name?", "And what is yours?"):
-        history.append({"role": "user", "content": text})
+    for turn in range(10):
+        history.append({"role": "user", "content": f"Tell me about the number {turn}."})
         answer = ask(client, messages=history, max_tokens=24)
         assert answer.usage.prompt_tokens_details.cached_tokens >= known - 16
-        known = answer.usage.prompt_tokens
+        known = answer.usage.total_tokens
         history.append(answer.choices[0].message.model_dump(include={"role", "content"}))
+    assert known > 400

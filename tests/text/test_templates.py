@@ -251,7 +251,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_fail_soon(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_s1_hostile_templates_fail_soon(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
     start = time.thread_time()
     with pytest.raises(TemplateError):
@@ -259,7 +259,7 @@ def test_hostile_templates_fail_soon(name: str, monkeypatch: pytest.MonkeyPatch)
     assert time.thread_time() - start < 3.0
 
 
-def test_hostile_templates_take_little_memory() -> None:
+def test_row_s1_hostile_templates_take_little_memory() -> None:
     tracemalloc.start()
     try:
         for name in ("doubling", "output", "laughs", "many values", "replace", "product"):

@@ -277,8 +277,9 @@ class ChatJob(
         self, *parts: responses.ChunkChoice, usage: responses.Usage | None = None
     ) -> responses.ChatCompletionChunkResponse:
         return responses.ChatCompletionChunkResponse(
-            self.id, parts, self.created, self.request.model, usage
-        )
+            self.id, parts, self.created, self.request.model, usage,
+            usage_follows=self.request.include_usage and usage is None,
+        )  # fmt: skip
 
     def _logprobs(self, entries: Sequence[Entry]) -> responses.Logprobs | None:
         return chat_logprobs(self._model.tokenizer, entries) if self.request.logprobs else None
@@ -327,8 +328,9 @@ class CompletionJob(
         self, *parts: responses.CompletionChoice, usage: responses.Usage | None = None
     ) -> responses.CompletionChunkResponse:
         return responses.CompletionChunkResponse(
-            self.id, parts, self.created, self.request.model, usage
-        )
+            self.id, parts, self.created, self.request.model, usage,
+            usage_follows=self.request.include_usage and usage is None,
+        )  # fmt: skip
 
     def _logprobs(self, entries: Sequence[Entry]) -> responses.CompletionLogprobs | None:
         if self.request.logprobs is None:

@@ -159,8 +159,17 @@ class ChunkChoice(Shape):
     logprobs: Logprobs | None
 
 
+class _Chunk(Shape):
+    """Where the usage is to come, JSON says that it is not there yet."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As dicts, lists and plain values."""
+        found = Shape.to_dict(self)
+        return found | {"usage": None} if found.pop("usage_follows", False) else found
+
+
 @dataclass(frozen=True, slots=True)
-class ChatCompletionChunkResponse(Shape):
+class ChatCompletionChunkResponse(_Chunk):
     """A part of a chat's answers; the one with the usage has no choices."""
 
     id: str
@@ -170,6 +179,7 @@ class ChatCompletionChunkResponse(Shape):
     usage: Usage | None = field(default=None, metadata=OMIT)
     object: str = "chat.completion.chunk"
     system_fingerprint: str = FINGERPRINT
+    usage_follows: bool = field(default=False, metadata=OMIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +206,7 @@ class CompletionResponse(Shape):
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionChunkResponse(Shape):
+class CompletionChunkResponse(_Chunk):
     """A part of completions; the one with the usage has no choices."""
 
     id: str
@@ -206,3 +216,4 @@ class CompletionChunkResponse(Shape):
     usage: Usage | None = field(default=None, metadata=OMIT)
     object: str = "text_completion"
     system_fingerprint: str = FINGERPRINT
+    usage_follows: bool = field(default=False, metadata=OMIT)

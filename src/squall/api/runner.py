@@ -20,6 +20,7 @@ from squall.api.which import (
 )
 from squall.checkpoints.hub import Hub
 from squall.engine.engine import EngineConfig
+from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.model import Model
 
@@ -31,7 +32,8 @@ class _Runner:
     max_seqs: answers that are made at a time. no_kv_cache: compute everything anew for each token.
     prefix_cache_n: keep so many contexts of finished requests, for those that begin alike.
     chat_template: a Jinja template, a file with one, or a .json file with a `chat_template`.
-    pa_ctxt_len: tokens of all requests together that the KV cache has room for.
+    pa_gpu_mem_usage, pa_ctxt_len, pa_gpu_mem, pa_blk_size: the KV cache's size, as `KvSize` has it:
+        a fraction of the free memory, tokens, or MiB; and tokens a block.
     prompt_batchsize: at most so many tokens of prompts a step.
     seed: for requests without one; by default they are random.
     context, threads: as in `Model.open`.
@@ -39,9 +41,8 @@ class _Runner:
     token_source: where the hub's token is from. in_situ_quant: quantize float weights, as `isq`
     of `Model.open`.
 
-    speculative_gamma, no_paged_attn and the other `pa_` arguments are accepted and
-    change nothing: the memory they speak of is a GPU's. Arguments whose
-    feature is not there yet raise InvalidRequest.
+    speculative_gamma and no_paged_attn are accepted and change nothing. Arguments whose feature is
+    not there yet raise InvalidRequest.
     """
 
     def __init__(  # noqa: PLR0913
@@ -57,10 +58,10 @@ class _Runner:
         num_device_layers: Sequence[str] | None = None,
         in_situ_quant: str | None = None,
         anymoe_config: AnyMoeConfig | None = None,
-        pa_gpu_mem: int | float | None = None,  # noqa: ARG002
-        pa_gpu_mem_usage: float | None = None,  # noqa: ARG002
+        pa_gpu_mem: int | float | None = None,
+        pa_gpu_mem_usage: float | None = None,
         pa_ctxt_len: int | None = None,
-        pa_blk_size: int | None = None,  # noqa: ARG002
+        pa_blk_size: int | None = None,
         no_paged_attn: bool = False,  # noqa: ARG002
         prompt_batchsize: int | None = None,
         seed: int | None = None,
@@ -89,7 +90,12 @@ class _Runner:
                 opening.path,
                 context=context,
                 threads=threads,
-                kv_tokens=pa_ctxt_len,
+                kv=KvSize(
+                    fraction=pa_gpu_mem_usage,
+                    tokens=pa_ctxt_len,
+                    bytes=None if pa_gpu_mem is None else int(pa_gpu_mem * 2**20),
+                    block_size=pa_blk_size or KvSize().block_size,
+                ),
                 isq=isq,
                 engine=config,
                 hub=Hub(token_source=token_source),

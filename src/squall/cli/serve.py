@@ -27,9 +27,6 @@ CHAT: dict[str, Any] = {
     "max_tokens": 4096, "temperature": 0.1, "top_k": 32, "top_p": 0.1, "min_p": 0.05,
     "frequency_penalty": 0.1, "presence_penalty": 0.1,
 }  # fmt: skip
-NO_EFFECT = ("pa_gpu_mem", "pa_gpu_mem_usage", "pa_blk_size")
-
-_GPU = "Accepted; the KV cache of the CPU has no need of it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +63,22 @@ class ServeFlags(ModelFlags):
         int | None,
         typer.Option(
             "--kv-tokens", "--pa-ctxt-len", min=1,
-            help="Tokens of all answers together in the KV cache; by default one context.",
+            help="Tokens of all answers together in the KV cache; by default 2048 for each.",
         ),
     ] = None  # fmt: skip
+    kv_memory: Annotated[
+        int | None, typer.Option("--kv-memory", "--pa-gpu-mem", min=1, help="Or its size in MiB.")
+    ] = None
+    kv_fraction: Annotated[
+        float | None,
+        typer.Option(
+            "--kv-fraction", "--pa-gpu-mem-usage", min=0, max=1,
+            help="Or as a part of the memory that the weights leave free; counts first.",
+        ),
+    ] = None  # fmt: skip
+    kv_block: Annotated[
+        int, typer.Option("--kv-block", "--pa-blk-size", help="Tokens a block: 16, 32, ...")
+    ] = 16
     no_kv_cache: Annotated[
         bool, typer.Option("--no-kv-cache", help="Compute every token anew in every step.")
     ] = False
@@ -107,10 +117,9 @@ class ServeFlags(ModelFlags):
         str | None,
         typer.Option("-n", "--num-device-layers", help="Layers on a GPU; 0 until there is one."),
     ] = None
-    pa_gpu_mem: Annotated[int | None, typer.Option(help=_GPU)] = None
-    pa_gpu_mem_usage: Annotated[float | None, typer.Option(min=0, max=1, help=_GPU)] = None
-    pa_blk_size: Annotated[int | None, typer.Option(help=_GPU)] = None
-    no_paged_attn: Annotated[bool, typer.Option("--no-paged-attn", help=_GPU)] = False
+    no_paged_attn: Annotated[
+        bool, typer.Option("--no-paged-attn", help="Accepted; the CPU's KV cache is always paged.")
+    ] = False
 
     def check(self) -> None:
         """Raises InvalidRequest for what would be silently without effect."""
@@ -120,6 +129,7 @@ class ServeFlags(ModelFlags):
     def served(self, selected: Selected) -> Model:
         """The model, with an engine for many requests."""
         from squall.engine.engine import EngineConfig
+        from squall.engine.memory import KvSize
 
         self.check()
         in_file = isinstance(selected, TomlSelection) and selected.no_kv_cache
@@ -130,7 +140,13 @@ class ServeFlags(ModelFlags):
             prefix_cache_n=self.prefix_cache_n,
             no_kv_cache=self.no_kv_cache or in_file,
         )
-        model = self.open(selected, context=self.context, kv_tokens=self.kv_tokens, engine=config)
+        kv = KvSize(
+            fraction=self.kv_fraction,
+            tokens=self.kv_tokens,
+            bytes=None if self.kv_memory is None else self.kv_memory << 20,
+            block_size=self.kv_block,
+        )
+        model = self.open(selected, context=self.context, kv=kv, engine=config)
         if self.chat_template is not None:
             model.set_chat_template(self.chat_template)
         return model
@@ -193,9 +209,6 @@ def _serve(flags: ServeFlags, selected: Selected) -> None:
 
     options = flags.options()
     listener = listen(flags.serve_ip, flags.port)
-    for name in NO_EFFECT:
-        if getattr(flags, name) is not None:
-            sys.stderr.write(f"note: --{name.replace('_', '-')} has no effect on the CPU\n")
     if options.hosts is None and not options.api_keys:
         sys.stderr.write(
             f"warning: whoever reaches {flags.serve_ip} may use this server; --api-key KEY asks "
@@ -210,6 +223,7 @@ def _serve(flags: ServeFlags, selected: Selected) -> None:
         def started() -> None:
             sys.stderr.write(
                 f"{name} at http://{shown}:{port}/v1 (context {model.context} tokens, "
+                f"KV cache {model.executor.blocks * model.executor.block_size}, "
                 f"{model.executor.threads} threads, {model.executor.isa})\n"
             )
 

@@ -212,7 +212,7 @@ class Engine:
         )
         with self._lock:
             self._check_open()
-            self._check_queue(len(ids))
+            self.check_room(len(ids))
             self._inbox.append(answer)
             self._wake()
         return answer
@@ -236,6 +236,26 @@ class Engine:
             stalled_s=time.monotonic() - self._moved_s if busy else 0.0,
             counts=replace(self._counts),
         )
+
+    def check_room(self, tokens: int = 0, *, others: int = 0) -> None:
+        """Raises QueueFull if a prompt of `tokens` would have no place to run or to wait.
+
+        others: requests that are not here yet. A queue of one request may have any size.
+        """
+        scheduler, config = self._scheduler, self.config
+        with self._lock:
+            ahead = len(self._answers) + len(self._inbox) - len(self._cancels) + others
+            inbox_tokens = sum(len(answer.progress.tokens) for answer in self._inbox)
+        waiting_tokens = scheduler.waiting_tokens + inbox_tokens
+        full = ahead >= config.max_seqs + config.max_queue
+        if full or (waiting_tokens and waiting_tokens + tokens > config.max_queue_tokens):
+            rounds = (ahead + 1 - config.max_seqs) / config.max_seqs
+            raise QueueFull(
+                f"{ahead} requests run or wait, with {waiting_tokens} prompt tokens to come; "
+                f"allowed are {config.max_seqs} + {config.max_queue} requests and "
+                f"{config.max_queue_tokens} waiting tokens; try again later",
+                retry_after_s=max(1, math.ceil(rounds * self._service_s)),
+            )
 
     def clear_cache(self) -> None:
         """Forget all prefixes before the next step."""
@@ -290,23 +310,6 @@ class Engine:
             raise EngineStopped(_stopped_by(self._death))
         if self._draining:
             raise EngineStopped("the engine is shutting down and takes no more requests")
-
-    def _check_queue(self, tokens: int) -> None:
-        """There must be a place to run or to wait; a queue of one request may have any size."""
-        scheduler, config = self._scheduler, self.config
-        ahead = len(self._answers) + len(self._inbox) - len(self._cancels)
-        waiting_tokens = scheduler.waiting_tokens + sum(
-            len(answer.progress.tokens) for answer in self._inbox
-        )
-        full = ahead >= config.max_seqs + config.max_queue
-        if full or (waiting_tokens and waiting_tokens + tokens > config.max_queue_tokens):
-            rounds = (ahead + 1 - config.max_seqs) / config.max_seqs
-            raise QueueFull(
-                f"{ahead} requests run or wait, with {waiting_tokens} prompt tokens to come; "
-                f"allowed are {config.max_seqs} + {config.max_queue} requests and "
-                f"{config.max_queue_tokens} waiting tokens; try again later",
-                retry_after_s=max(1, math.ceil(rounds * self._service_s)),
-            )
 
     def _cancel(self, answer: Answer) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from squall.errors import InvalidRequest, OutOfMemory
@@ -10,7 +11,42 @@ from squall.spec import Decoder
 
 DEFAULT_CONTEXT = 8192
 SMALLEST_CONTEXT = 256
+# What an answer is taken to need with its prompt, where nobody says how large the KV cache is.
+USUAL_TOKENS = 2048
+MOST_BLOCK = 1024
 KV_BITS = {"f16": 16.0, "f32": 32.0, "q8_0": 9.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSize:
+    """How much the KV cache holds, for all requests together; what is not used takes no memory.
+
+    Of several the first counts. fraction: of the memory that the weights leave free. tokens.
+    bytes. By default 2048 tokens for each of the requests that run at a time, or one whole context
+    if that is more, within half of the free memory.
+    block_size: tokens that are allocated and cached together, a multiple of 16.
+    """
+
+    fraction: float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    block_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise InvalidRequest(
+                f"the fraction of memory for the KV cache is {self.fraction}; it must be above 0, "
+                "and at most 1"
+            )
+        for name in ("tokens", "bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequest(f"{name} of the KV cache are {value}; at least 1 is needed")
+        if self.block_size % 16 or not 16 <= self.block_size <= MOST_BLOCK:
+            raise InvalidRequest(
+                f"the block size is {self.block_size}; it must be a multiple of 16, "
+                f"at most {MOST_BLOCK}"
+            )
 
 
 def token_bytes(decoder: Decoder, kv_dtype: str) -> int:
@@ -24,7 +60,8 @@ def choose_context(
     wanted: int | None, *, trained: int, bytes_per_token: int, weight_bytes: int
 ) -> int:
     """`wanted` if it fits; by default as much as is useful, within half of the free memory."""
-    room = _room(bytes_per_token, weight_bytes, unknown=2 * trained)
+    free = _room(bytes_per_token, weight_bytes)
+    room = 2 * trained if free is None else free
     if wanted is None:
         context = min(trained, DEFAULT_CONTEXT, max(room // 2, SMALLEST_CONTEXT))
     else:
@@ -43,26 +80,36 @@ def choose_context(
 
 
 def choose_kv_tokens(
-    wanted: int | None, *, context: int, bytes_per_token: int, weight_bytes: int
+    wanted: KvSize, *, context: int, max_seqs: int, bytes_per_token: int, weight_bytes: int
 ) -> int:
-    """Tokens the KV cache has room for: `wanted` if it fits, by default one context."""
-    if wanted is None:
-        return context
-    if wanted < 1:
-        raise InvalidRequest(f"kv_tokens is {wanted}; it must be at least 1")
-    room = _room(bytes_per_token, weight_bytes, unknown=wanted)
-    if wanted > room:
+    """Tokens the KV cache has room for: what is wanted, if it fits."""
+    room = _room(bytes_per_token, weight_bytes)
+    if wanted.fraction is not None and room is not None:
+        tokens = int(wanted.fraction * room)
+    elif wanted.tokens is not None:
+        tokens = wanted.tokens
+    elif wanted.bytes is not None:
+        tokens = wanted.bytes // bytes_per_token
+    else:
+        usual = max_seqs * min(context, USUAL_TOKENS)
+        return max(context, usual if room is None else min(usual, room // 2))
+    if tokens < 1:
         raise OutOfMemory(
-            f"a KV cache of {wanted} tokens needs {wanted * bytes_per_token / 2**20:.0f} MiB, and "
-            f"after the weights there is memory for {room} tokens; ask for fewer kv_tokens"
+            f"the KV cache would have room for no token, which takes {bytes_per_token} bytes; "
+            "give it more memory"
         )
-    return wanted
+    if room is not None and tokens > room:
+        raise OutOfMemory(
+            f"a KV cache of {tokens} tokens needs {tokens * bytes_per_token / 2**20:.0f} MiB, and "
+            f"after the weights there is memory for {room} tokens; ask for fewer"
+        )
+    return tokens
 
 
-def _room(bytes_per_token: int, weight_bytes: int, *, unknown: int) -> int:
-    """Tokens of KV cache that fit beside the weights; `unknown` where nobody knows."""
+def _room(bytes_per_token: int, weight_bytes: int) -> int | None:
+    """Tokens of KV cache that fit beside the weights; None where nobody knows."""
     free = available_bytes()
-    return unknown if free is None else max(free - weight_bytes, 0) // bytes_per_token
+    return None if free is None else max(free - weight_bytes, 0) // bytes_per_token
 
 
 def available_bytes() -> int | None:

@@ -76,6 +76,7 @@ class Answer(Response):
         except Exception as error:
             await writer.error(error)
             return
+        visit.entered()
         try:
             if self._stream:
                 await self._send_stream(job, writer)

@@ -108,6 +108,7 @@ class Visit:
         self.tenant = ""
         self.status = 0
         self.started = False
+        self._entering = False
         self.notes: dict[str, object] = {}
         self._body = bytearray() if service.log.keeps_bodies else None
         scope.setdefault("state", {})["visit"] = self
@@ -126,8 +127,20 @@ class Visit:
 
         return wrapped
 
+    def enter(self) -> None:
+        """The request is one for text; raises QueueFull if those before it take all places."""
+        self._service.model.engine.check_room(others=self._service.entering)
+        self._service.entering += 1
+        self._entering = True
+
+    def entered(self) -> None:
+        """From now on the engine counts it, or it is over."""
+        self._service.entering -= self._entering
+        self._entering = False
+
     def close(self) -> None:
         """The request is over: log and count it."""
+        self.entered()
         service, route = self._service, self._scope.get("route")
         # Paths that clients make up are not counted one by one.
         path = getattr(route, "path", "other")

@@ -20,6 +20,12 @@ _FULL = (
 )
 
 
+# Reading JSON keeps every other thread waiting, and most of that goes into objects and names.
+MOST_VALUES = 10**6
+_COSTLY = b"[{:"
+_COST = 8
+
+
 class ClientGone(Exception):
     """Nobody is there to be answered."""
 
@@ -94,6 +100,16 @@ class Body:
             self.data += part
             self._bodies.add(len(part))
             more = message.get("more_body", False)
+
+
+def check_values(data: bytes, context: int) -> None:
+    """Raises ApiError for JSON of so many values that others would notice its being read.
+
+    Those that are text of a message count too; as many as the context has tokens are free.
+    """
+    costly = len(data) - len(data.translate(None, _COSTLY))
+    if data.count(b",") + _COST * (costly - context) > MOST_VALUES:
+        raise ApiError(400, "the body has too many values, lists or objects", "too_many_values")
 
 
 def protocol(options: ServerOptions) -> type[H11Protocol]:

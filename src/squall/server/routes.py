@@ -19,12 +19,14 @@ from squall.errors import InvalidRequest
 from squall.server.answer import Answer, AnyJob
 from squall.server.errors import ApiError
 from squall.server.gate import Visit
+from squall.server.limits import check_values
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.schemas import (
     Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    GenerationBody,
     ReIsqBody,
     TokenizeBody,
 )
@@ -213,12 +215,19 @@ async def _read(service: Service, request: Request, kind: type[_BodyT]) -> _Body
     service.check_ready()
     service.check_room()
     visit = _visit(request)
+    if issubclass(kind, GenerationBody):
+        visit.enter()
     with service.bodies.hold() as held:
         data = await held.read(request.receive, request.headers.get("content-length"))
         service.log.body("request", visit.id, data)
-        body = await _work(service, partial(kind.parse, data))
+        body = await _work(service, partial(_parse, kind, data, service.model.context))
     _check_model(service, body.model)
     return body
+
+
+def _parse(kind: type[_BodyT], data: bytes, context: int) -> _BodyT:
+    check_values(data, context)
+    return kind.parse(data)
 
 
 def _check_model(service: Service, name: str | None) -> None:

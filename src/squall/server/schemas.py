@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from squall.api.requests import ChatCompletionRequest, CompletionRequest
+from squall.api.requests import MOST_MESSAGES, ChatCompletionRequest, CompletionRequest
 from squall.server.errors import TAG, ApiError
 
 # Fields of OpenAI's that change nothing here.
@@ -55,6 +55,7 @@ def _prompt_shape(value: object) -> str:
 
 _WRONG = {"custom_error_type": "type", "custom_error_message": "has the wrong type"}
 _FEW = Field(max_length=MOST_ITEMS)
+_MESSAGES = Field(max_length=MOST_MESSAGES)
 Text = Annotated[str, Tag("~str")]
 Texts = Annotated[Text | Annotated[list[str], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)]
 Prompts = Annotated[
@@ -155,7 +156,7 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[
-        Text | Annotated[list[Message], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)
+        Text | Annotated[list[Message], _MESSAGES, Tag("~list")], Discriminator(_shape, **_WRONG)
     ]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -183,7 +184,7 @@ class TokenizeBody(Body):
     """POST /tokenize: the ids of a text, or of a conversation in the chat template."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], _FEW] | None = None
+    messages: Annotated[list[Message], _MESSAGES] | None = None
     add_special_tokens: bool = True
 
 

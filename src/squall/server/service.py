@@ -30,7 +30,8 @@ _Value = TypeVar("_Value")
 class Service:
     """One model being served.
 
-    active: requests under way. draining: what is there ends, and nothing new is taken.
+    active: requests under way. entering: those for text that the engine does not know yet.
+    draining: what is there ends, and nothing new is taken.
     dead: nothing will be answered any more, for the reason `why_dead`. failed: that was an error.
     """
 
@@ -47,7 +48,7 @@ class Service:
         self.log = Log(options.log)
         self.metrics = Metrics(model.engine)
         self.bodies = Bodies(options)
-        self.active = 0
+        self.active = self.entering = 0
         self.draining = False
         self.dead = asyncio.Event()
         self.why_dead: ApiError | None = None
