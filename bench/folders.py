@@ -18,8 +18,8 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from random_gguf import ALPHABET, SHAPES, Shape
 
+from random_gguf import ALPHABET, SHAPES, Shape
 from squall.convert.files import Item, Part, write_safetensors
 from squall.locate import locate
 
@@ -88,9 +88,7 @@ def write_dequantized(folder: Path, source: Path) -> None:
         for name, heads in (("attn_q", shape.heads), ("attn_k", shape.kv_heads)):
             if f".{name}." in tensor.name:
                 values = _in_halves(values, heads)
-        items.append(
-            Item(_name(tensor.name), "F32", values.shape, Part(values.nbytes, [values]))
-        )
+        items.append(Item(_name(tensor.name), "F32", values.shape, Part(values.nbytes, [values])))
     write_safetensors(folder / "model.safetensors", items, force=True)
 
 

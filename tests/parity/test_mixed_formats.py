@@ -21,7 +21,7 @@ from squall.quant import FORMATS
 BY_NAME = {case.name: case for case in [*CONFIG_CASES, *CASES]}
 # What rounding activations to 8 bits does to the logits of most rows of these models; in some it
 # chooses another expert. Other weights are 20 times as far away.
-CLOSE = 0.025
+CLOSE = 0.03
 
 
 def in_formats(checkpoint: Checkpoint, formats: dict[str, str]) -> Checkpoint:
