@@ -30,6 +30,7 @@ class Shape:
 SHAPES = {
     "135m": Shape(30, 576, 1536, 9, 3, 49152),
     "1.1b": Shape(16, 2048, 8192, 32, 8, 32000),
+    "tinyllama": Shape(22, 2048, 5632, 32, 4, 32000),
     "7b": Shape(32, 4096, 14336, 32, 8, 32000),
 }
 ALPHABET = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 324)]]

@@ -113,17 +113,30 @@ std::shared_ptr<Tile> pack(const std::string& format, const Bytes& data, size_t 
 
 std::shared_ptr<Tile> requantize(const Tile& tile, const std::string& format,
                                  const std::shared_ptr<ThreadPool>& pool,
-                                 const std::shared_ptr<Arena>& arena,
-                                 const std::optional<Floats>& importance) {
+                                 const std::shared_ptr<Arena>& arena) {
   const Format known = known_format(format);
-  if (importance && importance->size() != tile.cols())
-    throw nb::value_error("importance must have a number for each column");
   const nb::gil_scoped_release release;
   Place place(pool, arena);
   const RowReader from{tile.rows(), tile.cols(),
                        [&](size_t row, float* out) { tile.dequantize_row(row, out); }};
-  return std::make_shared<Tile>(known, from, importance ? importance->data() : nullptr, place.pool,
-                                place.arena);
+  return std::make_shared<Tile>(known, from, place.pool, place.arena);
+}
+
+// The rows of f32, f16 or bf16 quantized as they are read.
+std::shared_ptr<Tile> quantize_tile(const std::string& source, const Bytes& data, size_t rows,
+                                    size_t cols, const std::string& format,
+                                    const std::shared_ptr<ThreadPool>& pool,
+                                    const std::shared_ptr<Arena>& arena) {
+  const Format stored = known_format(source), known = known_format(format);
+  const size_t row_bytes = cols * info(stored).block_bytes;
+  if (info(stored).bits != 0 || stored == Format::kF8 || data.size() != rows * row_bytes)
+    throw nb::value_error("rows must be whole, and f32, f16 or bf16");
+  const nb::gil_scoped_release release;
+  Place place(pool, arena);
+  const RowReader from{rows, cols, [&](size_t row, float* out) {
+                         read_floats(stored, data.data() + row * row_bytes, cols, out);
+                       }};
+  return std::make_shared<Tile>(known, from, place.pool, place.arena);
 }
 
 // Blocks as in a file, and the factors of the rows where the format has them.
@@ -393,11 +406,16 @@ NB_MODULE(_native, m) {
       .def_prop_ro("cols", &Tile::cols)
       .def_prop_ro("nbytes", &Tile::nbytes)
       .def_prop_ro("format", [](const Tile& t) { return info(t.format()).name; })
-      .def("dequantize", &dequantize);
+      .def("dequantize", &dequantize)
+      .def_prop_ro("data", [](const Tile& t) {
+        return nb::bytes(reinterpret_cast<const char*>(t.tile(0)), t.nbytes());
+      });
   m.def("pack", &pack, "format"_a, "data"_a, "rows"_a, "cols"_a, "pool"_a.none() = nb::none(),
         "arena"_a.none() = nb::none(), "factors"_a.none() = nb::none());
   m.def("requantize", &requantize, "tile"_a, "format"_a, "pool"_a.none() = nb::none(),
-        "arena"_a.none() = nb::none(), "importance"_a.none() = nb::none());
+        "arena"_a.none() = nb::none());
+  m.def("quantize_tile", &quantize_tile, "source"_a, "data"_a, "rows"_a, "cols"_a, "format"_a,
+        "pool"_a.none() = nb::none(), "arena"_a.none() = nb::none());
   m.def("quantize", &quantize_rows, "format"_a, "x"_a, "importance"_a.none() = nb::none(),
         "pool"_a.none() = nb::none());
   m.def("linear", &linear, "x"_a, "tile"_a, "isa"_a, "threads"_a);

@@ -161,9 +161,7 @@ void Executor::linear(LinearOp op) {
 
 void Executor::gated_linear(GatedLinearOp op) {
   const Buffer& to = *buffers_[op.out];
-  expect(to.width == op.gate->rows() && to.width == op.up->rows() &&
-             op.gate->is_integer() == op.up->is_integer(),
-         "gate and up differ in shape or kind");
+  expect(to.width == op.gate->rows() && to.width == op.up->rows(), "gate and up differ in shape");
   expect((op.gate_bias.empty() || op.gate_bias.size() == to.width) &&
              (op.up_bias.empty() || op.up_bias.size() == to.width),
          "a gated linear's bias does not fit");

@@ -5,13 +5,15 @@
 
 namespace squall {
 
+// Without a branch, so that loops over it become vectors.
 static inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
-  const uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | mantissa << 13);
-  if (exponent != 0) return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
-  const float tiny = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal or zero
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(tiny));
+  const uint32_t rest = static_cast<uint32_t>(h & 0x7fff) << 13;
+  const float tiny = std::bit_cast<float>(rest + (113u << 23)) - 0x1p-14f;  // subnormal or zero
+  uint32_t bits = rest + (112u << 23);
+  bits = rest >= 31u << 23 ? rest | 0x7f800000u : bits;
+  bits = rest < 1u << 23 ? std::bit_cast<uint32_t>(tiny) : bits;
+  return std::bit_cast<float>(sign | bits);
 }
 
 static inline uint16_t float_to_half(float f) {

@@ -510,7 +510,25 @@ QuantizeBlock quantizer(Format format) {
   }
 }
 
+template <class T>
+void get_all(const uint8_t* from, size_t n, float* out, float (*convert)(T)) {
+  for (size_t i = 0; i < n; ++i) {
+    T value;
+    memcpy(&value, from + sizeof(T) * i, sizeof(T));
+    out[i] = convert(value);
+  }
+}
+
 }  // namespace
+
+void read_floats(Format format, const uint8_t* from, size_t n, float* out) {
+  if (format == Format::kF16)
+    get_all(from, n, out, half_to_float);
+  else if (format == Format::kBF16)
+    get_all(from, n, out, bf16_to_float);
+  else
+    memcpy(out, from, n * sizeof(float));
+}
 
 Quantizer::Quantizer(Format format, const RowReader& from, const float* importance,
                      ThreadPool& pool)

@@ -16,6 +16,9 @@ struct RowReader {
   std::function<void(size_t row, float* out)> read;
 };
 
+// Values of f32, f16 or bf16.
+void read_floats(Format format, const uint8_t* from, size_t n, float* out);
+
 // Every block but q8_k's holds float16 numbers, one of them as large as a weight.
 constexpr float kLargestWeight = 65504.0f;
 

@@ -185,12 +185,11 @@ Tile::Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t col
   });
 }
 
-Tile::Tile(Format format, const RowReader& from, const float* importance, ThreadPool& pool,
-           Arena& arena)
+Tile::Tile(Format format, const RowReader& from, ThreadPool& pool, Arena& arena)
     : Tile(format, from.rows, from.cols, arena) {
   const FormatInfo& f = info(format);
   const size_t row_bytes = cols_ / f.block * f.block_bytes;
-  const Quantizer quantizer(format, from, importance, pool);
+  const Quantizer quantizer(format, from, nullptr, pool);
   std::atomic<size_t> refused{rows_};
   pool.run({&tiles_, 1}, [&](size_t, size_t tile) {
     std::vector<uint8_t> blocks(kLanes * row_bytes);

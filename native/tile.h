@@ -44,8 +44,7 @@ class Tile {
   Tile(Format format, std::span<const uint8_t> data, size_t rows, size_t cols, ThreadPool& pool,
        Arena& arena, std::span<const float> factors = {});
   // Quantizes rows as they are read. Throws std::invalid_argument on what has no such form.
-  Tile(Format format, const RowReader& from, const float* importance, ThreadPool& pool,
-       Arena& arena);
+  Tile(Format format, const RowReader& from, ThreadPool& pool, Arena& arena);
 
   Format format() const { return format_; }
   size_t rows() const { return rows_; }

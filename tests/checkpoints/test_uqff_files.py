@@ -13,9 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from quant.random_blocks import random_blocks
 from squall.checkpoints import open_uqff
 from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint, ModelNotFound, SquallError, UnsupportedModel
+from squall.quant import FORMATS
 
 VERSION = 0x000102
 ROWS, COLS = 6, 128
@@ -34,6 +36,15 @@ def ggml(rng: np.random.Generator) -> tuple[bytes, NDArray[np.float32]]:
     data = gguf.quantize(values, kind)
     blob = struct.pack("<IBIBIIII", VERSION, 0, data.nbytes, 1, 7, 2, ROWS, COLS)
     return blob + data.tobytes() + tensor(F32, BIAS), gguf.dequantize(data, kind)
+
+
+# A ggml block's dtype in a UQFF file: its number, values and bytes, by the table of the format.
+BLOCKS = {
+    "f32": (0, 1, 4), "f16": (1, 1, 2), "q4_0": (2, 32, 18), "q4_1": (3, 32, 20),
+    "q5_0": (6, 32, 22), "q5_1": (7, 32, 24), "q8_0": (8, 32, 34), "q8_1": (9, 32, 36),
+    "q2_k": (10, 256, 84), "q3_k": (11, 256, 110), "q4_k": (12, 256, 144), "q5_k": (13, 256, 176),
+    "q6_k": (14, 256, 210), "q8_k": (15, 256, 292), "bf16": (30, 1, 2),
+}  # fmt: skip
 
 
 def plain(rng: np.random.Generator) -> tuple[bytes, NDArray[np.float32]]:
@@ -115,6 +126,20 @@ def test_golden(
     if make is not fp8:
         assert bias is not None
         np.testing.assert_array_equal(bias.to_float32(), BIAS)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_golden_of_every_ggml_type(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    number, values, size = BLOCKS[name]
+    data = random_blocks(FORMATS[name], rng, ROWS * 512 // values)
+    assert len(data) == ROWS * 512 // values * size
+    head = struct.pack("<IBIBIIII", VERSION, 0, len(data), 0, number, 2, ROWS, 512)
+    (weight,) = opened(tmp_path, head + data.tobytes())
+    assert (weight.format, weight.shape) == (name, (ROWS, 512))
+    np.testing.assert_array_equal(weight.data, data)
+    if name not in ("q8_1", "q8_k"):  # which the package cannot read
+        exact = gguf.dequantize(data, gguf.GGMLQuantizationType(number)).reshape(ROWS, 512)
+        np.testing.assert_array_equal(weight.to_float32(), exact)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])

@@ -62,8 +62,9 @@ class _Loader:
         found: dict[str, list[_native.Tile]] = {}
         matrices = Counter[str]()
         for tiles in self._tiles.values():
-            found.setdefault(tiles[0].format, []).extend(tiles)
-            matrices[tiles[0].format] += 1
+            for tile in tiles:
+                found.setdefault(tile.format, []).append(tile)
+            matrices.update({tile.format for tile in tiles})
         return tuple(
             FormatTotal(
                 name,
@@ -94,10 +95,10 @@ class _Loader:
 
     def _matrix_key(self, weight: p.Matrix) -> tuple[p.Matrix, str]:
         """Matrices of other roles share tiles if they become the same."""
-        return replace(weight, role=""), self._target(weight)
-
-    def _target(self, weight: p.Matrix) -> str:
         stored = self._format(weight.slices[0].tensor)
+        return replace(weight, role=""), self._target(weight, stored)
+
+    def _target(self, weight: p.Matrix, stored: str) -> str:
         if self.weights == "f32":
             return "f32"
         return self.plan.target(weight.role, stored, weight.cols)
@@ -128,14 +129,17 @@ class _Loader:
         """One expert's rows of the slices (the only expert of a dense weight)."""
         first, last = expert * weight.rows, (expert + 1) * weight.rows
         rows = gather(self.checkpoint, weight.slices, first, last, weight.cols, self._read)
-        target, sizes = self._target(weight), (weight.rows, weight.cols)
+        target, sizes = self._target(weight, rows.format), (weight.rows, weight.cols)
         if target == rows.format:
             return _native.pack(
                 rows.format, rows.data, *sizes, self.pool, self._arena, factors=rows.factors
             )
+        place = self.pool, self._arena
         try:
+            if rows.format in ("f32", "f16", "bf16") and rows.factors is None:
+                return _native.quantize_tile(rows.format, rows.data, *sizes, target, *place)
             source = _native.pack(rows.format, rows.data, *sizes, self.pool, factors=rows.factors)
-            return _native.requantize(source, target, self.pool, self._arena)
+            return _native.requantize(source, target, *place)
         except ValueError as error:
             name = weight.slices[0].tensor
             raise InvalidCheckpoint(f"cannot convert tensor {name}: {error}") from None
