@@ -15,7 +15,7 @@ from itertools import chain
 from squall.engine.prefix_cache import PrefixCache
 from squall.engine.request import Progress
 
-SHARED_S = 0.1
+SHARED_S = 0.08
 ALONE_S = 0.5
 FIRST_ROWS = 64
 LEAST_ROWS = 16
