@@ -190,17 +190,12 @@ async def _time(trace: Trace, texts: AsyncIterator[object]) -> None:
 
 
 async def _texts(reader: asyncio.StreamReader, trace: Trace) -> AsyncIterator[str]:
-    """The texts of an event stream; tells the trace the usage. ValueError for anything else."""
-    status = int((await reader.readline()).split(b" ")[1])
-    chunked = False
-    while (line := await reader.readline()) not in (b"\r\n", b""):
-        chunked |= line.lower().replace(b" ", b"").startswith(b"transfer-encoding:chunked")
-    source = _chunks(reader) if chunked else _lines(reader)
-    if status != 200:
-        text = b"".join([part async for part in source])
-        raise ValueError(f"status {status}: {text.decode(errors='replace')[:200]}")
-    rest = b""
-    async for part in source:
+    """The texts of an event stream; tells the trace the usage. ValueError for anything else.
+
+    A server that tells no usage is taken to send a token a text.
+    """
+    rest, told = b"", False
+    async for part in await _body(reader):
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             if not line.startswith(b"data: {"):
@@ -209,17 +204,37 @@ async def _texts(reader: asyncio.StreamReader, trace: Trace) -> AsyncIterator[st
             if "error" in event:
                 raise ValueError(event["error"].get("message", "an error in the stream"))
             if usage := event.get("usage"):
+                told = True
                 trace.prompt_tokens = usage["prompt_tokens"]
                 trace.answer_tokens = usage["completion_tokens"]
             for choice in event["choices"]:
                 if text := choice["delta"].get("content"):
+                    trace.answer_tokens += not told
                     yield text
 
 
+async def _body(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """What follows the head of an answer; raises ValueError with it unless the status is 200."""
+    version, _, status = (await reader.readline()).decode(errors="replace").partition(" ")
+    if not version.startswith("HTTP/"):
+        raise ValueError("the server gave no answer in HTTP")
+    chunked = False
+    while (line := await reader.readline()) not in (b"\r\n", b""):
+        chunked |= line.lower().replace(b" ", b"").startswith(b"transfer-encoding:chunked")
+    source = _chunks(reader) if chunked else _lines(reader)
+    if not status.startswith("200 "):
+        text = b"".join([part async for part in source])
+        raise ValueError(f"status {status.strip()}: {text.decode(errors='replace')[:200]}")
+    return source
+
+
 async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while size := int((await reader.readline()).split(b";")[0], 16):
+    while line := await reader.readline():
+        if not (size := int(line.split(b";")[0], 16)):
+            return
         yield await reader.readexactly(size)
         await reader.readexactly(2)
+    raise EOFError("the server ended the answer before its end")
 
 
 async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
