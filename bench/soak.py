@@ -29,6 +29,9 @@ PATH = "/v1/chat/completions"
 RUBBISH = (b"", b"{", b"[]", b'{"messages": 5}', b'{"messages": "x", "n": 1000000}', b"\xff" * 100)
 WORDS = "red green blue tide moon water earth stone river high near far".split()  # noqa: SIM905
 ALLOWED_BYTES = 1000  # a request, over a long time
+ALLOWED_DRIFT = 0.05
+LONG = 5  # minutes, from which on memory and rates are judged
+THINKING_S = 0.2  # between the requests of a client, at most
 
 
 def anonymous_bytes() -> int:
@@ -77,12 +80,33 @@ async def client(port: int, number: int, end_s: float, seen: Counter[str]) -> No
     while time.monotonic() < end_s:
         seen["requests"] += 1
         await one(port, chosen, seen)
+        await asyncio.sleep(THINKING_S * chosen.random())
 
 
 async def traffic(port: int, seconds: float, seen: Counter[str]) -> None:
     """All clients at a time."""
     end_s = time.monotonic() + seconds
     await asyncio.gather(*(client(port, i, end_s, seen) for i in range(CLIENTS)))
+
+
+async def calm_s(port: int) -> float:
+    """Seconds for the same eight answers, when nobody else asks; the best of ten times."""
+    body = {"messages": "Tell a story.", "max_tokens": 32, "ignore_eos": True, "temperature": 0}
+    data = json.dumps(body).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+
+    async def answer() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+    found = []
+    for _ in range(10):
+        start_s = time.perf_counter()
+        await asyncio.gather(*(answer() for _ in range(8)))
+        found.append(time.perf_counter() - start_s)
+    return min(found)
 
 
 def soak(seconds: float) -> dict[str, Any]:
@@ -98,16 +122,20 @@ def soak(seconds: float) -> dict[str, Any]:
         port, seen = listener.getsockname()[1], Counter[str]()
         # What is allocated once is not a leak.
         asyncio.run(traffic(port, seconds / 3, Counter()))
-        before = anonymous_bytes()
+        before, before_s = anonymous_bytes(), asyncio.run(calm_s(port))
         asyncio.run(traffic(port, seconds * 2 / 3, seen))
         grown = anonymous_bytes() - before
         problems = _leftovers(model, server.service)
+        drift = asyncio.run(calm_s(port)) / before_s - 1
         server.should_exit = True
         thread.join()
         server.service.log._stream.close()
     problems += [f"{seen[name]} {name}" for name in seen if name[0] == "5" or name in BAD]
     each = grown / max(seen["requests"], 1)
-    return {**seen, "grown_bytes": grown, "bytes_a_request": round(each), "problems": problems}
+    return {
+        **seen, "grown_bytes": grown, "bytes_a_request": round(each), "drift": round(drift, 3),
+        "problems": problems,
+    }  # fmt: skip
 
 
 BAD = ("broken", "hung", "reset")
@@ -133,8 +161,12 @@ def main() -> None:
     minutes = parser.parse_args().minutes
     report = soak(60 * minutes)
     report["problems"] = [p for p in report["problems"] if not p.startswith("0 ")]
-    if minutes >= 5 and report["bytes_a_request"] > ALLOWED_BYTES:
+    if minutes >= LONG and report["bytes_a_request"] > ALLOWED_BYTES:
         report["problems"].append(f"memory grows by more than {ALLOWED_BYTES} bytes a request")
+    if minutes >= LONG and report["drift"] > ALLOWED_DRIFT:
+        report["problems"].append(
+            f"answers take {report['drift']:.0%} longer than in the beginning"
+        )
     print(json.dumps(report))
     sys.exit(bool(report["problems"]))
 
