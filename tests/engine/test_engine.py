@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -326,6 +327,21 @@ def test_row_34_a_full_queue_refuses(engine: Engine, executor: FakeExecutor) -> 
     for generation in generations:
         generation.read()
     settle(engine)
+
+
+def test_row_34_who_waits_too_long_is_refused(executor: FakeExecutor) -> None:
+    engine = Engine(executor, EngineConfig(max_seqs=1, queue_timeout_s=0.05))
+    executor.hold()
+    first, second = Generation(engine, request([0])), Generation(engine, request([1]))
+    executor.wait()
+    time.sleep(0.1)
+    executor.let()
+    with pytest.raises(QueueFull, match="no place became free"):
+        second.read()
+    first.read()
+    assert first.ids == alone(request([0]))
+    settle(engine)
+    engine.close()
 
 
 def test_waiting_tokens_are_bounded(executor: FakeExecutor) -> None:

@@ -58,6 +58,10 @@ class ServeFlags(ModelFlags):
     ] = None
     max_seqs: Annotated[int, typer.Option(min=1, help="Answers computed at a time.")] = 16
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait beside those.")] = 256
+    queue_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="Refuse what waits longer; by default never."),
+    ] = None
     context: ContextSize = None
     kv_tokens: Annotated[
         int | None,
@@ -136,6 +140,7 @@ class ServeFlags(ModelFlags):
         config = EngineConfig(
             max_seqs=self.max_seqs,
             max_queue=self.max_queue,
+            queue_timeout_s=self.queue_timeout,
             prompt_batchsize=self.prompt_batchsize,
             prefix_cache_n=self.prefix_cache_n,
             no_kv_cache=self.no_kv_cache or in_file,

@@ -69,6 +69,10 @@ class Answer:
         if self.finish_reason is None:
             self._on_cancel(self)
 
+    def waited_s(self) -> float:
+        """Since when it waits to begin; 0 if it has begun."""
+        return 0.0 if self._started else time.perf_counter() - self._since_s
+
     def start(self, chunk: Chunk) -> int:
         """A step is about to compute a chunk of it; if it is the first, how much was cached."""
         if self._started:

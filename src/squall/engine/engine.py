@@ -74,7 +74,8 @@ class EngineConfig:
     """How many requests, and what is kept.
 
     max_seqs: requests that run at a time. max_queue: how many more may wait, and max_queue_tokens
-        the prompt tokens of those; what comes then is refused.
+        the prompt tokens of those; what comes then is refused. queue_timeout_s: and so is what has
+        waited so long without having begun.
     prompt_batchsize: at most so many tokens of prompts a step.
     prefix_cache_n: keep prefixes of finished requests, as much as so many whole contexts; 0: none.
     no_kv_cache: compute every token anew in every step.
@@ -83,13 +84,14 @@ class EngineConfig:
     max_seqs: int = 16
     max_queue: int = 256
     max_queue_tokens: int = 2**20
+    queue_timeout_s: float | None = None
     prompt_batchsize: int | None = None
     prefix_cache_n: int = 16
     no_kv_cache: bool = False
 
     def __post_init__(self) -> None:
         least = {"max_seqs": 1, "max_queue": 0, "max_queue_tokens": 0, "prompt_batchsize": 1}
-        for name, allowed in (least | {"prefix_cache_n": 0}).items():
+        for name, allowed in (least | {"prefix_cache_n": 0, "queue_timeout_s": 0}).items():
             value = getattr(self, name)
             if value is not None and value < allowed:
                 raise InvalidRequest(f"{name} is {value}; it must be at least {allowed}")
@@ -249,13 +251,17 @@ class Engine:
         waiting_tokens = scheduler.waiting_tokens + inbox_tokens
         full = ahead >= config.max_seqs + config.max_queue
         if full or (waiting_tokens and waiting_tokens + tokens > config.max_queue_tokens):
-            rounds = (ahead + 1 - config.max_seqs) / config.max_seqs
             raise QueueFull(
                 f"{ahead} requests run or wait, with {waiting_tokens} prompt tokens to come; "
                 f"allowed are {config.max_seqs} + {config.max_queue} requests and "
                 f"{config.max_queue_tokens} waiting tokens; try again later",
-                retry_after_s=max(1, math.ceil(rounds * self._service_s)),
+                retry_after_s=self._retry_after_s(ahead),
             )
+
+    def _retry_after_s(self, ahead: int) -> int:
+        """A guess when a request may begin that has so many before it."""
+        most = self.config.max_seqs
+        return max(1, math.ceil((ahead + 1 - most) / most * self._service_s))
 
     def clear_cache(self) -> None:
         """Forget all prefixes before the next step."""
@@ -356,12 +362,24 @@ class Engine:
         for answer in cancels:
             if answer.progress.number in self._answers:
                 self._end(answer, "cancelled")
+        self._refuse_overdue()
         if not self._closing:
             return True
         with self._lock:
             self._thread = None
             self._lock.notify_all()
         return False
+
+    def _refuse_overdue(self) -> None:
+        allowed_s = self.config.queue_timeout_s
+        if allowed_s is None:
+            return
+        for progress in tuple(self._scheduler.waiting):
+            answer = self._answers[progress.number]
+            if answer.waited_s() > allowed_s:
+                message = f"no place became free within {allowed_s:g} s; try again later"
+                retry_after_s = self._retry_after_s(len(self._answers))
+                self._end(answer, "error", QueueFull(message, retry_after_s=retry_after_s))
 
     def _left_here(self) -> bool:
         return bool(self._inbox or self._cancels or self._calls)
