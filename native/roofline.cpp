@@ -19,7 +19,7 @@ double seconds_of(Fn fn) {
 }
 
 double peak(ThreadPool& pool, uint64_t (*loop)(size_t turns, float* out)) {
-  constexpr double kPassSeconds = 5e-3;
+  constexpr double kPassSeconds = 20e-3;
   const size_t threads = pool.threads();
   std::atomic<uint64_t> done;
   const auto pass = [&](size_t turns) {
