@@ -15,8 +15,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 PATH = "/v1/chat/completions"
@@ -119,26 +121,34 @@ def summary(running: list[Stream], start_s: float, end_s: float) -> dict[str, fl
     return found | {"min_tokens": min(len(s.gaps(start_s, end_s)) for s in running)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--arrival", choices=ARRIVALS, nargs="+", default=["prompt"])
-    parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=1)
-    arguments = parser.parse_args()
-    command = [sys.executable, "-m", "squall", "serve", "--port", "0", "--context", "8192"]
-    command += ["--kv-tokens", "32768"]
+@contextmanager
+def serving(*options: str) -> Iterator[int]:
+    """The port of a server of the default model, in a process of its own."""
+    command = [sys.executable, "-m", "squall", "serve", "--port", "0", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
             match = None
             while match is None:
                 match = re.search(r"http://127\.0\.0\.1:(\d+)", server.stderr.readline())
-            for arrival in arguments.arrival:
-                for _ in range(arguments.repeat):
-                    found = asyncio.run(measure(int(match[1]), arrival, arguments.streams))
-                    print(json.dumps(found), flush=True)
+            # Its log must not fill the pipe.
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            yield int(match[1])
         finally:
             server.terminate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--arrival", choices=ARRIVALS, nargs="+", default=["prompt"])
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=1)
+    arguments = parser.parse_args()
+    with serving("--context", "8192", "--kv-tokens", "32768") as port:
+        for arrival in arguments.arrival:
+            for _ in range(arguments.repeat):
+                found = asyncio.run(measure(port, arrival, arguments.streams))
+                print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def test_bad_detokenize(http: httpx.Client, tokens: Any) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-Id: a\x1b[31m\r\n\r\n",
         b"NONSENSE\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n",

@@ -52,7 +52,9 @@ def test_row_34_too_many_to_read_from(running: Running) -> None:
     assert b"retry-after: 1" in answer
 
 
-@pytest.mark.parametrize("data", [b"", b"GET /health", b"GET /health HTTP/1.1\r\nHost: x\r\nA:"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\r\n\r\n", b"GET /health", b"GET /health HTTP/1.1\r\nHost: x\r\nA:"]
+)
 def test_slow_headers(running: Running, data: bytes) -> None:
     with connect(running.port, data) as connection:
         assert read_until(connection, b"never") == b""
@@ -66,6 +68,29 @@ def test_a_header_a_byte_at_a_time(running: Running) -> None:
                 connection.sendall(b"G")
                 time.sleep(QUICK_S / 10)
             pytest.fail("it was read for too long")
+
+
+@pytest.mark.parametrize("part", [b"x" * 70_000, b"A: b\r\n" * 12_000])
+def test_a_large_header(running: Running, part: bytes) -> None:
+    with connect(running.port, b"GET / HTTP/1.1\r\nHost: x\r\nX: ") as connection:
+        connection.sendall(part)
+        assert b" 400 " in read_until(connection, b"too large.")
+
+
+def test_requests_behind_one_that_takes_long(running: Running) -> None:
+    """Some may wait in a connection; who sends more and more loses it."""
+    ask = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    last = ask.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+    running.held.hold()
+    with connect(running.port, post_bytes(PATH, chat(max_tokens=1)) + ask + last) as connection:
+        until(lambda: running.service.active == 1)
+        running.held.let()
+        assert read_until(connection, b"never").count(b" 200 ") == 3
+    running.held.hold()
+    with connect(running.port, post_bytes(PATH, chat(max_tokens=1)) + 50 * ask) as connection:
+        assert read_until(connection, b"never") == b""
+    running.held.let()
+    until(running.quiet)
 
 
 def test_a_slow_body(running: Running) -> None:
@@ -107,6 +132,7 @@ def test_bodies_together(running: Running) -> None:
 
 
 def test_a_length_that_lies(running: Running) -> None:
-    """More is sent than was said: the rest is not read as part of the body."""
+    """More is sent than was said: the rest is neither part of the body nor a request."""
     with connect(running.port, post_bytes("/tokenize", {"prompt": "x"}) + b"y" * 5000) as found:
-        assert b" 200 " in read_until(found, b"max_model_len")
+        assert b" 400 " in read_until(found, b"received.")
+    until(running.quiet)

@@ -236,7 +236,7 @@ def test_request_ids_come_back(client: openai.OpenAI) -> None:
     answer = ask(client, max_tokens=1, extra_headers={"X-Request-Id": "mine-1"})
     assert answer._request_id == "mine-1"
     assert answer.id.endswith("mine-1")
-    strange = ask(client, max_tokens=1, extra_headers={"X-Request-Id": "a b\x1b[31m"})
+    strange = ask(client, max_tokens=1, extra_headers={"X-Request-Id": "a b{}"})
     assert strange._request_id.isalnum()
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from starlette.types import Receive
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from squall.server.errors import ApiError
 from squall.server.options import ServerOptions
 
 HEADER_BYTES = 64 * 1024
+MOST_PIPELINED = 16
 MOST_CONNECTIONS = 1000
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\n"
@@ -112,10 +113,12 @@ def check_values(data: bytes, context: int) -> None:
         raise ApiError(400, "the body has too many values, lists or objects", "too_many_values")
 
 
-def protocol(options: ServerOptions) -> type[H11Protocol]:
-    """Connections that end if a header does not come in time, or nobody takes what is sent."""
+def protocol(options: ServerOptions) -> type[HttpToolsProtocol]:
+    """Connections that end if a header is too long or too slow, or nobody takes what is sent."""
 
-    class Protocol(H11Protocol):
+    class Protocol(HttpToolsProtocol):
+        _in_header = True
+        _header_bytes = 0
         _header: asyncio.TimerHandle | None = None
         _writing: asyncio.TimerHandle | None = None
 
@@ -130,12 +133,25 @@ def protocol(options: ServerOptions) -> type[H11Protocol]:
             self._expect_header()
 
         def data_received(self, data: bytes) -> None:
+            self._header_bytes += len(data) * self._in_header
             super().data_received(data)
+            if self._in_header and self._header_bytes > HEADER_BYTES:
+                self.send_400_response("The header is too large.")
+            if len(self.pipeline) > MOST_PIPELINED:
+                self.transport.abort()
             if self.cycle is None or self.cycle.response_complete:
                 self._expect_header()
             else:
                 _stop(self._header)
                 self._header = None
+
+        def on_headers_complete(self) -> None:
+            self._in_header, self._header_bytes = False, 0
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            self._in_header = True
+            super().on_message_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             _stop(self._header)
