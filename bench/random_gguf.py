@@ -83,11 +83,12 @@ def _metadata(writer: gguf.GGUFWriter, shape: Shape, context: int) -> None:
     writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    filler = [f"filler{i}" for i in range(shape.vocab - len(ALPHABET) - 1)]
-    writer.add_token_list([*ALPHABET, *filler, "<|end|>"])
+    pair = ALPHABET[:2]
+    filler = [f"filler{i}" for i in range(shape.vocab - len(ALPHABET) - 2)]
+    writer.add_token_list([*ALPHABET, "".join(pair), *filler, "<|end|>"])
     kinds = [gguf.TokenType.NORMAL] * (shape.vocab - 1)
     writer.add_token_types([*kinds, gguf.TokenType.CONTROL])
-    writer.add_token_merges([f"{ALPHABET[0]} {ALPHABET[1]}"])
+    writer.add_token_merges([" ".join(pair)])
     writer.add_eos_token_id(shape.vocab - 1)
     writer.add_add_bos_token(False)
 
