@@ -15,10 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from random_gguf import SHAPES, write
+from random_gguf import SHAPES, WRITABLE, write
 from squall import _native
 from squall.measure import Bench, Plan
-from squall.quant import GGML_FORMATS
 
 
 def measured(path: Path, plan: Plan, rounds: int, threads: int) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     found = {}
-    for name in args.formats or (format.name for format in GGML_FORMATS.values()):
+    for name in args.formats or WRITABLE:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.gguf"
             write(path, SHAPES[args.shape], name)

@@ -33,11 +33,13 @@ SHAPES = {
     "tinyllama": Shape(22, 2048, 5632, 32, 4, 32000),
     "7b": Shape(32, 4096, 14336, 32, 8, 32000),
 }
+# The gguf package has another size for blocks of q8_1.
+WRITABLE = tuple(format.name for format in GGML_FORMATS.values() if format.name != "q8_1")
 ALPHABET = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 324)]]
 
 
 def write(path: Path, shape: Shape, format_name: str, *, context: int = 32768) -> None:
-    """One file; `format_name` is one of GGML_FORMATS."""
+    """One file; `format_name` is one of WRITABLE."""
     writer = gguf.GGUFWriter(path, "llama")
     _metadata(writer, shape, context)
     format = FORMATS[format_name]
@@ -98,9 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
-    parser.add_argument(
-        "--format", choices=[format.name for format in GGML_FORMATS.values()], default="q4_k"
-    )
+    parser.add_argument("--format", choices=WRITABLE, default="q4_k")
     parser.add_argument("--context", type=int, default=32768)
     args = parser.parse_args()
     write(args.out, SHAPES[args.shape], args.format, context=args.context)

@@ -206,11 +206,11 @@ struct Cached {
   size_t tile;
 
   const uint8_t* block(size_t position) const {
-    return a.keys + static_cast<size_t>(a.table[position / a.block_size]) * a.key_block_bytes;
+    return a.keys.block(static_cast<size_t>(a.table[position / a.block_size]));
   }
   const uint8_t* row(size_t position) const {
-    const size_t first = static_cast<size_t>(a.table[position / a.block_size]) * a.block_size;
-    return a.values + (first + position % a.block_size) * a.value_bytes;
+    const uint8_t* rows = a.values.block(static_cast<size_t>(a.table[position / a.block_size]));
+    return rows + position % a.block_size * a.value_bytes;
   }
 
   template <int kVectors>

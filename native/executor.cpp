@@ -57,7 +57,8 @@ size_t Executor::add_value(size_t width, bool outputs, bool kept, size_t multipl
 void Executor::add_cache(size_t kv_heads, size_t head_dim) {
   expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
   const auto memory = [&](size_t bytes_a_slot) {
-    return std::make_unique<Memory>(limits_.slots() * kv_heads * bytes_a_slot);
+    const size_t slots = Plane::slots(limits_.blocks, limits_.block_size);
+    return std::make_unique<Memory>(slots * kv_heads * bytes_a_slot);
   };
   caches_.push_back({kv_heads, head_dim, memory(key_bytes(limits_.cache, head_dim)),
                      memory(value_bytes(limits_.cache, head_dim))});
@@ -65,7 +66,10 @@ void Executor::add_cache(size_t kv_heads, size_t head_dim) {
 
 size_t Executor::cache_bytes() const {
   size_t bytes = 0;
-  for (const CacheLayer& cache : caches_) bytes += cache.keys->bytes() + cache.values->bytes();
+  for (const CacheLayer& cache : caches_)
+    bytes +=
+        limits_.slots() * cache.kv_heads *
+        (key_bytes(limits_.cache, cache.head_dim) + value_bytes(limits_.cache, cache.head_dim));
   return bytes;
 }
 

@@ -29,13 +29,32 @@ struct Query {
 enum class CacheType : uint8_t { kF16, kF32, kQ8_0 };
 constexpr size_t kCacheTypes = 3;
 
+// A head's keys or values in the cache of a layer. Blocks lie in regions and in a region head by
+// head: those of a head follow each other in memory, and regions that were never used take none.
+struct Plane {
+  static constexpr size_t kRegion = 32;  // blocks
+  uint8_t* data;
+  size_t block_bytes, region_bytes;
+
+  Plane(uint8_t* cache, size_t block, size_t heads, size_t head)
+      : data(cache + head * kRegion * block),
+        block_bytes(block),
+        region_bytes(heads * kRegion * block) {}
+  uint8_t* block(size_t i) const {
+    return data + i / kRegion * region_bytes + i % kRegion * block_bytes;
+  }
+  static constexpr size_t slots(size_t blocks, size_t block_size) {
+    return (blocks + kRegion - 1) / kRegion * kRegion * block_size;
+  }
+};
+
 struct AttendArgs {
   const Query* queries;
-  size_t count;           // at most kMaxQueries
-  const uint8_t* keys;    // blocks of one layer and head, each [head_dim][block_size]
-  const uint8_t* values;  // rows [padded head_dim], block_size a block
-  const int32_t* table;   // block of each run of block_size positions
-  size_t block_size, head_dim, key_block_bytes, value_bytes;
+  size_t count;          // at most kMaxQueries
+  Plane keys;            // blocks [head_dim][block_size]
+  Plane values;          // rows [padded head_dim], block_size a block
+  const int32_t* table;  // block of each run of block_size positions
+  size_t block_size, head_dim, value_bytes;
   float scale, softcap;  // softcap 0: none
 };
 constexpr size_t kMaxQueries = 64;

@@ -200,16 +200,14 @@ class GatedLinearPhase final : public TilePhase {
 
 // ---- attention ----
 
-// Where a head's keys and values lie. Heads are apart, so that a head's blocks follow each other in
-// memory.
 struct HeadCache {
-  size_t key_block_bytes, value_bytes;
-  uint8_t *keys, *values;
+  size_t value_bytes;
+  Plane keys, values;
   HeadCache(const CacheLayer& cache, size_t head, const Limits& limits)
-      : key_block_bytes(key_bytes(limits.cache, cache.head_dim) * limits.block_size),
-        value_bytes(squall::value_bytes(limits.cache, cache.head_dim)),
-        keys(cache.keys->data() + head * limits.blocks * key_block_bytes),
-        values(cache.values->data() + head * limits.slots() * value_bytes) {}
+      : value_bytes(squall::value_bytes(limits.cache, cache.head_dim)),
+        keys(cache.keys->data(), limits.block_size * key_bytes(limits.cache, cache.head_dim),
+             cache.kv_heads, head),
+        values(cache.values->data(), limits.block_size * value_bytes, cache.kv_heads, head) {}
 };
 
 class StorePhase final : public Phase {
@@ -224,9 +222,10 @@ class StorePhase final : public Phase {
       const HeadCache head(cache_, h, limits_);
       for (size_t r = task * kRows; r < std::min(step.batch.rows(), (task + 1) * kRows); ++r) {
         const size_t slot = static_cast<size_t>(step.batch.slots[r]);
-        k_.store_key(key_.row(r) + h * dim, dim, size,
-                     head.keys + slot / size * head.key_block_bytes, slot % size);
-        k_.store_value(value_.row(r) + h * dim, dim, head.values + slot * head.value_bytes);
+        const size_t block = slot / size, offset = slot % size;
+        k_.store_key(key_.row(r) + h * dim, dim, size, head.keys.block(block), offset);
+        k_.store_value(value_.row(r) + h * dim, dim,
+                       head.values.block(block) + offset * head.value_bytes);
       }
     }
   }
@@ -336,7 +335,7 @@ class AttendPhase final : public Phase {
         queries[i] = query(step, rows.begin + (first + i) / group(),
                            kv_head * group() + (first + i) % group());
       fn({queries, count, head.keys, head.values, table, limits_.block_size, op_.head_dim,
-          head.key_block_bytes, head.value_bytes, op_.scale, op_.softcap},
+          head.value_bytes, op_.scale, op_.softcap},
          first);
     }
   }

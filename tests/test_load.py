@@ -54,3 +54,14 @@ def test_the_file_does_not_stay_in_memory_beside_the_weights() -> None:
         assert resident("RssAnon") - anon < 1.1 * size + (64 << 20)
         sum(int(tensor.data[::4096].sum()) for tensor in model.checkpoint.tensors.values())
         assert resident("RssFile") - file > size // 2
+
+
+@linux
+def test_a_large_kv_cache_takes_memory_as_it_is_used() -> None:
+    """Even where pages are huge: 700 MiB of cache, and one block of it is used."""
+    with Model.open(context=2048, kv_tokens=16 * 2048) as model:
+        before = resident("RssAnon")
+        model.logits([5])
+        used, reserved = resident("RssAnon") - before, model.executor.kv_bytes
+        assert reserved > 600 << 20
+        assert used < reserved / 3

@@ -193,17 +193,20 @@ struct Context {
 
   Floats run(const Kernels& k, size_t count, size_t length, size_t window, float softcap) const {
     const size_t key_block = key_bytes(type, dim) * block_size, row = value_bytes(type, dim);
-    std::vector<uint8_t> key(kBlocks * key_block), value(slots * row);
+    const size_t heads = 3, head = 1, room = Plane::slots(kBlocks, block_size) * heads;
+    std::vector<uint8_t> key(room / block_size * key_block), value(room * row);
+    const Plane own_keys(key.data(), key_block, heads, head);
+    const Plane own_values(value.data(), row * block_size, heads, head);
     for (size_t p = 0; p < length; ++p) {
       const size_t block = static_cast<size_t>(table[p / block_size]), at = p % block_size;
-      k.store_key(keys.data() + p * dim, dim, block_size, key.data() + block * key_block, at);
-      k.store_value(values.data() + p * dim, dim, value.data() + (block * block_size + at) * row);
+      k.store_key(keys.data() + p * dim, dim, block_size, own_keys.block(block), at);
+      k.store_value(values.data() + p * dim, dim, own_values.block(block) + at * row);
     }
     Floats out(count * dim), pieces(count * dim);
     Query all[kMaxQueries];
     for (size_t i = 0; i < count; ++i) all[i] = query(i, length, window, out.data() + i * dim);
-    AttendArgs args{all, count,     key.data(), value.data(), table.data(), block_size,
-                    dim, key_block, row,        0.3f,         softcap};
+    AttendArgs args{all,        count, own_keys, own_values, table.data(),
+                    block_size, dim,   row,      0.3f,       softcap};
     k.attend(args, length);
     const size_t segments = (length + kSegment - 1) / kSegment;
     std::vector<Floats> parts(segments, Floats(count * part_floats(dim)));

@@ -13,7 +13,7 @@ from squall import Model
 BENCH = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "random_gguf.py"))
 
 
-@pytest.mark.parametrize("format_name", ["f16", "q4_k"])
+@pytest.mark.parametrize("format_name", BENCH["WRITABLE"])
 def test_a_small_one_answers(tmp_path: Path, format_name: str) -> None:
     path = tmp_path / "random.gguf"
     BENCH["write"](path, BENCH["Shape"](1, 256, 512, 4, 2, 400), format_name, context=64)
