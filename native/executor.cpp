@@ -58,7 +58,7 @@ void Executor::add_cache(size_t kv_heads, size_t head_dim) {
   expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
   const auto memory = [&](size_t bytes_a_slot) {
     const size_t slots = Plane::slots(limits_.blocks, limits_.block_size);
-    return std::make_unique<Memory>(slots * kv_heads * bytes_a_slot);
+    return cache_memory_.take(slots * kv_heads * bytes_a_slot);
   };
   caches_.push_back({kv_heads, head_dim, memory(key_bytes(limits_.cache, head_dim)),
                      memory(value_bytes(limits_.cache, head_dim))});

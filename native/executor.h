@@ -87,7 +87,7 @@ struct Limits {
 
 struct CacheLayer {
   size_t kv_heads, head_dim;
-  std::unique_ptr<Memory> keys, values;
+  std::shared_ptr<uint8_t> keys, values;
 };
 
 using TilePtr = std::shared_ptr<const Tile>;
@@ -209,6 +209,7 @@ class Executor {
   size_t vocab_in_ = SIZE_MAX;  // token ids must be below
   bool profiling_ = false;
   std::vector<std::unique_ptr<Buffer>> buffers_;
+  Arena cache_memory_;
   std::vector<CacheLayer> caches_;
   std::unique_ptr<SplitSums> split_;
   std::vector<std::unique_ptr<Phase>> phases_;

@@ -205,9 +205,9 @@ struct HeadCache {
   Plane keys, values;
   HeadCache(const CacheLayer& cache, size_t head, const Limits& limits)
       : value_bytes(squall::value_bytes(limits.cache, cache.head_dim)),
-        keys(cache.keys->data(), limits.block_size * key_bytes(limits.cache, cache.head_dim),
+        keys(cache.keys.get(), limits.block_size * key_bytes(limits.cache, cache.head_dim),
              cache.kv_heads, head),
-        values(cache.values->data(), limits.block_size * value_bytes, cache.kv_heads, head) {}
+        values(cache.values.get(), limits.block_size * value_bytes, cache.kv_heads, head) {}
 };
 
 class StorePhase final : public Phase {

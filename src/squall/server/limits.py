@@ -116,61 +116,67 @@ def check_values(data: bytes, context: int) -> None:
 def protocol(options: ServerOptions) -> type[HttpToolsProtocol]:
     """Connections that end if a header is too long or too slow, or nobody takes what is sent."""
 
-    class Protocol(HttpToolsProtocol):
-        _in_header = True
-        _header_bytes = 0
-        _header: asyncio.TimerHandle | None = None
-        _writing: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > MOST_CONNECTIONS:
-                transport.write(_FULL)
-                transport.close()
-                return
-            # Paused whenever the system does not take all, so that the timer sees who reads not.
-            transport.set_write_buffer_limits(high=0)
-            self._expect_header()
-
-        def data_received(self, data: bytes) -> None:
-            self._header_bytes += len(data) * self._in_header
-            super().data_received(data)
-            if self._in_header and self._header_bytes > HEADER_BYTES:
-                self.send_400_response("The header is too large.")
-            if len(self.pipeline) > MOST_PIPELINED:
-                self.transport.abort()
-            if self.cycle is None or self.cycle.response_complete:
-                self._expect_header()
-            else:
-                _stop(self._header)
-                self._header = None
-
-        def on_headers_complete(self) -> None:
-            self._in_header, self._header_bytes = False, 0
-            super().on_headers_complete()
-
-        def on_message_complete(self) -> None:
-            self._in_header = True
-            super().on_message_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            _stop(self._header)
-            _stop(self._writing)
-            super().connection_lost(exc)
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._writing = self.loop.call_later(options.write_s, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            _stop(self._writing)
-            super().resume_writing()
-
-        def _expect_header(self) -> None:
-            if self._header is None:
-                self._header = self.loop.call_later(options.header_s, self.transport.close)
+    class Protocol(_Protocol):
+        limits = options
 
     return Protocol
+
+
+class _Protocol(HttpToolsProtocol):
+    limits: ServerOptions
+    _header: asyncio.TimerHandle | None = None
+    _writing: asyncio.TimerHandle | None = None
+    _in_header = True
+    _header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.write(_FULL)
+            transport.close()
+            return
+        # Paused whenever the system does not take all, so that the timer sees who reads not.
+        transport.set_write_buffer_limits(high=0)
+        self._expect_header()
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_header:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if self._in_header and self._header_bytes > HEADER_BYTES:
+            self.send_400_response("The header is too large.")
+        if len(self.pipeline) > MOST_PIPELINED:
+            self.transport.abort()
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_header()
+        else:
+            _stop(self._header)
+            self._header = None
+
+    def on_headers_complete(self) -> None:
+        self._in_header, self._header_bytes = False, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_header = True
+        super().on_message_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        _stop(self._header)
+        _stop(self._writing)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self.loop.call_later(self.limits.write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        _stop(self._writing)
+        super().resume_writing()
+
+    def _expect_header(self) -> None:
+        if self._header is None:
+            self._header = self.loop.call_later(self.limits.header_s, self.transport.close)
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> None:
