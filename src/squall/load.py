@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from squall.engine.generation import Generation
 from squall.engine.request import Request
 from squall.engine.sampling import Sampling
-from squall.errors import InvalidRequest
+from squall.errors import InvalidRequest, TemplateError
 from squall.model import Model
 
 # Common words, nearly always one token each.
@@ -39,7 +39,10 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """So many requests at a time, one after another in each place; the prompts all differ."""
+    """So many requests at a time, one after another in each place; the prompts all differ.
+
+    prompt_tokens: words, nearly always one token each; a chat template adds its own.
+    """
 
     concurrency: int
     rounds: int
@@ -110,19 +113,26 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{percent}": ordered[i] for percent, i in at.items()} if ordered else {}
 
 
-def _prompt(load: Load, number: int) -> str:
+def _messages(load: Load, number: int) -> list[dict[str, str]]:
     """Words that begin like no other request's."""
     chosen = random.Random(number + 1_000_003 * load.concurrency)
-    return " ".join(chosen.choices(WORDS, k=load.prompt_tokens))
+    return [{"role": "user", "content": " ".join(chosen.choices(WORDS, k=load.prompt_tokens))}]
+
+
+def _ids(model: Model, messages: list[dict[str, str]]) -> list[int]:
+    """What a server would make of them, so that the loads are the same."""
+    try:
+        return model.encode_chat(messages)
+    except TemplateError:  # there is none
+        return model.encode(messages[0]["content"])
 
 
 def in_process(model: Model) -> Ask:
     """Asks this model."""
 
     async def ask(load: Load, number: int) -> Trace:
-        ids = model.encode(_prompt(load, number))[: load.prompt_tokens]
         request = Request(
-            ids=ids,
+            ids=_ids(model, _messages(load, number)),
             sampling=Sampling(temperature=0, seed=0),
             max_tokens=load.answer_tokens,
             ignore_eos=True,
@@ -149,7 +159,7 @@ def over_http(url: str, *, key: str | None) -> Ask:
     async def ask(load: Load, number: int) -> Trace:
         body = {
             "model": "default",
-            "messages": [{"role": "user", "content": _prompt(load, number)}],
+            "messages": _messages(load, number),
             "max_tokens": load.answer_tokens,
             "temperature": 0,
             "ignore_eos": True,
