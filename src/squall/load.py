@@ -24,6 +24,8 @@ WORDS = (  # noqa: SIM905
 ).split()
 PERCENTS = (50, 95, 99)
 WAIT_S = 600.0
+# Tokens that a chat template may add to a message.
+TEMPLATE_ROOM = 128
 
 
 @dataclass(slots=True)
@@ -119,12 +121,15 @@ def _messages(load: Load, number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": " ".join(chosen.choices(WORDS, k=load.prompt_tokens))}]
 
 
-def _ids(model: Model, messages: list[dict[str, str]]) -> list[int]:
-    """What a server would make of them, so that the loads are the same."""
+def _ids(model: Model, load: Load, number: int) -> list[int]:
+    """What a server would make of the messages, as far as it fits."""
+    messages = _messages(load, number)
     try:
-        return model.encode_chat(messages)
+        ids = model.encode_chat(messages)
     except TemplateError:  # there is none
-        return model.encode(messages[0]["content"])
+        ids = model.encode(messages[0]["content"])
+    most = min(load.prompt_tokens + TEMPLATE_ROOM, model.context - load.answer_tokens)
+    return ids[:most]
 
 
 def in_process(model: Model) -> Ask:
@@ -132,7 +137,7 @@ def in_process(model: Model) -> Ask:
 
     async def ask(load: Load, number: int) -> Trace:
         request = Request(
-            ids=_ids(model, _messages(load, number)),
+            ids=_ids(model, load, number),
             sampling=Sampling(temperature=0, seed=0),
             max_tokens=load.answer_tokens,
             ignore_eos=True,

@@ -134,13 +134,17 @@ def _bench_load(flags: BenchFlags, selected: Selected) -> None:
 
 def _ask_model(flags: BenchFlags, selected: Selected, loads: list[Load]) -> list[Report]:
     from squall.engine.engine import EngineConfig
-    from squall.load import in_process, run_all
+    from squall.engine.memory import DEFAULT_CONTEXT
+    from squall.load import TEMPLATE_ROOM, in_process, run_all
 
     most = max(load.concurrency for load in loads)
     tokens = max(load.prompt_tokens + load.answer_tokens for load in loads)
     config = EngineConfig(max_seqs=min(most, 64), prefix_cache_n=0)
-    room = config.max_seqs * (tokens + 16)
-    with flags.open(selected, context=tokens, kv_tokens=room, engine=config) as model:
+    room = config.max_seqs * (tokens + TEMPLATE_ROOM)
+    context = None if tokens < DEFAULT_CONTEXT else tokens
+    with flags.open(selected, context=context, kv_tokens=room, engine=config) as model:
+        if tokens > model.context:
+            raise InvalidRequest(f"{tokens} tokens do not fit the context of {model.context}")
         return run_all(loads, in_process(model))
 
 
