@@ -117,7 +117,7 @@ async def measure(port: int, arrival: str, streams: int) -> dict[str, Any]:
 def summary(running: list[Stream], start_s: float, end_s: float) -> dict[str, float]:
     """Percentiles of gaps in ms; `min_tokens` is what the slowest stream got meanwhile."""
     gaps = sorted(gap for stream in running for gap in stream.gaps(start_s, end_s))
-    found = {f"p{p}": round(1000 * gaps[(len(gaps) - 1) * p // 100], 1) for p in (50, 99, 100)}
+    found = {f"p{p}": round(1000 * gaps[(len(gaps) - 1) * p // 100], 4) for p in (50, 99, 100)}
     return found | {"min_tokens": min(len(s.gaps(start_s, end_s)) for s in running)}
 
 

@@ -17,5 +17,5 @@ def test_row_33_what_is_measured() -> None:
     assert (refused["status"], answered["status"]) == (400, 200)
     for found in (refused, answered):
         for gaps in (found["calm"], found["disturbed"]):
-            assert 0 <= gaps["p50"] <= gaps["p99"] <= gaps["p100"] > 0
+            assert 0 < gaps["p50"] <= gaps["p99"] <= gaps["p100"]
             assert gaps["min_tokens"] > 0
