@@ -8,6 +8,7 @@
 #pragma once
 #include <cfloat>
 #include <cmath>
+#include <type_traits>
 
 #include "half.h"
 #include "kernels.h"
@@ -505,20 +506,30 @@ struct Float8 {
   }
 };
 
+struct FloatColumns {
+  size_t count;
+  const float* x;
+  size_t stride;
+  bool more;  // add to what is there
+};
+
 template <class Element, int kTiles, int kRows>
-void matmul_float_rows(const Tiles& tiles, size_t cols, const float* x, size_t stride, size_t row) {
+void matmul_float_rows(const Tiles& tiles, const FloatColumns& c, size_t row) {
   Block<F32x16, kTiles, kRows> acc;
-  for (auto& tile : acc)
-    for (F32x16& a : tile) a = zero();
-  x += row * stride;
-  for (size_t k = 0; k < cols; ++k) {
+#pragma GCC unroll 4
+  for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+      acc[t][r] = c.more ? load(tiles.at(t, row + static_cast<size_t>(r))) : zero();
+  const float* const x = c.x + row * c.stride;
+  for (size_t k = 0; k < c.count; ++k) {
     F32x16 w[kTiles];
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t)
       w[t] = Element::of(tiles.tile(t) + Element::kHead + k * kLanes * Element::kBytes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const F32x16 value = set1(x[static_cast<size_t>(r) * stride + k]);
+      const F32x16 value = set1(x[static_cast<size_t>(r) * c.stride + k]);
 #pragma GCC unroll 4
       for (int t = 0; t < kTiles; ++t) acc[t][r] = fma(w[t], value, acc[t][r]);
     }
@@ -526,27 +537,51 @@ void matmul_float_rows(const Tiles& tiles, size_t cols, const float* x, size_t s
 #pragma GCC unroll 4
   for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      if constexpr (Element::kHead != 0)
-        acc[t][r] = mul(acc[t][r], load(reinterpret_cast<const float*>(tiles.tile(t))));
-      store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
-    }
+    for (int r = 0; r < kRows; ++r) store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
 }
 
 template <class Element, int kTiles, size_t kBlock = kFloatRowBlock>
-void matmul_float_blocks(const Tiles& tiles, size_t cols, const float* x, size_t stride,
-                         size_t row = 0) {
+void matmul_float_blocks(const Tiles& tiles, const FloatColumns& c, size_t row = 0) {
   for (; tiles.rows - row >= kBlock; row += kBlock)
-    matmul_float_rows<Element, kTiles, kBlock>(tiles, cols, x, stride, row);
-  if constexpr (kBlock > 1)
-    matmul_float_blocks<Element, kTiles, kBlock / 2>(tiles, cols, x, stride, row);
+    matmul_float_rows<Element, kTiles, kBlock>(tiles, c, row);
+  if constexpr (kBlock > 1) matmul_float_blocks<Element, kTiles, kBlock / 2>(tiles, c, row);
+}
+
+constexpr size_t kFloatSlice = 128;  // columns made float32 at a time
+
+// Makes the weights float32 once for all rows.
+template <class Element, int kTiles>
+void matmul_float_expanded(const Tiles& tiles, FloatColumns c) {
+  alignas(64) float slice[kTiles][kFloatSlice * kLanes];
+  const size_t cols = c.count;
+  for (size_t begin = 0; begin < cols; begin += kFloatSlice, c.x += kFloatSlice, c.more = true) {
+    c.count = cols - begin < kFloatSlice ? cols - begin : kFloatSlice;
+    for (int t = 0; t < kTiles; ++t) {
+      const uint8_t* const from = tiles.tile(t) + Element::kHead + begin * kLanes * Element::kBytes;
+      for (size_t k = 0; k < c.count; ++k)
+        store(slice[t] + k * kLanes, Element::of(from + k * kLanes * Element::kBytes));
+    }
+    const uint8_t* const data = reinterpret_cast<const uint8_t*>(slice[0]);
+    matmul_float_blocks<Float32, kTiles>({data, sizeof slice[0], tiles.out, tiles.rows}, c);
+  }
 }
 
 template <class Element, int kTiles = kTileBlock>
 void matmul_float(const uint8_t* data, size_t count, size_t bytes, size_t cols, const float* x,
                   size_t stride, size_t rows, float* out) {
-  for (; count >= kTiles; count -= kTiles, data += kTiles * bytes, out += kTiles * rows * kLanes)
-    matmul_float_blocks<Element, kTiles>({data, bytes, out, rows}, cols, x, stride);
+  for (; count >= kTiles; count -= kTiles, data += kTiles * bytes, out += kTiles * rows * kLanes) {
+    const Tiles tiles{data, bytes, out, rows};
+    if (!std::is_same_v<Element, Float32> && rows > kFloatRowBlock)
+      matmul_float_expanded<Element, kTiles>(tiles, {cols, x, stride, false});
+    else
+      matmul_float_blocks<Element, kTiles>(tiles, {cols, x, stride, false});
+    if constexpr (Element::kHead != 0)
+      for (int t = 0; t < kTiles; ++t) {
+        const F32x16 factor = load(reinterpret_cast<const float*>(tiles.tile(t)));
+        for (size_t row = 0; row < rows; ++row)
+          store(tiles.at(t, row), mul(load(tiles.at(t, row)), factor));
+      }
+  }
   if constexpr (kTiles > 1)
     if (count > 0) matmul_float<Element, 1>(data, count, bytes, cols, x, stride, rows, out);
 }
