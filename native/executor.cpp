@@ -56,21 +56,15 @@ size_t Executor::add_value(size_t width, bool outputs, bool kept, size_t multipl
 
 void Executor::add_cache(size_t kv_heads, size_t head_dim) {
   expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
-  const auto memory = [&](size_t bytes_a_slot) {
-    const size_t slots = Plane::slots(limits_.blocks, limits_.block_size);
-    return cache_memory_.take(slots * kv_heads * bytes_a_slot);
-  };
-  caches_.push_back({kv_heads, head_dim, memory(key_bytes(limits_.cache, head_dim)),
-                     memory(value_bytes(limits_.cache, head_dim))});
+  const size_t slots = Plane::kRegion * limits_.block_size * kv_heads;
+  const size_t keys = cache_.region_bytes;
+  const size_t values = keys + slots * key_bytes(limits_.cache, head_dim);
+  cache_.region_bytes = values + slots * value_bytes(limits_.cache, head_dim);
+  cache_.layers.push_back({kv_heads, head_dim, keys, values});
 }
 
 size_t Executor::cache_bytes() const {
-  size_t bytes = 0;
-  for (const CacheLayer& cache : caches_)
-    bytes +=
-        limits_.slots() * cache.kv_heads *
-        (key_bytes(limits_.cache, cache.head_dim) + value_bytes(limits_.cache, cache.head_dim));
-  return bytes;
+  return limits_.blocks * (cache_.region_bytes / Plane::kRegion);
 }
 
 void Executor::add_phase(std::string name, std::unique_ptr<Phase> phase) {
@@ -205,9 +199,9 @@ void Executor::rotate(RotateOp op) {
 }
 
 void Executor::attend(AttendOp op) {
-  expect(op.layer < caches_.size(), "attention names a cache layer that does not exist");
-  const CacheLayer& cache = caches_[op.layer];
-  expect(op.kv_heads == cache.kv_heads && op.head_dim == cache.head_dim &&
+  expect(op.layer < cache_.layers.size(), "attention names a cache layer that does not exist");
+  const CacheLayer& layer = cache_.layers[op.layer];
+  expect(op.kv_heads == layer.kv_heads && op.head_dim == layer.head_dim &&
              op.heads % op.kv_heads == 0 && buffers_[op.q]->width == op.heads * op.head_dim &&
              buffers_[op.out]->width == buffers_[op.q]->width &&
              buffers_[op.k]->width == op.kv_heads * op.head_dim &&
@@ -215,11 +209,12 @@ void Executor::attend(AttendOp op) {
          "attention's heads do not fit its inputs or its cache");
   // The cache has no buffer; this value stands for it, so that the reader waits for the writer.
   const size_t stored = add_value(1, false, false);
-  auto store = std::make_unique<StorePhase>(kernels_, limits_, cache, floats(op.k), floats(op.v));
+  auto store =
+      std::make_unique<StorePhase>(kernels_, limits_, cache_, op.layer, floats(op.k), floats(op.v));
   store->reads = {op.k, op.v};
   store->writes = {stored};
   add_phase("store", std::move(store));
-  auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, cache,
+  auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, cache_,
                                              floats(op.q), *buffers_[op.out], *split_);
   phase->reads = {op.q, stored};
   phase->writes = {op.out};
@@ -232,11 +227,13 @@ void Executor::mixture_of_experts(MoeOp op) {
   expect(op.top_k > 0 && op.top_k <= experts && op.up.size() == experts &&
              op.down.size() == experts && op.router->rows() == experts,
          "a mixture's experts do not fit");
-  Mixture m{op, std::make_shared<Routing>(limits_.rows, experts, op.top_k)};
-  m.routed = add_value(1, false, false);
-  m.gathered = add_value(hidden, false, false, op.top_k);
-  m.inner = add_value(op.gate[0]->rows(), false, false, op.top_k);
-  m.outer = add_value(hidden, false, false, op.top_k);
+  const bool outputs = buffers_[op.x]->outputs;
+  const size_t rows = outputs ? limits_.outputs : limits_.rows;
+  Mixture m{op, std::make_shared<Routing>(rows, experts, op.top_k)};
+  m.routed = add_value(1, outputs, false);
+  m.gathered = add_value(hidden, outputs, false, op.top_k);
+  m.inner = add_value(op.gate[0]->rows(), outputs, false, op.top_k);
+  m.outer = add_value(hidden, outputs, false, op.top_k);
   route(m);
   run_experts(m);
   combine(m);
@@ -245,7 +242,7 @@ void Executor::mixture_of_experts(MoeOp op) {
 // Scores, each row's experts, and the rows sorted by expert.
 void Executor::route(const Mixture& m) {
   const MoeOp& op = m.op;
-  const size_t scores = add_value(op.router->rows(), false, false);
+  const size_t scores = add_value(op.router->rows(), buffers_[op.x]->outputs, false);
   linear({scores, op.x, op.router, {}, Activation::kNone, 1.0f, kNone});
   auto choose =
       std::make_unique<RoutePhase>(kernels_, *m.routing, floats(scores), op.normalize, op.jitter);
@@ -354,11 +351,14 @@ void Executor::softcap(size_t out, size_t x, float cap) {
 void Executor::gather_rows(size_t out, size_t x) {
   const Buffer &from = floats(x), &to = *buffers_[out];
   expect(from.width == to.width && to.outputs, "gathered rows keep their width");
-  auto phase = row_phase(to, pool_->threads(), [&from, &to](const Step& step, size_t r) {
-    std::copy_n(from.row(static_cast<size_t>(step.batch.outputs[r])), to.width, to.row(r));
-  });
+  auto phase =
+      row_phase(to, pool_->threads(), [&k = kernels_, &from, &to](const Step& step, size_t r) {
+        std::copy_n(from.row(static_cast<size_t>(step.batch.outputs[r])), to.width, to.row(r));
+        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
+      });
   phase->reads = {x};
   phase->writes = {out};
+  phase->quantizes = true;
   add_phase("gather rows", std::move(phase));
 }
 
@@ -390,7 +390,7 @@ void Executor::plan(size_t logits) {
   add_quantize_phases();
   group_phases();
   layout();
-  split_->memory = std::make_unique<Memory>(std::max(split_->floats * sizeof(float), size_t{64}));
+  split_->memory = std::make_unique<Memory>(split_->floats * sizeof(float));
   split_->done = std::make_unique<std::atomic<size_t>[]>(AttendPhase::few_tasks(pool_->threads()));
 }
 
@@ -469,7 +469,9 @@ void Executor::layout() {
         v);
     end = std::max(end, life.offset + life.bytes);
   }
-  arena_ = std::make_unique<Memory>(std::max(end, size_t{64}));
+  arena_ = std::make_unique<Memory>(end);
+  const size_t regions = ceil_div(limits_.blocks, Plane::kRegion);
+  cache_.memory = std::make_unique<Memory>(regions * cache_.region_bytes);
   for (const size_t v : placed) {
     Buffer& b = *buffers_[v];
     b.data = reinterpret_cast<float*>(arena_->data() + lives[v].offset);
@@ -523,8 +525,8 @@ void Executor::check(const Batch& b) const {
 // context once.
 Step Executor::prepare(const Batch& b) const {
   size_t heads = SIZE_MAX;
-  for (const CacheLayer& cache : caches_) heads = std::min(heads, cache.kv_heads);
-  const size_t tasks = caches_.empty() ? 0 : b.rows() * heads;
+  for (const CacheLayer& layer : cache_.layers) heads = std::min(heads, layer.kv_heads);
+  const size_t tasks = cache_.layers.empty() ? 0 : b.rows() * heads;
   Step step{b, {}, std::clamp(tasks / (4 * pool_->threads()), size_t{1}, kRowsOfAttention), 0};
   for (size_t s = 0; s < b.sequences(); ++s) {
     const size_t begin = static_cast<size_t>(b.bounds[s]);

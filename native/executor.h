@@ -87,7 +87,13 @@ struct Limits {
 
 struct CacheLayer {
   size_t kv_heads, head_dim;
-  std::shared_ptr<uint8_t> keys, values;
+  size_t keys, values;  // their place in a region, in bytes
+};
+
+struct KvCache {
+  std::vector<CacheLayer> layers;
+  size_t region_bytes = 0;
+  std::unique_ptr<Memory> memory;  // once the program is planned
 };
 
 using TilePtr = std::shared_ptr<const Tile>;
@@ -209,8 +215,7 @@ class Executor {
   size_t vocab_in_ = SIZE_MAX;  // token ids must be below
   bool profiling_ = false;
   std::vector<std::unique_ptr<Buffer>> buffers_;
-  Arena cache_memory_;
-  std::vector<CacheLayer> caches_;
+  KvCache cache_;
   std::unique_ptr<SplitSums> split_;
   std::vector<std::unique_ptr<Phase>> phases_;
   std::vector<std::vector<Phase*>> groups_;

@@ -29,22 +29,16 @@ struct Query {
 enum class CacheType : uint8_t { kF16, kF32, kQ8_0 };
 constexpr size_t kCacheTypes = 3;
 
-// A head's keys or values in the cache of a layer. Blocks lie in regions and in a region head by
-// head: those of a head follow each other in memory, and regions that were never used take none.
+// The keys or values of a head of a layer in the KV cache, which lies in regions of blocks: a
+// region has a run for each layer's keys and values of each head, so that a head is read as a
+// stream and regions that were never used take no memory.
 struct Plane {
   static constexpr size_t kRegion = 32;  // blocks
-  uint8_t* data;
+  uint8_t* data;                         // of the first region
   size_t block_bytes, region_bytes;
 
-  Plane(uint8_t* cache, size_t block, size_t heads, size_t head)
-      : data(cache + head * kRegion * block),
-        block_bytes(block),
-        region_bytes(heads * kRegion * block) {}
   uint8_t* block(size_t i) const {
     return data + i / kRegion * region_bytes + i % kRegion * block_bytes;
-  }
-  static constexpr size_t slots(size_t blocks, size_t block_size) {
-    return (blocks + kRegion - 1) / kRegion * kRegion * block_size;
   }
 };
 

@@ -203,23 +203,29 @@ class GatedLinearPhase final : public TilePhase {
 struct HeadCache {
   size_t value_bytes;
   Plane keys, values;
-  HeadCache(const CacheLayer& cache, size_t head, const Limits& limits)
-      : value_bytes(squall::value_bytes(limits.cache, cache.head_dim)),
-        keys(cache.keys.get(), limits.block_size * key_bytes(limits.cache, cache.head_dim),
-             cache.kv_heads, head),
-        values(cache.values.get(), limits.block_size * value_bytes, cache.kv_heads, head) {}
+  HeadCache(const KvCache& cache, size_t layer, size_t head, const Limits& limits)
+      : value_bytes(squall::value_bytes(limits.cache, cache.layers[layer].head_dim)),
+        keys(plane(cache, cache.layers[layer].keys, head,
+                   limits.block_size * key_bytes(limits.cache, cache.layers[layer].head_dim))),
+        values(plane(cache, cache.layers[layer].values, head, limits.block_size * value_bytes)) {}
+
+ private:
+  static Plane plane(const KvCache& cache, size_t at, size_t head, size_t block) {
+    return {cache.memory->data() + at + head * Plane::kRegion * block, block, cache.region_bytes};
+  }
 };
 
 class StorePhase final : public Phase {
  public:
-  StorePhase(const Kernels& k, const Limits& limits, const CacheLayer& cache, const Buffer& key,
-             const Buffer& value)
-      : k_(k), limits_(limits), cache_(cache), key_(key), value_(value) {}
+  StorePhase(const Kernels& k, const Limits& limits, const KvCache& cache, size_t layer,
+             const Buffer& key, const Buffer& value)
+      : k_(k), limits_(limits), cache_(cache), layer_(layer), key_(key), value_(value) {}
   size_t tasks(const Step& step) const override { return ceil_div(step.batch.rows(), kRows); }
   void run(const Step& step, size_t task) override {
-    const size_t dim = cache_.head_dim, size = limits_.block_size;
-    for (size_t h = 0; h < cache_.kv_heads; ++h) {
-      const HeadCache head(cache_, h, limits_);
+    const CacheLayer& layer = cache_.layers[layer_];
+    const size_t dim = layer.head_dim, size = limits_.block_size;
+    for (size_t h = 0; h < layer.kv_heads; ++h) {
+      const HeadCache head(cache_, layer_, h, limits_);
       for (size_t r = task * kRows; r < std::min(step.batch.rows(), (task + 1) * kRows); ++r) {
         const size_t slot = static_cast<size_t>(step.batch.slots[r]);
         const size_t block = slot / size, offset = slot % size;
@@ -234,7 +240,8 @@ class StorePhase final : public Phase {
   static constexpr size_t kRows = 16;
   const Kernels& k_;
   const Limits& limits_;
-  const CacheLayer& cache_;
+  const KvCache& cache_;
+  size_t layer_;
   const Buffer &key_, &value_;
 };
 
@@ -250,7 +257,7 @@ struct SplitSums {
 class AttendPhase final : public Phase {
  public:
   AttendPhase(const Kernels& k, size_t threads, const Limits& limits, const AttendOp& op,
-              const CacheLayer& cache, const Buffer& q, const Buffer& out, SplitSums& split)
+              const KvCache& cache, const Buffer& q, const Buffer& out, SplitSums& split)
       : k_(k),
         limits_(limits),
         op_(op),
@@ -304,7 +311,7 @@ class AttendPhase final : public Phase {
     }
     const size_t position =
         key_bytes(limits_.cache, op_.head_dim) + value_bytes(limits_.cache, op_.head_dim);
-    return {read * cache_.kv_heads * position, 0, seen * op_.heads * op_.head_dim * 2};
+    return {read * op_.kv_heads * position, 0, seen * op_.heads * op_.head_dim * 2};
   }
 
  private:
@@ -325,7 +332,7 @@ class AttendPhase final : public Phase {
   // fn(args, first) for blocks of the queries that share a KV head
   template <class Fn>
   void in_blocks(const Step& step, const RowRun& rows, size_t kv_head, Fn fn) const {
-    const HeadCache head(cache_, kv_head, limits_);
+    const HeadCache head(cache_, op_.layer, kv_head, limits_);
     const int32_t* table = step.batch.block_tables.data() + rows.sequence * step.batch.table_width;
     const size_t total = (rows.end - rows.begin) * group();
     Query queries[kMaxQueries];
@@ -356,7 +363,7 @@ class AttendPhase final : public Phase {
   const Kernels& k_;
   const Limits& limits_;
   AttendOp op_;
-  const CacheLayer& cache_;
+  const KvCache& cache_;
   const Buffer &q_, &out_;
   SplitSums& split_;
   size_t few_;
@@ -426,7 +433,8 @@ class RoutePhase final : public Phase {
       : k_(k), routing_(routing), scores_(scores), normalize_(normalize), jitter_(jitter) {}
   size_t tasks(const Step&) const override { return 1; }
   void run(const Step& step, size_t) override {
-    for (size_t r = 0; r < step.batch.rows(); ++r) {
+    const size_t rows = step.rows_of(scores_);
+    for (size_t r = 0; r < rows; ++r) {
       float* y = scores_.row(r);
       if (jitter_) {
         routing_.choose(r, y, normalize_, [&](const int32_t* chosen, size_t count, size_t winner) {
@@ -438,7 +446,7 @@ class RoutePhase final : public Phase {
       routing_.choose(r, y, normalize_,
                       [y](const int32_t*, size_t, size_t winner) { return y[winner]; });
     }
-    routing_.sort(step.batch.rows());
+    routing_.sort(rows);
   }
 
  private:

@@ -139,13 +139,12 @@ class ReferenceExecutor:
 
     def normalize(self, op: Normalize) -> Array:
         rows = self.of(op.x)
-        x = rows.reshape(len(rows), -1, op.group).astype(np.float64)
+        width = rows.shape[1]
+        x = rows.reshape(len(rows), width // op.group, op.group).astype(np.float64)
         if op.kind == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
         x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + op.eps)
-        runs = op.weight.size // op.group
-        x = x.reshape(-1, runs, op.group) * self.weights[op.weight].reshape(runs, op.group)
-        return x.reshape(rows.shape) + self.tiled(op.bias, rows.shape[1])
+        return x.reshape(rows.shape) * self.tiled(op.weight, width) + self.tiled(op.bias, width)
 
     def tiled(self, weight: Vector | None, width: int) -> Array | float:
         return 0.0 if weight is None else np.tile(self.weights[weight], width // weight.size)

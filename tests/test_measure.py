@@ -25,11 +25,11 @@ def linear_products(bench: Bench, rows: int, outputs: int) -> int:
     """Multiply-accumulates of the program's linear ops."""
     total = 0
     for op in bench.executor.program.ops:
+        many = outputs if op.out.rows == "outputs" else rows
         if isinstance(op, p.Linear):
-            many = outputs if op.out.rows == "outputs" else rows
             total += many * op.weight.rows * op.weight.cols
         elif isinstance(op, p.GatedLinear):
-            total += 2 * rows * op.gate.rows * op.gate.cols
+            total += 2 * many * op.gate.rows * op.gate.cols
     return total
 
 

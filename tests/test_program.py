@@ -15,11 +15,9 @@ from squall.decoder import compile
 from squall.program import (
     Add,
     Attend,
-    GatherRows,
     Linear,
     Matrix,
     Names,
-    Normalize,
     Op,
     Program,
     RopeAngles,
@@ -104,12 +102,12 @@ def test_residuals_are_fused_where_the_wiring_allows(wiring: Wiring, adds: int) 
     assert {op.scale for op in fused} <= {0.5}
 
 
-def test_only_wanted_rows_reach_the_head() -> None:
-    found = program(decoder(Layer(ATTENTION, MLP, NORM), tied=True))
-    (gather,) = ops(GatherRows, found)
-    after = found.ops[found.ops.index(gather) :]
-    assert [type(op) for op in after] == [GatherRows, Normalize, Linear]
-    assert {op.out.rows for op in after} == {"outputs"}
+@pytest.mark.parametrize("layer", LAYERS, ids=range(len(LAYERS)))
+def test_only_wanted_rows_go_on_from_the_last_attention(layer: Layer) -> None:
+    found = program(decoder(layer, layer, logit_softcap=30.0))
+    last = found.ops.index(ops(Attend, found)[-1])
+    assert {op.out.rows for op in found.ops[: last + 1]} == {"tokens"}
+    assert {op.out.rows for op in found.ops[last + 1 :]} == {"outputs"}
 
 
 def test_a_tied_head_is_the_embedding_table() -> None:

@@ -49,7 +49,6 @@ class _Compiler:
         x = b.emit(Embed(b.value("embed", d.hidden), table, d.embed_scale))
         for index, layer in enumerate(d.layers):
             x = self.layer(x, f"layers.{index}", index, layer)
-        x = b.emit(GatherRows(b.value("outputs", d.hidden, "outputs"), x))
         x = self.norm(x, "norm", d.norm)
         head = replace(table, role="head") if d.tied else self.matrix("head")
         name = "logits" if d.logit_softcap is None else "head"
@@ -68,6 +67,9 @@ class _Compiler:
         pre, post = HAS_PRE_NORM[layer.wiring], HAS_POST_NORM[layer.wiring]
         h = self.norm(x, f"{first}.norm", norm) if pre else x
         heads, bias = self.attention(h, first, index, layer.attention), layer.attention.out_bias
+        if index == len(self.decoder.layers) - 1:  # other rows were only for its keys and values
+            heads, x = self.outputs(heads), self.outputs(x)
+            h = self.outputs(h) if layer.wiring == "parallel" else h
         if post:
             out = self.linear(heads, f"{first}.out", f"{first}.projected", bias=bias)
             x = self.add_normed(x, out, first, norm, first)
@@ -79,6 +81,10 @@ class _Compiler:
             out = self.feed_forward(h, second, second, layer.feed_forward)
             return self.add_normed(x, out, second, norm, name)
         return self.feed_forward(h, second, name, layer.feed_forward, residual=x)
+
+    def outputs(self, x: Value) -> Value:
+        value = self.builder.value(f"{x.name}.outputs", x.width, "outputs")
+        return self.builder.emit(GatherRows(value, x))
 
     def attention(self, h: Value, name: str, index: int, a: Attention) -> Value:
         q = self.linear(h, f"{name}.q", f"{name}.q", bias=a.qkv_bias)
@@ -125,7 +131,7 @@ class _Compiler:
         gate, up = f"{name}.gate", f"{name}.up"
         return self.builder.emit(
             GatedLinear(
-                self.builder.value(up, f.width),
+                self.builder.value(up, f.width, h.rows),
                 h,
                 self.matrix(gate),
                 self.matrix(up),
@@ -139,7 +145,7 @@ class _Compiler:
         scale = 1.0 if residual is None else self.decoder.residual_scale
         return self.builder.emit(
             MixtureOfExperts(
-                self.builder.value(out, h.width),
+                self.builder.value(out, h.width, h.rows),
                 h,
                 self.matrix(f"{name}.router"),
                 self.matrix(f"{name}.experts.gate"),
@@ -167,7 +173,7 @@ class _Compiler:
         weight = self.matrix(role)
         scale = 1.0 if residual is None else self.decoder.residual_scale
         b = self.vector(f"{role}.bias") if bias else None
-        value = self.builder.value(out, weight.rows)
+        value = self.builder.value(out, weight.rows, x.rows)
         return self.builder.emit(Linear(value, x, weight, b, activation, scale, residual))
 
     def norm(self, x: Value, role: str, norm: Norm, group: int | None = None) -> Value:
@@ -179,7 +185,7 @@ class _Compiler:
 
     def add_normed(self, x: Value, y: Value, role: str, norm: Norm, name: str) -> Value:
         normed = self.norm(y, f"{role}.post_norm", norm)
-        out = self.builder.value(name, x.width)
+        out = self.builder.value(name, x.width, x.rows)
         return self.builder.emit(Add(out, x, normed, self.decoder.residual_scale))
 
     def matrix(self, role: str) -> Matrix:

@@ -66,10 +66,15 @@ def test_every_layer_equals_transformers(
         assert distance(executor.value(value), wanted) < TOLERANCE, value
 
 
-def test_only_wanted_rows_have_logits(built: Build, make_executor: MakeExecutor) -> None:
-    model = built(BY_NAME["llama"])
-    executor = make_executor(program_of(built, BY_NAME["llama"]), model.checkpoint)
-    batch = make_batch([(model.tokens, 0, 0)])
-    wanted = np.array([3, 17, 39], np.int32)
-    found = executor.step(replace(batch, outputs=wanted))
-    assert distance(found, model.logits[wanted]) < TOLERANCE
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_only_wanted_rows_have_logits(
+    case: Case, built: Build, make_executor: MakeExecutor
+) -> None:
+    """Also in a step that wants none, and rows out of order."""
+    model = built(case)
+    executor = make_executor(program_of(built, case), model.checkpoint)
+    first = replace(make_batch([(model.tokens[:20], 0, 0)]), outputs=np.empty(0, np.int32))
+    assert len(executor.step(first)) == 0
+    wanted = np.array([17, 3, 19], np.int32)
+    found = executor.step(replace(make_batch([(model.tokens[20:], 20, 0)]), outputs=wanted))
+    assert distance(found, model.logits[20 + wanted]) < TOLERANCE
