@@ -1,9 +1,10 @@
 """llama.cpp's side of `peers.py`, run by the Python of its own environment.
 
-Its argument is a JSON object: model, threads, and plans, each [prompt, answer, batch]. Prints a
-JSON object on its last line: load_s (until the first token is computed), memory in bytes after the
-first plan, and of each plan the tokens per second of prompt and answer. Every plan has a context of
-its own and runs twice; the second time counts.
+Its argument is a JSON object: model, threads, plans, each [prompt, answer, batch], and warm_up:
+plans with a prompt of at most so many tokens run twice, and the second time counts. Prints a JSON
+object on its last line: load_s (until the first token is computed), memory in bytes after the first
+plan, and of each plan the tokens per second of prompt and answer. Every plan has a context of its
+own.
 """
 
 import ctypes
@@ -39,11 +40,11 @@ def open_context(model, threads, plan):
     return c.llama_init_from_model(model, params)
 
 
-def measure(context, vocab, plan):
+def measure(context, vocab, plan, runs):
     """Tokens per second of prompt and of answer."""
     prompt, answer, many = plan
     sequences = range(many)
-    for _ in range(2):
+    for _ in range(runs):
         c.llama_memory_clear(c.llama_get_memory(context), True)
         start_s = time.perf_counter()
         for s in sequences:
@@ -83,7 +84,8 @@ def main():
         if not result["rates"]:
             decode(context, [(1000 % vocab, 0, 0, True)])
             result["load_s"] = time.perf_counter() - start_s
-        result["rates"].append(measure(context, vocab, plan))
+        runs = 2 if plan[0] <= job["warm_up"] else 1
+        result["rates"].append(measure(context, vocab, plan, runs))
         result.setdefault("memory", memory())
         c.llama_free(context)
     print(json.dumps(result))

@@ -38,6 +38,7 @@ BUILDS = {
         "-DGGML_F16C=ON -DGGML_BMI2=ON",
     ),
 }
+WARM_UP = 4096  # a longer prompt warms itself up
 Results = dict[str, Any]
 
 
@@ -167,7 +168,7 @@ def main() -> None:
     plans += [[max(args.p // 4, 1), max(args.g // 2, 1), args.b]] if args.b > 1 else []
     reports = []
     for model in args.models or [str(embedded.find())]:
-        job = {"model": model, "threads": args.threads, "plans": plans}
+        job = {"model": model, "threads": args.threads, "plans": plans, "warm_up": WARM_UP}
         rounds = compare(job, args.rounds, args.isa)
         reports.append(job | {"rows": summary(job, rounds), "rounds": rounds})
         if not args.json:

@@ -25,7 +25,8 @@ def main() -> None:
     with Model.open(job["model"], context=plans[0].context, threads=job["threads"]) as model:
         model.logits([1000 % model.spec.vocab])
         load_s = time.perf_counter() - start_s
-        model.logits([i % model.spec.vocab for i in range(plans[0].context)])
+        tokens = [i % model.spec.vocab for i in range(plans[0].context)]
+        model.log_probabilities(tokens, start=len(tokens) - 1)
         resident = memory()
     result = {
         "load_s": load_s,
@@ -36,7 +37,8 @@ def main() -> None:
     }
     for plan in plans:
         bench = Bench.open(job["model"], plan, threads=job["threads"])
-        result["rates"].append([rate.tokens_per_second[0] for rate in bench.rates(1)])
+        rates = bench.rates(1, warm_up=plan.prompt <= job["warm_up"])
+        result["rates"].append([rate.tokens_per_second[0] for rate in rates])
     print(json.dumps(result))
 
 

@@ -150,14 +150,14 @@ class Bench:
         checkpoint = open_checkpoint(locate(path))
         return cls((checkpoint, recipes.load(checkpoint), quant.Plan()), plan, threads=threads)
 
-    def rates(self, repetitions: int) -> list[Result]:
+    def rates(self, repetitions: int, *, warm_up: bool = True) -> list[Result]:
         """Of `repetitions` rounds after one to warm up; a test of no tokens is left out."""
         tests = self._tests()
         rates: dict[str, list[float]] = {name: [] for name, _, _ in tests}
-        for _ in range(repetitions + 1):
+        for _ in range(warm_up + repetitions):
             for name, tokens, run in tests:
                 rates[name].append(tokens / _seconds(run))
-        return [Result(name, found[1:]) for name, found in rates.items()]
+        return [Result(name, found[warm_up:]) for name, found in rates.items()]
 
     def profiles(self) -> list[Profile]:
         """Where the time of the same tests goes, once."""
