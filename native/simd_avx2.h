@@ -209,10 +209,16 @@ constexpr int kPairRun = kBits <= 4   ? 8
                          : kBits == 5 ? 4
                          : kBits == 6 ? 2
                                       : 1;
+// GCC would keep all products of a run, on the stack, and add them up at its end.
+template <class T>
+inline T added(T sum) {
+  asm("" : "+x"(sum.a), "+x"(sum.b));
+  return sum;
+}
 inline I32x16 add_pairs(I32x16 acc, I16x32 pairs) {
   const __m256i one = _mm256_set1_epi16(1);
-  return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(pairs.a, one)),
-          _mm256_add_epi32(acc.b, _mm256_madd_epi16(pairs.b, one))};
+  return added(I32x16{_mm256_add_epi32(acc.a, _mm256_madd_epi16(pairs.a, one)),
+                      _mm256_add_epi32(acc.b, _mm256_madd_epi16(pairs.b, one))});
 }
 template <int kBits>
 inline __m256i pair_products(__m256i codes, __m256i x) {
@@ -223,8 +229,8 @@ inline __m256i pair_products(__m256i codes, __m256i x) {
 template <int kBits, int j>
 inline I16x32 dot(I16x32 pairs, U8x64 codes, const int8_t* x) {
   const __m256i four = splat_four<j>(x);
-  return {_mm256_add_epi16(pairs.a, pair_products<kBits>(codes.a, four)),
-          _mm256_add_epi16(pairs.b, pair_products<kBits>(codes.b, four))};
+  return added(I16x32{_mm256_add_epi16(pairs.a, pair_products<kBits>(codes.a, four)),
+                      _mm256_add_epi16(pairs.b, pair_products<kBits>(codes.b, four))});
 }
 #endif
 
