@@ -245,8 +245,6 @@ template <class Tile, int kTo, int j, int kTiles, int kRows, class Rows>
   }
 }
 
-constexpr FineGroup kNoDigits = {};
-
 // One group of every row: where it is, and its finer digits.
 template <int kRows>
 struct Groups {
@@ -257,11 +255,8 @@ struct Groups {
   [[gnu::always_inline]] inline const QuantGroup& group(int r) const {
     return x[static_cast<size_t>(r) * stride];
   }
-  // Rows whose group is not fine have digits 0, and as the factor 256 is exact, they come out the
-  // same as without.
-  [[gnu::always_inline]] inline const FineGroup& digits(int r) const {
-    const QuantGroup& g = group(r);
-    return g.fine != 0 ? *reinterpret_cast<const FineGroup*>(&g + groups) : kNoDigits;
+  [[gnu::always_inline]] inline const FineGroup& digits(int r) const {  // of a fine group
+    return *reinterpret_cast<const FineGroup*>(&group(r) + groups);
   }
 };
 
@@ -292,23 +287,27 @@ template <class Tile, int kParts, int kPart, int kTiles, int kRows>
       for (int r = 0; r < kRows; ++r) sum[t][r] = to_float(acc[t][r]);
     return;
   }
-  const FineGroup* digits[kRows];
-  const uint8_t* again[kTiles];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    digits[r] = &at.digits(r);
+    if (at.group(r).fine == 0) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; ++t) sum[t][r] = to_float(acc[t][r]);
+      continue;
+    }
+    const FineGroup& digits = at.digits(r);
     const I32x16 zero_point =
-        start<Tile>(kParts == 2 ? digits[r]->minus_half_r + kPart : &digits[r]->minus_r);
+        start<Tile>(kParts == 2 ? digits.minus_half_r + kPart : &digits.minus_r);
+    Block<I32x16, kTiles, 1> both;
+    const uint8_t* again[kTiles];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTiles; ++t) acc[t][r] = add(shift_left<8>(acc[t][r]), zero_point);
+    for (int t = 0; t < kTiles; ++t) {
+      both[t][0] = add(shift_left<8>(acc[t][r]), zero_point);
+      again[t] = afresh(codes[t]);
+    }
+    all_dots<Tile, kTo, kFrom>(both, again, [&](int) { return digits.r; });
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) sum[t][r] = mul(to_float(both[t][0]), set1(1.0f / 256.0f));
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < kTiles; ++t) again[t] = afresh(codes[t]);
-  all_dots<Tile, kTo, kFrom>(acc, again, [&](int r) { return digits[r]->r; });
-#pragma GCC unroll 4
-  for (int t = 0; t < kTiles; ++t)
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[t][r] = mul(to_float(acc[t][r]), set1(1.0f / 256.0f));
 }
 
 template <class Tile, int kTiles, int kRows>
@@ -417,8 +416,12 @@ void matmul_rows(const Tiles& tiles, const Columns& c, size_t row) {
     for (int t = 0; t < kTiles; ++t) {
       codes[t] = at[t].codes;
       scales[t] = at[t].scale();
-      if constexpr (kRows <= 2)  // few rows wait for memory
+      if constexpr (kRows <= 2) {  // few rows wait for memory
         for (size_t i = 0; i < Cursor<Tile>::kRunBytes; i += 64) prefetch(codes[t] + kPrefetch + i);
+      } else if (row == kRows) {  // the next tiles come while these are multiplied
+        for (size_t i = 0; i < Cursor<Tile>::kRunBytes; i += 64)
+          prefetch(codes[t] + kTiles * tiles.bytes + i);
+      }
       at[t].advance();
     }
     groups.fine = 0;
