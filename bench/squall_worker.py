@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 from squall import Model, _native
 from squall.measure import Bench, Plan
@@ -25,12 +26,9 @@ def main() -> None:
     with Model.open(job["model"], context=plans[0].context, threads=job["threads"]) as model:
         model.logits([1000 % model.spec.vocab])
         load_s = time.perf_counter() - start_s
-        tokens = [i % model.spec.vocab for i in range(plans[0].context)]
-        model.log_probabilities(tokens, start=len(tokens) - 1)
-        resident = memory()
-    result = {
+    del model
+    result: dict[str, Any] = {
         "load_s": load_s,
-        "memory": resident,
         "rates": [],
         "bandwidth": _native.read_bandwidth(job["threads"]),
         "system": _native.default_isa(),
@@ -39,6 +37,8 @@ def main() -> None:
         bench = Bench.open(job["model"], plan, threads=job["threads"])
         rates = bench.rates(1, warm_up=plan.prompt <= job["warm_up"])
         result["rates"].append([rate.tokens_per_second[0] for rate in rates])
+        result.setdefault("memory", memory())
+        del bench
     print(json.dumps(result))
 
 

@@ -220,13 +220,16 @@ class StorePhase final : public Phase {
   StorePhase(const Kernels& k, const Limits& limits, const KvCache& cache, size_t layer,
              const Buffer& key, const Buffer& value)
       : k_(k), limits_(limits), cache_(cache), layer_(layer), key_(key), value_(value) {}
-  size_t tasks(const Step& step) const override { return ceil_div(step.batch.rows(), kRows); }
+  size_t tasks(const Step& step) const override {
+    return ceil_div(step.batch.rows(), rows_a_task(step));
+  }
   void run(const Step& step, size_t task) override {
     const CacheLayer& layer = cache_.layers[layer_];
-    const size_t dim = layer.head_dim, size = limits_.block_size;
+    const size_t dim = layer.head_dim, size = limits_.block_size, many = rows_a_task(step);
+    const size_t end = std::min(step.batch.rows(), (task + 1) * many);
     for (size_t h = 0; h < layer.kv_heads; ++h) {
       const HeadCache head(cache_, layer_, h, limits_);
-      for (size_t r = task * kRows; r < std::min(step.batch.rows(), (task + 1) * kRows); ++r) {
+      for (size_t r = task * many; r < end; ++r) {
         const size_t slot = static_cast<size_t>(step.batch.slots[r]);
         const size_t block = slot / size, offset = slot % size;
         k_.store_key(key_.row(r) + h * dim, dim, size, head.keys.block(block), offset);
@@ -237,7 +240,10 @@ class StorePhase final : public Phase {
   }
 
  private:
-  static constexpr size_t kRows = 16;
+  static size_t rows_a_task(const Step& step) {  // at most a block
+    return std::clamp(step.batch.rows() / 8, size_t{1}, size_t{16});
+  }
+
   const Kernels& k_;
   const Limits& limits_;
   const KvCache& cache_;

@@ -193,10 +193,11 @@ struct Context {
 
   Floats run(const Kernels& k, size_t count, size_t length, size_t window, float softcap) const {
     const size_t key_block = key_bytes(type, dim) * block_size, row = value_bytes(type, dim);
-    const size_t heads = 3, head = 1, room = Plane::slots(kBlocks, block_size) * heads;
-    std::vector<uint8_t> key(room / block_size * key_block), value(room * row);
-    const Plane own_keys(key.data(), key_block, heads, head);
-    const Plane own_values(value.data(), row * block_size, heads, head);
+    const size_t key_run = Plane::kRegion * key_block, run = Plane::kRegion * block_size * row;
+    const size_t heads = 3, region = heads * (key_run + run);  // ours is the second
+    std::vector<uint8_t> cache((kBlocks + Plane::kRegion - 1) / Plane::kRegion * region);
+    const Plane own_keys{cache.data() + key_run, key_block, region};
+    const Plane own_values{cache.data() + heads * key_run + run, row * block_size, region};
     for (size_t p = 0; p < length; ++p) {
       const size_t block = static_cast<size_t>(table[p / block_size]), at = p % block_size;
       k.store_key(keys.data() + p * dim, dim, block_size, own_keys.block(block), at);
