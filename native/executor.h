@@ -81,8 +81,6 @@ struct Limits {
   size_t blocks, block_size;  // of the KV cache
   size_t context;             // positions
   CacheType cache;
-
-  size_t slots() const { return blocks * block_size; }
 };
 
 struct CacheLayer {
