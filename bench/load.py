@@ -22,10 +22,10 @@ Report = dict[str, Any]
 
 # Functions of the module `squall.model` that are stages of `Model.open`.
 STAGES = {
-    "header": "open_gguf",
+    "header": "open_checkpoint",
     "recipe": "recipes.load",
     "program": "decoder.compile",
-    "tokenizer": "Tokenizer.from_gguf",
+    "tokenizer": "open_tokenizer",
     "executor": "NativeExecutor",
 }
 

@@ -277,7 +277,7 @@ void Executor::run_experts(const Mixture& m) {
   auto down = expert_phase(*m.routing, {op.down}, pool_->threads(),
                            [&k = kernels_, &mid, &last, weights = op.down](
                                size_t e, const TileRange& tiles, size_t row, size_t rows) {
-                             alignas(64) float acc[kTilesAtOnce * kRowsAtOnce * kLanes];
+                             alignas(64) float acc[kProductsAtOnce * kLanes];
                              matmul(k, *weights[e], tiles, mid, row, rows, acc);
                              for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
                                const size_t column = tile * kLanes;

@@ -12,7 +12,10 @@
 
 namespace squall {
 
-constexpr size_t kRowsAtOnce = 64;  // rows that one tile is multiplied with before the next tile
+// What is multiplied at once: up to eight tiles with up to 64 rows, whose activations stay in the
+// cache, or two tiles of floats with up to 256 rows, for which they become float32 once.
+constexpr size_t kTilesAtOnce = 8, kProductsAtOnce = 512, kMostRowsAtOnce = 256;
+constexpr size_t kRowsAThread = 64;  // from so many on, threads share the rows
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 inline const float* at(const Vector& v, size_t i) { return v.empty() ? nullptr : v.data() + i; }
@@ -60,7 +63,6 @@ struct TileRange {
   size_t begin, end;
   size_t count() const { return end - begin; }
 };
-constexpr size_t kTilesAtOnce = 8;
 
 // acc[tiles][rows][16] = x . tiles, x read as their format wants it
 inline void matmul(const Kernels& k, const Tile& w, const TileRange& tiles, const Buffer& x,
@@ -86,21 +88,29 @@ inline Work linear_work(const Tile& w, size_t rows) {
 // all tiles; with few, all rows, and a part of the tiles.
 class TilePhase : public Phase {
  public:
-  TilePhase(size_t tiles, size_t threads)
-      : tiles_(tiles),
+  TilePhase(const Tile& weight, size_t threads)
+      : tiles_(weight.tiles()),
         threads_(threads),
-        tiles_a_task_(std::clamp(tiles / (threads * 6) / 2 * 2, size_t{2}, kTilesAtOnce)) {}
+        tiles_a_task_(std::clamp(tiles_ / (threads * 6) / 2 * 2, size_t{2}, kTilesAtOnce)),
+        rows_at_once_(weight.is_integer() ? 64 : kMostRowsAtOnce) {}
 
  protected:
   size_t tasks_for(size_t rows) const { return parts(rows) * chunks(); }
 
-  // fn(tiles, row, rows) over blocks of a task's rows; its tiles begin at an even one
+  // fn(tiles, row, rows) over blocks of a task's rows; their tiles begin at an even one
   template <class Fn>
   void blocks(size_t task, size_t rows, Fn fn) const {
-    const size_t part = task / chunks(), chunk = task % chunks(), many = parts(rows);
-    const size_t end = rows * (part + 1) / many;
-    for (size_t row = rows * part / many; row < end; row += kRowsAtOnce)
-      fn(range(chunk), row, std::min(kRowsAtOnce, end - row));
+    const size_t part = task / chunks(), many = parts(rows);
+    blocks(range(task % chunks()), rows * part / many, rows * (part + 1) / many, fn);
+  }
+  template <class Fn>
+  void blocks(const TileRange& tiles, size_t row, size_t end, Fn fn) const {
+    for (; row < end; row += rows_at_once_) {
+      const size_t rows = std::min(rows_at_once_, end - row);
+      const size_t many = std::clamp(kProductsAtOnce / rows / 2 * 2, size_t{2}, kTilesAtOnce);
+      for (size_t tile = tiles.begin; tile < tiles.end; tile += many)
+        fn(TileRange{tile, std::min(tiles.end, tile + many)}, row, rows);
+    }
   }
 
   TileRange range(size_t chunk) const {
@@ -108,17 +118,17 @@ class TilePhase : public Phase {
   }
 
  private:
-  size_t parts(size_t rows) const { return rows >= threads_ * kRowsAtOnce ? threads_ : 1; }
+  size_t parts(size_t rows) const { return rows >= threads_ * kRowsAThread ? threads_ : 1; }
   size_t chunks() const { return ceil_div(tiles_, tiles_a_task_); }
 
-  size_t tiles_, threads_, tiles_a_task_;
+  size_t tiles_, threads_, tiles_a_task_, rows_at_once_;
 };
 
 class LinearPhase final : public TilePhase {
  public:
   LinearPhase(const Kernels& k, size_t threads, LinearOp op, const Buffer& x, const Buffer& out,
               const Buffer* residual)
-      : TilePhase(op.weight->tiles(), threads),
+      : TilePhase(*op.weight, threads),
         k_(k),
         op_(std::move(op)),
         x_(x),
@@ -136,7 +146,7 @@ class LinearPhase final : public TilePhase {
 
  private:
   void block(const TileRange& tiles, size_t row, size_t rows) const {
-    alignas(64) float acc[kTilesAtOnce * kRowsAtOnce * kLanes];
+    alignas(64) float acc[kProductsAtOnce * kLanes];
     matmul(k_, *op_.weight, tiles, x_, row, rows, acc);
     for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const size_t column = tile * kLanes, n = std::min(kLanes, out_.width - column);
@@ -156,9 +166,9 @@ class LinearPhase final : public TilePhase {
 // All gate tiles, then all up tiles: each is read as one stream.
 inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer& x,
                         const Buffer& out, const TileRange& tiles, size_t row, size_t rows) {
-  alignas(64) float gate[kTilesAtOnce * kRowsAtOnce * kLanes];
-  alignas(64) float up[kTilesAtOnce * kRowsAtOnce * kLanes];
-  alignas(64) float pair[kRowsAtOnce * kGroup];  // two tiles' columns: a group
+  alignas(64) float gate[kProductsAtOnce * kLanes];
+  alignas(64) float up[kProductsAtOnce * kLanes];
+  alignas(64) float pair[kMostRowsAtOnce * kGroup];  // two tiles' columns: a group
   matmul(k, *op.gate, tiles, x, row, rows, gate);
   matmul(k, *op.up, tiles, x, row, rows, up);
   for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -179,7 +189,7 @@ class GatedLinearPhase final : public TilePhase {
  public:
   GatedLinearPhase(const Kernels& k, size_t threads, GatedLinearOp op, const Buffer& x,
                    const Buffer& out)
-      : TilePhase(op.gate->tiles(), threads), k_(k), op_(std::move(op)), x_(x), out_(out) {}
+      : TilePhase(*op.gate, threads), k_(k), op_(std::move(op)), x_(x), out_(out) {}
 
   size_t tasks(const Step& step) const override { return tasks_for(step.rows_of(out_)); }
   void run(const Step& step, size_t task) override {
@@ -482,17 +492,15 @@ class ExpertPhase final : public TilePhase {
  public:
   ExpertPhase(const Routing& routing, std::vector<std::vector<TilePtr>> weights, size_t threads,
               Fn fn)
-      : TilePhase(weights.at(0).at(0)->tiles(), threads),
+      : TilePhase(*weights.at(0).at(0), threads),
         routing_(routing),
         weights_(std::move(weights)),
         fn_(std::move(fn)) {}
   size_t tasks(const Step&) const override { return routing_.experts * tasks_for(1); }
   void run(const Step&, size_t task) override {
     const size_t expert = task / tasks_for(1), first = routing_.begin[expert];
-    const size_t pairs = routing_.begin[expert + 1] - first;
-    const TileRange tiles = range(task % tasks_for(1));
-    for (size_t done = 0; done < pairs; done += kRowsAtOnce)
-      fn_(expert, tiles, first + done, std::min(kRowsAtOnce, pairs - done));
+    blocks(range(task % tasks_for(1)), first, routing_.begin[expert + 1],
+           [&](const TileRange& tiles, size_t row, size_t rows) { fn_(expert, tiles, row, rows); });
   }
   Work work(const Step&) const override {
     Work all;

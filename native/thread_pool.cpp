@@ -11,8 +11,8 @@
 namespace squall {
 namespace {
 
-constexpr int kStageSpins = 20000;  // a stage takes microseconds
-constexpr int kIdleSpins = 4000;    // about 50 us between two steps
+// About 250 us: more than a stage takes, and what Python takes between two steps of one answer.
+constexpr int kSpins = 20000;
 
 void relax() {
 #if defined(__x86_64__)
@@ -23,8 +23,8 @@ void relax() {
 }
 
 // Until `value` is no longer `old`: spins, then sleeps.
-void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int spins) {
-  for (int i = 0; i < spins; ++i) {
+void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
+  for (int i = 0; i < kSpins; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
     relax();
   }
@@ -55,7 +55,7 @@ struct ThreadPool::Job {
   void work(size_t thread) {
     for (size_t stage = 0; stage < totals.size(); ++stage) {
       for (size_t p = 0; p < parts; ++p) work(stage, (thread + p) % parts);
-      if (totals[stage] > 0) wait_for_change(complete[stage], 0, kStageSpins);
+      if (totals[stage] > 0) wait_for_change(complete[stage], 0);
     }
   }
 
@@ -88,7 +88,7 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::work(size_t thread) {
   for (uint32_t seen = 0;;) {
-    wait_for_change(round_, seen, kIdleSpins);
+    wait_for_change(round_, seen);
     seen = round_.load(std::memory_order_acquire);
     if (stop_.load()) return;
     std::shared_ptr<Job> job;

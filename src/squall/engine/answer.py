@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from squall.engine.request import FinishReason, Logits, Piece, Progress, Request, Usage
@@ -58,6 +59,7 @@ class Answer:
         self._stop_ids = stop_ids
         self._on_cancel = on_cancel
         self._sampler = SamplerState(request.sampling, progress.tokens)
+        self._row = RowSampling(self._sampler, (), request.logprobs)
         self._text = ""
         self._ids: list[int] = []
         self._logprobs: list[Sampled] = []
@@ -91,9 +93,7 @@ class Answer:
     def row(self) -> RowSampling:
         """How its next token is drawn."""
         few = self.usage.answer_tokens < self.request.sampling.min_tokens
-        return RowSampling(
-            self._sampler, tuple(self._stop_ids) if few else (), self.request.logprobs
-        )
+        return replace(self._row, banned=tuple(self._stop_ids)) if few else self._row
 
     def push(self, sampled: Sampled) -> FinishReason | None:
         """Go on with a sampled token; why the answer ends with it, if it does."""

@@ -47,6 +47,8 @@ class TextStream:
         return text
 
     def _release(self, text: str) -> str:
+        if not self._stops:
+            return text
         text, seen = self._held + text, len(self._held)
         for end in range(seen, len(text)):
             # All matchers see each character, so the first stop string to be complete wins.
