@@ -1,70 +1,113 @@
 """Every number format at one shape: rates of a prompt and of an answer, with random weights.
 
-`of bound` is the share of what reading the weights' bytes once a token would allow.
+`of bound` is the share of what reading the weights' bytes once a token would allow, `of peak` that
+of the multiply-accumulates which the processor can do. Both limits are measured in each round.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
-import tempfile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from random_gguf import SHAPES, WRITABLE, write
-from squall import _native
+from random_gguf import SHAPES, Shape, fields, matrices, norms
+from squall import _native, quant, recipes
+from squall.checkpoints import Checkpoint, Tensor
+from squall.checkpoints.base import Deferred
 from squall.measure import Bench, Plan
 
+HEADINGS = ("format", "MiB", "prompt", "of peak", "answer", "of bound")
 
-def measured(path: Path, plan: Plan, rounds: int, threads: int) -> dict[str, Any]:
-    """Medians of one file; memory is measured in each round, as it changes."""
-    bench = Bench.open(path, plan, threads=threads)
-    prompts, answers, shares = [], [], []
+
+def random_checkpoint(shape: Shape, format_name: str) -> Checkpoint:
+    """A model that is in no file: its weights are made when they are packed."""
+    format = quant.FORMATS[format_name]
+    # Any bytes are valid blocks while their floats are finite; these are small.
+    some = np.random.default_rng(0).integers(0, 256, 1 << 24, np.uint8) & 0x3B
+    blocks = some[: some.size // format.block_bytes * format.block_bytes]
+
+    def made(size: int) -> NDArray[np.uint8]:
+        return np.resize(blocks, size)
+
+    tensors: dict[str, Tensor] = {
+        name: Deferred(
+            name, format_name, (rows, cols), functools.partial(made, rows * format.row_bytes(cols))
+        )
+        for name, rows, cols in matrices(shape)
+    }
+    ones = np.ones(shape.hidden, np.float32).view(np.uint8)
+    for name in norms(shape):
+        tensors[name] = Tensor(name, "f32", (shape.hidden,), ones)
+    metadata = {f"llama.{key}": value for key, value in fields(shape, 32768).items()}
+    return Checkpoint(
+        Path(format_name),
+        MappingProxyType({"general.architecture": "llama", **metadata}),
+        MappingProxyType(tensors),
+        sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def measured(
+    shape: Shape, format_name: str, plan: Plan, rounds: int, threads: int
+) -> dict[str, Any]:
+    """Medians of one format."""
+    checkpoint = random_checkpoint(shape, format_name)
+    prepared = checkpoint, recipes.load(checkpoint), quant.Plan()
+    executor = (bench := Bench(prepared, plan, threads=threads)).executor
+    every = sum(rows * cols for _, rows, cols in matrices(shape))
+    products = every - 2 * shape.vocab * shape.hidden  # logits are of the last token alone
+    is_float = quant.FORMATS[format_name].block == 1
+    found: dict[str, list[float]] = {heading: [] for heading in HEADINGS[2:]}
     for _ in range(rounds):
         prompt, answer = (result.tokens_per_second[0] for result in bench.rates(1))
-        prompts.append(prompt)
-        answers.append(answer)
-        shares.append(answer * bench.executor.weight_bytes / _native.read_bandwidth(threads))
-    return {
-        "weight_bytes": bench.executor.weight_bytes,
-        "prompt": statistics.median(prompts),
-        "answer": statistics.median(answers),
-        "of_bound": statistics.median(shares),
-    }
+        peak = _native.peak_rates(executor.isa, threads)[is_float]
+        bound = _native.read_bandwidth(threads) / executor.weight_bytes
+        shares = (prompt, prompt * products / peak, answer, answer / bound)
+        for heading, value in zip(found, shares, strict=True):
+            found[heading].append(value)
+    medians = {heading: statistics.median(values) for heading, values in found.items()}
+    return {"format": format_name, "MiB": executor.weight_bytes / 2**20, **medians}
 
 
 def main() -> None:
     """Measure each format and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help="default: all")
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=_native.default_threads()[0])
     parser.add_argument("-p", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("-g", type=int, default=64, help="tokens of the answer")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each format")
     args = parser.parse_args()
-    found = {}
-    for name in args.formats or WRITABLE:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{name}.gguf"
-            write(path, SHAPES[args.shape], name)
-            plan = Plan(args.p, args.g)
-            found[name] = measured(path, plan, args.rounds, args.threads)
-    if args.json:
-        print(json.dumps(found))
-        return
-    table = Table(caption=f"{args.shape}, {args.threads} threads")
-    for heading in ("format", "MiB", f"pp{args.p}", f"tg{args.g}", "of bound"):
+    unknown = set(args.formats) - set(quant.FORMATS)
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: not one of {', '.join(quant.FORMATS)}")
+    table = Table(caption=f"{args.shape}, {args.threads} threads, tokens/s")
+    for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "format" else "right")
-    for name, row in found.items():
-        rates = (f"{row['prompt']:.1f}", f"{row['answer']:.1f}", f"{row['of_bound']:.0%}")
-        table.add_row(name, f"{row['weight_bytes'] / 2**20:.0f}", *rates)
-    Console().print(table)
+    shape, plan = SHAPES[args.shape], Plan(args.p, args.g)
+    for name in track(args.formats or quant.FORMATS, console=Console(stderr=True)):
+        row = measured(shape, name, plan, args.rounds, args.threads)
+        if args.json:
+            print(json.dumps(row), flush=True)
+        rates = (f"{row['prompt']:.1f}", f"{row['of peak']:.0%}")
+        answers = (f"{row['answer']:.1f}", f"{row['of bound']:.0%}")
+        table.add_row(name, f"{row['MiB']:.0f}", *rates, *answers)
+    if not args.json:
+        Console().print(table)
 
 
 if __name__ == "__main__":

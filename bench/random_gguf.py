@@ -6,6 +6,7 @@ For speed and memory: arithmetic costs the same whatever the values are. Its tex
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,60 +39,75 @@ WRITABLE = tuple(format.name for format in GGML_FORMATS.values() if format.name 
 ALPHABET = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 324)]]
 
 
+def matrices(shape: Shape) -> Iterator[tuple[str, int, int]]:
+    """Name, rows and columns of each."""
+    kv = shape.hidden // shape.heads * shape.kv_heads
+    yield "token_embd.weight", shape.vocab, shape.hidden
+    for i in range(shape.layers):
+        for name in ("attn_q", "attn_output"):
+            yield f"blk.{i}.{name}.weight", shape.hidden, shape.hidden
+        for name in ("attn_k", "attn_v"):
+            yield f"blk.{i}.{name}.weight", kv, shape.hidden
+        for name in ("ffn_gate", "ffn_up"):
+            yield f"blk.{i}.{name}.weight", shape.feed_forward, shape.hidden
+        yield f"blk.{i}.ffn_down.weight", shape.hidden, shape.feed_forward
+    yield "output.weight", shape.vocab, shape.hidden
+
+
+def norms(shape: Shape) -> Iterator[str]:
+    """Their names; each has `hidden` values."""
+    for i in range(shape.layers):
+        yield from (f"blk.{i}.attn_norm.weight", f"blk.{i}.ffn_norm.weight")
+    yield "output_norm.weight"
+
+
+def fields(shape: Shape, context: int) -> dict[str, int | float]:
+    """What the file says about the model, without `llama.` in front."""
+    return {
+        "block_count": shape.layers,
+        "context_length": context,
+        "embedding_length": shape.hidden,
+        "feed_forward_length": shape.feed_forward,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 10000.0,
+        "rope.dimension_count": shape.hidden // shape.heads,
+        "vocab_size": shape.vocab,
+    }
+
+
 def write(path: Path, shape: Shape, format_name: str, *, context: int = 32768) -> None:
     """One file; `format_name` is one of WRITABLE."""
     writer = gguf.GGUFWriter(path, "llama")
-    _metadata(writer, shape, context)
+    for key, value in fields(shape, context).items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"llama.{key}", value)
+    _tokenizer(writer, shape.vocab)
     format = FORMATS[format_name]
     rng = np.random.default_rng(0)
-    ones = np.ones(shape.hidden, np.float32)
-    kv = shape.hidden // shape.heads * shape.kv_heads
-
-    def matrix(name: str, rows: int, cols: int) -> None:
+    for name in norms(shape):
+        writer.add_tensor(name, np.ones(shape.hidden, np.float32))
+    for name, rows, cols in matrices(shape):
         # Any bytes are valid blocks while their floats are finite; these are small.
         data = rng.integers(0, 256, (rows, format.row_bytes(cols)), np.uint8) & 0x3B
-        kind = gguf.GGMLQuantizationType(format.ggml_id)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-
-    matrix("token_embd", shape.vocab, shape.hidden)
-    for i in range(shape.layers):
-        writer.add_tensor(f"blk.{i}.attn_norm.weight", ones)
-        writer.add_tensor(f"blk.{i}.ffn_norm.weight", ones)
-        for name in ("attn_q", "attn_output"):
-            matrix(f"blk.{i}.{name}", shape.hidden, shape.hidden)
-        for name in ("attn_k", "attn_v"):
-            matrix(f"blk.{i}.{name}", kv, shape.hidden)
-        for name in ("ffn_gate", "ffn_up"):
-            matrix(f"blk.{i}.{name}", shape.feed_forward, shape.hidden)
-        matrix(f"blk.{i}.ffn_down", shape.hidden, shape.feed_forward)
-    writer.add_tensor("output_norm.weight", ones)
-    matrix("output", shape.vocab, shape.hidden)
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType(format.ggml_id))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _metadata(writer: gguf.GGUFWriter, shape: Shape, context: int) -> None:
-    writer.add_block_count(shape.layers)
-    writer.add_context_length(context)
-    writer.add_embedding_length(shape.hidden)
-    writer.add_feed_forward_length(shape.feed_forward)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(shape.hidden // shape.heads)
-    writer.add_vocab_size(shape.vocab)
+def _tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     pair = ALPHABET[:2]
-    filler = [f"filler{i}" for i in range(shape.vocab - len(ALPHABET) - 2)]
+    filler = [f"filler{i}" for i in range(vocab - len(ALPHABET) - 2)]
     writer.add_token_list([*ALPHABET, "".join(pair), *filler, "<|end|>"])
-    kinds = [gguf.TokenType.NORMAL] * (shape.vocab - 1)
+    kinds = [gguf.TokenType.NORMAL] * (vocab - 1)
     writer.add_token_types([*kinds, gguf.TokenType.CONTROL])
     writer.add_token_merges([" ".join(pair)])
-    writer.add_eos_token_id(shape.vocab - 1)
+    writer.add_eos_token_id(vocab - 1)
     writer.add_add_bos_token(False)
 
 

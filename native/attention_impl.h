@@ -24,6 +24,7 @@ constexpr size_t kTilePositions = 64;
 template <class Element>
 struct CacheOf {
   using Type = typename Element::Type;
+  static constexpr size_t kBytes = sizeof(Type);  // of a value
   static inline void put_key(const float* k, size_t dim, size_t block_size, uint8_t* block,
                              size_t offset) {
     auto* to = reinterpret_cast<Type*>(block) + offset;
@@ -59,6 +60,7 @@ struct Single {
 // 32 dimensions of a position share a float scale. A block of keys is int8 [head_dim][block_size],
 // then scales [groups][block_size]; a row of values int8 [padded head_dim], then scales [groups].
 struct CacheQ8 {
+  static constexpr size_t kBytes = 1;
   // Quantizes up to 32 floats; returns the scale.
   static inline float group(const float* x, size_t n, int8_t* q) {
     const size_t half = n < kLanes ? n : kLanes;
@@ -200,10 +202,13 @@ struct Copied {
   Rows rows(size_t lane) const { return {data + lane * stride, stride}; }
 };
 
+// While keys are read, the values of the same positions come into the second-level cache, and with
+// values the keys of the next tile, up to `end`: otherwise memory would rest while there is
+// something to compute. (The first-level cache has no room for a second tile.)
 template <class Cache>
 struct Cached {
   const AttendArgs& a;
-  size_t tile;
+  size_t tile, end;
 
   const uint8_t* block(size_t position) const {
     return a.keys.block(static_cast<size_t>(a.table[position / a.block_size]));
@@ -212,32 +217,41 @@ struct Cached {
     const uint8_t* rows = a.values.block(static_cast<size_t>(a.table[position / a.block_size]));
     return rows + position % a.block_size * a.value_bytes;
   }
+  const uint8_t* next_keys(size_t position) const {
+    const size_t next = position + kTilePositions < end ? position + kTilePositions : position;
+    return block(next) + next % a.block_size * (a.keys.block_bytes / a.block_size);
+  }
 
   template <int kVectors>
   struct Keys {
     const AttendArgs& a;
-    const uint8_t* block[kVectors];
+    const uint8_t *block[kVectors], *values[kVectors];
     size_t offset[kVectors];
-    F32x16 get(size_t d, int v) const { return Cache::key(a, block[v], offset[v], d); }
+    F32x16 get(size_t d, int v) const {
+      prefetch_far(values[v] + d * kLanes * Cache::kBytes);
+      return Cache::key(a, block[v], offset[v], d);
+    }
   };
   template <int kVectors>
   Keys<kVectors> keys(size_t lane) const {
-    Keys<kVectors> found{a, {}, {}};
+    Keys<kVectors> found{a, {}, {}, {}};
     for (size_t v = 0; v < kVectors; ++v) {
       const size_t position = tile + lane + kLanes * v;
       found.block[v] = block(position);
+      found.values[v] = row(position);
       found.offset[v] = position % a.block_size;
     }
     return found;
   }
   struct Rows {
     const AttendArgs& a;
-    const uint8_t* at;
+    const uint8_t *at, *keys;
     F32x16 get(size_t i, size_t column) const {
+      prefetch_far(keys + i * a.value_bytes + column * Cache::kBytes);
       return Cache::value(a, at + i * a.value_bytes, column);
     }
   };
-  Rows rows(size_t lane) const { return {a, row(tile + lane)}; }
+  Rows rows(size_t lane) const { return {a, row(tile + lane), next_keys(tile + lane)}; }
 };
 
 // p[query][16 * kVectors] = q . keys from `lane` on
@@ -362,11 +376,10 @@ struct Attention {
     }
     const size_t first = index * kSegment, last = first + kSegment;
     begin = begin > first ? begin / kTilePositions * kTilePositions : first;
-    end = end < last ? end : last;
-    for (size_t tile = begin; tile < end; tile += kTilePositions) step(tile);
+    for (size_t tile = begin; tile < end && tile < last; tile += kTilePositions) step(tile, end);
   }
 
-  void step(size_t tile) {
+  void step(size_t tile, size_t end) {
     Seen all(tile, 0, 0);
     all.from = kTilePositions;
     for (size_t i = 0; i < a.count; ++i) {
@@ -376,7 +389,7 @@ struct Attention {
       all.to = one.to > all.to ? one.to : all.to;
     }
     if (all.to == 0) return;
-    const Cached<Cache> cached{a, tile};
+    const Cached<Cache> cached{a, tile, end};
     if (a.count <= kQueryBlock) {  // read once anyway
       score_all(all, cached);
       weigh_all(tile);

@@ -43,7 +43,8 @@ static inline uint16_t float_to_bf16(float f) {
 constexpr float kF8Unit = 256.0f;
 
 static inline uint16_t f8_to_half(uint8_t f) {
-  return static_cast<uint16_t>((f & 0x80) << 8 | (f & 0x7f) << 7);
+  const auto wide = static_cast<uint16_t>(static_cast<int8_t>(f));  // the sign in bits 7 to 15
+  return static_cast<uint16_t>(wide << 7 & 0xbfff);
 }
 
 // Rounds to nearest even; what is too large becomes the largest, 448.
