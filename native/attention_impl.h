@@ -228,7 +228,7 @@ struct Cached {
     const uint8_t *block[kVectors], *values[kVectors];
     size_t offset[kVectors];
     F32x16 get(size_t d, int v) const {
-      prefetch_far(values[v] + d * kLanes * Cache::kBytes);
+      prefetch(values[v] + d * kLanes * Cache::kBytes);
       return Cache::key(a, block[v], offset[v], d);
     }
   };
@@ -247,7 +247,7 @@ struct Cached {
     const AttendArgs& a;
     const uint8_t *at, *keys;
     F32x16 get(size_t i, size_t column) const {
-      prefetch_far(keys + i * a.value_bytes + column * Cache::kBytes);
+      prefetch(keys + i * a.value_bytes + column * Cache::kBytes);
       return Cache::value(a, at + i * a.value_bytes, column);
     }
   };

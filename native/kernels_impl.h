@@ -417,7 +417,7 @@ void matmul_rows(const Tiles& tiles, const Columns& c, size_t row) {
       codes[t] = at[t].codes;
       scales[t] = at[t].scale();
       if constexpr (kRows <= 2) {  // few rows wait for memory; the processor foresees the rest
-        prefetch_far(codes[t] + kPrefetch);
+        prefetch(codes[t] + kPrefetch);
       } else if (row == kRows) {  // the next tiles come while these are multiplied
         for (size_t i = 0; i < Cursor<Tile>::kRunBytes; i += 64)
           prefetch(codes[t] + kTiles * tiles.bytes + i);

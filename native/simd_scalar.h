@@ -170,8 +170,7 @@ constexpr int kPairRun = 0;  // dot() adds to 32 bits at once
 using I16x32 = I32x16;
 inline I32x16 add_pairs(I32x16 acc, I16x32) { return acc; }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
 // to the second-level cache
-inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace
