@@ -63,20 +63,21 @@ def measured(
     """Medians of one format."""
     checkpoint = random_checkpoint(shape, format_name)
     prepared = checkpoint, recipes.load(checkpoint), quant.Plan()
-    executor = (bench := Bench(prepared, plan, threads=threads)).executor
+    bench = Bench(prepared, plan, threads=threads)
+    isa, weight_bytes = bench.executor.isa, bench.executor.weight_bytes
     every = sum(rows * cols for _, rows, cols in matrices(shape))
     products = every - 2 * shape.vocab * shape.hidden  # logits are of the last token alone
     is_float = quant.FORMATS[format_name].block == 1
     found: dict[str, list[float]] = {heading: [] for heading in HEADINGS[2:]}
     for _ in range(rounds):
         prompt, answer = (result.tokens_per_second[0] for result in bench.rates(1))
-        peak = _native.peak_rates(executor.isa, threads)[is_float]
-        bound = _native.read_bandwidth(threads) / executor.weight_bytes
+        peak = _native.peak_rates(isa, threads)[is_float]
+        bound = _native.read_bandwidth(threads) / weight_bytes
         shares = (prompt, prompt * products / peak, answer, answer / bound)
         for heading, value in zip(found, shares, strict=True):
             found[heading].append(value)
     medians = {heading: statistics.median(values) for heading, values in found.items()}
-    return {"format": format_name, "MiB": executor.weight_bytes / 2**20, **medians}
+    return {"format": format_name, "MiB": weight_bytes / 2**20, **medians}
 
 
 def main() -> None:
