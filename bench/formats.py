@@ -15,12 +15,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from random_gguf import SHAPES, Shape, fields, matrices, norms
+from roofline import random_blocks
 from squall import _native, quant, recipes
 from squall.checkpoints import Checkpoint, Tensor
 from squall.checkpoints.base import Deferred
@@ -32,16 +32,14 @@ HEADINGS = ("format", "MiB", "prompt", "of peak", "answer", "of bound")
 def random_checkpoint(shape: Shape, format_name: str) -> Checkpoint:
     """A model that is in no file: its weights are made when they are packed."""
     format = quant.FORMATS[format_name]
-    # Any bytes are valid blocks while their floats are finite; these are small.
-    some = np.random.default_rng(0).integers(0, 256, 1 << 24, np.uint8) & 0x3B
-    blocks = some[: some.size // format.block_bytes * format.block_bytes]
-
-    def made(size: int) -> NDArray[np.uint8]:
-        return np.resize(blocks, size)
-
+    size = (1 << 24) // format.block_bytes * format.block_bytes
+    blocks = random_blocks(np.random.default_rng(0), size)
     tensors: dict[str, Tensor] = {
         name: Deferred(
-            name, format_name, (rows, cols), functools.partial(made, rows * format.row_bytes(cols))
+            name,
+            format_name,
+            (rows, cols),
+            functools.partial(np.resize, blocks, rows * format.row_bytes(cols)),
         )
         for name, rows, cols in matrices(shape)
     }

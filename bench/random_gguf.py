@@ -13,6 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from roofline import random_blocks
 from squall.quant import FORMATS, GGML_FORMATS
 
 
@@ -89,8 +90,7 @@ def write(path: Path, shape: Shape, format_name: str, *, context: int = 32768) -
     for name in norms(shape):
         writer.add_tensor(name, np.ones(shape.hidden, np.float32))
     for name, rows, cols in matrices(shape):
-        # Any bytes are valid blocks while their floats are finite; these are small.
-        data = rng.integers(0, 256, (rows, format.row_bytes(cols)), np.uint8) & 0x3B
+        data = random_blocks(rng, rows * format.row_bytes(cols)).reshape(rows, -1)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType(format.ggml_id))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

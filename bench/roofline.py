@@ -12,6 +12,7 @@ import json
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,11 @@ def peaks(threads: int) -> list[dict[str, Any]]:
     return [{"isa": isa, "int8": int8, "float32": float32} for isa, int8, float32 in rates]
 
 
+def random_blocks(rng: np.random.Generator, size: int) -> NDArray[np.uint8]:
+    """Bytes that are valid blocks of every format: its floats are finite and small."""
+    return rng.integers(0, 256, size, np.uint8) & 0x3B
+
+
 def linears(
     peak: dict[str, Any], threads: int, rows: int, shape: tuple[int, int], passes: int
 ) -> list[dict[str, Any]]:
@@ -33,8 +39,7 @@ def linears(
     x = rng.standard_normal((rows, inputs), np.float32)
     found = []
     for name, format in quant.FORMATS.items():
-        # Any bytes are valid blocks while their floats are finite; these are small.
-        blocks = rng.integers(0, 256, outputs * format.row_bytes(inputs), np.uint8) & 0x3B
+        blocks = random_blocks(rng, outputs * format.row_bytes(inputs))
         tile = _native.pack(name, blocks, outputs, inputs)
         _, seconds = _native.timed_linear(x, tile, peak["isa"], threads, passes)
         rate = rows * inputs * outputs / seconds

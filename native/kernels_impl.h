@@ -23,6 +23,9 @@ using squall::kLanes;
 using squall::kSuper;
 using squall::QuantGroup;
 
+// to the second-level cache
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 inline const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
 
 // ---- codes ----
@@ -417,7 +420,8 @@ void matmul_rows(const Tiles& tiles, const Columns& c, size_t row) {
       codes[t] = at[t].codes;
       scales[t] = at[t].scale();
       if constexpr (kRows <= 2) {  // few rows wait for memory; the processor foresees the rest
-        prefetch(codes[t] + kPrefetch);
+        for (size_t i = 0; i < (kFetchAll ? Cursor<Tile>::kRunBytes : 1); i += 64)
+          prefetch(codes[t] + kPrefetch + i);
       } else if (row == kRows) {  // the next tiles come while these are multiplied
         for (size_t i = 0; i < Cursor<Tile>::kRunBytes; i += 64)
           prefetch(codes[t] + kTiles * tiles.bytes + i);
@@ -528,8 +532,11 @@ void matmul_float_rows(const Tiles& tiles, const FloatColumns& c, size_t row) {
   for (size_t k = 0; k < c.count; ++k) {
     F32x16 w[kTiles];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTiles; ++t)
-      w[t] = Element::of(tiles.tile(t) + Element::kHead + k * kLanes * Element::kBytes);
+    for (int t = 0; t < kTiles; ++t) {
+      const uint8_t* const p = tiles.tile(t) + Element::kHead + k * kLanes * Element::kBytes;
+      if constexpr (kRows <= 2 && kFetchAll) prefetch(p + kPrefetch);
+      w[t] = Element::of(p);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32x16 value = set1(x[static_cast<size_t>(r) * c.stride + k]);
@@ -547,7 +554,8 @@ template <class Element, int kTiles, size_t kBlock = kFloatRowBlock>
 void matmul_float_blocks(const Tiles& tiles, const FloatColumns& c, size_t row = 0) {
   for (; tiles.rows - row >= kBlock; row += kBlock)
     matmul_float_rows<Element, kTiles, kBlock>(tiles, c, row);
-  if constexpr (kBlock > 1) matmul_float_blocks<Element, kTiles, kBlock / 2>(tiles, c, row);
+  constexpr size_t kNext = kBlock == 6 ? 4 : kBlock / 2;
+  if constexpr (kBlock > 1) matmul_float_blocks<Element, kTiles, kNext>(tiles, c, row);
 }
 
 constexpr size_t kFloatSlice = 128;  // columns made float32 at a time

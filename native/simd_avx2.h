@@ -9,10 +9,13 @@
 namespace {
 
 constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registers
-constexpr size_t kFloatRowBlock = 4;  // rows a float matmul keeps there
+constexpr size_t kFloatRowBlock = 6;  // rows a float matmul keeps there
 constexpr int kTileBlock = 1;         // tiles they do at once
-constexpr int kQueryBlock = 4;        // queries attention keeps there
-constexpr size_t kVectorBlock = 1;    // times so many vectors of keys or values
+// Few rows fetch every line of the weights ahead: 1.3 to 1.6x on Zen 3, where a part is worse than
+// none.
+constexpr bool kFetchAll = true;
+constexpr int kQueryBlock = 4;      // queries attention keeps there
+constexpr size_t kVectorBlock = 1;  // times so many vectors of keys or values
 #ifdef __AVXVNNI__
 constexpr bool kSignedDot8 = false;
 #else
@@ -233,8 +236,5 @@ inline I16x32 dot(I16x32 pairs, U8x64 codes, const int8_t* x) {
                       _mm256_add_epi16(pairs.b, pair_products<kBits>(codes.b, four))});
 }
 #endif
-
-// to the second-level cache
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace

@@ -11,6 +11,7 @@ namespace {
 constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registers
 constexpr size_t kFloatRowBlock = 4;  // rows a float matmul keeps there
 constexpr int kTileBlock = 1;         // tiles they do at once
+constexpr bool kFetchAll = false;     // few rows fetch a line of 32 columns ahead
 constexpr int kQueryBlock = 4;        // queries attention keeps there
 constexpr size_t kVectorBlock = 1;    // times so many vectors of keys or values
 constexpr bool kSignedDot8 = true;    // there is no unsigned by signed product
@@ -209,8 +210,5 @@ template <int kBits>
 constexpr int kPairRun = 0;  // dot() adds to 32 bits at once
 using I16x32 = I32x16;
 inline I32x16 add_pairs(I32x16 acc, I16x32) { return acc; }
-
-// to the second-level cache
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace
