@@ -64,7 +64,9 @@ def test_answers_share_their_prompt(small: Model) -> None:
 
 def test_an_engine_that_died(small: Model, executor: FakeExecutor) -> None:
     executor.fail = MemoryError("no room")
+    executor.hold()  # until both answers are in
     job = start(small, 2)
+    executor.let()
     with pytest.raises(EngineStopped, match="no room"):
         job.response()
     with pytest.raises(EngineStopped, match="no room"):

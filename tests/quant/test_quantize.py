@@ -99,11 +99,14 @@ def test_hqq_like_its_definition(bits: int, magnitude: float, rng: np.random.Gen
     stored = found.view(format.layout)
     np.testing.assert_array_equal(stored["scale"], scale.astype(np.float16).reshape(-1))
     minimum = ((middle - zero) * scale).reshape(-1)
-    np.testing.assert_allclose(stored["minimum"], minimum, rtol=1e-3, atol=1e-3 * magnitude)
+    error = np.abs(stored["minimum"] - minimum)
+    far = error > 1e-3 * (np.abs(minimum) + magnitude)
+    # A value between two codes may go to the other one, which moves the zero by part of a step.
+    assert far.mean() < 2e-2
+    assert (error[far] < scale.reshape(-1)[far] / 2).all()
     one, none = stored.copy(), stored.copy()
     one["scale"], one["minimum"], none["scale"], none["minimum"] = 1, 0, 0, 0
     actual = format.dequantize(one.view(np.uint8)).reshape(codes.shape) + middle
-    # A value between two codes may go to the other one.
     assert (actual != codes).mean() < 2e-3
     assert np.abs(actual - codes).max() <= 1
 
