@@ -554,7 +554,7 @@ template <class Element, int kTiles, size_t kBlock = kFloatRowBlock>
 void matmul_float_blocks(const Tiles& tiles, const FloatColumns& c, size_t row = 0) {
   for (; tiles.rows - row >= kBlock; row += kBlock)
     matmul_float_rows<Element, kTiles, kBlock>(tiles, c, row);
-  constexpr size_t kNext = kBlock == 6 ? 4 : kBlock / 2;
+  constexpr size_t kNext = kBlock > 4 ? 4 : kBlock / 2;
   if constexpr (kBlock > 1) matmul_float_blocks<Element, kTiles, kNext>(tiles, c, row);
 }
 
