@@ -25,7 +25,7 @@ from squall.quant import GGML_FORMATS, UNSUPPORTED
 # At least twice what the largest known models need (a vocabulary of 262 k with 515 k merges).
 MAX_HEADER_BYTES = 32 << 20
 MAX_FIELDS = 1 << 14
-MAX_TENSORS = 1 << 16
+MAX_TENSORS = 1 << 15
 MAX_STRINGS = 1 << 21
 MAX_KEY_BYTES = 1024
 MAX_NAME_BYTES = 256
@@ -35,6 +35,8 @@ DEFAULT_ALIGNMENT = 32
 VERSIONS = (2, 3)
 
 _U32, _U64 = Struct("<I"), Struct("<Q")
+# What follows a tensor's name, by its number of dimensions: shape, type, offset.
+_PLACES = {dims: Struct(f"<{dims}QIQ") for dims in range(1, MAX_DIMS + 1)}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _NUMBERS: dict[int, tuple[str, Struct]] = {
     0: ("u1", Struct("<B")),
@@ -138,8 +140,11 @@ class Cursor:
         self.position = start + size
         return start
 
+    def record(self, layout: Struct, what: str) -> tuple[Any, ...]:
+        return layout.unpack_from(self.buffer, self.take(layout.size, what))
+
     def integer(self, layout: Struct, what: str) -> int:
-        value: int = layout.unpack_from(self.buffer, self.take(layout.size, what))[0]
+        value: int = self.record(layout, what)[0]
         return value
 
     def count(self, what: str, limit: int, item_bytes: int) -> int:
@@ -293,14 +298,12 @@ def _read_entry(cursor: Cursor, alignment: int) -> Entry:
     if not 1 <= dims <= MAX_DIMS:
         raise cursor.fault(f"{tensor} has {dims} dimensions; 1 to {MAX_DIMS} are allowed")
     # GGUF stores the fastest axis first.
-    shape = tuple(cursor.integer(_U64, f"the shape of {tensor}") for _ in range(dims))[::-1]
-    type_id = cursor.integer(_U32, f"the type of {tensor}")
-    offset = cursor.integer(_U64, f"the offset of {tensor}")
+    *axes, type_id, offset = cursor.record(_PLACES[dims], f"the shape, type and offset of {tensor}")
     if offset % alignment:
         raise cursor.fault(
             f"{tensor} has offset {offset}, no multiple of the alignment {alignment}"
         )
-    return Entry(_info(cursor, name, shape, type_id), type_id, offset)
+    return Entry(_info(cursor, name, tuple(axes[::-1]), type_id), type_id, offset)
 
 
 def _info(cursor: Cursor, name: str, shape: tuple[int, ...], type_id: int) -> TensorInfo:

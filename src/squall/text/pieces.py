@@ -41,24 +41,25 @@ class SentencePiece:
             if types[i] not in (UNKNOWN, CONTROL, USER_DEFINED, BYTE):
                 self._ids.setdefault(tokens[i], i)
                 self._cost.setdefault(tokens[i], -score)
-        self._user = {tokens[i].replace(" ", _SPACE): i for i in vocabulary.of_type(USER_DEFINED)}
+        self._user = {tokens[i].replace(" ", _SPACE): [i] for i in vocabulary.of_type(USER_DEFINED)}
         self._user_pattern = literals(self._user)
         self._bytes = {int(tokens[i][1:-1], 16): i for i in vocabulary.of_type(BYTE)}
         self._joined = _neighbours(self._ids)
-        self._words: dict[str, list[int]] = {}
+        self._words = self._user.copy()  # no word holds a user-defined token
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:  # noqa: ARG002
         """Ids of text that holds no control token and follows one, or is the start."""
         text = text.replace(" ", _SPACE)
         if self.space_prefix:
             text = _SPACE + text
-        ids: list[int] = []
+        words: list[str] = []
         start = 0
         for match in self._user_pattern.finditer(text) if self._user else ():
-            ids += self._plain(text[start : match.start()])
-            ids.append(self._user[match.group()])
+            words += self._cut(text[start : match.start()])
+            words.append(match.group())
             start = match.end()
-        ids += self._plain(text[start:])
+        words += self._cut(text[start:])
+        ids = self._of_words(words)
         return ids if self._bytes else _fused(ids, self._vocabulary.unknown)
 
     def token_bytes(self, token: int) -> bytes:
@@ -68,22 +69,21 @@ class SentencePiece:
             return bytes([int(text[1:-1], 16)])
         return text.encode() if kind in (CONTROL, UNKNOWN) else text.replace(_SPACE, " ").encode()
 
-    def _plain(self, text: str) -> list[int]:
-        words = self._cut(text)
+    def _of_words(self, words: list[str]) -> list[int]:
         known = self._words
         new = {word for word in words if word not in known}
         if len(known) + len(new) > _REMEMBERED:
-            known = self._words = {}
-            new = set(words)
+            known = self._words = self._user.copy()
+            new = {word for word in words if word not in known}
         known.update(self._merged(new))
         return [i for word in words for i in known[word]]
 
     def _cut(self, text: str) -> list[str]:
+        if len(text) < 2:
+            return [text] if text else []
         joined = self._joined
         cuts = [i for i, pair in enumerate(map(add, text, text[1:]), 1) if pair not in joined]
-        return (
-            [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)] if text else []
-        )
+        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
     def _merged(self, words: set[str]) -> dict[str, list[int]]:
         if sum(map(len, words)) >= _LONG:
