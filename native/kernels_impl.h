@@ -447,7 +447,6 @@ void matmul_blocks(const Tiles& tiles, const Columns& c, size_t row = 0) {
 }
 
 constexpr size_t kSlice = 16;  // groups expanded at a time: they stay in the first-level cache
-constexpr size_t kRowsToExpand = 48;  // from here on unpacking once for all rows pays
 
 template <class Tile, int kTiles>
 void matmul_expanded(const Tiles& tiles, Columns c) {

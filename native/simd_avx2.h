@@ -14,8 +14,9 @@ constexpr int kTileBlock = 1;         // tiles they do at once
 // Few rows fetch every line of the weights ahead: 1.3 to 1.6x on Zen 3, where a part is worse than
 // none.
 constexpr bool kFetchAll = true;
-constexpr int kQueryBlock = 4;      // queries attention keeps there
-constexpr size_t kVectorBlock = 1;  // times so many vectors of keys or values
+constexpr size_t kRowsToExpand = 8;  // from so many rows on, unpacking once for all of them pays
+constexpr int kQueryBlock = 4;       // queries attention keeps there
+constexpr size_t kVectorBlock = 1;   // times so many vectors of keys or values
 #ifdef __AVXVNNI__
 constexpr bool kSignedDot8 = false;
 #else

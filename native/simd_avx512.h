@@ -17,9 +17,10 @@ constexpr size_t kFloatRowBlock = 8;  // rows a float matmul keeps there
 constexpr int kTileBlock = 2;         // tiles they do at once
 // Few rows fetch a line of 32 columns ahead: all lines are a fifth slower on Zen 4.
 constexpr bool kFetchAll = false;
-constexpr int kQueryBlock = 6;       // queries attention keeps there
-constexpr size_t kVectorBlock = 4;   // times so many vectors of keys or values
-constexpr bool kSignedDot8 = false;  // dot() takes 8-bit codes as unsigned
+constexpr size_t kRowsToExpand = 48;  // from so many rows on, unpacking once for all of them pays
+constexpr int kQueryBlock = 6;        // queries attention keeps there
+constexpr size_t kVectorBlock = 4;    // times so many vectors of keys or values
+constexpr bool kSignedDot8 = false;   // dot() takes 8-bit codes as unsigned
 
 struct F32x16 {
   __m512 v;

@@ -11,6 +11,7 @@ constexpr size_t kRowBlock = 1;       // rows an integer matmul keeps in registe
 constexpr size_t kFloatRowBlock = 1;  // rows a float matmul keeps there
 constexpr int kTileBlock = 1;         // tiles they do at once
 constexpr bool kFetchAll = false;     // few rows fetch a line of 32 columns ahead
+constexpr size_t kRowsToExpand = 48;  // from so many rows on, unpacking once for all of them pays
 constexpr int kQueryBlock = 1;        // queries attention keeps there
 constexpr size_t kVectorBlock = 1;    // times so many vectors of keys or values
 constexpr bool kSignedDot8 = false;
