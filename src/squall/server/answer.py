@@ -67,7 +67,12 @@ class Answer(Response):
         await writer.error(self._service.why_dead)
 
     async def _run(self, visit: Visit, writer: Writer) -> None:
-        starting = self._service.submit(self._start)
+        def start() -> AnyJob:
+            job = self._start()
+            visit.entered()  # at once: who is counted twice takes another's place
+            return job
+
+        starting = self._service.submit(start)
         try:
             job = await asyncio.wrap_future(starting)
         except asyncio.CancelledError:
@@ -76,7 +81,6 @@ class Answer(Response):
         except Exception as error:
             await writer.error(error)
             return
-        visit.entered()
         try:
             if self._stream:
                 await self._send_stream(job, writer)

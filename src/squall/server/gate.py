@@ -108,7 +108,6 @@ class Visit:
         self.tenant = ""
         self.status = 0
         self.started = False
-        self._entering = False
         self.notes: dict[str, object] = {}
         self._body = bytearray() if service.log.keeps_bodies else None
         scope.setdefault("state", {})["visit"] = self
@@ -129,14 +128,12 @@ class Visit:
 
     def enter(self) -> None:
         """The request is one for text; raises QueueFull if those before it take all places."""
-        self._service.model.engine.check_room(others=self._service.entering)
-        self._service.entering += 1
-        self._entering = True
+        self._service.model.engine.check_room(others=len(self._service.entering))
+        self._service.entering.add(self)
 
     def entered(self) -> None:
-        """From now on the engine counts it, or it is over."""
-        self._service.entering -= self._entering
-        self._entering = False
+        """From now on the engine counts it, or it is over. May be called from any thread."""
+        self._service.entering.discard(self)
 
     def close(self) -> None:
         """The request is over: log and count it."""

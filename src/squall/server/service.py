@@ -48,7 +48,8 @@ class Service:
         self.log = Log(options.log)
         self.metrics = Metrics(model.engine)
         self.bodies = Bodies(options)
-        self.active = self.entering = 0
+        self.active = 0
+        self.entering: set[object] = set()
         self.draining = False
         self.dead = asyncio.Event()
         self.why_dead: ApiError | None = None
