@@ -165,3 +165,5 @@ def _big() -> Iterator[tuple[str, bytes]]:
     crowded = b.File([("k", empty), *many], [*entries, overlap], bytes(32 * 32_000))
     yield "all limits at once", crowded.to_bytes()
     yield "32000 tensors, a twin", b.File([], [*entries, entries[0]], bytes(32 * 32_000)).to_bytes()
+    many_more = [b.TensorEntry(f"tensor {i}", (8,), offset=32 * i) for i in range(60_000)]
+    yield "60000 tensors", b.File([], many_more, bytes(32 * 60_000)).to_bytes()
