@@ -24,7 +24,7 @@ from roofline import random_blocks
 from squall import _native, quant, recipes
 from squall.checkpoints import Checkpoint, Tensor
 from squall.checkpoints.base import Deferred
-from squall.measure import Bench, Plan
+from squall.measure import Bench, Workload
 
 HEADINGS = ("format", "MiB", "prompt", "of peak", "answer", "of bound")
 
@@ -56,12 +56,12 @@ def random_checkpoint(shape: Shape, format_name: str) -> Checkpoint:
 
 
 def measured(
-    shape: Shape, format_name: str, plan: Plan, rounds: int, threads: int
+    shape: Shape, format_name: str, load: Workload, rounds: int, threads: int
 ) -> dict[str, Any]:
     """Medians of one format."""
     checkpoint = random_checkpoint(shape, format_name)
     prepared = checkpoint, recipes.load(checkpoint), quant.Plan()
-    bench = Bench(prepared, plan, threads=threads)
+    bench = Bench(prepared, load, threads=threads)
     isa, weight_bytes = bench.executor.isa, bench.executor.weight_bytes
     every = sum(rows * cols for _, rows, cols in matrices(shape))
     products = every - 2 * shape.vocab * shape.hidden  # logits are of the last token alone
@@ -97,9 +97,9 @@ def main() -> None:
     table = Table(caption=f"{args.shape}, {args.threads} threads, tokens/s")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "format" else "right")
-    shape, plan = SHAPES[args.shape], Plan(args.p, args.g)
+    shape, load = SHAPES[args.shape], Workload(args.p, args.g)
     for name in track(args.formats or quant.FORMATS, console=Console(stderr=True)):
-        row = measured(shape, name, plan, args.rounds, args.threads)
+        row = measured(shape, name, load, args.rounds, args.threads)
         if args.json:
             print(json.dumps(row), flush=True)
         rates = (f"{row['prompt']:.1f}", f"{row['of peak']:.0%}")

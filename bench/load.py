@@ -26,7 +26,7 @@ STAGES = {
     "recipe": "recipes.load",
     "program": "decoder.compile",
     "tokenizer": "open_tokenizer",
-    "executor": "NativeExecutor",
+    "executor": "executors.open",
 }
 
 

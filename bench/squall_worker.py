@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from squall import Model, _native
-from squall.measure import Bench, Plan
+from squall.measure import Bench, Workload
 
 
 def memory() -> dict[str, int]:
@@ -21,7 +21,7 @@ def memory() -> dict[str, int]:
 def main() -> None:
     """Load, measure, print."""
     job = json.loads(sys.argv[1])
-    plans = [Plan(prompt, answer, batch=batch) for prompt, answer, batch in job["plans"]]
+    plans = [Workload(prompt, answer, batch=batch) for prompt, answer, batch in job["plans"]]
     start_s = time.perf_counter()
     with Model.open(job["model"], context=plans[0].context, threads=job["threads"]) as model:
         model.logits([1000 % model.spec.vocab])

@@ -26,6 +26,7 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using IntTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Columns = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -258,33 +259,43 @@ std::vector<Entry> profiled(const Executor& e) {
   return all;
 }
 
-void step(Executor& self, const Ints& tokens, const Ints& positions, const Ints& slots,
-          const Ints& bounds, const IntTable& tables, const Ints& outputs,
-          const OutMatrix& logits) {
-  const Batch batch{
-      span(tokens),  span(positions), span(slots), span(bounds), {tables.data(), tables.size()},
-      span(outputs), tables.shape(1)};
-  if (bounds.size() < 2 || logits.shape(0) != outputs.size() || logits.shape(1) != self.vocab())
-    throw nb::value_error("logits must be [outputs, vocab], bounds at least [2]");
+using Numbers = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+
+void run(Executor& self, std::vector<size_t> rows, const std::vector<Numbers>& indices,
+         const std::vector<Matrix>& values, const Ints& positions, const Ints& bounds,
+         const IntTable& tables, const std::vector<OutMatrix>& outputs) {
+  Inputs in{std::move(rows), {}, {}, span(positions), span(bounds), {tables.data(), tables.size()},
+            tables.shape(1)};
+  for (const Numbers& index : indices) in.indices.emplace_back(index.data(), index.size());
+  const auto check = [&](const std::vector<size_t>& ids, const auto& matrices) {
+    if (ids.size() != matrices.size()) throw nb::value_error("a run needs all values and outputs");
+    for (size_t i = 0; i < ids.size(); ++i)
+      if (matrices[i].shape(0) != self.rows_of(in, ids[i]) ||
+          matrices[i].shape(1) != self.width(ids[i]))
+        throw nb::value_error("values and outputs must be [rows, width]");
+  };
+  check(self.inputs(), values);
+  check(self.outputs(), outputs);
+  for (const Matrix& value : values) in.values.push_back(value.data());
+  std::vector<float*> to;
+  for (const OutMatrix& output : outputs) to.push_back(output.data());
   const nb::gil_scoped_release release;
-  self.step(batch, logits.data());
+  self.run(in, to);
 }
 
 void bind_ops(nb::class_<Executor>& c) {
-  c.def("value", &Executor::add_value, "width"_a, "outputs"_a, "kept"_a, "multiple"_a = 1)
+  c.def("value", &Executor::add_value, "width"_a, "space"_a, "kept"_a, "multiple"_a = 1)
+      .def("index", &Executor::add_index, "space"_a, "axes"_a)
       .def("cache", &Executor::add_cache, "kv_heads"_a, "head_dim"_a)
+      .def("input", &Executor::input, "out"_a)
       .def(
           "embed",
-          [](Executor& e, size_t out, std::shared_ptr<Tile> table, float scale) {
-            e.embed(out, std::move(table), scale);
+          [](Executor& e, size_t out, size_t index, std::shared_ptr<Tile> table, float scale) {
+            e.embed(out, index, std::move(table), scale);
           },
-          "out"_a, "table"_a, "scale"_a)
-      .def(
-          "rope_angles",
-          [](Executor& e, size_t out, Vector frequencies, float magnitude) {
-            e.rope_angles(out, std::move(frequencies), magnitude);
-          },
-          "out"_a, "frequencies"_a, "magnitude"_a)
+          "out"_a, "index"_a, "table"_a, "scale"_a)
+      .def("rope_angles", &Executor::rope_angles, "out"_a, "positions"_a, "frequencies"_a, "axes"_a,
+           "magnitude"_a)
       .def(
           "normalize",
           [](Executor& e, size_t out, size_t x, const Floats& weight,
@@ -319,14 +330,14 @@ void bind_ops(nb::class_<Executor>& c) {
           "out"_a, "x"_a, "angles"_a, "heads"_a, "head_dim"_a, "interleaved"_a)
       .def(
           "attend",
-          [](Executor& e, size_t out, size_t q, size_t k, size_t v, size_t layer, size_t heads,
-             size_t kv_heads, size_t head_dim, float scale, std::optional<size_t> window,
-             std::optional<float> softcap) {
-            e.attend({out, q, k, v, layer, heads, kv_heads, head_dim, scale, window.value_or(0),
-                      softcap.value_or(0.0f)});
+          [](Executor& e, size_t out, size_t q, size_t k, size_t v, size_t spans, MaybeId cache,
+             size_t heads, size_t kv_heads, size_t head_dim, float scale,
+             std::optional<size_t> window, std::optional<float> softcap) {
+            e.attend({out, q, k, v, spans, id(cache), heads, kv_heads, head_dim, scale,
+                      window.value_or(0), softcap.value_or(0.0f)});
           },
-          "out"_a, "q"_a, "k"_a, "v"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a,
-          "window"_a.none(), "softcap"_a.none())
+          "out"_a, "q"_a, "k"_a, "v"_a, "spans"_a, "cache"_a.none(), "heads"_a, "kv_heads"_a,
+          "head_dim"_a, "scale"_a, "window"_a.none(), "softcap"_a.none())
       .def(
           "mixture_of_experts",
           [](Executor& e, size_t out, size_t x, std::shared_ptr<Tile> router,
@@ -344,8 +355,13 @@ void bind_ops(nb::class_<Executor>& c) {
           "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none())
       .def("add", &Executor::add, "out"_a, "a"_a, "b"_a, "scale"_a)
       .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
-      .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a)
-      .def("gather_columns", &Executor::gather_columns, "out"_a, "x"_a, "order"_a);
+      .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a, "index"_a)
+      .def(
+          "gather_columns",
+          [](Executor& e, size_t out, size_t x, const Columns& order) {
+            e.gather_columns(out, x, {order.data(), order.data() + order.size()});
+          },
+          "out"_a, "x"_a, "order"_a);
 }
 
 }  // namespace
@@ -424,16 +440,17 @@ NB_MODULE(_native, m) {
   nb::class_<Executor> executor(m, "Executor");
   executor.def(
       "__init__",
-      [](Executor* self, const std::string& isa, std::shared_ptr<ThreadPool> pool, size_t rows,
-         size_t outputs, size_t blocks, size_t block_size, size_t context, std::string_view cache) {
+      [](Executor* self, const std::string& isa, std::shared_ptr<ThreadPool> pool,
+         std::vector<size_t> rows, size_t blocks, size_t block_size, size_t context,
+         std::string_view cache) {
         new (self) Executor(isa, std::move(pool),
-                            {rows, outputs, blocks, block_size, context, cache_named(cache)});
+                            {std::move(rows), blocks, block_size, context, cache_named(cache)});
       },
-      "isa"_a, "pool"_a, "rows"_a, "outputs"_a, "blocks"_a, "block_size"_a, "context"_a, "cache"_a);
+      "isa"_a, "pool"_a, "rows"_a, "blocks"_a, "block_size"_a, "context"_a, "cache"_a);
   bind_ops(executor);
-  executor.def("plan", &Executor::plan, "logits"_a)
-      .def("step", &step, "tokens"_a, "positions"_a, "slots"_a, "bounds"_a, "block_tables"_a,
-           "outputs"_a, "logits"_a)
+  executor.def("plan", &Executor::plan, "outputs"_a)
+      .def("run", &run, "rows"_a, "indices"_a, "values"_a, "positions"_a, "bounds"_a,
+           "block_tables"_a, "outputs"_a)
       .def(
           "read",
           [](const Executor& e, size_t value) {

@@ -1,5 +1,6 @@
 #include "executor.h"
 
+#include <numeric>
 #include <stdexcept>
 
 #include "phases.h"
@@ -35,7 +36,9 @@ Executor::Executor(std::string_view isa, std::shared_ptr<ThreadPool> pool, const
       pool_(std::move(pool)),
       limits_(limits),
       split_(std::make_unique<SplitSums>()) {
-  expect(limits.rows > 0 && limits.outputs > 0 && limits.blocks > 0, "limits must be positive");
+  expect(limits.blocks > 0 && !limits.rows.empty() &&
+             *std::min_element(limits.rows.begin(), limits.rows.end()) > 0,
+         "limits must be positive");
   expect(limits.block_size > 0 && limits.block_size % kLanes == 0 && limits.block_size <= 1024,
          "block_size must be a multiple of 16, at most 1024");
   expect(limits.blocks <= size_t{INT32_MAX} / limits.block_size, "too many KV blocks");
@@ -43,24 +46,35 @@ Executor::Executor(std::string_view isa, std::shared_ptr<ThreadPool> pool, const
 
 Executor::~Executor() = default;
 
-size_t Executor::add_value(size_t width, bool outputs, bool kept, size_t multiple) {
+size_t Executor::add_value(size_t width, size_t space, bool kept, size_t multiple) {
   expect(width > 0 && width < size_t{1} << 28, "a value's width is out of range");
+  expect(space < limits_.rows.size(), "a value is in a row space that does not exist");
   auto buffer = std::make_unique<Buffer>();
   buffer->width = width;
-  buffer->outputs = outputs;
+  buffer->space = space;
   buffer->kept = buffer->wants_float = kept;
   buffer->multiple = multiple;
   buffers_.push_back(std::move(buffer));
   return buffers_.size() - 1;
 }
 
+size_t Executor::add_index(size_t space, size_t axes) {
+  expect(space < limits_.rows.size() && axes > 0, "an index needs a row space and an axis");
+  indices_.push_back({space, axes});
+  return indices_.size() - 1;
+}
+
 void Executor::add_cache(size_t kv_heads, size_t head_dim) {
+  add_layer(cache_, kv_heads, head_dim, cache_.region_bytes);
+}
+
+void Executor::add_layer(KvCache& cache, size_t kv_heads, size_t head_dim, size_t keys) {
   expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
   const size_t slots = Plane::kRegion * limits_.block_size * kv_heads;
-  const size_t keys = cache_.region_bytes;
   const size_t values = keys + slots * key_bytes(limits_.cache, head_dim);
-  cache_.region_bytes = values + slots * value_bytes(limits_.cache, head_dim);
-  cache_.layers.push_back({kv_heads, head_dim, keys, values});
+  const size_t end = values + slots * value_bytes(limits_.cache, head_dim);
+  cache.layers.push_back({kv_heads, head_dim, keys, values});
+  cache.region_bytes = std::max(cache.region_bytes, end);
 }
 
 size_t Executor::cache_bytes() const {
@@ -83,34 +97,55 @@ void Executor::read(Phase& phase, size_t x, const Tile& weight) {
   (weight.is_integer() ? buffers_[x]->wants_quant : buffers_[x]->wants_float) = true;
 }
 
-void Executor::embed(size_t out, TilePtr table, float scale) {
-  const Buffer& to = *buffers_[out];
+void Executor::input(size_t out) {
+  const Buffer& to = *buffers_.at(out);
+  auto phase =
+      row_phase(to, pool_->threads(), [&to, number = inputs_.size()](const Step& step, size_t r) {
+        std::copy_n(step.inputs.values[number] + r * to.width, to.width, to.row(r));
+      });
+  phase->writes = {out};
+  add_phase("input", std::move(phase));
+  inputs_.push_back(out);
+}
+
+void Executor::embed(size_t out, size_t index, TilePtr table, float scale) {
+  const Buffer& to = *buffers_.at(out);
   expect(to.width == table->cols(), "the embedding's width differs from its table's");
-  vocab_in_ = std::min(vocab_in_, table->rows());
+  expect(indices_.at(index).space == to.space, "an embedding's index is of other rows");
+  indices_[index].limit = std::min(indices_[index].limit, table->rows());
   const uint64_t row_bytes = table->nbytes() / table->rows();
-  auto phase = row_phase(to, pool_->threads(), [&to, table, scale](const Step& step, size_t r) {
-    float* row = to.row(r);
-    table->dequantize_row(static_cast<size_t>(step.batch.tokens[r]), row);
-    if (scale != 1.0f)
-      for (size_t i = 0; i < to.width; ++i) row[i] *= scale;
-  });
+  auto phase =
+      row_phase(to, pool_->threads(), [&to, index, table, scale](const Step& step, size_t r) {
+        float* row = to.row(r);
+        table->dequantize_row(static_cast<size_t>(step.inputs.indices[index][r]), row);
+        if (scale != 1.0f)
+          for (size_t i = 0; i < to.width; ++i) row[i] *= scale;
+      });
   phase->writes = {out};
   phase->row_work.bytes = row_bytes;
   add_phase("embed", std::move(phase));
 }
 
-void Executor::rope_angles(size_t out, Vector frequencies, float magnitude) {
-  const Buffer& to = *buffers_[out];
-  expect(to.width == 2 * frequencies.size(), "angles are twice as wide as the frequencies");
+void Executor::rope_angles(size_t out, size_t positions, Vector frequencies,
+                           std::vector<size_t> axes, float magnitude) {
+  const Buffer& to = *buffers_.at(out);
+  const Index& index = indices_.at(positions);
+  expect(to.width == 2 * frequencies.size() && axes.size() == frequencies.size(),
+         "angles are twice as wide as the frequencies, each with its axis");
+  expect(index.space == to.space, "positions are of other rows");
+  for (const size_t axis : axes) expect(axis < index.axes, "a frequency's axis does not exist");
   auto phase =
-      row_phase(to, pool_->threads(), [&to, frequencies, magnitude](const Step& step, size_t r) {
-        const size_t n = frequencies.size();
-        for (size_t i = 0; i < n; ++i) {
-          const float angle = static_cast<float>(step.batch.positions[r]) * frequencies[i];
-          to.row(r)[i] = static_cast<float>(std::cos(static_cast<double>(angle))) * magnitude;
-          to.row(r)[n + i] = static_cast<float>(std::sin(static_cast<double>(angle))) * magnitude;
-        }
-      });
+      row_phase(to, pool_->threads(),
+                [&to, positions, frequencies, axes, magnitude](const Step& step, size_t r) {
+                  const size_t n = frequencies.size(), rows = step.rows_of(to);
+                  const int32_t* at = step.inputs.indices[positions].data() + r;
+                  for (size_t i = 0; i < n; ++i) {
+                    const float angle = static_cast<float>(at[axes[i] * rows]) * frequencies[i];
+                    const double exact = static_cast<double>(angle);
+                    to.row(r)[i] = static_cast<float>(std::cos(exact)) * magnitude;
+                    to.row(r)[n + i] = static_cast<float>(std::sin(exact)) * magnitude;
+                  }
+                });
   phase->writes = {out};
   add_phase("rope angles", std::move(phase));
 }
@@ -198,23 +233,53 @@ void Executor::rotate(RotateOp op) {
   add_phase("rotate", std::move(phase));
 }
 
+size_t Executor::sight_of(const AttendOp& op) {
+  const size_t space = buffers_.at(op.q)->space;
+  const size_t keys = op.cache == kNone ? buffers_.at(op.k)->space : kNone;
+  expect(indices_.at(op.spans).space == space && indices_[op.spans].axes == 2,
+         "attention's spans are a begin and an end for each of its rows");
+  for (size_t i = 0; i < sights_.size(); ++i) {
+    Sight& s = sights_[i];
+    if (s.spans != op.spans || s.keys != keys) continue;
+    s.kv_heads = std::min(s.kv_heads, op.kv_heads);
+    return i;
+  }
+  sights_.push_back({op.spans, space, keys, op.kv_heads});
+  return sights_.size() - 1;
+}
+
 void Executor::attend(AttendOp op) {
-  expect(op.layer < cache_.layers.size(), "attention names a cache layer that does not exist");
-  const CacheLayer& layer = cache_.layers[op.layer];
+  const bool cached = op.cache != kNone;
+  const size_t space = buffers_.at(op.k)->space, sight = sight_of(op);
+  if (!cached) {
+    op.cache = uncached_.layers.size();
+    add_layer(uncached_, op.kv_heads, op.head_dim, 0);
+    const size_t blocks = ceil_div(limits_.rows[space], limits_.block_size);
+    own_blocks_.resize(std::max(own_blocks_.size(), blocks));
+    std::iota(own_blocks_.begin(), own_blocks_.end(), 0);
+  }
+  KvCache& cache = cached ? cache_ : uncached_;
+  expect(op.cache < cache.layers.size(), "attention names a cache that does not exist");
+  const CacheLayer& layer = cache.layers[op.cache];
   expect(op.kv_heads == layer.kv_heads && op.head_dim == layer.head_dim &&
-             op.heads % op.kv_heads == 0 && buffers_[op.q]->width == op.heads * op.head_dim &&
-             buffers_[op.out]->width == buffers_[op.q]->width &&
+             op.heads % op.kv_heads == 0 && buffers_.at(op.q)->width == op.heads * op.head_dim &&
+             buffers_.at(op.out)->width == buffers_[op.q]->width &&
              buffers_[op.k]->width == op.kv_heads * op.head_dim &&
-             buffers_[op.v]->width == buffers_[op.k]->width,
-         "attention's heads do not fit its inputs or its cache");
-  // The cache has no buffer; this value stands for it, so that the reader waits for the writer.
-  const size_t stored = add_value(1, false, false);
-  auto store =
-      std::make_unique<StorePhase>(kernels_, limits_, cache_, op.layer, floats(op.k), floats(op.v));
+             buffers_.at(op.v)->width == buffers_[op.k]->width && buffers_[op.v]->space == space &&
+             buffers_[op.out]->space == buffers_[op.q]->space,
+         "attention's heads or rows do not fit its inputs or its cache");
+  expect(!cached || space == buffers_[op.q]->space, "cached keys are of other rows than queries");
+  // The cache has no buffer; this value stands for it, so that the reader waits for the writer,
+  // and without a cache the next writer for the reader.
+  const size_t stored =
+      cached || uncached_key_ == kNone ? add_value(1, space, false) : uncached_key_;
+  if (!cached) uncached_key_ = stored;
+  auto store = std::make_unique<StorePhase>(kernels_, limits_, cache, op.cache, cached,
+                                            floats(op.k), floats(op.v));
   store->reads = {op.k, op.v};
   store->writes = {stored};
   add_phase("store", std::move(store));
-  auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, cache_,
+  auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, sight, cache,
                                              floats(op.q), *buffers_[op.out], *split_);
   phase->reads = {op.q, stored};
   phase->writes = {op.out};
@@ -227,13 +292,12 @@ void Executor::mixture_of_experts(MoeOp op) {
   expect(op.top_k > 0 && op.top_k <= experts && op.up.size() == experts &&
              op.down.size() == experts && op.router->rows() == experts,
          "a mixture's experts do not fit");
-  const bool outputs = buffers_[op.x]->outputs;
-  const size_t rows = outputs ? limits_.outputs : limits_.rows;
-  Mixture m{op, std::make_shared<Routing>(rows, experts, op.top_k)};
-  m.routed = add_value(1, outputs, false);
-  m.gathered = add_value(hidden, outputs, false, op.top_k);
-  m.inner = add_value(op.gate[0]->rows(), outputs, false, op.top_k);
-  m.outer = add_value(hidden, outputs, false, op.top_k);
+  const size_t space = buffers_[op.x]->space;
+  Mixture m{op, std::make_shared<Routing>(limits_.rows[space], experts, op.top_k)};
+  m.routed = add_value(1, space, false);
+  m.gathered = add_value(hidden, space, false, op.top_k);
+  m.inner = add_value(op.gate[0]->rows(), space, false, op.top_k);
+  m.outer = add_value(hidden, space, false, op.top_k);
   route(m);
   run_experts(m);
   combine(m);
@@ -242,7 +306,7 @@ void Executor::mixture_of_experts(MoeOp op) {
 // Scores, each row's experts, and the rows sorted by expert.
 void Executor::route(const Mixture& m) {
   const MoeOp& op = m.op;
-  const size_t scores = add_value(op.router->rows(), buffers_[op.x]->outputs, false);
+  const size_t scores = add_value(op.router->rows(), buffers_[op.x]->space, false);
   linear({scores, op.x, op.router, {}, Activation::kNone, 1.0f, kNone});
   auto choose =
       std::make_unique<RoutePhase>(kernels_, *m.routing, floats(scores), op.normalize, op.jitter);
@@ -348,14 +412,19 @@ void Executor::softcap(size_t out, size_t x, float cap) {
   add_phase("softcap", std::move(phase));
 }
 
-void Executor::gather_rows(size_t out, size_t x) {
+void Executor::gather_rows(size_t out, size_t x, size_t index) {
   const Buffer &from = floats(x), &to = *buffers_[out];
-  expect(from.width == to.width && to.outputs, "gathered rows keep their width");
-  auto phase =
-      row_phase(to, pool_->threads(), [&k = kernels_, &from, &to](const Step& step, size_t r) {
-        std::copy_n(from.row(static_cast<size_t>(step.batch.outputs[r])), to.width, to.row(r));
-        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
-      });
+  expect(from.width == to.width, "gathered rows keep their width");
+  expect(indices_.at(index).space == to.space, "the index of gathered rows is of other rows");
+  Index& chosen = indices_[index];
+  expect(chosen.into == kNone || chosen.into == from.space, "an index chooses rows of two spaces");
+  chosen.into = from.space;
+  auto phase = row_phase(to, pool_->threads(),
+                         [&k = kernels_, &from, &to, index](const Step& step, size_t r) {
+                           const size_t row = static_cast<size_t>(step.inputs.indices[index][r]);
+                           std::copy_n(from.row(row), to.width, to.row(r));
+                           if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
+                         });
   phase->reads = {x};
   phase->writes = {out};
   phase->quantizes = true;
@@ -382,11 +451,10 @@ void Executor::gather_columns(size_t out, size_t x, std::vector<uint32_t> order)
 
 // ---- planning ----
 
-void Executor::plan(size_t logits) {
-  expect(logits < buffers_.size() && buffers_[logits]->outputs,
-         "logits must be rows of the output");
-  logits_ = logits;
-  buffers_[logits]->kept = buffers_[logits]->wants_float = true;
+void Executor::plan(const std::vector<size_t>& outputs) {
+  for (const size_t value : outputs) buffers_.at(value)->kept = buffers_[value]->wants_float = true;
+  outputs_ = outputs;
+  planned_ = true;
   add_quantize_phases();
   group_phases();
   layout();
@@ -444,9 +512,7 @@ void Executor::layout() {
       for (const auto* side : {&phase->reads, &phase->writes})
         for (const size_t v : *side) lives[v].last = std::max(lives[v].last, g);
     }
-  const auto rows = [&](const Buffer& b) {
-    return (b.outputs ? limits_.outputs : limits_.rows) * b.multiple;
-  };
+  const auto rows = [&](const Buffer& b) { return limits_.rows[b.space] * b.multiple; };
   size_t end = 0;
   std::vector<size_t> placed;
   for (size_t v = 0; v < buffers_.size(); ++v) {
@@ -470,8 +536,12 @@ void Executor::layout() {
     end = std::max(end, life.offset + life.bytes);
   }
   arena_ = std::make_unique<Memory>(end);
-  const size_t regions = ceil_div(limits_.blocks, Plane::kRegion);
-  cache_.memory = std::make_unique<Memory>(regions * cache_.region_bytes);
+  const auto room = [](KvCache& cache, size_t blocks) {
+    const size_t regions = ceil_div(blocks, Plane::kRegion);
+    cache.memory = std::make_unique<Memory>(regions * cache.region_bytes);
+  };
+  room(cache_, limits_.blocks);
+  room(uncached_, own_blocks_.size());
   for (const size_t v : placed) {
     Buffer& b = *buffers_[v];
     b.data = reinterpret_cast<float*>(arena_->data() + lives[v].offset);
@@ -483,69 +553,114 @@ void Executor::layout() {
 
 // ---- running ----
 
-void Executor::check(const Batch& b) const {
-  expect(logits_ != kNone, "the program is not planned");
-  const size_t rows = b.rows();
-  expect(rows > 0 && rows <= limits_.rows, "too many or no rows in a step");
-  expect(b.positions.size() == rows && b.slots.size() == rows,
-         "positions or slots differ from rows");
-  expect(b.outputs.size() <= limits_.outputs, "too many outputs in a step");
-  expect(
-      b.bounds.size() >= 2 && b.bounds.front() == 0 && static_cast<size_t>(b.bounds.back()) == rows,
-      "sequence bounds must run from 0 to the number of rows");
-  expect(b.block_tables.size() == b.sequences() * b.table_width, "one block table a sequence");
-  const auto below = [](int32_t x, size_t limit) {
-    return x >= 0 && static_cast<size_t>(x) < limit;
-  };
-  for (size_t s = 0; s < b.sequences(); ++s) {
-    expect(b.bounds[s] <= b.bounds[s + 1], "sequence bounds must ascend");
-    const int32_t* table = b.block_tables.data() + s * b.table_width;
-    size_t needed = 0;
-    for (int32_t r = b.bounds[s]; r < b.bounds[s + 1]; ++r) {
-      const size_t row = static_cast<size_t>(r);
-      expect(below(b.tokens[row], vocab_in_), "a token id is outside the vocabulary");
-      expect(below(b.positions[row], limits_.context), "a position is outside the context");
-      expect(r == b.bounds[s] || b.positions[row] == b.positions[row - 1] + 1,
-             "positions of a sequence must ascend by one");
-      const size_t block = static_cast<size_t>(b.positions[row]) / limits_.block_size;
-      expect(block < b.table_width, "a block table is shorter than its sequence");
-      const size_t slot = static_cast<size_t>(table[block]) * limits_.block_size +
-                          static_cast<size_t>(b.positions[row]) % limits_.block_size;
-      expect(b.slots[row] >= 0 && static_cast<size_t>(b.slots[row]) == slot,
-             "a slot is not its position's place in the block table");
-      needed = block + 1;
+namespace {
+
+bool below(int32_t x, size_t limit) { return x >= 0 && static_cast<size_t>(x) < limit; }
+
+}  // namespace
+
+void Executor::check(const Inputs& in) const {
+  expect(planned_, "the program is not planned");
+  expect(in.rows.size() == limits_.rows.size() && in.indices.size() == indices_.size() &&
+             in.values.size() == inputs_.size(),
+         "a run needs rows of each space, and all indices and values");
+  for (size_t space = 0; space < in.rows.size(); ++space)
+    expect(in.rows[space] <= limits_.rows[space], "too many rows in a step");
+  for (size_t i = 0; i < indices_.size(); ++i) check_index(in, i);
+  for (const Sight& sight : sights_)
+    if (sight.keys == kNone) {
+      expect(in.rows[sight.space] > 0 && in.positions.size() == in.rows[sight.space],
+             "cached attention needs rows, and a position for each");
+      check_sequences(in);
+      break;
     }
+  for (const Sight& sight : sights_) check_spans(in, sight);
+}
+
+void Executor::check_index(const Inputs& in, size_t index) const {
+  const Index& i = indices_[index];
+  expect(in.indices[index].size() == i.axes * in.rows[i.space], "an index differs from its rows");
+  const size_t limit = i.into == kNone ? i.limit : std::min(i.limit, in.rows[i.into]);
+  for (const int32_t x : in.indices[index])
+    expect(below(x, limit), i.into == kNone ? "a token id is outside the vocabulary"
+                                            : "an output row is outside the step");
+}
+
+void Executor::check_sequences(const Inputs& in) const {
+  const size_t rows = in.positions.size();
+  expect(in.bounds.size() >= 2 && in.bounds.front() == 0 &&
+             static_cast<size_t>(in.bounds.back()) == rows &&
+             std::is_sorted(in.bounds.begin(), in.bounds.end()),
+         "sequence bounds must ascend from 0 to the number of rows");
+  expect(in.block_tables.size() == in.sequences() * in.table_width, "one block table a sequence");
+  for (size_t s = 0; s < in.sequences(); ++s) {
+    const size_t begin = static_cast<size_t>(in.bounds[s]);
+    const size_t end = static_cast<size_t>(in.bounds[s + 1]);
+    if (begin == end) continue;
+    for (size_t row = begin; row < end; ++row) {
+      expect(below(in.positions[row], limits_.context), "a position is outside the context");
+      expect(row == begin || in.positions[row] == in.positions[row - 1] + 1,
+             "positions of a sequence must ascend by one");
+    }
+    const size_t needed = static_cast<size_t>(in.positions[end - 1]) / limits_.block_size + 1;
+    expect(needed <= in.table_width, "a block table is shorter than its sequence");
     for (size_t i = 0; i < needed; ++i)
-      expect(below(table[i], limits_.blocks), "a block is outside the KV cache");
+      expect(below(in.block_tables[s * in.table_width + i], limits_.blocks),
+             "a block is outside the KV cache");
   }
-  for (const int32_t row : b.outputs) expect(below(row, rows), "an output row is outside the step");
+}
+
+void Executor::check_spans(const Inputs& in, const Sight& sight) const {
+  const size_t rows = in.rows[sight.space], sequences = sight.keys == kNone ? in.sequences() : 1;
+  const int32_t *first = in.indices[sight.spans].data(), *last = first + rows;
+  for (size_t s = 0; s < sequences; ++s) {
+    const bool cached = sight.keys == kNone;
+    const size_t begin = cached ? static_cast<size_t>(in.bounds[s]) : 0;
+    const size_t end = cached ? static_cast<size_t>(in.bounds[s + 1]) : rows;
+    if (begin == end) continue;
+    const size_t there =
+        cached ? static_cast<size_t>(in.positions[end - 1]) + 1 : in.rows[sight.keys];
+    for (size_t row = begin; row < end; ++row)
+      expect(first[row] >= 0 && first[row] < last[row] && static_cast<size_t>(last[row]) <= there,
+             "a row sees no position, or one that is not there");
+  }
 }
 
 // Cuts the rows into attention tasks: enough for all threads, and long ones, as a task reads its
 // context once.
-Step Executor::prepare(const Batch& b) const {
-  size_t heads = SIZE_MAX;
-  for (const CacheLayer& layer : cache_.layers) heads = std::min(heads, layer.kv_heads);
-  const size_t tasks = cache_.layers.empty() ? 0 : b.rows() * heads;
-  Step step{b, {}, std::clamp(tasks / (4 * pool_->threads()), size_t{1}, kRowsOfAttention), 0};
-  for (size_t s = 0; s < b.sequences(); ++s) {
-    const size_t begin = static_cast<size_t>(b.bounds[s]);
-    const size_t end = static_cast<size_t>(b.bounds[s + 1]);
-    for (size_t r = begin; r < end; r += step.rows_a_run)
-      step.runs.push_back({s, r, std::min(end, r + step.rows_a_run)});
-    if (begin < end)
-      step.context = std::max(step.context, static_cast<size_t>(b.positions[end - 1]) + 1);
+View Executor::view(const Inputs& in, const Sight& sight) const {
+  const size_t rows = in.rows[sight.space];
+  const auto spans = in.indices[sight.spans];
+  View view{spans.first(rows), spans.last(rows), in.block_tables, in.table_width, {}, 1, 0};
+  view.rows_a_run =
+      std::clamp(rows * sight.kv_heads / (4 * pool_->threads()), size_t{1}, kRowsOfAttention);
+  for (const int32_t end : view.end)
+    view.context = std::max(view.context, static_cast<size_t>(end));
+  const auto cut = [&](size_t sequence, size_t begin, size_t end) {
+    for (size_t r = begin; r < end; r += view.rows_a_run)
+      view.runs.push_back({sequence, r, std::min(end, r + view.rows_a_run)});
+  };
+  if (sight.keys != kNone) {
+    view.tables = own_blocks_;
+    cut(0, 0, rows);
+    return view;
   }
-  return step;
+  for (size_t s = 0; s < in.sequences(); ++s)
+    cut(s, static_cast<size_t>(in.bounds[s]), static_cast<size_t>(in.bounds[s + 1]));
+  return view;
 }
 
-void Executor::step(const Batch& batch, float* logits) {
+void Executor::run(const Inputs& inputs, const std::vector<float*>& to) {
   const std::lock_guard lock(mutex_);
-  check(batch);
-  run_groups(prepare(batch));
-  tokens_seen_ = batch.rows();
-  outputs_seen_ = batch.outputs.size();
-  std::copy_n(buffers_[logits_]->data, outputs_seen_ * buffers_[logits_]->width, logits);
+  check(inputs);
+  Step step{inputs, {}};
+  for (const Sight& sight : sights_) step.views.push_back(view(inputs, sight));
+  run_groups(step);
+  rows_seen_ = inputs.rows;
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    const Buffer& b = *buffers_[outputs_[i]];
+    std::copy_n(b.data, step.rows_of(b) * b.width, to[i]);
+  }
 }
 
 void Executor::run_groups(const Step& step) {
@@ -614,7 +729,7 @@ std::vector<float> Executor::value(size_t id, size_t* rows) const {
   expect(id < buffers_.size() && buffers_[id]->kept && buffers_[id]->data != nullptr,
          "only a kept value can be read after a step");
   const Buffer& b = *buffers_[id];
-  *rows = (b.outputs ? outputs_seen_ : tokens_seen_) * b.multiple;
+  *rows = rows_seen_.empty() ? 0 : rows_seen_[b.space] * b.multiple;
   return {b.data, b.data + *rows * b.width};
 }
 
@@ -630,8 +745,8 @@ double linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
   in.quant = reinterpret_cast<QuantGroup*>(groups.data());
   std::copy(x.begin(), x.end(), in.data);
 
-  const std::vector<int32_t> tokens(rows);
-  const Step step{Batch{tokens, {}, {}, {}, {}, {}, 0}, {}, 1, 0};
+  const Inputs inputs{{rows}, {}, {}, {}, {}, {}, 0};
+  const Step step{inputs, {}};
   const auto quantize = row_phase(in, pool.threads(), [&](const Step&, size_t r) {
     in.quantize(kernels, r, 0, in.width, in.row(r));
   });

@@ -16,20 +16,24 @@
 
 namespace squall {
 
-struct Batch {
-  std::span<const int32_t> tokens, positions, slots, bounds, block_tables, outputs;
-  size_t table_width;
+// What a run is given: indices and values by number, and the sequences of cached attention. Rows
+// bounds[s] to bounds[s + 1] belong to sequence s; their K and V go to `positions` of its blocks.
+struct Inputs {
+  std::vector<size_t> rows;                       // of each row space
+  std::vector<std::span<const int32_t>> indices;  // [axes][rows]
+  std::vector<const float*> values;               // [rows][width]
+  std::span<const int32_t> positions, bounds, block_tables;
+  size_t table_width = 0;
 
-  size_t rows() const { return tokens.size(); }
-  size_t sequences() const { return bounds.size() - 1; }
+  size_t sequences() const { return bounds.empty() ? 0 : bounds.size() - 1; }
 };
 
 // Where a value lies while it lives. `quant` is set when some linear reads it as int8.
 struct Buffer {
   size_t width = 0;
-  bool outputs = false;  // rows: the step's wanted rows, else its tokens
-  size_t multiple = 1;   // rows a token
-  bool kept = false;     // readable after the step
+  size_t space = 0;     // whose rows it has
+  size_t multiple = 1;  // rows to one of its space
+  bool kept = false;    // readable after the step
   bool wants_quant = false;
   bool wants_float = false;  // someone reads it as it is
   float* data = nullptr;
@@ -53,14 +57,20 @@ struct RowRun {
   size_t sequence, begin, end;
 };
 
+// What the rows of an attention see, and how they are cut into tasks.
+struct View {
+  std::span<const int32_t> begin, end;  // of each row: the positions it sees
+  std::span<const int32_t> tables;      // [sequences][table_width]
+  size_t table_width = 0;
+  std::vector<RowRun> runs;
+  size_t rows_a_run = 1;  // at most
+  size_t context = 0;     // one past the last position that is seen
+};
+
 struct Step {
-  const Batch& batch;
-  std::vector<RowRun> runs;  // short enough to be attention tasks
-  size_t rows_a_run;         // at most
-  size_t context;            // one past the last position
-  size_t rows_of(const Buffer& b) const {
-    return (b.outputs ? batch.outputs.size() : batch.rows()) * b.multiple;
-  }
+  const Inputs& inputs;
+  std::vector<View> views;
+  size_t rows_of(const Buffer& b) const { return inputs.rows[b.space] * b.multiple; }
 };
 
 class Phase {
@@ -77,7 +87,7 @@ class Phase {
 };
 
 struct Limits {
-  size_t rows, outputs;       // of one step
+  std::vector<size_t> rows;   // of each row space
   size_t blocks, block_size;  // of the KV cache
   size_t context;             // positions
   CacheType cache;
@@ -126,7 +136,10 @@ struct RotateOp {
   bool interleaved;
 };
 struct AttendOp {
-  size_t out, q, k, v, layer, heads, kv_heads, head_dim;
+  size_t out, q, k, v;
+  size_t spans;  // index [2][rows]: begin and end of what each row sees
+  size_t cache;  // kNone: the rows of k and v in this run
+  size_t heads, kv_heads, head_dim;
   float scale;
   size_t window;  // 0: none
   float softcap;  // 0: none
@@ -151,11 +164,16 @@ class Executor {
   Executor(std::string_view isa, std::shared_ptr<ThreadPool> pool, const Limits& limits);
   ~Executor();
 
-  size_t add_value(size_t width, bool outputs, bool kept, size_t multiple = 1);
+  size_t add_value(size_t width, size_t space, bool kept, size_t multiple = 1);
+  size_t add_index(size_t space, size_t axes);
   void add_cache(size_t kv_heads, size_t head_dim);
 
-  void embed(size_t out, TilePtr table, float scale);
-  void rope_angles(size_t out, Vector frequencies, float magnitude);
+  // The rows of `out` come with the run.
+  void input(size_t out);
+  void embed(size_t out, size_t index, TilePtr table, float scale);
+  // Frequency i turns with axis axes[i] of `positions`.
+  void rope_angles(size_t out, size_t positions, Vector frequencies, std::vector<size_t> axes,
+                   float magnitude);
   void normalize(NormalizeOp op);
   void linear(LinearOp op);
   void gated_linear(GatedLinearOp op);
@@ -164,15 +182,16 @@ class Executor {
   void mixture_of_experts(MoeOp op);
   void add(size_t out, size_t a, size_t b, float scale);
   void softcap(size_t out, size_t x, float cap);
-  void gather_rows(size_t out, size_t x);
+  void gather_rows(size_t out, size_t x, size_t index);
   // out[:, i] = x[:, order[i]]
   void gather_columns(size_t out, size_t x, std::vector<uint32_t> order);
   // No more ops: groups the phases and lays out the buffers.
-  void plan(size_t logits);
+  void plan(const std::vector<size_t>& outputs);
 
-  // Throws std::invalid_argument when an index of the batch is out of range. Thread-safe.
-  void step(const Batch& batch, float* logits);
-  // A kept value of the last step, [rows, width].
+  // Throws std::invalid_argument when an input is out of range. to: where each of the plan's
+  // outputs goes, [rows, width]. Thread-safe.
+  void run(const Inputs& inputs, const std::vector<float*>& to);
+  // A kept value of the last run, [rows, width].
   std::vector<float> value(size_t id, size_t* rows) const;
   // From now on count where the time of steps goes, from zero; or no longer.
   void profile(bool on);
@@ -180,7 +199,12 @@ class Executor {
 
   size_t buffer_bytes() const { return arena_ ? arena_->bytes() : 0; }
   size_t cache_bytes() const;
-  size_t vocab() const { return buffers_[logits_]->width; }
+  size_t width(size_t value) const { return buffers_.at(value)->width; }
+  const std::vector<size_t>& inputs() const { return inputs_; }
+  const std::vector<size_t>& outputs() const { return outputs_; }
+  size_t rows_of(const Inputs& inputs, size_t value) const {
+    return inputs.rows.at(buffers_.at(value)->space);
+  }
 
  private:
   struct Mixture {
@@ -191,8 +215,23 @@ class Executor {
   void route(const Mixture& m);
   void run_experts(const Mixture& m);
   void combine(const Mixture& m);
-  void check(const Batch& batch) const;
-  Step prepare(const Batch& batch) const;
+  // Whole numbers that come with a run; those that choose rows are below `limit`, or below how many
+  // rows the space `into` has.
+  struct Index {
+    size_t space, axes, limit = SIZE_MAX, into = kNone;
+  };
+  // An attention's rows: those of one space with the same spans, cached or not.
+  struct Sight {
+    size_t spans, space, keys;  // keys: the space of k and v; kNone: cached
+    size_t kv_heads;            // the fewest of its attentions
+  };
+  void check(const Inputs& inputs) const;
+  void check_index(const Inputs& inputs, size_t index) const;
+  void check_sequences(const Inputs& inputs) const;
+  void check_spans(const Inputs& inputs, const Sight& sight) const;
+  void add_layer(KvCache& cache, size_t kv_heads, size_t head_dim, size_t keys);
+  size_t sight_of(const AttendOp& op);
+  View view(const Inputs& inputs, const Sight& sight) const;
   void add_phase(std::string name, std::unique_ptr<Phase> phase);
   // The value, which someone is going to read as it is.
   const Buffer& floats(size_t id);
@@ -209,11 +248,16 @@ class Executor {
   const Kernels& kernels_;
   std::shared_ptr<ThreadPool> pool_;
   Limits limits_;
-  size_t logits_ = kNone, tokens_seen_ = 0, outputs_seen_ = 0;
-  size_t vocab_in_ = SIZE_MAX;  // token ids must be below
-  bool profiling_ = false;
+  std::vector<size_t> inputs_, outputs_;  // values
+  std::vector<size_t> rows_seen_;         // of each space, in the last run
+  bool planned_ = false, profiling_ = false;
   std::vector<std::unique_ptr<Buffer>> buffers_;
+  std::vector<Index> indices_;
+  std::vector<Sight> sights_;
   KvCache cache_;
+  KvCache uncached_;             // keys and values of attention without a cache, an op at a time
+  size_t uncached_key_ = kNone;  // the value that stands for it
+  std::vector<int32_t> own_blocks_;  // its block table: 0, 1, ...
   std::unique_ptr<SplitSums> split_;
   std::vector<std::unique_ptr<Phase>> phases_;
   std::vector<std::vector<Phase*>> groups_;

@@ -225,23 +225,32 @@ struct HeadCache {
   }
 };
 
+// Keys and values go to their positions in the blocks of their sequence, or, without a cache, to
+// blocks of their own.
 class StorePhase final : public Phase {
  public:
   StorePhase(const Kernels& k, const Limits& limits, const KvCache& cache, size_t layer,
-             const Buffer& key, const Buffer& value)
-      : k_(k), limits_(limits), cache_(cache), layer_(layer), key_(key), value_(value) {}
+             bool cached, const Buffer& key, const Buffer& value)
+      : k_(k),
+        limits_(limits),
+        cache_(cache),
+        layer_(layer),
+        cached_(cached),
+        key_(key),
+        value_(value) {}
   size_t tasks(const Step& step) const override {
-    return ceil_div(step.batch.rows(), rows_a_task(step));
+    return ceil_div(step.rows_of(key_), rows_a_task(step));
   }
   void run(const Step& step, size_t task) override {
     const CacheLayer& layer = cache_.layers[layer_];
     const size_t dim = layer.head_dim, size = limits_.block_size, many = rows_a_task(step);
-    const size_t end = std::min(step.batch.rows(), (task + 1) * many);
+    const size_t begin = task * many, end = std::min(step.rows_of(key_), begin + many);
+    size_t slots[kMostRows];
+    find_slots(step.inputs, begin, end, slots);
     for (size_t h = 0; h < layer.kv_heads; ++h) {
       const HeadCache head(cache_, layer_, h, limits_);
-      for (size_t r = task * many; r < end; ++r) {
-        const size_t slot = static_cast<size_t>(step.batch.slots[r]);
-        const size_t block = slot / size, offset = slot % size;
+      for (size_t r = begin; r < end; ++r) {
+        const size_t block = slots[r - begin] / size, offset = slots[r - begin] % size;
         k_.store_key(key_.row(r) + h * dim, dim, size, head.keys.block(block), offset);
         k_.store_value(value_.row(r) + h * dim, dim,
                        head.values.block(block) + offset * head.value_bytes);
@@ -250,14 +259,29 @@ class StorePhase final : public Phase {
   }
 
  private:
-  static size_t rows_a_task(const Step& step) {  // at most a block
-    return std::clamp(step.batch.rows() / 8, size_t{1}, size_t{16});
+  static constexpr size_t kMostRows = 16;  // at most a block
+
+  size_t rows_a_task(const Step& step) const {
+    return std::clamp(step.rows_of(key_) / 8, size_t{1}, kMostRows);
+  }
+  // block * block_size + offset of each row
+  void find_slots(const Inputs& in, size_t begin, size_t end, size_t* slots) const {
+    size_t sequence = 0;
+    for (size_t r = begin; r < end; ++r) {
+      slots[r - begin] = r;
+      if (!cached_) continue;
+      while (static_cast<size_t>(in.bounds[sequence + 1]) <= r) ++sequence;
+      const size_t position = static_cast<size_t>(in.positions[r]), size = limits_.block_size;
+      const size_t entry = sequence * in.table_width + position / size;
+      slots[r - begin] = static_cast<size_t>(in.block_tables[entry]) * size + position % size;
+    }
   }
 
   const Kernels& k_;
   const Limits& limits_;
   const KvCache& cache_;
   size_t layer_;
+  bool cached_;
   const Buffer &key_, &value_;
 };
 
@@ -273,39 +297,47 @@ struct SplitSums {
 class AttendPhase final : public Phase {
  public:
   AttendPhase(const Kernels& k, size_t threads, const Limits& limits, const AttendOp& op,
-              const KvCache& cache, const Buffer& q, const Buffer& out, SplitSums& split)
+              size_t view, const KvCache& cache, const Buffer& q, const Buffer& out,
+              SplitSums& split)
       : k_(k),
         limits_(limits),
         op_(op),
+        view_(view),
         cache_(cache),
         q_(q),
         out_(out),
         split_(split),
         few_(few_tasks(threads)) {
-    const size_t segments = ceil_div(limits.context, kSegment);
+    const size_t most =
+        std::max(limits.context, *std::max_element(limits.rows.begin(), limits.rows.end()));
+    const size_t segments = ceil_div(most, kSegment);
     split.floats = std::max(split.floats, few_ * segments * group() * part_floats(op_.head_dim));
   }
 
   static size_t few_tasks(size_t threads) { return 4 * threads; }
 
-  size_t tasks(const Step& step) const override { return pairs(step) * segments(step); }
+  size_t tasks(const Step& step) const override {
+    const View& view = step.views[view_];
+    return pairs(view) * segments(view);
+  }
 
   void run(const Step& step, size_t task) override {
-    const size_t many = segments(step), pair = task / many;
-    const RowRun& rows = step.runs[pair / op_.kv_heads];
+    const View& view = step.views[view_];
+    const size_t many = segments(view), pair = task / many;
+    const RowRun& rows = view.runs[pair / op_.kv_heads];
     const size_t head = pair % op_.kv_heads;
     if (many == 1) {
-      in_blocks(step, rows, head,
-                [&](const AttendArgs& args, size_t) { k_.attend(args, context(step, rows)); });
+      in_blocks(view, rows, head,
+                [&](const AttendArgs& args, size_t) { k_.attend(args, context(view, rows)); });
     } else {
       const size_t segment = task % many;
-      in_blocks(step, rows, head, [&](const AttendArgs& args, size_t first) {
+      in_blocks(view, rows, head, [&](const AttendArgs& args, size_t first) {
         k_.attend_segment(args, segment, part(pair, segment, many, first));
       });
       if (split_.done[pair].fetch_add(1, std::memory_order_acq_rel) + 1 < many) return;
       split_.done[pair].store(0, std::memory_order_relaxed);
       std::vector<const float*> parts(many);
-      in_blocks(step, rows, head, [&](const AttendArgs& args, size_t first) {
+      in_blocks(view, rows, head, [&](const AttendArgs& args, size_t first) {
         for (size_t s = 0; s < many; ++s) parts[s] = part(pair, s, many, first);
         k_.merge_segments(args, parts.data(), many);
       });
@@ -314,17 +346,19 @@ class AttendPhase final : public Phase {
   }
 
   Work work(const Step& step) const override {
-    size_t read = 0, seen = 0;
-    for (size_t s = 0; s < step.batch.sequences(); ++s) {
-      const size_t first = static_cast<size_t>(step.batch.bounds[s]);
-      const size_t last = static_cast<size_t>(step.batch.bounds[s + 1]);
-      if (first == last) continue;
-      read += static_cast<size_t>(query(step, last - 1, 0).end - query(step, first, 0).begin);
-      for (size_t row = first; row < last; ++row) {
-        const Query q = query(step, row, 0);
+    const View& view = step.views[view_];
+    size_t read = 0, seen = 0, sequence = SIZE_MAX;
+    int32_t begin = 0, end = 0;  // of what the sequence's rows see together
+    for (const RowRun& rows : view.runs)
+      for (size_t row = rows.begin; row < rows.end; ++row) {
+        const Query q = query(view, row, 0);
+        const bool first = std::exchange(sequence, rows.sequence) != rows.sequence;
+        if (first) read += static_cast<size_t>(end - begin);
+        begin = first ? q.begin : std::min(begin, q.begin);
+        end = first ? q.end : std::max(end, q.end);
         seen += static_cast<size_t>(q.end - q.begin);
       }
-    }
+    read += static_cast<size_t>(end - begin);
     const size_t position =
         key_bytes(limits_.cache, op_.head_dim) + value_bytes(limits_.cache, op_.head_dim);
     return {read * op_.kv_heads * position, 0, seen * op_.heads * op_.head_dim * 2};
@@ -332,13 +366,14 @@ class AttendPhase final : public Phase {
 
  private:
   size_t group() const { return op_.heads / op_.kv_heads; }
-  size_t pairs(const Step& step) const { return step.runs.size() * op_.kv_heads; }
-  size_t context(const Step& step, const RowRun& rows) const {
-    return static_cast<size_t>(step.batch.positions[rows.end - 1]) + 1;
+  size_t pairs(const View& view) const { return view.runs.size() * op_.kv_heads; }
+  static size_t context(const View& view, const RowRun& rows) {
+    const auto ends = view.end.subspan(rows.begin, rows.end - rows.begin);
+    return static_cast<size_t>(*std::max_element(ends.begin(), ends.end()));
   }
   // Tasks of a pair; when more than one, its run is a single row.
-  size_t segments(const Step& step) const {
-    return step.rows_a_run == 1 && pairs(step) < few_ ? ceil_div(step.context, kSegment) : 1;
+  size_t segments(const View& view) const {
+    return view.rows_a_run == 1 && pairs(view) < few_ ? ceil_div(view.context, kSegment) : 1;
   }
   float* part(size_t pair, size_t segment, size_t many, size_t first) const {
     return reinterpret_cast<float*>(split_.memory->data()) +
@@ -347,27 +382,27 @@ class AttendPhase final : public Phase {
 
   // fn(args, first) for blocks of the queries that share a KV head
   template <class Fn>
-  void in_blocks(const Step& step, const RowRun& rows, size_t kv_head, Fn fn) const {
-    const HeadCache head(cache_, op_.layer, kv_head, limits_);
-    const int32_t* table = step.batch.block_tables.data() + rows.sequence * step.batch.table_width;
+  void in_blocks(const View& view, const RowRun& rows, size_t kv_head, Fn fn) const {
+    const HeadCache head(cache_, op_.cache, kv_head, limits_);
+    const int32_t* table = view.tables.data() + rows.sequence * view.table_width;
     const size_t total = (rows.end - rows.begin) * group();
     Query queries[kMaxQueries];
     for (size_t first = 0; first < total; first += kMaxQueries) {
       const size_t count = std::min(kMaxQueries, total - first);
       for (size_t i = 0; i < count; ++i)
-        queries[i] = query(step, rows.begin + (first + i) / group(),
+        queries[i] = query(view, rows.begin + (first + i) / group(),
                            kv_head * group() + (first + i) % group());
       fn({queries, count, head.keys, head.values, table, limits_.block_size, op_.head_dim,
           head.value_bytes, op_.scale, op_.softcap},
          first);
     }
   }
-  Query query(const Step& step, size_t row, size_t head) const {
-    const int32_t end = step.batch.positions[row] + 1;
+  Query query(const View& view, size_t row, size_t head) const {
+    const int32_t begin = view.begin[row], end = view.end[row];
     const int32_t window = static_cast<int32_t>(op_.window);
     const size_t column = head * op_.head_dim;
     return {q_.row(row) + column, out_.row(row) + column,
-            window != 0 && end > window ? end - window : 0, end};
+            window != 0 && end - begin > window ? end - window : begin, end};
   }
   void quantize(const RowRun& rows, size_t kv_head) const {
     if (out_.quant == nullptr || !quantizes) return;
@@ -379,6 +414,7 @@ class AttendPhase final : public Phase {
   const Kernels& k_;
   const Limits& limits_;
   AttendOp op_;
+  size_t view_;
   const KvCache& cache_;
   const Buffer &q_, &out_;
   SplitSums& split_;

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.batch import Batch
+from squall.batch import Batch, Sequences
 from squall.checkpoints.base import Checkpoint
 from squall.program import (
     Add,
     Attend,
     Embed,
     GatedLinear,
+    GatherColumns,
     GatherRows,
     Linear,
     Matrix,
@@ -86,6 +87,8 @@ class ReferenceExecutor:
         self.block_size = block_size
         self.keep = frozenset(keep)
         self.values: dict[str, Array] = {}
+        self.indices: dict[str, NDArray[np.int32]] = {}
+        self.sequences: Sequences | None = None
         self.weights = {w: self._load(w) for w in program.weights()}
         shapes = [(blocks * block_size, c.kv_heads, c.head_dim) for c in program.caches]
         self.k = [np.zeros(shape, np.float32) for shape in shapes]
@@ -93,15 +96,23 @@ class ReferenceExecutor:
 
     def step(self, batch: Batch) -> Array:
         """The logits of the rows of `batch.outputs`."""
-        self.batch = batch
-        self.values = {}
-        for op in self.program.ops:
+        return self.run(batch.indices(), batch)["logits"]
+
+    def run(
+        self, inputs: dict[str, NDArray[Any]], sequences: Sequences | None = None
+    ) -> dict[str, Array]:
+        """The outputs by name."""
+        program, self.sequences = self.program, sequences
+        self.indices = {index.name: inputs[index.name] for index in program.indices}
+        self.values = {value.name: inputs[value.name] for value in program.inputs}
+        rows = {index.rows: inputs[index.name].shape[-1] for index in program.indices}
+        rows |= {value.rows: len(inputs[value.name]) for value in program.inputs}
+        for op in program.ops:
             out = np.asarray(HANDLERS[type(op)](self, op), np.float32)
-            rows = len(batch.tokens if op.out.rows == "tokens" else batch.outputs)
-            assert out.shape == (rows, op.out.width), op
+            assert out.shape == (rows[op.out.rows], op.out.width), op
             assert op.out.name not in self.values, op
             self.values[op.out.name] = out
-        return self.values[self.program.logits.name]
+        return {value.name: self.values[value.name] for value in program.outputs}
 
     def value(self, name: str) -> Array:
         """A kept value of the last step."""
@@ -131,10 +142,11 @@ class ReferenceExecutor:
         return 0.0 if weight is None else self.weights[weight]
 
     def embed(self, op: Embed) -> Array:
-        return self.matrix(op.table)[self.batch.tokens] * np.float32(op.scale)
+        return self.matrix(op.table)[self.indices[op.index.name]] * np.float32(op.scale)
 
     def rope_angles(self, op: RopeAngles) -> Array:
-        angles = self.batch.positions[:, None].astype(np.float64) * np.array(op.frequencies)
+        positions = np.atleast_2d(self.indices[op.positions.name]).astype(np.float64)
+        angles = positions[list(op.axes or [0] * len(op.frequencies))].T * np.array(op.frequencies)
         return np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * op.magnitude
 
     def normalize(self, op: Normalize) -> Array:
@@ -175,34 +187,43 @@ class ReferenceExecutor:
         return x.reshape(rows.shape)
 
     def attend(self, op: Attend) -> Array:
-        batch, shape = self.batch, (-1, op.kv_heads, op.head_dim)
-        self.k[op.layer][batch.slots] = self.of(op.k).reshape(shape)
-        self.v[op.layer][batch.slots] = self.of(op.v).reshape(shape)
-        out = np.empty((len(batch.tokens), op.heads, op.head_dim), np.float32)
-        for sequence, (start, stop) in enumerate(zip(batch.bounds, batch.bounds[1:], strict=False)):
-            if start < stop:
-                out[start:stop] = self._attend(op, sequence, int(start), int(stop))
-        return out.reshape(len(batch.tokens), -1)
+        q, k, v = self.of(op.q), *(self._heads(x, op.kv_heads) for x in (op.k, op.v))
+        spans = self.indices[op.spans.name]
+        if op.cache is None:
+            return self._attend(op, q, k, v, spans)
+        sequences, out = self.sequences, np.empty_like(q)
+        assert sequences is not None
+        bounds = sequences.bounds.tolist()
+        for table, start, stop in zip(sequences.block_tables, bounds, bounds[1:], strict=False):
+            if start == stop:
+                continue
+            rows, past = slice(start, stop), np.arange(sequences.positions[stop - 1] + 1)
+            slots = table[past // self.block_size] * self.block_size + past % self.block_size
+            keys, values = self.k[op.cache], self.v[op.cache]
+            keys[slots[sequences.positions[rows]]] = k[rows]
+            values[slots[sequences.positions[rows]]] = v[rows]
+            out[rows] = self._attend(op, q[rows], keys[slots], values[slots], spans[:, rows])
+        return out
 
-    def _attend(self, op: Attend, sequence: int, start: int, stop: int) -> Array:
+    def _heads(self, x: Value, heads: int) -> Array:
+        return self.of(x).reshape(-1, heads, x.width // heads)
+
+    def _attend(self, op: Attend, q: Array, k: Array, v: Array, spans: NDArray[np.int32]) -> Array:
         group = op.heads // op.kv_heads
-        positions = self.batch.positions[start:stop]
-        past = np.arange(positions[-1] + 1)
-        table = self.batch.block_tables[sequence]
-        slots = table[past // self.block_size] * self.block_size + past % self.block_size
-        k, v = (np.repeat(c[op.layer][slots], group, axis=1) for c in (self.k, self.v))
-        q = self.of(op.q)[start:stop].reshape(-1, op.heads, op.head_dim)
+        k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+        q = q.reshape(-1, op.heads, op.head_dim)
         scores = np.einsum("qhd,khd->hqk", q, k, optimize=True).astype(np.float64) * op.scale
         if op.softcap is not None:
             scores = op.softcap * np.tanh(scores / op.softcap)
-        distance = positions[:, None] - past
-        visible = distance >= 0
+        begin, end = spans[:, :, None]
         if op.window is not None:
-            visible &= distance < op.window
-        scores = np.where(visible, scores, -np.inf)
+            begin = np.maximum(begin, end - op.window)
+        past = np.arange(len(k))
+        scores = np.where((begin <= past) & (past < end), scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        return np.einsum("hqk,khd->qhd", weights.astype(np.float32), v, optimize=True)
+        seen = np.einsum("hqk,khd->qhd", weights.astype(np.float32), v, optimize=True)
+        return seen.reshape(len(q), -1)
 
     def mixture(self, op: MixtureOfExperts) -> Array:
         x = self.of(op.x)
@@ -226,7 +247,10 @@ class ReferenceExecutor:
         return op.cap * np.tanh(self.of(op.x) / op.cap)
 
     def gather_rows(self, op: GatherRows) -> Array:
-        return self.of(op.x)[self.batch.outputs]
+        return self.of(op.x)[self.indices[op.index.name]]
+
+    def gather_columns(self, op: GatherColumns) -> Array:
+        return self.of(op.x)[:, np.frombuffer(op.order, "<u4")]
 
 
 HANDLERS: dict[type, Callable[[ReferenceExecutor, Any], Array]] = {
@@ -241,4 +265,5 @@ HANDLERS: dict[type, Callable[[ReferenceExecutor, Any], Array]] = {
     Add: ReferenceExecutor.add,
     Softcap: ReferenceExecutor.softcap,
     GatherRows: ReferenceExecutor.gather_rows,
+    GatherColumns: ReferenceExecutor.gather_columns,
 }

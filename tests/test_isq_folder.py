@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from native_executor import native
 from squall import convert, decoder, recipes
 from squall.batch import Batch
 from squall.checkpoints import Checkpoint, open_checkpoint
@@ -47,7 +48,7 @@ def quantized(weight: torch.Tensor, format: str) -> torch.Tensor:
 def opened(checkpoint: Checkpoint, **options: Any) -> NativeExecutor:
     recipe = recipes.load(checkpoint)
     program = decoder.compile(recipe.decoder, recipe.names, context=64)
-    return NativeExecutor(program, checkpoint, blocks=4, kv_dtype="f32", **options)
+    return native(program, checkpoint, blocks=4, kv_dtype="f32", **options)
 
 
 def step(executor: NativeExecutor) -> NDArray[np.float32]:
@@ -56,7 +57,6 @@ def step(executor: NativeExecutor) -> NDArray[np.float32]:
         Batch(
             tokens=np.array(TOKENS, np.int32),
             positions=rows,
-            slots=rows,
             bounds=np.array([0, len(rows)], np.int32),
             block_tables=np.arange(2, dtype=np.int32)[None],
             outputs=rows,

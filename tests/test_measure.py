@@ -6,9 +6,9 @@ import pytest
 
 from squall import program as p
 from squall.errors import InvalidRequest
-from squall.measure import Bench, Plan, Profile
+from squall.measure import Bench, Profile, Workload
 
-PLAN = Plan(prompt=24, answer=3, depth=20, batch=2)
+PLAN = Workload(prompt=24, answer=3, depth=20, batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +88,4 @@ def test_profiles_begin_at_zero(bench: Bench, profiles: dict[str, Profile]) -> N
 
 def test_nothing_to_measure() -> None:
     with pytest.raises(InvalidRequest, match="nothing to measure"):
-        Bench.open(None, Plan(0, 0))
+        Bench.open(None, Workload(0, 0))

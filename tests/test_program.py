@@ -130,14 +130,16 @@ def test_each_layer_has_its_cache() -> None:
     wide = dataclasses.replace(ATTENTION, kv_heads=4)
     found = program(decoder(Layer(ATTENTION, MLP, NORM), Layer(wide, MLP, NORM)))
     assert [cache.kv_heads for cache in found.caches] == [2, 4]
-    assert [op.layer for op in ops(Attend, found)] == [0, 1]
+    assert [op.cache for op in ops(Attend, found)] == [0, 1]
 
 
 def test_describe_has_a_line_an_op() -> None:
     found = program(decoder(Layer(ATTENTION, MLP, NORM)))
     lines = found.describe().splitlines()
     assert len(lines) == len(found.ops)
-    assert re.match(r" +0 Embed +embed\[tokens,32\]  table=embed.weight\[50,32\]", lines[0])
+    assert re.match(
+        r" +0 Embed +embed\[tokens,32\]  index=tokens table=embed.weight\[50,32\]", lines[0]
+    )
 
 
 def test_the_decoder_knows_no_architecture() -> None:

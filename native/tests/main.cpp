@@ -167,12 +167,14 @@ struct Model {
 
   std::unique_ptr<Executor> executor(std::string_view isa, size_t threads, CacheType cache) const {
     auto e = std::make_unique<Executor>(isa, std::make_shared<ThreadPool>(threads),
-                                        Limits{64, 8, 8, kBlock, 100, cache});
-    const auto value = [&](size_t width) { return e->add_value(width, false, false); };
+                                        Limits{{64, 8}, 8, kBlock, 100, cache});
+    const auto value = [&](size_t width) { return e->add_value(width, 0, false); };
+    const size_t tokens = e->add_index(0, 1), rotary = e->add_index(0, 1);
+    const size_t spans = e->add_index(0, 2), outputs = e->add_index(1, 1);
     e->add_cache(kKvHeads, kDim);
     const size_t x = value(kHidden), angles = value(16), n = value(kHidden);
-    e->embed(x, table, 1.5f);
-    e->rope_angles(angles, floats_of(8), 1.1f);
+    e->embed(x, tokens, table, 1.5f);
+    e->rope_angles(angles, rotary, floats_of(8), std::vector<size_t>(8), 1.1f);
     e->normalize({n, x, norm, bias, false, 1e-5f, kHidden});
     const size_t query = value(kHeads * kDim), key = value(kKvHeads * kDim);
     const size_t val = value(kKvHeads * kDim), normed = value(kHeads * kDim);
@@ -184,7 +186,7 @@ struct Model {
     e->rotate({query2, normed, angles, kHeads, kDim, false});
     e->rotate({key2, key, angles, kKvHeads, kDim, true});
     const size_t seen = value(kHeads * kDim), y = value(kHidden);
-    e->attend({seen, query2, key2, val, 0, kHeads, kKvHeads, kDim, 0.2f, 19, 30.0f});
+    e->attend({seen, query2, key2, val, spans, 0, kHeads, kKvHeads, kDim, 0.2f, 19, 30.0f});
     e->linear({y, seen, o, bias, Activation::kGelu, 0.5f, x});
     const size_t inner = value(96), z = value(kHidden), mixed = value(kHidden),
                  sum = value(kHidden);
@@ -193,13 +195,12 @@ struct Model {
     e->mixture_of_experts(
         {mixed, z, router, gates, ups, downs, 2, Activation::kGeluTanh, true, 0.01f, 0.5f, z});
     e->add(sum, mixed, y, 0.25f);
-    const size_t wanted = e->add_value(kHidden, true, false),
-                 raw = e->add_value(kVocab, true, false);
-    const size_t logits = e->add_value(kVocab, true, false);
-    e->gather_rows(wanted, sum);
+    const size_t wanted = e->add_value(kHidden, 1, false), raw = e->add_value(kVocab, 1, false);
+    const size_t logits = e->add_value(kVocab, 1, false);
+    e->gather_rows(wanted, sum, outputs);
     e->linear({raw, wanted, head, {}, Activation::kNone, 1.0f, kNone});
     e->softcap(logits, raw, 30.0f);
-    e->plan(logits);
+    e->plan({logits});
     return e;
   }
 
@@ -212,25 +213,33 @@ struct Model {
 
 // Arrays of one step of one sequence, whose blocks are not in order.
 struct Arrays {
-  std::vector<int32_t> tokens, positions, slots, bounds, table{5, 2, 7, 0}, outputs;
+  std::vector<int32_t> tokens, positions, spans, bounds, table{5, 2, 7, 0}, outputs;
 
   Arrays(size_t begin, size_t end) : bounds{0, static_cast<int32_t>(end - begin)} {
     for (size_t p = begin; p < end; ++p) {
       tokens.push_back(static_cast<int32_t>(p * 7 % kVocab));
       positions.push_back(static_cast<int32_t>(p));
-      slots.push_back(table[p / kBlock] * static_cast<int32_t>(kBlock) +
-                      static_cast<int32_t>(p % kBlock));
     }
+    spans.assign(end - begin, 0);
+    for (const int32_t p : positions) spans.push_back(p + 1);
     outputs.push_back(bounds[1] - 1);
   }
-  Batch batch() const { return {tokens, positions, slots, bounds, table, outputs, table.size()}; }
+  Inputs inputs() const {
+    return {{tokens.size(), outputs.size()},
+            {tokens, positions, spans, outputs},
+            {},
+            positions,
+            bounds,
+            table,
+            table.size()};
+  }
 };
 
 std::vector<float> last_logits(Executor& e, const std::vector<size_t>& cuts) {
   std::vector<float> logits(kVocab);
   size_t begin = 0;
   for (const size_t end : cuts) {
-    e.step(Arrays(begin, end).batch(), logits.data());
+    e.run(Arrays(begin, end).inputs(), {logits.data()});
     begin = end;
   }
   return logits;
@@ -263,13 +272,15 @@ void test_rejected(const Model& model) {
   const auto rejects = [&](const char* what, const std::function<void(Arrays&)>& spoil) {
     Arrays arrays(0, 20);
     spoil(arrays);
-    expect_rejected([&] { e->step(arrays.batch(), logits.data()); }, what);
+    expect_rejected([&] { e->run(arrays.inputs(), {logits.data()}); }, what);
   };
   rejects("a token beyond the vocabulary", [](Arrays& a) { a.tokens[3] = kVocab; });
   rejects("a negative token", [](Arrays& a) { a.tokens[3] = -1; });
   rejects("a position beyond the context", [](Arrays& a) { a.positions[19] = 100; });
   rejects("positions with a gap", [](Arrays& a) { a.positions[19] = 20; });
-  rejects("another position's slot", [](Arrays& a) { std::swap(a.slots[1], a.slots[2]); });
+  rejects("a row that sees nothing", [](Arrays& a) { a.spans[21] = 0; });
+  rejects("a row that sees what is not there", [](Arrays& a) { a.spans[21] = 21; });
+  rejects("a row that sees from before the beginning", [](Arrays& a) { a.spans[1] = -1; });
   rejects("a block beyond the cache", [](Arrays& a) { a.table[0] = 8; });
   rejects("a negative block", [](Arrays& a) { a.table[1] = -1; });
   rejects("a short table", [](Arrays& a) { a.table.resize(1); });
@@ -277,7 +288,8 @@ void test_rejected(const Model& model) {
   rejects("bounds that leave rows out", [](Arrays& a) { a.bounds = {0, 19}; });
   rejects("an output row beyond the step", [](Arrays& a) { a.outputs = {20}; });
   rejects("too many outputs", [](Arrays& a) { a.outputs.assign(9, 0); });
-  rejects("a missing slot", [](Arrays& a) { a.slots.pop_back(); });
+  rejects("a missing span", [](Arrays& a) { a.spans.pop_back(); });
+  rejects("a missing position", [](Arrays& a) { a.positions.pop_back(); });
   rejects("no rows", [](Arrays& a) { a = Arrays(0, 0); });
 }
 

@@ -10,20 +10,41 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The rows of a step, sequence after sequence.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequences:
+    """Rows of cached attention, sequence after sequence.
 
-    tokens, positions, slots: [rows]. A row's K and V go to slot = block * block_size + offset.
+    positions: [rows]. The place of a row's K and V in its sequence.
     bounds: [sequences + 1]. Rows `bounds[s]:bounds[s + 1]` belong to sequence s; their positions
         ascend by 1.
     block_tables: [sequences, blocks]. Block b of a sequence holds positions `b * block_size ...`.
-    outputs: [outputs]. The rows whose logits are wanted.
+    """
+
+    positions: Int32
+    bounds: Int32
+    block_tables: Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch(Sequences):
+    """A step of a decoder.
+
+    tokens: [rows]. outputs: [outputs]. The rows whose logits are wanted.
+    spans: [2, rows]. The first position that a row sees, and one past the last; by default it sees
+        itself and what is before it.
+    rotary: [axes, rows]. Positions for the rotary embedding, by default the same.
     """
 
     tokens: Int32
-    positions: Int32
-    slots: Int32
-    bounds: Int32
-    block_tables: Int32
     outputs: Int32
+    spans: Int32 | None = None
+    rotary: Int32 | None = None
+
+    def indices(self) -> dict[str, Int32]:
+        """What a run of the decoder's program is given, by name."""
+        spans = self.spans
+        if spans is None:
+            spans = np.zeros((2, len(self.positions)), np.int32)
+            np.add(self.positions, 1, out=spans[1])
+        rotary = self.positions if self.rotary is None else self.rotary
+        return {"tokens": self.tokens, "rotary": rotary, "spans": spans, "outputs": self.outputs}

@@ -13,6 +13,7 @@ from squall.program import (
     Embed,
     GatedLinear,
     GatherRows,
+    Index,
     Linear,
     Matrix,
     MixtureOfExperts,
@@ -27,6 +28,12 @@ from squall.program import (
 )
 from squall.roles import HAS_POST_NORM, HAS_PRE_NORM, Shapes, roles
 from squall.spec import Activation, Attention, Decoder, Layer, Mlp, Moe, Norm, Rope
+
+TOKENS = Index("tokens")
+# Where a row is for its rotary embedding; its place in the cache comes with its sequence.
+ROTARY = Index("rotary")
+SPANS = Index("spans", axes=2)
+OUTPUTS = Index("outputs", rows="outputs")
 
 
 def compile(decoder: Decoder, names: Names, *, context: int) -> Program:
@@ -46,7 +53,7 @@ class _Compiler:
     def program(self) -> Program:
         d, b = self.decoder, self.builder
         table = self.matrix("embed")
-        x = b.emit(Embed(b.value("embed", d.hidden), table, d.embed_scale))
+        x = b.emit(Embed(b.value("embed", d.hidden), TOKENS, table, d.embed_scale))
         for index, layer in enumerate(d.layers):
             x = self.layer(x, f"layers.{index}", index, layer)
         x = self.norm(x, "norm", d.norm)
@@ -59,7 +66,7 @@ class _Compiler:
             logits = b.emit(Softcap(b.value("logits", d.vocab, "outputs"), logits, d.logit_softcap))
         attentions = [layer.attention for layer in d.layers]
         caches = tuple(CacheLayer(a.kv_heads, a.head_dim) for a in attentions)
-        return b.build(logits, caches, vocab=d.vocab, context=self.context)
+        return b.build(logits, caches=caches, context=self.context)
 
     def layer(self, x: Value, name: str, index: int, layer: Layer) -> Value:
         """One block; see `spec.Layer` for the wirings."""
@@ -84,7 +91,7 @@ class _Compiler:
 
     def outputs(self, x: Value) -> Value:
         value = self.builder.value(f"{x.name}.outputs", x.width, "outputs")
-        return self.builder.emit(GatherRows(value, x))
+        return self.builder.emit(GatherRows(value, x, OUTPUTS))
 
     def attention(self, h: Value, name: str, index: int, a: Attention) -> Value:
         q = self.linear(h, f"{name}.q", f"{name}.q", bias=a.qkv_bias)
@@ -98,10 +105,9 @@ class _Compiler:
             q = self.rotate(q, f"{name}.q_rotated", a.rope, a.heads)
             k = self.rotate(k, f"{name}.k_rotated", a.rope, a.kv_heads)
         out = self.builder.value(f"{name}.out", a.heads * a.head_dim)
+        sizes = a.heads, a.kv_heads, a.head_dim
         return self.builder.emit(
-            Attend(
-                out, q, k, v, index, a.heads, a.kv_heads, a.head_dim, a.scale, a.window, a.softcap
-            )
+            Attend(out, q, k, v, SPANS, index, *sizes, a.scale, a.window, a.softcap)
         )
 
     def rotate(self, x: Value, name: str, rope: Rope, heads: int) -> Value:
@@ -109,7 +115,7 @@ class _Compiler:
         if key not in self.angles:
             suffix = f".{len(self.angles)}" if self.angles else ""
             out = self.builder.value(f"angles{suffix}", rope.dims)
-            self.angles[key] = self.builder.emit(RopeAngles(out, *key))
+            self.angles[key] = self.builder.emit(RopeAngles(out, ROTARY, *key))
         out = self.builder.value(name, x.width)
         dims = x.width // heads
         return self.builder.emit(Rotate(out, x, self.angles[key], heads, dims, rope.interleaved))

@@ -11,21 +11,23 @@ from typing import Literal
 
 import numpy as np
 
-from squall import _native, decoder, quant, recipes
+from squall import _native, decoder, executors, quant, recipes
 from squall.batch import Batch, Int32
 from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.engine.memory import choose_context, token_bytes
 from squall.errors import InvalidRequest
-from squall.executors.native import CacheType, NativeExecutor, Phase, Progress
+from squall.executors import CacheType, Limits, Phase, Progress, thread_pool
 from squall.locate import locate
 from squall.recipes import Recipe
+from squall.weights import WeightStore
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
+BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Workload:
     """What to measure: tokens of the prompt and of the answer, after `depth` tokens of context.
 
     Each of `batch` sequences has them all; they decode together.
@@ -102,53 +104,49 @@ class Bench:
     def __init__(
         self,
         prepared: tuple[Checkpoint, Recipe, quant.Plan],
-        plan: Plan,
+        workload: Workload,
         *,
         threads: int | None = None,
         weights: Literal["packed", "f32"] = "packed",
         progress: Progress | None = None,
     ) -> None:
         """prepared: what `squall.model.prepare` returns."""
-        if plan.prompt + plan.answer == 0:
+        if workload.prompt + workload.answer == 0:
             raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
-        checkpoint, recipe, weight_plan = prepared
+        checkpoint, recipe, plan = prepared
+        batch = workload.batch
         size = choose_context(
-            max(plan.context, 1),
+            max(workload.context, 1),
             trained=recipe.decoder.context,
-            bytes_per_token=token_bytes(recipe.decoder, plan.kv_dtype) * plan.batch,
+            bytes_per_token=token_bytes(recipe.decoder, workload.kv_dtype) * batch,
             weight_bytes=checkpoint.size_bytes,
         )
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
         self.checkpoint = checkpoint
         self.architecture = recipe.architecture
-        self.plan = plan
+        self.workload = workload
         self.vocab = recipe.decoder.vocab
-        block_size = 16
-        blocks = -(-size // block_size)
-        self.executor = NativeExecutor(
-            program,
-            checkpoint,
-            threads=threads,
-            weights=weights,
-            plan=weight_plan,
-            kv_dtype=plan.kv_dtype,
-            blocks=blocks * plan.batch,
-            block_size=block_size,
-            max_rows=max(MAX_ROWS, plan.batch),
-            max_outputs=max(MAX_OUTPUTS, plan.batch),
-            progress=progress,
+        blocks = -(-size // BLOCK_SIZE)
+        limits = Limits(
+            rows={"tokens": max(MAX_ROWS, batch), "outputs": max(MAX_OUTPUTS, batch)},
+            blocks=blocks * batch,
+            block_size=BLOCK_SIZE,
+            kv_dtype=workload.kv_dtype,
         )
-        self._tables: Int32 = np.arange(blocks * plan.batch, dtype=np.int32).reshape(-1, blocks)
+        store = WeightStore(checkpoint, plan=plan, exact=weights == "f32")
+        pool = thread_pool(threads)
+        self.executor = executors.open(program, store, limits, pool=pool, progress=progress)
+        self._tables: Int32 = np.arange(blocks * batch, dtype=np.int32).reshape(-1, blocks)
         self._steps = 0
-        self._fill(0, plan.depth)
+        self._fill(0, workload.depth)
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str] | None, plan: Plan, *, threads: int | None = None
+        cls, path: str | os.PathLike[str] | None, workload: Workload, *, threads: int | None = None
     ) -> Bench:
         """The GGUF file `path`, a folder of a model, or the default model."""
         checkpoint = open_checkpoint(locate(path))
-        return cls((checkpoint, recipes.load(checkpoint), quant.Plan()), plan, threads=threads)
+        return cls((checkpoint, recipes.load(checkpoint), quant.Plan()), workload, threads=threads)
 
     def rates(self, repetitions: int, *, warm_up: bool = True) -> list[Result]:
         """Of `repetitions` rounds after one to warm up; a test of no tokens is left out."""
@@ -165,24 +163,25 @@ class Bench:
 
     def _tests(self) -> list[tuple[str, int, Callable[[], None]]]:
         """Name, tokens of all sequences, and what to run, in this order."""
-        plan = self.plan
-        tests = (("pp", plan.prompt, self._prompts), ("tg", plan.answer, self._answers))
+        load = self.workload
+        tests = (("pp", load.prompt, self._prompts), ("tg", load.answer, self._answers))
         return [
-            (plan.test(kind, tokens), tokens * plan.batch, run)
+            (load.test(kind, tokens), tokens * load.batch, run)
             for kind, tokens, run in tests
             if tokens
         ]
 
     def _prompts(self) -> None:
-        self._fill(self.plan.depth, self.plan.depth + self.plan.prompt)
+        self._fill(self.workload.depth, self.workload.depth + self.workload.prompt)
 
     def _answers(self) -> None:
-        for position in range(self.plan.context - self.plan.answer, self.plan.context):
-            self._step(range(self.plan.batch), range(position, position + 1), outputs=True)
+        load = self.workload
+        for position in range(load.context - load.answer, load.context):
+            self._step(range(load.batch), range(position, position + 1), outputs=True)
 
     def _fill(self, start: int, stop: int) -> None:
         """Compute the positions `start:stop` of each sequence by itself; logits of the last."""
-        for sequence in range(self.plan.batch):
+        for sequence in range(self.workload.batch):
             for first in range(start, stop, MAX_ROWS):
                 last = min(first + MAX_ROWS, stop)
                 one = range(sequence, sequence + 1)
@@ -195,12 +194,10 @@ class Bench:
         at = np.tile(np.arange(positions.start, positions.stop, dtype=np.int32), many)
         bounds = np.arange(0, many * each + 1, each, dtype=np.int32)
         tables = self._tables[sequences.start : sequences.stop]
-        first_slots = np.repeat(tables[:, 0] * np.int32(self.executor.block_size), each)
         self.executor.step(
             Batch(
                 tokens=(at + 1000) % np.int32(self.vocab),
                 positions=at,
-                slots=first_slots + at,
                 bounds=bounds,
                 block_tables=tables,
                 outputs=bounds[1:] - 1 if outputs else bounds[:0],

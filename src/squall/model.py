@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from squall import convert, decoder, recipes
+from squall import convert, decoder, executors, recipes
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.checkpoints.hub import Hub
 from squall.engine.defaults import GenerationDefaults
-from squall.engine.engine import Engine, EngineConfig, Executor
+from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
 from squall.engine.request import Request, Scoring
@@ -30,7 +30,14 @@ from squall.engine.sampling import (
     random_seed,
 )
 from squall.errors import InvalidRequest
-from squall.executors.native import CacheType, NativeExecutor, default_threads
+from squall.executors import (
+    DEVICES,
+    CacheType,
+    Executor,
+    Limits,
+    default_threads,
+    thread_pool,
+)
 from squall.locate import locate, locate_uqff
 from squall.program import Program
 from squall.quant import FormatTotal, Plan, Topology
@@ -41,6 +48,7 @@ from squall.text.chat import ChatTemplate
 from squall.text.hf_tokenizer import HfTokenizer
 from squall.text.stream import TextStream
 from squall.text.tokenizer import Tokenizer
+from squall.weights import WeightStore
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -48,7 +56,6 @@ Progress = Callable[[int, int], None]
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
-DEVICES = ("cpu",)
 GREEDY = Sampling(temperature=0, seed=0)
 
 
@@ -133,12 +140,15 @@ class Model:
         size, room = _sizes(checkpoint, recipe.decoder, kv_dtype, context, kv, engine.max_seqs)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
         tokenizer = open_tokenizer(checkpoint, tokenizer_json)
-        executor = NativeExecutor(
-            program, checkpoint,
-            threads=threads, weights=weights, plan=plan, kv_dtype=kv_dtype,
-            blocks=-(-room // kv.block_size), block_size=kv.block_size,
-            max_rows=MAX_ROWS, max_outputs=MAX_OUTPUTS, progress=progress,
-        )  # fmt: skip
+        limits = Limits(
+            rows={"tokens": MAX_ROWS, "outputs": MAX_OUTPUTS},
+            blocks=-(-room // kv.block_size),
+            block_size=kv.block_size,
+            kv_dtype=kv_dtype,
+        )
+        store = WeightStore(checkpoint, plan=plan, exact=weights == "f32")
+        pool = thread_pool(threads)
+        executor = executors.open(program, store, limits, pool=pool, progress=progress)
         return cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
 
     @property
@@ -161,7 +171,7 @@ class Model:
     @property
     def weight_formats(self) -> tuple[FormatTotal, ...]:
         """What the matrices are in memory: number formats, with counts and bytes."""
-        return self._native.formats
+        return self.executor.formats
 
     def re_isq(self, isq: str | int | None, *, progress: Progress | None = None) -> None:
         """Quantize the weights again, from the file, as `isq` of `open` says; None: as they are.
@@ -169,14 +179,9 @@ class Model:
         Answers that are under way wait, and go on with the new weights. Needs memory for the old
         and the new weights together.
         """
-        plan = replace(self._native.plan, isq=Plan.of(isq).isq)
-        self.engine.change_model(lambda: self._native.requantize(plan, progress=progress))
-
-    @property
-    def _native(self) -> NativeExecutor:
-        executor = self.engine.executor
-        assert isinstance(executor, NativeExecutor)
-        return executor
+        executor = self.executor
+        plan = replace(executor.plan, isq=Plan.of(isq).isq)
+        self.engine.change_model(lambda: executor.requantize(plan, progress=progress))
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

@@ -1,18 +1,19 @@
 """A program: a flat list of ops on symbolic values. Built at load, run by an executor every step.
 
-A value is a float32 matrix `[rows, width]`. `width` is fixed here; `rows` is known at run time: the
-tokens of the step, or, after `GatherRows`, the rows whose logits are wanted.
+A value is a float32 matrix `[rows, width]`. `width` is fixed here; how many rows a row space has is
+known at run time. A decoder's spaces are the "tokens" of the step, and the "outputs": those whose
+logits are wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeVar
 
 from squall.spec import Activation
 
-Rows = Literal["tokens", "outputs"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +23,29 @@ class Value:
     id: int
     name: str
     width: int
-    rows: Rows = "tokens"
+    rows: str = "tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Whole numbers that come with a run: int32 `[rows]`, or `[axes, rows]`."""
+
+    name: str
+    rows: str = "tokens"
+    axes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Rows `start:stop` of a checkpoint tensor seen as a matrix; elements, if it is a vector."""
+    """Rows `start:stop` of a checkpoint tensor seen as a matrix; elements, if it is a vector.
+
+    source: which checkpoint's, where there are others beside the model's own.
+    """
 
     tensor: str
     start: int
     stop: int
+    source: str = ""
 
 
 Names = Mapping[str, tuple[Slice, ...]]
@@ -43,6 +57,7 @@ class Matrix:
     """A weight `[experts * rows, cols]`: slices of checkpoint tensors, one after another.
 
     role: what it is in the decoder, such as `layers.3.attention.q`.
+    restored: columns that are stored in an order of their own go back where they belong.
     """
 
     slices: tuple[Slice, ...]
@@ -50,6 +65,7 @@ class Matrix:
     cols: int
     experts: int = 1
     role: str = ""
+    restored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +79,26 @@ class Vector:
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """out = table[token] * scale"""
+    """out = table[index] * scale"""
 
     out: Value
+    index: Index
     table: Matrix
     scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class RopeAngles:
-    """out[:, :n] = magnitude * cos(position * frequencies), out[:, n:] = magnitude * sin(...)."""
+    """out[:, :n] = magnitude * cos(position * frequencies), out[:, n:] = magnitude * sin(...).
+
+    axes: which axis of `positions` each frequency turns with; by default all with the first.
+    """
 
     out: Value
+    positions: Index
     frequencies: tuple[float, ...]
     magnitude: float = 1.0
+    axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +157,20 @@ class Rotate:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """Store k and v in the cache of `layer`, then causal attention of q over the context."""
+    """Store k and v, then attention of q over what each row sees.
+
+    spans: `[2, rows]`, the first position that a row sees, and one past the last.
+    cache: which one k and v are stored in, where positions are those of the row's sequence. None:
+        positions are rows of k and v in this run.
+    window: at most so many positions before the end.
+    """
 
     out: Value
     q: Value
     k: Value
     v: Value
-    layer: int
+    spans: Index
+    cache: int | None
     heads: int
     kv_heads: int
     head_dim: int
@@ -196,10 +225,20 @@ class Softcap:
 
 @dataclass(frozen=True, slots=True)
 class GatherRows:
-    """The rows of x whose logits are wanted."""
+    """out[i] = x[index[i]]"""
 
     out: Value
     x: Value
+    index: Index
+
+
+@dataclass(frozen=True, slots=True)
+class GatherColumns:
+    """out[:, i] = x[:, order[i]]; `order` is bytes of little-endian uint32."""
+
+    out: Value
+    x: Value
+    order: bytes
 
 
 Op = (
@@ -214,6 +253,7 @@ Op = (
     | Add
     | Softcap
     | GatherRows
+    | GatherColumns
 )
 
 
@@ -227,28 +267,86 @@ class CacheLayer:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What an executor runs: `ops` in order, leaving `[outputs, vocab]` logits in `logits`."""
+    """What an executor runs: `ops` in order.
+
+    A run is given `indices` and `inputs`, which have no op that makes them, by their names, and
+    gives `outputs`. Those of a decoder are `logits`, [outputs, vocab].
+    caches: of attention; a program may have none. context: positions that they have.
+    """
 
     ops: tuple[Op, ...]
     values: tuple[Value, ...]
-    caches: tuple[CacheLayer, ...]
-    logits: Value
-    vocab: int
-    context: int
+    outputs: tuple[Value, ...]
+    inputs: tuple[Value, ...] = ()
+    caches: tuple[CacheLayer, ...] = ()
+    context: int = 1
+
+    @property
+    def indices(self) -> tuple[Index, ...]:
+        """Every index, in order of first use."""
+        return tuple(_fields_of(self.ops, (Index,)))
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """Every row space, in order of first use."""
+        rows = [*(index.rows for index in self.indices), *(value.rows for value in self.values)]
+        return tuple(dict.fromkeys(rows))
 
     def weights(self) -> list[Matrix | Vector]:
         """Every distinct weight, in order of first use."""
-        found: dict[Matrix | Vector, None] = {}
-        for op in self.ops:
-            for field in fields(op):
-                weight = getattr(op, field.name)
-                if isinstance(weight, Matrix | Vector):
-                    found.setdefault(weight)
-        return list(found)
+        return _fields_of(self.ops, (Matrix, Vector))
+
+    def cut(self, after: str) -> tuple[Program, Program]:
+        """Two programs that do the same: up to the op that makes the value `after`, and the rest.
+
+        What the second needs of the first's values are outputs of the one and inputs of the other.
+        Both give the same bytes as the whole if linears do not read the value itself, as after a
+        layer: a norm prepares its rows for them in another way than an input.
+        """
+        at = next(i for i, op in enumerate(self.ops) if op.out.name == after) + 1
+        made = {*self.inputs, *(op.out for op in self.ops[:at])}
+        needed = [v for v in _fields_of(self.ops[at:], (Value,)) if v in made]
+        early = [v for v in self.outputs if v in made]
+        first = self._part(self.ops[:at], self.inputs, [*needed, *early])
+        second = self._part(self.ops[at:], needed, [v for v in self.outputs if v not in made])
+        return first, second
+
+    def _part(
+        self, ops: Sequence[Op], inputs: Sequence[Value], outputs: Sequence[Value]
+    ) -> Program:
+        """A program of some of the ops, with the values and caches that they use."""
+        used = [op.cache for op in ops if isinstance(op, Attend) and op.cache is not None]
+        number = {cache: i for i, cache in enumerate(dict.fromkeys(used))}
+        renumbered = tuple(
+            replace(op, cache=number[op.cache])
+            if isinstance(op, Attend) and op.cache is not None
+            else op
+            for op in ops
+        )
+        values = {*inputs, *(op.out for op in ops)}
+        return replace(
+            self,
+            ops=renumbered,
+            values=tuple(value for value in self.values if value in values),
+            inputs=tuple(inputs),
+            outputs=tuple(dict.fromkeys(outputs)),
+            caches=tuple(self.caches[cache] for cache in number),
+        )
 
     def describe(self) -> str:
         """The ops as a table: number, kind, output, inputs, weights, parameters."""
         return "\n".join(_line(number, op) for number, op in enumerate(self.ops))
+
+
+def _fields_of(ops: Sequence[Op], kinds: tuple[type[T], ...]) -> list[T]:
+    """The distinct things of these kinds that the ops name beside their outputs."""
+    found: dict[T, None] = {}
+    for op in ops:
+        for field in fields(op):
+            item = getattr(op, field.name)
+            if field.name != "out" and isinstance(item, kinds):
+                found.setdefault(item)
+    return list(found)
 
 
 def _line(number: int, op: Op) -> str:
@@ -258,14 +356,14 @@ def _line(number: int, op: Op) -> str:
         if field.name == "out" or item is None:
             continue
         match item:
-            case Value():
+            case Value() | Index():
                 text = item.name
             case Matrix():
                 experts = f"{item.experts}x" if item.experts > 1 else ""
                 text = f"{item.slices[0].tensor}[{experts}{item.rows},{item.cols}]"
             case Vector():
                 text = f"{item.slices[0].tensor}[{item.size}]"
-            case tuple():
+            case tuple() | bytes():
                 text = f"({len(item)} values)"
             case _:
                 text = f"{item:g}" if isinstance(item, float) else str(item)
@@ -281,7 +379,7 @@ class Builder:
         self.ops: list[Op] = []
         self.values: list[Value] = []
 
-    def value(self, name: str, width: int, rows: Rows = "tokens") -> Value:
+    def value(self, name: str, width: int, rows: str = "tokens") -> Value:
         """A new symbolic value."""
         value = Value(len(self.values), name, width, rows)
         self.values.append(value)
@@ -293,7 +391,13 @@ class Builder:
         return op.out
 
     def build(
-        self, logits: Value, caches: tuple[CacheLayer, ...], *, vocab: int, context: int
+        self,
+        *outputs: Value,
+        inputs: Sequence[Value] = (),
+        caches: Sequence[CacheLayer] = (),
+        context: int = 1,
     ) -> Program:
         """The finished program."""
-        return Program(tuple(self.ops), tuple(self.values), caches, logits, vocab, context)
+        return Program(
+            tuple(self.ops), tuple(self.values), outputs, tuple(inputs), tuple(caches), context
+        )

@@ -1,20 +1,40 @@
-"""Rows of a weight, gathered from the tensors of a checkpoint that they lie in."""
+"""The weights of a program, from where they are stored: what executors lay out, each in its way.
+
+A store knows checkpoints, and what becomes of their number formats; it knows no layout of memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Checkpoint, Tensor
-from squall.errors import InvalidCheckpoint, UnsupportedModel
-from squall.program import Slice
+from squall.checkpoints.base import Checkpoint, Pages, Tensor
+from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
+from squall.program import (
+    GatedLinear,
+    GatherColumns,
+    Linear,
+    Matrix,
+    MixtureOfExperts,
+    Op,
+    Program,
+    Slice,
+    Value,
+    Vector,
+)
+from squall.quant import FORMATS, Plan
+
+Progress = Callable[[int, int], None]
+Weight = Matrix | Vector
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class Stored:
     """Rows in one number format, uint8 [rows * row_bytes]; `factors` multiply them, if any do."""
 
     format: str
@@ -26,21 +46,185 @@ class Rows:
 Read = Callable[[Tensor, int, int], tuple[str, NDArray[np.uint8]]]
 
 
-def as_stored(tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.uint8]]:
-    """Rows as the checkpoint has them."""
-    if tensor.order is not None:
-        raise UnsupportedModel(f"tensor {tensor.name} has its columns in an order of its own")
+class WeightStore:
+    """The weights of one or several checkpoints, and what they are to become.
+
+    plan: what is quantized, and to what. exact: everything becomes float32, for comparisons.
+    others: more checkpoints, by the `source` that slices name.
+    layouts: what executors made of the weights, by kind, which others on this store share.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        plan: Plan | None = None,
+        exact: bool = False,
+        others: Mapping[str, Checkpoint] = MappingProxyType({}),
+    ) -> None:
+        self.plan = plan or Plan()
+        self.exact = exact
+        self.checkpoints = {"": checkpoint, **others}
+        self.layouts: dict[type, object] = {}
+        if self.plan.quantizes and checkpoint.quantization:
+            raise InvalidRequest(
+                f"the weights are quantized already ({checkpoint.quantization}); "
+                "quantization on the way in is for float weights"
+            )
+
+    def replanned(self, plan: Plan) -> WeightStore:
+        """The same checkpoints with another plan."""
+        others = {source: found for source, found in self.checkpoints.items() if source}
+        return WeightStore(self.checkpoints[""], plan=plan, exact=self.exact, others=others)
+
+    def key(self, weight: Weight) -> object:
+        """Equal for weights that become the same, whatever their roles."""
+        if isinstance(weight, Vector):
+            return weight
+        stored = "f16" if weight.restored else self._tensor(weight.slices[0]).format
+        return replace(weight, role=""), self.target(weight, stored)
+
+    def target(self, weight: Matrix, stored: str) -> str:
+        """The number format that rows of a matrix become; experts may be stored in several."""
+        return "f32" if self.exact else self.plan.target(weight.role, stored, weight.cols)
+
+    def rows(self, weight: Matrix, expert: int) -> Stored:
+        """One expert's rows as they are stored; a dense weight has one expert."""
+        first = expert * weight.rows
+        read = self._restored if weight.restored else as_ordered
+        return gather(self._tensor, weight.slices, first, first + weight.rows, weight.cols, read)
+
+    def vector(self, weight: Vector) -> NDArray[np.float32]:
+        """The values, with the offset."""
+        parts = [
+            self._tensor(part).to_float32().reshape(-1)[part.start : part.stop]
+            for part in weight.slices
+        ]
+        vector = np.ascontiguousarray(np.concatenate(parts) + np.float32(weight.offset))
+        if vector.size != weight.size:
+            raise InvalidCheckpoint(
+                f"{weight.slices[0].tensor} has {vector.size} values, not {weight.size}"
+            )
+        return vector
+
+    def each(self, weights: Sequence[Weight], progress: Progress | None) -> Iterator[Weight]:
+        """Every distinct weight in turn; the file's pages come before and go after it.
+
+        progress: called with (bytes done, bytes in all).
+        """
+        distinct = list({self.key(weight): weight for weight in weights}.values())
+        done, whole = 0, sum(map(self._nbytes, distinct))
+        for weight, following in zip_longest(distinct, distinct[1:]):
+            for pages in self._pages(following):
+                pages.fetch()
+            yield weight
+            for pages in self._pages(weight):
+                pages.release()
+            done += self._nbytes(weight)
+            if progress is not None:
+                progress(done, whole)
+
+    def arranged(self, program: Program) -> Program:
+        """The program with ops that bring columns into the order that weights are stored in.
+
+        Where an op multiplies its input by several weights that do not agree on an order, these
+        are `restored` instead.
+        """
+        return _Arranger(self._tensor, program).program()
+
+    def _tensor(self, part: Slice) -> Tensor:
+        return self.checkpoints[part.source].tensors[part.tensor]
+
+    def _restored(self, tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.uint8]]:
+        if tensor.order is None:
+            return as_ordered(tensor, start, stop)
+        name = "f32" if self.exact else "f16"
+        values = np.empty((stop - start, tensor.cols), FORMATS[name].layout)
+        stored = FORMATS[tensor.format].dequantize(tensor.row_data(start, stop))
+        values[:, tensor.order] = stored.reshape(-1, tensor.cols)
+        return name, values.reshape(-1).view(np.uint8)
+
+    def _nbytes(self, weight: Weight) -> int:
+        """Bytes of a weight in the checkpoint."""
+        size = weight.size if isinstance(weight, Vector) else weight.experts * weight.rows
+        tensor = self._tensor(weight.slices[0])
+        units = tensor.rows * tensor.cols if isinstance(weight, Vector) else tensor.rows
+        return size * tensor.nbytes // units
+
+    def _pages(self, weight: Weight | None) -> list[Pages]:
+        slices = () if weight is None else weight.slices
+        found = (self._tensor(part).pages for part in slices)
+        return [pages for pages in found if pages is not None]
+
+
+# The weights that an op multiplies its input by.
+_MULTIPLIED: Mapping[type, tuple[str, ...]] = {
+    Linear: ("weight",),
+    GatedLinear: ("gate", "up"),
+    MixtureOfExperts: ("router", "gate", "up", "down"),
+}
+
+
+class _Arranger:
+    def __init__(self, tensor: Callable[[Slice], Tensor], program: Program) -> None:
+        self._tensor = tensor
+        self._program = program
+        self._values = list(program.values)
+        self._gathered: dict[tuple[Value, bytes], Value] = {}
+        self._ops: list[Op] = []
+
+    def program(self) -> Program:
+        for op in self._program.ops:
+            self._ops.append(self._arranged(op))
+        return replace(self._program, ops=tuple(self._ops), values=tuple(self._values))
+
+    def _arranged(self, op: Op) -> Op:
+        weights = {name: getattr(op, name) for name in _MULTIPLIED.get(type(op), ())}
+        orders = self._orders(*weights.values())
+        if orders <= {b""}:
+            return op
+        if isinstance(op, Linear | GatedLinear) and len(orders) == 1:
+            return replace(op, x=self._input(op.x, *orders))
+        disordered = {name: w for name, w in weights.items() if self._orders(w) != {b""}}
+        return replace(op, **{n: replace(w, restored=True) for n, w in disordered.items()})
+
+    def _orders(self, *weights: Matrix) -> set[bytes]:
+        """The orders of their columns; b"" is the natural one."""
+        tensors = [self._tensor(part) for weight in weights for part in weight.slices]
+        orders = (tensor.order for tensor in tensors)
+        return {b"" if order is None else order.astype("<u4").tobytes() for order in orders}
+
+    def _input(self, x: Value, order: bytes) -> Value:
+        if (x, order) not in self._gathered:
+            out = Value(
+                len(self._values), f"{x.name}.ordered.{len(self._gathered)}", x.width, x.rows
+            )
+            self._values.append(out)
+            self._ops.append(GatherColumns(out, x, order))
+            self._gathered[x, order] = out
+        return self._gathered[x, order]
+
+
+def as_ordered(tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.uint8]]:
+    """Rows as the checkpoint has them, their columns in its order."""
     return tensor.format, tensor.row_data(start, stop)
 
 
+def as_stored(tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.uint8]]:
+    """Rows as the checkpoint has them; refuses columns in an order of their own."""
+    if tensor.order is not None:
+        raise UnsupportedModel(f"tensor {tensor.name} has its columns in an order of its own")
+    return as_ordered(tensor, start, stop)
+
+
 def gather(
-    checkpoint: Checkpoint,
+    tensor_of: Callable[[Slice], Tensor],
     slices: Sequence[Slice],
     first: int,
     last: int,
     cols: int,
     read: Read = as_stored,
-) -> Rows:
+) -> Stored:
     """Rows `first` to `last` - 1 of the slices, one after another; a copy only if it must be."""
     parts: list[NDArray[np.uint8]] = []
     factors: list[NDArray[np.float32]] = []
@@ -49,7 +233,7 @@ def gather(
     for part in slices:
         start, stop = max(first, at), min(last, at + part.stop - part.start)
         if start < stop:
-            tensor, offset = checkpoint.tensors[part.tensor], part.start - at
+            tensor, offset = tensor_of(part), part.start - at
             if tensor.cols != cols or stop + offset > tensor.rows:
                 raise InvalidCheckpoint(
                     f"tensor {tensor.name} has shape {tensor.shape}, not [{stop + offset}, {cols}]"
@@ -64,4 +248,4 @@ def gather(
         raise UnsupportedModel(f"tensors of one weight differ in format: {names}")
     data = parts[0] if len(parts) == 1 else np.concatenate(parts)
     scaled = any(factor[0] != 1.0 for factor in factors)
-    return Rows(formats.pop(), data, np.concatenate(factors) if scaled else None)
+    return Stored(formats.pop(), data, np.concatenate(factors) if scaled else None)

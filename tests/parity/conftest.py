@@ -9,10 +9,10 @@ import pytest
 from harness import BLOCK, BLOCKS, Build, Built, MakeExecutor, build, build_folder
 from tiny import Case
 
+from native_executor import native
 from reference_executor import ReferenceExecutor
 from squall import _native
 from squall.checkpoints.base import Checkpoint
-from squall.executors.native import NativeExecutor
 from squall.program import Program
 
 
@@ -57,7 +57,7 @@ def _native_on(isa: str) -> MakeExecutor:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("SQUALL_ISA", isa)
             options = _options(keep)
-            return NativeExecutor(program, checkpoint, kv_dtype="f32", threads=1, **options)
+            return native(program, checkpoint, kv_dtype="f32", threads=1, **options)
 
     return make
 

@@ -76,14 +76,9 @@ def make_batch(parts: Sequence[tuple[Sequence[int], int, int]]) -> Batch:
     tables = np.random.default_rng(7).permutation(BLOCKS).reshape(-1, tiny.CONTEXT // BLOCK)
     lengths = [len(tokens) for tokens, _, _ in parts]
     positions = [np.arange(start, start + len(tokens)) for tokens, start, _ in parts]
-    slots = [
-        tables[sequence][p // BLOCK] * BLOCK + p % BLOCK
-        for p, (_, _, sequence) in zip(positions, parts, strict=True)
-    ]
     return Batch(
         tokens=np.concatenate([tokens for tokens, _, _ in parts]).astype(np.int32),
         positions=np.concatenate(positions).astype(np.int32),
-        slots=np.concatenate(slots).astype(np.int32),
         bounds=np.cumsum([0, *lengths]).astype(np.int32),
         block_tables=tables[[sequence for _, _, sequence in parts]].astype(np.int32),
         outputs=np.arange(sum(lengths)).astype(np.int32),

@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import Case
 
+from native_executor import native
 from squall.checkpoints.base import Checkpoint, Tensor
 from squall.checkpoints.folder import open_folder
 from squall.decoder import compile
 from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, UnsupportedModel
-from squall.executors.native import NativeExecutor
 from squall.recipes import load
 from squall.recipes.config import NAMES, RECIPES
 
@@ -235,7 +235,7 @@ def test_every_kind_of_float(name: str, dtypes: tuple[str, ...], tmp_path: Path)
     model = tiny.build(case)
     built = run_model(model, case, of_dtypes(model, tmp_path, *dtypes))
     program = compile(built.recipe.decoder, built.recipe.names, context=64)
-    executor = NativeExecutor(program, built.checkpoint, blocks=16, kv_dtype="f32", threads=1)
+    executor = native(program, built.checkpoint, blocks=16, kv_dtype="f32", threads=1)
     assert distance(run(executor, built.tokens, [13, 1, 26]), built.logits) < 1e-5
 
 

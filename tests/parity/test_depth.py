@@ -12,10 +12,12 @@ import torch
 from convert import convert
 from harness import Float32, distance
 
+from native_executor import native
 from squall import decoder
 from squall.batch import Batch
 from squall.checkpoints import open_gguf
-from squall.executors.native import CacheType, NativeExecutor
+from squall.executors import CacheType
+from squall.executors.native import NativeExecutor
 from squall.recipes import load
 
 DEPTH, LAST, BLOCK = 16_400, 32, 16
@@ -44,7 +46,7 @@ def tokens() -> list[int]:
 def opened(path: Path, threads: int, cache: CacheType) -> NativeExecutor:
     checkpoint = open_gguf(path)
     recipe = load(checkpoint)
-    return NativeExecutor(
+    return native(
         decoder.compile(recipe.decoder, recipe.names, context=DEPTH),
         checkpoint,
         threads=threads,
@@ -65,7 +67,6 @@ def step(
         Batch(
             tokens=np.asarray(tokens, np.int32)[at],
             positions=at,
-            slots=TABLE[at // BLOCK] * BLOCK + at % BLOCK,
             bounds=np.cumsum([0, *map(len, runs)]).astype(np.int32),
             block_tables=np.tile(TABLE, (len(runs), 1)),
             outputs=np.arange(len(at) - wanted, len(at), dtype=np.int32),

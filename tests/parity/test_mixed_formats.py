@@ -11,11 +11,11 @@ from config_cases import CONFIG_CASES
 from harness import Build, run
 from tiny import CASES
 
+from native_executor import native
 from reference_executor import ReferenceExecutor
 from squall import decoder, recipes
 from squall.checkpoints import Checkpoint
 from squall.checkpoints.base import Tensor
-from squall.executors.native import NativeExecutor
 from squall.quant import FORMATS
 
 BY_NAME = {case.name: case for case in [*CONFIG_CASES, *CASES]}
@@ -39,8 +39,8 @@ def executors(checkpoint: Checkpoint, context: int) -> tuple[Any, Any]:
     recipe = recipes.load(checkpoint)
     program = decoder.compile(recipe.decoder, recipe.names, context=context)
     options: dict[str, Any] = {"blocks": 16, "block_size": 16}
-    native = NativeExecutor(program, checkpoint, kv_dtype="f32", threads=2, **options)
-    return native, ReferenceExecutor(program, checkpoint, **options)
+    packed = native(program, checkpoint, kv_dtype="f32", threads=2, **options)
+    return packed, ReferenceExecutor(program, checkpoint, **options)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from packed_folder import Packing
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
+from native_executor import native
 from reference_executor import ReferenceExecutor
 from squall.checkpoints import open_checkpoint
 from squall.cli.app import app
@@ -53,7 +54,7 @@ def build(
 
 def executor(model: Built, **options: Any) -> NativeExecutor:
     program = compile(model.recipe.decoder, model.recipe.names, context=model.context)
-    return NativeExecutor(
+    return native(
         program, model.checkpoint, blocks=BLOCKS, block_size=BLOCK, kv_dtype="f32", threads=1,
         **options,
     )  # fmt: skip
@@ -219,7 +220,7 @@ def executor_of(folder: Path, **options: Any) -> NativeExecutor:
     checkpoint = open_checkpoint(folder)
     recipe = load(checkpoint)
     program = compile(recipe.decoder, recipe.names, context=64)
-    return NativeExecutor(program, checkpoint, blocks=4, threads=1, **options)
+    return native(program, checkpoint, blocks=4, threads=1, **options)
 
 
 def test_a_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tiny
 from harness import BLOCK, BLOCKS, Build, make_batch
 
+from native_executor import native
 from squall import decoder
 from squall import program as p
-from squall.executors.native import NativeExecutor
 
 (CASE,) = (case for case in tiny.CASES if case.name == "mixtral")
 
@@ -15,7 +15,7 @@ from squall.executors.native import NativeExecutor
 def test_chosen_experts(built: Build) -> None:
     model = built(CASE)
     program = decoder.compile(model.recipe.decoder, model.recipe.names, context=tiny.CONTEXT)
-    executor = NativeExecutor(program, model.checkpoint, blocks=BLOCKS, block_size=BLOCK)
+    executor = native(program, model.checkpoint, blocks=BLOCKS, block_size=BLOCK)
     mixtures = [op for op in program.ops if isinstance(op, p.MixtureOfExperts)]
     assert len(mixtures) == 4
     for rows in (1, 9):

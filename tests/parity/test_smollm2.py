@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import squall
 from squall import _native, embedded
 from squall.checkpoints.gguf import open_gguf
-from squall.executors.native import CacheType
+from squall.executors import CacheType
 
 ENGLISH = Path(__file__).parent.parent / "data" / "english.txt"
 HF_NAMES = {

@@ -14,10 +14,10 @@ from harness import BLOCK, BLOCKS, Build, Built, distance, run
 from safetensors.numpy import load_file
 from tiny import RMS, Case
 
+from native_executor import native
 from squall import convert, decoder, recipes
 from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
-from squall.executors.native import NativeExecutor
 from squall.quant import Plan, Topology
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
@@ -42,7 +42,7 @@ def tokenizer_of_bytes(folder: Path, vocab: int) -> None:
 def logits(built: Built, checkpoint: Checkpoint, plan: Plan | None = None, **options: Any) -> Any:
     recipe = recipes.load(checkpoint)
     program = decoder.compile(recipe.decoder, recipe.names, context=built.context)
-    executor = NativeExecutor(
+    executor = native(
         program, checkpoint,
         plan=plan, blocks=BLOCKS, block_size=BLOCK, threads=1, kv_dtype="f32", **options,
     )  # fmt: skip

@@ -27,12 +27,12 @@ MAY_IMPORT = {
         "errors", "spec", "program", "batch", "quant", "checkpoints", "weights", "_native",
     },
     "text": {"errors"},
-    "engine": {"errors", "spec", "batch", "text", "_native"},
+    "engine": {"errors", "spec", "batch", "executors", "text", "_native"},
     "embedded": {"errors"},
     "locate": {"errors", "embedded", "checkpoints"},
     "measure": {
         "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "executors", "engine",
-        "locate", "_native",
+        "locate", "weights", "_native",
     },
 }  # fmt: skip
 # Above the model: its command line and servers, and what both of them and users ask.

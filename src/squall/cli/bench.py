@@ -92,10 +92,10 @@ app = command("bench", BenchFlags, bench)
 
 
 def _opened(flags: BenchFlags, selected: Selected) -> Bench:
-    from squall.measure import Bench, Plan
+    from squall.measure import Bench, Workload
     from squall.model import prepare
 
-    plan = Plan(
+    plan = Workload(
         flags.prompt_tokens, flags.answer_tokens, flags.depth, flags.batch, flags.kv_dtype.value
     )
     with progress("loading") as shown:

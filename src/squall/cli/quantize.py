@@ -53,7 +53,7 @@ def quantize(
     """
     from squall import convert, recipes
     from squall.checkpoints import open_checkpoint
-    from squall.executors.native import default_threads
+    from squall.executors import default_threads
     from squall.locate import locate
     from squall.quant import Plan, Topology
 

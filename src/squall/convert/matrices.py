@@ -13,7 +13,7 @@ from squall.checkpoints.base import Checkpoint
 from squall.errors import InvalidCheckpoint
 from squall.program import Slice
 from squall.quant import FORMATS
-from squall.weights import Rows, gather
+from squall.weights import Stored, gather
 
 Progress = Callable[[int, int], None]
 Importance = Mapping[str, NDArray[np.float32]]
@@ -24,7 +24,7 @@ _RUN_VALUES = 1 << 22
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
-    """Rows of a checkpoint, `experts` times `rows`, and what they are to become.
+    """Stored of a checkpoint, `experts` times `rows`, and what they are to become.
 
     order: where the rows come from, if they are written in another order.
     importance: [experts, cols], for the search of the codes.
@@ -80,14 +80,15 @@ class Quantizer:
             self.advance(len(rows.data))
         self.note(matrix, source, error)
 
-    def rows(self, matrix: Matrix, expert: int = 0) -> Rows:
+    def rows(self, matrix: Matrix, expert: int = 0) -> Stored:
         """The rows of an expert as they are stored, in the order in which they are written."""
         first = matrix.first + expert * matrix.rows
-        found = gather(self.checkpoint, matrix.slices, first, first + matrix.rows, matrix.cols)
+        last, tensors = first + matrix.rows, self.checkpoint.tensors
+        found = gather(lambda s: tensors[s.tensor], matrix.slices, first, last, matrix.cols)
         if matrix.order is None:
             return found
         data = found.data.reshape(matrix.rows, -1)[matrix.order].reshape(-1)
-        return Rows(
+        return Stored(
             found.format, data, None if found.factors is None else found.factors[matrix.order]
         )
 
@@ -99,7 +100,7 @@ class Quantizer:
             yield start, min(start + run, matrix.rows)
 
     def _convert(
-        self, matrix: Matrix, expert: int, rows: Rows, error: NDArray[np.float64]
+        self, matrix: Matrix, expert: int, rows: Stored, error: NDArray[np.float64]
     ) -> NDArray[np.uint8]:
         if rows.format == matrix.format and rows.factors is None:
             return rows.data
@@ -136,7 +137,7 @@ class Quantizer:
             self.progress(min(self._done, self.whole), self.whole)
 
 
-def values(rows: Rows, cols: int) -> NDArray[np.float32]:
+def values(rows: Stored, cols: int) -> NDArray[np.float32]:
     """The values of rows, [rows, cols]."""
     found = FORMATS[rows.format].dequantize(rows.data).reshape(-1, cols)
     return found if rows.factors is None else found * rows.factors[:, None]
@@ -150,7 +151,7 @@ def count_error(
     error += np.array([np.vdot(off, off), np.vdot(exact, exact)], np.float64)
 
 
-def _part(rows: Rows, matrix: Matrix, start: int, stop: int) -> Rows:
+def _part(rows: Stored, matrix: Matrix, start: int, stop: int) -> Stored:
     row_bytes = len(rows.data) // matrix.rows
     factors = None if rows.factors is None else rows.factors[start:stop]
-    return Rows(rows.format, rows.data[start * row_bytes : stop * row_bytes], factors)
+    return Stored(rows.format, rows.data[start * row_bytes : stop * row_bytes], factors)

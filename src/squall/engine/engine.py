@@ -12,11 +12,9 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Protocol
 
 import numpy as np
 
-from squall._native import ThreadPool
 from squall.batch import Batch
 from squall.engine.answer import Answer, Sink, Stream
 from squall.engine.prefix_cache import PrefixCache
@@ -24,49 +22,12 @@ from squall.engine.request import FinishReason, Logits, Progress, Request
 from squall.engine.sampling import sample_rows
 from squall.engine.scheduler import Chunk, Limits, Scheduler
 from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
+from squall.executors import Executor
 
 # The thread ends when there was nothing to do for so long; the next request starts another.
 IDLE_S = 1.0
 # What truncation leaves for an answer of no stated length.
 ANSWER_ROOM = 10
-
-
-class Executor(Protocol):
-    """Runs a program on a batch."""
-
-    @property
-    def threads(self) -> int: ...
-
-    @property
-    def pool(self) -> ThreadPool | None: ...
-
-    @property
-    def isa(self) -> str: ...
-
-    @property
-    def weight_bytes(self) -> int: ...
-
-    @property
-    def kv_bytes(self) -> int: ...
-
-    @property
-    def context(self) -> int: ...
-
-    @property
-    def blocks(self) -> int: ...
-
-    @property
-    def block_size(self) -> int: ...
-
-    @property
-    def max_rows(self) -> int: ...
-
-    @property
-    def max_outputs(self) -> int: ...
-
-    def step(self, batch: Batch) -> Logits:
-        """Logits `[outputs, vocab]` of the rows asked for."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,7 +363,7 @@ class Engine:
             return
         for chunk in chunks:
             self._counts.cached_tokens += self._answers[chunk.of.number].start(chunk)
-        batch = _batch(chunks, self.executor.block_size)
+        batch = _batch(chunks)
         called_s = time.perf_counter()
         logits = self.executor.step(batch)
         executor_s = time.perf_counter() - called_s
@@ -519,10 +480,9 @@ def _first_wanted(request: Request, ids: Sequence[int]) -> int:
     return len(ids) - 1 if request.scoring is None else min(request.scoring.start, len(ids) - 1)
 
 
-def _batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
+def _batch(chunks: Sequence[Chunk]) -> Batch:
     tokens: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
     bounds, outputs = [0], []
     width = max(len(chunk.of.blocks) for chunk in chunks)
     tables = np.zeros((len(chunks), width), np.int32)
@@ -531,13 +491,11 @@ def _batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
         outputs += [len(tokens) + output - chunk.start for output in chunk.outputs]
         tokens += chunk.of.tokens[chunk.start : chunk.stop]
         positions += span
-        slots += [blocks[at // block_size] * block_size + at % block_size for at in span]
         bounds.append(len(tokens))
         tables[i, : len(blocks)] = blocks
     return Batch(
         tokens=np.array(tokens, np.int32),
         positions=np.array(positions, np.int32),
-        slots=np.array(slots, np.int32),
         bounds=np.array(bounds, np.int32),
         block_tables=tables,
         outputs=np.array(outputs, np.int32),

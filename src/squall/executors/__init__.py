@@ -1,1 +1,169 @@
-"""Executors run programs: `native` on the CPU."""
+"""What runs programs. `open` chooses by device; everything else knows the `Executor` protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from squall import _native
+from squall._native import ThreadPool
+from squall.batch import Batch, Sequences
+from squall.errors import InvalidRequest
+from squall.program import Program
+from squall.quant import FormatTotal, Plan
+
+if TYPE_CHECKING:
+    from squall.weights import WeightStore
+
+CacheType = Literal["f16", "f32", "q8_0"]
+Progress = Callable[[int, int], None]
+Floats = NDArray[np.float32]
+
+DEVICES = ("cpu",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How large runs may be; buffers and caches are laid out once for them.
+
+    rows: of each row space. blocks, block_size: the paged KV cache; block_size a multiple of 16.
+    """
+
+    rows: Mapping[str, int] = field(default_factory=lambda: {"tokens": 512, "outputs": 64})
+    blocks: int = 1
+    block_size: int = 16
+    kv_dtype: CacheType = "f16"
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Where time went: a part of an op, in all steps of a profile.
+
+    elapsed_s, waiting_s: time, and how much of it threads waited for others and for work.
+    bytes: of weights and KV cache that must be read. dots, fmas: multiply-accumulates of int8 and
+        of float32.
+    """
+
+    name: str
+    elapsed_s: float
+    waiting_s: float
+    bytes: int
+    dots: int
+    fmas: int
+
+
+class Executor(Protocol):
+    """Runs a program: one call a step."""
+
+    @property
+    def program(self) -> Program: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def max_rows(self) -> int:
+        """Tokens of a step."""
+        ...
+
+    @property
+    def max_outputs(self) -> int: ...
+
+    @property
+    def pool(self) -> ThreadPool | None:
+        """Its threads, which others may share between runs."""
+        ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def isa(self) -> str: ...
+
+    @property
+    def plan(self) -> Plan:
+        """What the weights became."""
+        ...
+
+    @property
+    def formats(self) -> tuple[FormatTotal, ...]:
+        """What the matrices are in memory."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def kv_bytes(self) -> int: ...
+
+    def run(
+        self, inputs: Mapping[str, NDArray[np.generic]], sequences: Sequences | None = None
+    ) -> dict[str, Floats]:
+        """The program's outputs, by name, [rows, width].
+
+        inputs: its indices (int32) and inputs (float32), by name. sequences: of cached attention;
+            K and V are in the caches afterwards.
+        """
+        ...
+
+    def step(self, batch: Batch) -> Floats:
+        """A run of a decoder: logits [outputs, vocab]."""
+        ...
+
+    def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
+        """Load all weights again from the checkpoint, by another plan; the caches are lost.
+
+        Until it is done the old weights are in memory too; if it fails, they stay.
+        """
+        ...
+
+    def profile(self, act: Callable[[], None]) -> list[Phase]:
+        """Where the time of the runs in `act` goes, in the order of the program."""
+        ...
+
+    def value(self, name: str) -> Floats:
+        """A kept value of the last run, float32 [rows, width]."""
+        ...
+
+
+def open(  # noqa: PLR0913
+    program: Program,
+    store: WeightStore,
+    limits: Limits,
+    *,
+    device: str = "cpu",
+    pool: ThreadPool | None = None,
+    keep: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Executor:
+    """An executor of the program, with the weights of the store.
+
+    pool: threads to share with others; by default those of `thread_pool()`.
+    keep: names of values that `value` can return after a run.
+    progress: called with (bytes of the checkpoint loaded, bytes in all).
+    """
+    from squall.executors.native import NativeExecutor
+
+    if device not in DEVICES:
+        raise InvalidRequest(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
+    return NativeExecutor(program, store, limits, pool=pool, keep=keep, progress=progress)
+
+
+def default_threads() -> int:
+    """As many threads as this process may use."""
+    return _native.default_threads()[0]
+
+
+def thread_pool(threads: int | None = None) -> ThreadPool:
+    """So many threads, the caller's among them; by default as many as this process may use."""
+    return ThreadPool(threads or default_threads())

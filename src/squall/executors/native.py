@@ -4,64 +4,75 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall import _native
 from squall import program as p
-from squall.batch import Batch
-from squall.checkpoints.base import Checkpoint, Pages, Tensor
+from squall.batch import Batch, Int32, Sequences
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.quant import FORMATS, FormatTotal, Plan
-from squall.weights import gather
+from squall.executors import Floats, Limits, Phase, Progress, thread_pool
+from squall.quant import FormatTotal, Plan
+from squall.weights import Weight, WeightStore
 
-Weights = Literal["packed", "f32"]
-CacheType = Literal["f16", "f32", "q8_0"]
-Progress = Callable[[int, int], None]
+_NO_SEQUENCES = Sequences(
+    positions=np.empty(0, np.int32),
+    bounds=np.empty(0, np.int32),
+    block_tables=np.empty((0, 0), np.int32),
+)
 
 
-class _Loader:
-    """Weights of a checkpoint as tiles and vectors, each made once."""
+class Tiles:
+    """Weights of a store as tiles and vectors, each made once for all executors on it."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        program: p.Program,
-        pool: _native.ThreadPool,
-        *,
-        weights: Weights,
-        plan: Plan,
-        progress: Progress | None,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.pool = pool
-        self.weights = weights
-        self.plan = plan
-        self._progress = progress
-        self._done = 0
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
         self._arena = _native.Arena()
-        self._tiles: dict[tuple[p.Matrix, str], list[_native.Tile]] = {}
-        self._vectors: dict[p.Vector, NDArray[np.float32]] = {}
-        self._inputs: dict[tuple[int, bytes], int] = {}
-        self._restored = _in_disorder(program, checkpoint)
-        distinct = list({self._key(weight): weight for weight in program.weights()}.values())
-        self._whole = sum(self._stored(weight) for weight in distinct)
-        for weight, following in zip(distinct, [*distinct[1:], None], strict=True):
-            for pages in self._pages(following):
-                pages.fetch()
-            self._load(weight)
-            for pages in self._pages(weight):
-                pages.release()
+        self._tiles: dict[object, list[_native.Tile]] = {}
+        self._vectors: dict[p.Vector, Floats] = {}
 
-    def totals(self) -> tuple[FormatTotal, ...]:
-        """What the matrices became."""
+    @classmethod
+    def of(cls, store: WeightStore) -> Tiles:
+        """Those of this store."""
+        found = store.layouts.setdefault(cls, cls(store))
+        assert isinstance(found, Tiles)
+        return found
+
+    def load(
+        self, weights: Sequence[Weight], pool: _native.ThreadPool, progress: Progress | None
+    ) -> None:
+        """Make those that are not there yet."""
+        missing = [weight for weight in weights if not self._has(weight)]
+        for weight in self._store.each(missing, progress):
+            if isinstance(weight, p.Vector):
+                self._vectors[weight] = self._store.vector(weight)
+            else:
+                experts = range(weight.experts)
+                packed = [self._pack(weight, expert, pool) for expert in experts]
+                self._tiles[self._store.key(weight)] = packed
+
+    def tiles(self, weight: p.Matrix) -> list[_native.Tile]:
+        """One an expert."""
+        return self._tiles[self._store.key(weight)]
+
+    def tile(self, weight: p.Matrix) -> _native.Tile:
+        """Of a dense weight."""
+        (tile,) = self.tiles(weight)
+        return tile
+
+    def vector(self, weight: p.Vector | None) -> Floats | None:
+        """The values, if there are some."""
+        return None if weight is None else self._vectors[weight]
+
+    def totals(self, weights: Sequence[Weight]) -> tuple[FormatTotal, ...]:
+        """What the matrices among the weights became."""
         found: dict[str, list[_native.Tile]] = {}
         matrices = Counter[str]()
-        for tiles in self._tiles.values():
+        distinct = {self._store.key(w): self.tiles(w) for w in weights if isinstance(w, p.Matrix)}
+        for tiles in distinct.values():
             for tile in tiles:
                 found.setdefault(tile.format, []).append(tile)
             matrices.update({tile.format for tile in tiles})
@@ -75,231 +86,23 @@ class _Loader:
             for name, tiles in found.items()
         )
 
-    def _load(self, weight: p.Matrix | p.Vector) -> None:
-        if isinstance(weight, p.Vector):
-            self._vectors[weight] = self._vector(weight)
-            self._advance(self._stored(weight))
-            return
-        tiles = self._tiles[self._matrix_key(weight)] = []
-        for expert in range(weight.experts):
-            tiles.append(self._pack(weight, expert))
-            self._advance(self._stored(weight) // weight.experts)
+    def _has(self, weight: Weight) -> bool:
+        return self._store.key(weight) in self._tiles or weight in self._vectors
 
-    def _advance(self, stored: int) -> None:
-        self._done += stored
-        if self._progress is not None:
-            self._progress(self._done, self._whole)
-
-    def _key(self, weight: p.Matrix | p.Vector) -> object:
-        return weight if isinstance(weight, p.Vector) else self._matrix_key(weight)
-
-    def _matrix_key(self, weight: p.Matrix) -> tuple[p.Matrix, str]:
-        """Matrices of other roles share tiles if they become the same."""
-        stored = self._format(weight.slices[0].tensor)
-        return replace(weight, role=""), self._target(weight, stored)
-
-    def _target(self, weight: p.Matrix, stored: str) -> str:
-        if self.weights == "f32":
-            return "f32"
-        return self.plan.target(weight.role, stored, weight.cols)
-
-    def _stored(self, weight: p.Matrix | p.Vector) -> int:
-        """Bytes of a weight in the checkpoint."""
-        size = weight.size if isinstance(weight, p.Vector) else weight.experts * weight.rows
-        tensor = self.checkpoint.tensors[weight.slices[0].tensor]
-        units = tensor.rows * tensor.cols if isinstance(weight, p.Vector) else tensor.rows
-        return size * tensor.nbytes // units
-
-    def _pages(self, weight: p.Matrix | p.Vector | None) -> list[Pages]:
-        slices = () if weight is None else weight.slices
-        found = (self.checkpoint.tensors[part.tensor].pages for part in slices)
-        return [pages for pages in found if pages is not None]
-
-    def tile(self, weight: p.Matrix) -> _native.Tile:
-        (tile,) = self.tiles(weight)
-        return tile
-
-    def tiles(self, weight: p.Matrix) -> list[_native.Tile]:
-        return self._tiles[self._matrix_key(weight)]
-
-    def vector(self, weight: p.Vector | None) -> NDArray[np.float32] | None:
-        return None if weight is None else self._vectors[weight]
-
-    def _pack(self, weight: p.Matrix, expert: int) -> _native.Tile:
-        """One expert's rows of the slices (the only expert of a dense weight)."""
-        first, last = expert * weight.rows, (expert + 1) * weight.rows
-        rows = gather(self.checkpoint, weight.slices, first, last, weight.cols, self._read)
-        target, sizes = self._target(weight, rows.format), (weight.rows, weight.cols)
+    def _pack(self, weight: p.Matrix, expert: int, pool: _native.ThreadPool) -> _native.Tile:
+        rows = self._store.rows(weight, expert)
+        target = self._store.target(weight, rows.format)
+        sizes, place = (weight.rows, weight.cols), (pool, self._arena)
         if target == rows.format:
-            return _native.pack(
-                rows.format, rows.data, *sizes, self.pool, self._arena, factors=rows.factors
-            )
-        place = self.pool, self._arena
+            return _native.pack(rows.format, rows.data, *sizes, *place, factors=rows.factors)
         try:
             if rows.format in ("f32", "f16", "bf16") and rows.factors is None:
                 return _native.quantize_tile(rows.format, rows.data, *sizes, target, *place)
-            source = _native.pack(rows.format, rows.data, *sizes, self.pool, factors=rows.factors)
+            source = _native.pack(rows.format, rows.data, *sizes, pool, factors=rows.factors)
             return _native.requantize(source, target, *place)
         except ValueError as error:
             name = weight.slices[0].tensor
             raise InvalidCheckpoint(f"cannot convert tensor {name}: {error}") from None
-
-    def _read(self, tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.uint8]]:
-        if tensor.name not in self._restored:
-            return tensor.format, tensor.row_data(start, stop)
-        name = self._format(tensor.name)
-        values = np.empty((stop - start, tensor.cols), FORMATS[name].layout)
-        stored = FORMATS[tensor.format].dequantize(tensor.row_data(start, stop))
-        values[:, tensor.order] = stored.reshape(-1, tensor.cols)
-        return name, values.reshape(-1).view(np.uint8)
-
-    def _format(self, name: str) -> str:
-        if name not in self._restored:
-            return self.checkpoint.tensors[name].format
-        return "f32" if self.weights == "f32" else "f16"
-
-    def input(self, executor: _native.Executor, x: p.Value, weight: p.Matrix) -> int:
-        """x, with its columns in the order that the tiles of `weight` have."""
-        name = weight.slices[0].tensor
-        order = None if name in self._restored else self.checkpoint.tensors[name].order
-        if order is None:
-            return x.id
-        key = (x.id, order.tobytes())
-        if key not in self._inputs:
-            self._inputs[key] = executor.value(x.width, x.rows == "outputs", False)
-            executor.gather_columns(self._inputs[key], x.id, order.tolist())
-        return self._inputs[key]
-
-    def _vector(self, weight: p.Vector) -> NDArray[np.float32]:
-        parts = [
-            self.checkpoint.tensors[part.tensor].to_float32().reshape(-1)[part.start : part.stop]
-            for part in weight.slices
-        ]
-        vector = np.ascontiguousarray(np.concatenate(parts) + np.float32(weight.offset))
-        if vector.size != weight.size:
-            raise InvalidCheckpoint(
-                f"{weight.slices[0].tensor} has {vector.size} values, not {weight.size}"
-            )
-        return vector
-
-
-def _in_disorder(program: p.Program, checkpoint: Checkpoint) -> frozenset[str]:
-    """Tensors whose columns go back where they belong, as f16.
-
-    They have an order of their own, and their op multiplies its input by several weights that do
-    not agree on one.
-    """
-    found: set[str] = set()
-    for op in program.ops:
-        several: list[p.Matrix] = []
-        if isinstance(op, p.MixtureOfExperts):
-            several = [op.router, op.gate, op.up, op.down]
-        elif isinstance(op, p.GatedLinear):
-            several = [op.gate, op.up]
-        tensors = [checkpoint.tensors[part.tensor] for m in several for part in m.slices]
-        orders = {None if t.order is None else t.order.tobytes() for t in tensors}
-        if len(orders) > 1 or (isinstance(op, p.MixtureOfExperts) and orders != {None}):
-            found |= {t.name for t in tensors if t.order is not None}
-    return frozenset(found)
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """Where time went: a part of an op, in all steps of a profile.
-
-    elapsed_s, waiting_s: time, and how much of it threads waited for others and for work.
-    bytes: of weights and KV cache that must be read. dots, fmas: multiply-accumulates of int8 and
-        of float32.
-    """
-
-    name: str
-    elapsed_s: float
-    waiting_s: float
-    bytes: int
-    dots: int
-    fmas: int
-
-
-def _id(value: p.Value | None) -> int | None:
-    return None if value is None else value.id
-
-
-@functools.singledispatch
-def _lower(op: p.Op, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
-    """Hand one op to the native executor."""
-    raise AssertionError(f"no lowering of {type(op).__name__}")
-
-
-@_lower.register
-def _(op: p.Embed, e: _native.Executor, w: _Loader) -> None:
-    e.embed(op.out.id, w.tile(op.table), op.scale)
-
-
-@_lower.register
-def _(op: p.RopeAngles, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
-    e.rope_angles(op.out.id, list(op.frequencies), op.magnitude)
-
-
-@_lower.register
-def _(op: p.Normalize, e: _native.Executor, w: _Loader) -> None:
-    weight, bias = w.vector(op.weight), w.vector(op.bias)
-    assert weight is not None
-    e.normalize(op.out.id, op.x.id, weight, bias, op.kind == "rms", op.eps, op.group)
-
-
-@_lower.register
-def _(op: p.Linear, e: _native.Executor, w: _Loader) -> None:
-    weight, bias = w.tile(op.weight), w.vector(op.bias)
-    x = w.input(e, op.x, op.weight)
-    e.linear(op.out.id, x, weight, bias, op.activation, op.scale, _id(op.residual))
-
-
-@_lower.register
-def _(op: p.GatedLinear, e: _native.Executor, w: _Loader) -> None:
-    gate, up = w.tile(op.gate), w.tile(op.up)
-    biases = w.vector(op.gate_bias), w.vector(op.up_bias)
-    e.gated_linear(op.out.id, w.input(e, op.x, op.gate), gate, up, *biases, op.activation)
-
-
-@_lower.register
-def _(op: p.Rotate, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
-    e.rotate(op.out.id, op.x.id, op.angles.id, op.heads, op.head_dim, op.interleaved)
-
-
-@_lower.register
-def _(op: p.Attend, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
-    e.attend(
-        op.out.id, op.q.id, op.k.id, op.v.id, op.layer, op.heads, op.kv_heads, op.head_dim,
-        op.scale, op.window, op.softcap,
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.MixtureOfExperts, e: _native.Executor, w: _Loader) -> None:
-    e.mixture_of_experts(
-        op.out.id, op.x.id, w.tile(op.router), w.tiles(op.gate), w.tiles(op.up), w.tiles(op.down),
-        op.top_k, op.activation, op.normalize, op.jitter, op.scale, _id(op.residual),
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.Add, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
-    e.add(op.out.id, op.a.id, op.b.id, op.scale)
-
-
-@_lower.register
-def _(op: p.Softcap, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
-    e.softcap(op.out.id, op.x.id, op.cap)
-
-
-@_lower.register
-def _(op: p.GatherRows, e: _native.Executor, w: _Loader) -> None:  # noqa: ARG001
-    e.gather_rows(op.out.id, op.x.id)
-
-
-def default_threads() -> int:
-    """As many threads as this process may use."""
-    return _native.default_threads()[0]
 
 
 def _isa() -> str:
@@ -310,116 +113,222 @@ def _isa() -> str:
 
 
 class NativeExecutor:
-    """Runs a program on the CPU.
+    """Runs a program on the CPU; see `Executor`, and `open` for the arguments."""
 
-    blocks, block_size: the paged KV cache; block_size a multiple of 16.
-    max_rows, max_outputs: limits of one step; its buffers are laid out once for them.
-    weights: "packed" keeps the file's precision, "f32" dequantizes everything (for comparisons).
-    plan: what is quantized, and to what; by default nothing.
-    keep: names of values that `value` can return after a step.
-    progress: called with (bytes of the checkpoint loaded, bytes in all).
-    """
-
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         program: p.Program,
-        checkpoint: Checkpoint,
+        store: WeightStore,
+        limits: Limits,
         *,
-        blocks: int,
-        block_size: int = 16,
-        threads: int | None = None,
-        weights: Weights = "packed",
-        plan: Plan | None = None,
-        kv_dtype: CacheType = "f16",
-        max_rows: int = 512,
-        max_outputs: int = 64,
+        pool: _native.ThreadPool | None = None,
         keep: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
         self.program = program
-        self.checkpoint = checkpoint
         self.context = program.context
-        self.blocks = blocks
-        self.block_size = block_size
-        self.max_rows = max_rows
-        self.max_outputs = max_outputs
+        self.blocks, self.block_size = limits.blocks, limits.block_size
+        self.max_rows = limits.rows.get("tokens", 0)
+        self.max_outputs = limits.rows.get("outputs", 0)
         self.isa = _isa()
-        self.pool = _native.ThreadPool(threads or default_threads())
+        self.pool = pool or thread_pool()
         self.threads = self.pool.threads
-        self._weights: Weights = weights
-        self._kv_dtype: CacheType = kv_dtype
-        self._kept = {value.name: value.id for value in program.values if value.name in keep}
-        if missing := set(keep) - self._kept.keys():
+        self._indices, self._spaces = program.indices, program.spaces
+        self._kept = frozenset(keep)
+        if missing := self._kept - {value.name for value in program.values}:
             raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
-        self.requantize(plan or Plan(), progress=progress)
+        self._limits = limits
+        self._load(store, progress)
 
     def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
-        """Load all weights again from the checkpoint, by another plan; the KV cache is lost.
+        """See `Executor`. Not during a run."""
+        self._load(self._store.replanned(plan), progress)
 
-        Until it is done the old weights are in memory too; if it fails, they stay. Not during a
-        step.
-        """
-        if plan.quantizes and self.checkpoint.quantization:
-            raise InvalidRequest(
-                f"the weights are quantized already ({self.checkpoint.quantization}); "
-                "quantization on the way in is for float weights"
-            )
-        loader = _Loader(
-            self.checkpoint, self.program, self.pool,
-            weights=self._weights, plan=plan, progress=progress,
-        )  # fmt: skip
+    def _load(self, store: WeightStore, progress: Progress | None) -> None:
+        program, tiles = store.arranged(self.program), Tiles.of(store)
+        weights = program.weights()
+        tiles.load(weights, self.pool, progress)
         try:
-            self._native = self._lower(loader)
+            self._native = self._lower(program, tiles)
         except ValueError as error:
             raise UnsupportedModel(f"the native executor cannot run this model: {error}") from None
         except MemoryError:
             raise OutOfMemory(
                 f"the KV cache ({self.blocks} blocks of {self.block_size} tokens) or the buffers "
-                f"for {self.max_rows} rows do not fit in memory; choose a smaller context"
+                f"for {max(self._limits.rows.values())} rows do not fit in memory; "
+                "choose a smaller context"
             ) from None
-        self.plan = plan
-        self.formats = loader.totals()
+        self._store = store
+        self.plan = store.plan
+        self.formats = tiles.totals(weights)
         self.weight_bytes = sum(total.nbytes for total in self.formats)
         self.kv_bytes = self._native.cache_bytes
 
-    def _lower(self, loader: _Loader) -> _native.Executor:
+    def _lower(self, program: p.Program, tiles: Tiles) -> _native.Executor:
+        spaces, limits = self._spaces, self._limits
         executor = _native.Executor(
-            isa=self.isa, pool=self.pool, rows=self.max_rows, outputs=self.max_outputs,
-            blocks=self.blocks, block_size=self.block_size, context=self.context,
-            cache=self._kv_dtype,
+            isa=self.isa, pool=self.pool, rows=[limits.rows[space] for space in spaces],
+            blocks=limits.blocks, block_size=limits.block_size, context=program.context,
+            # Without caches keys and values are kept for a moment only.
+            cache=limits.kv_dtype if program.caches else "f32",
         )  # fmt: skip
-        kept = set(self._kept.values())
-        for value in self.program.values:
-            number = executor.value(value.width, value.rows == "outputs", value.id in kept)
-            assert number == value.id
-        for cache in self.program.caches:
+        ids: dict[p.Value | p.Index | None, int] = {}
+        for value in program.values:
+            space, kept = spaces.index(value.rows), value.name in self._kept
+            ids[value] = executor.value(value.width, space, kept)
+        for index in self._indices:
+            ids[index] = executor.index(spaces.index(index.rows), index.axes)
+        for cache in program.caches:
             executor.cache(cache.kv_heads, cache.head_dim)
-        for op in self.program.ops:
-            _lower(op, executor, loader)
-        executor.plan(self.program.logits.id)
+        for value in program.inputs:
+            executor.input(ids[value])
+        lowering = _Lowering(executor, tiles, ids)
+        for op in program.ops:
+            _lower(op, lowering)
+        executor.plan([ids[value] for value in program.outputs])
+        self._ids = {value.name: ids[value] for value in program.values}
         return executor
 
-    def step(self, batch: Batch) -> NDArray[np.float32]:
-        """Logits [outputs, vocab] of one step; its K and V are in the cache afterwards."""
-        logits = np.empty((len(batch.outputs), self.program.vocab), np.float32)
+    def run(
+        self, inputs: Mapping[str, NDArray[np.generic]], sequences: Sequences | None = None
+    ) -> dict[str, Floats]:
+        """See `Executor`. Raises InvalidRequest for what is missing, misshapen or out of range."""
+        rows: dict[str, int] = {}
+        indices: list[Int32] = []
+        values: list[Floats] = []
+        program, at = self.program, sequences or _NO_SEQUENCES
         try:
-            self._native.step(
-                batch.tokens, batch.positions, batch.slots, batch.bounds, batch.block_tables,
-                batch.outputs, logits,
+            for index in self._indices:
+                found = inputs[index.name]
+                rows.setdefault(index.rows, found.shape[-1])
+                indices.append(found)  # type: ignore[arg-type]  # the core checks it
+            for value in program.inputs:
+                rows.setdefault(value.rows, len(inputs[value.name]))
+                values.append(inputs[value.name])  # type: ignore[arg-type]
+            outputs = {
+                v.name: np.empty((rows[v.rows], v.width), np.float32) for v in program.outputs
+            }
+            self._native.run(
+                [rows[space] for space in self._spaces], indices, values,
+                at.positions, at.bounds, at.block_tables, list(outputs.values()),
             )  # fmt: skip
-        except ValueError as error:
+        except KeyError as error:
+            raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
+        except (ValueError, TypeError) as error:
             raise InvalidRequest(str(error)) from None
-        return logits
+        return outputs
 
-    def profile(self, run: Callable[[], None]) -> list[Phase]:
-        """Where the time of the steps of `run` goes, in the order of the program."""
+    def step(self, batch: Batch) -> Floats:
+        """See `Executor`."""
+        return self.run(batch.indices(), batch)["logits"]
+
+    def profile(self, act: Callable[[], None]) -> list[Phase]:
+        """See `Executor`."""
         self._native.profile(True)
         try:
-            run()
+            act()
         finally:
             self._native.profile(False)
         return [Phase(*entry) for entry in self._native.profiled()]
 
-    def value(self, name: str) -> NDArray[np.float32]:
-        """A kept value of the last step, float32 [rows, width]."""
-        return self._native.read(self._kept[name])
+    def value(self, name: str) -> Floats:
+        """See `Executor`."""
+        return self._native.read(self._ids[name])
+
+
+# ---- ops ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Lowering:
+    """What ops become calls of, the weights, and the core's numbers of values and indices."""
+
+    core: _native.Executor
+    weights: Tiles
+    ids: Mapping[p.Value | p.Index | None, int]
+
+    def __getitem__(self, item: p.Value | p.Index) -> int:
+        return self.ids[item]
+
+
+@functools.singledispatch
+def _lower(op: p.Op, to: _Lowering) -> None:  # noqa: ARG001
+    """Hand one op to the native executor."""
+    raise AssertionError(f"no lowering of {type(op).__name__}")
+
+
+@_lower.register
+def _(op: p.Embed, to: _Lowering) -> None:
+    to.core.embed(to[op.out], to[op.index], to.weights.tile(op.table), op.scale)
+
+
+@_lower.register
+def _(op: p.RopeAngles, to: _Lowering) -> None:
+    axes = op.axes or (0,) * len(op.frequencies)
+    positions = to[op.positions]
+    to.core.rope_angles(to[op.out], positions, op.frequencies, axes, op.magnitude)
+
+
+@_lower.register
+def _(op: p.Normalize, to: _Lowering) -> None:
+    weight, bias = to.weights.vector(op.weight), to.weights.vector(op.bias)
+    assert weight is not None
+    to.core.normalize(to[op.out], to[op.x], weight, bias, op.kind == "rms", op.eps, op.group)
+
+
+@_lower.register
+def _(op: p.Linear, to: _Lowering) -> None:
+    weight, bias = to.weights.tile(op.weight), to.weights.vector(op.bias)
+    to.core.linear(
+        to[op.out], to[op.x], weight, bias, op.activation, op.scale, to.ids.get(op.residual)
+    )
+
+
+@_lower.register
+def _(op: p.GatedLinear, to: _Lowering) -> None:
+    gate, up = to.weights.tile(op.gate), to.weights.tile(op.up)
+    biases = to.weights.vector(op.gate_bias), to.weights.vector(op.up_bias)
+    to.core.gated_linear(to[op.out], to[op.x], gate, up, *biases, op.activation)
+
+
+@_lower.register
+def _(op: p.Rotate, to: _Lowering) -> None:
+    to.core.rotate(to[op.out], to[op.x], to[op.angles], op.heads, op.head_dim, op.interleaved)
+
+
+@_lower.register
+def _(op: p.Attend, to: _Lowering) -> None:
+    to.core.attend(
+        to[op.out], to[op.q], to[op.k], to[op.v], to[op.spans], op.cache, op.heads, op.kv_heads,
+        op.head_dim, op.scale, op.window, op.softcap,
+    )  # fmt: skip
+
+
+@_lower.register
+def _(op: p.MixtureOfExperts, to: _Lowering) -> None:
+    tiles = to.weights.tiles
+    to.core.mixture_of_experts(
+        to[op.out], to[op.x], to.weights.tile(op.router), tiles(op.gate), tiles(op.up),
+        tiles(op.down), op.top_k, op.activation, op.normalize, op.jitter, op.scale,
+        to.ids.get(op.residual),
+    )  # fmt: skip
+
+
+@_lower.register
+def _(op: p.Add, to: _Lowering) -> None:
+    to.core.add(to[op.out], to[op.a], to[op.b], op.scale)
+
+
+@_lower.register
+def _(op: p.Softcap, to: _Lowering) -> None:
+    to.core.softcap(to[op.out], to[op.x], op.cap)
+
+
+@_lower.register
+def _(op: p.GatherRows, to: _Lowering) -> None:
+    to.core.gather_rows(to[op.out], to[op.x], to[op.index])
+
+
+@_lower.register
+def _(op: p.GatherColumns, to: _Lowering) -> None:
+    to.core.gather_columns(to[op.out], to[op.x], np.frombuffer(op.order, "<u4"))

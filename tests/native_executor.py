@@ -1,0 +1,38 @@
+"""A native executor of one checkpoint, with limits as small as tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from squall import executors
+from squall.checkpoints.base import Checkpoint
+from squall.executors import CacheType, Limits
+from squall.program import Program
+from squall.quant import Plan
+from squall.weights import WeightStore
+
+
+def native(  # noqa: PLR0913
+    program: Program,
+    checkpoint: Checkpoint,
+    *,
+    blocks: int,
+    block_size: int = 16,
+    kv_dtype: CacheType = "f16",
+    threads: int | None = None,
+    weights: str = "packed",
+    plan: Plan | None = None,
+    keep: Sequence[str] = (),
+    max_rows: int = 512,
+    max_outputs: int = 64,
+) -> Any:
+    """See `squall.executors.open`; weights: "f32" computes with exact values."""
+    limits = Limits(
+        rows={"tokens": max_rows, "outputs": max_outputs},
+        blocks=blocks,
+        block_size=block_size,
+        kv_dtype=kv_dtype,
+    )
+    store = WeightStore(checkpoint, plan=plan, exact=weights == "f32")
+    return executors.open(program, store, limits, pool=executors.thread_pool(threads), keep=keep)
