@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from harness import BLOCK, BLOCKS, Build, distance, make_batch
+from harness import BLOCK, BLOCKS, Build, MakeExecutor, distance, make_batch
 from tiny import CASES
 from transformers import BertConfig, BertModel
 
@@ -180,6 +181,27 @@ def test_a_decoder_cut_in_two_gives_the_same_bytes(built: Build, case: Any) -> N
             crossing = first.run(given, batch)
             found = second.run({**given, **crossing}, batch)
             assert np.array_equal(found["logits"], wanted)
+
+
+@pytest.mark.parametrize("case", CUT[:2], ids=lambda case: case.name)
+def test_rows_see_their_spans(built: Build, make_executor: MakeExecutor, case: Any) -> None:
+    """Rows that see each other, as those of an image do, in one step and after others."""
+    model = built(case)
+    program = decoder.compile(model.recipe.decoder, model.recipe.names, context=model.context)
+    found, wanted = [], []
+    for executor, logits in (
+        (make_executor(program, model.checkpoint), found),
+        (ReferenceExecutor(program, model.checkpoint, blocks=BLOCKS), wanted),
+    ):
+        for start, stop in ((0, 20), (20, 21), (21, 40)):
+            batch = make_batch([(model.tokens[start:stop], start, 0)])
+            spans = batch.indices()["spans"].copy()
+            spans[1, 2 : (stop - start) // 2] = start + (stop - start) // 2
+            spans[0, -3:] = start // 2
+            rotary = (batch.positions * 3)[None] % 50
+            logits.append(executor.step(replace(batch, spans=spans, rotary=rotary)))
+    assert distance(np.concatenate(found), np.concatenate(wanted)) < 1e-5
+    assert distance(np.concatenate(wanted), model.logits) > 1e-2
 
 
 def test_executors_share_weights_and_threads(built: Build) -> None:
