@@ -54,6 +54,7 @@ stub: $(VENV)/dev ## Write src/squall/_native.pyi anew, after a change of the bi
 
 docs: $(VENV)/built ## Write docs/supported.md anew, after a change of models or formats
 	@$(BIN)/python tools/supported.py
+	@$(BIN)/python tests/repository/rooms.py
 
 lint: setup ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .

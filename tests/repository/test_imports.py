@@ -1,4 +1,4 @@
-"""Arrows point one way, and `import squall` is light."""
+"""Arrows point one way, docs/design.md says so, and `import squall` is light."""
 
 from __future__ import annotations
 
@@ -6,56 +6,32 @@ import subprocess
 import sys
 
 from project import imports, modules
-
-# Room -> the rooms it may import. A room is a module or a folder right below squall.
-MAY_IMPORT = {
-    "errors": set(),
-    "spec": set(),
-    "batch": set(),
-    "program": {"spec"},
-    "roles": {"spec"},
-    "quant": {"errors", "_native"},
-    "checkpoints": {"errors", "quant"},
-    "recipes": {"errors", "spec", "roles", "program", "checkpoints"},
-    "weights": {"errors", "program", "checkpoints", "quant"},
-    "convert": {
-        "errors", "spec", "roles", "program", "checkpoints", "recipes", "quant", "text", "weights",
-        "_native",
-    },
-    "decoder": {"errors", "spec", "roles", "program"},
-    "executors": {
-        "errors", "spec", "program", "batch", "quant", "checkpoints", "weights", "_native",
-    },
-    "text": {"errors"},
-    "engine": {"errors", "spec", "batch", "executors", "text", "_native"},
-    "embedded": {"errors"},
-    "locate": {"errors", "embedded", "checkpoints"},
-    "measure": {
-        "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "executors", "engine",
-        "locate", "weights", "_native",
-    },
-}  # fmt: skip
-# Above the model: its command line and servers, and what both of them and users ask.
-ABOVE = {
-    "api": {"errors", "checkpoints", "engine", "text", "model"},
-    "server": {"__version__", "errors", "engine", "model", "api"},
-    "load": {"errors", "engine", "model"},
-}
-TOP = {"model", "cli", "__init__", "__main__"}
+from rooms import ABOVE, MAY_IMPORT, PAGE, TOP, page, room_of
 
 
 def test_arrows_point_one_way() -> None:
-    wrong = []
+    allowed, wrong = MAY_IMPORT | ABOVE, []
     for path, tree in modules():
-        room = path.parts[0].removesuffix(".py")
-        if room in TOP - {"model"}:
+        room = room_of(path)
+        if room in TOP:
             continue
-        allowed = MAY_IMPORT.keys() if room == "model" else (MAY_IMPORT | ABOVE)[room]
         for name in imports(tree):
             target = [*name.split("."), ""][1]
-            if target not in allowed | {room}:
+            if target not in allowed[room] | {room}:
                 wrong.append(f"{path} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_guide_names_every_file_once() -> None:
+    text = PAGE.read_text()
+    assert text == page(), "run `make docs`"
+    folders = {path.parent for path, _ in modules() if path.parent.name}
+    lines = text.splitlines()
+    assert all(
+        sum(line.startswith(f"**`{folder}/`**") for line in lines) == 1 for folder in folders
+    )
+    files = [path for path, _ in modules() if path.name != "__init__.py" or not path.parent.name]
+    assert sum(line.startswith("- `") and ".py` " in line for line in lines) == len(files)
 
 
 def test_import_is_light() -> None:

@@ -1,0 +1,101 @@
+"""The rooms of src/squall: what each may import, and docs/design.md's part about them.
+
+python tests/repository/rooms.py: write that part anew.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from project import PACKAGE, ROOT, modules
+
+# Room -> the rooms it may import. A room is a module or a folder right below squall.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "spec": set(),
+    "batch": set(),
+    "program": {"spec"},
+    "roles": {"spec"},
+    "decoder": {"errors", "spec", "roles", "program"},
+    "quant": {"errors", "_native"},
+    "checkpoints": {"errors", "quant"},
+    "recipes": {"errors", "spec", "roles", "program", "checkpoints"},
+    "weights": {"errors", "program", "checkpoints", "quant"},
+    "executors": {"errors", "program", "batch", "quant", "weights", "_native"},
+    "text": {"errors"},
+    "convert": {
+        "errors", "spec", "roles", "program", "checkpoints", "recipes", "quant", "text", "weights",
+        "_native",
+    },
+    "engine": {"errors", "spec", "batch", "executors", "text", "_native"},
+    "embedded": {"errors"},
+    "locate": {"errors", "embedded", "checkpoints"},
+    "measure": {
+        "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "weights", "executors",
+        "engine", "locate", "_native",
+    },
+}  # fmt: skip
+# From here on what users meet: the model, what is asked of it, its server and its commands.
+ABOVE: dict[str, set[str]] = {
+    "model": set(MAY_IMPORT),
+    "api": {"errors", "checkpoints", "engine", "text", "model"},
+    "server": {"__version__", "errors", "engine", "model", "api"},
+    "load": {"errors", "engine", "model"},
+}
+TOP = {"cli", "__init__", "__main__"}
+
+PAGE = ROOT / "docs/design.md"
+BEGIN, END = "<!-- from here on `make docs` writes -->", "<!-- to here -->"
+
+
+def room_of(path: Path) -> str:
+    """The room of a file, by its path within the package."""
+    return path.parts[0].removesuffix(".py")
+
+
+def page() -> str:
+    """docs/design.md as it should be."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n\n{_table()}\n{_files()}\n{END}{after}"
+
+
+def _table() -> str:
+    rows = ["| room | may import |", "| --- | --- |"]
+    for room, others in (MAY_IMPORT | ABOVE).items():
+        # What everything may use need not be said.
+        named = sorted(others - {"errors", "_native", "__version__"})
+        said = "all of these" if room == "model" else ", ".join(named)
+        rows.append(f"| `{_shown(room)}` | {said} |")
+    return "\n".join([*rows, f"| `{_shown('cli')}` | anything |", ""])
+
+
+def _shown(room: str) -> str:
+    return f"{room}/" if (PACKAGE / room).is_dir() else f"{room}.py"
+
+
+def _files() -> str:
+    """Every file once, with the first sentence of its docstring."""
+    lines: list[str] = []
+    folder = Path()
+    for path, tree in sorted(modules(), key=lambda found: (found[0].parent, found[0])):
+        if path.parent != folder:
+            folder = path.parent
+            lines += ["", f"**`{folder}/`** {_says(folder / '__init__.py')}", ""]
+        if folder == Path() or path.name != "__init__.py":
+            lines.append(f"- `{path.name}` {_first_sentence(tree)}")
+    return "\n".join(lines)
+
+
+def _says(path: Path) -> str:
+    return _first_sentence(ast.parse((PACKAGE / path).read_text()))
+
+
+def _first_sentence(tree: ast.Module) -> str:
+    text = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
+    return text.split(". ")[0].rstrip(".") + "."
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
