@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 from project import imports, modules
-from rooms import ABOVE, MAY_IMPORT, PAGE, TOP, page, room_of
+from rooms import ABOVE, BEGIN, END, MAY_IMPORT, PAGE, TOP, page, room_of
 
 
 def test_arrows_point_one_way() -> None:
@@ -25,13 +27,14 @@ def test_arrows_point_one_way() -> None:
 def test_the_guide_names_every_file_once() -> None:
     text = PAGE.read_text()
     assert text == page(), "run `make docs`"
-    folders = {path.parent for path, _ in modules() if path.parent.name}
-    lines = text.splitlines()
-    assert all(
-        sum(line.startswith(f"**`{folder}/`**") for line in lines) == 1 for folder in folders
-    )
-    files = [path for path, _ in modules() if path.name != "__init__.py" or not path.parent.name]
-    assert sum(line.startswith("- `") and ".py` " in line for line in lines) == len(files)
+    folder, found = Path(), []
+    for line in text.split(BEGIN)[1].split(END)[0].splitlines():
+        if heading := re.match(r"\*\*`(\w+)/`\*\* \w", line):
+            folder = Path(heading[1])
+            found.append(folder / "__init__.py")
+        elif entry := re.match(r"- `(\w+\.py)` \S", line):
+            found.append(folder / entry[1])
+    assert sorted(found) == sorted(path for path, _ in modules())
 
 
 def test_import_is_light() -> None:
