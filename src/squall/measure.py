@@ -16,10 +16,10 @@ from squall.batch import Batch, Int32
 from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.engine.memory import choose_context, token_bytes
 from squall.errors import InvalidRequest
-from squall.executors import CacheType, Limits, Phase, Progress, thread_pool
+from squall.executors import CacheType, Limits, Phase, thread_pool
 from squall.locate import locate
 from squall.recipes import Recipe
-from squall.weights import WeightStore
+from squall.weights import Progress, WeightStore
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64

@@ -15,7 +15,7 @@ from squall import _native
 from squall.checkpoints.base import Checkpoint, Tensor
 from squall.checkpoints.gguf_header import DEFAULT_ALIGNMENT
 from squall.convert.files import Part, exists, replacing, write_parts
-from squall.convert.matrices import Importance, Matrix, Progress, Quantizer, Written
+from squall.convert.matrices import Importance, Matrix, Quantizer, Written
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.program import Slice
 from squall.quant import FORMATS, Plan
@@ -25,6 +25,7 @@ from squall.recipes.gguf_write import describe
 from squall.roles import roles
 from squall.spec import Attention, Decoder
 from squall.text.gguf_metadata import gguf_tokenizer
+from squall.weights import Progress
 
 # general.file_type, by what most of the matrices are.
 FILE_TYPES = {

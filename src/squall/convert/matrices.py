@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,9 +13,8 @@ from squall.checkpoints.base import Checkpoint
 from squall.errors import InvalidCheckpoint
 from squall.program import Slice
 from squall.quant import FORMATS
-from squall.weights import Stored, gather
+from squall.weights import Progress, Stored, gather
 
-Progress = Callable[[int, int], None]
 Importance = Mapping[str, NDArray[np.float32]]
 """Name in a GGUF file, without `.weight` -> weights of its columns' errors, [experts, cols]."""
 

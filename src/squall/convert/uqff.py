@@ -19,7 +19,6 @@ from squall.convert.files import Chunks, Item, Part, exists, replacing, write_sa
 from squall.convert.matrices import (
     Importance,
     Matrix,
-    Progress,
     Quantizer,
     Written,
     count_error,
@@ -32,6 +31,7 @@ from squall.recipes import Recipe
 from squall.recipes.gguf_parts import NAMING
 from squall.recipes.linears import Linear, linears
 from squall.roles import roles
+from squall.weights import Progress
 
 BESIDE = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",

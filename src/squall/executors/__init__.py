@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,9 @@ from squall.batch import Batch, Sequences
 from squall.errors import InvalidRequest
 from squall.program import Program
 from squall.quant import FormatTotal, Plan
-
-if TYPE_CHECKING:
-    from squall.weights import WeightStore
+from squall.weights import Progress, WeightStore
 
 CacheType = Literal["f16", "f32", "q8_0"]
-Progress = Callable[[int, int], None]
 Floats = NDArray[np.float32]
 
 DEVICES = ("cpu",)

@@ -14,9 +14,9 @@ from squall import _native
 from squall import program as p
 from squall.batch import Batch, Int32, Sequences
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.executors import Floats, Limits, Phase, Progress, thread_pool
+from squall.executors import Floats, Limits, Phase, thread_pool
 from squall.quant import FormatTotal, Plan
-from squall.weights import Weight, WeightStore
+from squall.weights import Progress, Weight, WeightStore
 
 _NO_SEQUENCES = Sequences(
     positions=np.empty(0, np.int32),
