@@ -54,54 +54,27 @@ class Phase:
 
 
 class Executor(Protocol):
-    """Runs a program: one call a step."""
+    """Runs a program: one call a step.
+
+    pool: its threads, which others may share between runs. max_rows: tokens of a step.
+    plan, formats: what the weights became.
+    """
+
+    program: Program
+    context: int
+    blocks: int
+    block_size: int
+    max_rows: int
+    max_outputs: int
+    threads: int
+    isa: str
+    plan: Plan
+    formats: tuple[FormatTotal, ...]
+    weight_bytes: int
+    kv_bytes: int
 
     @property
-    def program(self) -> Program: ...
-
-    @property
-    def context(self) -> int: ...
-
-    @property
-    def blocks(self) -> int: ...
-
-    @property
-    def block_size(self) -> int: ...
-
-    @property
-    def max_rows(self) -> int:
-        """Tokens of a step."""
-        ...
-
-    @property
-    def max_outputs(self) -> int: ...
-
-    @property
-    def pool(self) -> ThreadPool | None:
-        """Its threads, which others may share between runs."""
-        ...
-
-    @property
-    def threads(self) -> int: ...
-
-    @property
-    def isa(self) -> str: ...
-
-    @property
-    def plan(self) -> Plan:
-        """What the weights became."""
-        ...
-
-    @property
-    def formats(self) -> tuple[FormatTotal, ...]:
-        """What the matrices are in memory."""
-        ...
-
-    @property
-    def weight_bytes(self) -> int: ...
-
-    @property
-    def kv_bytes(self) -> int: ...
+    def pool(self) -> ThreadPool | None: ...
 
     def run(
         self, inputs: Mapping[str, NDArray[np.generic]], sequences: Sequences | None = None
