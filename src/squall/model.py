@@ -17,7 +17,8 @@ from squall import convert, decoder, recipes
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.checkpoints.hub import Hub
 from squall.engine.defaults import GenerationDefaults
-from squall.engine.engine import Engine, EngineConfig, Executor
+from squall.engine.engine import Engine, EngineConfig
+from squall.engine.executor import Executor
 from squall.engine.generation import Generation
 from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
 from squall.engine.request import Request, Scoring

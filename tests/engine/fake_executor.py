@@ -21,13 +21,27 @@ def expected(ids: list[int]) -> NDArray[np.float32]:
     return ((np.arange(VOCAB) * 37 + mixed) % 101).astype(np.float32)
 
 
+class Silent:
+    """The text of requests that nobody wants to read."""
+
+    stopped = False
+
+    def __init__(self, _: object) -> None: ...
+
+    def push(self, _: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
 class FakeExecutor:
     """Keeps tokens instead of keys and values.
 
     `fail` is raised by the next step. After `hold` the next step waits; `let` lets some go.
     """
 
-    threads, pool, isa, weight_bytes, kv_bytes = 1, None, "none", 0, 0
+    threads, pool, isa, weight_bytes, kv_bytes, vocab = 1, None, "none", 0, 0, VOCAB
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from fake_executor import VOCAB, FakeExecutor, expected
+from fake_executor import VOCAB, FakeExecutor, Silent, expected
 
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
@@ -103,7 +103,7 @@ def test_any_schedule_gives_the_same_tokens(
         )
         for _ in range(40)
     ]
-    engine = Engine(executor, config)
+    engine = Engine(executor, config, text=Silent)
     try:
         for _ in range(2):
             generations = [Generation(engine, one) for one in wanted]
@@ -255,7 +255,7 @@ def test_row_3_an_error_in_a_step_ends_all_and_is_told(executor: FakeExecutor) -
         deaths.append(error)
         dead.set()
 
-    engine = Engine(executor, EngineConfig(max_seqs=2), on_death=on_death)
+    engine = Engine(executor, EngineConfig(max_seqs=2), on_death=on_death, text=Silent)
     executor.hold()
     generations = [Generation(engine, request([i])) for i in range(6)]
     executor.fail = KeyboardInterrupt("gone")
@@ -308,7 +308,7 @@ def test_row_18_too_long(engine: Engine) -> None:
 
 
 def test_few_blocks_bound_a_request() -> None:
-    engine = Engine(FakeExecutor(blocks=5, block_size=4))
+    engine = Engine(FakeExecutor(blocks=5, block_size=4), text=Silent)
     with pytest.raises(ContextLengthExceeded, match="20 tokens"):
         engine.submit(request([1] * 20), print)
     generation = Generation(engine, request([1] * 15, max_tokens=None))
@@ -330,7 +330,7 @@ def test_row_34_a_full_queue_refuses(engine: Engine, executor: FakeExecutor) -> 
 
 
 def test_row_34_who_waits_too_long_is_refused(executor: FakeExecutor) -> None:
-    engine = Engine(executor, EngineConfig(max_seqs=1, queue_timeout_s=0.05))
+    engine = Engine(executor, EngineConfig(max_seqs=1, queue_timeout_s=0.05), text=Silent)
     executor.hold()
     first, second = Generation(engine, request([0])), Generation(engine, request([1]))
     executor.wait()
@@ -345,7 +345,7 @@ def test_row_34_who_waits_too_long_is_refused(executor: FakeExecutor) -> None:
 
 
 def test_waiting_tokens_are_bounded(executor: FakeExecutor) -> None:
-    engine = Engine(executor, EngineConfig(max_seqs=1, max_queue_tokens=100))
+    engine = Engine(executor, EngineConfig(max_seqs=1, max_queue_tokens=100), text=Silent)
     executor.hold()
     generations = [Generation(engine, request([0]))]
     executor.wait()
@@ -361,7 +361,7 @@ def test_waiting_tokens_are_bounded(executor: FakeExecutor) -> None:
 
 def test_row_35_threads_and_tasks(engine: Engine) -> None:
     """32 threads and 32 tasks at once, on an engine with a longer queue."""
-    wide = Engine(engine.executor, EngineConfig(max_seqs=16))
+    wide = Engine(engine.executor, EngineConfig(max_seqs=16), text=Silent)
     wanted = [request([i], max_tokens=20) for i in range(64)]
     found: list[list[int]] = [[]] * 64
 
@@ -414,7 +414,7 @@ def test_close_cancels_what_is_left(engine: Engine) -> None:
 
 def test_row_32_nothing_is_left_of_an_engine_without_users() -> None:
     executor = FakeExecutor()
-    engine = Engine(executor)
+    engine = Engine(executor, text=Silent)
     Generation(engine, request([1])).read()
     thread = engine._thread
     gone = weakref.ref(engine)
@@ -455,7 +455,7 @@ def test_stats(engine: Engine, executor: FakeExecutor) -> None:
 )
 def test_wrong_configuration(options: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        Engine(FakeExecutor(), EngineConfig(**options))  # type: ignore[arg-type]
+        Engine(FakeExecutor(), EngineConfig(**options), text=Silent)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

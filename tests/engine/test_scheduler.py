@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from squall.engine.prefix_cache import PrefixCache
-from squall.engine.request import Progress, Request, Scoring
+from squall.engine.request import Request, Scoring
 from squall.engine.sampling import Sampling
 from squall.engine.scheduler import Chunk, Limits, Pace, Scheduler
+from squall.engine.sequence import Sequence
 
 SIZE = 4
 GREEDY = Sampling(temperature=0, seed=0)
@@ -18,12 +19,12 @@ def ignore(first: int, rows: object) -> None:
     """Logits that nobody reads."""
 
 
-def progress(
+def sequence(
     number: int, tokens: list[int], *, scored: int | None = None, chunk: int | None = None
-) -> Progress:
+) -> Sequence:
     scoring = None if scored is None else Scoring(ignore, scored)
     request = Request(ids=tokens, sampling=GREEDY, scoring=scoring, chunk=chunk)
-    return Progress(request, number, list(tokens), len(tokens) - 1 if scored is None else scored)
+    return Sequence(request, number, list(tokens), len(tokens) - 1 if scored is None else scored)
 
 
 def scheduler(*, blocks: int = 64, requests: int = 4, rows: int = 32, **limits: int) -> Scheduler:
@@ -31,7 +32,7 @@ def scheduler(*, blocks: int = 64, requests: int = 4, rows: int = 32, **limits: 
     return Scheduler(cache, Limits(requests, rows, limits.get("outputs", requests)))
 
 
-def step(scheduler: Scheduler, seconds: float = 0.01) -> tuple[list[Chunk], list[Progress]]:
+def step(scheduler: Scheduler, seconds: float = 0.01) -> tuple[list[Chunk], list[Sequence]]:
     """A step and who is due a token."""
     chunks = scheduler.plan()
     rows = sum(chunk.stop - chunk.start for chunk in chunks)
@@ -59,7 +60,7 @@ class Load:
         scored = int(rng.integers(size)) if rng.integers(4) == 0 else None
         chunk = int(rng.integers(1, 20)) if rng.integers(4) == 0 else None
         tokens = rng.integers(2, size=size).tolist()
-        self.tested.add(progress(len(self.lengths), tokens, scored=scored, chunk=chunk))
+        self.tested.add(sequence(len(self.lengths), tokens, scored=scored, chunk=chunk))
         self.lengths.append(int(rng.integers(size, 40)))
 
     def leave(self) -> None:
@@ -67,7 +68,7 @@ class Load:
         if everyone:
             self.end(everyone[self.rng.integers(len(everyone))])
 
-    def end(self, request: Progress) -> None:
+    def end(self, request: Sequence) -> None:
         self.tested.remove(request)
         self.gone.add(request.number)
         self.tested.check()
@@ -103,16 +104,16 @@ def test_random_load(rng: np.random.Generator, *, recompute: bool) -> None:
 
 def test_row_33_a_long_prompt_and_running_answers_both_go_on() -> None:
     tested = scheduler(blocks=4000, requests=16, rows=512)
-    answers = [progress(i, [i]) for i in range(8)]
+    answers = [sequence(i, [i]) for i in range(8)]
     for answer in answers:
         tested.add(answer)
     row_s = 1 / 800
     for _ in range(5):
         for request in step(tested, 9 * row_s)[1]:
             request.tokens.append(0)
-    long = progress(99, list(range(6000)))
+    long = sequence(99, list(range(6000)))
     tested.add(long)
-    steps, due = 0, list[Progress]()
+    steps, due = 0, list[Sequence]()
     while long not in due:
         before = long.computed
         chunks = tested.plan()
@@ -130,8 +131,8 @@ def test_row_33_a_long_prompt_and_running_answers_both_go_on() -> None:
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     tested = scheduler(blocks=400, rows=64)
-    tested.add(progress(0, [0] * 1000))
-    tested.add(progress(1, [1] * 20))
+    tested.add(sequence(0, [0] * 1000))
+    tested.add(sequence(1, [1] * 20))
     due = [request.number for _ in range(3) for request in step(tested)[1]]
     assert due == [1]
 
@@ -140,7 +141,7 @@ def test_what_one_computes_others_wait_for_and_share() -> None:
     """Several answers to one prompt compute it once."""
     tested = scheduler(blocks=100, rows=32)
     for number in range(4):
-        tested.add(progress(number, [7] * 41))
+        tested.add(sequence(number, [7] * 41))
     computed = sum(chunk.stop - chunk.start for _ in range(8) for chunk in step(tested)[0])
     assert computed <= 41 + 3 + 4 * 8
     blocks = [request.blocks[:10].tolist() for request in tested.running]
@@ -149,7 +150,7 @@ def test_what_one_computes_others_wait_for_and_share() -> None:
 
 def test_the_youngest_is_preempted_and_comes_back() -> None:
     tested = scheduler(blocks=5, requests=3)
-    old, young = progress(0, [0] * 6), progress(1, [1] * 3)
+    old, young = sequence(0, [0] * 6), sequence(1, [1] * 3)
     tested.add(old)
     tested.add(young)
     for _ in range(60):
@@ -166,10 +167,10 @@ def test_the_youngest_is_preempted_and_comes_back() -> None:
 
 def test_nothing_overtakes_who_waits_for_blocks() -> None:
     tested = scheduler(blocks=8)
-    tested.add(progress(0, [0] * 20))
+    tested.add(sequence(0, [0] * 20))
     step(tested)
-    tested.add(progress(1, [1] * 30))
-    tested.add(progress(2, [2]))
+    tested.add(sequence(1, [1] * 30))
+    tested.add(sequence(2, [2]))
     step(tested)
     assert [request.number for request in tested.running] == [0]
 

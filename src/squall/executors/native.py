@@ -339,6 +339,7 @@ class NativeExecutor:
         self.program = program
         self.checkpoint = checkpoint
         self.context = program.context
+        self.vocab = program.vocab
         self.blocks = blocks
         self.block_size = block_size
         self.max_rows = max_rows
