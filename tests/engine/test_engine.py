@@ -12,51 +12,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from engine_requests import Numbers, alone, idle, request, settle
 from fake_executor import VOCAB, FakeExecutor, Silent, expected
 
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
-from squall.engine.request import CacheScope, Piece, Request, Scoring
-from squall.engine.sampling import RowSampling, Sampled, SamplerState, Sampling, sample_rows
+from squall.engine.request import CacheScope, Piece, Scoring
+from squall.engine.sampling import Sampling
 from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
-
-GREEDY = Sampling(temperature=0, seed=0)
-
-
-class Numbers:
-    """Text of tokens: their numbers; a token below 5 waits for the next. "13" stops."""
-
-    def __init__(self, request: Request) -> None:
-        self.stopped = False
-        self._stop = request.stop
-        self._held = ""
-
-    def push(self, token: int) -> str:
-        self.stopped = str(token) in self._stop
-        text, self._held = self._held + f"{token} ", ""
-        if token < 5:
-            text, self._held = "", text
-        return "" if self.stopped else text
-
-    def finish(self) -> str:
-        return "" if self.stopped else self._held
-
-
-def request(ids: list[int], **options: object) -> Request:
-    given = {"sampling": GREEDY, "max_tokens": 10} | options
-    return Request(ids=ids, **given)  # type: ignore[arg-type]
-
-
-def alone(wanted: Request) -> list[int]:
-    """What the answer has to be, by definition."""
-    ids = list(wanted.ids)
-    state = SamplerState(wanted.sampling, ids)
-    for _ in range(wanted.max_tokens or 0):
-        (sampled,) = sample_rows(expected(ids)[None], [RowSampling(state)])
-        assert isinstance(sampled, Sampled)
-        state.append(sampled.token)
-        ids.append(sampled.token)
-    return ids[len(wanted.ids) :]
 
 
 @pytest.fixture
@@ -70,19 +33,6 @@ def engine(executor: FakeExecutor) -> Iterator[Engine]:
     yield engine
     executor.let()
     engine.close()
-
-
-def idle(engine: Engine) -> bool:
-    """Nothing is left of any request."""
-    stats = engine.stats()
-    if engine.alive:
-        engine._scheduler.check()
-    return (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
-
-
-def settle(engine: Engine) -> None:
-    """Wait until a request that comes now is answered; what was cancelled before is gone then."""
-    Generation(engine, request([0], max_tokens=1)).read()
 
 
 @pytest.mark.parametrize("blocks", [12, 64])

@@ -363,10 +363,10 @@ def _scheduler(executor: Executor, config: EngineConfig) -> Scheduler:
     contexts = 0 if config.no_kv_cache else config.prefix_cache_n
     blocks_each = -(-executor.context // executor.block_size)
     cache = PrefixCache(executor.blocks, executor.block_size, limit=contexts * blocks_each)
-    rows = max(
-        min(executor.max_rows, config.prompt_batchsize or executor.max_rows), config.max_seqs
-    )
-    limits = Limits(config.max_seqs, rows, executor.max_outputs, recompute=config.no_kv_cache)
+    limits = Limits(
+        config.max_seqs, executor.max_rows, executor.max_outputs,
+        prompt_rows=config.prompt_batchsize or executor.max_rows, recompute=config.no_kv_cache,
+    )  # fmt: skip
     return Scheduler(cache, limits)
 
 

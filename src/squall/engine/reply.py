@@ -115,18 +115,18 @@ class Reply:
         self._ids.append(token)
         if self.request.logprobs is not None:
             self._logprobs.append(sampled)
-        if token in self._stop_ids:
-            return "stop"
-        self._text += self._stream.push(token)
-        if self._stream.stopped:
-            return "stop"
-        return "length" if usage.answer_tokens == self.max_tokens else None
+        stopped = token in self._stop_ids
+        if not stopped:
+            self._text += self._stream.push(token)
+            stopped = self._stream.stopped
+        if not stopped and usage.answer_tokens < self.max_tokens:
+            return None
+        self._text += self._stream.finish()
+        return "stop" if stopped else "length"
 
     def tell(self, reason: FinishReason | None = None, error: Exception | None = None) -> None:
         """Give the sink what is new: text, if there is some, and the end."""
-        if reason is not None:
-            self._text += self._stream.finish()
-        elif not self._text:
+        if reason is None and not self._text:
             return
         piece = Piece(self._text, tuple(self._ids), reason, tuple(self._logprobs), error)
         self._text = ""

@@ -21,6 +21,7 @@ SHARED_S = 0.08
 ALONE_S = 0.5
 FIRST_ROWS = 64
 LEAST_ROWS = 16
+MOST_ROWS = 2**31
 
 # (sequence, most) -> at most so many ids that may follow its tokens; it may remove the sequence.
 Guess = Callable[[Sequence, int], list[int]]
@@ -28,15 +29,15 @@ Guess = Callable[[Sequence, int], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one step: requests, rows, and rows whose logits are told.
+    """Of one step: requests, rows, rows whose logits are told, and rows of prompts.
 
-    rows is also the largest chunk of a prompt. recompute: nothing stays in the KV cache between
-    tokens.
+    recompute: nothing stays in the KV cache between tokens.
     """
 
     requests: int
     rows: int
     outputs: int
+    prompt_rows: int = MOST_ROWS
     recompute: bool = False
 
 
@@ -166,7 +167,7 @@ class Scheduler:
         more = [sequence for sequence in self.running if sequence.pending > 1]
         # Every running sequence may have one output; the rest is for those that want several.
         outputs = limits.outputs - len(self.running)
-        rows = self.pace.rows(limits.rows, alone=not answers)
+        rows = self.pace.rows(min(limits.rows, limits.prompt_rows), alone=not answers)
         rows = min(rows, limits.rows - answers)
         for sequence in more:
             # The oldest gets half, so that it is done soon; the next gets half of the rest.
