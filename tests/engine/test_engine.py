@@ -51,7 +51,7 @@ def test_any_schedule_gives_the_same_tokens(
             max_tokens=int(rng.integers(1, 16)),
             sampling=Sampling(float(rng.integers(3)), top_p=0.9, seed=int(rng.integers(9))),
         )
-        for _ in range(40)
+        for _ in range(12 if "no_kv_cache" in options else 40)  # each token costs a whole prompt
     ]
     engine = Engine(executor, config, text=Silent)
     try:
