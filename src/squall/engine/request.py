@@ -50,8 +50,8 @@ class CacheScope:
     adapter: str = ""
 
     def __post_init__(self) -> None:
-        for name, value in (("tenant", self.tenant), ("adapter", self.adapter)):
-            _check(isinstance(value, str), name, value, "a text")
+        _check(isinstance(self.tenant, str), "tenant", self.tenant, "a text")
+        _check(isinstance(self.adapter, str), "adapter", self.adapter, "a text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Span:
     def __post_init__(self) -> None:
         _check_whole("start of a span", self.start, 0)
         _check_whole("stop of a span", self.stop, self.start + 1)
-        right = isinstance(self.digest, bytes) and self.digest != b""
+        right = isinstance(self.digest, bytes) and len(self.digest) > 0
         _check(right, "digest of a span", self.digest, "bytes, at least one")
 
 
@@ -125,13 +125,10 @@ class Request:
         object.__setattr__(self, "stop_ids", frozenset(_ids("stop_ids", self.stop_ids)))
         if not self.ids:
             raise InvalidRequest("the prompt is empty; give at least one token")
-        for name, (kind, allowed) in _KINDS.items():
+        for name, kind, allowed in _KINDS:
             _check(isinstance(getattr(self, name), kind), name, getattr(self, name), allowed)
-        for name, least, most in (
-            ("max_tokens", int(self.scoring is None), None),
-            ("logprobs", 0, MOST_TOP_LOGPROBS),
-            ("chunk", 1, None),
-        ):
+        sizes = (("max_tokens", int(self.scoring is None), None), ("chunk", 1, None))
+        for name, least, most in (*sizes, ("logprobs", 0, MOST_TOP_LOGPROBS)):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), least, most)
         right = all(isinstance(text, str) and text for text in self.stop)
@@ -144,17 +141,14 @@ class Request:
         _check(right, "spans", self.spans, "in order, apart, and inside the prompt")
 
 
-_FLAG = (bool, "True or False")
-_KINDS: dict[str, tuple[Any, str]] = {
-    "sampling": (Sampling, "a Sampling"),
-    "stop": (tuple, "a tuple of texts"),
-    "ignore_eos": _FLAG,
-    "scope": (CacheScope, "a CacheScope"),
-    "truncate": _FLAG,
-    "continues": _FLAG,
-    "scoring": (Scoring | None, "a Scoring or None"),
-    "spans": (tuple, "a tuple of Spans"),
-}
+_KINDS: tuple[tuple[str, Any, str], ...] = (
+    ("sampling", Sampling, "a Sampling"),
+    ("scope", CacheScope, "a CacheScope"),
+    ("scoring", Scoring | None, "a Scoring or None"),
+    ("stop", tuple, "a tuple of texts"),
+    ("spans", tuple, "a tuple of Spans"),
+    *((flag, bool, "True or False") for flag in ("ignore_eos", "truncate", "continues")),
+)
 
 
 def _ids(name: str, given: Iterable[Any]) -> tuple[int, ...]:

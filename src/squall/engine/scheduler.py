@@ -117,16 +117,15 @@ class Scheduler:
         self._admit()
         answers = [sequence for sequence in self.running if sequence.pending == 1]
         prompts = self._plan_prompts(len(answers))
-        rows = self.limits.rows - len(answers) - sum(c.stop - c.start for c in prompts)
-        outputs = self.limits.outputs - len(answers) - sum(len(c.outputs) for c in prompts)
-        spare = 0 if self.limits.recompute else min(rows, outputs)
+        rows_left = self.limits.rows - sum(chunk.stop - chunk.start for chunk in prompts)
+        outputs_left = self.limits.outputs - sum(len(chunk.outputs) for chunk in prompts)
+        spare = 0 if self.limits.recompute else min(rows_left, outputs_left) - len(answers)
         chunks = []
         for left, sequence in zip(range(len(answers), 0, -1), answers, strict=True):
             self._take_guesses(sequence, spare // left, guess)
             spare -= len(sequence.guesses)
-            known = len(sequence.tokens)
-            stop = known + len(sequence.guesses)
-            chunks.append(Chunk(sequence, known - 1, stop, range(known - 1, stop)))
+            rows = range(sequence.computed, len(sequence.tokens) + len(sequence.guesses))
+            chunks.append(Chunk(sequence, rows.start, rows.stop, rows))
         return chunks + prompts
 
     def advance(self, chunk: Chunk) -> bool:
@@ -298,11 +297,10 @@ class Scheduler:
             assert not sequence.guesses
             assert sequence.computed == sequence.stored == 0
         for sequence in self.running:
-            known, guesses = len(sequence.tokens), len(sequence.guesses)
-            assert sequence.computed <= min(known, len(sequence.blocks) * size)
-            assert len(sequence.blocks) <= self._needed(known + guesses)
-            assert not guesses or len(sequence.blocks) * size >= known + guesses
-            assert sequence.stored <= len(sequence.blocks)
+            needed = self._needed(len(sequence.tokens) + len(sequence.guesses))
+            assert sequence.computed <= min(len(sequence.tokens), len(sequence.blocks) * size)
+            assert len(sequence.blocks) == needed or not sequence.guesses
+            assert sequence.stored <= len(sequence.blocks) <= needed
             assert self.limits.recompute or sequence.stored * size <= sequence.computed
             # Nobody else sees what is not known to be right.
             assert all(pool.users(block) == 1 for block in sequence.blocks[sequence.stored :])

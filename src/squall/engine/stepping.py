@@ -101,7 +101,11 @@ class Stepper:
                 due.append((self.replies[chunk.of.number], at + first))
             at += len(chunk.outputs)
         self._draw(logits, due, executor.pool)
-        self._count(time.perf_counter() - started_s)
+        counts, step_s = self.counts, time.perf_counter() - started_s
+        counts.steps += 1
+        counts.step_s += step_s
+        counts.last_step_s = step_s
+        counts.longest_step_s = max(counts.longest_step_s, step_s)
 
     def _propose(self, sequence: Sequence, most: int) -> list[int]:
         reply = self.replies[sequence.number]
@@ -185,13 +189,6 @@ class Stepper:
             self.end(reply, reason)
             return False
         return guessed
-
-    def _count(self, step_s: float) -> None:
-        counts = self.counts
-        counts.steps += 1
-        counts.step_s += step_s
-        counts.last_step_s = step_s
-        counts.longest_step_s = max(counts.longest_step_s, step_s)
 
 
 def _sample(
