@@ -23,7 +23,9 @@ def sequence(
     number: int, tokens: list[int], *, scored: int | None = None, chunk: int | None = None
 ) -> Sequence:
     scoring = None if scored is None else Scoring(ignore, scored)
-    request = Request(ids=tokens, sampling=GREEDY, scoring=scoring, chunk=chunk)
+    request = Request(
+        ids=tokens, sampling=GREEDY, scoring=scoring, chunk=chunk, proposer=lambda *_: []
+    )
     return Sequence(request, number, list(tokens), len(tokens) - 1 if scored is None else scored)
 
 
@@ -290,3 +292,18 @@ def test_no_blocks_no_guesses() -> None:
     assert [len(one.blocks) for one in due] == [2, 1]
     assert not any(tested.append(one, 0) for one in due)
     assert [len(one.blocks) for one in due] == [2, 1]  # its known token has it now
+
+
+def test_who_has_no_proposer_leaves_its_share_to_others() -> None:
+    tested = scheduler(blocks=100, rows=32, outputs=12)
+    tested.add(sequence(0, [0]))
+    tested.add(Sequence(Request(ids=[1], sampling=GREEDY), 1, [1], 0))
+    asked: list[tuple[int, int]] = []
+
+    def guess(one: Sequence, most: int) -> list[int]:
+        asked.append((one.number, most))
+        return [7] * most
+
+    chunks, _ = step(tested, guess=guess)
+    assert asked == [(0, 10)]
+    assert [len(chunk.outputs) for chunk in chunks] == [11, 1]

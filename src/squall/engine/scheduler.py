@@ -121,9 +121,12 @@ class Scheduler:
         outputs_left = self.limits.outputs - sum(len(chunk.outputs) for chunk in prompts)
         spare = 0 if self.limits.recompute else min(rows_left, outputs_left) - len(answers)
         chunks = []
-        for left, sequence in zip(range(len(answers), 0, -1), answers, strict=True):
-            self._take_guesses(sequence, spare // left, guess)
-            spare -= len(sequence.guesses)
+        asking = sum(sequence.request.proposer is not None for sequence in answers)
+        for sequence in answers:
+            if sequence.request.proposer is not None:
+                self._take_guesses(sequence, spare // asking, guess)
+                spare -= len(sequence.guesses)
+                asking -= 1
             rows = range(sequence.computed, len(sequence.tokens) + len(sequence.guesses))
             chunks.append(Chunk(sequence, rows.start, rows.stop, rows))
         return chunks + prompts
@@ -144,7 +147,9 @@ class Scheduler:
     def append(self, sequence: Sequence, token: int) -> bool:
         """`token` was drawn; whether it was guessed and so is computed: the next can be drawn."""
         sequence.tokens.append(token)
-        if sequence.guesses and sequence.guesses.pop(0) == token:
+        if not sequence.guesses:
+            return False
+        if sequence.guesses.pop(0) == token:
             sequence.scored = len(sequence.tokens)
             self._set_computed(sequence, len(sequence.tokens))
             return True
@@ -199,8 +204,9 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Give running sequences room for the token they got; the youngest may have to leave."""
+        size = self.cache.block_size
         for sequence in tuple(self.running):
-            while sequence.blocks and len(sequence.blocks) < self._needed(len(sequence.tokens)):
+            while sequence.blocks and len(sequence.blocks) * size < len(sequence.tokens):
                 if self.cache.pool.available:
                     self._take(sequence, len(sequence.blocks) + 1)
                 else:

@@ -119,11 +119,10 @@ class Stepper:
 
     def _compute(self, executor: Executor, chunks: Collection[Chunk]) -> Logits:
         """The logits; while they are computed, constraints prepare what is needed to draw."""
-        due = [self.replies[chunk.of.number] for chunk in chunks if chunk.due]
-        due = [reply for reply in due if reply.request.constraint and reply.max_tokens]
+        due = [self.replies[c.of.number] for c in chunks if c.of.request.constraint and c.due]
         batch = _batch(chunks, executor.block_size)
         with ThreadPoolExecutor(1, "squall-prepare") as beside:
-            prepared = [(reply, beside.submit(reply.prepare)) for reply in due]
+            prepared = [(reply, beside.submit(reply.prepare)) for reply in due if reply.max_tokens]
             called_s = time.perf_counter()
             logits = executor.step(batch)
             executor_s = time.perf_counter() - called_s
@@ -213,8 +212,8 @@ def _batch(chunks: Collection[Chunk], block_size: int) -> Batch:
     for i, chunk in enumerate(chunks):
         blocks, span = chunk.of.blocks, range(chunk.start, chunk.stop)
         outputs += [len(tokens) + output - chunk.start for output in chunk.outputs]
-        known = chunk.of.tokens[chunk.start : chunk.stop]
-        tokens += known + chunk.of.guesses[: len(span) - len(known)]
+        tokens += chunk.of.tokens[chunk.start : chunk.stop]
+        tokens += chunk.of.guesses
         positions += span
         slots += [blocks[at // block_size] * block_size + at % block_size for at in span]
         bounds.append(len(tokens))
