@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_executor import FakeExecutor
+from fake_executor import FakeExecutor, Silent
 from helpers import wait_for
 
 from squall import CompletionRequest, EngineConfig, EngineStopped, InvalidRequest, Model, QueueFull
@@ -24,7 +24,7 @@ def executor() -> FakeExecutor:
 @pytest.fixture
 def small(model: Model, executor: FakeExecutor) -> Iterator[Model]:
     """Two answers run, three wait, on an executor that waits when it is told to."""
-    engine = Engine(executor, EngineConfig(max_seqs=2, max_queue=3))
+    engine = Engine(executor, EngineConfig(max_seqs=2, max_queue=3), text=Silent)
     recipe = load(model.checkpoint)
     with Model(model.checkpoint, recipe, model.program, model.tokenizer, engine) as opened:
         yield opened

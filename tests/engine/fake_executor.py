@@ -21,13 +21,28 @@ def expected(ids: list[int]) -> NDArray[np.float32]:
     return ((np.arange(VOCAB) * 37 + mixed) % 101).astype(np.float32)
 
 
+class Silent:
+    """The text of requests that nobody wants to read."""
+
+    stopped = False
+
+    def __init__(self, _: object) -> None: ...
+
+    def push(self, _: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
 class FakeExecutor:
     """Keeps tokens instead of keys and values.
 
-    `fail` is raised by the next step. After `hold` the next step waits; `let` lets some go.
+    `fail` is raised by the next step. After `hold` the next step waits; `let` lets some go. Logits
+    of sequences that begin with `nan` are NaN.
     """
 
-    threads, pool, isa, weight_bytes, kv_bytes = 1, None, "none", 0, 0
+    threads, pool, isa, weight_bytes, kv_bytes, vocab = 1, None, "none", 0, 0, VOCAB
 
     def __init__(
         self,
@@ -46,6 +61,7 @@ class FakeExecutor:
         self.slots = np.full(blocks * block_size, -1)
         self.rows: list[list[int]] = []
         self.fail: BaseException | None = None
+        self.nan = -1
         self._lock = threading.Condition()
         self._allowed = math.inf
         self._held = False
@@ -84,7 +100,7 @@ class FakeExecutor:
             seen = np.arange(batch.positions[row] + 1)
             blocks = batch.block_tables[sequence][seen // self.block_size]
             ids = self.slots[blocks * self.block_size + seen % self.block_size]
-            logits[i] = expected(ids.tolist())
+            logits[i] = np.nan if ids[0] == self.nan else expected(ids.tolist())
         return logits
 
     def _slots(self, batch: Batch) -> NDArray[np.int32]:

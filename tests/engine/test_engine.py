@@ -12,51 +12,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from fake_executor import VOCAB, FakeExecutor, expected
+from engine_requests import Numbers, alone, idle, request, settle
+from fake_executor import VOCAB, FakeExecutor, Silent, expected
 
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
-from squall.engine.request import CacheScope, Piece, Request, Scoring
-from squall.engine.sampling import RowSampling, Sampled, SamplerState, Sampling, sample_rows
+from squall.engine.request import CacheScope, Piece, Scoring
+from squall.engine.sampling import Sampling
 from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
-
-GREEDY = Sampling(temperature=0, seed=0)
-
-
-class Numbers:
-    """Text of tokens: their numbers; a token below 5 waits for the next. "13" stops."""
-
-    def __init__(self, request: Request) -> None:
-        self.stopped = False
-        self._stop = request.stop
-        self._held = ""
-
-    def push(self, token: int) -> str:
-        self.stopped = str(token) in self._stop
-        text, self._held = self._held + f"{token} ", ""
-        if token < 5:
-            text, self._held = "", text
-        return "" if self.stopped else text
-
-    def finish(self) -> str:
-        return "" if self.stopped else self._held
-
-
-def request(ids: list[int], **options: object) -> Request:
-    given = {"sampling": GREEDY, "max_tokens": 10} | options
-    return Request(ids=ids, **given)  # type: ignore[arg-type]
-
-
-def alone(wanted: Request) -> list[int]:
-    """What the answer has to be, by definition."""
-    ids = list(wanted.ids)
-    state = SamplerState(wanted.sampling, ids)
-    for _ in range(wanted.max_tokens or 0):
-        (sampled,) = sample_rows(expected(ids)[None], [RowSampling(state)])
-        assert isinstance(sampled, Sampled)
-        state.append(sampled.token)
-        ids.append(sampled.token)
-    return ids[len(wanted.ids) :]
 
 
 @pytest.fixture
@@ -70,19 +33,6 @@ def engine(executor: FakeExecutor) -> Iterator[Engine]:
     yield engine
     executor.let()
     engine.close()
-
-
-def idle(engine: Engine) -> bool:
-    """Nothing is left of any request."""
-    stats = engine.stats()
-    if engine.alive:
-        engine._scheduler.check()
-    return (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
-
-
-def settle(engine: Engine) -> None:
-    """Wait until a request that comes now is answered; what was cancelled before is gone then."""
-    Generation(engine, request([0], max_tokens=1)).read()
 
 
 @pytest.mark.parametrize("blocks", [12, 64])
@@ -101,9 +51,9 @@ def test_any_schedule_gives_the_same_tokens(
             max_tokens=int(rng.integers(1, 16)),
             sampling=Sampling(float(rng.integers(3)), top_p=0.9, seed=int(rng.integers(9))),
         )
-        for _ in range(40)
+        for _ in range(25 if "no_kv_cache" in options else 40)  # each token costs a whole prompt
     ]
-    engine = Engine(executor, config)
+    engine = Engine(executor, config, text=Silent)
     try:
         for _ in range(2):
             generations = [Generation(engine, one) for one in wanted]
@@ -112,7 +62,8 @@ def test_any_schedule_gives_the_same_tokens(
                 assert generation.ids == alone(one)
                 assert generation.finish_reason == "length"
         stats = engine.stats()
-        assert (stats.preemptions > 0) == (blocks == 12)
+        # One row of prompts a step lets few run at a time.
+        assert (stats.preemptions > 0) == (blocks == 12) or (chunk, blocks) == (1, 12)
         assert (stats.counts.cached_tokens > 0) == (not options)
         settle(engine)
         assert idle(engine)
@@ -255,7 +206,7 @@ def test_row_3_an_error_in_a_step_ends_all_and_is_told(executor: FakeExecutor) -
         deaths.append(error)
         dead.set()
 
-    engine = Engine(executor, EngineConfig(max_seqs=2), on_death=on_death)
+    engine = Engine(executor, EngineConfig(max_seqs=2), on_death=on_death, text=Silent)
     executor.hold()
     generations = [Generation(engine, request([i])) for i in range(6)]
     executor.fail = KeyboardInterrupt("gone")
@@ -308,7 +259,7 @@ def test_row_18_too_long(engine: Engine) -> None:
 
 
 def test_few_blocks_bound_a_request() -> None:
-    engine = Engine(FakeExecutor(blocks=5, block_size=4))
+    engine = Engine(FakeExecutor(blocks=5, block_size=4), text=Silent)
     with pytest.raises(ContextLengthExceeded, match="20 tokens"):
         engine.submit(request([1] * 20), print)
     generation = Generation(engine, request([1] * 15, max_tokens=None))
@@ -330,7 +281,7 @@ def test_row_34_a_full_queue_refuses(engine: Engine, executor: FakeExecutor) -> 
 
 
 def test_row_34_who_waits_too_long_is_refused(executor: FakeExecutor) -> None:
-    engine = Engine(executor, EngineConfig(max_seqs=1, queue_timeout_s=0.05))
+    engine = Engine(executor, EngineConfig(max_seqs=1, queue_timeout_s=0.05), text=Silent)
     executor.hold()
     first, second = Generation(engine, request([0])), Generation(engine, request([1]))
     executor.wait()
@@ -345,7 +296,7 @@ def test_row_34_who_waits_too_long_is_refused(executor: FakeExecutor) -> None:
 
 
 def test_waiting_tokens_are_bounded(executor: FakeExecutor) -> None:
-    engine = Engine(executor, EngineConfig(max_seqs=1, max_queue_tokens=100))
+    engine = Engine(executor, EngineConfig(max_seqs=1, max_queue_tokens=100), text=Silent)
     executor.hold()
     generations = [Generation(engine, request([0]))]
     executor.wait()
@@ -361,7 +312,7 @@ def test_waiting_tokens_are_bounded(executor: FakeExecutor) -> None:
 
 def test_row_35_threads_and_tasks(engine: Engine) -> None:
     """32 threads and 32 tasks at once, on an engine with a longer queue."""
-    wide = Engine(engine.executor, EngineConfig(max_seqs=16))
+    wide = Engine(engine.executor, EngineConfig(max_seqs=16), text=Silent)
     wanted = [request([i], max_tokens=20) for i in range(64)]
     found: list[list[int]] = [[]] * 64
 
@@ -414,7 +365,7 @@ def test_close_cancels_what_is_left(engine: Engine) -> None:
 
 def test_row_32_nothing_is_left_of_an_engine_without_users() -> None:
     executor = FakeExecutor()
-    engine = Engine(executor)
+    engine = Engine(executor, text=Silent)
     Generation(engine, request([1])).read()
     thread = engine._thread
     gone = weakref.ref(engine)
@@ -455,7 +406,7 @@ def test_stats(engine: Engine, executor: FakeExecutor) -> None:
 )
 def test_wrong_configuration(options: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        Engine(FakeExecutor(), EngineConfig(**options))  # type: ignore[arg-type]
+        Engine(FakeExecutor(), EngineConfig(**options), text=Silent)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

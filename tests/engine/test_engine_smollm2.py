@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,3 +108,29 @@ def test_row_33_a_long_prompt_while_answers_run() -> None:
         assert sum(int(step[8]) for step in busy) == 6000
         for stream in streams:
             stream.close()
+
+
+def test_guesses_that_are_partly_wrong_give_the_same_bytes(
+    requests: list[Request], alone: Found
+) -> None:
+    """Alone in a step or beside others, preempted, and after prefix hits."""
+
+    def guessing(wanted: Request, found: tuple[tuple[int, float | None], ...]) -> Request:
+        known = [*wanted.ids, *(token for token, _ in found)]
+
+        def propose(ids: Sequence[int], most: int) -> list[int]:
+            # Every fifth guess is wrong.
+            places = range(len(ids), min(len(ids) + most, len(known)))
+            return [known[at] + (at % 5 == 0) for at in places]
+
+        return replace(wanted, proposer=propose)
+
+    with Model.open(context=256, kv_tokens=272) as model:
+        every = map(guessing, requests, alone)
+        generations = [Generation(model.engine, wanted) for wanted in every]
+        assert [results(generation) for generation in generations] == alone
+        stats = model.engine.stats()
+        assert stats.preemptions > 0
+        assert stats.counts.cached_tokens > 0
+        assert stats.counts.guessed_tokens > stats.counts.accepted_tokens > 100
+        assert stats.counts.steps < stats.counts.answer_tokens / 3

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from squall.engine.prefix_cache import PrefixCache
-from squall.engine.request import Progress, Request, Scoring
+from squall.engine.request import Request, Scoring
 from squall.engine.sampling import Sampling
-from squall.engine.scheduler import Chunk, Limits, Pace, Scheduler
+from squall.engine.scheduler import Chunk, Guess, Limits, Pace, Scheduler
+from squall.engine.sequence import Sequence
 
 SIZE = 4
 GREEDY = Sampling(temperature=0, seed=0)
@@ -18,12 +19,14 @@ def ignore(first: int, rows: object) -> None:
     """Logits that nobody reads."""
 
 
-def progress(
+def sequence(
     number: int, tokens: list[int], *, scored: int | None = None, chunk: int | None = None
-) -> Progress:
+) -> Sequence:
     scoring = None if scored is None else Scoring(ignore, scored)
-    request = Request(ids=tokens, sampling=GREEDY, scoring=scoring, chunk=chunk)
-    return Progress(request, number, list(tokens), len(tokens) - 1 if scored is None else scored)
+    request = Request(
+        ids=tokens, sampling=GREEDY, scoring=scoring, chunk=chunk, proposer=lambda *_: []
+    )
+    return Sequence(request, number, list(tokens), len(tokens) - 1 if scored is None else scored)
 
 
 def scheduler(*, blocks: int = 64, requests: int = 4, rows: int = 32, **limits: int) -> Scheduler:
@@ -31,15 +34,23 @@ def scheduler(*, blocks: int = 64, requests: int = 4, rows: int = 32, **limits: 
     return Scheduler(cache, Limits(requests, rows, limits.get("outputs", requests)))
 
 
-def step(scheduler: Scheduler, seconds: float = 0.01) -> tuple[list[Chunk], list[Progress]]:
+def no_guess(_: Sequence, most: int) -> list[int]:
+    assert most > 0
+    return []
+
+
+def step(
+    scheduler: Scheduler, seconds: float = 0.01, guess: Guess = no_guess
+) -> tuple[list[Chunk], list[Sequence]]:
     """A step and who is due a token."""
-    chunks = scheduler.plan()
+    chunks = scheduler.plan(guess)
     rows = sum(chunk.stop - chunk.start for chunk in chunks)
     assert rows <= scheduler.limits.rows
     assert sum(len(chunk.outputs) for chunk in chunks) <= scheduler.limits.outputs
     scheduler.check()
     scheduler.pace.observe(rows, seconds)
-    due = [chunk.of for chunk in chunks if scheduler.advance(chunk)]
+    due = [chunk.of for chunk in chunks if chunk.due]
+    assert due == [chunk.of for chunk in chunks if scheduler.advance(chunk)]
     scheduler.check()
     return chunks, due
 
@@ -59,7 +70,7 @@ class Load:
         scored = int(rng.integers(size)) if rng.integers(4) == 0 else None
         chunk = int(rng.integers(1, 20)) if rng.integers(4) == 0 else None
         tokens = rng.integers(2, size=size).tolist()
-        self.tested.add(progress(len(self.lengths), tokens, scored=scored, chunk=chunk))
+        self.tested.add(sequence(len(self.lengths), tokens, scored=scored, chunk=chunk))
         self.lengths.append(int(rng.integers(size, 40)))
 
     def leave(self) -> None:
@@ -67,18 +78,37 @@ class Load:
         if everyone:
             self.end(everyone[self.rng.integers(len(everyone))])
 
-    def end(self, request: Progress) -> None:
+    def end(self, request: Sequence) -> None:
         self.tested.remove(request)
         self.gone.add(request.number)
         self.tested.check()
 
     def step(self) -> None:
-        for request in step(self.tested, float(self.rng.random()))[1]:
-            assert request.scored == len(request.tokens)
-            if len(request.tokens) >= self.lengths[request.number]:
-                self.end(request)
-            else:
-                request.tokens.append(int(self.rng.integers(2)))
+        for request in step(self.tested, float(self.rng.random()), self.guess)[1]:
+            while True:
+                assert request.scored == request.computed + self.recomputed(request)
+                assert request.scored == len(request.tokens)
+                if len(request.tokens) >= self.lengths[request.number]:
+                    self.end(request)
+                    break
+                guesses = list(request.guesses)
+                right = self.tested.append(request, int(self.rng.integers(2)))
+                assert right == (guesses[:1] == request.tokens[-1:])
+                assert request.guesses == guesses[1:] * right
+                self.tested.check()
+                if not right:
+                    break
+
+    def recomputed(self, request: Sequence) -> int:
+        """Tokens that are known and forgotten again."""
+        return len(request.tokens) if self.tested.limits.recompute else 0
+
+    def guess(self, request: Sequence, most: int) -> list[int]:
+        """Some, now and then; as what is drawn, they are 0 or 1."""
+        assert request.pending == 1
+        assert most > 0
+        room = min(most, self.lengths[request.number] - len(request.tokens))
+        return self.rng.integers(2, size=self.rng.integers(room + 1)).tolist()
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -103,16 +133,16 @@ def test_random_load(rng: np.random.Generator, *, recompute: bool) -> None:
 
 def test_row_33_a_long_prompt_and_running_answers_both_go_on() -> None:
     tested = scheduler(blocks=4000, requests=16, rows=512)
-    answers = [progress(i, [i]) for i in range(8)]
+    answers = [sequence(i, [i]) for i in range(8)]
     for answer in answers:
         tested.add(answer)
     row_s = 1 / 800
     for _ in range(5):
         for request in step(tested, 9 * row_s)[1]:
-            request.tokens.append(0)
-    long = progress(99, list(range(6000)))
+            tested.append(request, 0)
+    long = sequence(99, list(range(6000)))
     tested.add(long)
-    steps, due = 0, list[Progress]()
+    steps, due = 0, list[Sequence]()
     while long not in due:
         before = long.computed
         chunks = tested.plan()
@@ -123,15 +153,15 @@ def test_row_33_a_long_prompt_and_running_answers_both_go_on() -> None:
         assert set(due) >= set(answers)
         assert rows * row_s <= 0.25
         for request in due:
-            request.tokens.append(0)
+            tested.append(request, 0)
         steps += 1
     assert steps < 200
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     tested = scheduler(blocks=400, rows=64)
-    tested.add(progress(0, [0] * 1000))
-    tested.add(progress(1, [1] * 20))
+    tested.add(sequence(0, [0] * 1000))
+    tested.add(sequence(1, [1] * 20))
     due = [request.number for _ in range(3) for request in step(tested)[1]]
     assert due == [1]
 
@@ -140,7 +170,7 @@ def test_what_one_computes_others_wait_for_and_share() -> None:
     """Several answers to one prompt compute it once."""
     tested = scheduler(blocks=100, rows=32)
     for number in range(4):
-        tested.add(progress(number, [7] * 41))
+        tested.add(sequence(number, [7] * 41))
     computed = sum(chunk.stop - chunk.start for _ in range(8) for chunk in step(tested)[0])
     assert computed <= 41 + 3 + 4 * 8
     blocks = [request.blocks[:10].tolist() for request in tested.running]
@@ -149,12 +179,12 @@ def test_what_one_computes_others_wait_for_and_share() -> None:
 
 def test_the_youngest_is_preempted_and_comes_back() -> None:
     tested = scheduler(blocks=5, requests=3)
-    old, young = progress(0, [0] * 6), progress(1, [1] * 3)
+    old, young = sequence(0, [0] * 6), sequence(1, [1] * 3)
     tested.add(old)
     tested.add(young)
     for _ in range(60):
         for request in step(tested)[1]:
-            request.tokens.append(0)
+            tested.append(request, 0)
         if tested.preemptions:
             break
     assert tested.running == [old]
@@ -166,10 +196,10 @@ def test_the_youngest_is_preempted_and_comes_back() -> None:
 
 def test_nothing_overtakes_who_waits_for_blocks() -> None:
     tested = scheduler(blocks=8)
-    tested.add(progress(0, [0] * 20))
+    tested.add(sequence(0, [0] * 20))
     step(tested)
-    tested.add(progress(1, [1] * 30))
-    tested.add(progress(2, [2]))
+    tested.add(sequence(1, [1] * 30))
+    tested.add(sequence(2, [2]))
     step(tested)
     assert [request.number for request in tested.running] == [0]
 
@@ -184,3 +214,96 @@ def test_pace_follows_the_machine() -> None:
     for seconds in [0.01] * 20:
         pace.observe(100, seconds)
     assert pace.rows(512, alone=False) == 512
+
+
+def test_wrong_guesses_delay_and_preempt_nobody() -> None:
+    """Who computes what in which step is as without them."""
+
+    def play(guess: Guess) -> tuple[list[list[tuple[int, int, int]]], int]:
+        rng = np.random.default_rng(3)
+        # No prefix is kept, as guesses may take the place of some.
+        tested = Scheduler(PrefixCache(24, SIZE, limit=0), Limits(6, 32, 10))
+        played = []
+        for number in range(120):
+            if number % 3 == 0:
+                tested.add(sequence(number, rng.integers(9, size=rng.integers(1, 30)).tolist()))
+            chunks, due = step(tested, 1e-6, guess)
+            played.append([(c.of.number, c.start, min(c.stop, len(c.of.tokens))) for c in chunks])
+            for one in due:
+                assert not tested.append(one, 0)
+                if len(one.tokens) % 20 == 0:
+                    tested.remove(one)
+        return played, tested.preemptions
+
+    asked: list[int] = []
+
+    def wrong(_: Sequence, most: int) -> list[int]:
+        asked.append(most)
+        return [1] * most
+
+    without = play(no_guess)
+    assert without[1] > 0
+    assert play(wrong) == without
+    assert len(asked) > 50
+
+
+def test_guesses_share_what_is_left() -> None:
+    """Rows, outputs and blocks that prompts and other answers do not need in this step."""
+    tested = scheduler(blocks=100, rows=32, outputs=12)
+    for number in range(3):
+        tested.add(sequence(number, [number]))
+    asked: list[int] = []
+
+    def guess(one: Sequence, most: int) -> list[int]:
+        asked.append(most)
+        return [7] * (most - 1 if one.number == 0 else most)
+
+    chunks, due = step(tested, guess=guess)
+    assert asked == [3, 3, 4]
+    assert [len(chunk.outputs) for chunk in chunks] == [3, 4, 5]
+    assert [len(one.blocks) for one in due] == [1, 1, 2]
+    for one in due:
+        assert tested.append(one, 7)
+        assert not tested.append(one, 0)
+    assert [len(one.blocks) for one in due] == [1, 1, 1]
+    tested.add(sequence(3, [3] * 40))
+    asked.clear()
+    chunks, _ = step(tested, guess=guess)
+    assert [(chunk.of.number, len(chunk.outputs)) for chunk in chunks[3:]] == [(3, 0)]
+    assert chunks[3].stop == 29  # as much as there is for it without guesses
+    assert asked == []
+
+
+def test_no_blocks_no_guesses() -> None:
+    tested = scheduler(blocks=3, requests=2, outputs=20)
+    tested.add(sequence(0, [0] * 3))
+    tested.add(sequence(1, [1] * 3))
+    for one in step(tested)[1]:
+        tested.append(one, 0)
+    asked: list[int] = []
+
+    def guess(_: Sequence, most: int) -> list[int]:
+        asked.append(most)
+        return [1] * most
+
+    _, due = step(tested, guess=guess)
+    # Both have their block full; the older takes the one that is left.
+    assert asked == [4]
+    assert [len(one.blocks) for one in due] == [2, 1]
+    assert not any(tested.append(one, 0) for one in due)
+    assert [len(one.blocks) for one in due] == [2, 1]  # its known token has it now
+
+
+def test_who_has_no_proposer_leaves_its_share_to_others() -> None:
+    tested = scheduler(blocks=100, rows=32, outputs=12)
+    tested.add(sequence(0, [0]))
+    tested.add(Sequence(Request(ids=[1], sampling=GREEDY), 1, [1], 0))
+    asked: list[tuple[int, int]] = []
+
+    def guess(one: Sequence, most: int) -> list[int]:
+        asked.append((one.number, most))
+        return [7] * most
+
+    chunks, _ = step(tested, guess=guess)
+    assert asked == [(0, 10)]
+    assert [len(chunk.outputs) for chunk in chunks] == [11, 1]

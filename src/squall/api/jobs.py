@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 from squall.api import responses
 from squall.api.logprobs import Entry, PromptScores, Tokens, chat_logprobs, completion_logprobs
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
-from squall.engine.answer import Answer
 from squall.engine.generation import Mailbox
+from squall.engine.reply import Reply
 from squall.engine.request import CacheScope, Piece, Request, Scoring
 from squall.engine.sampling import Dry, Sampling
 from squall.errors import ContextLengthExceeded, InvalidRequest
@@ -86,7 +86,7 @@ def start_completion(
 class _Choice:
     """One answer, as far as it is known; it begins with the prompt if that is echoed."""
 
-    answer: Answer
+    answer: Reply
 
     def __init__(
         self, prompt: int, tokens: Tokens, text: str = "", scores: PromptScores | None = None

@@ -1,33 +1,35 @@
-"""The engine: one thread that runs steps for all requests there are."""
+"""The engine: one thread that runs steps for all requests there are, and what others say to it."""
 
 from __future__ import annotations
 
 import atexit
 import math
+import os
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 
-import numpy as np
-
-from squall.batch import Batch
-from squall.engine.answer import Answer, Sink, Stream
 from squall.engine.prefix_cache import PrefixCache
-from squall.engine.request import FinishReason, Logits, Progress, Request
-from squall.engine.sampling import sample_rows
-from squall.engine.scheduler import Chunk, Limits, Scheduler
+from squall.engine.reply import Reply, Sink
+from squall.engine.request import Request
+from squall.engine.scheduler import Limits, Scheduler
+from squall.engine.sequence import Sequence
+from squall.engine.stepping import Counts, Stepper
 from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
 from squall.executors import Executor
+from squall.text.stream import TextStream
 
 # The thread ends when there was nothing to do for so long; the next request starts another.
 IDLE_S = 1.0
 # What truncation leaves for an answer of no stated length.
 ANSWER_ROOM = 10
+FORKED = "this process was forked after the model was opened; open it again here"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,28 +60,6 @@ class EngineConfig:
                 raise InvalidRequest(f"{name} is {value}; it must be at least {allowed}")
 
 
-@dataclass(slots=True)
-class Counts:
-    """What the engine did so far.
-
-    prompt_tokens were computed, some perhaps again; cached_tokens did not have to be. Seconds in
-    `executor_s` and `sampling_s` are part of those in `step_s`.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    answer_tokens: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    errors: int = 0
-    steps: int = 0
-    step_s: float = 0.0
-    executor_s: float = 0.0
-    sampling_s: float = 0.0
-    last_step_s: float = 0.0
-    longest_step_s: float = 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class Stats:
     """A moment of the engine.
@@ -98,22 +78,6 @@ class Stats:
     counts: Counts
 
 
-class _Silent:
-    """The text of requests that nobody wants to read."""
-
-    stopped = False
-
-    def push(self, token: int, /) -> str:  # noqa: ARG002
-        return ""
-
-    def finish(self) -> str:
-        return ""
-
-
-def _silent(request: Request) -> Stream:  # noqa: ARG001
-    return _Silent()
-
-
 class Engine:
     """Answers many requests at a time. Any thread may call it.
 
@@ -126,7 +90,7 @@ class Engine:
         executor: Executor,
         config: EngineConfig | None = None,
         *,
-        text: Callable[[Request], Stream] = _silent,
+        text: Callable[[Request], TextStream],
         stop_ids: frozenset[int] = frozenset(),
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
@@ -137,36 +101,37 @@ class Engine:
         self._text = text
         self._stop_ids = stop_ids
         self._scheduler = _scheduler(executor, config)
+        self._stepper = Stepper(self._scheduler, executor.vocab)
+        self._replies = self._stepper.replies
         # The lock guards what other threads touch: from here to `_death`.
         self._lock = threading.Condition()
-        self._inbox: list[Answer] = []
-        self._cancels: set[Answer] = set()
+        self._inbox: list[Reply] = []
+        self._cancels: set[Reply] = set()
         self._clear = False
         self._calls: list[tuple[Callable[[], None], Future[None]]] = []
         self._draining = False
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._death: BaseException | None = None
-        self._answers: dict[int, Answer] = {}
+        self._death: str | None = None
         self._numbers = count()
-        self._counts = Counts()
         self._moved_s = time.monotonic()
-        self._service_s = 1.0
         _ENGINES.add(self)
 
     # ---- from any thread ----
 
-    def submit(self, request: Request, sink: Sink) -> Answer:
+    def submit(self, request: Request, sink: Sink) -> Reply:
         """Queue a request. `sink` gets its pieces, on the engine's thread: it must not block.
 
-        Raises ContextLengthExceeded for a prompt that never fits, QueueFull, and EngineStopped.
-        A sink that raises ends its request.
+        Raises InvalidRequest for ids that the model does not have, ContextLengthExceeded for a
+        prompt that never fits, QueueFull, and EngineStopped. A sink that raises ends its request.
         """
-        ids = self._fit(request)
-        room = self.capacity - len(ids)
-        answer = Answer(
-            request,
-            Progress(request, next(self._numbers), ids, _first_wanted(request, ids)),
+        most, largest = self.executor.vocab - 1, max(request.ids)
+        if largest > most:
+            raise InvalidRequest(f"the prompt has the id {largest}; the model's go to {most}")
+        sequence = _sequence(request, next(self._numbers), self._dropped(request))
+        room = self.capacity - len(sequence.tokens)
+        reply = Reply(
+            sequence,
             self._text(request),
             sink,
             max_tokens=room if request.max_tokens is None else min(request.max_tokens, room),
@@ -175,10 +140,10 @@ class Engine:
         )
         with self._lock:
             self._check_open()
-            self.check_room(len(ids))
-            self._inbox.append(answer)
+            self.check_room(len(sequence.tokens))
+            self._inbox.append(reply)
             self._wake()
-        return answer
+        return reply
 
     @property
     def alive(self) -> bool:
@@ -188,7 +153,7 @@ class Engine:
     def stats(self) -> Stats:
         """A snapshot; its numbers may be of neighbouring moments."""
         pool, scheduler = self._scheduler.cache.pool, self._scheduler
-        busy = self._answers or self._inbox
+        busy = self._replies or self._inbox
         return Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._inbox),
@@ -197,7 +162,7 @@ class Engine:
             blocks_cached=pool.kept,
             preemptions=scheduler.preemptions,
             stalled_s=time.monotonic() - self._moved_s if busy else 0.0,
-            counts=replace(self._counts),
+            counts=replace(self._stepper.counts),
         )
 
     def check_room(self, tokens: int = 0, *, others: int = 0) -> None:
@@ -207,8 +172,8 @@ class Engine:
         """
         scheduler, config = self._scheduler, self.config
         with self._lock:
-            ahead = len(self._answers) + len(self._inbox) - len(self._cancels) + others
-            inbox_tokens = sum(len(answer.progress.tokens) for answer in self._inbox)
+            ahead = len(self._replies) + len(self._inbox) - len(self._cancels) + others
+            inbox_tokens = sum(len(reply.sequence.tokens) for reply in self._inbox)
         waiting_tokens = scheduler.waiting_tokens + inbox_tokens
         full = ahead >= config.max_seqs + config.max_queue
         if full or (waiting_tokens and waiting_tokens + tokens > config.max_queue_tokens):
@@ -222,7 +187,7 @@ class Engine:
     def _retry_after_s(self, ahead: int) -> int:
         """A guess when a request may begin that has so many before it."""
         most = self.config.max_seqs
-        return max(1, math.ceil((ahead + 1 - most) / most * self._service_s))
+        return max(1, math.ceil((ahead + 1 - most) / most * self._stepper.service_s))
 
     def clear_cache(self) -> None:
         """Forget all prefixes before the next step."""
@@ -247,7 +212,7 @@ class Engine:
         with self._lock:
             self._draining = True
             self._wake()
-            return self._lock.wait_for(lambda: not (self._inbox or self._answers), timeout_s)
+            return self._lock.wait_for(lambda: not (self._inbox or self._replies), timeout_s)
 
     def close(self) -> None:
         """Cancel what is left and end the thread, after the step it is in."""
@@ -258,29 +223,32 @@ class Engine:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _fit(self, request: Request) -> list[int]:
-        """The prompt, or as much of its end as fits."""
-        ids, answer = list(request.ids), int(request.max_tokens != 0)
-        if len(ids) + answer <= self.capacity:
-            return ids
+    def _dropped(self, request: Request) -> int:
+        """How many tokens at the beginning of the prompt do not fit."""
+        known, answer = len(request.ids), int(request.max_tokens != 0)
+        if known + answer <= self.capacity:
+            return 0
         if request.truncate:
             wanted = request.max_tokens or ANSWER_ROOM
             room = wanted if wanted < self.capacity else ANSWER_ROOM
-            return ids[-max(self.capacity - room, 1) :]
+            dropped = known - max(self.capacity - room, 1)
+            cut = (span.stop for span in request.spans if span.start < dropped < span.stop)
+            if (dropped := next(cut, dropped)) < known:
+                return dropped
         raise ContextLengthExceeded(
-            f"{len(ids)} tokens{' and an answer' * answer} do not fit the context of "
+            f"{known} tokens{' and an answer' * answer} do not fit the context of "
             f"{self.capacity} tokens; shorten them, or open the model with a longer context"
         )
 
     def _check_open(self) -> None:
         if self._death is not None:
-            raise EngineStopped(_stopped_by(self._death))
+            raise EngineStopped(self._death)
         if self._draining:
             raise EngineStopped("the engine is shutting down and takes no more requests")
 
-    def _cancel(self, answer: Answer) -> None:
+    def _cancel(self, reply: Reply) -> None:
         with self._lock:
-            self._cancels.add(answer)
+            self._cancels.add(reply)
             self._wake()
 
     def _wake(self) -> None:
@@ -303,16 +271,15 @@ class Engine:
     def _receive(self) -> bool:
         """Take what other threads left here; False if the thread is to end."""
         with self._lock:
-            while not (self._answers or self._left_here() or self._closing):
+            while not (self._replies or self._left_here() or self._closing):
                 self._lock.notify_all()
                 if not self._lock.wait(IDLE_S) and not self._left_here():
                     self._thread = None
                     return False
                 self._moved_s = time.monotonic()
-            for answer in self._inbox:
-                self._answers[answer.progress.number] = answer
-                self._scheduler.add(answer.progress)
-            cancels = set(self._answers.values()) if self._closing else self._cancels
+            for reply in self._inbox:
+                self._stepper.add(reply)
+            cancels = set(self._replies.values()) if self._closing else self._cancels
             self._inbox, self._cancels = [], set()
             clear, self._clear = self._clear, False
             calls, self._calls = self._calls, []
@@ -320,9 +287,9 @@ class Engine:
             self._change(change, done)
         if clear:
             self._scheduler.cache.clear()
-        for answer in cancels:
-            if answer.progress.number in self._answers:
-                self._end(answer, "cancelled")
+        for reply in cancels:
+            if reply.sequence.number in self._replies:
+                self._stepper.end(reply, "cancelled")
         self._refuse_overdue()
         if not self._closing:
             return True
@@ -335,12 +302,13 @@ class Engine:
         allowed_s = self.config.queue_timeout_s
         if allowed_s is None:
             return
-        for progress in tuple(self._scheduler.waiting):
-            answer = self._answers[progress.number]
-            if answer.waited_s() > allowed_s:
+        for sequence in tuple(self._scheduler.waiting):
+            reply = self._replies[sequence.number]
+            if reply.waited_s() > allowed_s:
                 message = f"no place became free within {allowed_s:g} s; try again later"
-                retry_after_s = self._retry_after_s(len(self._answers))
-                self._end(answer, "error", QueueFull(message, retry_after_s=retry_after_s))
+                retry_after_s = self._retry_after_s(len(self._replies))
+                error = QueueFull(message, retry_after_s=retry_after_s)
+                self._stepper.end(reply, "error", error)
 
     def _left_here(self) -> bool:
         return bool(self._inbox or self._cancels or self._calls)
@@ -356,109 +324,36 @@ class Engine:
         self._moved_s = time.monotonic()
 
     def _step(self) -> None:
-        """Compute a chunk of each running request, and give those that are due a token."""
-        started_s = time.perf_counter()
-        chunks = self._scheduler.plan()
-        if not chunks:
-            return
-        for chunk in chunks:
-            self._counts.cached_tokens += self._answers[chunk.of.number].start(chunk)
-        batch = _batch(chunks)
-        called_s = time.perf_counter()
-        logits = self.executor.step(batch)
-        executor_s = time.perf_counter() - called_s
-        self._scheduler.pace.observe(len(batch.tokens), executor_s)
-        due, at = [], 0
-        for chunk in chunks:
-            rows = logits[at : at + len(chunk.outputs)]
-            at += len(chunk.outputs)
-            if self._advance(chunk, rows):
-                due.append((self._answers[chunk.of.number], at - 1))
-        self._sample(logits, due)
-        self._count(started_s, executor_s)
-
-    def _advance(self, chunk: Chunk, rows: Logits) -> bool:
-        """The chunk was computed, with these logits; whether its request gets a token now."""
-        answer = self._answers[chunk.of.number]
-        done = self._scheduler.advance(chunk)
-        self._counts.prompt_tokens += max(
-            min(chunk.stop, answer.usage.prompt_tokens) - chunk.start, 0
-        )
-        try:
-            answer.tell_logits(chunk, rows)
-        except Exception as error:
-            self._end(answer, "error", error)
-            return False
-        if done and not answer.max_tokens:
-            self._end(answer, "length")
-            return False
-        return done
-
-    def _sample(self, logits: Logits, due: Sequence[tuple[Answer, int]]) -> None:
-        """Give each request the token drawn from its row of the logits."""
-        if not due:
-            return
-        rows = [row for _, row in due]
-        if len(rows) < len(logits):
-            logits = logits[rows]
-        called_s = time.perf_counter()
-        found = sample_rows(logits, [answer.row() for answer, _ in due], pool=self.executor.pool)
-        self._counts.sampling_s += time.perf_counter() - called_s
-        for (answer, _), sampled in zip(due, found, strict=True):
-            try:
-                if isinstance(sampled, Exception):
-                    raise sampled
-                reason = answer.push(sampled)
-                self._counts.answer_tokens += 1
-                if reason is None:
-                    answer.tell()
-                    continue
-            except Exception as error:
-                self._end(answer, "error", error)
-            else:
-                self._end(answer, reason)
-
-    def _end(self, answer: Answer, reason: FinishReason, error: Exception | None = None) -> None:
-        """The request leaves; its blocks are free at once."""
-        self._scheduler.remove(answer.progress)
-        del self._answers[answer.progress.number]
-        self._tell_end(answer, reason, error)
-        if reason in ("stop", "length"):
-            self._service_s += (answer.usage.running_s - self._service_s) / 8
-
-    def _tell_end(
-        self, answer: Answer, reason: FinishReason, error: Exception | None = None
-    ) -> None:
-        name = {"cancelled": "cancelled", "error": "errors"}.get(reason, "finished")
-        setattr(self._counts, name, getattr(self._counts, name) + 1)
-        # Who does not want to hear the end cannot be told of it.
-        with suppress(Exception):
-            answer.tell(reason, error)
-
-    def _count(self, started_s: float, executor_s: float) -> None:
-        counts, step_s = self._counts, time.perf_counter() - started_s
-        counts.steps += 1
-        counts.step_s += step_s
-        counts.executor_s += executor_s
-        counts.last_step_s = step_s
-        counts.longest_step_s = max(counts.longest_step_s, step_s)
+        self._stepper.step(self.executor)
         self._moved_s = time.monotonic()
 
     def _die(self, error: BaseException) -> None:
         """A step failed: what is in the KV cache is unknown, so nothing can go on."""
+        what = f"{type(error).__name__}: {error}".rstrip(": ")
+        death = f"the engine was stopped by an error in a step ({what}); open the model again"
         with self._lock:
-            self._death = error
-            failed = [*self._answers.values(), *self._inbox]
+            self._death = death
+            failed = [*self._replies.values(), *self._inbox]
             calls, self._calls = self._calls, []
-            self._answers.clear()
+            self._replies.clear()
             self._inbox.clear()
             self._lock.notify_all()
-        for answer in failed:
-            self._tell_end(answer, "error", EngineStopped(_stopped_by(error)))
+        for reply in failed:
+            self._stepper.tell_end(reply, "error", EngineStopped(death))
         for _, done in calls:
-            done.set_exception(EngineStopped(_stopped_by(error)))
+            done.set_exception(EngineStopped(death))
         if self.on_death is not None:
             self.on_death(error)
+
+    def leave_behind(self) -> None:
+        """In the child of a fork: the thread is not here, and who holds the lock is not either.
+
+        The sinks are not told, as what they write to may be the parent's too.
+        """
+        self._lock = threading.Condition()
+        self._thread, self._death = None, FORKED
+        self._replies.clear()
+        self._inbox, self._calls = [], []
 
 
 def _scheduler(executor: Executor, config: EngineConfig) -> Scheduler:
@@ -468,43 +363,21 @@ def _scheduler(executor: Executor, config: EngineConfig) -> Scheduler:
     contexts = 0 if config.no_kv_cache else config.prefix_cache_n
     blocks_each = -(-executor.context // executor.block_size)
     cache = PrefixCache(executor.blocks, executor.block_size, limit=contexts * blocks_each)
-    rows = max(
-        min(executor.max_rows, config.prompt_batchsize or executor.max_rows), config.max_seqs
-    )
-    limits = Limits(config.max_seqs, rows, executor.max_outputs, recompute=config.no_kv_cache)
+    limits = Limits(
+        config.max_seqs, executor.max_rows, executor.max_outputs,
+        prompt_rows=config.prompt_batchsize or executor.max_rows, recompute=config.no_kv_cache,
+    )  # fmt: skip
     return Scheduler(cache, limits)
 
 
-def _first_wanted(request: Request, ids: Sequence[int]) -> int:
-    """The first token whose logits are wanted."""
-    return len(ids) - 1 if request.scoring is None else min(request.scoring.start, len(ids) - 1)
-
-
-def _batch(chunks: Sequence[Chunk]) -> Batch:
-    tokens: list[int] = []
-    positions: list[int] = []
-    bounds, outputs = [0], []
-    width = max(len(chunk.of.blocks) for chunk in chunks)
-    tables = np.zeros((len(chunks), width), np.int32)
-    for i, chunk in enumerate(chunks):
-        blocks, span = chunk.of.blocks, range(chunk.start, chunk.stop)
-        outputs += [len(tokens) + output - chunk.start for output in chunk.outputs]
-        tokens += chunk.of.tokens[chunk.start : chunk.stop]
-        positions += span
-        bounds.append(len(tokens))
-        tables[i, : len(blocks)] = blocks
-    return Batch(
-        tokens=np.array(tokens, np.int32),
-        positions=np.array(positions, np.int32),
-        bounds=np.array(bounds, np.int32),
-        block_tables=tables,
-        outputs=np.array(outputs, np.int32),
-    )
-
-
-def _stopped_by(error: BaseException) -> str:
-    what = f"{type(error).__name__}: {error}".rstrip(": ")
-    return f"the engine was stopped by an error in a step ({what}); open the model again"
+def _sequence(request: Request, number: int, dropped: int) -> Sequence:
+    """The tokens of the prompt behind those that are dropped."""
+    ids = list(request.ids[dropped:])
+    # The first token whose logits are wanted.
+    scored = len(ids) - 1 if request.scoring is None else min(request.scoring.start, len(ids) - 1)
+    spans = (span for span in request.spans if span.start >= dropped)
+    moved = (replace(span, start=span.start - dropped, stop=span.stop - dropped) for span in spans)
+    return Sequence(request, number, ids, scored, tuple(moved))
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -515,3 +388,7 @@ def _close_all() -> None:
     # A thread that is inside a native step while the interpreter goes away would abort it.
     for engine in list(_ENGINES):
         engine.close()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=lambda: deque(map(Engine.leave_behind, _ENGINES)))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from squall.engine.engine import Engine
+from squall.engine.engine import FORKED, Engine
 from squall.engine.request import FinishReason, Piece, Request, Usage
 from squall.engine.sampling import Sampling
+from squall.errors import EngineStopped
 
 _Mail = TypeVar("_Mail")
 
@@ -21,6 +23,7 @@ class Mailbox(Generic[_Mail]):
     def __init__(self) -> None:
         self._pieces: SimpleQueue[_Mail] = SimpleQueue()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._process = os.getpid()
 
     def put(self, piece: _Mail) -> None:
         """Never blocks."""
@@ -31,10 +34,12 @@ class Mailbox(Generic[_Mail]):
 
     def get(self) -> _Mail:
         """The next piece; the thread waits for it."""
+        self._check_process()
         return self._pieces.get()
 
     async def get_async(self) -> _Mail:
         """The next piece; the task waits for it."""
+        self._check_process()
         arrived = asyncio.Event()
         self._waiter = asyncio.get_running_loop(), arrived
         try:
@@ -44,6 +49,10 @@ class Mailbox(Generic[_Mail]):
             return self._pieces.get_nowait()
         finally:
             self._waiter = None
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise EngineStopped(FORKED)
 
 
 class Generation(Iterator[Piece], AsyncIterator[Piece]):
@@ -61,7 +70,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         self.finish_reason: FinishReason | None = None
         self.ids: list[int] = []
         self._pieces: Mailbox[Piece] = Mailbox()
-        self._answer = engine.submit(request, self._pieces.put)
+        self._reply = engine.submit(request, self._pieces.put)
 
     @property
     def seed(self) -> int:
@@ -71,7 +80,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     @property
     def usage(self) -> Usage:
         """Tokens and seconds so far."""
-        return self._answer.usage
+        return self._reply.usage
 
     def __next__(self) -> Piece:
         if self.finish_reason is not None:
@@ -91,7 +100,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
         """Stop here. The model keeps what was computed, so that a follow-up is cheap."""
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
-            self._answer.cancel()
+            self._reply.cancel()
 
     def __enter__(self) -> Generation:
         return self
@@ -106,7 +115,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
 
     def __del__(self) -> None:
         # A request that was refused has no answer to cancel.
-        if "_answer" in self.__dict__:
+        if "_reply" in self.__dict__:
             self.close()
 
     def _take(self, piece: Piece) -> Piece:

@@ -10,14 +10,18 @@ import hashlib
 import hmac
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Reversible
 
 from squall.engine.block_pool import BlockPool
 from squall.engine.request import CacheScope
+from squall.engine.sequence import Sequence
+
+# A span in a key: where in its block it begins, its tokens, and the length of its digest.
+_SPAN = struct.Struct("<3Q")
 
 
 class PrefixCache:
-    """Keys of full blocks. A key stands for the scope and for every token up to the block's end.
+    """Keys of full blocks. A key stands for the scope, and for tokens and spans to the block's end.
 
     Keys are a chain of SHA-256 from a secret of this cache, so that nobody can make two prefixes
     collide. limit: how many blocks that nobody uses are kept; 0 turns the cache off.
@@ -32,17 +36,24 @@ class PrefixCache:
         self._keys: dict[int, bytes] = {}
         self._format = struct.Struct(f"<{block_size}i")
 
-    def extend(self, keys: list[bytes], tokens: Sequence[int], scope: CacheScope) -> None:
-        """Add to `keys` until there is one for each full block of `tokens`."""
+    def extend(self, sequence: Sequence) -> None:
+        """Add to its keys until there is one for each full block of its tokens.
+
+        A span counts in the block where it begins; what comes before may be found without it.
+        """
         if not self.enabled:
             return
-        size = self.block_size
+        size, keys, tokens = self.block_size, sequence.keys, sequence.tokens
         for start in range(len(keys) * size, len(tokens) - size + 1, size):
-            before = keys[-1] if keys else self._root(scope)
-            block = self._format.pack(*tokens[start : start + size])
-            keys.append(hashlib.sha256(before + block).digest())
+            hashed = hashlib.sha256(keys[-1] if keys else self._root(sequence.request.scope))
+            hashed.update(self._format.pack(*tokens[start : start + size]))
+            for span in sequence.spans:
+                if start <= span.start < start + size:
+                    where = (span.start - start, span.stop - span.start, len(span.digest))
+                    hashed.update(_SPAN.pack(*where) + span.digest)
+            keys.append(hashed.digest())
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
+    def find(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks of the longest known prefix. They may be evicted unless shared at once."""
         found = []
         for key in keys:
@@ -59,7 +70,7 @@ class PrefixCache:
             self._blocks[key] = block
             self._keys[block] = key
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Reversible[int]) -> None:
         """The user of a sequence's blocks leaves; those with a key are kept for the next."""
         # The last block is of use only behind the others, so it is the first to be evicted.
         for block in reversed(blocks):
@@ -75,7 +86,7 @@ class PrefixCache:
         del self._blocks[self._keys.pop(block)]
 
     def _root(self, scope: CacheScope) -> bytes:
-        fields = (scope.tenant.encode(), scope.adapter.encode(), *scope.images)
+        fields = [text.encode("utf-8", "surrogatepass") for text in (scope.tenant, scope.adapter)]
         tagged = b"".join(len(field).to_bytes(8, "little") + field for field in fields)
         return hmac.digest(self._secret, tagged, "sha256")
 

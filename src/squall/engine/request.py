@@ -1,11 +1,11 @@
-"""What is asked for, what has become of it so far, and what is told of it."""
+"""What is asked for, and what is told of it."""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +15,58 @@ from squall.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Logits = NDArray[np.float32]
+# (ids, most) -> at most so many ids that may follow. It is asked before steps, on the engine's
+# thread, and changes how long an answer takes but never what it is.
+Proposer = Callable[[Sequence[int], int], Iterable[int]]
+# (ids, guessed) -> the ids that must not follow these. It is asked before each draw, on a thread of
+# its own while the executor computes the logits for it. A guess may be one that must not come; then
+# what must not follow it does not matter.
+Constraint = Callable[[Sequence[int], Sequence[int]], Iterable[int]]
+
+_ID_LIMIT = 2**31
+
+
+def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises InvalidRequest unless it is a whole number of that size."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    upper = "on" if most is None else f"to {most}"
+    right = whole and least <= value and (most is None or value <= most)
+    _check(right, name, value, f"a whole number from {least} {upper}")
+
+
+def _check(right: bool, name: str, value: object, allowed: str) -> None:
+    if not right:
+        raise InvalidRequest(f"{name} is {reprlib.repr(value)}; it must be {allowed}")
 
 
 @dataclass(frozen=True, slots=True)
 class CacheScope:
     """Requests reuse each other's cached prefixes only where all of this is equal.
 
-    tenant: whose request it is. adapter: name and version. images: a digest of each image.
+    tenant: whose request it is. adapter: name and version.
     """
 
     tenant: str = ""
     adapter: str = ""
-    images: tuple[bytes, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.tenant, str), "tenant", self.tenant, "a text")
+        _check(isinstance(self.adapter, str), "adapter", self.adapter, "a text")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows `start:stop` of a prompt come from an embedding with this digest, not from their ids."""
+
+    start: int
+    stop: int
+    digest: bytes
+
+    def __post_init__(self) -> None:
+        _check_whole("start of a span", self.start, 0)
+        _check_whole("stop of a span", self.stop, self.start + 1)
+        right = isinstance(self.digest, bytes) and len(self.digest) > 0
+        _check(right, "digest of a span", self.digest, "bytes, at least one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +81,15 @@ class Scoring:
     take: Callable[[int, Logits], None]
     start: int = 0
 
+    def __post_init__(self) -> None:
+        _check_whole("start of a scoring", self.start, 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One answer to one prompt. Several answers are several requests; they share their prefix.
 
-    ids: the prompt, at least one token.
+    ids: the prompt, at least one token. spans: the parts of it that are embeddings, in order.
     max_tokens: at most so many, and never more than the context leaves, which is None. 0 is for
         scoring alone.
     stop: strings that end the answer and are not part of it. stop_ids: tokens that do, beside the
@@ -54,9 +97,10 @@ class Request:
     logprobs: how many of the likeliest tokens to tell beside each token's own log-probability;
         None tells neither.
     truncate: drop the beginning of a prompt that is too long, and tell how much in
-        `Usage.dropped_tokens`, instead of refusing it.
+        `Usage.dropped_tokens`, instead of refusing it. A span that would be cut is dropped whole.
     chunk: at most so many tokens of the prompt a step.
     continues: the answer goes on with a text, so a leading space belongs to it.
+    proposer: guesses how it goes on. constraint: says what must not come.
     """
 
     ids: Sequence[int]
@@ -71,17 +115,53 @@ class Request:
     chunk: int | None = None
     continues: bool = False
     scoring: Scoring | None = None
+    spans: tuple[Span, ...] = ()
+    proposer: Proposer | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        if not len(self.ids):
+        # Copies, so that nobody can change what was checked.
+        object.__setattr__(self, "ids", _ids("ids", self.ids))
+        object.__setattr__(self, "stop_ids", frozenset(_ids("stop_ids", self.stop_ids)))
+        if not self.ids:
             raise InvalidRequest("the prompt is empty; give at least one token")
-        least = {"max_tokens": int(self.scoring is None), "logprobs": 0, "chunk": 1}
-        for name, allowed in least.items():
-            value = getattr(self, name)
-            if value is not None and value < allowed:
-                raise InvalidRequest(f"{name} is {value}; it must be at least {allowed}")
-        if self.logprobs is not None and self.logprobs > MOST_TOP_LOGPROBS:
-            raise InvalidRequest(f"logprobs is {self.logprobs}; at most {MOST_TOP_LOGPROBS}")
+        for name, kind, allowed in _KINDS:
+            _check(isinstance(getattr(self, name), kind), name, getattr(self, name), allowed)
+        sizes = (("max_tokens", int(self.scoring is None), None), ("chunk", 1, None))
+        for name, least, most in (*sizes, ("logprobs", 0, MOST_TOP_LOGPROBS)):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), least, most)
+        right = all(isinstance(text, str) and text for text in self.stop)
+        _check(right, "stop", self.stop, "texts, none of them empty")
+        bounds = [0]
+        for span in self.spans:
+            _check(isinstance(span, Span), "a span", span, "a Span")
+            bounds += [span.start, span.stop]
+        right = sorted(bounds) == bounds and bounds[-1] <= len(self.ids)
+        _check(right, "spans", self.spans, "in order, apart, and inside the prompt")
+
+
+_KINDS: tuple[tuple[str, Any, str], ...] = (
+    ("sampling", Sampling, "a Sampling"),
+    ("scope", CacheScope, "a CacheScope"),
+    ("scoring", Scoring | None, "a Scoring or None"),
+    ("stop", tuple, "a tuple of texts"),
+    ("spans", tuple, "a tuple of Spans"),
+    *((flag, bool, "True or False") for flag in ("ignore_eos", "truncate", "continues")),
+)
+
+
+def _ids(name: str, given: Iterable[Any]) -> tuple[int, ...]:
+    """Token ids, checked."""
+    right = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+    _check(right, name, given, "token ids, such as a list")
+    ids = tuple(given)
+    # One look at all of them is quick, and nearly always enough.
+    if set(map(type, ids)) <= {int} and 0 <= min(ids, default=0) <= max(ids, default=0) < _ID_LIMIT:
+        return ids
+    for id_ in ids:
+        _check_whole(f"an id in {name}", id_, 0, _ID_LIMIT - 1)
+    return tuple(map(int, ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +184,15 @@ class Usage:
     """Tokens and seconds of one answer.
 
     `cached_tokens` of the prompt were in the KV cache; `dropped_tokens` were cut off before it.
+    Of `guessed_tokens`, which a proposer gave and a step verified, `accepted_tokens` were right.
     """
 
     prompt_tokens: int
     cached_tokens: int = 0
     answer_tokens: int = 0
     dropped_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
     queue_s: float = 0.0
     prompt_s: float = 0.0
     answer_s: float = 0.0
@@ -128,29 +211,3 @@ class Usage:
     def answer_rate(self) -> float:
         """Tokens a second after the first, which belongs to the prompt's step."""
         return (self.answer_tokens - 1) / self.answer_s if self.answer_s else 0.0
-
-
-@dataclass(slots=True, eq=False)
-class Progress:
-    """How far a request is. The scheduler owns it; `tokens` grows by what is sampled.
-
-    tokens: known: the prompt and what was sampled. computed: how many are in the KV cache.
-    scored: the first known token whose logits are wanted and not told: the last one, but for
-        scoring.
-    blocks: the KV blocks of the tokens, in order; all known tokens have room while it runs.
-    keys: of the leading full blocks, as far as known. stored: how many of them are cached.
-    """
-
-    request: Request
-    number: int
-    tokens: list[int]
-    scored: int
-    computed: int = 0
-    blocks: array[int] = field(default_factory=lambda: array("i"))
-    keys: list[bytes] = field(default_factory=list)
-    stored: int = 0
-
-    @property
-    def pending(self) -> int:
-        """Tokens known and not computed."""
-        return len(self.tokens) - self.computed

@@ -1,7 +1,8 @@
 """What the next step computes. There is no prefill and no decode: tokens are known or computed.
 
-A request that runs has KV blocks for all its known tokens. Those with one pending token go first,
-a row each; then prompts get what the pace of the others allows. Ints only.
+A sequence that runs has KV blocks for all its known tokens. Those with one pending token go first,
+a row each; then prompts get what the pace of the others allows; guesses get what is left. Ints
+only.
 """
 
 from __future__ import annotations
@@ -9,40 +10,50 @@ from __future__ import annotations
 from array import array
 from bisect import insort
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
 from squall.engine.prefix_cache import PrefixCache
-from squall.engine.request import Progress
+from squall.engine.sequence import Sequence
 
 SHARED_S = 0.08
 ALONE_S = 0.5
 FIRST_ROWS = 64
 LEAST_ROWS = 16
+MOST_ROWS = 2**31
+
+# (sequence, most) -> at most so many ids that may follow its tokens; it may remove the sequence.
+Guess = Callable[[Sequence, int], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one step: requests, rows, and rows whose logits are told.
+    """Of one step: requests, rows, rows whose logits are told, and rows of prompts.
 
-    rows is also the largest chunk of a prompt. recompute: nothing stays in the KV cache between
-    tokens.
+    recompute: nothing stays in the KV cache between tokens.
     """
 
     requests: int
     rows: int
     outputs: int
+    prompt_rows: int = MOST_ROWS
     recompute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The tokens `start:stop` of a request; `outputs` are those whose logits are wanted."""
+    """Tokens and guesses `start:stop` of a sequence; of `outputs` logits are wanted."""
 
-    of: Progress
+    of: Sequence
     start: int
     stop: int
     outputs: range
+
+    @property
+    def due(self) -> bool:
+        """Whether it tells the logits after the last known token, so that the next can be drawn."""
+        return self.outputs.stop == self.stop >= len(self.of.tokens)
 
 
 class Pace:
@@ -72,7 +83,7 @@ class Pace:
 class Scheduler:
     """Owns what waits and what runs, both in order of arrival, and their blocks.
 
-    First come, first served: nothing overtakes a request that waits for blocks, and when a running
+    First come, first served: nothing overtakes a sequence that waits for blocks, and when a running
     answer needs one and there is none, the youngest gives up its own and is computed again later.
     """
 
@@ -80,170 +91,227 @@ class Scheduler:
         self.cache = cache
         self.limits = limits
         self.pace = Pace()
-        self.waiting: list[Progress] = []
-        self.running: list[Progress] = []
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
         self.waiting_tokens = 0
         self.preemptions = 0
         # Who is about to compute the block of a key; whoever wants it too waits for it.
-        self._promised: dict[bytes, Progress] = {}
+        self._promised: dict[bytes, Sequence] = {}
 
-    def add(self, request: Progress) -> None:
+    def add(self, sequence: Sequence) -> None:
         """A new or preempted request waits for its turn."""
-        insort(self.waiting, request, key=_number)
-        self.waiting_tokens += len(request.tokens)
+        insort(self.waiting, sequence, key=_number)
+        self.waiting_tokens += len(sequence.tokens)
 
-    def remove(self, request: Progress) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """The request is over; its blocks are free at once."""
-        if request.blocks:
-            self.running.remove(request)
-            self._give_up_blocks(request)
+        if sequence.blocks:
+            self.running.remove(sequence)
+            self._give_up_blocks(sequence)
         else:
-            self._unqueue(request)
+            self._unqueue(sequence)
 
-    def plan(self) -> list[Chunk]:
+    def plan(self, guess: Guess = lambda *_: []) -> list[Chunk]:
         """The chunks of the next step; empty only if nothing runs or waits."""
         self._grow()
         self._admit()
-        limits = self.limits
-        chunks = [self._chunk(r, 1, 0) for r in self.running if r.pending == 1]
-        more = [r for r in self.running if r.pending > 1]
-        # Every running request may have one output; the rest is for those that want several.
+        answers = [sequence for sequence in self.running if sequence.pending == 1]
+        prompts = self._plan_prompts(len(answers))
+        rows_left = self.limits.rows - sum(chunk.stop - chunk.start for chunk in prompts)
+        outputs_left = self.limits.outputs - sum(len(chunk.outputs) for chunk in prompts)
+        spare = 0 if self.limits.recompute else min(rows_left, outputs_left) - len(answers)
+        chunks = []
+        asking = sum(sequence.request.proposer is not None for sequence in answers)
+        for sequence in answers:
+            if sequence.request.proposer is not None:
+                self._take_guesses(sequence, spare // asking, guess)
+                spare -= len(sequence.guesses)
+                asking -= 1
+            rows = range(sequence.computed, len(sequence.tokens) + len(sequence.guesses))
+            chunks.append(Chunk(sequence, rows.start, rows.stop, rows))
+        return chunks + prompts
+
+    def advance(self, chunk: Chunk) -> bool:
+        """The chunk was computed; whether all known tokens now are, so that one can be drawn."""
+        sequence, known = chunk.of, len(chunk.of.tokens)
+        if chunk.outputs:
+            sequence.scored = min(chunk.outputs.stop, known)
+            if chunk.outputs.stop < chunk.stop:
+                return False  # the same rows again, for the logits of the rest of them
+        self._set_computed(sequence, min(chunk.stop, known))
+        done = sequence.pending == 0
+        if done and self.limits.recompute:
+            sequence.computed = 0
+        return done
+
+    def append(self, sequence: Sequence, token: int) -> bool:
+        """`token` was drawn; whether it was guessed and so is computed: the next can be drawn."""
+        sequence.tokens.append(token)
+        if not sequence.guesses:
+            return False
+        if sequence.guesses.pop(0) == token:
+            sequence.scored = len(sequence.tokens)
+            self._set_computed(sequence, len(sequence.tokens))
+            return True
+        sequence.guesses.clear()
+        # What wrong guesses left in the cache is overwritten; blocks with nothing else are free.
+        while len(sequence.blocks) > self._needed(len(sequence.tokens)):
+            self.cache.pool.release(sequence.blocks.pop(), keep=False)
+        return False
+
+    def restart(self) -> None:
+        """Forget all that was computed: running requests begin again, and no prefix is known."""
+        for sequence in tuple(self.running):
+            self._preempt(sequence)
+        self.cache.clear()
+
+    def _plan_prompts(self, answers: int) -> list[Chunk]:
+        """Chunks of those that have more to compute, beside so many that get one row each."""
+        limits, chunks = self.limits, []
+        more = [sequence for sequence in self.running if sequence.pending > 1]
+        # Every running sequence may have one output; the rest is for those that want several.
         outputs = limits.outputs - len(self.running)
-        rows = self.pace.rows(limits.rows, alone=not chunks)
-        rows = min(rows, limits.rows - len(chunks))
-        for request in more:
+        rows = self.pace.rows(min(limits.rows, limits.prompt_rows), alone=not answers)
+        rows = min(rows, limits.rows - answers)
+        for sequence in more:
             # The oldest gets half, so that it is done soon; the next gets half of the rest.
-            share = rows if request is more[-1] else max(rows // 2, LEAST_ROWS)
+            share = rows if sequence is more[-1] else max(rows // 2, LEAST_ROWS)
             if rows:
-                chunk = self._chunk(request, min(share, rows), outputs)
+                chunk = self._chunk(sequence, min(share, rows), outputs)
                 chunks.append(chunk)
                 rows -= chunk.stop - chunk.start
                 outputs -= max(len(chunk.outputs) - 1, 0)
         return chunks
 
-    def advance(self, chunk: Chunk) -> bool:
-        """The chunk was computed; whether all known tokens now are, so that one can be sampled."""
-        request = chunk.of
-        if chunk.outputs:
-            request.scored = chunk.outputs.stop
-            if request.scored < chunk.stop:
-                return False  # the same rows again, for the logits of the rest of them
-        request.computed = chunk.stop
-        full = chunk.stop // self.cache.block_size
-        if full > request.stored:
-            self._store(request, full)
-        done = request.pending == 0
-        if done and self.limits.recompute:
-            request.computed = 0
-        return done
-
-    def restart(self) -> None:
-        """Forget all that was computed: running requests begin again, and no prefix is known."""
-        for request in tuple(self.running):
-            self._preempt(request)
-        self.cache.clear()
-
-    def _chunk(self, request: Progress, rows: int, outputs: int) -> Chunk:
-        """A chunk of at most `rows`, with at most `outputs` beside the request's own one."""
-        start = request.computed
-        stop = min(start + rows, len(request.tokens), start + (request.request.chunk or rows))
-        first = max(start, request.scored)
+    def _chunk(self, sequence: Sequence, rows: int, outputs: int) -> Chunk:
+        """A chunk of at most `rows`, with at most `outputs` beside the sequence's own one."""
+        start, chunk = sequence.computed, sequence.request.chunk
+        stop = min(start + rows, len(sequence.tokens), start + (chunk or rows))
+        first = max(start, sequence.scored)
         if first >= stop:
-            return Chunk(request, start, stop, range(stop, stop))
+            return Chunk(sequence, start, stop, range(stop, stop))
         wanted = range(first, min(stop, first + outputs + 1))
-        return Chunk(request, start, stop if request.request.chunk else wanted.stop, wanted)
+        return Chunk(sequence, start, stop if chunk else wanted.stop, wanted)
+
+    def _take_guesses(self, sequence: Sequence, most: int, guess: Guess) -> None:
+        """Ask for guesses, as many as there is room for that nobody else needs in this step."""
+        room = self.cache.pool.available + len(sequence.blocks)
+        most = min(most, room * self.cache.block_size - len(sequence.tokens))
+        guesses = guess(sequence, most) if most > 0 else []
+        if guesses:
+            sequence.guesses = guesses
+            self._take(sequence, self._needed(len(sequence.tokens) + len(guesses)))
 
     def _grow(self) -> None:
-        """Give running requests room for the token they got; the youngest may have to leave."""
+        """Give running sequences room for the token they got; the youngest may have to leave."""
         size = self.cache.block_size
-        for request in tuple(self.running):
-            while len(request.blocks) * size < len(request.tokens) and request in self.running:
+        for sequence in tuple(self.running):
+            while sequence.blocks and len(sequence.blocks) * size < len(sequence.tokens):
                 if self.cache.pool.available:
-                    request.blocks.append(self.cache.pool.take())
+                    self._take(sequence, len(sequence.blocks) + 1)
                 else:
                     self._preempt(self.running[-1])
 
-    def _preempt(self, request: Progress) -> None:
-        self.remove(request)
-        self.add(request)
+    def _needed(self, tokens: int) -> int:
+        """The blocks of so many tokens."""
+        return -(-tokens // self.cache.block_size)
+
+    def _take(self, sequence: Sequence, blocks: int) -> None:
+        """More blocks, until it has so many."""
+        sequence.blocks.extend(self.cache.pool.take() for _ in range(blocks - len(sequence.blocks)))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.remove(sequence)
+        self.add(sequence)
         self.preemptions += 1
 
     def _admit(self) -> None:
         """Let waiting requests run, in order, as far as there are blocks."""
         if not self.waiting:
             return
-        for request in self.waiting[: self.limits.requests]:
+        for sequence in self.waiting[: self.limits.requests]:
             if len(self.running) == self.limits.requests:
                 return
-            self.cache.extend(request.keys, request.tokens, request.request.scope)
+            self.cache.extend(sequence)
             # At least the token is computed whose logits are the first that are wanted.
-            useful = request.keys[: request.scored // self.cache.block_size]
+            useful = sequence.keys[: sequence.scored // self.cache.block_size]
             found = self.cache.find(useful)
             if len(found) < len(useful) and useful[len(found)] in self._promised:
                 continue
-            if not self._take_blocks(request, found):
+            if not self._take_blocks(sequence, found):
                 return
-            self._unqueue(request)
-            insort(self.running, request, key=_number)
+            self._unqueue(sequence)
+            insort(self.running, sequence, key=_number)
 
-    def _take_blocks(self, request: Progress, found: list[int]) -> bool:
+    def _take_blocks(self, sequence: Sequence, found: list[int]) -> bool:
         """Blocks for all tokens, `found` among them, if that leaves each running request one."""
         pool = self.cache.pool
         for block in found:
             pool.share(block)
-        needed = -(-len(request.tokens) // self.cache.block_size) - len(found)
-        if pool.available < needed + len(self.running):
+        needed = self._needed(len(sequence.tokens))
+        if pool.available < needed - len(found) + len(self.running):
             self.cache.release(found)
             return False
-        request.blocks = array("i", [*found, *(pool.take() for _ in range(needed))])
-        request.stored = len(found)
-        request.computed = len(found) * self.cache.block_size
-        for key in request.keys[len(found) :]:
-            self._promised.setdefault(key, request)
+        sequence.blocks = array("i", found)
+        self._take(sequence, needed)
+        sequence.stored = len(found)
+        sequence.computed = len(found) * self.cache.block_size
+        for key in sequence.keys[len(found) :]:
+            self._promised.setdefault(key, sequence)
         return True
 
-    def _store(self, request: Progress, full: int) -> None:
-        """The first `full` blocks are computed; others may use them."""
-        self.cache.extend(request.keys, request.tokens, request.request.scope)
-        done = slice(request.stored, full)
-        for key, block in zip(request.keys[done], request.blocks[done], strict=False):
-            self.cache.store(key, block)
-            self._keep_promise(key, request)
-        request.stored = full
+    def _set_computed(self, sequence: Sequence, computed: int) -> None:
+        """So many tokens are in the cache; others may use the blocks that they fill."""
+        sequence.computed = computed
+        full = computed // self.cache.block_size
+        if full > sequence.stored:
+            self.cache.extend(sequence)
+            done = slice(sequence.stored, full)
+            for key, block in zip(sequence.keys[done], sequence.blocks[done], strict=False):
+                self.cache.store(key, block)
+                self._keep_promise(key, sequence)
+            sequence.stored = full
 
-    def _give_up_blocks(self, request: Progress) -> None:
-        self.cache.release(request.blocks)
-        for key in request.keys[request.stored :]:
-            self._keep_promise(key, request)
-        request.blocks = array("i")
-        request.stored = request.computed = 0
+    def _give_up_blocks(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.blocks)
+        for key in sequence.keys[sequence.stored :]:
+            self._keep_promise(key, sequence)
+        sequence.blocks = array("i")
+        sequence.guesses = []
+        sequence.stored = sequence.computed = 0
 
-    def _keep_promise(self, key: bytes, request: Progress) -> None:
-        if self._promised.get(key) is request:
+    def _keep_promise(self, key: bytes, sequence: Sequence) -> None:
+        if self._promised.get(key) is sequence:
             del self._promised[key]
 
-    def _unqueue(self, request: Progress) -> None:
-        self.waiting.remove(request)
-        self.waiting_tokens -= len(request.tokens)
+    def _unqueue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.waiting_tokens -= len(sequence.tokens)
 
     def check(self) -> None:
-        """Blocks have as many users as requests that name them; limits and order hold."""
+        """Blocks have as many users as sequences that name them; limits and order hold."""
         self.cache.check()
         pool, size = self.cache.pool, self.cache.block_size
-        users = Counter(chain.from_iterable(request.blocks for request in self.running))
+        users = Counter(chain.from_iterable(sequence.blocks for sequence in self.running))
         assert all(pool.users(block) == users[block] for block in range(pool.size))
         assert len(self.running) <= self.limits.requests
         for queue in (self.waiting, self.running):
             assert sorted(queue, key=_number) == queue
-        assert self.waiting_tokens == sum(len(request.tokens) for request in self.waiting)
-        for request in self.waiting:
-            assert not request.blocks
-            assert request.computed == request.stored == 0
-        for request in self.running:
-            assert request.computed <= len(request.blocks) * size
-            assert request.stored <= len(request.blocks)
+        assert self.waiting_tokens == sum(len(sequence.tokens) for sequence in self.waiting)
+        for sequence in self.waiting:
+            assert not sequence.blocks
+            assert not sequence.guesses
+            assert sequence.computed == sequence.stored == 0
+        for sequence in self.running:
+            needed = self._needed(len(sequence.tokens) + len(sequence.guesses))
+            assert sequence.computed <= min(len(sequence.tokens), len(sequence.blocks) * size)
+            assert len(sequence.blocks) == needed or not sequence.guesses
+            assert sequence.stored <= len(sequence.blocks) <= needed
+            assert self.limits.recompute or sequence.stored * size <= sequence.computed
+            # Nobody else sees what is not known to be right.
+            assert all(pool.users(block) == 1 for block in sequence.blocks[sequence.stored :])
         assert set(map(id, self._promised.values())) <= set(map(id, self.running))
 
 
-def _number(request: Progress) -> int:
-    return request.number
+def _number(sequence: Sequence) -> int:
+    return sequence.number

@@ -56,12 +56,14 @@ class Phase:
 class Executor(Protocol):
     """Runs a program: one call a step.
 
-    pool: its threads, which others may share between runs. max_rows: tokens of a step.
+    pool: its threads, which others may share between runs. max_rows: tokens of a step. vocab: how
+        wide the logits are.
     plan, formats: what the weights became.
     """
 
     program: Program
     context: int
+    vocab: int
     blocks: int
     block_size: int
     max_rows: int

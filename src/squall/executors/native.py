@@ -127,6 +127,7 @@ class NativeExecutor:
     ) -> None:
         self.program = program
         self.context = program.context
+        self.vocab = next((out.width for out in program.outputs if out.name == "logits"), 0)
         self.blocks, self.block_size = limits.blocks, limits.block_size
         self.max_rows = limits.rows.get("tokens", 0)
         self.max_outputs = limits.rows.get("outputs", 0)

@@ -3,63 +3,51 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Protocol
+from itertools import islice, takewhile
 
-from squall.engine.request import FinishReason, Logits, Piece, Progress, Request, Usage
+from squall.engine.request import FinishReason, Logits, Piece, Usage
 from squall.engine.sampling import RowSampling, Sampled, SamplerState
 from squall.engine.scheduler import Chunk
+from squall.engine.sequence import Sequence
+from squall.text.stream import TextStream
 
 Sink = Callable[[Piece], None]
 
 
-class Stream(Protocol):
-    """Turns token ids into text that is safe to show; see `squall.text.stream`."""
-
-    @property
-    def stopped(self) -> bool:
-        """A stop string was hit."""
-        ...
-
-    def push(self, token: int, /) -> str:
-        """The text that became certain with this token."""
-        ...
-
-    def finish(self) -> str:
-        """The text held back so far."""
-        ...
-
-
-class Answer:
+class Reply:
     """What `Engine.submit` gives: `cancel`, `usage`, and `finish_reason` once it is over.
 
     Everything else belongs to the engine's thread.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
-        request: Request,
-        progress: Progress,
-        stream: Stream,
+        sequence: Sequence,
+        stream: TextStream,
         sink: Sink,
         *,
         max_tokens: int,
         stop_ids: frozenset[int],
-        on_cancel: Callable[[Answer], None],
+        on_cancel: Callable[[Reply], None],
     ) -> None:
-        self.request = request
-        self.progress = progress
-        self.usage = Usage(len(progress.tokens), dropped_tokens=len(request.ids))
-        self.usage.dropped_tokens -= len(progress.tokens)
+        self.request = request = sequence.request
+        self.sequence = sequence
+        self.usage = Usage(len(sequence.tokens), dropped_tokens=len(request.ids))
+        self.usage.dropped_tokens -= len(sequence.tokens)
         self.finish_reason: FinishReason | None = None
         self.max_tokens = max_tokens
         self._stream = stream
         self._sink = sink
         self._stop_ids = stop_ids
         self._on_cancel = on_cancel
-        self._sampler = SamplerState(request.sampling, progress.tokens)
+        self._sampler = SamplerState(request.sampling, sequence.tokens)
         self._row = RowSampling(self._sampler, (), request.logprobs)
+        # What the constraint has prepared, a draw each.
+        self._banned: deque[list[int]] = deque()
         self._text = ""
         self._ids: list[int] = []
         self._logprobs: list[Sampled] = []
@@ -90,10 +78,30 @@ class Answer:
         if self.request.scoring is not None and wanted > 0 and len(rows):
             self.request.scoring.take(chunk.outputs.start, rows[:wanted])
 
+    def propose(self, most: int, vocab: int) -> list[int]:
+        """What the proposer says may follow, as far as it can be drawn."""
+        # The last token is drawn after the others, and nothing is drawn after it.
+        most = min(most, self.max_tokens - self.usage.answer_tokens - 1)
+        if self.request.proposer is None or most < 1:
+            return []
+        found = self.request.proposer(self.sequence.tokens, most)
+        guesses = list(takewhile(range(vocab).__contains__, _ints(islice(found, most))))
+        self.usage.guessed_tokens += len(guesses)
+        return guesses
+
+    def prepare(self) -> None:
+        """Ask the constraint what must not come next, nor after the guesses. Any thread may."""
+        known, guesses = self.sequence.tokens, self.sequence.guesses
+        assert self.request.constraint is not None
+        found = (self.request.constraint(known, guesses[:i]) for i in range(len(guesses) + 1))
+        self._banned = deque(map(_ints, found))
+
     def row(self) -> RowSampling:
         """How its next token is drawn."""
-        few = self.usage.answer_tokens < self.request.sampling.min_tokens
-        return replace(self._row, banned=tuple(self._stop_ids)) if few else self._row
+        banned = self._banned.popleft() if self._banned else []
+        if self.usage.answer_tokens < self.request.sampling.min_tokens:
+            banned += self._stop_ids
+        return replace(self._row, banned=banned) if banned else self._row
 
     def push(self, sampled: Sampled) -> FinishReason | None:
         """Go on with a sampled token; why the answer ends with it, if it does."""
@@ -103,23 +111,22 @@ class Answer:
         else:
             usage.prompt_s = self._lap()
         usage.answer_tokens += 1
-        self.progress.tokens.append(token)
         self._sampler.append(token)
         self._ids.append(token)
         if self.request.logprobs is not None:
             self._logprobs.append(sampled)
-        if token in self._stop_ids:
-            return "stop"
-        self._text += self._stream.push(token)
-        if self._stream.stopped:
-            return "stop"
-        return "length" if usage.answer_tokens == self.max_tokens else None
+        stopped = token in self._stop_ids
+        if not stopped:
+            self._text += self._stream.push(token)
+            stopped = self._stream.stopped
+        if not stopped and usage.answer_tokens < self.max_tokens:
+            return None
+        self._text += self._stream.finish()
+        return "stop" if stopped else "length"
 
     def tell(self, reason: FinishReason | None = None, error: Exception | None = None) -> None:
         """Give the sink what is new: text, if there is some, and the end."""
-        if reason is not None:
-            self._text += self._stream.finish()
-        elif not self._text:
+        if reason is None and not self._text:
             return
         piece = Piece(self._text, tuple(self._ids), reason, tuple(self._logprobs), error)
         self._text = ""
@@ -132,3 +139,8 @@ class Answer:
         now_s = time.perf_counter()
         lap_s, self._since_s = now_s - self._since_s, now_s
         return lap_s
+
+
+def _ints(found: Iterable[int]) -> list[int]:
+    """Raises TypeError or OverflowError for what no id can be."""
+    return array("i", found).tolist()

@@ -1,0 +1,225 @@
+"""Steps: plan, compute, draw, and tell. Whatever goes wrong for one request ends it alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from squall._native import ThreadPool
+from squall.batch import Batch
+from squall.engine.reply import Reply
+from squall.engine.request import FinishReason, Logits
+from squall.engine.sampling import RowSampling, Sampled, sample_rows
+from squall.engine.scheduler import Chunk, Scheduler
+from squall.engine.sequence import Sequence
+from squall.errors import SamplingFailed
+from squall.executors import Executor
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the engine did so far.
+
+    prompt_tokens were computed, some perhaps again; cached_tokens did not have to be. Of
+    guessed_tokens, accepted_tokens were right. Seconds in `executor_s` and `sampling_s` are part of
+    those in `step_s`.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    answer_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    errors: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    executor_s: float = 0.0
+    sampling_s: float = 0.0
+    last_step_s: float = 0.0
+    longest_step_s: float = 0.0
+
+
+class Stepper:
+    """Owns who is being answered. Everything is done on the engine's thread.
+
+    service_s: how long an answer takes lately. vocab: as many ids there are.
+    """
+
+    def __init__(self, scheduler: Scheduler, vocab: int) -> None:
+        self.replies: dict[int, Reply] = {}
+        self.counts = Counts()
+        self.service_s = 1.0
+        self._scheduler = scheduler
+        self._vocab = vocab
+
+    def add(self, reply: Reply) -> None:
+        """Answer this request too."""
+        self.replies[reply.sequence.number] = reply
+        self._scheduler.add(reply.sequence)
+
+    def end(self, reply: Reply, reason: FinishReason, error: Exception | None = None) -> None:
+        """The request leaves; its blocks are free at once."""
+        self._scheduler.remove(reply.sequence)
+        del self.replies[reply.sequence.number]
+        self.tell_end(reply, reason, error)
+        if reason in ("stop", "length"):
+            self.service_s += (reply.usage.running_s - self.service_s) / 8
+
+    def tell_end(self, reply: Reply, reason: FinishReason, error: Exception | None = None) -> None:
+        """It is over, whether or not it leaves something here."""
+        name = {"cancelled": "cancelled", "error": "errors"}.get(reason, "finished")
+        setattr(self.counts, name, getattr(self.counts, name) + 1)
+        # Who does not want to hear the end cannot be told of it.
+        with suppress(Exception):
+            reply.tell(reason, error)
+
+    def step(self, executor: Executor) -> None:
+        """Compute a chunk of each running request, and draw tokens for those that are due.
+
+        Raises what `executor.step` does: what is in the KV cache is unknown then.
+        """
+        started_s = time.perf_counter()
+        chunks = self._scheduler.plan(self._propose)
+        chunks = [chunk for chunk in chunks if chunk.of.number in self.replies]
+        if not chunks:
+            return
+        for chunk in chunks:
+            self.counts.cached_tokens += self.replies[chunk.of.number].start(chunk)
+        logits = self._compute(executor, chunks)
+        due, at = [], 0
+        for chunk in chunks:
+            # Its first draw is from the row after its last known token.
+            first = len(chunk.of.tokens) - 1 - chunk.outputs.start
+            if self._advance(chunk, logits[at : at + len(chunk.outputs)]):
+                due.append((self.replies[chunk.of.number], at + first))
+            at += len(chunk.outputs)
+        self._draw(logits, due, executor.pool)
+        counts, step_s = self.counts, time.perf_counter() - started_s
+        counts.steps += 1
+        counts.step_s += step_s
+        counts.last_step_s = step_s
+        counts.longest_step_s = max(counts.longest_step_s, step_s)
+
+    def _propose(self, sequence: Sequence, most: int) -> list[int]:
+        reply = self.replies[sequence.number]
+        try:
+            guesses = reply.propose(most, self._vocab)
+        except Exception as error:
+            self.end(reply, "error", error)
+            return []
+        self.counts.guessed_tokens += len(guesses)
+        return guesses
+
+    def _compute(self, executor: Executor, chunks: Collection[Chunk]) -> Logits:
+        """The logits; while they are computed, constraints prepare what is needed to draw."""
+        due = [self.replies[c.of.number] for c in chunks if c.of.request.constraint and c.due]
+        batch = _batch(chunks)
+        with ThreadPoolExecutor(1, "squall-prepare") as beside:
+            prepared = [(reply, beside.submit(reply.prepare)) for reply in due if reply.max_tokens]
+            called_s = time.perf_counter()
+            logits = executor.step(batch)
+            executor_s = time.perf_counter() - called_s
+        self.counts.executor_s += executor_s
+        self._scheduler.pace.observe(len(batch.tokens), executor_s)
+        for reply, preparing in prepared:
+            if error := preparing.exception():
+                self.end(reply, "error", SamplingFailed(f"the constraint failed: {error!r}"))
+        return logits
+
+    def _advance(self, chunk: Chunk, rows: Logits) -> bool:
+        """The chunk was computed, with these logits; whether its request gets a token now."""
+        reply = self.replies.get(chunk.of.number)
+        if reply is None:
+            return False
+        try:
+            done = self._scheduler.advance(chunk)
+            computed = min(chunk.stop, reply.usage.prompt_tokens) - chunk.start
+            self.counts.prompt_tokens += max(computed, 0)
+            reply.tell_logits(chunk, rows)
+        except Exception as error:
+            self.end(reply, "error", error)
+            return False
+        if done and not reply.max_tokens:
+            self.end(reply, "length")
+            return False
+        return done
+
+    def _draw(self, logits: Logits, due: list[tuple[Reply, int]], pool: ThreadPool | None) -> None:
+        """Draw from each request's row; where a guess was right, from the next row too, and so on.
+
+        Draws depend on nothing but their row and the tokens before, so answers are the same with
+        guesses and without.
+        """
+        while due:
+            rows = [at for _, at in due]
+            chosen = logits[rows] if len(rows) < len(logits) else logits
+            called_s = time.perf_counter()
+            found = _sample(chosen, [reply.row() for reply, _ in due], pool)
+            self.counts.sampling_s += time.perf_counter() - called_s
+            due = [
+                (reply, at + 1)
+                for (reply, at), sampled in zip(due, found, strict=True)
+                if self._take(reply, sampled)
+            ]
+
+    def _take(self, reply: Reply, sampled: Sampled | Exception) -> bool:
+        """Its next token; whether there is a row for another one."""
+        try:
+            if isinstance(sampled, Exception):
+                raise sampled
+            guessed = self._scheduler.append(reply.sequence, sampled.token)
+            reason = reply.push(sampled)
+            reply.usage.accepted_tokens += guessed
+            self.counts.accepted_tokens += guessed
+            self.counts.answer_tokens += 1
+            if reason is None and not guessed:
+                reply.tell()
+        except Exception as error:
+            self.end(reply, "error", error)
+            return False
+        if reason is not None:
+            self.end(reply, reason)
+            return False
+        return guessed
+
+
+def _sample(
+    logits: Logits, rows: list[RowSampling], pool: ThreadPool | None
+) -> list[Sampled | Exception]:
+    """A token for each row, or the error that concerns this row alone."""
+    try:
+        return [*sample_rows(logits, rows, pool=pool)]
+    except Exception as error:
+        if len(rows) == 1:
+            return [error]
+        return [_sample(logits[i : i + 1], rows[i : i + 1], pool)[0] for i in range(len(rows))]
+
+
+def _batch(chunks: Collection[Chunk]) -> Batch:
+    tokens: list[int] = []
+    positions: list[int] = []
+    bounds, outputs = [0], []
+    width = max(len(chunk.of.blocks) for chunk in chunks)
+    tables = np.zeros((len(chunks), width), np.int32)
+    for i, chunk in enumerate(chunks):
+        blocks, span = chunk.of.blocks, range(chunk.start, chunk.stop)
+        outputs += [len(tokens) + output - chunk.start for output in chunk.outputs]
+        tokens += chunk.of.tokens[chunk.start : chunk.stop]
+        tokens += chunk.of.guesses
+        positions += span
+        bounds.append(len(tokens))
+        tables[i, : len(blocks)] = blocks
+    return Batch(
+        tokens=np.array(tokens, np.int32),
+        positions=np.array(positions, np.int32),
+        bounds=np.array(bounds, np.int32),
+        block_tables=tables,
+        outputs=np.array(outputs, np.int32),
+    )

@@ -1,0 +1,382 @@
+"""Guesses and constraints: guesses change how many steps an answer takes, and nothing else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_requests import GREEDY, Numbers, alone, idle, request, settle
+from fake_executor import VOCAB, FakeExecutor, Silent, expected
+
+from squall.engine.engine import Engine, EngineConfig
+from squall.engine.generation import Generation
+from squall.engine.request import Piece, Request, Scoring
+from squall.engine.sampling import Breakers, Dry, Sampling
+from squall.errors import SamplingFailed
+
+Told = tuple[str, list[int], list[object], str | None]
+
+
+class Foresight:
+    """Guesses what is known to come; each guess is wrong with a chance of one in `wrong`."""
+
+    def __init__(self, prompt: Sequence[int], answer: Sequence[int], wrong: int = 4) -> None:
+        self._all = [*prompt, *answer]
+        self._chance = np.random.default_rng(len(self._all))
+        self._wrong = wrong
+
+    def __call__(self, ids: Sequence[int], most: int) -> list[int]:
+        assert list(ids) == self._all[: len(ids)]
+        right = self._all[len(ids) : len(ids) + most]
+        return [(i + (self._chance.integers(self._wrong) == 0)) % VOCAB for i in right]
+
+
+def told(generation: Generation) -> Told:
+    """All that is told of an answer, however it was cut into pieces."""
+    pieces = list(generation)
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    logprobs = [sampled for piece in pieces for sampled in piece.logprobs]
+    text = "".join(piece.text for piece in pieces)
+    return text, [i for piece in pieces for i in piece.ids], logprobs, pieces[-1].finish_reason
+
+
+def guessing(wanted: Request, answer: Sequence[int], **options: Any) -> Request:
+    """The same request with a proposer that is partly wrong."""
+    given = {name: getattr(wanted, name) for name in Request.__dataclass_fields__}
+    return Request(**given | {"proposer": Foresight(wanted.ids, answer), **options})
+
+
+def avoid_the_last(logits: np.ndarray, ids: np.ndarray) -> None:
+    logits[ids[-1]] -= 20
+
+
+def same_parity(ids: Sequence[int], guessed: Sequence[int]) -> Iterable[int]:
+    """An id must be even after an odd one, and the other way round."""
+    return range([*ids, *guessed][-1] % 2, VOCAB, 2)
+
+
+def any_request(rng: np.random.Generator, stems: list[list[int]]) -> Request:
+    """One that uses what there is, by chance."""
+
+    def sometimes(value: Any, otherwise: Any) -> Any:
+        return otherwise if rng.integers(3) else value
+
+    breakers = Breakers(("7",), lambda token: str(token).encode())
+    sampling = Sampling(
+        temperature=float(rng.integers(3)),
+        top_p=0.9,
+        seed=int(rng.integers(9)),
+        frequency_penalty=sometimes(1.0, 0.0),
+        repetition_penalty=sometimes(1.2, 1.0),
+        dry=sometimes(Dry(2.0, breakers=breakers), None),
+        min_tokens=sometimes(9, 0),
+        logits_processors=sometimes((avoid_the_last,), ()),
+        logit_bias=sometimes({3: 20.0}, {}),
+    )
+    return request(
+        stems[rng.integers(3)][: rng.integers(31)] + rng.integers(VOCAB, size=2).tolist(),
+        max_tokens=int(rng.integers(1, 16)),
+        sampling=sampling,
+        logprobs=sometimes(2, None),
+        stop=sometimes(("13", "50"), ()),
+        stop_ids=frozenset(rng.integers(VOCAB, size=sometimes(10, 0)).tolist()),
+        ignore_eos=sometimes(True, False),
+        chunk=sometimes(3, None),
+        constraint=sometimes(same_parity, None),
+    )
+
+
+@pytest.mark.parametrize("blocks", [14, 64])
+@pytest.mark.parametrize("chunk", [1, 7, 32])
+@pytest.mark.parametrize("options", [{}, {"prefix_cache_n": 0}, {"no_kv_cache": True}])
+def test_guesses_that_are_partly_wrong_change_nothing(
+    rng: np.random.Generator, blocks: int, chunk: int, options: dict[str, Any]
+) -> None:
+    """Ids, text, log-probabilities and ends; batched, chunked, preempted, after prefix hits."""
+    stems = rng.integers(VOCAB, size=(3, 30)).tolist()
+    wanted = [any_request(rng, stems) for _ in range(25 if "no_kv_cache" in options else 40)]
+    ends = frozenset({5, 6})
+    plain = Engine(FakeExecutor(), EngineConfig(max_seqs=1), text=Numbers, stop_ids=ends)
+    right = [told(Generation(plain, one)) for one in wanted]
+    plain.close()
+    config = EngineConfig(max_seqs=6, prompt_batchsize=chunk, **options)
+    executor = FakeExecutor(blocks=blocks, context=56, max_outputs=24)
+    engine = Engine(executor, config, text=Numbers, stop_ids=ends)
+    every = [guessing(one, found[1]) for one, found in zip(wanted, right, strict=True)]
+    try:
+        for _ in ("cold", "warm"):
+            generations = [Generation(engine, one) for one in every]
+            assert [told(generation) for generation in generations] == right
+        settle(engine)
+        assert idle(engine)
+        stats = engine.stats()
+        counts = stats.counts
+        usages = [generation.usage for generation in generations]
+        # One row of prompts a step lets few run at a time.
+        assert (stats.preemptions > 0) == (blocks == 14) or (chunk, blocks) == (1, 14)
+        assert (counts.cached_tokens > 0) == (not options)
+        if "no_kv_cache" in options:
+            assert counts.guessed_tokens == 0
+        else:
+            assert counts.guessed_tokens > counts.accepted_tokens > 100
+            assert sum(usage.accepted_tokens for usage in usages) > 50
+        assert counts.answer_tokens == 2 * sum(len(found[1]) for found in right) + 1
+    finally:
+        engine.close()
+
+
+@pytest.fixture
+def executor() -> FakeExecutor:
+    return FakeExecutor(max_outputs=32)
+
+
+@pytest.fixture
+def engine(executor: FakeExecutor) -> Iterator[Engine]:
+    engine = Engine(executor, EngineConfig(max_seqs=4), text=Numbers)
+    yield engine
+    executor.let()
+    engine.close()
+
+
+def test_right_guesses_save_steps(engine: Engine, executor: FakeExecutor) -> None:
+    answer = alone(request([1, 2], max_tokens=40))
+    wanted = request([1, 2], max_tokens=40, proposer=lambda ids, _: answer[len(ids) - 2 :][:7])
+    generation = Generation(engine, wanted)
+    generation.read()
+    assert generation.ids == answer
+    assert executor.rows == [[2], [8], [8], [8], [8], [7]]
+    assert generation.usage.guessed_tokens == generation.usage.accepted_tokens == 34
+
+
+def test_guesses_never_go_beyond_the_answer(engine: Engine) -> None:
+    """No row lies outside the context, and none is computed for nothing."""
+    asked: list[int] = []
+
+    def propose(_: Sequence[int], most: int) -> Iterator[int]:
+        asked.append(most)
+        return count(0)  # without end
+
+    for size, max_tokens in [(250, None), (10, 6), (10, 2), (10, 1)]:
+        wanted = request([2] * size, max_tokens=max_tokens, proposer=propose)
+        generation = Generation(engine, wanted)
+        generation.read()
+        room = max_tokens or 6
+        assert generation.ids == alone(request([2] * size, max_tokens=room))
+        assert all(1 <= most <= room - 2 for most in asked)
+        assert (asked != []) == (room > 2)
+        asked.clear()
+
+
+def test_a_prompt_may_end_in_cached_guesses(engine: Engine) -> None:
+    """What was right is in the prefix cache, and what was wrong is not."""
+    answer = alone(request([9] * 5, max_tokens=40))
+    first = Generation(engine, guessing(request([9] * 5, max_tokens=40), answer))
+    first.read()
+    assert 0 < first.usage.accepted_tokens < first.usage.guessed_tokens
+    engine._scheduler.check()
+    again = request([9] * 5 + answer + [1])
+    second = Generation(engine, again)
+    second.read()
+    assert second.usage.cached_tokens == 44
+    assert second.ids == alone(again)
+
+
+def test_scoring_and_guesses(engine: Engine) -> None:
+    ids, found = list(range(50)), []
+
+    def take(first: int, rows: np.ndarray) -> None:
+        assert first == len(found)
+        found.extend(rows)
+
+    answer = alone(request(ids))
+    generation = Generation(engine, guessing(request(ids, scoring=Scoring(take)), answer))
+    generation.read()
+    assert generation.ids == answer
+    assert np.array_equal(found, [expected(ids[: i + 1]) for i in range(50)])
+
+
+@pytest.mark.parametrize(
+    ("proposer", "error"),
+    [
+        (lambda *_: 1 / 0, ZeroDivisionError),
+        (lambda *_: [0.5], TypeError),
+        (lambda *_: "ab", TypeError),
+        (lambda *_: None, TypeError),
+        (lambda *_: [2**40], OverflowError),
+    ],
+)
+def test_a_bad_proposer_ends_its_own_request(
+    engine: Engine, proposer: Any, error: type[Exception]
+) -> None:
+    wanted = request([1], max_tokens=60)
+    stays = Generation(engine, wanted)
+    with pytest.raises(error):
+        Generation(engine, request([2], proposer=proposer)).read()
+    stays.read()
+    assert stays.ids == alone(wanted)
+    settle(engine)
+    assert idle(engine)
+
+
+def test_ids_that_the_model_does_not_have_are_not_guesses(engine: Engine) -> None:
+    for guesses in ([VOCAB], [-1], [VOCAB - 1, VOCAB, 0]):
+        generation = Generation(engine, request([2], proposer=lambda *_, g=guesses: g))
+        generation.read()
+        assert generation.ids == alone(request([2]))
+
+
+# ---- constraints ----
+
+
+def test_a_constraint_prepares_while_the_executor_runs(
+    engine: Engine, executor: FakeExecutor
+) -> None:
+    asked: list[tuple[list[int], list[int]]] = []
+    threads, prepared = set(), threading.Event()
+
+    def odd_only(ids: Sequence[int], guessed: Sequence[int]) -> range:
+        asked.append((list(ids), list(guessed)))
+        threads.add(threading.current_thread().name)
+        prepared.set()
+        return range(0, VOCAB, 2)
+
+    executor.hold()
+    generation = Generation(engine, request([4] * 40, max_tokens=3, constraint=odd_only))
+    executor.wait()
+    assert not prepared.wait(0.05)  # the prompt is not complete in this step
+    executor.let(1)
+    executor.wait()
+    assert prepared.wait(10)
+    executor.let()
+    generation.read()
+    assert all(token % 2 for token in generation.ids)
+    assert asked == [([4] * 40 + generation.ids[:i], []) for i in range(3)]
+    assert "squall-engine" not in threads
+
+
+def test_a_constraint_is_asked_about_each_guess(engine: Engine) -> None:
+    asked: list[list[int]] = []
+
+    def constraint(_: Sequence[int], guessed: Sequence[int]) -> range:
+        asked.append(list(guessed))
+        return range(1, VOCAB, 2)
+
+    plain = Generation(engine, request([3], max_tokens=6, constraint=lambda *_: range(1, VOCAB, 2)))
+    plain.read()
+    first, second = plain.ids[1:3]
+    guesses = {2: [first, second, 1, 8]}  # an odd one must not come
+    wanted = request(
+        [3], max_tokens=6, constraint=constraint, proposer=lambda ids, _: guesses.get(len(ids), [])
+    )
+    generation = Generation(engine, wanted)
+    generation.read()
+    assert generation.ids == plain.ids
+    assert generation.usage.accepted_tokens == 2
+    assert asked == [[], [], [first], [first, second], [first, second, 1],
+                     [first, second, 1, 8], [], []]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [lambda *_: 1 / 0, lambda *_: None, lambda *_: ["a"], lambda *_: [2**40], list],
+)
+def test_a_bad_constraint_ends_its_own_request(engine: Engine, constraint: Any) -> None:
+    wanted = request([1], max_tokens=60)
+    stays = Generation(engine, wanted)
+    with pytest.raises(SamplingFailed, match="the constraint failed"):
+        Generation(engine, request([2], constraint=constraint)).read()
+    with pytest.raises(SamplingFailed, match="no token"):
+        Generation(engine, request([2], constraint=lambda *_: range(VOCAB))).read()
+    stays.read()
+    assert stays.ids == alone(wanted)
+    settle(engine)
+    assert idle(engine)
+
+
+# ---- what goes wrong for one request ----
+
+
+class Fails(Silent):
+    """Text that cannot be made."""
+
+    def __init__(self, wanted: Request) -> None:
+        self._part = wanted.stop
+
+    def push(self, _: int) -> str:
+        if "push" in self._part:
+            raise ZeroDivisionError
+        return "x"
+
+    def finish(self) -> str:
+        if "finish" in self._part:
+            raise ZeroDivisionError
+        return ""
+
+
+@pytest.mark.parametrize("part", ["push", "finish", "breaks", "advance", "nan"])
+def test_one_error_ends_one_request(
+    part: str, executor: FakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told, its blocks are free, and the others do not notice."""
+    engine = Engine(executor, EngineConfig(max_seqs=4), text=Fails)
+    advance = engine._scheduler.advance
+
+    def broken(chunk: Any) -> bool:
+        if "advance" in chunk.of.request.stop:
+            raise ZeroDivisionError
+        return advance(chunk)
+
+    monkeypatch.setattr(engine._scheduler, "advance", broken)
+    executor.nan = 66 if part == "nan" else -1
+    texts = [b"a"]  # of one token only
+    dry = Dry(2.0, breakers=Breakers(("b",), lambda _: texts.pop()))
+    sampling = Sampling(temperature=0, seed=0, dry=dry) if part == "breaks" else GREEDY
+    wanted = request([1], max_tokens=60)
+    stays = Generation(engine, wanted)
+    bad = Generation(engine, request([66], stop=(part,), sampling=sampling))
+    errors = {"nan": SamplingFailed, "breaks": IndexError}
+    with pytest.raises(errors.get(part, ZeroDivisionError)):
+        bad.read()
+    stays.read()
+    assert stays.ids == alone(wanted)
+    settle(engine)
+    assert idle(engine)
+    assert engine.stats().counts.errors == 1
+    engine.close()
+
+
+def test_a_draw_that_raises_ends_its_own_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from squall.engine import stepping
+
+    sample_rows = stepping.sample_rows
+
+    def broken(logits: Any, rows: Any, **options: Any) -> Any:
+        if any(row.top_logprobs == 7 for row in rows):
+            raise MemoryError
+        return sample_rows(logits, rows, **options)
+
+    monkeypatch.setattr(stepping, "sample_rows", broken)
+    wanted = request([1], max_tokens=60)
+    stays = Generation(engine, wanted)
+    with pytest.raises(MemoryError):
+        Generation(engine, request([2], logprobs=7)).read()
+    stays.read()
+    assert stays.ids == alone(wanted)
+
+
+def test_an_end_is_told_once(engine: Engine) -> None:
+    pieces: list[Piece] = []
+
+    def sink(piece: Piece) -> None:
+        pieces.append(piece)
+        raise ValueError
+
+    engine.submit(request([1]), sink)
+    settle(engine)
+    assert [piece.finish_reason for piece in pieces] == [None, "error"]
