@@ -346,10 +346,8 @@ class Engine:
             self.on_death(error)
 
     def leave_behind(self) -> None:
-        """In the child of a fork: the thread is not here, and who holds the lock is not either.
-
-        The sinks are not told, as what they write to may be the parent's too.
-        """
+        """In the child of a fork: neither the thread is here, nor who may hold the lock."""
+        # Sinks are not told, as what they write to may be the parent's too.
         self._lock = threading.Condition()
         self._thread, self._death = None, FORKED
         self._replies.clear()

@@ -16,9 +16,6 @@ from squall.engine.block_pool import BlockPool
 from squall.engine.request import CacheScope
 from squall.engine.sequence import Sequence
 
-# A span in a key: where in its block it begins, its tokens, and the length of its digest.
-_SPAN = struct.Struct("<3Q")
-
 
 class PrefixCache:
     """Keys of full blocks. A key stands for the scope, and for tokens and spans to the block's end.
@@ -49,8 +46,9 @@ class PrefixCache:
             hashed.update(self._format.pack(*tokens[start : start + size]))
             for span in sequence.spans:
                 if start <= span.start < start + size:
-                    where = (span.start - start, span.stop - span.start, len(span.digest))
-                    hashed.update(_SPAN.pack(*where) + span.digest)
+                    # As Python writes it: no two differ and look the same, nor do two in a row.
+                    known = (span.start - start, span.stop - start, span.digest)
+                    hashed.update(repr(known).encode())
             keys.append(hashed.digest())
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
@@ -86,9 +84,7 @@ class PrefixCache:
         del self._blocks[self._keys.pop(block)]
 
     def _root(self, scope: CacheScope) -> bytes:
-        fields = [text.encode("utf-8", "surrogatepass") for text in (scope.tenant, scope.adapter)]
-        tagged = b"".join(len(field).to_bytes(8, "little") + field for field in fields)
-        return hmac.digest(self._secret, tagged, "sha256")
+        return hmac.digest(self._secret, repr(scope).encode(), "sha256")
 
     def check(self) -> None:
         """Keys and blocks are one to one, and what is kept has a key."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice, takewhile
 
@@ -85,7 +85,7 @@ class Reply:
         if self.request.proposer is None or most < 1:
             return []
         found = self.request.proposer(self.sequence.tokens, most)
-        guesses = list(takewhile(range(vocab).__contains__, _ints(islice(found, most))))
+        guesses = list(takewhile(range(vocab).__contains__, array("i", islice(found, most))))
         self.usage.guessed_tokens += len(guesses)
         return guesses
 
@@ -94,7 +94,7 @@ class Reply:
         known, guesses = self.sequence.tokens, self.sequence.guesses
         assert self.request.constraint is not None
         found = (self.request.constraint(known, guesses[:i]) for i in range(len(guesses) + 1))
-        self._banned = deque(map(_ints, found))
+        self._banned = deque(array("i", ids).tolist() for ids in found)
 
     def row(self) -> RowSampling:
         """How its next token is drawn."""
@@ -139,8 +139,3 @@ class Reply:
         now_s = time.perf_counter()
         lap_s, self._since_s = now_s - self._since_s, now_s
         return lap_s
-
-
-def _ints(found: Iterable[int]) -> list[int]:
-    """Raises TypeError or OverflowError for what no id can be."""
-    return array("i", found).tolist()

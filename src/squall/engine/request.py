@@ -49,10 +49,6 @@ class CacheScope:
     tenant: str = ""
     adapter: str = ""
 
-    def __post_init__(self) -> None:
-        _check(isinstance(self.tenant, str), "tenant", self.tenant, "a text")
-        _check(isinstance(self.adapter, str), "adapter", self.adapter, "a text")
-
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -61,12 +57,6 @@ class Span:
     start: int
     stop: int
     digest: bytes
-
-    def __post_init__(self) -> None:
-        _check_whole("start of a span", self.start, 0)
-        _check_whole("stop of a span", self.stop, self.start + 1)
-        right = isinstance(self.digest, bytes) and len(self.digest) > 0
-        _check(right, "digest of a span", self.digest, "bytes, at least one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +123,13 @@ class Request:
                 _check_whole(name, getattr(self, name), least, most)
         right = all(isinstance(text, str) and text for text in self.stop)
         _check(right, "stop", self.stop, "texts, none of them empty")
-        bounds = [0]
+        right = all(isinstance(span, Span) for span in self.spans)
+        _check(right, "spans", self.spans, "a tuple of Spans")
+        end = 0
         for span in self.spans:
-            _check(isinstance(span, Span), "a span", span, "a Span")
-            bounds += [span.start, span.stop]
-        right = sorted(bounds) == bounds and bounds[-1] <= len(self.ids)
-        _check(right, "spans", self.spans, "in order, apart, and inside the prompt")
+            _check_whole("start of a span", span.start, end)
+            _check_whole("stop of a span", span.stop, span.start + 1, len(self.ids))
+            end = span.stop
 
 
 _KINDS: tuple[tuple[str, Any, str], ...] = (
