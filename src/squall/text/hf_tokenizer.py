@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from squall.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, s
 
 MAX_ID = 1 << 24
 _LONG = 1 << 14  # characters; from here on the batch call pays, which tracks no offsets
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE = re.compile(r"\A<0x([0-9A-Fa-f]{2})>\Z")
 _NOTHING = {"type": "BPE", "vocab": {}, "merges": []}
 _NAMES = ("bos_token", "eos_token", "unk_token")
 
@@ -59,9 +59,9 @@ class HfTokenizer(Tokenizer):
             rstrip=frozenset(i for i, token in added.items() if token.rstrip),
         )
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int, *, first: bool = False) -> bytes:
         """The bytes a token stands for; none for the ids that pad a model's vocabulary."""
-        return b"" if token >= self.vocab_size else super().token_bytes(token)
+        return b"" if token >= self.vocab_size else super().token_bytes(token, first=first)
 
 
 def read_vocabulary(path: Path) -> tuple[Vocabulary, Mapping[str, Any]]:
@@ -236,6 +236,7 @@ class _Codec:
         self._controls = frozenset(vocabulary.of_type(CONTROL))
         self._decoding = _Decoding(spec.get("decoder"))
         self.space_prefix = self._decoding.space_prefix
+        self.space_suffix = self._decoding.space_suffix
 
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of text that holds no control token; `first`: nothing is before it."""
@@ -261,12 +262,9 @@ class _Codec:
                 done += [i for i in ids if i not in self._controls]
         return done
 
-    def token_bytes(self, token: int) -> bytes:
-        """What a token stands for."""
-        text = self._vocabulary.tokens[token]
-        if self._vocabulary.types[token] in (CONTROL, UNKNOWN, USER_DEFINED):
-            return text.encode()
-        return self._decoding.bytes_of(text)
+    def token_bytes(self, token: int, *, first: bool) -> bytes:
+        """What a token stands for; added tokens go through the decoder as others do."""
+        return self._decoding.bytes_of(self._vocabulary.tokens[token], first=first)
 
 
 def _encode(library: Any, texts: list[str]) -> list[list[int]]:
@@ -315,13 +313,14 @@ def _without_prefix(step: Any) -> Any:
 
 
 class _Decoding:
-    """A decoder of tokenizer.json as what one token stands for, whatever is around it."""
+    """A decoder of tokenizer.json as what one token stands for, whatever is around it.
+
+    Bytes are kept in texts as "surrogateescape" does, and become characters where texts are joined.
+    """
 
     def __init__(self, decoder: Any) -> None:
-        self.space_prefix = False
-        self._bytelevel = False
-        self._fallback = False
-        self._replace: list[tuple[str, str]] = []
+        self.space_prefix = self.space_suffix = self._fused = False
+        self._steps: list[Callable[[str, bool], str]] = []
         for step in _flat(decoder):
             kind = step.get("type")
             if kind not in _STEPS:
@@ -331,47 +330,55 @@ class _Decoding:
                 )
             _STEPS[kind](self, step)
 
-    def bytes_of(self, text: str) -> bytes:
-        """The bytes of a token of the vocabulary."""
-        if self._bytelevel:
-            try:
-                return bytes([BYTE_OF[character] for character in text])
-            except KeyError:
-                return text.encode()
-        if self._fallback and (match := _BYTE.fullmatch(text)):
-            return bytes([int(match[1], 16)])
-        for old, new in self._replace:
-            text = text.replace(old, new)
-        return text.encode()
+    def bytes_of(self, text: str, *, first: bool) -> bytes:
+        """The bytes of a token; `first`: no text comes before it."""
+        for step in self._steps:
+            text = step(text, first)
+        return text.encode("utf-8", "surrogateescape")
 
     def bytelevel(self, _: Mapping[str, Any]) -> None:
-        self._bytelevel = True
+        self._steps.append(lambda text, _: _escaped([BYTE_OF.get(c, -1) for c in text], text))
 
     def fallback(self, _: Mapping[str, Any]) -> None:
-        self._fallback = True
+        self._steps.append(
+            lambda text, _: _escaped([int(b, 16) for b in _BYTE.findall(text)], text)
+        )
+
+    def fuse(self, _: Mapping[str, Any]) -> None:
+        self._fused = True
 
     def replace(self, step: Mapping[str, Any]) -> None:
-        pattern = step.get("pattern")
+        pattern, new = step.get("pattern"), step.get("content")
         old = pattern.get("String") if isinstance(pattern, dict) else None
-        if not isinstance(old, str) or not old or not isinstance(step.get("content"), str):
+        if not isinstance(old, str) or not old or not isinstance(new, str):
             raise UnsupportedModel("tokenizer.json: a Replace decoder must replace a string")
-        self._replace.append((old, step["content"]))
+        self._steps.append(lambda text, _: text.replace(old, new))
 
     def metaspace(self, step: Mapping[str, Any]) -> None:
-        self._replace.append((str(step.get("replacement") or "\u2581"), " "))
+        space = str(step.get("replacement") or "\u2581")
         default = "always" if step.get("add_prefix_space", True) else "never"
-        self.space_prefix = step.get("prepend_scheme", default) != "never"
+        strips = step.get("prepend_scheme", default) != "never"
+        self.space_prefix |= strips
+        self._steps.append(lambda text, first: text.replace(space, "" if first and strips else " "))
 
     def strip(self, step: Mapping[str, Any]) -> None:
         if (step.get("content"), step.get("start"), step.get("stop")) != (" ", 1, 0):
             raise UnsupportedModel("tokenizer.json: a Strip decoder must strip one leading space")
-        self.space_prefix = True
+        fused = self._fused
+        self.space_prefix |= fused
+        self._steps.append(lambda text, first: text.removeprefix(" " if first or not fused else ""))
 
     def suffix(self, step: Mapping[str, Any]) -> None:
-        self._replace.append((str(step.get("suffix") or "</w>"), " "))
+        self.space_suffix = True
+        self._steps.append(lambda text, _: text.replace(str(step.get("suffix") or "</w>"), " "))
 
-    def fuse(self, _: Mapping[str, Any]) -> None:
-        """Tokens are joined anyway."""
+
+def _escaped(values: list[int], text: str) -> str:
+    """The bytes `values`, or the text if it does not stand for bytes."""
+    bytes_ = (
+        bytes(values) if values and min(values) >= 0 else text.encode("utf-8", "surrogateescape")
+    )
+    return bytes_.decode("utf-8", "surrogateescape")
 
 
 _STEPS = {

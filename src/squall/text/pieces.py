@@ -26,6 +26,8 @@ _REMEMBERED = 100_000  # words
 class SentencePiece:
     """Merges neighbours whose joint piece has the best score, leftmost first, until none has."""
 
+    space_suffix = False
+
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         scores = metadata.get("tokenizer.ggml.scores")
         if scores is None or len(scores) != len(vocabulary.tokens):
@@ -62,12 +64,13 @@ class SentencePiece:
         ids = self._of_words(words)
         return ids if self._bytes else _fused(ids, self._vocabulary.unknown)
 
-    def token_bytes(self, token: int) -> bytes:
-        """What a token stands for."""
+    def token_bytes(self, token: int, *, first: bool) -> bytes:
+        """What a token stands for; the first of a text loses the space that was put before it."""
         text, kind = self._vocabulary.tokens[token], self._vocabulary.types[token]
-        if kind == BYTE:
-            return bytes([int(text[1:-1], 16)])
-        return text.encode() if kind in (CONTROL, UNKNOWN) else text.replace(_SPACE, " ").encode()
+        if kind in (CONTROL, UNKNOWN):
+            return text.encode()
+        found = bytes([int(text[1:-1], 16)]) if kind == BYTE else text.replace(_SPACE, " ").encode()
+        return found.removeprefix(b" ") if first else found
 
     def _of_words(self, words: list[str]) -> list[int]:
         known = self._words
