@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from squall.errors import InvalidRequest, TemplateError
 from squall.text.files import parse_json, read_json, read_text, token_text
 from squall.text.tokenizer import Piece
 from squall.text.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    import jinja2
 
 MAX_SOURCE = 100_000  # characters
 MAX_DEPTH = 64  # of lists and objects in each other
@@ -35,7 +31,6 @@ cycler joiner namespace raise_exception strftime_now
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _REMEDY = "give one with --chat-template, or send a plain prompt instead of messages"
-_Value = TypeVar("_Value")
 
 
 class ChatTemplate:
@@ -56,8 +51,6 @@ class ChatTemplate:
             for name, text in (("bos_token", bos), ("eos_token", eos), ("unk_token", unk))
             if text is not None
         }
-        self._compiled: dict[str, _Compiled] = {}
-        self._lock = threading.Lock()
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
@@ -127,20 +120,22 @@ class ChatTemplate:
             "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(messages)],
             "tools": _written(tools, "tools"),
         }
-        text = self._template(with_tools=bool(tools)).run(variables)
+        text = _rendered(self._source(with_tools=bool(tools)), variables)
         return [Piece(*part) for part in parts(text)]
 
-    def _template(self, *, with_tools: bool) -> _Compiled:
+    def _source(self, *, with_tools: bool) -> str:
         name = "tool_use" if with_tools and "tool_use" in self.sources else "default"
         if not self.sources:
             raise TemplateError(f"the model has no chat template; {_REMEDY}")
         if name not in self.sources:
             names = ", ".join(sorted(self.sources))
             raise TemplateError(f"the model has no {name!r} chat template, only {names}; {_REMEDY}")
-        with self._lock:
-            if name not in self._compiled:
-                self._compiled[name] = _Compiled(self.sources[name])
-            return self._compiled[name]
+        source = self.sources[name]
+        if len(source) > MAX_SOURCE:
+            raise TemplateError(
+                f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed"
+            )
+        return source
 
 
 def _jinja_files(folder: Path) -> dict[str, str]:
@@ -190,43 +185,24 @@ def _given(source: str) -> tuple[dict[str, str], dict[str, str]]:
     return sources, _special(config)
 
 
-class _Compiled:
-    """One template, ready to run."""
+def _rendered(source: str, variables: Mapping[str, Any]) -> str:
+    # Jinja takes a tenth of a second to import, and who sends no messages needs none of it.
+    from squall.text import sandbox
 
-    def __init__(self, source: str) -> None:
-        if len(source) > MAX_SOURCE:
-            raise TemplateError(
-                f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed"
-            )
-        # Jinja takes a tenth of a second to import, and who sends no messages needs none of it.
-        from squall.text.sandbox import Environment
-
-        self._environment = Environment()
-        self._template: jinja2.Template = _attempt(lambda: self._environment.from_string(source))
-
-    def run(self, variables: Mapping[str, Any]) -> str:
-        """The text the template writes."""
-        return _attempt(lambda: self._environment.run(self._template, variables))
-
-
-def _attempt(action: Callable[[], _Value]) -> _Value:
-    """Templates fail in any way that Python code can, and it is always the template's fault."""
     try:
-        return action()
-    except Exception as error:
-        line = _line(error)
-        reason = str(error) or type(error).__name__
+        return sandbox.render(source, variables)
+    except Exception as error:  # any that Python code can raise, and always the template's fault
+        line = getattr(error, "lineno", None) or next(
+            (
+                frame.lineno
+                for frame in reversed(traceback.extract_tb(error.__traceback__))
+                if frame.filename == "<template>"
+            ),
+            None,
+        )
         where = f", line {line}" if line else ""
+        reason = str(error) or type(error).__name__
         raise TemplateError(f"chat template{where}: {reason}") from error
-
-
-def _line(error: Exception) -> int | None:
-    from jinja2 import TemplateSyntaxError
-
-    if isinstance(error, TemplateSyntaxError):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((f.lineno for f in reversed(frames) if f.filename == "<template>"), None)
 
 
 def _message(message: object, where: str) -> dict[str, Any]:

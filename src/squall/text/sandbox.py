@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
+from itertools import permutations
 from types import GeneratorType
 from typing import Any, NoReturn
 
@@ -85,15 +86,13 @@ class _Budget:
         self._end = time.thread_time() + MAX_SECONDS
         self._left = MAX_TOTAL
 
-    def tick(self) -> None:
+    def charge(self, value: Any) -> Any:
+        """Asked of whatever an operation made."""
         if time.thread_time() > self._end:
             raise LimitError(f"the template ran for more than {MAX_SECONDS:g} s")
-
-    def charge(self, value: Any) -> Any:
-        if isinstance(value, (str, bytes, list, tuple)):
-            self._left -= len(value)
-            if self._left < 0:
-                raise LimitError(f"the template made more than {MAX_TOTAL} characters")
+        self._left -= len(value) if isinstance(value, (str, list, tuple)) else 0
+        if self._left < 0:
+            raise LimitError(f"the template made more than {MAX_TOTAL} characters")
         return value
 
 
@@ -142,8 +141,9 @@ def _product(value: Any, *by: Any) -> None:
     _check_size(weigh(value) * max([1, *sizes]), 8 * MAX_CHARACTERS)
 
 
-def _replaced(value: Any, old: Any, new: Any, *_: Any) -> None:
-    _check_size(str(value).count(str(old)) * len(str(new)))
+def _replaced(value: Any, *by: Any) -> None:
+    for old, new in permutations(map(str, by), 2):  # they may be named, in any order
+        _check_size(str(value).count(old) * len(new))
 
 
 def _form(text: Any, *values: Any) -> None:
@@ -182,11 +182,9 @@ _BOUNDS: Mapping[str, Callable[..., object]] = {
 
 def _run(name: str, function: Callable[..., Any], /, *given: Any, **named: Any) -> Any:
     """An operation within bounds."""
-    budget = _BUDGET.get()
-    budget.tick()
     if name in _BOUNDS:
         _BOUNDS[name](*given, *named.values())
-    return budget.charge(function(*given, **named))
+    return _BUDGET.get().charge(function(*given, **named))
 
 
 def to_json(
@@ -210,9 +208,9 @@ def to_json(
     return "".join(parts)
 
 
-def strftime_now(form: str) -> str:
-    """The present local time in the form asked for."""
-    return datetime.now().strftime(form)
+def strftime_now(format: str) -> str:
+    """The present local time in the format asked for."""
+    return datetime.now().strftime(format)
 
 
 def raise_exception(message: Any) -> NoReturn:
@@ -286,14 +284,6 @@ class Environment(ImmutableSandboxedEnvironment):
             raise_exception=raise_exception,
             strftime_now=partial(_run, "strftime_now", partial(trace, strftime_now)),
         )
-
-    def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        """Renders within one budget."""
-        token = _BUDGET.set(_Budget())
-        try:
-            return template.render(variables)
-        finally:
-            _BUDGET.reset(token)
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
@@ -377,3 +367,18 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return _run(name, partial(trace, made) if writing else made, *values, **kwargs)
 
     return bounded
+
+
+@lru_cache(maxsize=8)
+def compiled(source: str) -> jinja2.Template:
+    """The template, ready to be rendered by any thread."""
+    return Environment().from_string(source)
+
+
+def render(source: str, variables: Mapping[str, Any]) -> str:
+    """What the template writes, within one budget."""
+    template, token = compiled(source), _BUDGET.set(_Budget())
+    try:
+        return template.render(variables)
+    finally:
+        _BUDGET.reset(token)
