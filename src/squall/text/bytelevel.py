@@ -34,7 +34,6 @@ BYTE_OF = _symbols()
 class ByteLevel:
     """Words by pattern, then merges by rank over the UTF-8 bytes of each word."""
 
-    space_prefix = False
     space_after_control = False
     space_suffix = False
 

@@ -192,14 +192,9 @@ def _rendered(source: str, variables: Mapping[str, Any]) -> str:
     try:
         return sandbox.render(source, variables)
     except Exception as error:  # any that Python code can raise, and always the template's fault
-        line = getattr(error, "lineno", None) or next(
-            (
-                frame.lineno
-                for frame in reversed(traceback.extract_tb(error.__traceback__))
-                if frame.filename == "<template>"
-            ),
-            None,
-        )
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         where = f", line {line}" if line else ""
         reason = str(error) or type(error).__name__
         raise TemplateError(f"chat template{where}: {reason}") from error

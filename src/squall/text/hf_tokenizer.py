@@ -27,6 +27,7 @@ MAX_ID = 1 << 24
 _LONG = 1 << 14  # characters; from here on the batch call pays, which tracks no offsets
 _BYTE = re.compile(r"\A<0x([0-9A-Fa-f]{2})>\Z")
 _NOTHING = {"type": "BPE", "vocab": {}, "merges": []}
+_Step = Callable[[str, bool], str]  # of a token, and whether it is the first
 _NAMES = ("bos_token", "eos_token", "unk_token")
 
 
@@ -235,8 +236,7 @@ class _Codec:
         self._vocabulary = vocabulary
         self._controls = frozenset(vocabulary.of_type(CONTROL))
         self._decoding = _Decoding(spec.get("decoder"))
-        self.space_prefix = self._decoding.space_prefix
-        self.space_suffix = self._decoding.space_suffix
+        self.space_suffix = "BPEDecoder" in self._decoding.kinds
 
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of text that holds no control token; `first`: nothing is before it."""
@@ -319,16 +319,17 @@ class _Decoding:
     """
 
     def __init__(self, decoder: Any) -> None:
-        self.space_prefix = self.space_suffix = self._fused = False
-        self._steps: list[Callable[[str, bool], str]] = []
+        self._steps: list[_Step] = []
+        self.kinds: list[str] = []
         for step in _flat(decoder):
-            kind = step.get("type")
+            kind = str(step.get("type"))
             if kind not in _STEPS:
                 known = ", ".join(sorted(_STEPS))
                 raise UnsupportedModel(
-                    f"tokenizer.json has the decoder {str(kind)[:80]!r}; known: {known}"
+                    f"tokenizer.json has the decoder {kind[:80]!r}; known: {known}"
                 )
-            _STEPS[kind](self, step)
+            self._steps.append(_STEPS[kind](step, "Fuse" in self.kinds))
+            self.kinds.append(kind)
 
     def bytes_of(self, text: str, *, first: bool) -> bytes:
         """The bytes of a token; `first`: no text comes before it."""
@@ -336,59 +337,49 @@ class _Decoding:
             text = step(text, first)
         return text.encode("utf-8", "surrogateescape")
 
-    def bytelevel(self, _: Mapping[str, Any]) -> None:
-        self._steps.append(lambda text, _: _escaped([BYTE_OF.get(c, -1) for c in text], text))
-
-    def fallback(self, _: Mapping[str, Any]) -> None:
-        self._steps.append(
-            lambda text, _: _escaped([int(b, 16) for b in _BYTE.findall(text)], text)
-        )
-
-    def fuse(self, _: Mapping[str, Any]) -> None:
-        self._fused = True
-
-    def replace(self, step: Mapping[str, Any]) -> None:
-        pattern, new = step.get("pattern"), step.get("content")
-        old = pattern.get("String") if isinstance(pattern, dict) else None
-        if not isinstance(old, str) or not old or not isinstance(new, str):
-            raise UnsupportedModel("tokenizer.json: a Replace decoder must replace a string")
-        self._steps.append(lambda text, _: text.replace(old, new))
-
-    def metaspace(self, step: Mapping[str, Any]) -> None:
-        space = str(step.get("replacement") or "\u2581")
-        default = "always" if step.get("add_prefix_space", True) else "never"
-        strips = step.get("prepend_scheme", default) != "never"
-        self.space_prefix |= strips
-        self._steps.append(lambda text, first: text.replace(space, "" if first and strips else " "))
-
-    def strip(self, step: Mapping[str, Any]) -> None:
-        if (step.get("content"), step.get("start"), step.get("stop")) != (" ", 1, 0):
-            raise UnsupportedModel("tokenizer.json: a Strip decoder must strip one leading space")
-        fused = self._fused
-        self.space_prefix |= fused
-        self._steps.append(lambda text, first: text.removeprefix(" " if first or not fused else ""))
-
-    def suffix(self, step: Mapping[str, Any]) -> None:
-        self.space_suffix = True
-        self._steps.append(lambda text, _: text.replace(str(step.get("suffix") or "</w>"), " "))
-
 
 def _escaped(values: list[int], text: str) -> str:
     """The bytes `values`, or the text if it does not stand for bytes."""
-    bytes_ = (
-        bytes(values) if values and min(values) >= 0 else text.encode("utf-8", "surrogateescape")
-    )
-    return bytes_.decode("utf-8", "surrogateescape")
+    if not values or min(values) < 0:
+        return text
+    return bytes(values).decode("utf-8", "surrogateescape")
 
 
-_STEPS = {
-    "ByteLevel": _Decoding.bytelevel,
-    "ByteFallback": _Decoding.fallback,
-    "Replace": _Decoding.replace,
-    "Metaspace": _Decoding.metaspace,
-    "Strip": _Decoding.strip,
-    "BPEDecoder": _Decoding.suffix,
-    "Fuse": _Decoding.fuse,
+def _replace(step: Mapping[str, Any], _: bool) -> _Step:
+    pattern, new = step.get("pattern"), step.get("content")
+    old = pattern.get("String") if isinstance(pattern, dict) else None
+    if not isinstance(old, str) or not old or not isinstance(new, str):
+        raise UnsupportedModel("tokenizer.json: a Replace decoder must replace a string")
+    return lambda text, _: text.replace(old, new)
+
+
+def _metaspace(step: Mapping[str, Any], _: bool) -> _Step:
+    space = str(step.get("replacement") or "\u2581")
+    default = "always" if step.get("add_prefix_space", True) else "never"
+    before = " " if step.get("prepend_scheme", default) == "never" else ""
+    return lambda text, first: text.replace(space, before if first else " ")
+
+
+def _strip(step: Mapping[str, Any], fused: bool) -> _Step:
+    if (step.get("content"), step.get("start"), step.get("stop")) != (" ", 1, 0):
+        raise UnsupportedModel("tokenizer.json: a Strip decoder must strip one leading space")
+    return lambda text, first: text.removeprefix(" " if first or not fused else "")
+
+
+def _suffix(step: Mapping[str, Any], _: bool) -> _Step:
+    return lambda text, _: text.replace(str(step.get("suffix") or "</w>"), " ")
+
+
+_STEPS: Mapping[str, Callable[[Mapping[str, Any], bool], _Step]] = {
+    "ByteLevel": lambda *_: lambda text, _: _escaped([BYTE_OF.get(c, -1) for c in text], text),
+    "ByteFallback": lambda *_: (
+        lambda text, _: _escaped([int(byte, 16) for byte in _BYTE.findall(text)], text)
+    ),
+    "Replace": _replace,
+    "Metaspace": _metaspace,
+    "Strip": _strip,
+    "BPEDecoder": _suffix,
+    "Fuse": lambda *_: lambda text, _: text,
 }
 
 

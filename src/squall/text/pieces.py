@@ -33,8 +33,7 @@ class SentencePiece:
         if scores is None or len(scores) != len(vocabulary.tokens):
             raise InvalidCheckpoint("tokenizer.ggml.scores must have one score a token")
         self.add_bos = True
-        self.space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        self.space_after_control = self.space_prefix
+        self.space_after_control = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         self._vocabulary = vocabulary
         self._ids: dict[str, int] = {}
         self._cost: dict[str, float] = {}
@@ -52,7 +51,7 @@ class SentencePiece:
     def encode(self, text: str, *, first: bool = True) -> list[int]:  # noqa: ARG002
         """Ids of text that holds no control token and follows one, or is the start."""
         text = text.replace(" ", _SPACE)
-        if self.space_prefix:
+        if self.space_after_control:
             text = _SPACE + text
         words: list[str] = []
         start = 0
@@ -70,7 +69,7 @@ class SentencePiece:
         if kind in (CONTROL, UNKNOWN):
             return text.encode()
         found = bytes([int(text[1:-1], 16)]) if kind == BYTE else text.replace(_SPACE, " ").encode()
-        return found.removeprefix(b" ") if first else found
+        return found.removeprefix(b" ") if first and self.space_after_control else found
 
     def _of_words(self, words: list[str]) -> list[int]:
         known = self._words

@@ -173,7 +173,7 @@ def _power(left: Any, right: Any) -> None:
 
 # What is asked of the arguments of that which can make more than it is given.
 _BOUNDS: Mapping[str, Callable[..., object]] = {
-    "+": weigh, "*": _times, "**": _power, "%": _modulo, "format": _form, "strftime_now": _form,
+    "+": weigh, "*": _times, "**": _power, "%": _modulo, "format": _form,
     "replace": _replaced, "indent": _product, "join": _product, "batch": _numbers,
     "center": _numbers, "ljust": _numbers, "rjust": _numbers, "round": _numbers, "slice": _numbers,
     "truncate": _numbers, "zfill": _numbers,
@@ -210,7 +210,8 @@ def to_json(
 
 def strftime_now(format: str) -> str:
     """The present local time in the format asked for."""
-    return datetime.now().strftime(format)
+    text: str = _run("format", partial(trace, lambda form: datetime.now().strftime(form)), format)
+    return text
 
 
 def raise_exception(message: Any) -> NoReturn:
@@ -277,13 +278,8 @@ class Environment(ImmutableSandboxedEnvironment):
         )
         known, names = {**self.filters, "tojson": to_json}, f"{_PASSING} {_SEEING} {_WRITING}"
         self.filters = {name: _filter(name, known[name]) for name in names.split()}
-        allowed = {name: self.globals[name] for name in GLOBALS}
-        self.globals.clear()
-        self.globals.update(
-            allowed,
-            raise_exception=raise_exception,
-            strftime_now=partial(_run, "strftime_now", partial(trace, strftime_now)),
-        )
+        given = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        self.globals = {name: self.globals[name] for name in GLOBALS} | given
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
@@ -336,10 +332,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def seen(self, *values: Any) -> Any:
-        """Called at loop turns and macro calls, and on lists that a template writes.
-
-        `call` counts the turns and weighs the lists.
-        """
+        """Called at loop turns and in macros, and with lists; `call` counts and weighs them."""
         return values[-1] if values else None
 
     def joined(self, *values: Any) -> str:

@@ -24,7 +24,7 @@ class TextStream:
         self._stops = [_Matcher(text) for text in stop]
         self._held = ""
         self._space = b""  # not a part of the text if it ends here
-        self._at_start = at_start and tokenizer.space_prefix
+        self._at_start = at_start
 
     def push(self, token: int) -> str:
         """The text that became certain with this token; control tokens have none."""

@@ -26,9 +26,8 @@ class Piece(NamedTuple):
 class Codec(Protocol):
     """One kind of vocabulary: text without control tokens to ids, and ids to bytes."""
 
-    space_prefix: bool  # text starts with a space that was not written
-    space_after_control: bool  # so does text after a control token
-    space_suffix: bool  # and it ends with one
+    space_after_control: bool  # text after a control token begins like the first
+    space_suffix: bool  # text ends with a space that was not written
 
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of text that holds no control token; `first`: nothing is before it."""
@@ -60,7 +59,6 @@ class Tokenizer:
         self.eos = vocabulary.eos
         self.stop_ids = vocabulary.stops
         self.vocab_size = len(vocabulary.tokens)
-        self.space_prefix = codec.space_prefix
         self.space_after_control = codec.space_after_control
         self.space_suffix = codec.space_suffix
         self._codec = codec
@@ -143,7 +141,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         parts: list[bytes] = []
-        first = self.space_prefix
+        first = True
         for token in ids:
             special = token in self._special
             if not (special and skip_specials):
