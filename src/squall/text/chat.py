@@ -46,11 +46,8 @@ class ChatTemplate:
     ) -> None:
         sources = {"default": source} if isinstance(source, str) else dict(source or {})
         self.sources: Mapping[str, str] = sources
-        self._constants = {
-            name: text
-            for name, text in (("bos_token", bos), ("eos_token", eos), ("unk_token", unk))
-            if text is not None
-        }
+        given = {"bos_token": bos, "eos_token": eos, "unk_token": unk}
+        self._constants = {name: text for name, text in given.items() if text is not None}
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
@@ -61,12 +58,9 @@ class ChatTemplate:
             if (key == _KEY or key.startswith(_KEY + ".")) and isinstance(text, str)
         }
         vocabulary = Vocabulary.from_gguf(metadata)
-        tokens = vocabulary.tokens
-        return cls(
-            sources,
-            bos=None if vocabulary.bos is None else tokens[vocabulary.bos],
-            eos=None if vocabulary.eos is None else tokens[vocabulary.eos],
-        )
+        ids = {"bos": vocabulary.bos, "eos": vocabulary.eos}
+        special = {name: vocabulary.tokens[i] for name, i in ids.items() if i is not None}
+        return cls(sources, **special)
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> ChatTemplate:
@@ -107,11 +101,8 @@ class ChatTemplate:
         """
         from squall.text.traced import parts
 
-        taken = sorted(kwargs.keys() & set(_RESERVED.split()))
-        if taken:
-            raise InvalidRequest(
-                f"the template has {taken[0]!r} already; chat_template_kwargs may not set it"
-            )
+        for name in kwargs.keys() & set(_RESERVED.split()):
+            raise InvalidRequest(f"chat_template_kwargs may not set {name!r}; leave it out")
         variables = {
             "documents": None,
             **{name: _written(value, name) for name, value in kwargs.items()},

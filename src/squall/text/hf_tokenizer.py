@@ -46,9 +46,7 @@ class HfTokenizer(Tokenizer):
         tokenizer_json: another file to use in its place.
         """
         files = _Files.read(Path(path), None if tokenizer_json is None else Path(tokenizer_json))
-        library = _load(files.tokenizer)
-        _repair(library, files)
-        vocabulary = _vocabulary(library, files)
+        library, vocabulary = _opened(files)
         prefix = _prefix(library, files, vocabulary.bos)
         added: dict[int, AddedToken] = library.get_added_tokens_decoder()
         codec = _Codec(library, vocabulary, files.spec)
@@ -68,9 +66,7 @@ class HfTokenizer(Tokenizer):
 def read_vocabulary(path: Path) -> tuple[Vocabulary, Mapping[str, Any]]:
     """The vocabulary of a folder, and what its tokenizer.json says."""
     files = _Files.read(path, None)
-    library = _load(files.tokenizer)
-    _repair(library, files)
-    return _vocabulary(library, files), files.spec
+    return _opened(files)[1], files.spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +106,12 @@ class _Files:
     def ids(self, name: str) -> list[int]:
         """The ids that the model's configurations give for `name`."""
         return [i for config in self.model for i in token_ids(config.get(name))]
+
+
+def _opened(files: _Files) -> tuple[Any, Vocabulary]:
+    library = _load(files.tokenizer)
+    _repair(library, files)
+    return library, _vocabulary(library, files)
 
 
 def _load(text: str) -> Any:
@@ -241,7 +243,7 @@ class _Codec:
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of text that holds no control token; `first`: nothing is before it."""
         library = self._first if first else self._later
-        ids: list[int] = _encode(library, [text])[0]
+        ids = _encode(library, text)
         if self._controls.isdisjoint(ids):
             return ids
         return self._without_controls(library, text)
@@ -267,10 +269,10 @@ class _Codec:
         return self._decoding.bytes_of(self._vocabulary.tokens[token], first=first)
 
 
-def _encode(library: Any, texts: list[str]) -> list[list[int]]:
-    if sum(map(len, texts)) < _LONG:
-        return [library.encode(text, add_special_tokens=False).ids for text in texts]
-    return [row.ids for row in library.encode_batch_fast(texts, add_special_tokens=False)]
+def _encode(library: Any, text: str) -> list[int]:
+    if len(text) < _LONG:
+        return list(library.encode(text, add_special_tokens=False).ids)
+    return list(library.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def _cut(text: str, encoded: Any, controls: frozenset[int]) -> list[str]:

@@ -153,11 +153,6 @@ def _form(text: Any, *values: Any) -> None:
     _check_size(directives * (weigh(*values) + 1000), 8 * MAX_CHARACTERS)
 
 
-def _modulo(left: Any, right: Any) -> None:
-    if isinstance(left, str):
-        _form(left, right)
-
-
 def _times(left: Any, right: Any) -> None:
     if isinstance(left, int) and isinstance(right, int):
         _check_bits(left.bit_length() + right.bit_length())
@@ -173,10 +168,11 @@ def _power(left: Any, right: Any) -> None:
 
 # What is asked of the arguments of that which can make more than it is given.
 _BOUNDS: Mapping[str, Callable[..., object]] = {
-    "+": weigh, "*": _times, "**": _power, "%": _modulo, "format": _form,
+    "+": weigh, "*": _times, "**": _power, "format": _form,
     "replace": _replaced, "indent": _product, "join": _product, "batch": _numbers,
     "center": _numbers, "ljust": _numbers, "rjust": _numbers, "round": _numbers, "slice": _numbers,
     "truncate": _numbers, "zfill": _numbers,
+    "%": lambda left, right: _form(left, right) if isinstance(left, str) else None,
 }  # fmt: skip
 
 
@@ -210,8 +206,7 @@ def to_json(
 
 def strftime_now(format: str) -> str:
     """The present local time in the format asked for."""
-    text: str = _run("format", partial(trace, lambda form: datetime.now().strftime(form)), format)
-    return text
+    return str(_run("format", partial(trace, datetime.now().strftime), format))
 
 
 def raise_exception(message: Any) -> NoReturn:
@@ -286,8 +281,7 @@ class Environment(ImmutableSandboxedEnvironment):
         """Joins what a block, a macro or the whole template wrote."""
         parts = list(parts)
         _check_size(sum(map(len, parts)))
-        text: str = _BUDGET.get().charge(joined(parts))
-        return text
+        return str(_BUDGET.get().charge(joined(parts)))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ARG002
         """`+ * ** %`, if the result is not too large."""

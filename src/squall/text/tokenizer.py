@@ -94,11 +94,6 @@ class Tokenizer:
             rstrip=frozenset(controls) - {bos, vocabulary.eos},
         )
 
-    @property
-    def controls(self) -> Sequence[str]:
-        """The texts of all control tokens."""
-        return tuple(self._controls)
-
     def encode(self, text: str, *, add_bos: bool = True, specials: bool = False) -> list[int]:
         """Ids of `text`; `specials`: control tokens in it are read as such.
 

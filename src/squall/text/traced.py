@@ -91,8 +91,7 @@ def shown(value: Any) -> Any:
 
 def joined(strings: Iterable[str]) -> str:
     """The strings as one."""
-    text: str = trace("".join, list(strings))
-    return text
+    return str(trace("".join, list(strings)))
 
 
 def _plain(value: Any) -> Any:
