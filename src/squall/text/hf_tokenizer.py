@@ -49,10 +49,9 @@ class HfTokenizer(Tokenizer):
         library, vocabulary = _opened(files)
         prefix = _prefix(library, files, vocabulary.bos)
         added: dict[int, AddedToken] = library.get_added_tokens_decoder()
-        codec = _Codec(library, vocabulary, files.spec)
         return cls(
             vocabulary,
-            codec,
+            _Codec(library, vocabulary, files.spec),
             prefix=prefix,
             lstrip=frozenset(i for i, token in added.items() if token.lstrip),
             rstrip=frozenset(i for i, token in added.items() if token.rstrip),
