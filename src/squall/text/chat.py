@@ -70,8 +70,8 @@ class ChatTemplate:
         processor_config.json, chat_template.json, tokenizer_config.json.
         """
         folder = Path(path)
-        config = read_json(folder / "tokenizer_config.json") or {}
-        tokens = (read_json(folder / "special_tokens_map.json") or {}) | config
+        tokens = read_json(folder / "special_tokens_map.json") or {}
+        tokens |= read_json(folder / "tokenizer_config.json") or {}
         sources = _jinja_files(folder)
         for name in ("processor_config.json", "chat_template.json", "tokenizer_config.json"):
             sources = sources or _named((read_json(folder / name) or {}).get("chat_template"))
@@ -186,9 +186,8 @@ def _rendered(source: str, variables: Mapping[str, Any]) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
-        where = f", line {line}" if line else ""
-        reason = str(error) or type(error).__name__
-        raise TemplateError(f"chat template{where}: {reason}") from error
+        where = f"chat template, line {line}" if line else "chat template"
+        raise TemplateError(f"{where}: {str(error) or type(error).__name__}") from error
 
 
 def _message(message: object, where: str) -> dict[str, Any]:

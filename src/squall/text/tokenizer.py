@@ -148,7 +148,7 @@ class Tokenizer:
         return b"".join(parts).decode("utf-8", "replace")
 
     def token_bytes(self, token: int, *, first: bool = False) -> bytes:
-        """The bytes a token stands for, `first` in a text or later; of a control token, its name."""
+        """The bytes a token stands for, `first` in a text or later; a control token's name."""
         found = self._bytes.get((token, first))
         if found is None:
             if not 0 <= token < self.vocab_size:
