@@ -188,7 +188,7 @@ class Model:
         """The chat template: the file's, unless another one is assigned."""
         if self.checkpoint.kind == "gguf":
             return ChatTemplate.from_gguf(self.checkpoint.metadata)
-        return ChatTemplate.from_folder(self.checkpoint.path, controls=self.tokenizer.controls)
+        return ChatTemplate.from_folder(self.checkpoint.path)
 
     def set_chat_template(self, source: str) -> None:
         """Use another template: a name such as "chatml", a .jinja or .json file, or Jinja."""

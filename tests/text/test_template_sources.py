@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from squall.errors import TemplateError
-from squall.text.chat import ChatTemplate
-from squall.text.templates import TEMPLATES
+from squall.text.chat import NAMED, ChatTemplate
+
+TEMPLATES = {file.stem: file.read_text(encoding="utf-8") for file in NAMED.glob("*.jinja")}
 
 SYSTEM = {"role": "system", "content": "S"}
 HI = {"role": "user", "content": "A"}

@@ -34,8 +34,8 @@ BYTE_OF = _symbols()
 class ByteLevel:
     """Words by pattern, then merges by rank over the UTF-8 bytes of each word."""
 
-    space_prefix = False
     space_after_control = False
+    space_suffix = False
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         pre = pretokenizers.by_name(metadata.get("tokenizer.ggml.pre"))
@@ -77,7 +77,7 @@ class ByteLevel:
     def _long(self, text: str) -> list[int]:
         return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int, *, first: bool) -> bytes:  # noqa: ARG002
         """What a token stands for."""
         text = self._vocabulary.tokens[token]
         if self._vocabulary.types[token] in (CONTROL, UNKNOWN, USER_DEFINED):

@@ -1,43 +1,40 @@
 """Chat templates: messages to a prompt whose control tokens all come from the template.
 
-Before rendering, each character of a message that could begin a control token gets a mark behind
-it, a character that occurs nowhere else; afterwards the prompt is cut at the marks, and control
-tokens are read inside of a part only. So templates see plain strings, and no message can hold a
-token.
+Templates see the strings that transformers shows them, and the prompt knows of each character
+whether a message wrote it (see `squall.text.traced`). Control tokens are read only where all
+characters are the template's own, or a role's: roles are part of many tokens, as in `<|user|>`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import MappingProxyType
+from typing import Any
 
 from squall.errors import InvalidRequest, TemplateError
 from squall.text.files import parse_json, read_json, read_text, token_text
-from squall.text.templates import TEMPLATES
 from squall.text.tokenizer import Piece
-from squall.text.vocabulary import CONTROL, UNKNOWN, Vocabulary, literals
-
-if TYPE_CHECKING:
-    import jinja2
+from squall.text.vocabulary import Vocabulary
 
 MAX_SOURCE = 100_000  # characters
+MAX_DEPTH = 64  # of lists and objects in each other
 _KEY = "tokenizer.chat_template"
-_USUAL_STARTS = "<[{|｜"  # noqa: RUF001
+NAMED = Path(__file__).parent / "templates"  # for models whose files have none
+_RESERVED = """
+messages tools add_generation_prompt bos_token eos_token unk_token tokenize chat_template range dict
+cycler joiner namespace raise_exception strftime_now
+"""
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
+_ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _REMEDY = "give one with --chat-template, or send a plain prompt instead of messages"
-_Value = TypeVar("_Value")
 
 
 class ChatTemplate:
-    """A template, or several by name of which requests with tools use `tool_use`.
-
-    `controls` are the texts of the control tokens that messages must not produce; without them
-    every character that usually begins one is taken to do so.
-    """
+    """A template, or several by name of which requests with tools use `tool_use`."""
 
     def __init__(
         self,
@@ -46,18 +43,11 @@ class ChatTemplate:
         bos: str | None = None,
         eos: str | None = None,
         unk: str | None = None,
-        controls: Sequence[str] = (),
     ) -> None:
         sources = {"default": source} if isinstance(source, str) else dict(source or {})
         self.sources: Mapping[str, str] = sources
-        self._controls = controls
-        self._constants = {
-            name: text
-            for name, text in (("bos_token", bos), ("eos_token", eos), ("unk_token", unk))
-            if text is not None
-        }
-        self._compiled: dict[str, _Compiled] = {}
-        self._lock = threading.Lock()
+        given = {"bos_token": bos, "eos_token": eos, "unk_token": unk}
+        self._constants = {name: text for name, text in given.items() if text is not None}
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> ChatTemplate:
@@ -68,74 +58,75 @@ class ChatTemplate:
             if (key == _KEY or key.startswith(_KEY + ".")) and isinstance(text, str)
         }
         vocabulary = Vocabulary.from_gguf(metadata)
-        tokens = vocabulary.tokens
-        return cls(
-            sources,
-            bos=None if vocabulary.bos is None else tokens[vocabulary.bos],
-            eos=None if vocabulary.eos is None else tokens[vocabulary.eos],
-            controls=[tokens[i] for i in vocabulary.of_type(CONTROL, UNKNOWN)],
-        )
+        ids = {"bos": vocabulary.bos, "eos": vocabulary.eos}
+        special = {name: vocabulary.tokens[i] for name, i in ids.items() if i is not None}
+        return cls(sources, **special)
 
     @classmethod
-    def from_folder(
-        cls, path: str | os.PathLike[str], *, controls: Sequence[str] = ()
-    ) -> ChatTemplate:
+    def from_folder(cls, path: str | os.PathLike[str]) -> ChatTemplate:
         """The templates of a Hugging Face folder; without any, rendering raises TemplateError.
 
         Of several sources the first counts: chat_template.jinja (with additional_chat_templates/),
         processor_config.json, chat_template.json, tokenizer_config.json.
         """
         folder = Path(path)
-        config = read_json(folder / "tokenizer_config.json") or {}
-        tokens = (read_json(folder / "special_tokens_map.json") or {}) | config
+        tokens = read_json(folder / "special_tokens_map.json") or {}
+        tokens |= read_json(folder / "tokenizer_config.json") or {}
         sources = _jinja_files(folder)
         for name in ("processor_config.json", "chat_template.json", "tokenizer_config.json"):
             sources = sources or _named((read_json(folder / name) or {}).get("chat_template"))
-        return cls(sources, **_special(tokens), controls=controls)
+        return cls(sources, **_special(tokens))
 
     def replaced(self, source: str) -> ChatTemplate:
-        """With another template: a name in TEMPLATES, a .jinja or .json file, or Jinja itself.
+        """With another template: the name of one in NAMED, a .jinja or .json file, or Jinja itself.
 
         The object in a JSON file has a `chat_template`, and may have `bos_token`, `eos_token` and
         `unk_token`.
         """
         sources, tokens = _given(source)
         special = {name[:3]: text for name, text in self._constants.items()} | tokens
-        return ChatTemplate(sources, **special, controls=self._controls)
+        return ChatTemplate(sources, **special)
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
-        **extra: Any,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        kwargs: Mapping[str, object] = MappingProxyType({}),
     ) -> list[Piece]:
-        """The prompt; `extra`, such as `tools`, goes to the template as it is.
+        """The prompt; `kwargs`, such as `enable_thinking`, are variables for the template.
 
         Raises TemplateError, with the template's line, for whatever goes wrong in it.
         """
-        if not all(isinstance(message, Mapping) for message in messages):
-            raise InvalidRequest("each message must be an object with a role and a content")
-        given = {"tools": None, "documents": None, **extra, "messages": list(messages)}
-        compiled = self._template(with_tools=bool(given["tools"]))
-        mark = _absent([compiled.source, *self._constants.values(), *_strings(given)])
-        given = _mapped(given, lambda text: compiled.starts.sub(_marker(mark), text))
-        text = compiled.run(
-            {**self._constants, "add_generation_prompt": add_generation_prompt, **given}
-        )
-        return list(_cut(text, mark))
+        from squall.text.traced import parts
 
-    def _template(self, *, with_tools: bool) -> _Compiled:
+        for name in kwargs.keys() & set(_RESERVED.split()):
+            raise InvalidRequest(f"chat_template_kwargs may not set {name!r}; leave it out")
+        variables = {
+            "documents": None,
+            **{name: _written(value, name) for name, value in kwargs.items()},
+            **self._constants,
+            "add_generation_prompt": add_generation_prompt,
+            "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(messages)],
+            "tools": _written(tools, "tools"),
+        }
+        text = _rendered(self._source(with_tools=bool(tools)), variables)
+        return [Piece(*part) for part in parts(text)]
+
+    def _source(self, *, with_tools: bool) -> str:
         name = "tool_use" if with_tools and "tool_use" in self.sources else "default"
         if not self.sources:
             raise TemplateError(f"the model has no chat template; {_REMEDY}")
         if name not in self.sources:
             names = ", ".join(sorted(self.sources))
             raise TemplateError(f"the model has no {name!r} chat template, only {names}; {_REMEDY}")
-        with self._lock:
-            if name not in self._compiled:
-                self._compiled[name] = _Compiled(self.sources[name], self._controls)
-            return self._compiled[name]
+        source = self.sources[name]
+        if len(source) > MAX_SOURCE:
+            raise TemplateError(
+                f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed"
+            )
+        return source
 
 
 def _jinja_files(folder: Path) -> dict[str, str]:
@@ -163,13 +154,14 @@ def _special(tokens: Mapping[str, Any]) -> dict[str, str]:
 
 def _given(source: str) -> tuple[dict[str, str], dict[str, str]]:
     """Templates by name, and special tokens, from what the user calls a chat template."""
-    if source in TEMPLATES:
-        return {"default": TEMPLATES[source]}, {}
+    named = {file.stem: file for file in sorted(NAMED.glob("*.jinja"))}
+    if source in named:
+        return {"default": named[source].read_text(encoding="utf-8")}, {}
     if "{{" in source or "{%" in source:
         return {"default": source}, {}
     file = Path(source).expanduser()
     if not file.is_file():
-        known = ", ".join(TEMPLATES)
+        known = ", ".join(named)
         raise TemplateError(
             f"{source[:200]!r} is no chat template: give a .jinja or .json file, a template, or "
             f"one of the names {known}"
@@ -184,106 +176,50 @@ def _given(source: str) -> tuple[dict[str, str], dict[str, str]]:
     return sources, _special(config)
 
 
-class _Compiled:
-    """One template, ready to run, and where messages for it need marks."""
+def _rendered(source: str, variables: Mapping[str, Any]) -> str:
+    # Jinja takes a tenth of a second to import, and who sends no messages needs none of it.
+    from squall.text import sandbox
 
-    def __init__(self, source: str, controls: Sequence[str]) -> None:
-        if len(source) > MAX_SOURCE:
-            raise TemplateError(
-                f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed"
-            )
-        # Jinja takes a tenth of a second to import, and who sends no messages needs none of it.
-        from squall.text.sandbox import Environment
-
-        self.source = source
-        self._environment = Environment()
-        self._template: jinja2.Template = _attempt(lambda: self._environment.from_string(source))
-        self.starts = _starts(_constants(self._environment, source), controls)
-
-    def run(self, variables: Mapping[str, Any]) -> str:
-        """The text the template writes."""
-        return _attempt(lambda: self._environment.run(self._template, variables))
-
-
-def _attempt(action: Callable[[], _Value]) -> _Value:
-    """Templates fail in any way that Python code can, and it is always the template's fault."""
     try:
-        return action()
-    except Exception as error:
-        line = _line(error)
-        reason = str(error) or type(error).__name__
-        where = f", line {line}" if line else ""
-        raise TemplateError(f"chat template{where}: {reason}") from error
+        return sandbox.render(source, variables)
+    except Exception as error:  # any that Python code can raise, and always the template's fault
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = f"chat template, line {line}" if line else "chat template"
+        raise TemplateError(f"{where}: {str(error) or type(error).__name__}") from error
 
 
-def _line(error: Exception) -> int | None:
-    from jinja2 import TemplateSyntaxError
-
-    if isinstance(error, TemplateSyntaxError):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((f.lineno for f in reversed(frames) if f.filename == "<template>"), None)
-
-
-def _constants(environment: Any, source: str) -> set[str]:
-    """The strings in a template's code, which it may look for in messages."""
-    from jinja2 import nodes
-
-    tree = environment.parse(source)
-    return {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+def _message(message: object, where: str) -> dict[str, Any]:
+    """A message as transformers shows it to templates: what is null is left out."""
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f"{where} must be an object with a role and a content")
+    given = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[key] for key in _REASONING if key in given), None)
+    if reasoning is not None:
+        given = {"thinking": reasoning, **given, "reasoning_content": reasoning}
+    made: dict[str, Any] = _written(given, where)
+    role = given.get("role")
+    if isinstance(role, str) and _ROLE.fullmatch(role):
+        made["role"] = role
+    return made
 
 
-def _starts(constants: Iterable[str], controls: Sequence[str]) -> re.Pattern[str]:
-    """Matches characters that may begin a control token; with group 1 where no mark is wanted.
+def _written(value: object, where: str, depth: int = MAX_DEPTH) -> Any:
+    """JSON-like data with strings that are known to be a message's."""
+    from squall.text.traced import Traced
 
-    That is where a string of the template's code begins: the template may look for it there, as for
-    `</think>`, and a mark would hide it. Not so for the beginning of a control token.
-    """
-    starts = {text[0] for text in controls} or set(_USUAL_STARTS)
-    wanted = [
-        text
-        for text in constants
-        if text[:1] in starts and not any(c.startswith(text) or c in text for c in controls)
-    ]
-    control, constant = literals(controls).pattern, literals(wanted).pattern
-    first = "".join(map(re.escape, sorted(starts)))
-    return re.compile(f"((?!{control})(?={constant}))?[{first}]")
-
-
-def _marker(mark: str) -> Callable[[re.Match[str]], str]:
-    return lambda match: match[0] if match[1] is not None else match[0] + mark
-
-
-def _cut(text: str, mark: str) -> Iterable[Piece]:
-    *marked, last = text.split(mark)
-    for part in marked:
-        if part[:-1]:
-            yield Piece(part[:-1])
-        if part:
-            yield Piece(part[-1], content=True)
-    if last:
-        yield Piece(last)
-
-
-def _absent(texts: Iterable[str]) -> str:
-    """A private-use character that is in none of the texts."""
-    everything = "".join(texts)
-    return next(c for c in map(chr, range(0x10FFFD, 0x100000, -1)) if c not in everything)
-
-
-def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(item)
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return Traced(str.__str__(value)) if value else value
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if not depth:
+        raise InvalidRequest(f"{where} is nested too deep; at most {MAX_DEPTH} levels are allowed")
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {Traced(key): _written(item, where, depth - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_mapped(item, change) for item in value]
-    return value
+        return [_written(item, where, depth - 1) for item in value]
+    raise InvalidRequest(
+        f"{where} holds a {type(value).__name__}; give strings, numbers, booleans, null, lists and "
+        "objects with names"
+    )

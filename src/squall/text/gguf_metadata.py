@@ -13,7 +13,6 @@ from squall.text.chat import ChatTemplate
 from squall.text.hf_tokenizer import HfTokenizer, read_vocabulary
 from squall.text.pretokenizers import PRES
 from squall.text.tokenizer import Tokenizer
-from squall.text.vocabulary import CONTROL, UNKNOWN
 
 _KEY = "tokenizer.ggml."
 _UNUSED = 5
@@ -57,8 +56,7 @@ def gguf_tokenizer(folder: Path, vocab: int) -> dict[str, Any]:
     tokenizer = HfTokenizer.from_folder(folder)
     with_bos = tokenizer.encode("a")
     metadata[f"{_KEY}add_bos_token"] = with_bos != tokenizer.encode("a", add_bos=False)
-    controls = [vocabulary.tokens[i] for i in vocabulary.of_type(CONTROL, UNKNOWN)]
-    for name, source in ChatTemplate.from_folder(folder, controls=controls).sources.items():
+    for name, source in ChatTemplate.from_folder(folder).sources.items():
         metadata["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = source
     wanted = [tokenizer.encode(sample) for sample in SAMPLES]
     for pre in _CANDIDATES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from squall.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, s
 
 MAX_ID = 1 << 24
 _LONG = 1 << 14  # characters; from here on the batch call pays, which tracks no offsets
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE = re.compile(r"\A<0x([0-9A-Fa-f]{2})>\Z")
 _NOTHING = {"type": "BPE", "vocab": {}, "merges": []}
+_Step = Callable[[str, bool], str]  # of a token, and whether it is the first
 _NAMES = ("bos_token", "eos_token", "unk_token")
 
 
@@ -45,31 +46,26 @@ class HfTokenizer(Tokenizer):
         tokenizer_json: another file to use in its place.
         """
         files = _Files.read(Path(path), None if tokenizer_json is None else Path(tokenizer_json))
-        library = _load(files.tokenizer)
-        _repair(library, files)
-        vocabulary = _vocabulary(library, files)
+        library, vocabulary = _opened(files)
         prefix = _prefix(library, files, vocabulary.bos)
         added: dict[int, AddedToken] = library.get_added_tokens_decoder()
-        codec = _Codec(library, vocabulary, files.spec)
         return cls(
             vocabulary,
-            codec,
+            _Codec(library, vocabulary, files.spec),
             prefix=prefix,
             lstrip=frozenset(i for i, token in added.items() if token.lstrip),
             rstrip=frozenset(i for i, token in added.items() if token.rstrip),
         )
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int, *, first: bool = False) -> bytes:
         """The bytes a token stands for; none for the ids that pad a model's vocabulary."""
-        return b"" if token >= self.vocab_size else super().token_bytes(token)
+        return b"" if token >= self.vocab_size else super().token_bytes(token, first=first)
 
 
 def read_vocabulary(path: Path) -> tuple[Vocabulary, Mapping[str, Any]]:
     """The vocabulary of a folder, and what its tokenizer.json says."""
     files = _Files.read(path, None)
-    library = _load(files.tokenizer)
-    _repair(library, files)
-    return _vocabulary(library, files), files.spec
+    return _opened(files)[1], files.spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +105,12 @@ class _Files:
     def ids(self, name: str) -> list[int]:
         """The ids that the model's configurations give for `name`."""
         return [i for config in self.model for i in token_ids(config.get(name))]
+
+
+def _opened(files: _Files) -> tuple[Any, Vocabulary]:
+    library = _load(files.tokenizer)
+    _repair(library, files)
+    return library, _vocabulary(library, files)
 
 
 def _load(text: str) -> Any:
@@ -235,12 +237,12 @@ class _Codec:
         self._vocabulary = vocabulary
         self._controls = frozenset(vocabulary.of_type(CONTROL))
         self._decoding = _Decoding(spec.get("decoder"))
-        self.space_prefix = self._decoding.space_prefix
+        self.space_suffix = "BPEDecoder" in self._decoding.kinds
 
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of text that holds no control token; `first`: nothing is before it."""
         library = self._first if first else self._later
-        ids: list[int] = _encode(library, [text])[0]
+        ids = _encode(library, text)
         if self._controls.isdisjoint(ids):
             return ids
         return self._without_controls(library, text)
@@ -261,18 +263,15 @@ class _Codec:
                 done += [i for i in ids if i not in self._controls]
         return done
 
-    def token_bytes(self, token: int) -> bytes:
-        """What a token stands for."""
-        text = self._vocabulary.tokens[token]
-        if self._vocabulary.types[token] in (CONTROL, UNKNOWN, USER_DEFINED):
-            return text.encode()
-        return self._decoding.bytes_of(text)
+    def token_bytes(self, token: int, *, first: bool) -> bytes:
+        """What a token stands for; added tokens go through the decoder as others do."""
+        return self._decoding.bytes_of(self._vocabulary.tokens[token], first=first)
 
 
-def _encode(library: Any, texts: list[str]) -> list[list[int]]:
-    if sum(map(len, texts)) < _LONG:
-        return [library.encode(text, add_special_tokens=False).ids for text in texts]
-    return [row.ids for row in library.encode_batch_fast(texts, add_special_tokens=False)]
+def _encode(library: Any, text: str) -> list[int]:
+    if len(text) < _LONG:
+        return list(library.encode(text, add_special_tokens=False).ids)
+    return list(library.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def _cut(text: str, encoded: Any, controls: frozenset[int]) -> list[str]:
@@ -315,73 +314,73 @@ def _without_prefix(step: Any) -> Any:
 
 
 class _Decoding:
-    """A decoder of tokenizer.json as what one token stands for, whatever is around it."""
+    """A decoder of tokenizer.json as what one token stands for, whatever is around it.
+
+    Bytes are kept in texts as "surrogateescape" does, and become characters where texts are joined.
+    """
 
     def __init__(self, decoder: Any) -> None:
-        self.space_prefix = False
-        self._bytelevel = False
-        self._fallback = False
-        self._replace: list[tuple[str, str]] = []
+        self._steps: list[_Step] = []
+        self.kinds: list[str] = []
         for step in _flat(decoder):
-            kind = step.get("type")
+            kind = str(step.get("type"))
             if kind not in _STEPS:
                 known = ", ".join(sorted(_STEPS))
                 raise UnsupportedModel(
-                    f"tokenizer.json has the decoder {str(kind)[:80]!r}; known: {known}"
+                    f"tokenizer.json has the decoder {kind[:80]!r}; known: {known}"
                 )
-            _STEPS[kind](self, step)
+            self._steps.append(_STEPS[kind](step, "Fuse" in self.kinds))
+            self.kinds.append(kind)
 
-    def bytes_of(self, text: str) -> bytes:
-        """The bytes of a token of the vocabulary."""
-        if self._bytelevel:
-            try:
-                return bytes([BYTE_OF[character] for character in text])
-            except KeyError:
-                return text.encode()
-        if self._fallback and (match := _BYTE.fullmatch(text)):
-            return bytes([int(match[1], 16)])
-        for old, new in self._replace:
-            text = text.replace(old, new)
-        return text.encode()
-
-    def bytelevel(self, _: Mapping[str, Any]) -> None:
-        self._bytelevel = True
-
-    def fallback(self, _: Mapping[str, Any]) -> None:
-        self._fallback = True
-
-    def replace(self, step: Mapping[str, Any]) -> None:
-        pattern = step.get("pattern")
-        old = pattern.get("String") if isinstance(pattern, dict) else None
-        if not isinstance(old, str) or not old or not isinstance(step.get("content"), str):
-            raise UnsupportedModel("tokenizer.json: a Replace decoder must replace a string")
-        self._replace.append((old, step["content"]))
-
-    def metaspace(self, step: Mapping[str, Any]) -> None:
-        self._replace.append((str(step.get("replacement") or "\u2581"), " "))
-        default = "always" if step.get("add_prefix_space", True) else "never"
-        self.space_prefix = step.get("prepend_scheme", default) != "never"
-
-    def strip(self, step: Mapping[str, Any]) -> None:
-        if (step.get("content"), step.get("start"), step.get("stop")) != (" ", 1, 0):
-            raise UnsupportedModel("tokenizer.json: a Strip decoder must strip one leading space")
-        self.space_prefix = True
-
-    def suffix(self, step: Mapping[str, Any]) -> None:
-        self._replace.append((str(step.get("suffix") or "</w>"), " "))
-
-    def fuse(self, _: Mapping[str, Any]) -> None:
-        """Tokens are joined anyway."""
+    def bytes_of(self, text: str, *, first: bool) -> bytes:
+        """The bytes of a token; `first`: no text comes before it."""
+        for step in self._steps:
+            text = step(text, first)
+        return text.encode("utf-8", "surrogateescape")
 
 
-_STEPS = {
-    "ByteLevel": _Decoding.bytelevel,
-    "ByteFallback": _Decoding.fallback,
-    "Replace": _Decoding.replace,
-    "Metaspace": _Decoding.metaspace,
-    "Strip": _Decoding.strip,
-    "BPEDecoder": _Decoding.suffix,
-    "Fuse": _Decoding.fuse,
+def _escaped(values: list[int], text: str) -> str:
+    """The bytes `values`, or the text if it does not stand for bytes."""
+    if not values or min(values) < 0:
+        return text
+    return bytes(values).decode("utf-8", "surrogateescape")
+
+
+def _replace(step: Mapping[str, Any], _: bool) -> _Step:
+    pattern, new = step.get("pattern"), step.get("content")
+    old = pattern.get("String") if isinstance(pattern, dict) else None
+    if not isinstance(old, str) or not old or not isinstance(new, str):
+        raise UnsupportedModel("tokenizer.json: a Replace decoder must replace a string")
+    return lambda text, _: text.replace(old, new)
+
+
+def _metaspace(step: Mapping[str, Any], _: bool) -> _Step:
+    space = str(step.get("replacement") or "\u2581")
+    default = "always" if step.get("add_prefix_space", True) else "never"
+    before = " " if step.get("prepend_scheme", default) == "never" else ""
+    return lambda text, first: text.replace(space, before if first else " ")
+
+
+def _strip(step: Mapping[str, Any], fused: bool) -> _Step:
+    if (step.get("content"), step.get("start"), step.get("stop")) != (" ", 1, 0):
+        raise UnsupportedModel("tokenizer.json: a Strip decoder must strip one leading space")
+    return lambda text, first: text.removeprefix(" " if first or not fused else "")
+
+
+def _suffix(step: Mapping[str, Any], _: bool) -> _Step:
+    return lambda text, _: text.replace(str(step.get("suffix") or "</w>"), " ")
+
+
+_STEPS: Mapping[str, Callable[[Mapping[str, Any], bool], _Step]] = {
+    "ByteLevel": lambda *_: lambda text, _: _escaped([BYTE_OF.get(c, -1) for c in text], text),
+    "ByteFallback": lambda *_: (
+        lambda text, _: _escaped([int(byte, 16) for byte in _BYTE.findall(text)], text)
+    ),
+    "Replace": _replace,
+    "Metaspace": _metaspace,
+    "Strip": _strip,
+    "BPEDecoder": _suffix,
+    "Fuse": lambda *_: lambda text, _: text,
 }
 
 

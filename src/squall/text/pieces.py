@@ -26,13 +26,14 @@ _REMEMBERED = 100_000  # words
 class SentencePiece:
     """Merges neighbours whose joint piece has the best score, leftmost first, until none has."""
 
+    space_suffix = False
+
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         scores = metadata.get("tokenizer.ggml.scores")
         if scores is None or len(scores) != len(vocabulary.tokens):
             raise InvalidCheckpoint("tokenizer.ggml.scores must have one score a token")
         self.add_bos = True
-        self.space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        self.space_after_control = self.space_prefix
+        self.space_after_control = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         self._vocabulary = vocabulary
         self._ids: dict[str, int] = {}
         self._cost: dict[str, float] = {}
@@ -50,7 +51,7 @@ class SentencePiece:
     def encode(self, text: str, *, first: bool = True) -> list[int]:  # noqa: ARG002
         """Ids of text that holds no control token and follows one, or is the start."""
         text = text.replace(" ", _SPACE)
-        if self.space_prefix:
+        if self.space_after_control:
             text = _SPACE + text
         words: list[str] = []
         start = 0
@@ -62,12 +63,13 @@ class SentencePiece:
         ids = self._of_words(words)
         return ids if self._bytes else _fused(ids, self._vocabulary.unknown)
 
-    def token_bytes(self, token: int) -> bytes:
-        """What a token stands for."""
+    def token_bytes(self, token: int, *, first: bool) -> bytes:
+        """What a token stands for; the first of a text loses the space that was put before it."""
         text, kind = self._vocabulary.tokens[token], self._vocabulary.types[token]
-        if kind == BYTE:
-            return bytes([int(text[1:-1], 16)])
-        return text.encode() if kind in (CONTROL, UNKNOWN) else text.replace(_SPACE, " ").encode()
+        if kind in (CONTROL, UNKNOWN):
+            return text.encode()
+        found = bytes([int(text[1:-1], 16)]) if kind == BYTE else text.replace(_SPACE, " ").encode()
+        return found.removeprefix(b" ") if first and self.space_after_control else found
 
     def _of_words(self, words: list[str]) -> list[int]:
         known = self._words

@@ -1,7 +1,8 @@
 """A Jinja environment for templates nobody has checked: no way out, bounded time and memory.
 
-Jinja's own sandbox keeps templates from Python's internals, but not from `'a' * 10**9`. Here every
-loop turn is counted, and whatever can make something large is first asked how large.
+Templates may use what is listed here: statements, filters, methods and attributes of the values
+they meet. Everything they call is counted, and what can make something large is first asked how
+large. Texts keep the origin of their characters (see `squall.text.traced`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from functools import wraps
-from types import BuiltinMethodType, GeneratorType
+from functools import lru_cache, partial, wraps
+from itertools import permutations
+from types import GeneratorType
 from typing import Any, NoReturn
 
 import jinja2
@@ -22,9 +24,12 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro, Undefined
+from jinja2.runtime import Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Cycler, Namespace
 from jinja2.visitor import NodeTransformer
+
+from squall.text.traced import joined, shown, trace
 
 MAX_SECONDS = 1.0  # processor time of one rendering
 MAX_CHARACTERS = 8_000_000  # of one value
@@ -33,23 +38,39 @@ MAX_ITEMS = 250_000  # in one value, nested ones counted
 MAX_NUMBER = 100_000  # of what a width or a count may be
 MAX_BITS = 4096  # of an integer
 
-_ALLOWED = """
-abs batch capitalize count d default dictsort e escape first float format groupby indent int items
-join last length list lower map max min reject rejectattr replace reverse round safe select
-selectattr slice sort string sum title trim truncate unique upper urlencode wordcount
-"""
-FILTERS = _ALLOWED.split()
+STATEMENTS = (
+    nodes.Assign, nodes.AssignBlock, nodes.Block, nodes.Break, nodes.CallBlock, nodes.Continue,
+    nodes.ExprStmt, nodes.FilterBlock, nodes.For, nodes.If, nodes.Macro, nodes.Output, nodes.With,
+)  # fmt: skip
 GLOBALS = ("range", "dict", "cycler", "joiner", "namespace")
-# Filters whose cost and result do not grow with what their argument's items hold.
-_ITEMWISE = """
-abs batch count d default first float int items last length list map reject rejectattr reverse
-select selectattr slice
+# Filters that hand on what they are given, whatever is in it; that look into it; that make texts.
+_PASSING = """
+abs batch count d default first float int items last length list map reject rejectattr reverse round
+select selectattr slice wordcount
 """
-_SHALLOW = frozenset(_ITEMWISE.split())
-# Methods and filters that take a width or a count, and those whose result is a product of sizes.
-_PADDING = "center expandtabs indent ljust rjust zfill"
-_COUNTING = frozenset([*_PADDING.split(), "batch", "round", "slice", "to_bytes", "truncate"])
-_GROWING = frozenset([*_PADDING.split(), "join", "replace", "translate"])
+_SEEING = "dictsort groupby max min sort sum unique"
+_WRITING = """
+capitalize center e escape format indent join lower replace safe string title tojson trim truncate
+upper urlencode
+"""
+_STRING = """
+capitalize casefold center count endswith find format index isalnum isalpha isascii isdecimal
+isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip
+partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split
+splitlines startswith strip swapcase title upper zfill
+"""
+_LOOP = """
+changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0
+"""
+_METHODS = frozenset(_STRING.split())
+_ATTRIBUTES: Mapping[type, str] = {
+    dict: "copy get items keys values",
+    list: "copy count index",
+    tuple: "count grouper index list",
+    Cycler: "current next reset",
+    Macro: "arguments name",
+    LoopContext: _LOOP,
+}
 _DIRECTIVE = re.compile(r"[%{]")
 _WIDE = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4})|\{[^{}]*:[^{}]*(?:\d{4}|\{)")
 
@@ -65,15 +86,13 @@ class _Budget:
         self._end = time.thread_time() + MAX_SECONDS
         self._left = MAX_TOTAL
 
-    def tick(self) -> None:
+    def charge(self, value: Any) -> Any:
+        """Asked of whatever an operation made."""
         if time.thread_time() > self._end:
             raise LimitError(f"the template ran for more than {MAX_SECONDS:g} s")
-
-    def charge(self, value: Any) -> Any:
-        if isinstance(value, (str, bytes, list, tuple)):
-            self._left -= len(value)
-            if self._left < 0:
-                raise LimitError(f"the template made more than {MAX_TOTAL} characters")
+        self._left -= len(value) if isinstance(value, (str, list, tuple)) else 0
+        if self._left < 0:
+            raise LimitError(f"the template made more than {MAX_TOTAL} characters")
         return value
 
 
@@ -86,34 +105,23 @@ def weigh(*values: Any) -> int:
     while rest:
         value = rest.pop()
         items += 1
-        if isinstance(value, (str, bytes)):
+        if isinstance(value, str):
             size += len(value)
         elif isinstance(value, Mapping):
             rest += [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset)):
+        elif isinstance(value, (list, tuple)):
             rest += value
         else:
             size += 8
-        if size > MAX_CHARACTERS or items + len(rest) > MAX_ITEMS:
-            raise _too_large()
+        _check_size(size)
+        if items + len(rest) > MAX_ITEMS:
+            raise LimitError(f"the template made a value of more than {MAX_ITEMS} items")
     return size + items
 
 
-def _too_large() -> LimitError:
-    return LimitError(f"the template made a value of more than {MAX_CHARACTERS} characters")
-
-
-def _check_product(*factors: Any) -> None:
-    """`factors`: what is made larger, and what it is made larger by."""
-    first, *others = (v if isinstance(v, int) else weigh(v) for v in factors)
-    if first * max([1, *others]) > 8 * MAX_CHARACTERS:
-        raise _too_large()
-
-
-def _check_numbers(values: Iterable[Any]) -> None:
-    for value in values:
-        if isinstance(value, (int, float)) and abs(value) > MAX_NUMBER:
-            raise LimitError(f"a width or count of {value}; at most {MAX_NUMBER} are allowed")
+def _check_size(characters: float, most: int = MAX_CHARACTERS) -> None:
+    if characters > most:
+        raise LimitError(f"the template made a value of more than {MAX_CHARACTERS} characters")
 
 
 def _check_bits(bits: int) -> None:
@@ -121,40 +129,58 @@ def _check_bits(bits: int) -> None:
         raise LimitError(f"the template made an integer of more than {MAX_BITS} bits")
 
 
-def _check_format(text: Any, *values: Any) -> None:
-    if _WIDE.search(text):
+def _numbers(_: Any, *values: Any) -> None:
+    for value in values:
+        if isinstance(value, (int, float)) and abs(value) > MAX_NUMBER:
+            raise LimitError(f"a width or count of {value}; at most {MAX_NUMBER} are allowed")
+
+
+def _product(value: Any, *by: Any) -> None:
+    _numbers(value, *by)
+    sizes = (v if isinstance(v, int) else weigh(v) for v in by)
+    _check_size(weigh(value) * max([1, *sizes]), 8 * MAX_CHARACTERS)
+
+
+def _replaced(value: Any, *by: Any) -> None:
+    for old, new in permutations(map(str, by), 2):  # they may be named, in any order
+        _check_size(str(value).count(old) * len(new))
+
+
+def _form(text: Any, *values: Any) -> None:
+    if _WIDE.search(str(text)):
         raise LimitError("a format with a width over 999, or with a width given by a value")
-    _check_product(len(_DIRECTIVE.findall(text)), weigh(*values), 1000)
+    directives = len(_DIRECTIVE.findall(str(text)))
+    _check_size(directives * (weigh(*values) + 1000), 8 * MAX_CHARACTERS)
 
 
-def _add(left: Any, right: Any) -> Any:
-    if not isinstance(left, (int, float)):
-        weigh(left, right)
-    return left + right
-
-
-def _multiply(left: Any, right: Any) -> Any:
+def _times(left: Any, right: Any) -> None:
     if isinstance(left, int) and isinstance(right, int):
         _check_bits(left.bit_length() + right.bit_length())
     elif isinstance(left, int) or isinstance(right, int):
         count, value = (left, right) if isinstance(left, int) else (right, left)
-        if not isinstance(value, float) and weigh(value) * count > MAX_CHARACTERS:
-            raise _too_large()
-    return left * right
+        _check_size(0 if isinstance(value, float) else weigh(value) * count)
 
 
-def _power(left: Any, right: Any) -> Any:
+def _power(left: Any, right: Any) -> None:
     if isinstance(left, int) and isinstance(right, int):
         _check_bits(left.bit_length() * abs(right))
-    return left**right
 
 
-def _modulo(left: Any, right: Any) -> Any:
-    if isinstance(left, str):
-        _check_format(left, right)
-    elif isinstance(left, bytes):
-        raise LimitError("templates may not format bytes")
-    return left % right
+# What is asked of the arguments of that which can make more than it is given.
+_BOUNDS: Mapping[str, Callable[..., object]] = {
+    "+": weigh, "*": _times, "**": _power, "format": _form,
+    "replace": _replaced, "indent": _product, "join": _product, "batch": _numbers,
+    "center": _numbers, "ljust": _numbers, "rjust": _numbers, "round": _numbers, "slice": _numbers,
+    "truncate": _numbers, "zfill": _numbers,
+    "%": lambda left, right: _form(left, right) if isinstance(left, str) else None,
+}  # fmt: skip
+
+
+def _run(name: str, function: Callable[..., Any], /, *given: Any, **named: Any) -> Any:
+    """An operation within bounds."""
+    if name in _BOUNDS:
+        _BOUNDS[name](*given, *named.values())
+    return _BUDGET.get().charge(function(*given, **named))
 
 
 def to_json(
@@ -174,15 +200,13 @@ def to_json(
     for part in encoder.iterencode(value):
         parts.append(part)
         size += len(part)
-        if size > MAX_CHARACTERS:
-            raise _too_large()
+        _check_size(size)
     return "".join(parts)
 
 
-def strftime_now(form: str) -> str:
-    """The present local time in the form asked for."""
-    _check_format(form)
-    return datetime.now().strftime(form)
+def strftime_now(format: str) -> str:
+    """The present local time in the format asked for."""
+    return str(_run("format", partial(trace, datetime.now().strftime), format))
 
 
 def raise_exception(message: Any) -> NoReturn:
@@ -201,40 +225,32 @@ class _Generation(Extension):
 
 
 class _Instrument(NodeTransformer):
-    """Makes a template call back where Jinja's sandbox does not look."""
+    """Refuses other statements, and calls back where Jinja's sandbox does not look."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        return self._counted(node)
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        if isinstance(node, nodes.Stmt) and not isinstance(node, STATEMENTS):
+            kind = type(node).__name__
+            raise jinja2.TemplateSyntaxError(f"templates may not use {kind}", node.lineno)
+        return super().generic_visit(node, *args, **kwargs)
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        return self._counted(node)
+    def visit_For(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_callback("seen", [], node.lineno), lineno=node.lineno))
+        return node
 
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        return self._counted(node)
+    visit_Macro = visit_CallBlock = visit_For
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return _callback("joined", node.nodes, node.lineno)
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:
-        return self._weighed(node, node.items)
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        return self._weighed(node, node.items) if node.ctx == "load" else node
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        return self._weighed(node, [pair.value for pair in node.items])
-
-    def _counted(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
+    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_callback("count", [], node.lineno), lineno=node.lineno))
-        return node
+        constant = all(isinstance(child, nodes.Const) for child in node.iter_child_nodes())
+        stored = isinstance(node, nodes.Tuple) and node.ctx != "load"
+        return node if constant or stored else _callback("seen", [node], node.lineno)
 
-    def _weighed(self, node: nodes.Expr, items: list[nodes.Expr]) -> nodes.Node:
-        self.generic_visit(node)
-        if all(isinstance(item, nodes.Const) for item in items):
-            return node
-        return _callback("weighed", [node], node.lineno)
+    visit_Tuple = visit_Dict = visit_List
 
 
 def _callback(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
@@ -246,13 +262,6 @@ class Environment(ImmutableSandboxedEnvironment):
     """Renders as `transformers` does, within limits."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
-    default_binop_table = {  # noqa: RUF012
-        **ImmutableSandboxedEnvironment.default_binop_table,
-        "+": _add,
-        "*": _multiply,
-        "**": _power,
-        "%": _modulo,
-    }
 
     def __init__(self) -> None:
         super().__init__(
@@ -262,59 +271,50 @@ class Environment(ImmutableSandboxedEnvironment):
             finalize=pass_context(_finalize),
             extensions=[_Generation, LoopControlExtension],
         )
-        self.filters = {name: _guarded(name, self.filters[name]) for name in FILTERS}
-        self.filters["tojson"] = _guarded("tojson", to_json)
-        allowed = {name: self.globals[name] for name in GLOBALS}
-        self.globals.clear()
-        self.globals.update(allowed, raise_exception=raise_exception, strftime_now=strftime_now)
-
-    def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        """Renders within one budget."""
-        token = _BUDGET.set(_Budget())
-        try:
-            return template.render(variables)
-        finally:
-            _BUDGET.reset(token)
+        known, names = {**self.filters, "tojson": to_json}, f"{_PASSING} {_SEEING} {_WRITING}"
+        self.filters = {name: _filter(name, known[name]) for name in names.split()}
+        given = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+        self.globals = {name: self.globals[name] for name in GLOBALS} | given
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
         """Joins what a block, a macro or the whole template wrote."""
         parts = list(parts)
-        if sum(map(len, parts)) > MAX_CHARACTERS:
-            raise _too_large()
-        joined: str = _BUDGET.get().charge("".join(parts))
-        return joined
+        _check_size(sum(map(len, parts)))
+        return str(_BUDGET.get().charge(joined(parts)))
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ARG002
         """`+ * ** %`, if the result is not too large."""
-        budget = _BUDGET.get()
-        budget.tick()
-        return budget.charge(super().call_binop(context, operator, left, right))
+        return _run(operator, partial(trace, self.binop_table[operator]), left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Any call, if its arguments and its result are not too large."""
-        budget = _BUDGET.get()
-        budget.tick()
         if not isinstance(__obj, Macro):
             args = tuple(list(a) if isinstance(a, GeneratorType) else a for a in args)
-            _check_call(__obj, [*args, *kwargs.values()])
-        return budget.charge(super().call(__context, __obj, *args, **kwargs))
+            weigh(*args, *kwargs.values())
+        return _run("call", partial(super().call, __context, __obj), *args, **kwargs)
 
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`str.format`, checked as `%` is."""
-        function = super().wrap_str_format(value)
-        if function is None:
-            return None
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute, or else an item; methods of strings run within bounds."""
+        if isinstance(obj, str) and attribute in _METHODS:
+            return partial(_run, attribute, partial(trace, partial(self._method, attribute)), obj)
+        return super().getattr(obj, attribute)
 
-        def checked(*args: Any, **kwargs: Any) -> str:
-            _check_format(value.__self__, *args, *kwargs.values())
-            return function(*args, **kwargs)
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An item, or else an attribute."""
+        if isinstance(obj, str) and isinstance(argument, str):
+            return self.getattr(obj, argument)
+        return super().getitem(obj, argument)
 
-        return checked
+    def _method(self, name: str, text: str, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(text, name)
+        return (self.wrap_str_format(method) or method)(*args, **kwargs)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Also forbids what takes quadratic time."""
-        return attr != "striptags" and super().is_safe_attribute(obj, attr, value)
+        """Whether it is one of those listed, or one that the template gave a namespace."""
+        listed = next((names for kind, names in _ATTRIBUTES.items() if isinstance(obj, kind)), "")
+        known = isinstance(obj, Namespace) or attr in listed.split()
+        return known and super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         """Jinja's own would print as nothing."""
@@ -325,52 +325,47 @@ class Environment(ImmutableSandboxedEnvironment):
         _Instrument().visit(tree)
         return tree
 
-    def count(self) -> None:
-        """Called once a loop turn and once a macro call; `call` has counted."""
-
-    def weighed(self, value: Any) -> Any:
-        """Called on the lists and dictionaries a template writes; `call` has weighed them."""
-        return value
+    def seen(self, *values: Any) -> Any:
+        """Called at loop turns and in macros, and with lists; `call` counts and weighs them."""
+        return values[-1] if values else None
 
     def joined(self, *values: Any) -> str:
         """Called for `~`."""
-        return self.concat(map(str, values))
+        return self.concat(str(shown(value)) for value in values)
 
 
 def _finalize(_: Context, value: Any) -> Any:
     if not isinstance(value, str):
         weigh(value)
-    return value
+    return shown(value)
 
 
-def _check_call(function: Any, values: list[Any]) -> None:
-    weigh(*values)
-    if not isinstance(function, BuiltinMethodType):
-        return
-    if function.__name__ in _COUNTING:
-        _check_numbers(values)
-    if function.__name__ in _GROWING:
-        _check_product(function.__self__, *values)
-
-
-def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is counted and looks at the size of its arguments first."""
+def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter within bounds."""
+    passing, writing = name in _PASSING.split(), name in _WRITING.split()
 
     @wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        budget = _BUDGET.get()
-        budget.tick()
+    def bounded(*args: Any, **kwargs: Any) -> Any:
         own = isinstance(args[0], (Context, EvalContext, jinja2.Environment))
         values = [list(a) if isinstance(a, GeneratorType) else a for a in args[own:]]
-        others = [*values[1:], *kwargs.values()]
-        if name not in _SHALLOW:
-            weigh(values[0], *others)
-        if name == "format":
-            _check_format(str(values[0]), *others)
-        if name in _COUNTING:
-            _check_numbers(others)
-        if name in _GROWING:
-            _check_product(values[0], *others)
-        return budget.charge(function(*args[:own], *values, **kwargs))
+        if not passing:
+            weigh(*values, *kwargs.values())
+        made = partial(function, *args[:own])
+        return _run(name, partial(trace, made) if writing else made, *values, **kwargs)
 
-    return guarded
+    return bounded
+
+
+@lru_cache(maxsize=8)
+def compiled(source: str) -> jinja2.Template:
+    """The template, ready to be rendered by any thread."""
+    return Environment().from_string(source)
+
+
+def render(source: str, variables: Mapping[str, Any]) -> str:
+    """What the template writes, within one budget."""
+    template, token = compiled(source), _BUDGET.set(_Budget())
+    try:
+        return template.render(variables)
+    finally:
+        _BUDGET.reset(token)

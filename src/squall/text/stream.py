@@ -23,7 +23,8 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [_Matcher(text) for text in stop]
         self._held = ""
-        self._at_start = at_start and tokenizer.space_prefix
+        self._space = b""  # not a part of the text if it ends here
+        self._at_start = at_start
 
     def push(self, token: int) -> str:
         """The text that became certain with this token; control tokens have none."""
@@ -32,10 +33,10 @@ class TextStream:
         if self._tokenizer.is_special(token):
             self._at_start = self._at_start or self._tokenizer.space_after_control
             return ""
-        part = self._tokenizer.token_bytes(token)
-        if self._at_start:
-            part, self._at_start = part.removeprefix(b" "), False
-        return self._release(self._utf8.decode(part))
+        part = self._space + self._tokenizer.token_bytes(token, first=self._at_start)
+        self._at_start = False
+        self._space = b" " if self._tokenizer.space_suffix and part.endswith(b" ") else b""
+        return self._release(self._utf8.decode(part.removesuffix(self._space)))
 
     def finish(self) -> str:
         """What was held back, once no more tokens come."""

@@ -26,14 +26,14 @@ class Piece(NamedTuple):
 class Codec(Protocol):
     """One kind of vocabulary: text without control tokens to ids, and ids to bytes."""
 
-    space_prefix: bool  # text starts with a space that was not written
-    space_after_control: bool  # so does text after a control token
+    space_after_control: bool  # text after a control token begins like the first
+    space_suffix: bool  # text ends with a space that was not written
 
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of text that holds no control token; `first`: nothing is before it."""
 
-    def token_bytes(self, token: int) -> bytes:
-        """What a token stands for."""
+    def token_bytes(self, token: int, *, first: bool) -> bytes:
+        """What a token stands for; `first`: as the first of a text."""
 
 
 CODECS: dict[str, type[ByteLevel] | type[SentencePiece]] = {
@@ -59,8 +59,8 @@ class Tokenizer:
         self.eos = vocabulary.eos
         self.stop_ids = vocabulary.stops
         self.vocab_size = len(vocabulary.tokens)
-        self.space_prefix = codec.space_prefix
         self.space_after_control = codec.space_after_control
+        self.space_suffix = codec.space_suffix
         self._codec = codec
         self._prefix = list(prefix)
         self._lstrip = lstrip
@@ -69,7 +69,7 @@ class Tokenizer:
         self._special = frozenset(special)
         self._controls = {vocabulary.tokens[i]: i for i in special}
         self._control_pattern = literals(self._controls)
-        self._bytes: dict[int, bytes] = {}
+        self._bytes: dict[tuple[int, bool], bytes] = {}
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -93,11 +93,6 @@ class Tokenizer:
             prefix=[bos] if add_bos and bos is not None else [],
             rstrip=frozenset(controls) - {bos, vocabulary.eos},
         )
-
-    @property
-    def controls(self) -> Sequence[str]:
-        """The texts of all control tokens."""
-        return tuple(self._controls)
 
     def encode(self, text: str, *, add_bos: bool = True, specials: bool = False) -> list[int]:
         """Ids of `text`; `specials`: control tokens in it are read as such.
@@ -141,25 +136,24 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         parts: list[bytes] = []
-        at_start = self.space_prefix
+        first = True
         for token in ids:
-            part = self.token_bytes(token)
-            if token in self._special:
-                at_start = self.space_after_control or (at_start and skip_specials)
-                if not skip_specials:
-                    parts.append(part)
-                continue
-            parts.append(part.removeprefix(b" ") if at_start else part)
-            at_start = False
+            special = token in self._special
+            if not (special and skip_specials):
+                parts.append(self.token_bytes(token, first=first))
+                first = False
+            first = first or (special and self.space_after_control)
+        if parts and self.space_suffix:
+            parts[-1] = parts[-1].removesuffix(b" ")
         return b"".join(parts).decode("utf-8", "replace")
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes a token stands for; those of a control token are its name."""
-        found = self._bytes.get(token)
+    def token_bytes(self, token: int, *, first: bool = False) -> bytes:
+        """The bytes a token stands for, `first` in a text or later; a control token's name."""
+        found = self._bytes.get((token, first))
         if found is None:
             if not 0 <= token < self.vocab_size:
                 raise InvalidRequest(f"token id {token} is outside 0..{self.vocab_size - 1}")
-            found = self._bytes[token] = self._codec.token_bytes(token)
+            found = self._bytes[token, first] = self._codec.token_bytes(token, first=first)
         return found
 
     def is_special(self, token: int) -> bool:
