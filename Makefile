@@ -62,13 +62,26 @@ lint: setup ## ruff, mypy, clang-format
 	@files="$$(find native -name '*.cpp' -o -name '*.h')"; \
 	  [ -z "$$files" ] || $(BIN)/clang-format --dry-run -Werror $$files
 
-NATIVE_TESTS := -G Ninja --log-level=WARNING -DSQUALL_MODULE=OFF -DSQUALL_TESTS=ON
+TESTS := squall_native_tests
+CONFIGURE := cmake -S . -G Ninja --log-level=WARNING -DSQUALL_MODULE=OFF
+NINJA = PATH="$(CURDIR)/$(BIN):$$PATH"; ninja --quiet -C
 
-sanitize: $(VENV)/tools ## Native tests under the address and undefined-behaviour sanitizers
-	@PATH="$(CURDIR)/$(BIN):$$PATH"; \
-	  cmake -S . -B build/sanitize $(NATIVE_TESTS) -DSQUALL_SANITIZE=ON >/dev/null; \
-	  ninja -C build/sanitize --quiet; \
-	  [ ! -x build/sanitize/squall_native_tests ] || build/sanitize/squall_native_tests
+# Of the objects that the module is made of, so that the ones that ship are tested.
+SHIPPED = $(firstword $(shell ls -td build/cp*))
+
+native: $(VENV)/built ## Native tests on this processor
+	@$(NINJA) $(SHIPPED) $(TESTS); $(SHIPPED)/$(TESTS)
+
+SANITIZE := address,undefined thread
+
+sanitizers: $(VENV)/tools
+	@PATH="$(CURDIR)/$(BIN):$$PATH"; for kind in $(SANITIZE); do \
+	  $(CONFIGURE) -B build/$${kind%,*} -DSQUALL_SANITIZE=$$kind >/dev/null; \
+	  ninja --quiet -C build/$${kind%,*} $(TESTS); done
+
+sanitize: sanitizers ## Native tests under the address and undefined-behaviour sanitizers, threads' under theirs
+	@build/address/$(TESTS) any brief
+	@build/thread/$(TESTS) any pool
 
 CROSS := aarch64-linux-gnu
 EMULATE := $(CROSS)-g++ qemu-aarch64 qemu-x86_64

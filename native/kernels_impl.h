@@ -191,6 +191,15 @@ struct ExpandedScales {  // f32 scales, f32 minima a run
 
 // ---- integer matmul ----
 
+// Runs of four codes whose pairs of products, added up, fit 16 bits where dot() adds to those
+// first: each is at most 2 * 127 * code.
+template <int kBits>
+constexpr int kPairRun = !kDotAddsPairs ? 0
+                         : kBits <= 4   ? 8
+                         : kBits == 5   ? 4
+                         : kBits == 6   ? 2
+                                        : 1;
+
 // The most bits of codes that are multiplied as these are.
 constexpr int pair_bits(int bits) {
   constexpr int kRuns[] = {0, 0, 0, 0, kPairRun<4>, kPairRun<5>, kPairRun<6>, kPairRun<7>};
@@ -208,8 +217,8 @@ struct IntegerTile {
   using Scales = Scales_;
   // The same tile taken apart for many rows: a byte a code, floats for scales. Tiles that are then
   // alike share kernels.
-  using Expanded = IntegerTile<pair_bits(kBits_), ExpandedScales<Scales::kHalves, Scales::kMinimum>,
-                               kZero_, 8>;
+  using Expanded =
+      IntegerTile<pair_bits(kBits_), ExpandedScales<Scales::kHalves, Scales::kMinimum>, kZero_, 8>;
 };
 
 template <class Tile>
@@ -461,7 +470,7 @@ void matmul_rows(const Tiles& tiles, const Columns& c, size_t row) {
     for (int r = 0; r < kRows; ++r) store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
 }
 
-template <class Tile, int kTiles, size_t kBlock = kRowBlock>
+template <class Tile, int kTiles, size_t kBlock = kTiles < kTileBlock ? kRowBlock / 2 : kRowBlock>
 void matmul_blocks(const Tiles& tiles, const Columns& c, size_t row = 0) {
   for (; tiles.rows - row >= kBlock; row += kBlock)
     matmul_rows<Tile, kTiles, kBlock>(tiles, c, row);
@@ -886,43 +895,48 @@ uint64_t peak_fmas(size_t turns, float* out) {
 
 // ---- the table ----
 
+constexpr squall::IntegerKernels integers(const char* isa) {
+  return {isa,
+          {nullptr,
+           nullptr,
+           nullptr,
+           matmul_integer<IntegerTile<4, Direct, 3>>,
+           matmul_integer<IntegerTile<4, DirectMinimum, -1>>,
+           matmul_integer<IntegerTile<5, Direct, 4>>,
+           matmul_integer<IntegerTile<5, DirectMinimum, -1>>,
+           matmul_integer<IntegerTile<8, Direct, 7>>,
+           matmul_integer<IntegerTile<8, Direct, 7>>,
+           matmul_integer<IntegerTile<2, Super2, -1>>,
+           matmul_integer<IntegerTile<3, Super6, 2>>,
+           matmul_integer<IntegerTile<4, Super4, -1>>,
+           matmul_integer<IntegerTile<5, Super4, -1>>,
+           matmul_integer<IntegerTile<6, Super6, 5>>,
+           matmul_integer<IntegerTile<8, Super8, 7>>,
+           matmul_integer<IntegerTile<8, PairMinimum, 7>>,
+           matmul_integer<IntegerTile<4, PairMinimum, -1>>,
+           matmul_integer<IntegerTile<3, PairMinimum, -1>>,
+           matmul_integer<IntegerTile<2, PairMinimum, -1>>,
+           matmul_integer<IntegerTile<2, PairMinimum, -1, 1>>,
+           nullptr,
+           matmul_integer<IntegerTile<8, ZeroCode<128>, 7>>,
+           matmul_integer<IntegerTile<8, ZeroCode<128>, 7>>,
+           matmul_integer<IntegerTile<8, ZeroCode<128>, 7>>,
+           matmul_integer<IntegerTile<4, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<4, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<4, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<3, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<3, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<3, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<2, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<2, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<2, ZeroCode<0>, -1>>},
+          peak_dots};
+}
+
 template <class Cache>
 constexpr squall::Kernels table(const char* isa, CacheType type) {
   return {
-      isa,
-      {nullptr,
-       nullptr,
-       nullptr,
-       matmul_integer<IntegerTile<4, Direct, 3>>,
-       matmul_integer<IntegerTile<4, DirectMinimum, -1>>,
-       matmul_integer<IntegerTile<5, Direct, 4>>,
-       matmul_integer<IntegerTile<5, DirectMinimum, -1>>,
-       matmul_integer<IntegerTile<8, Direct, 7>>,
-       matmul_integer<IntegerTile<8, Direct, 7>>,
-       matmul_integer<IntegerTile<2, Super2, -1>>,
-       matmul_integer<IntegerTile<3, Super6, 2>>,
-       matmul_integer<IntegerTile<4, Super4, -1>>,
-       matmul_integer<IntegerTile<5, Super4, -1>>,
-       matmul_integer<IntegerTile<6, Super6, 5>>,
-       matmul_integer<IntegerTile<8, Super8, 7>>,
-       matmul_integer<IntegerTile<8, PairMinimum, 7>>,
-       matmul_integer<IntegerTile<4, PairMinimum, -1>>,
-       matmul_integer<IntegerTile<3, PairMinimum, -1>>,
-       matmul_integer<IntegerTile<2, PairMinimum, -1>>,
-       matmul_integer<IntegerTile<2, PairMinimum, -1, 1>>,
-       nullptr,
-       matmul_integer<IntegerTile<8, ZeroCode<128>, 7>>,
-       matmul_integer<IntegerTile<8, ZeroCode<128>, 7>>,
-       matmul_integer<IntegerTile<8, ZeroCode<128>, 7>>,
-       matmul_integer<IntegerTile<4, ZeroCode<0>, -1>>,
-       matmul_integer<IntegerTile<4, ZeroCode<0>, -1>>,
-       matmul_integer<IntegerTile<4, ZeroCode<0>, -1>>,
-       matmul_integer<IntegerTile<3, ZeroCode<0>, -1>>,
-       matmul_integer<IntegerTile<3, ZeroCode<0>, -1>>,
-       matmul_integer<IntegerTile<3, ZeroCode<0>, -1>>,
-       matmul_integer<IntegerTile<2, ZeroCode<0>, -1>>,
-       matmul_integer<IntegerTile<2, ZeroCode<0>, -1>>,
-       matmul_integer<IntegerTile<2, ZeroCode<0>, -1>>},
+      integers(isa),
       {matmul_float<Float32>,
        matmul_float<Float16>,
        matmul_float<BFloat16>,
@@ -958,7 +972,6 @@ constexpr squall::Kernels table(const char* isa, CacheType type) {
       attend<Cache>,
       attend_segment<Cache>,
       merge_segments,
-      peak_dots,
       peak_fmas,
   };
 }
