@@ -14,7 +14,7 @@ ROUNDS ?= 5
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build stub docs demo test lint bench fuzz sanitize emulate clean
+.PHONY: help setup build stub docs demo test lint bench fuzz native sanitizers sanitize emulate nightly clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -63,13 +63,26 @@ lint: setup ## ruff, mypy, clang-format
 	@files="$$(find native -name '*.cpp' -o -name '*.h')"; \
 	  [ -z "$$files" ] || $(BIN)/clang-format --dry-run -Werror $$files
 
-NATIVE_TESTS := -G Ninja --log-level=WARNING -DSQUALL_MODULE=OFF -DSQUALL_TESTS=ON
+TESTS := squall_native_tests
+CONFIGURE := cmake -S . -G Ninja --log-level=WARNING -DSQUALL_MODULE=OFF
+NINJA = PATH="$(CURDIR)/$(BIN):$$PATH"; ninja --quiet -C
 
-sanitize: $(VENV)/tools ## Native tests under the address and undefined-behaviour sanitizers
-	@PATH="$(CURDIR)/$(BIN):$$PATH"; \
-	  cmake -S . -B build/sanitize $(NATIVE_TESTS) -DSQUALL_SANITIZE=ON >/dev/null; \
-	  ninja -C build/sanitize --quiet; \
-	  [ ! -x build/sanitize/squall_native_tests ] || build/sanitize/squall_native_tests
+# Of the objects that the module is made of, so that the ones that ship are tested.
+SHIPPED = $(firstword $(shell ls -td build/cp*))
+
+native: $(VENV)/built ## Native tests on this processor
+	@$(NINJA) $(SHIPPED) $(TESTS); $(SHIPPED)/$(TESTS)
+
+SANITIZE := address,undefined thread
+
+sanitizers: $(VENV)/tools
+	@PATH="$(CURDIR)/$(BIN):$$PATH"; for kind in $(SANITIZE); do \
+	  $(CONFIGURE) -B build/$${kind%,*} -DSQUALL_SANITIZE=$$kind >/dev/null; \
+	  ninja --quiet -C build/$${kind%,*} $(TESTS); done
+
+sanitize: sanitizers ## Native tests under the address and undefined-behaviour sanitizers, threads' under theirs
+	@build/address/$(TESTS) any brief
+	@build/thread/$(TESTS) any pool
 
 CROSS := aarch64-linux-gnu
 EMULATE := $(CROSS)-g++ qemu-aarch64 qemu-x86_64
@@ -77,7 +90,9 @@ ARM := qemu-aarch64 -L /usr/$(CROSS) -cpu
 X86 := qemu-x86_64 -cpu
 HASWELL := Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid
 
-emulate: $(VENV)/tools ## Native tests under qemu, on older processors and AArch64
+HOW ?= brief
+
+emulate: $(VENV)/built ## Native tests under qemu, on older processors and AArch64; HOW= for all sizes
 	@missing="$$(for tool in $(EMULATE); do command -v $$tool >/dev/null || echo $$tool; done)"; \
 	  if [ -n "$$missing$$(uname -m | grep -v x86_64)" ]; then \
 	    echo "emulate: skipped; it needs x86-64 with" $(EMULATE) \
@@ -85,17 +100,20 @@ emulate: $(VENV)/tools ## Native tests under qemu, on older processors and AArch
 	    [ "$${CI:-}" != true ]; exit; \
 	  fi; \
 	  PATH="$(CURDIR)/$(BIN):$$PATH"; \
-	  cmake -S . -B build/emulate/x86 $(NATIVE_TESTS) >/dev/null; \
-	  cmake -S . -B build/emulate/arm $(NATIVE_TESTS) -DCMAKE_SYSTEM_NAME=Linux \
+	  $(CONFIGURE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux \
 	    -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS)-g++ >/dev/null; \
-	  for machine in x86 arm; do ninja -C build/emulate/$$machine --quiet; done; \
-	  tests=squall_native_tests; \
-	  $(X86) Nehalem build/emulate/x86/$$tests scalar; \
-	  $(X86) $(HASWELL) build/emulate/x86/$$tests avx2; \
-	  $(ARM) cortex-a72 build/emulate/arm/$$tests neon; \
-	  $(ARM) cortex-a76 build/emulate/arm/$$tests dotprod
+	  for machine in build/arm $(SHIPPED); do ninja -C $$machine --quiet $(TESTS); done; \
+	  $(X86) Nehalem $(SHIPPED)/$(TESTS) scalar $(HOW); \
+	  $(X86) $(HASWELL) $(SHIPPED)/$(TESTS) avx2 $(HOW); \
+	  $(ARM) cortex-a72 build/arm/$(TESTS) neon $(HOW); \
+	  $(ARM) cortex-a76 build/arm/$(TESTS) dotprod $(HOW)
 
-test: lint sanitize emulate ## Lint, native tests here and elsewhere, then every Python test
+nightly: sanitizers ## Native tests of all sizes, sanitized and emulated
+	@build/address/$(TESTS)
+	@build/thread/$(TESTS)
+	@$(MAKE) emulate HOW=
+
+test: lint native sanitize emulate ## Lint, native tests here and elsewhere, then every Python test
 	@$(BIN)/python -m pytest
 
 bench: $(VENV)/built $(VENV)/model ## Start-up, limits of the machine, and Squall beside llama.cpp, ROUNDS (5) times

@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <array>
+
 #include "kernels.h"
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -11,7 +14,8 @@ namespace squall {
 namespace {
 
 struct Isa {
-  const Kernels* tables;
+  const IntegerKernels* integers;
+  const Kernels* rest;
   bool (*runs)();  // here
 };
 
@@ -23,14 +27,22 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
-bool has_avx512() {
+[[maybe_unused]] bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+bool has_avx512bw() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+[[maybe_unused]] bool has_avx512() {
+  return has_avx512bw() && __builtin_cpu_supports("avx512vnni");
 }
 constexpr Isa kIsas[] = {
-    {kAvx512, has_avx512}, {kAvxVnni, has_avxvnni}, {kAvx2, has_avx2}, {kScalar, always}};
+#ifndef SQUALL_SANITIZE  // which the checks' instrumentation would make too slow to build
+    {&kAvx512, kAvx512Bw, has_avx512},
+    {&kAvxVnni, kAvx2, has_avxvnni},
+    {kAvx512Bw, kAvx512Bw, has_avx512bw},
+#endif
+    {kAvx2, kAvx2, has_avx2},
+    {kScalar, kScalar, always}};
 
 #elif defined(__aarch64__)
 
@@ -45,24 +57,40 @@ bool has_dotprod() {
 #else
 bool has_dotprod() { return false; }
 #endif
-constexpr Isa kIsas[] = {{kDotprod, has_dotprod}, {kNeon, always}, {kScalar, always}};
+constexpr Isa kIsas[] = {
+    {&kDotprod, kNeon, has_dotprod}, {kNeon, kNeon, always}, {kScalar, kScalar, always}};
 
 #else
-constexpr Isa kIsas[] = {{kScalar, always}};
+constexpr Isa kIsas[] = {{kScalar, kScalar, always}};
 #endif
+
+using Tables = std::array<Kernels, kCacheTypes>;
+
+// Of the ISAs that this machine runs.
+const std::vector<Tables>& tables() {
+  static const std::vector<Tables> all = [] {
+    std::vector<Tables> found;
+    for (const Isa& isa : kIsas) {
+      if (!isa.runs()) continue;
+      std::copy_n(isa.rest, kCacheTypes, found.emplace_back().begin());
+      for (IntegerKernels& integers : found.back()) integers = *isa.integers;
+    }
+    return found;
+  }();
+  return all;
+}
 
 }  // namespace
 
 std::vector<std::string_view> isas() {
   std::vector<std::string_view> found;
-  for (const Isa& isa : kIsas)
-    if (isa.runs()) found.push_back(isa.tables->isa);
+  for (const Tables& isa : tables()) found.push_back(isa.front().isa);
   return found;
 }
 
 const Kernels* find_kernels(std::string_view name, CacheType cache) {
-  for (const Isa& isa : kIsas)
-    if (isa.tables->isa == name && isa.runs()) return &isa.tables[static_cast<size_t>(cache)];
+  for (const Tables& isa : tables())
+    if (isa.front().isa == name) return &isa[static_cast<size_t>(cache)];
   return nullptr;
 }
 

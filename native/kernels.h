@@ -72,10 +72,17 @@ constexpr size_t value_bytes(CacheType type, size_t head_dim) {
   return padded(head_dim) * element_bytes(type) + scale_bytes(type, head_dim);
 }
 
-struct Kernels {
+// What an ISA with dot products of its own does otherwise than the one before it.
+struct IntegerKernels {
   std::string_view isa;
   MatmulQuantized matmul_quantized[kFormats];  // null for float formats
-  MatmulFloat matmul_float[kFormats];          // null for the others
+  // The matmul's inner loop alone, on ones in the first-level cache: how many multiply-accumulates
+  // of int8 `turns` of it were. `out` is their sum.
+  uint64_t (*peak_dots)(size_t turns, float* out);
+};
+
+struct Kernels : IntegerKernels {
+  MatmulFloat matmul_float[kFormats];  // null for the others
   // One span of a row; cols a multiple of 32. Groups are fine by the span's root mean square.
   void (*quantize)(const float* x, size_t cols, QuantGroup* out, FineGroup* digits);
   // Each run of `group` of the `cols` columns by itself; bias may be null.
@@ -102,21 +109,18 @@ struct Kernels {
   // The same in pieces: the sums of one segment to parts[query][part_floats], and all of them.
   void (*attend_segment)(const AttendArgs& args, size_t segment, float* parts);
   void (*merge_segments)(const AttendArgs& args, const float* const* parts, size_t segments);
-  // The matmuls' inner loops alone, on ones in the first-level cache: how many multiply-accumulates
-  // `turns` of them were. `out` is their sum.
-  uint64_t (*peak_dots)(size_t turns, float* out);  // of int8
-  uint64_t (*peak_fmas)(size_t turns, float* out);  // of f32
+  uint64_t (*peak_fmas)(size_t turns, float* out);  // as peak_dots, of f32
 };
 
-// Tables by CacheType.
+// Tables by CacheType, and integers that go with the rest of another ISA's.
 extern const Kernels kScalar[kCacheTypes];
 #if defined(__x86_64__)
 extern const Kernels kAvx2[kCacheTypes];
-extern const Kernels kAvxVnni[kCacheTypes];
-extern const Kernels kAvx512[kCacheTypes];
+extern const Kernels kAvx512Bw[kCacheTypes];
+extern const IntegerKernels kAvxVnni, kAvx512;
 #elif defined(__aarch64__)
 extern const Kernels kNeon[kCacheTypes];
-extern const Kernels kDotprod[kCacheTypes];
+extern const IntegerKernels kDotprod;
 #endif
 
 // The ISAs this machine can run, the best first.

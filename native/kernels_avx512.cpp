@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-constinit const Kernels kAvx512[kCacheTypes] = SQUALL_TABLES("avx512");
+constinit const IntegerKernels kAvx512 = integers("avx512");
 }  // namespace squall

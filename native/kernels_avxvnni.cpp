@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-constinit const Kernels kAvxVnni[kCacheTypes] = SQUALL_TABLES("avxvnni");
+constinit const IntegerKernels kAvxVnni = integers("avxvnni");
 }  // namespace squall

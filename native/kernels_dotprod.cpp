@@ -3,5 +3,5 @@
 #include "kernels_impl.h"
 
 namespace squall {
-constinit const Kernels kDotprod[kCacheTypes] = SQUALL_TABLES("dotprod");
+constinit const IntegerKernels kDotprod = integers("dotprod");
 }  // namespace squall

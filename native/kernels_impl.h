@@ -118,9 +118,9 @@ struct PairMinimum {  // f16 d, f16 m two runs
     return DirectMinimum::of(p, 0);
   }
 };
-template <size_t kBlock, int kMiddle>
+template <int kMiddle>
 struct ZeroCode {  // f16 d, f16 code of zero a block; kMiddle: what the kernel takes for zero
-  static constexpr size_t kRuns = kBlock / kGroup, kBytes = 64;
+  static constexpr size_t kRuns = 0, kBytes = 64;  // blocks of any size
   static constexpr bool kHalves = false, kMinimum = true;
   [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
     const F32x16 d = load(halves(p));
@@ -169,9 +169,9 @@ struct Super8 {  // q8_k: f32 d a 256
   }
 };
 
-template <class Scales>
+template <bool kHalves_, bool kMinimum_>
 struct ExpandedScales {  // f32 scales, f32 minima a run
-  static constexpr bool kHalves = Scales::kHalves, kMinimum = Scales::kMinimum;
+  static constexpr bool kHalves = kHalves_, kMinimum = kMinimum_;
   static constexpr size_t kParts = kHalves ? 2 : 1;
   static constexpr size_t kRuns = 1, kBytes = 64 * kParts * (kMinimum ? 2 : 1);
   [[gnu::always_inline]] static inline Scale of(const uint8_t* p, size_t) {
@@ -191,6 +191,23 @@ struct ExpandedScales {  // f32 scales, f32 minima a run
 
 // ---- integer matmul ----
 
+// Runs of four codes whose pairs of products, added up, fit 16 bits where dot() adds to those
+// first: each is at most 2 * 127 * code.
+template <int kBits>
+constexpr int kPairRun = !kDotAddsPairs ? 0
+                         : kBits <= 4   ? 8
+                         : kBits == 5   ? 4
+                         : kBits == 6   ? 2
+                                        : 1;
+
+// The most bits of codes that are multiplied as these are.
+constexpr int pair_bits(int bits) {
+  constexpr int kRuns[] = {0, 0, 0, 0, kPairRun<4>, kPairRun<5>, kPairRun<6>, kPairRun<7>};
+  int most = bits;
+  while (most < 7 && kRuns[most + 1] == kRuns[bits < 4 ? 4 : bits]) ++most;
+  return most;
+}
+
 // kBits: range of the codes; kZero: log2 of the code that means zero, or -1; kStored: bits a code
 // takes in memory
 template <int kBits_, class Scales_, int kZero_, int kStored_ = kBits_>
@@ -198,8 +215,10 @@ struct IntegerTile {
   static constexpr int kBits = kBits_, kStored = kStored_;
   static constexpr int kZero = kBits_ == 8 && kSignedDot8 ? -1 : kZero_;
   using Scales = Scales_;
-  // The same tile taken apart for many rows: a byte a code, floats for scales.
-  using Expanded = IntegerTile<kBits_, ExpandedScales<Scales_>, kZero_, 8>;
+  // The same tile taken apart for many rows: a byte a code, floats for scales. Tiles that are then
+  // alike share kernels.
+  using Expanded =
+      IntegerTile<pair_bits(kBits_), ExpandedScales<Scales::kHalves, Scales::kMinimum>, kZero_, 8>;
 };
 
 template <class Tile>
@@ -230,12 +249,22 @@ template <class Tile, int kTo, int j, int kTiles, int kRows, class Acc, class Ro
   }
 }
 
+// The same of one tile and row: where that is a lot of code, all scales share it.
+template <int kBits, int kStored, int kTo, int j>
+[[gnu::noinline]] I32x16 shared_dots(I32x16 start, const uint8_t* codes, const int8_t* x) {
+  Block<I32x16, 1, 1> acc = {{start}};
+  dots<IntegerTile<kBits, Direct, -1, kStored>, kTo, j>(acc, &codes, [=](int) { return x; });
+  return acc[0][0];
+}
+
 // The same; where an ISA adds up pairs of products first, as many as surely fit 16 bits.
 template <class Tile, int kTo, int j, int kTiles, int kRows, class Rows>
 [[gnu::always_inline]] inline void all_dots(Block<I32x16, kTiles, kRows>& acc,
                                             const uint8_t* const* codes, Rows rows) {
   constexpr int kRun = kPairRun<Tile::kBits>, kEnd = j + kRun < kTo ? j + kRun : kTo;
-  if constexpr (kRun == 0) {
+  if constexpr (kRowBlock == 1) {
+    acc[0][0] = shared_dots<Tile::kBits, Tile::kStored, kTo, j>(acc[0][0], codes[0], rows(0));
+  } else if constexpr (kRun == 0) {
     dots<Tile, kTo, j>(acc, codes, rows);
   } else if constexpr (j < kTo) {
     Block<I16x32, kTiles, kRows> pairs = {};
@@ -364,13 +393,14 @@ struct Cursor {
   using Scales = typename Tile::Scales;
   static constexpr size_t kRunBytes = 64 * Tile::kStored;
   const uint8_t* chunk = nullptr;
+  size_t runs = 0;  // of a chunk, where Scales leave it open
   size_t run = 0;
   const uint8_t* codes = chunk + Scales::kBytes;
 
   [[gnu::always_inline]] inline Scale scale() const { return Scales::of(chunk, run); }
   [[gnu::always_inline]] inline void advance() {
     codes += kRunBytes;
-    if (++run == Scales::kRuns) {
+    if (++run == (Scales::kRuns != 0 ? Scales::kRuns : runs)) {
       run = 0;
       chunk = codes;
       codes += Scales::kBytes;
@@ -393,6 +423,7 @@ struct Tiles {
   size_t bytes;
   float* out;
   size_t rows;
+  size_t runs = 0;  // of a chunk
 
   const uint8_t* tile(int t) const { return data + static_cast<size_t>(t) * bytes; }
   float* at(int t, size_t row) const {
@@ -406,7 +437,7 @@ void matmul_rows(const Tiles& tiles, const Columns& c, size_t row) {
   Cursor<Tile> at[kTiles];
 #pragma GCC unroll 4
   for (int t = 0; t < kTiles; ++t) {
-    at[t] = {tiles.tile(t)};
+    at[t] = {tiles.tile(t), tiles.runs};
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
       acc[t][r] = c.more ? load(tiles.at(t, row + static_cast<size_t>(r))) : zero();
@@ -439,7 +470,7 @@ void matmul_rows(const Tiles& tiles, const Columns& c, size_t row) {
     for (int r = 0; r < kRows; ++r) store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
 }
 
-template <class Tile, int kTiles, size_t kBlock = kRowBlock>
+template <class Tile, int kTiles, size_t kBlock = kTiles < kTileBlock ? kRowBlock / 2 : kRowBlock>
 void matmul_blocks(const Tiles& tiles, const Columns& c, size_t row = 0) {
   for (; tiles.rows - row >= kBlock; row += kBlock)
     matmul_rows<Tile, kTiles, kBlock>(tiles, c, row);
@@ -454,7 +485,7 @@ void matmul_expanded(const Tiles& tiles, Columns c) {
   constexpr size_t kBytes = To::Scales::kBytes + 64 * 8;
   alignas(64) uint8_t slice[kTiles][kSlice * kBytes];
   Cursor<Tile> from[kTiles];
-  for (int t = 0; t < kTiles; ++t) from[t] = {tiles.tile(t)};
+  for (int t = 0; t < kTiles; ++t) from[t] = {tiles.tile(t), tiles.runs};
   for (size_t begin = 0; begin < c.groups; begin += kSlice, c.x += kSlice, c.more = true) {
     c.count = c.groups - begin < kSlice ? c.groups - begin : kSlice;
     for (int t = 0; t < kTiles; ++t)
@@ -474,11 +505,13 @@ constexpr bool kExpand = kStored != 8 && kStored != 4 && kRowBlock > 1;
 template <class Tile, int kTiles = kTileBlock>
 void matmul_integer(const uint8_t* data, size_t count, size_t bytes, size_t cols,
                     const QuantGroup* x, size_t stride, size_t rows, float* out) {
-  const Columns all{cols / kGroup, cols / kGroup, x, stride, false};
+  const size_t groups = cols / kGroup, scales = bytes - groups * Cursor<Tile>::kRunBytes;
+  const size_t runs = groups * Tile::Scales::kBytes / scales;
+  const Columns all{groups, groups, x, stride, false};
   if (kTiles > 1 && rows <= 2)  // memory gives most when it is read as one stream
     return matmul_integer<Tile, 1>(data, count, bytes, cols, x, stride, rows, out);
   for (; count >= kTiles; count -= kTiles, data += kTiles * bytes, out += kTiles * rows * kLanes) {
-    const Tiles tiles{data, bytes, out, rows};
+    const Tiles tiles{data, bytes, out, rows, runs};
     if (kExpand<Tile::kStored> && rows >= kRowsToExpand)
       matmul_expanded<Tile, kTiles>(tiles, all);
     else
@@ -862,43 +895,48 @@ uint64_t peak_fmas(size_t turns, float* out) {
 
 // ---- the table ----
 
+constexpr squall::IntegerKernels integers(const char* isa) {
+  return {isa,
+          {nullptr,
+           nullptr,
+           nullptr,
+           matmul_integer<IntegerTile<4, Direct, 3>>,
+           matmul_integer<IntegerTile<4, DirectMinimum, -1>>,
+           matmul_integer<IntegerTile<5, Direct, 4>>,
+           matmul_integer<IntegerTile<5, DirectMinimum, -1>>,
+           matmul_integer<IntegerTile<8, Direct, 7>>,
+           matmul_integer<IntegerTile<8, Direct, 7>>,
+           matmul_integer<IntegerTile<2, Super2, -1>>,
+           matmul_integer<IntegerTile<3, Super6, 2>>,
+           matmul_integer<IntegerTile<4, Super4, -1>>,
+           matmul_integer<IntegerTile<5, Super4, -1>>,
+           matmul_integer<IntegerTile<6, Super6, 5>>,
+           matmul_integer<IntegerTile<8, Super8, 7>>,
+           matmul_integer<IntegerTile<8, PairMinimum, 7>>,
+           matmul_integer<IntegerTile<4, PairMinimum, -1>>,
+           matmul_integer<IntegerTile<3, PairMinimum, -1>>,
+           matmul_integer<IntegerTile<2, PairMinimum, -1>>,
+           matmul_integer<IntegerTile<2, PairMinimum, -1, 1>>,
+           nullptr,
+           matmul_integer<IntegerTile<8, ZeroCode<128>, 7>>,
+           matmul_integer<IntegerTile<8, ZeroCode<128>, 7>>,
+           matmul_integer<IntegerTile<8, ZeroCode<128>, 7>>,
+           matmul_integer<IntegerTile<4, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<4, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<4, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<3, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<3, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<3, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<2, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<2, ZeroCode<0>, -1>>,
+           matmul_integer<IntegerTile<2, ZeroCode<0>, -1>>},
+          peak_dots};
+}
+
 template <class Cache>
 constexpr squall::Kernels table(const char* isa, CacheType type) {
   return {
-      isa,
-      {nullptr,
-       nullptr,
-       nullptr,
-       matmul_integer<IntegerTile<4, Direct, 3>>,
-       matmul_integer<IntegerTile<4, DirectMinimum, -1>>,
-       matmul_integer<IntegerTile<5, Direct, 4>>,
-       matmul_integer<IntegerTile<5, DirectMinimum, -1>>,
-       matmul_integer<IntegerTile<8, Direct, 7>>,
-       matmul_integer<IntegerTile<8, Direct, 7>>,
-       matmul_integer<IntegerTile<2, Super2, -1>>,
-       matmul_integer<IntegerTile<3, Super6, 2>>,
-       matmul_integer<IntegerTile<4, Super4, -1>>,
-       matmul_integer<IntegerTile<5, Super4, -1>>,
-       matmul_integer<IntegerTile<6, Super6, 5>>,
-       matmul_integer<IntegerTile<8, Super8, 7>>,
-       matmul_integer<IntegerTile<8, PairMinimum, 7>>,
-       matmul_integer<IntegerTile<4, PairMinimum, -1>>,
-       matmul_integer<IntegerTile<3, PairMinimum, -1>>,
-       matmul_integer<IntegerTile<2, PairMinimum, -1>>,
-       matmul_integer<IntegerTile<2, PairMinimum, -1, 1>>,
-       nullptr,
-       matmul_integer<IntegerTile<8, ZeroCode<32, 128>, 7>>,
-       matmul_integer<IntegerTile<8, ZeroCode<64, 128>, 7>>,
-       matmul_integer<IntegerTile<8, ZeroCode<128, 128>, 7>>,
-       matmul_integer<IntegerTile<4, ZeroCode<32, 0>, -1>>,
-       matmul_integer<IntegerTile<4, ZeroCode<64, 0>, -1>>,
-       matmul_integer<IntegerTile<4, ZeroCode<128, 0>, -1>>,
-       matmul_integer<IntegerTile<3, ZeroCode<32, 0>, -1>>,
-       matmul_integer<IntegerTile<3, ZeroCode<64, 0>, -1>>,
-       matmul_integer<IntegerTile<3, ZeroCode<128, 0>, -1>>,
-       matmul_integer<IntegerTile<2, ZeroCode<32, 0>, -1>>,
-       matmul_integer<IntegerTile<2, ZeroCode<64, 0>, -1>>,
-       matmul_integer<IntegerTile<2, ZeroCode<128, 0>, -1>>},
+      integers(isa),
       {matmul_float<Float32>,
        matmul_float<Float16>,
        matmul_float<BFloat16>,
@@ -934,7 +972,6 @@ constexpr squall::Kernels table(const char* isa, CacheType type) {
       attend<Cache>,
       attend_segment<Cache>,
       merge_segments,
-      peak_dots,
       peak_fmas,
   };
 }

@@ -18,10 +18,11 @@ constexpr size_t kRowsToExpand = 8;  // from so many rows on, unpacking once for
 constexpr int kQueryBlock = 4;       // queries attention keeps there
 constexpr size_t kVectorBlock = 1;   // times so many vectors of keys or values
 #ifdef __AVXVNNI__
-constexpr bool kSignedDot8 = false;
+constexpr bool kDotAddsPairs = false;  // dot() adds to 32 bits at once
 #else
-constexpr bool kSignedDot8 = true;  // maddubs saturates on two products of 8-bit codes
+constexpr bool kDotAddsPairs = true;
 #endif
+constexpr bool kSignedDot8 = kDotAddsPairs;  // maddubs saturates on two products of 8-bit codes
 
 struct F32x16 {
   __m256 a, b;
@@ -197,8 +198,6 @@ struct I16x32 {
   __m256i a, b;
 };
 #ifdef __AVXVNNI__
-template <int kBits>
-constexpr int kPairRun = 0;  // dot() adds to 32 bits at once
 inline I32x16 add_pairs(I32x16 acc, I16x32) { return acc; }
 template <int kBits, int j>
 inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
@@ -207,12 +206,6 @@ inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
           _mm256_dpbusd_avx_epi32(acc.b, codes.b, four)};
 }
 #else
-// Runs of four whose pairs of products, added up, fit 16 bits: each is at most 2 * 127 * code.
-template <int kBits>
-constexpr int kPairRun = kBits <= 4   ? 8
-                         : kBits == 5 ? 4
-                         : kBits == 6 ? 2
-                                      : 1;
 // GCC would keep all products of a run, on the stack, and add them up at its end.
 template <class T>
 inline T added(T sum) {

@@ -1,4 +1,5 @@
-// Sixteen lanes on AVX-512 (F, BW, VL, DQ, VNNI). Included once, by kernels_avx512.cpp.
+// Sixteen lanes on AVX-512 (F, BW, VL, DQ), and with __AVX512VNNI__ where the including file is
+// compiled for it.
 #pragma once
 // GCC 12 sees its own _mm512_undefined_*() as uninitialized (bug 105593).
 #pragma GCC diagnostic push
@@ -20,7 +21,12 @@ constexpr bool kFetchAll = false;
 constexpr size_t kRowsToExpand = 48;  // from so many rows on, unpacking once for all of them pays
 constexpr int kQueryBlock = 6;        // queries attention keeps there
 constexpr size_t kVectorBlock = 4;    // times so many vectors of keys or values
-constexpr bool kSignedDot8 = false;   // dot() takes 8-bit codes as unsigned
+#ifdef __AVX512VNNI__
+constexpr bool kDotAddsPairs = false;  // dot() adds to 32 bits at once
+#else
+constexpr bool kDotAddsPairs = true;
+#endif
+constexpr bool kSignedDot8 = kDotAddsPairs;  // maddubs saturates on two products of 8-bit codes
 
 struct F32x16 {
   __m512 v;
@@ -124,18 +130,44 @@ inline U8x64 bits_of(U8x64 a, int mask) {
 }
 inline U8x64 either(U8x64 a, U8x64 b) { return {_mm512_or_si512(a.v, b.v)}; }
 
-// acc[lane] += dot of the lane's four codes with the j-th four of the 32 int8 at x; kBits tells the
-// codes' range
-template <int kBits, int j>
-inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
+template <int j>
+inline __m512i splat_four(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x + 4 * j, 4);
-  return {_mm512_dpbusd_epi32(acc.v, codes.v, _mm512_set1_epi32(four))};
+  return _mm512_set1_epi32(four);
 }
-
-template <int kBits>
-constexpr int kPairRun = 0;  // dot() adds to 32 bits at once
-using I16x32 = I32x16;
+struct I16x32 {
+  __m512i v;
+};
+// acc[lane] += dot of the lane's four codes with the j-th four of the 32 int8 at x; kBits tells the
+// codes' range
+#ifdef __AVX512VNNI__
 inline I32x16 add_pairs(I32x16 acc, I16x32) { return acc; }
+template <int kBits, int j>
+inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
+  return {_mm512_dpbusd_epi32(acc.v, codes.v, splat_four<j>(x))};
+}
+#else
+// GCC would keep all products of a run, on the stack, and add them up at its end.
+template <class T>
+inline T added(T sum) {
+  asm("" : "+v"(sum.v));
+  return sum;
+}
+inline I32x16 add_pairs(I32x16 acc, I16x32 pairs) {
+  const __m512i fours = _mm512_madd_epi16(pairs.v, _mm512_set1_epi16(1));
+  return added(I32x16{_mm512_add_epi32(acc.v, fours)});
+}
+template <int kBits, int j>
+inline I16x32 dot(I16x32 pairs, U8x64 codes, const int8_t* x) {
+  __m512i w = codes.v, four = splat_four<j>(x);
+  if constexpr (kBits == 8) {
+    w = _mm512_xor_si512(w, _mm512_set1_epi8(static_cast<char>(0x80)));
+    four = _mm512_mask_sub_epi8(four, _mm512_movepi8_mask(w), _mm512_setzero_si512(), four);
+    w = _mm512_abs_epi8(w);
+  }
+  return added(I16x32{_mm512_add_epi16(pairs.v, _mm512_maddubs_epi16(w, four))});
+}
+#endif
 
 }  // namespace

@@ -8,14 +8,15 @@
 
 namespace {
 
-constexpr size_t kRowBlock = 4;       // rows an integer matmul keeps in registers
-constexpr size_t kFloatRowBlock = 4;  // rows a float matmul keeps there
-constexpr int kTileBlock = 1;         // tiles they do at once
-constexpr bool kFetchAll = false;     // few rows fetch a line of 32 columns ahead
-constexpr size_t kRowsToExpand = 48;  // from so many rows on, unpacking once for all of them pays
-constexpr int kQueryBlock = 4;        // queries attention keeps there
-constexpr size_t kVectorBlock = 1;    // times so many vectors of keys or values
-constexpr bool kSignedDot8 = true;    // there is no unsigned by signed product
+constexpr size_t kRowBlock = 4;        // rows an integer matmul keeps in registers
+constexpr size_t kFloatRowBlock = 4;   // rows a float matmul keeps there
+constexpr int kTileBlock = 1;          // tiles they do at once
+constexpr bool kFetchAll = false;      // few rows fetch a line of 32 columns ahead
+constexpr size_t kRowsToExpand = 48;   // from so many rows on, unpacking once for all of them pays
+constexpr int kQueryBlock = 4;         // queries attention keeps there
+constexpr size_t kVectorBlock = 1;     // times so many vectors of keys or values
+constexpr bool kSignedDot8 = true;     // there is no unsigned by signed product
+constexpr bool kDotAddsPairs = false;  // dot() adds to 32 bits at once
 
 struct F32x16 {
   float32x4_t v[4];
@@ -207,8 +208,6 @@ inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
       [&](int i) { return dot<j % 4>(acc.v[i], signed_codes<kBits>(codes.v[i]), run); });
 }
 
-template <int kBits>
-constexpr int kPairRun = 0;  // dot() adds to 32 bits at once
 using I16x32 = I32x16;
 inline I32x16 add_pairs(I32x16 acc, I16x32) { return acc; }
 

@@ -15,6 +15,7 @@ constexpr size_t kRowsToExpand = 48;  // from so many rows on, unpacking once fo
 constexpr int kQueryBlock = 1;        // queries attention keeps there
 constexpr size_t kVectorBlock = 1;    // times so many vectors of keys or values
 constexpr bool kSignedDot8 = false;
+constexpr bool kDotAddsPairs = false;  // dot() adds to 32 bits at once
 
 struct F32x16 {
   float v[16];
@@ -167,8 +168,6 @@ inline I32x16 dot(I32x16 acc, U8x64 codes, const int8_t* x) {
   return acc;
 }
 
-template <int kBits>
-constexpr int kPairRun = 0;  // dot() adds to 32 bits at once
 using I16x32 = I32x16;
 inline I32x16 add_pairs(I32x16 acc, I16x32) { return acc; }
 

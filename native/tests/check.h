@@ -10,6 +10,7 @@ namespace squall::test {
 
 extern int failures;
 extern std::mt19937 rng;
+extern bool brief;  // fewer sizes, as emulated processors are slow
 
 void expect(bool ok, const std::string& what);
 std::vector<float> floats(size_t n, float size = 1.0f);  // normally distributed

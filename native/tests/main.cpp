@@ -1,7 +1,9 @@
 // The native core by itself, for the sanitizers and for other processors: every format, kernel and
 // op on small shapes in buffers of the exact size, so that a read or write outside of one is found.
 //
-//   squall_native_tests [isa [seed]]    isa: what must be the best one here
+//   squall_native_tests [isa | any [brief | pool] [seed]]
+//
+// isa: what must be the best one here; brief: fewer sizes; pool: of the threads alone
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -24,6 +26,7 @@ namespace squall::test {
 
 int failures = 0;
 std::mt19937 rng;
+bool brief = false;
 
 void expect(bool ok, const std::string& what) {
   if (ok) return;
@@ -381,10 +384,18 @@ void test_weigh() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const unsigned seed =
-      count > 2 ? static_cast<unsigned>(std::atol(arguments[2])) : std::random_device()();
+  const std::vector<std::string> words(arguments + 1, arguments + count);
+  const auto says = [&](size_t i, const char* word) {
+    return i < words.size() && words[i] == word;
+  };
+  brief = says(1, "brief");
+  const size_t number = brief || says(1, "pool") ? 2 : 1;
+  const unsigned seed = number < words.size() ? static_cast<unsigned>(std::stoul(words[number]))
+                                              : std::random_device()();
   rng.seed(seed);
-  if (count > 1) expect(isas().front() == arguments[1], std::string(isas().front()) + " is used");
+  if (!words.empty() && !says(0, "any"))
+    expect(isas().front() == words[0], std::string(isas().front()) + " is used");
+  if (says(1, "pool")) return test_pool(), failures != 0;
   test_halves();
   test_tiles();
   test_pool();
