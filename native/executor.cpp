@@ -39,6 +39,8 @@ Executor::Executor(std::string_view isa, std::shared_ptr<ThreadPool> pool, const
   expect(limits.block_size > 0 && limits.block_size % kLanes == 0 && limits.block_size <= 1024,
          "block_size must be a multiple of 16, at most 1024");
   expect(limits.blocks <= size_t{INT32_MAX} / limits.block_size, "too many KV blocks");
+  expect(std::max({limits.rows, limits.outputs, limits.context}) <= size_t{INT32_MAX},
+         "rows, outputs and context must be below 2^31");
 }
 
 Executor::~Executor() = default;
@@ -56,10 +58,10 @@ size_t Executor::add_value(size_t width, bool outputs, bool kept, size_t multipl
 
 void Executor::add_cache(size_t kv_heads, size_t head_dim) {
   expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
-  const size_t slots = Plane::kRegion * limits_.block_size * kv_heads;
+  const size_t slots = product({Plane::kRegion, limits_.block_size, kv_heads});
   const size_t keys = cache_.region_bytes;
-  const size_t values = keys + slots * key_bytes(limits_.cache, head_dim);
-  cache_.region_bytes = values + slots * value_bytes(limits_.cache, head_dim);
+  const size_t values = keys + product({slots, key_bytes(limits_.cache, head_dim)});
+  cache_.region_bytes = values + product({slots, value_bytes(limits_.cache, head_dim)});
   cache_.layers.push_back({kv_heads, head_dim, keys, values});
 }
 
@@ -176,7 +178,8 @@ void Executor::gated_linear(GatedLinearOp op) {
 
 void Executor::rotate(RotateOp op) {
   const Buffer &x = floats(op.x), &angles = floats(op.angles), &to = *buffers_[op.out];
-  expect(x.width == op.heads * op.head_dim && to.width == x.width && angles.width <= op.head_dim,
+  expect(x.width == product({op.heads, op.head_dim}) && to.width == x.width &&
+             angles.width <= op.head_dim,
          "a rotation does not fit its heads");
   auto phase = row_phase(to, pool_->threads(), [&x, &angles, &to, op](const Step&, size_t r) {
     const size_t n = angles.width / 2, step = op.interleaved ? 2 : 1,
@@ -202,13 +205,16 @@ void Executor::attend(AttendOp op) {
   expect(op.layer < cache_.layers.size(), "attention names a cache layer that does not exist");
   const CacheLayer& layer = cache_.layers[op.layer];
   expect(op.kv_heads == layer.kv_heads && op.head_dim == layer.head_dim &&
-             op.heads % op.kv_heads == 0 && buffers_[op.q]->width == op.heads * op.head_dim &&
+             op.heads % op.kv_heads == 0 &&
+             buffers_[op.q]->width == product({op.heads, op.head_dim}) &&
              buffers_[op.out]->width == buffers_[op.q]->width &&
              buffers_[op.k]->width == op.kv_heads * op.head_dim &&
              buffers_[op.v]->width == buffers_[op.k]->width,
          "attention's heads do not fit its inputs or its cache");
+  op.window = std::min(op.window, limits_.context);
   // The cache has no buffer; this value stands for it, so that the reader waits for the writer.
   const size_t stored = add_value(1, false, false);
+  if (split_value_ == kNone) split_value_ = add_value(1, false, false);
   auto store =
       std::make_unique<StorePhase>(kernels_, limits_, cache_, op.layer, floats(op.k), floats(op.v));
   store->reads = {op.k, op.v};
@@ -216,8 +222,8 @@ void Executor::attend(AttendOp op) {
   add_phase("store", std::move(store));
   auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, cache_,
                                              floats(op.q), *buffers_[op.out], *split_);
-  phase->reads = {op.q, stored};
-  phase->writes = {op.out};
+  phase->reads = {op.q, stored, split_value_};
+  phase->writes = {op.out, split_value_};
   phase->quantizes = op.head_dim % kGroup == 0;
   add_phase("attend", std::move(phase));
 }
@@ -391,7 +397,7 @@ void Executor::plan(size_t logits) {
   group_phases();
   layout();
   split_->memory = std::make_unique<Memory>(split_->floats * sizeof(float));
-  split_->done = std::make_unique<std::atomic<size_t>[]>(AttendPhase::few_tasks(pool_->threads()));
+  split_->done = std::vector<std::atomic<size_t>>(AttendPhase::few_tasks(pool_->threads()));
 }
 
 namespace {
@@ -445,7 +451,7 @@ void Executor::layout() {
         for (const size_t v : *side) lives[v].last = std::max(lives[v].last, g);
     }
   const auto rows = [&](const Buffer& b) {
-    return (b.outputs ? limits_.outputs : limits_.rows) * b.multiple;
+    return product({b.outputs ? limits_.outputs : limits_.rows, b.multiple});
   };
   size_t end = 0;
   std::vector<size_t> placed;
@@ -454,8 +460,9 @@ void Executor::layout() {
     Life& life = lives[v];
     if (life.first == SIZE_MAX) continue;
     if (b.kept) life.last = SIZE_MAX;
-    const size_t floats = round_up(rows(b) * b.width * 4, 64);
-    life.bytes = floats + (b.wants_quant ? rows(b) * b.quant_stride() * sizeof(QuantGroup) : 0);
+    const size_t floats = round_up(product({rows(b), b.width, 4}), 64);
+    const size_t groups = product({rows(b), b.quant_stride(), sizeof(QuantGroup)});
+    life.bytes = floats + (b.wants_quant ? groups : 0);
     // First fit among those alive at the same time, in order of place.
     for (const size_t other : placed) {
       const Life& o = lives[other];
@@ -471,7 +478,7 @@ void Executor::layout() {
   }
   arena_ = std::make_unique<Memory>(end);
   const size_t regions = ceil_div(limits_.blocks, Plane::kRegion);
-  cache_.memory = std::make_unique<Memory>(regions * cache_.region_bytes);
+  cache_.memory = std::make_unique<Memory>(product({regions, cache_.region_bytes}));
   for (const size_t v : placed) {
     Buffer& b = *buffers_[v];
     b.data = reinterpret_cast<float*>(arena_->data() + lives[v].offset);
@@ -493,12 +500,14 @@ void Executor::check(const Batch& b) const {
   expect(
       b.bounds.size() >= 2 && b.bounds.front() == 0 && static_cast<size_t>(b.bounds.back()) == rows,
       "sequence bounds must run from 0 to the number of rows");
-  expect(b.block_tables.size() == b.sequences() * b.table_width, "one block table a sequence");
+  expect(std::is_sorted(b.bounds.begin(), b.bounds.end()), "sequence bounds must ascend");
+  expect(b.table_width <= b.block_tables.size() &&
+             b.block_tables.size() == b.sequences() * b.table_width,
+         "one block table a sequence");
   const auto below = [](int32_t x, size_t limit) {
     return x >= 0 && static_cast<size_t>(x) < limit;
   };
   for (size_t s = 0; s < b.sequences(); ++s) {
-    expect(b.bounds[s] <= b.bounds[s + 1], "sequence bounds must ascend");
     const int32_t* table = b.block_tables.data() + s * b.table_width;
     size_t needed = 0;
     for (int32_t r = b.bounds[s]; r < b.bounds[s + 1]; ++r) {
@@ -509,6 +518,7 @@ void Executor::check(const Batch& b) const {
              "positions of a sequence must ascend by one");
       const size_t block = static_cast<size_t>(b.positions[row]) / limits_.block_size;
       expect(block < b.table_width, "a block table is shorter than its sequence");
+      expect(below(table[block], limits_.blocks), "a block is outside the KV cache");
       const size_t slot = static_cast<size_t>(table[block]) * limits_.block_size +
                           static_cast<size_t>(b.positions[row]) % limits_.block_size;
       expect(b.slots[row] >= 0 && static_cast<size_t>(b.slots[row]) == slot,
@@ -542,6 +552,7 @@ Step Executor::prepare(const Batch& b) const {
 void Executor::step(const Batch& batch, float* logits) {
   const std::lock_guard lock(mutex_);
   check(batch);
+  split_->clear();
   run_groups(prepare(batch));
   tokens_seen_ = batch.rows();
   outputs_seen_ = batch.outputs.size();

@@ -211,6 +211,7 @@ class Executor {
   Limits limits_;
   size_t logits_ = kNone, tokens_seen_ = 0, outputs_seen_ = 0;
   size_t vocab_in_ = SIZE_MAX;  // token ids must be below
+  size_t split_value_ = kNone;  // stands for split_, so that no two attends run at once
   bool profiling_ = false;
   std::vector<std::unique_ptr<Buffer>> buffers_;
   KvCache cache_;
