@@ -402,6 +402,7 @@ NB_MODULE(_native, m) {
       .def("tokens", [](const SamplerState& s) { return new_vector<int32_t>(s.tokens()); })
       .def_prop_ro("length", [](const SamplerState& s) { return s.tokens().size(); })
       .def("adjusted", &adjusted, "logits"_a, "banned"_a);
+  m.attr("LOGITS_ARE_NAN") = Choice::kNan;  // in place of an id
   m.def("sample", &sample, "logits"_a, "rows"_a, "pool"_a.none());
 
   nb::class_<Tile>(m, "Tile")
