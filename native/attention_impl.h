@@ -48,8 +48,10 @@ struct CacheOf {
 
 struct Half {
   using Type = uint16_t;
-  static inline void write(Type* p, F32x16 x) {  // saturate: infinities would become NaN in sums
-    store(p, max(min(x, set1(65504.0f)), set1(-65504.0f)));
+  // Saturates, as infinities would become NaN in sums; infinities themselves become NaN here.
+  static inline void write(Type* p, F32x16 x) {
+    const F32x16 near = max(set1(-65504.0f), min(set1(65504.0f), x));
+    store(p, fma(x, zero(), near));
   }
 };
 struct Single {
@@ -68,7 +70,7 @@ struct CacheQ8 {
     const float scale = max_of(max(abs(part[0]), abs(part[1]))) / 127.0f;
     const F32x16 step = set1(scale > 0.0f ? scale : 1.0f);
     for (size_t h = 0; h < 2; ++h) store_i8(q + kLanes * h, to_int8(div(part[h], step)));
-    return scale;
+    return scale + unless_finite(part[0], part[1]);
   }
   static inline void put_key(const float* k, size_t dim, size_t block_size, uint8_t* block,
                              size_t offset) {
@@ -124,7 +126,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 // 2^x for x <= 0, within 2 ulp down to 2^-126, which stands for all below: Taylor's series.
 inline F32x16 exp2(F32x16 x) {
-  x = max(x, set1(-126.0f));
+  x = max(set1(-126.0f), x);
   const F32x16 n = round_even(x), r = sub(x, n);
   F32x16 p = set1(1.5403530e-4f);
   p = fma(p, r, set1(1.3333558e-3f));
@@ -151,7 +153,9 @@ inline void merge(Sums& sums, const Sums& later, size_t width) {
 }
 
 inline void write_out(const Query& query, const Sums& sums, size_t head_dim) {
-  const F32x16 total = set1(sum(load(sums.total)));
+  // Where no score is above -infinity, there is nothing to mix.
+  const float none = sums.peak[0] > -FLT_MAX ? 0.0f : NAN;
+  const F32x16 total = set1(sum(load(sums.total)) + none);
   spans(head_dim,
         [&](size_t i, size_t n) { store_first(query.out + i, div(load(sums.mix + i), total), n); });
 }
@@ -357,11 +361,19 @@ inline void weigh(const AttendArgs& a, const Seen& seen, float* p, Sums& sums, s
 
 template <class Cache>
 struct Attention {
+  // Too large for the stacks that some systems give their threads.
+  struct Work {
+    Sums all[kMaxQueries], sums[kMaxQueries];
+    float p[kMaxQueries][kTilePositions];
+    float scratch[kTilePositions * kMaxHeadDim];  // the tile's keys, then its values
+  };
+
   const AttendArgs& a;
   const size_t width = padded(a.head_dim);
-  Sums sums[kMaxQueries];
-  float p[kMaxQueries][kTilePositions];
-  float scratch[kTilePositions * kMaxHeadDim];  // the tile's keys, then its values
+  Work& work = *static_cast<Work*>(squall::thread_memory(sizeof(Work)));
+  Sums* const sums = work.sums;
+  float (*const p)[kTilePositions] = work.p;
+  float* const scratch = work.scratch;
 
   explicit Attention(const AttendArgs& args) : a(args) {}
 
@@ -477,7 +489,7 @@ struct Attention {
 template <class Cache>
 void attend(const AttendArgs& a, size_t context) {
   Attention<Cache> attention(a);
-  Sums all[kMaxQueries];
+  Sums* const all = attention.work.all;
   size_t begin = context;
   for (size_t i = 0; i < a.count; ++i) {
     all[i].clear(attention.width);

@@ -42,7 +42,7 @@ Vector vector(const std::optional<Floats>& a) {
 size_t id(const MaybeId& v) { return v.value_or(kNone); }
 
 NewMatrix new_matrix(size_t rows, size_t cols) {
-  auto* data = new float[rows * cols];
+  auto* data = new float[product({rows, cols})];
   return NewMatrix(data, {rows, cols},
                    nb::capsule(data, [](void* p) noexcept { delete[] static_cast<float*>(p); }));
 }
@@ -129,8 +129,8 @@ std::shared_ptr<Tile> quantize_tile(const std::string& source, const Bytes& data
                                     const std::shared_ptr<ThreadPool>& pool,
                                     const std::shared_ptr<Arena>& arena) {
   const Format stored = known_format(source), known = known_format(format);
-  const size_t row_bytes = cols * info(stored).block_bytes;
-  if (info(stored).bits != 0 || stored == Format::kF8 || data.size() != rows * row_bytes)
+  const size_t row_bytes = product({cols, info(stored).block_bytes});
+  if (info(stored).bits != 0 || stored == Format::kF8 || data.size() != product({rows, row_bytes}))
     throw nb::value_error("rows must be whole, and f32, f16 or bf16");
   const nb::gil_scoped_release release;
   Place place(pool, arena);
@@ -147,7 +147,7 @@ std::pair<NewVector<uint8_t>, NewVector<float>> quantize_rows(
   const Format known = known_format(format);
   const size_t rows = x.shape(0), cols = x.shape(1);
   const FormatInfo& f = info(known);
-  if (cols % f.block != 0 || (importance && importance->size() != cols))
+  if (x.size() == 0 || cols % f.block != 0 || (importance && importance->size() != cols))
     throw nb::value_error("rows must be whole blocks, importance a number for each column");
   std::vector<uint8_t> blocks(rows * (cols / f.block) * f.block_bytes);
   std::vector<float> factors(head_bytes(known) == 0 ? 0 : rows);
@@ -171,6 +171,7 @@ std::pair<NewVector<uint8_t>, NewVector<float>> quantize_rows(
 }
 
 NewMatrix dequantize(const Tile& tile) {
+  const DefaultFloats floats;
   NewMatrix out = new_matrix(tile.rows(), tile.cols());
   for (size_t r = 0; r < tile.rows(); ++r) tile.dequantize_row(r, out.data() + r * tile.cols());
   return out;
@@ -190,6 +191,7 @@ std::pair<NewMatrix, double> timed_linear(const Matrix& x, const Tile& tile, con
     throw nb::value_error(("x has " + std::to_string(cols) + " columns, the weight " +
                            std::to_string(tile.cols()) + " columns")
                               .c_str());
+  if (passes == 0) throw nb::value_error("at least one pass is needed");
   NewMatrix out = new_matrix(rows, tile.rows());
   const nb::gil_scoped_release release;
   ThreadPool pool(threads);
@@ -204,6 +206,7 @@ NewMatrix linear(const Matrix& x, const Tile& tile, const std::string& isa, size
 
 NewVector<float> adjusted(const SamplerState& state, const Floats& logits,
                           const std::vector<int32_t>& banned) {
+  const DefaultFloats floats;
   NewVector<float> out = new_vector<float>({logits.data(), logits.size()});
   state.adjust({out.data(), out.size()}, banned);
   return out;
@@ -415,6 +418,7 @@ NB_MODULE(_native, m) {
       .def("tokens", [](const SamplerState& s) { return new_vector<int32_t>(s.tokens()); })
       .def_prop_ro("length", [](const SamplerState& s) { return s.tokens().size(); })
       .def("adjusted", &adjusted, "logits"_a, "banned"_a);
+  m.attr("LOGITS_ARE_NAN") = Choice::kNan;  // in place of an id
   m.def("sample", &sample, "logits"_a, "rows"_a, "pool"_a.none());
 
   nb::class_<Tile>(m, "Tile")

@@ -42,6 +42,9 @@ Executor::Executor(std::string_view isa, std::shared_ptr<ThreadPool> pool, const
   expect(limits.block_size > 0 && limits.block_size % kLanes == 0 && limits.block_size <= 1024,
          "block_size must be a multiple of 16, at most 1024");
   expect(limits.blocks <= size_t{INT32_MAX} / limits.block_size, "too many KV blocks");
+  expect(std::max(limits.context, *std::max_element(limits.rows.begin(), limits.rows.end())) <=
+             size_t{INT32_MAX},
+         "rows and context must be below 2^31");
 }
 
 Executor::~Executor() = default;
@@ -70,9 +73,9 @@ void Executor::add_cache(size_t kv_heads, size_t head_dim) {
 
 void Executor::add_layer(KvCache& cache, size_t kv_heads, size_t head_dim, size_t keys) {
   expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
-  const size_t slots = Plane::kRegion * limits_.block_size * kv_heads;
-  const size_t values = keys + slots * key_bytes(limits_.cache, head_dim);
-  const size_t end = values + slots * value_bytes(limits_.cache, head_dim);
+  const size_t slots = product({Plane::kRegion, limits_.block_size, kv_heads});
+  const size_t values = keys + product({slots, key_bytes(limits_.cache, head_dim)});
+  const size_t end = values + product({slots, value_bytes(limits_.cache, head_dim)});
   cache.layers.push_back({kv_heads, head_dim, keys, values});
   cache.region_bytes = std::max(cache.region_bytes, end);
 }
@@ -211,7 +214,8 @@ void Executor::gated_linear(GatedLinearOp op) {
 
 void Executor::rotate(RotateOp op) {
   const Buffer &x = floats(op.x), &angles = floats(op.angles), &to = *buffers_[op.out];
-  expect(x.width == op.heads * op.head_dim && to.width == x.width && angles.width <= op.head_dim,
+  expect(x.width == product({op.heads, op.head_dim}) && to.width == x.width &&
+             angles.width <= op.head_dim,
          "a rotation does not fit its heads");
   auto phase = row_phase(to, pool_->threads(), [&x, &angles, &to, op](const Step&, size_t r) {
     const size_t n = angles.width / 2, step = op.interleaved ? 2 : 1,
@@ -262,13 +266,16 @@ void Executor::attend(AttendOp op) {
   expect(op.cache < cache.layers.size(), "attention names a cache that does not exist");
   const CacheLayer& layer = cache.layers[op.cache];
   expect(op.kv_heads == layer.kv_heads && op.head_dim == layer.head_dim &&
-             op.heads % op.kv_heads == 0 && buffers_.at(op.q)->width == op.heads * op.head_dim &&
+             op.heads % op.kv_heads == 0 &&
+             buffers_.at(op.q)->width == product({op.heads, op.head_dim}) &&
              buffers_.at(op.out)->width == buffers_[op.q]->width &&
              buffers_[op.k]->width == op.kv_heads * op.head_dim &&
              buffers_.at(op.v)->width == buffers_[op.k]->width && buffers_[op.v]->space == space &&
              buffers_[op.out]->space == buffers_[op.q]->space,
          "attention's heads or rows do not fit its inputs or its cache");
   expect(!cached || space == buffers_[op.q]->space, "cached keys are of other rows than queries");
+  op.window = std::min(op.window, size_t{INT32_MAX});
+  if (split_value_ == kNone) split_value_ = add_value(1, space, false);
   // The cache has no buffer; this value stands for it, so that the reader waits for the writer,
   // and without a cache the next writer for the reader.
   const size_t stored =
@@ -281,8 +288,8 @@ void Executor::attend(AttendOp op) {
   add_phase("store", std::move(store));
   auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, sight, cache,
                                              floats(op.q), *buffers_[op.out], *split_);
-  phase->reads = {op.q, stored};
-  phase->writes = {op.out};
+  phase->reads = {op.q, stored, split_value_};
+  phase->writes = {op.out, split_value_};
   phase->quantizes = op.head_dim % kGroup == 0;
   add_phase("attend", std::move(phase));
 }
@@ -459,7 +466,7 @@ void Executor::plan(const std::vector<size_t>& outputs) {
   group_phases();
   layout();
   split_->memory = std::make_unique<Memory>(split_->floats * sizeof(float));
-  split_->done = std::make_unique<std::atomic<size_t>[]>(AttendPhase::few_tasks(pool_->threads()));
+  split_->done = std::vector<std::atomic<size_t>>(AttendPhase::few_tasks(pool_->threads()));
 }
 
 namespace {
@@ -512,7 +519,7 @@ void Executor::layout() {
       for (const auto* side : {&phase->reads, &phase->writes})
         for (const size_t v : *side) lives[v].last = std::max(lives[v].last, g);
     }
-  const auto rows = [&](const Buffer& b) { return limits_.rows[b.space] * b.multiple; };
+  const auto rows = [&](const Buffer& b) { return product({limits_.rows[b.space], b.multiple}); };
   size_t end = 0;
   std::vector<size_t> placed;
   for (size_t v = 0; v < buffers_.size(); ++v) {
@@ -520,8 +527,9 @@ void Executor::layout() {
     Life& life = lives[v];
     if (life.first == SIZE_MAX) continue;
     if (b.kept) life.last = SIZE_MAX;
-    const size_t floats = round_up(rows(b) * b.width * 4, 64);
-    life.bytes = floats + (b.wants_quant ? rows(b) * b.quant_stride() * sizeof(QuantGroup) : 0);
+    const size_t floats = round_up(product({rows(b), b.width, 4}), 64);
+    const size_t groups = product({rows(b), b.quant_stride(), sizeof(QuantGroup)});
+    life.bytes = floats + (b.wants_quant ? groups : 0);
     // First fit among those alive at the same time, in order of place.
     for (const size_t other : placed) {
       const Life& o = lives[other];
@@ -538,7 +546,7 @@ void Executor::layout() {
   arena_ = std::make_unique<Memory>(end);
   const auto room = [](KvCache& cache, size_t blocks) {
     const size_t regions = ceil_div(blocks, Plane::kRegion);
-    cache.memory = std::make_unique<Memory>(regions * cache.region_bytes);
+    cache.memory = std::make_unique<Memory>(product({regions, cache.region_bytes}));
   };
   room(cache_, limits_.blocks);
   room(uncached_, own_blocks_.size());
@@ -592,7 +600,9 @@ void Executor::check_sequences(const Inputs& in) const {
              static_cast<size_t>(in.bounds.back()) == rows &&
              std::is_sorted(in.bounds.begin(), in.bounds.end()),
          "sequence bounds must ascend from 0 to the number of rows");
-  expect(in.block_tables.size() == in.sequences() * in.table_width, "one block table a sequence");
+  expect(in.table_width <= in.block_tables.size() &&
+             in.block_tables.size() == in.sequences() * in.table_width,
+         "one block table a sequence");
   for (size_t s = 0; s < in.sequences(); ++s) {
     const size_t begin = static_cast<size_t>(in.bounds[s]);
     const size_t end = static_cast<size_t>(in.bounds[s + 1]);
@@ -655,6 +665,7 @@ void Executor::run(const Inputs& inputs, const std::vector<float*>& to) {
   check(inputs);
   Step step{inputs, {}};
   for (const Sight& sight : sights_) step.views.push_back(view(inputs, sight));
+  split_->clear();
   run_groups(step);
   rows_seen_ = inputs.rows;
   for (size_t i = 0; i < outputs_.size(); ++i) {

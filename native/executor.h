@@ -251,6 +251,7 @@ class Executor {
   std::vector<size_t> inputs_, outputs_;  // values
   std::vector<size_t> rows_seen_;         // of each space, in the last run
   bool planned_ = false, profiling_ = false;
+  size_t split_value_ = kNone;  // stands for split_, so that no two attends run at once
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<Index> indices_;
   std::vector<Sight> sights_;

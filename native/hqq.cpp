@@ -59,6 +59,7 @@ float improve(const float* x, const Group& g, float largest, float beta, float r
 }  // namespace
 
 std::vector<float> fit_hqq_zeros(size_t bits, const RowReader& from, ThreadPool& pool) {
+  const DefaultFloats floats;
   const float largest = static_cast<float>((1 << bits) - 1);
   const size_t groups = from.cols / kHqqGroup;
   std::vector<float> zeros(from.rows * groups);

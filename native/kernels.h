@@ -72,6 +72,9 @@ constexpr size_t value_bytes(CacheType type, size_t head_dim) {
   return padded(head_dim) * element_bytes(type) + scale_bytes(type, head_dim);
 }
 
+// Memory of this thread, 64-byte aligned, until it calls again.
+void* thread_memory(size_t bytes);
+
 // What an ISA with dot products of its own does otherwise than the one before it.
 struct IntegerKernels {
   std::string_view isa;

@@ -631,6 +631,9 @@ void matmul_float(const uint8_t* data, size_t count, size_t bytes, size_t cols, 
 
 // ---- activations to int8 ----
 
+// NaN if one of 32 values is NaN or infinite, else 0.
+inline float unless_finite(F32x16 a, F32x16 b) { return sum(add(sub(a, a), sub(b, b))); }
+
 inline F32x16 to_int8(F32x16 x) { return max(min(round_even(x), set1(127.0f)), set1(-127.0f)); }
 
 // Rounds to int8, stores, and returns the sum (exact: floats hold integers up to 2^24).
@@ -673,16 +676,24 @@ void quantize(const float* x, size_t cols, QuantGroup* out, FineGroup* digits) {
     const F32x16 v = load(x + c);
     squares = fma(v, v, squares);
   }
-  const float above = kFineRatio * __builtin_sqrtf(sum(squares) / static_cast<float>(cols));
+  const float total = sum(squares);
+  const float above = kFineRatio * __builtin_sqrtf(total / static_cast<float>(cols));
   for (size_t c = 0; c < cols; c += kGroup) quantize_group(x + c, above, out++, digits++);
+  if (total <= FLT_MAX) [[likely]]
+    return;
+  // No code stands for NaN, but a scale of NaN makes every product NaN.
+  for (; cols > 0; cols -= kGroup)
+    (--out)->scale += unless_finite(load(x + cols - kGroup), load(x + cols - kLanes));
 }
 
 // ---- functions of a lane ----
 
+// max() and min() give their second operand where one is NaN: what may be NaN comes second.
+
 // e^x within 2 ulp on [-87, 88]; 0 below, e^88 above. Cephes' expf polynomial.
 inline F32x16 exp(F32x16 x) {
   const Mask tiny = less(x, set1(-87.0f));
-  x = max(min(x, set1(88.0f)), set1(-87.0f));
+  x = max(set1(-87.0f), min(set1(88.0f), x));
   const F32x16 n = round_even(mul(x, set1(1.44269504088896341f)));
   F32x16 r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);
@@ -727,7 +738,7 @@ inline F32x16 activate(Activation act, F32x16 x) {
       return mul(x, sigmoid(mul(inner, set1(2.0f * 0.79788456080286536f))));
     }
     case Activation::kRelu:
-      return max(x, zero());
+      return add(max(zero(), x), zero());  // -0 becomes 0
     case Activation::kNone:
       break;
   }

@@ -166,9 +166,10 @@ class LinearPhase final : public TilePhase {
 // All gate tiles, then all up tiles: each is read as one stream.
 inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer& x,
                         const Buffer& out, const TileRange& tiles, size_t row, size_t rows) {
-  alignas(64) float gate[kProductsAtOnce * kLanes];
-  alignas(64) float up[kProductsAtOnce * kLanes];
-  alignas(64) float pair[kMostRowsAtOnce * kGroup];  // two tiles' columns: a group
+  constexpr size_t kSums = kProductsAtOnce * kLanes;
+  auto* const gate =
+      static_cast<float*>(thread_memory((2 * kSums + kMostRowsAtOnce * kGroup) * sizeof(float)));
+  float *const up = gate + kSums, *const pair = up + kSums;  // two tiles' columns: a group
   matmul(k, *op.gate, tiles, x, row, rows, gate);
   matmul(k, *op.up, tiles, x, row, rows, up);
   for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -285,11 +286,15 @@ class StorePhase final : public Phase {
   const Buffer &key_, &value_;
 };
 
-// Sums of segments that other tasks than the merging one made.
+// Sums of segments that other tasks than the merging one made. One phase at a time has them.
 struct SplitSums {
   std::unique_ptr<Memory> memory;
-  size_t floats = 0;  // wanted
-  std::unique_ptr<std::atomic<size_t>[]> done;
+  size_t floats = 0;                      // wanted
+  std::vector<std::atomic<size_t>> done;  // a step that failed may leave some
+
+  void clear() {
+    for (auto& count : done) count.store(0, std::memory_order_relaxed);
+  }
 };
 
 // A task is a run of rows and a KV head. When these are few, as in decode, it is one segment of
@@ -311,7 +316,8 @@ class AttendPhase final : public Phase {
     const size_t most =
         std::max(limits.context, *std::max_element(limits.rows.begin(), limits.rows.end()));
     const size_t segments = ceil_div(most, kSegment);
-    split.floats = std::max(split.floats, few_ * segments * group() * part_floats(op_.head_dim));
+    split.floats =
+        std::max(split.floats, product({few_, segments, group(), part_floats(op_.head_dim)}));
   }
 
   static size_t few_tasks(size_t threads) { return 4 * threads; }

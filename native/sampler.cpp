@@ -144,6 +144,12 @@ class Row {
   float top_ = -INFINITY;
 };
 
+bool has_nan(std::span<const float> x) {
+  uint32_t found = 0;  // counts, so that the compiler makes vectors of it
+  for (const float v : x) found |= v != v ? 1 : 0;
+  return found != 0;
+}
+
 double total(std::span<const double> sums) {
   double all = 0;
   for (const double s : sums) all += s;
@@ -269,14 +275,19 @@ void add_logprobs(Scratch& scratch, const Row& row, int top, Choice& choice) {
 }  // namespace
 
 Choice choose(const SamplerRow& row) {
+  const DefaultFloats floats;
   thread_local Scratch scratch;
+  Choice choice;
+  if (has_nan(row.logits)) {
+    choice.token = Choice::kNan;
+    return choice;
+  }
   std::span<const float> logits = row.processed.empty() ? row.logits : row.processed;
   if (row.processed.empty() && (row.state.adjusts() || !row.banned.empty())) {
     scratch.adjusted.assign(logits.begin(), logits.end());
     row.state.adjust(scratch.adjusted, row.banned);
     logits = scratch.adjusted;
   }
-  Choice choice;
   const Row final(logits);
   if (final.top() == -INFINITY) return choice;
   const SamplingOptions& o = row.state.options();

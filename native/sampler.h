@@ -11,6 +11,7 @@
 
 namespace squall {
 
+// What each may be is checked where a SamplerState is made of them.
 struct SamplingOptions {
   double temperature = 0;  // 0: the largest logit, lowest id on a tie
   size_t top_k = 0;        // 0: off
@@ -27,7 +28,8 @@ struct SamplingOptions {
 // nothing.
 class SamplerState {
  public:
-  // The first `prompt` tokens to come are not generated ones.
+  // The first `prompt` tokens to come are not generated ones. Throws std::invalid_argument on
+  // options outside of their range.
   SamplerState(SamplingOptions options, size_t prompt);
 
   // `breaks` is empty or tells of each token whether a DRY breaker ends in it.
@@ -62,7 +64,9 @@ struct SamplerRow {
 };
 
 struct Choice {
-  int32_t token = -1;  // -1: nothing is possible
+  static constexpr int32_t kNothing = -1;  // every token is forbidden or has a logit of -infinity
+  static constexpr int32_t kNan = -2;      // the model's logits are no numbers
+  int32_t token = kNothing;
   double logprob = 0;
   std::vector<std::pair<int32_t, double>> top;  // likeliest first
 };

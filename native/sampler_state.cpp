@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <stdexcept>
 
 #include "sampler.h"
 
@@ -8,6 +9,27 @@ namespace squall {
 namespace {
 
 constexpr size_t kMostExcess = 50;  // beyond it a repeat costs no more
+
+void expect(bool right, const char* what) {
+  if (!right) throw std::invalid_argument(what);
+}
+
+void check(const SamplingOptions& o) {  // no comparison holds for NaN
+  const auto within = [](double x, double low, double high) { return x >= low && x <= high; };
+  expect(within(o.temperature, 0, DBL_MAX), "temperature must be at least 0, and finite");
+  expect(o.top_p > 0 && o.top_p <= 1, "top_p must be above 0 and at most 1");
+  expect(within(o.min_p, 0, 1), "min_p must be between 0 and 1");
+  expect(within(o.frequency, -FLT_MAX, FLT_MAX) && within(o.presence, -FLT_MAX, FLT_MAX),
+         "frequency and presence penalties must be finite");
+  expect(o.repetition > 0 && o.repetition <= DBL_MAX,
+         "the repetition penalty must be above 0, and finite");
+  expect(within(o.dry_multiplier, 0, DBL_MAX), "dry_multiplier must be at least 0, and finite");
+  expect(within(o.dry_base, 1, DBL_MAX), "dry_base must be at least 1, and finite");
+  expect(o.dry_allowed_length >= 1 && o.dry_range >= 1,
+         "dry_allowed_length and dry_range must be at least 1");
+  for (const auto& [token, bias] : o.bias)
+    expect(bias < INFINITY, "a bias must be a number, or -inf to forbid its token");
+}
 
 bool possible(float x) { return x > -INFINITY; }  // not NaN either
 
@@ -44,7 +66,9 @@ std::vector<size_t> repeat_lengths(std::span<const int32_t> tokens) {
 }  // namespace
 
 SamplerState::SamplerState(SamplingOptions options, size_t prompt)
-    : options_(std::move(options)), prompt_(prompt) {}
+    : options_(std::move(options)), prompt_(prompt) {
+  check(options_);
+}
 
 void SamplerState::extend(std::span<const int32_t> tokens, std::span<const uint8_t> breaks) {
   for (size_t i = 0; i < tokens.size(); ++i) {

@@ -90,7 +90,10 @@ inline Mask lanes(size_t from, size_t to) {
   return m;
 }
 inline F32x16 scale_exponent(F32x16 a, F32x16 n) {
-  return each([&](int i) { return a.v[i] * __builtin_ldexpf(1.0f, static_cast<int>(n.v[i])); });
+  return each([&](int i) {  // elsewhere `a` is NaN already
+    const int power = n.v[i] >= -127.0f && n.v[i] <= 127.0f ? static_cast<int>(n.v[i]) : 0;
+    return a.v[i] * __builtin_ldexpf(1.0f, power);
+  });
 }
 
 inline float sum(F32x16 a) {

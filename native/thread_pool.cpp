@@ -3,16 +3,35 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <exception>
 #include <fstream>
 #include <sstream>
+#include <stdexcept>
+#include <utility>
 
 namespace squall {
 namespace {
 
-// About 250 us: more than a stage takes, and what Python takes between two steps of one answer.
-constexpr int kSpins = 20000;
+#if defined(__x86_64__)
+constexpr uint64_t kDefaultFloats = 0x1f80;
+uint64_t float_rules() { return __builtin_ia32_stmxcsr(); }
+void set_float_rules(uint64_t rules) { __builtin_ia32_ldmxcsr(static_cast<uint32_t>(rules)); }
+#elif defined(__aarch64__)
+constexpr uint64_t kDefaultFloats = 0;
+uint64_t float_rules() {
+  uint64_t rules;
+  asm volatile("mrs %0, fpcr" : "=r"(rules) : : "memory");
+  return rules;
+}
+void set_float_rules(uint64_t rules) { asm volatile("msr fpcr, %0" : : "r"(rules) : "memory"); }
+#else
+constexpr uint64_t kDefaultFloats = 0;
+uint64_t float_rules() { return 0; }
+void set_float_rules(uint64_t) {}
+#endif
 
 void relax() {
 #if defined(__x86_64__)
@@ -22,50 +41,85 @@ void relax() {
 #endif
 }
 
-// Until `value` is no longer `old`: spins, then sleeps.
+// Until `value` is no longer `old`: spins for more than a stage takes, and than Python takes
+// between two steps of one answer, then sleeps. By the clock, as processors differ tenfold in how
+// long they pause.
 void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (value.load(std::memory_order_acquire) != old) return;
-    relax();
-  }
+  constexpr int kPauses = 32;  // between looks at the clock
+  if (value.load(std::memory_order_acquire) != old) return;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(250);
+  do
+    for (int i = 0; i < kPauses; ++i) {
+      relax();
+      if (value.load(std::memory_order_acquire) != old) return;
+    }
+  while (std::chrono::steady_clock::now() < end);
   value.wait(old, std::memory_order_acquire);
 }
 
 }  // namespace
 
+DefaultFloats::DefaultFloats() : before_(float_rules()) { set_float_rules(kDefaultFloats); }
+DefaultFloats::~DefaultFloats() { set_float_rules(before_); }
+
 // Owned by every thread that works on it, so a late one finds its counters, all spent, and leaves.
+// A later run uses it again when nobody is late.
 struct ThreadPool::Job {
   struct alignas(64) Counter {
     std::atomic<size_t> value{0};
   };
-  const size_t parts;  // as many as threads
-  const std::vector<size_t> totals;
-  std::vector<Counter> next, done;  // next: [stages][parts]
+  const size_t parts, capacity;  // threads, and stages at most
+  size_t stages = 0;
+  std::atomic<size_t> users{0};
+  std::vector<size_t> totals;
+  const size_t stride = capacity + 7;     // of a part's counters: no two parts share a cache line
+  std::vector<std::atomic<size_t>> next;  // [parts][stages], from each part's beginning
+  std::vector<Counter> done;
   std::vector<std::atomic<uint32_t>> complete;
-  const std::function<void(size_t, size_t)>& task;  // alive while a task is left
+  const std::function<void(size_t, size_t)>* task = nullptr;  // alive while a task is left
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
 
-  Job(size_t threads, std::span<const size_t> sizes, const std::function<void(size_t, size_t)>& fn)
+  Job(size_t threads, size_t most)
       : parts(threads),
-        totals(sizes.begin(), sizes.end()),
-        next(sizes.size() * threads),
-        done(sizes.size()),
-        complete(sizes.size()),
-        task(fn) {}
+        capacity(most),
+        totals(most),
+        next(parts * stride),
+        done(most),
+        complete(most) {}
+
+  void reset(std::span<const size_t> sizes, const std::function<void(size_t, size_t)>& fn) {
+    stages = sizes.size();
+    task = &fn;
+    failed = false;
+    for (size_t s = 0; s < stages; ++s) {
+      totals[s] = sizes[s];
+      done[s].value.store(0, std::memory_order_relaxed);
+      complete[s].store(0, std::memory_order_relaxed);
+      for (size_t p = 0; p < parts; ++p) next[p * stride + s].store(0, std::memory_order_relaxed);
+    }
+  }
 
   void work(size_t thread) {
-    for (size_t stage = 0; stage < totals.size(); ++stage) {
-      for (size_t p = 0; p < parts; ++p) work(stage, (thread + p) % parts);
-      if (totals[stage] > 0) wait_for_change(complete[stage], 0);
+    for (size_t stage = 0; stage < stages; ++stage) {
+      if (totals[stage] == 0) continue;
+      for (size_t p = 0; p < parts && complete[stage].load(std::memory_order_acquire) == 0; ++p)
+        work(stage, (thread + p) % parts);
+      wait_for_change(complete[stage], 0);
     }
   }
 
   void work(size_t stage, size_t part) {
-    const size_t total = totals[stage], end = total * (part + 1) / parts;
+    const size_t total = totals[stage], begin = total * part / parts;
+    const size_t count = total * (part + 1) / parts - begin;
+    std::atomic<size_t>& counter = next[part * stride + stage];
     size_t finished = 0;
-    for (std::atomic<size_t>& counter = next[stage * parts + part].value;; ++finished) {
-      const size_t i = total * part / parts + counter.fetch_add(1, std::memory_order_relaxed);
-      if (i >= end) break;
-      task(stage, i);
+    // Looks before it adds: to add would take the line from those who still need it.
+    while (counter.load(std::memory_order_relaxed) < count) {
+      const size_t i = counter.fetch_add(1, std::memory_order_relaxed);
+      if (i >= count) break;
+      run(stage, begin + i);
+      ++finished;
     }
     if (finished == 0) return;
     if (done[stage].value.fetch_add(finished, std::memory_order_acq_rel) + finished == total) {
@@ -73,13 +127,35 @@ struct ThreadPool::Job {
       complete[stage].notify_all();
     }
   }
+
+  void run(size_t stage, size_t i) {
+    if (failed.load(std::memory_order_relaxed)) return;
+    try {
+      (*task)(stage, i);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  }
 };
 
 ThreadPool::ThreadPool(size_t threads) {
-  for (size_t i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  constexpr size_t kMost = 4096;
+  if (threads > kMost)
+    throw std::invalid_argument(std::to_string(threads) + " threads; at most " +
+                                std::to_string(kMost) + " are allowed");
+  try {
+    for (size_t i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::exception& error) {
+    const std::string text = "only " + std::to_string(workers_.size() + 1) + " of " +
+                             std::to_string(threads) + " threads could be had: " + error.what();
+    stop();
+    throw std::runtime_error(text);
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stop_.store(true);
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
@@ -87,6 +163,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::work(size_t thread) {
+  const DefaultFloats floats;
   for (uint32_t seen = 0;;) {
     wait_for_change(round_, seen);
     seen = round_.load(std::memory_order_acquire);
@@ -95,21 +172,37 @@ void ThreadPool::work(size_t thread) {
     {
       const std::lock_guard lock(mutex_);
       job = job_;
+      if (job) ++job->users;
     }
-    if (job) job->work(thread);
+    if (!job) continue;
+    job->work(thread);
+    job->users.fetch_sub(1, std::memory_order_release);
   }
 }
 
 void ThreadPool::run(std::span<const size_t> totals,
                      const std::function<void(size_t, size_t)>& task) {
-  const auto job = std::make_shared<Job>(threads(), totals, task);
-  if (!workers_.empty()) {
+  const DefaultFloats floats;
+  if (workers_.empty()) {
+    for (size_t stage = 0; stage < totals.size(); ++stage)
+      for (size_t i = 0; i < totals[stage]; ++i) task(stage, i);
+    return;
+  }
+  std::shared_ptr<Job> job;
+  {
     const std::lock_guard lock(mutex_);
-    job_ = job;
+    if (!job_ || job_->users.load(std::memory_order_acquire) != 0 || job_->capacity < totals.size())
+      job_ = std::make_shared<Job>(threads(), totals.size());
+    job_->reset(totals, task);
+    ++job_->users;
+    job = job_;
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
   }
   job->work(0);
+  const std::exception_ptr error = std::exchange(job->error, nullptr);
+  job->users.fetch_sub(1, std::memory_order_release);
+  if (error) std::rethrow_exception(error);
 }
 
 namespace {

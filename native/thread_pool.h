@@ -13,8 +13,22 @@
 
 namespace squall {
 
+// While it lives this thread computes as threads do by default: rounding to nearest, with
+// subnormal numbers, without traps. The caller's rules must not reach results.
+class DefaultFloats {
+ public:
+  DefaultFloats();
+  ~DefaultFloats();
+  DefaultFloats(const DefaultFloats&) = delete;
+  DefaultFloats& operator=(const DefaultFloats&) = delete;
+
+ private:
+  const uint64_t before_;
+};
+
 class ThreadPool {
  public:
+  // Throws std::runtime_error where the system gives no such number.
   explicit ThreadPool(size_t threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -25,13 +39,15 @@ class ThreadPool {
   // task(stage, index) for every index in [0, totals[stage]); a stage begins when the one before it
   // is done. Each thread begins with its own part of the indices, so that it finds in its cache
   // what it made there a stage before, and then helps with the others'. Waits for tasks, not for
-  // threads: one that the system has put aside holds up nobody. Tasks must not throw.
+  // threads: one that the system has put aside holds up nobody. All compute by DefaultFloats. What
+  // the first failing task throws comes out of here, and the tasks left are not run.
   void run(std::span<const size_t> totals,
            const std::function<void(size_t stage, size_t index)>& task);
 
  private:
   struct Job;
   void work(size_t thread);
+  void stop();
 
   std::mutex mutex_;
   std::shared_ptr<Job> job_;  // the latest; guarded by mutex_

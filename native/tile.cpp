@@ -12,9 +12,19 @@
 #include <vector>
 
 #include "half.h"
+#include "kernels.h"
 #include "pack.h"
 
 namespace squall {
+
+size_t product(std::initializer_list<size_t> factors) {
+  constexpr size_t kMost = size_t{1} << 48;  // sums of some such do not wrap either
+  size_t all = 1;
+  for (const size_t factor : factors)
+    if (__builtin_mul_overflow(all, factor, &all) || all > kMost)
+      throw std::invalid_argument("sizes are too large: their product is beyond any memory");
+  return all;
+}
 
 Memory::Memory(size_t bytes) : bytes_(std::max(bytes, size_t{64})) {
   constexpr size_t kHuge = size_t{2} << 20;
@@ -27,6 +37,12 @@ Memory::Memory(size_t bytes) : bytes_(std::max(bytes, size_t{64})) {
 }
 
 Memory::~Memory() { munmap(data_, bytes_); }
+
+void* thread_memory(size_t bytes) {
+  thread_local std::unique_ptr<Memory> memory;
+  if (memory == nullptr || memory->bytes() < bytes) memory = std::make_unique<Memory>(bytes);
+  return memory->data();
+}
 
 std::shared_ptr<uint8_t> Arena::take(size_t bytes) {
   constexpr size_t kChunk = size_t{64} << 20, kAlign = 4096;
@@ -143,7 +159,7 @@ Tile::Tile(Format format, size_t rows, size_t cols, Arena& arena)
   tile_bytes_ = f.bits == 0 ? head_bytes(format) + cols * kLanes * f.block_bytes
                             : (cols + f.chunk - 1) / f.chunk * f.chunk_bytes();
   tile_bytes_ = round_up(tile_bytes_, 64);
-  data_ = arena.take(tiles_ * tile_bytes_);
+  data_ = arena.take(product({tiles_, tile_bytes_}));
 }
 
 void Tile::pack(size_t tile, const uint8_t* const* lanes, const float* factors,

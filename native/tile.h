@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <span>
 
@@ -10,6 +11,9 @@
 #include "thread_pool.h"
 
 namespace squall {
+
+// Throws std::invalid_argument where memory could not have so many bytes.
+size_t product(std::initializer_list<size_t> factors);
 
 // Page-aligned, zeroed memory that asks for huge pages; freed with its last owner.
 class Memory {

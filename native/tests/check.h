@@ -1,5 +1,6 @@
 // What the native tests share.
 #pragma once
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -17,5 +18,8 @@ std::vector<float> floats(size_t n, float size = 1.0f);  // normally distributed
 TilePtr tile(Format format, size_t rows, size_t cols);
 
 void test_kernels();
+void test_faults();
+// Calls fn on a thread with as little stack as some systems give.
+void on_small_stack(const std::function<void()>& fn);
 
 }  // namespace squall::test

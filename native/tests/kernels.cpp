@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <numeric>
 
 #include "check.h"
@@ -380,9 +381,140 @@ void test_rows() {
   }
 }
 
+// ---- NaN: whoever depends on one is one, everybody else is as without ----
+
+using RunRows = std::function<Floats(const Kernels&, const Floats& x)>;
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN(), kInf = INFINITY;
+
+// Of `rows` rows of x the one with `bad` gives NaN, as far as `all` outputs of a row are wanted.
+void spoils_its_row(const std::string& what, const Floats& x, size_t rows, float bad,
+                    const RunRows& run) {
+  for (const std::string_view isa : isas()) {
+    const Kernels& k = *find_kernels(isa, CacheType::kF16);
+    const Floats before = run(k, x);
+    const size_t row = rows / 2, cols = x.size() / rows, outputs = before.size() / rows;
+    Floats spoiled = x;
+    spoiled[row * cols + rng() % cols] = bad;
+    const Floats after = run(k, spoiled);
+    bool right = true;
+    for (size_t i = 0; i < after.size(); ++i)
+      right = right && (i / outputs == row ? std::isnan(after[i])
+                                           : memcmp(&after[i], &before[i], sizeof(float)) == 0);
+    expect(right, what + " of " + std::to_string(bad) + " on " + std::string(isa));
+  }
+}
+
+void test_nan_linear(Format format) {
+  const TilePtr w = tile(format, 3 * kLanes, 256);
+  for (const size_t rows : {1, 2, 5, 23, 64})
+    for (const float bad : {kNan, kInf, -kInf}) {
+      if (!w->is_integer() && std::isinf(bad)) continue;  // a float's products tell
+      spoils_its_row("linear of " + std::string(info(format).name), activations(rows, 256), rows,
+                     bad, [&](const Kernels& k, const Floats& x) {
+                       ThreadPool pool(1);
+                       Floats out(rows * w->rows());
+                       linear_alone(k, pool, *w, x, rows, out.data());
+                       return out;
+                     });
+    }
+}
+
+void test_nan_rows() {
+  constexpr size_t kRows = 4, kCols = 48;
+  const Floats x = floats(kRows * kCols), weight = floats(kCols);
+  const auto by_row = [&](const auto& fn) {
+    return [&, fn](const Kernels& k, const Floats& in) {
+      Floats out(in.size());
+      for (size_t i = 0; i < in.size(); i += kCols) fn(k, in.data() + i, out.data() + i);
+      return out;
+    };
+  };
+  spoils_its_row("rms norm", x, kRows, kNan, by_row([&](auto& k, auto* from, auto* to) {
+                   k.rms_norm(from, kCols, kCols, weight.data(), 1e-5f, to);
+                 }));
+  spoils_its_row("layer norm", x, kRows, kNan, by_row([&](auto& k, auto* from, auto* to) {
+                   k.layer_norm(from, kCols, kCols, weight.data(), nullptr, 1e-5f, to);
+                 }));
+  for (const float bad : {kNan, kInf})
+    spoils_its_row("softmax", x, kRows, bad, by_row([&](auto& k, auto* from, auto* to) {
+                     std::copy_n(from, kCols, to);
+                     k.softmax(to, kCols);
+                   }));
+  // One value a row: what is not NaN is elsewhere.
+  const Floats one = floats(20);
+  for (const Activation act : {Activation::kNone, Activation::kSilu, Activation::kGelu,
+                               Activation::kGeluTanh, Activation::kRelu})
+    for (const bool gated : {false, true})
+      spoils_its_row("activation " + std::to_string(static_cast<int>(act)), one, 20, kNan,
+                     [&](const Kernels& k, const Floats& in) {
+                       Floats acc(32), up(32, 2.0f), out(32);
+                       std::copy(in.begin(), in.end(), acc.begin());
+                       if (gated)
+                         k.finish_gated(acc.data(), up.data(), 2, nullptr, nullptr, act, out.data(),
+                                        kLanes, kLanes);
+                       else
+                         k.finish(acc.data(), 2, nullptr, act, 0.5f, up.data(), out.data(), kLanes,
+                                  kLanes);
+                       out.resize(20);
+                       return out;
+                     });
+  spoils_its_row("softcap", one, 20, kNan, [](const Kernels& k, const Floats& in) {
+    Floats out(20);
+    k.softcap(in.data(), 3.0f, 20, out.data());
+    return out;
+  });
+}
+
+// In one query, or in the key or the value of one position.
+void test_nan_attention(CacheType type, size_t dim, float bad) {
+  constexpr size_t kLength = 300, kSeen = 100;
+  const Context clean{type, dim, 16};
+  for (const size_t count : {1, 3, 32})
+    for (const auto& [softcap, where] :
+         {std::pair{0.0f, 'q'}, {5.0f, 'q'}, {0.0f, 'k'}, {5.0f, 'k'}, {0.0f, 'v'}}) {
+      if (std::isinf(bad) && (where == 'q' || type == CacheType::kF32)) continue;
+      const size_t place = where == 'q' ? count / 2 : kLength - 3, d = dim / 2;
+      Context spoiled = clean;
+      (where == 'q'   ? spoiled.queries
+       : where == 'k' ? spoiled.keys
+                      : spoiled.values)[place * dim + d] = bad;
+      for (const std::string_view isa : isas()) {
+        const Kernels& k = *find_kernels(isa, type);
+        const Floats before = clean.run(k, count, kLength, kSeen, softcap);
+        const Floats after = spoiled.run(k, count, kLength, kSeen, softcap);
+        bool right = true;
+        for (size_t i = 0; i < count; ++i) {
+          const Query query = clean.query(i, kLength, kSeen, nullptr);
+          const auto position = static_cast<int32_t>(place);
+          const bool hit =
+              where == 'q' ? i == place : query.begin <= position && position < query.end;
+          if (!hit)
+            right = right && memcmp(&before[i * dim], &after[i * dim], 4 * dim) == 0;
+          else if (where == 'v')
+            right = right && std::isnan(after[i * dim + d]);
+          else
+            for (size_t c = 0; c < dim; ++c) right = right && std::isnan(after[i * dim + c]);
+        }
+        expect(right, std::string("attention with ") + where + " of " + std::to_string(bad) +
+                          " on " + std::string(isa) + ", cache type " +
+                          std::to_string(static_cast<int>(type)));
+      }
+    }
+}
+
+void test_nan() {
+  for (size_t f = 0; f < kFormats; ++f) test_nan_linear(static_cast<Format>(f));
+  test_nan_rows();
+  for (const CacheType type : {CacheType::kF16, CacheType::kF32, CacheType::kQ8_0})
+    for (const float bad : {kNan, kInf})
+      for (const size_t dim : {20, 64}) test_nan_attention(type, dim, bad);
+}
+
 }  // namespace
 
 void test_kernels() {
+  test_nan();
   test_quantize();
   test_linear();
   test_attention();

@@ -266,6 +266,8 @@ void test_program(const Model& model, std::string_view isa) {
     const std::string where = " on " + std::string(isa);
     expect(whole == last_logits(*three, {50}), "threads change nothing" + where);
     expect(whole == last_logits(*three, {1, 2, 18, 25, 49, 50}), "steps change nothing" + where);
+    on_small_stack(
+        [&] { expect(whole == last_logits(*one, {50}), "stacks change nothing" + where); });
   }
 }
 
@@ -342,8 +344,35 @@ void test_sampler() {
   for (const auto& odd : {std::vector{nan, 1.0f}, {inf, 1.0f}, {-inf, -inf}, {nan, nan}})
     for (const SamplingOptions& s : {greedy, free, SamplingOptions{1, 1, 0.5, 0.1, 3}}) {
       const int32_t id = sample(odd, s, 1);
-      expect(id == (odd[0] == inf ? 0 : odd[1] == 1.0f ? 1 : -1), "strange logits");
+      const int32_t right = std::isnan(odd[0]) ? Choice::kNan
+                            : odd[0] == inf    ? 0
+                                               : Choice::kNothing;
+      expect(id == right, "strange logits");
     }
+}
+
+void test_options() {
+  const double nan = std::nan(""), inf = INFINITY;
+  const auto rejects = [](const char* what, const auto& set) {
+    SamplingOptions options;
+    set(options);
+    expect_rejected([&] { SamplerState(options, 0); }, what);
+  };
+  for (const double bad : {nan, inf, -inf, -1.0}) {
+    rejects("a temperature", [&](SamplingOptions& o) { o.temperature = bad; });
+    rejects("a top_p", [&](SamplingOptions& o) { o.top_p = bad; });
+    rejects("a min_p", [&](SamplingOptions& o) { o.min_p = bad; });
+    rejects("a repetition penalty", [&](SamplingOptions& o) { o.repetition = bad; });
+    rejects("a multiplier of DRY", [&](SamplingOptions& o) { o.dry_multiplier = bad; });
+    rejects("a base of DRY", [&](SamplingOptions& o) { o.dry_base = bad; });
+    if (bad == -1.0) continue;
+    rejects("a frequency penalty", [&](SamplingOptions& o) { o.frequency = bad; });
+    rejects("a presence penalty", [&](SamplingOptions& o) { o.presence = bad; });
+    if (bad != -inf) rejects("a bias", [&](SamplingOptions& o) { o.bias = {{1, bad}}; });
+  }
+  rejects("no range of DRY", [](SamplingOptions& o) { o.dry_range = 0; });
+  rejects("no allowed length of DRY", [](SamplingOptions& o) { o.dry_allowed_length = 0; });
+  rejects("a top_p of 0", [](SamplingOptions& o) { o.top_p = 0; });
 }
 
 // Sizes around a block, every filter, tokens outside of the vocabulary.
@@ -400,6 +429,9 @@ int main(int count, char** arguments) {
   test_tiles();
   test_pool();
   test_sampler();
+  test_options();
+  test_faults();
+  rng.seed(seed);
   test_kernels();
   test_sampler_sizes();
   test_weigh();

@@ -14,12 +14,20 @@ import numpy as np
 import pytest
 from engine_requests import Numbers, alone, idle, request, settle
 from fake_executor import VOCAB, FakeExecutor, Silent, expected
+from numpy.typing import NDArray
 
+from squall.batch import Batch
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.request import CacheScope, Piece, Scoring
 from squall.engine.sampling import Sampling
-from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
+from squall.errors import (
+    ContextLengthExceeded,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+    SamplingFailed,
+)
 
 
 @pytest.fixture
@@ -350,6 +358,25 @@ def test_row_39_drain(engine: Engine, executor: FakeExecutor) -> None:
         generation.read()
         assert generation.ids == alone(request([i]))
     assert idle(engine)
+
+
+def test_nan_logits_end_their_request_alone() -> None:
+    class Broken(FakeExecutor):
+        def step(self, batch: Batch) -> NDArray[np.float32]:
+            logits = super().step(batch)
+            for i, row in enumerate(batch.outputs):
+                if batch.tokens[row] == 13:
+                    logits[i, 5] = np.nan
+            return logits
+
+    engine = Engine(Broken(), EngineConfig(max_seqs=4))
+    good, bad = Generation(engine, request([1])), Generation(engine, request([13]))
+    with pytest.raises(SamplingFailed, match="the model's logits are NaN"):
+        bad.read()
+    good.read()
+    assert good.ids == alone(request([1]))
+    assert idle(engine)
+    engine.close()
 
 
 def test_close_cancels_what_is_left(engine: Engine) -> None:

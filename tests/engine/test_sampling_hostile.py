@@ -22,7 +22,7 @@ from squall.engine.sampling import (
 )
 from squall.errors import SamplingFailed
 
-ANY = st.floats(width=32, allow_nan=True, allow_infinity=True)
+ANY = st.floats(width=32, allow_nan=False, allow_infinity=True)
 POSITIVE = st.floats(0, exclude_min=True, allow_infinity=False)
 
 OPTIONS = st.fixed_dictionaries(
@@ -49,6 +49,7 @@ OPTIONS = st.fixed_dictionaries(
     ids=st.lists(st.integers(-3, 160), max_size=20),
     banned=st.lists(st.integers(-3, 160), max_size=5),
     top=st.none() | st.integers(0, 20),
+    spoiled=st.none() | st.integers(0, 150),
 )
 def test_a_possible_token_or_an_error(
     logits: NDArray[np.float32],
@@ -56,7 +57,10 @@ def test_a_possible_token_or_an_error(
     ids: list[int],
     banned: list[int],
     top: int | None,
+    spoiled: int | None,
 ) -> None:
+    if spoiled is not None:
+        logits[spoiled % len(logits)] = np.nan
     forbidden = {i for i, bias in options.get("logit_bias", {}).items() if bias == -math.inf}
     possible = {
         i for i, x in enumerate(logits) if x > -math.inf and i not in forbidden and i not in banned
@@ -68,6 +72,10 @@ def test_a_possible_token_or_an_error(
     found, beside = sample_rows(np.stack([logits, np.ones_like(logits)]), [row, plain])
     assert logits.tobytes() == before
     assert beside == Sampled(0, None, ())
+    if spoiled is not None:
+        assert isinstance(found, SamplingFailed)
+        assert "logits are NaN" in str(found)
+        return
     if not possible:
         assert isinstance(found, SamplingFailed)
         return
@@ -83,7 +91,7 @@ def test_a_possible_token_or_an_error(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_infinite_logits_share_what_there_is(temperature: float) -> None:
-    logits = np.array([1.0, math.inf, math.nan, math.inf, -math.inf], np.float32)
+    logits = np.array([1.0, math.inf, 3e38, math.inf, -math.inf], np.float32)
     rows = [RowSampling(SamplerState(Sampling(temperature, seed=i), []), (), 2) for i in range(99)]
     found = [s for s in sample_rows(np.tile(logits, (99, 1)), rows) if isinstance(s, Sampled)]
     assert {s.token for s in found} == ({1} if temperature == 0 else {1, 3})
@@ -139,7 +147,7 @@ def test_processors_change_in_place_or_return() -> None:
         (lambda *_: "text", "failed: ValueError"),
         (lambda *_: object(), "failed: TypeError"),
         (lambda: None, "failed: TypeError"),
-        (lambda x, _: x * np.float32("nan"), "no token can be chosen"),
+        (lambda x, _: x * np.float32("nan"), "no token can be chosen: every logit is NaN"),
         (lambda x, _: np.full_like(x, -np.inf), "no token can be chosen"),
     ],
 )

@@ -240,6 +240,10 @@ def sample_rows(
 def _result(
     row: RowSampling, token: int, logprob: float, top: Sequence[tuple[int, float]]
 ) -> Sampled | SamplingFailed:
+    if token == _native.LOGITS_ARE_NAN:
+        return SamplingFailed(
+            "the model's logits are NaN: a weight is broken, or a number grew beyond float32"
+        )
     if token < 0:
         return SamplingFailed("no token can be chosen: every logit is NaN, -inf or forbidden")
     return Sampled(token, None if row.top_logprobs is None else logprob, tuple(top))
