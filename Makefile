@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PROMPT ?= What is the capital of France, and what is it known for?
 FUZZ_S ?= 600
+JOBS ?= $(shell nproc)
 ROUNDS ?= 5
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build stub docs demo test lint bench fuzz sanitize emulate clean
+.PHONY: help setup build stub docs demo test nightly lint bench fuzz sanitize emulate clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -94,8 +95,23 @@ emulate: $(VENV)/tools ## Native tests under qemu, on older processors and AArch
 	  $(ARM) cortex-a72 build/emulate/arm/$$tests neon; \
 	  $(ARM) cortex-a76 build/emulate/arm/$$tests dotprod
 
-test: lint sanitize emulate ## Lint, native tests here and elsewhere, then every Python test
-	@$(BIN)/python -m pytest
+# Two at a time, since one waits for the network while the other compiles; `timed-x` is `x`, and notes its seconds.
+STEPS := setup sanitize emulate lint
+timed-setup timed-sanitize timed-emulate: $(VENV)/tools
+timed-lint: timed-setup
+timed-%:
+	@$(MAKE) --no-print-directory $*; echo "  $* $$SECONDS s" >> build/steps
+
+test: ## Set up, lint, native tests here and elsewhere, then every Python test
+	@mkdir -p build; rm -f build/steps
+	@$(MAKE) --no-print-directory -j2 --output-sync=target $(STEPS:%=timed-%)
+	@$(BIN)/python -m pytest -q -m serial; echo "  serial tests $$SECONDS s" >> build/steps
+	@echo "seconds of each step, some of them side by side:"; cat build/steps
+	@$(BIN)/python -m pytest -m "not serial" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+nightly: export SQUALL_NIGHTLY := 1
+nightly: setup lint sanitize emulate ## All of it at full length, on all CPUs: docs/testing.md
+	@$(BIN)/python -m pytest --timeout=3600
 
 bench: $(VENV)/built $(VENV)/model ## Start-up, limits of the machine, and Squall beside llama.cpp, ROUNDS (5) times
 	@$(BIN)/python bench/startup.py
