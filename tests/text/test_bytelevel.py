@@ -251,6 +251,7 @@ def test_long_texts_as_short_ones(pre: str, smollm_metadata: Metadata, strings: 
         assert tokenizer.encode(text, add_bos=False) == expected
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("name", LONG)
 def test_a_megabyte_is_quick(name: str, smollm: Tokenizer) -> None:
     start = time.process_time()
@@ -280,6 +281,7 @@ def test_bad_input_is_refused(smollm: Tokenizer, smollm_metadata: Metadata) -> N
             Tokenizer.from_gguf({**smollm_metadata, **change})
 
 
+@pytest.mark.serial
 def test_building_is_quick(smollm_metadata: Metadata) -> None:
     start = time.process_time()
     with warnings.catch_warnings():
