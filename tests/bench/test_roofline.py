@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import roofline
 
+import roofline
 from squall import _native, quant
 
 pytestmark = pytest.mark.serial
