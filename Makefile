@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PROMPT ?= What is the capital of France, and what is it known for?
 FUZZ_S ?= 600
-JOBS ?= $(shell nproc)
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 ROUNDS ?= 5
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
