@@ -178,6 +178,7 @@ def test_row_3_a_dead_engine(tmp_path: Path, what: str, flags: tuple[str, ...]) 
         assert "kernel" not in text
 
 
+# A step has 0.4 s, which others could take away: its tests are serial.
 @pytest.fixture
 def fragile() -> Iterator[Running]:
     with (
@@ -187,6 +188,7 @@ def fragile() -> Iterator[Running]:
         yield found
 
 
+@pytest.mark.serial
 def test_row_3_a_stalled_engine_is_told_of(fragile: Running) -> None:
     fragile.held.hold()
     with connect(fragile.port, post_bytes(PATH, chat(max_tokens=5))) as connection:
@@ -195,6 +197,7 @@ def test_row_3_a_stalled_engine_is_told_of(fragile: Running) -> None:
     assert b"has not moved" in answer
 
 
+@pytest.mark.serial
 def test_row_3_an_idle_engine_is_not_stalled(fragile: Running) -> None:
     time.sleep(1.0)
     assert httpx.get(f"{fragile.url}/health").text == "OK"
@@ -203,6 +206,7 @@ def test_row_3_an_idle_engine_is_not_stalled(fragile: Running) -> None:
     assert answer["usage"]["completion_tokens"] == 100
 
 
+@pytest.mark.serial
 def test_row_3_everybody_hears_of_the_death(fragile: Running) -> None:
     fragile.held.hold()
     with ExitStack() as stack:
