@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PROMPT ?= What is the capital of France, and what is it known for?
 FUZZ_S ?= 600
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 ROUNDS ?= 5
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build stub docs demo test lint bench fuzz native sanitizers sanitize emulate nightly clean
+.PHONY: help setup build stub docs demo test nightly lint bench fuzz native sanitizers sanitize emulate clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -28,7 +29,7 @@ $(VENV)/tools:
 
 $(VENV)/built: $(VENV)/tools pyproject.toml CMakeLists.txt $(NATIVE)
 	@echo "building squall ..."
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e .; $(call NOTE,build)
 	@touch $@
 
 $(VENV)/model: $(VENV)/tools
@@ -39,7 +40,7 @@ $(VENV)/model: $(VENV)/tools
 $(VENV)/dev: $(VENV)/built
 	@echo "installing what the tests need ..."
 	@$(PIP) torch==2.13.0
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[dev]'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[dev]'; $(call NOTE,what the tests need)
 	@touch $@
 
 build: $(VENV)/built ## Build the native core and install squall, editable, into .venv
@@ -108,13 +109,20 @@ emulate: $(VENV)/built ## Native tests under qemu, on older processors and AArch
 	  $(ARM) cortex-a72 build/arm/$(TESTS) neon $(HOW); \
 	  $(ARM) cortex-a76 build/arm/$(TESTS) dotprod $(HOW)
 
-nightly: sanitizers ## Native tests of all sizes, sanitized and emulated
-	@build/address/$(TESTS)
-	@build/thread/$(TESTS)
-	@$(MAKE) emulate HOW=
+# Two at a time, since one waits for the network while the other compiles.
+test: ## Set up, lint, native tests here and elsewhere, then every Python test
+	@mkdir -p build; rm -f build/steps
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint native sanitize emulate
+	@$(BIN)/python -m pytest -q -m serial; $(call NOTE,serial tests)
+	@echo "seconds of each step, some of them side by side:"; cat build/steps
+	@$(BIN)/python -m pytest -m "not serial" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test: lint native sanitize emulate ## Lint, native tests here and elsewhere, then every Python test
-	@$(BIN)/python -m pytest
+nightly: export SQUALL_NIGHTLY := 1
+nightly: lint native sanitizers ## All of it at full length, on all CPUs: docs/testing.md
+	@build/address/$(TESTS) any
+	@build/thread/$(TESTS) any
+	@$(MAKE) --no-print-directory emulate HOW=
+	@$(BIN)/python -m pytest --timeout=3600
 
 bench: $(VENV)/built $(VENV)/model ## Start-up, limits of the machine, and Squall beside llama.cpp, ROUNDS (5) times
 	@$(BIN)/python bench/startup.py

@@ -36,6 +36,7 @@ def probe(*paths: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_every_hostile_file_is_refused_quickly_and_in_little_memory(
     corpus: dict[str, Path],

@@ -112,6 +112,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.type("What is the capital of France, and what is it known for?\r")
     terminal.wait_for(ANSWER)
     terminal.wait_for("Paris")
+    terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for(PROMPT)
     terminal.type("\\exit\r")
     assert terminal.process.wait(30) == 0

@@ -16,19 +16,18 @@ from squall.engine.sampling import Sampling
 
 TEXT = "The tide is high when the moon is near, because the water follows it around the earth. "
 WORDS = ("tide", "moon", "water", "earth", "high", "near", "stone", "river")
-REQUESTS = 32
 
 Found = list[tuple[tuple[int, float | None], ...]]
 
 
 @pytest.fixture(scope="module")
-def requests() -> list[Request]:
+def requests(nightly: bool) -> list[Request]:
     """Greedy and seeded ones, with prompts of 1 to 150 tokens, some of which begin alike."""
     chosen = random.Random(7)
     with Model.open(context=512) as model:
         stem = model.encode(TEXT * 10)
         made = []
-        for i in range(REQUESTS):
+        for i in range(32 if nightly else 16):
             own = model.encode(" ".join(chosen.choices(WORDS, k=chosen.randint(1, 30))))
             begin = stem[: chosen.choice([0, 0, 0, 20, 100])]
             sampling = Sampling(temperature=0 if i % 2 else 0.9, top_p=0.95, seed=i)
@@ -67,16 +66,18 @@ def test_rows_10_13_together_is_as_alone(
     config = EngineConfig(prompt_batchsize=chunk)
     with Model.open(context=256, kv_tokens=kv_tokens, engine=config) as model:
         for _ in ("cold", "warm"):
-            order = rng.permutation(REQUESTS).tolist()
+            order = rng.permutation(len(requests)).tolist()
             generations = {i: Generation(model.engine, requests[i]) for i in order}
-            assert [results(generations[i]) for i in range(REQUESTS)] == alone
+            assert [results(generations[i]) for i in range(len(requests))] == alone
         stats = model.engine.stats()
         assert stats.counts.cached_tokens > 0
         assert (stats.preemptions > 0) == (kv_tokens == 272)
         assert stats.blocks_used == 0
 
 
-def test_row_33_a_long_prompt_while_answers_run() -> None:
+@pytest.mark.slow("computes a real prompt of several steps at every size")
+@pytest.mark.parametrize("tokens", [1500, pytest.param(6000, marks=pytest.mark.nightly("30 s"))])
+def test_row_33_a_long_prompt_while_answers_run(tokens: int) -> None:
     """Rows are counted, not seconds."""
     with Model.open(context=8192, kv_tokens=12000) as model:
         rows: list[np.ndarray] = []
@@ -97,15 +98,15 @@ def test_row_33_a_long_prompt_while_answers_run() -> None:
         ]
         for stream in streams:
             next(stream)
-        prompt = (model.encode(TEXT) * 400)[:6000]
+        prompt = (model.encode(TEXT) * 400)[:tokens]
         long = Generation(model.engine, Request(ids=prompt, sampling=greedy, max_tokens=1))
         before = len(rows)
         long.read()
         after = len(rows)
         busy = [step for step in rows[before:after] if len(step) == 9]
-        assert len(busy) >= 6000 // 512
+        assert len(busy) >= tokens // 512
         assert all((step[:8] == 1).all() and step[8] >= 16 for step in busy[:-1])
-        assert sum(int(step[8]) for step in busy) == 6000
+        assert sum(int(step[8]) for step in busy) == tokens
         for stream in streams:
             stream.close()
 

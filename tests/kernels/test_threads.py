@@ -11,6 +11,7 @@ import pytest
 
 from squall import _native
 
+pytestmark = pytest.mark.serial  # quotas are told from more than one CPU
 ALLOWED = len(os.sched_getaffinity(0))
 
 

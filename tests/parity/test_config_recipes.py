@@ -268,7 +268,7 @@ ODD = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_config_is_run_or_refused(data: st.DataObject, built_folder: Build) -> None:
     case: Case = data.draw(st.sampled_from(CONFIG_CASES))

@@ -197,7 +197,7 @@ ODD = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_metadata_is_run_or_refused(data: st.DataObject, built: Build) -> None:
     model = built(data.draw(st.sampled_from(CASES)))

@@ -15,6 +15,8 @@ from squall import Model
 PATH = "/v1/chat/completions"
 QUICK_S = 0.3
 
+pytestmark = pytest.mark.serial  # another process could keep us from being as quick
+
 
 @pytest.fixture(scope="module")
 def running(model: Model) -> Iterator[Running]:

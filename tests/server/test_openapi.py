@@ -12,7 +12,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from servers import Process
 
-EXAMPLES = int(os.environ.get("SQUALL_TEST_EXAMPLES") or 15)
+EXAMPLES = settings.default.max_examples // 10
 SEED = int(os.environ.get("SQUALL_TEST_SEED") or secrets.randbits(32))
 QUIET = settings(
     max_examples=EXAMPLES,

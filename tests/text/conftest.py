@@ -74,10 +74,10 @@ def _sample(random_: random.Random) -> str:
 
 
 @pytest.fixture(scope="session")
-def strings() -> list[str]:
-    """12,000 strings in 20 scripts, code, emoji, runs of space, and names of control tokens."""
+def strings(nightly: bool) -> list[str]:
+    """Strings in 20 scripts, code, emoji, runs of space, and names of control tokens."""
     random_ = random.Random(7)
-    return [*SCRIPTS, *SPECIAL, *(_sample(random_) for _ in range(12_000))]
+    return [*SCRIPTS, *SPECIAL, *(_sample(random_) for _ in range(12_000 if nightly else 3000))]
 
 
 @pytest.fixture(scope="session")

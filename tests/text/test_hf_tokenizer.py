@@ -169,7 +169,7 @@ def test_plain_text_equals_transformers(pair: tuple[HfTokenizer, Any], strings: 
     ours, theirs = pair
     plain = [text for text in strings if not any(special in text for special in SPECIALS)]
     expected = theirs(plain, add_special_tokens=False)["input_ids"]
-    assert len(plain) > 6000
+    assert len(plain) > len(strings) // 2
     for text, ids in zip(plain, expected, strict=True):
         assert ours.encode(text, add_bos=False) == ids, text
         assert ours.decode(ids) == theirs.decode(ids), text

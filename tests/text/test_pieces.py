@@ -160,6 +160,7 @@ def test_control_tokens_and_their_spaces(llama: Pair) -> None:
     assert tokenizer.token_bytes(tokenizer.encode("\x07", add_bos=False)[-1]) == b"\x07"
 
 
+@pytest.mark.serial
 def test_a_megabyte_is_quick(llama: Pair, gemma: Pair) -> None:
     letters = random.Random(5).choices(string.ascii_lowercase, k=1_000_000)
     texts = [
