@@ -77,7 +77,7 @@ def parse_header(buffer: Buffer, source: str) -> tuple[Entry, ...]:
     """The checked table of a file, in the order of its bytes; `source` names it in errors."""
     size = _header_bytes(buffer, source)
     table = parse_json(buffer[8 : 8 + size], source)
-    _check_metadata(table.pop(_METADATA, {}), source)
+    _check_metadata(table.pop(_METADATA, None) or {}, source)
     if len(table) > MAX_TENSORS:
         raise InvalidCheckpoint(
             f"{quote(source)} has {len(table)} tensors; the limit is {MAX_TENSORS}"

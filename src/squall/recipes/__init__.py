@@ -44,13 +44,13 @@ def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
         if architecture is not None:
             raise InvalidRequest("a GGUF file says what it is; an architecture is for config.json")
         return _load_gguf(checkpoint)
-    if "quantization_config" in checkpoint.metadata and not checkpoint.quantization:
+    if checkpoint.metadata.get("quantization_config") and not checkpoint.quantization:
         raise UnsupportedModel("config.json has a quantization_config that was not applied")
     name = config.architecture(checkpoint.metadata, architecture)
     if checkpoint.kind == "uqff":
         return _load_uqff(name, checkpoint)
     entry = config.RECIPES[name]
-    fields = config.fields(checkpoint.metadata, checkpoint.tensors, entry)
+    fields = config.fields(checkpoint.metadata, checkpoint.tensors, name)
     config.check_depth(fields)
     fields.tensors_read |= zero_biases(checkpoint.tensors)
     return _finish(name, checkpoint.tensors, entry.function(fields), fields, fields.naming)
@@ -60,11 +60,11 @@ def _load_uqff(name: str, checkpoint: Checkpoint) -> Recipe:
     """Once without the linears, for their order, and then with them under their usual names."""
     entry = config.RECIPES[name]
     residual = {n: t for n, t in checkpoint.tensors.items() if not n.startswith("uqff.")}
-    fields = config.fields(checkpoint.metadata, residual, entry)
+    fields = config.fields(checkpoint.metadata, residual, name)
     config.check_depth(fields)
     order = linears(name, entry.function(fields), fields.naming)
     tensors, originals = named(order, checkpoint.tensors)
-    fields = config.fields(checkpoint.metadata, tensors, entry)
+    fields = config.fields(checkpoint.metadata, tensors, name)
     recipe = _finish(name, tensors, entry.function(fields), fields, fields.naming)
     names = {
         role: tuple(replace(part, tensor=originals.get(part.tensor, part.tensor)) for part in parts)

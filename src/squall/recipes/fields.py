@@ -72,7 +72,7 @@ class Fields:
             raise self._invalid(key, value, "true or false")
         return value
 
-    def word(self, key: str, default: str) -> str:
+    def word(self, key: str, default: str | None = None) -> str:
         value = self._value(key, default)
         if not isinstance(value, str):
             raise self._invalid(key, value, "a string")
