@@ -19,7 +19,7 @@ from squall.recipes.names import Naming, locate
 from squall.roles import roles
 from squall.spec import Decoder
 
-__all__ = ["KNOWN", "Recipe", "load"]
+__all__ = ["KNOWN", "Recipe", "judge", "load"]
 
 KNOWN = sorted({*gguf.RECIPES, *config.RECIPES})
 
@@ -56,6 +56,14 @@ def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
     return _finish(name, checkpoint.tensors, entry.function(fields), fields, fields.naming)
 
 
+def judge(metadata: Mapping[str, object], architecture: str | None = None) -> None:
+    """Raise UnsupportedModel if there is no recipe for what is known of a model's metadata."""
+    if "general.architecture" in metadata:
+        _gguf_architecture(metadata)
+    elif metadata.keys() & {"architectures", "model_type"}:
+        config.architecture(metadata, architecture)
+
+
 def _load_uqff(name: str, checkpoint: Checkpoint) -> Recipe:
     """Once without the linears, for their order, and then with them under their usual names."""
     entry = config.RECIPES[name]
@@ -73,18 +81,23 @@ def _load_uqff(name: str, checkpoint: Checkpoint) -> Recipe:
     return replace(recipe, names=MappingProxyType(names))
 
 
-def _load_gguf(checkpoint: Checkpoint) -> Recipe:
-    architecture = checkpoint.metadata.get("general.architecture")
+def _gguf_architecture(metadata: Mapping[str, object]) -> str:
+    architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise InvalidCheckpoint("the metadata key general.architecture is missing or not a string")
+    if architecture not in gguf.RECIPES:
+        known = ", ".join(sorted(gguf.RECIPES))
+        raise UnsupportedModel(f"unknown architecture {quote(architecture)}; known: {known}")
+    return architecture
+
+
+def _load_gguf(checkpoint: Checkpoint) -> Recipe:
     kind = checkpoint.metadata.get("general.type", "model")
     if kind != "model":
         raise UnsupportedModel(
             f"the file is of type {quote(str(kind))}; only whole models can be run"
         )
-    if architecture not in gguf.RECIPES:
-        known = ", ".join(sorted(gguf.RECIPES))
-        raise UnsupportedModel(f"unknown architecture {quote(architecture)}; known: {known}")
+    architecture = _gguf_architecture(checkpoint.metadata)
     fields = GgufFields(architecture, checkpoint.metadata, checkpoint.tensors)
     return _finish(
         architecture, checkpoint.tensors, gguf.RECIPES[architecture](fields), fields, NAMING
