@@ -374,7 +374,7 @@ def test_an_unknown_architecture_is_refused_before_the_download(
 ) -> None:
     repository = server.repositories[name.partition(":")[0]]
     repository.known = known
-    with pytest.raises(SquallError, match="(?i)mamba"):
+    with pytest.raises(SquallError, match=r"(?i)mamba"):
         locate(name, judge=recipes.judge)
     assert not server.downloads()
     repository.known = {"config": {"model_type": "llama"}, "gguf": {"architecture": "llama"}}

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squall.checkpoints import describe, open_checkpoint, read_header
-from squall.checkpoints.files import MAX_JSON_BRACKETS, MAX_JSON_BYTES
 from squall.checkpoints.safetensors import FORMATS, parse_header
 from squall.errors import InvalidCheckpoint, ModelNotFound, SquallError, UnsupportedModel
+from squall.files import MAX_JSON_BRACKETS, MAX_JSON_BYTES
 
 
 def pack(table: Any, data: bytes = b"", *, size: int | None = None) -> bytes:

@@ -35,19 +35,23 @@ def reduced(config: Json) -> Json:
         small |= {"head_dim": 32, "num_key_value_heads": 2}
     elif small.get("head_dim"):
         small["head_dim"] = 32 if wide else 16
-    if isinstance(small.get("sliding_window"), int):
-        small["sliding_window"] = 7
+    return small | words(small)
+
+
+def words(small: Json) -> Json:
+    """What else has to follow the sizes."""
+    changed: Json = {key: small[key] and 0 for key in small if key.endswith("_token_id")}
+    changed |= {key: small[key] and small[key][-LAYERS:] for key in OF_LAYERS & small.keys()}
+    if small.get("sliding_window"):
+        changed["sliding_window"] = 7
     if small.get("use_sliding_window"):
-        small["max_window_layers"] = 1
-    for key in OF_LAYERS & small.keys():
-        small[key] = small[key] and small[key][-LAYERS:]
+        changed["max_window_layers"] = 1
     if isinstance(scaling := small.get("rope_scaling"), dict):
-        dims = int(small.get("head_dim") or 16) * small.get("partial_rotary_factor", 1.0)
-        for key in {"long_factor", "short_factor"} & scaling.keys():
-            scaling[key] = scaling[key][: int(dims) // 2]
-    for key in [key for key in small if key.endswith("_token_id")]:
-        small[key] = 0 if small[key] is not None else None
-    return small
+        dims = int((small.get("head_dim") or 16) * small.get("partial_rotary_factor", 1.0))
+        lists = {key: scaling[key][: dims // 2] for key in scaling if key.endswith("_factor")
+                 and isinstance(scaling[key], list)}  # fmt: skip
+        changed["rope_scaling"] = scaling | lists
+    return changed
 
 
 def of(architecture: str, model_type: str, version: str, **keys: Any) -> Json:
@@ -488,8 +492,8 @@ PUBLISHED: dict[str, Json] = {
     "allenai/OLMo-2-0425-1B": of("Olmo2ForCausalLM", "olmo2", "4.51.3", **OLMO2 | {
         "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16}),
     "CohereForAI/c4ai-command-r-v01": cohere(),
-    "CohereForAI/c4ai-command-r-plus": cohere(logit_scale=0.8333333333333334, num_attention_heads=96,
-        num_key_value_heads=8, rope_theta=75000000.0, use_qk_norm=True, hidden_size=12288),
+    "CohereForAI/c4ai-command-r-plus": cohere(logit_scale=0.8333333333333334,
+        num_attention_heads=96, num_key_value_heads=8, rope_theta=75000000.0, use_qk_norm=True, hidden_size=12288),
     "CohereForAI/aya-23-8B": cohere(num_key_value_heads=8, num_attention_heads=32,
         hidden_size=4096, rope_theta=10000, model_max_length=8192, logit_scale=0.0625),
     "CohereForAI/c4ai-command-r7b-12-2024": of("Cohere2ForCausalLM", "cohere2", "4.48.0.dev0",

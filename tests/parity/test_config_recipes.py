@@ -110,7 +110,8 @@ def test_unsupported_values(key: str, value: Any, built_folder: Build) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("attention_dropout", 0.1), ("pretraining_tp", 2), ("rope_scaling", None), ("rope_scaling", {}), ("torch_dtype", "bfloat16"),
+        ("attention_dropout", 0.1), ("pretraining_tp", 2), ("rope_scaling", None),
+        ("rope_scaling", {}), ("torch_dtype", "bfloat16"),
         ("rms_norm_eps", 0.01), ("head_dim", None), ("num_key_value_heads", None),
         ("quantization_config", None), ("architectures", None), ("architectures", []),
         ("architectures", ...), ("per_layer_config", None), ("_private", {"to": "a saver"}),

@@ -1,7 +1,7 @@
 """Popular repositories' config.json, as published but for sizes: all open as in transformers.
 
-A model of random weights is saved from what transformers makes of the file; the file beside it stays
-as it was published.
+A model of random weights is saved from what transformers makes of the file; the file beside it
+stays as it was published.
 """
 
 from __future__ import annotations

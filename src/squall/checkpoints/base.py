@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.files import quote
 from squall.errors import UnsupportedModel
+from squall.files import quote
 from squall.quant import FORMATS
 
 Scalar = int | float | bool

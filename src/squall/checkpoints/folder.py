@@ -9,12 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 from squall.checkpoints.base import Checkpoint, Header, Tensor, TensorInfo
-from squall.checkpoints.files import quote, read_json
 from squall.checkpoints.pickle import INDEX as PICKLE_INDEX
 from squall.checkpoints.pickle import open_pickle, open_pickles
 from squall.checkpoints.quantized import quantization, with_weights
 from squall.checkpoints.safetensors import MAX_TENSORS, Part, open_part
 from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
+from squall.files import quote, read_json
 from squall.quant.scheme import Scheme
 
 CONFIG = "config.json"
@@ -75,20 +75,19 @@ def header_of(opened: Checkpoint) -> Header:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
+    found = read_json(folder / CONFIG)
+    if found is None:
         raise ModelNotFound(f"{str(folder)!r} has neither a GGUF file nor {CONFIG}")
-    return read_json(path)
+    return found
 
 
 def _open_safetensors(folder: Path) -> tuple[dict[str, Tensor], list[Path]] | None:
     """The tensors and their files; None where there are no such files."""
-    index = folder / INDEX
     weights: dict[str, str] = {}
     if (folder / WHOLE).is_file():
         names = [WHOLE]
-    elif index.is_file():
-        weights = _weight_map(read_json(index))
+    elif (index := read_json(folder / INDEX)) is not None:
+        weights = _weight_map(index)
         names = sorted(set(weights.values()))
     else:
         names = _set(folder, _SHARD)
@@ -101,9 +100,8 @@ def _open_safetensors(folder: Path) -> tuple[dict[str, Tensor], list[Path]] | No
 
 
 def _open_pickles(folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    index = folder / PICKLE_INDEX
-    if index.is_file():
-        weight_map = read_json(index)
+    weight_map = read_json(folder / PICKLE_INDEX)
+    if weight_map is not None:
         tensors = open_pickles(folder, weight_map)
         return tensors, [folder / name for name in sorted(set(weight_map["weight_map"].values()))]
     whole = [file.name for file in folder.iterdir() if _PICKLE.fullmatch(file.name)]

@@ -18,10 +18,10 @@ from types import MappingProxyType
 import numpy as np
 
 from squall.checkpoints.base import Checkpoint, Field, Pages, Tensor
-from squall.checkpoints.files import quote
 from squall.checkpoints.gguf_header import MAX_NAME_BYTES, MAX_TENSORS, Cursor
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
+from squall.files import quote
 from squall.quant import by_ggml_id
 
 CONTEXT = 4096

@@ -13,7 +13,6 @@ from types import MappingProxyType
 import numpy as np
 
 from squall.checkpoints.base import Checkpoint, Header, Pages, Tensor, TensorInfo
-from squall.checkpoints.files import quote
 from squall.checkpoints.gguf_header import (
     MAX_HEADER_BYTES,
     MAX_TENSORS,
@@ -23,6 +22,7 @@ from squall.checkpoints.gguf_header import (
 )
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.quant import by_ggml_id
 
 MAX_PARTS = 512

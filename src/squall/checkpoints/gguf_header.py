@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints.base import Field, Scalar, TensorInfo
-from squall.checkpoints.files import quote
 from squall.checkpoints.mapped import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.quant import GGML_FORMATS, UNSUPPORTED
 
 # At least twice what the largest known models need (a vocabulary of 262 k with 515 k merges).

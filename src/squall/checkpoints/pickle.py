@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints.base import Pages, Tensor
-from squall.checkpoints.files import quote
 from squall.checkpoints.gguf_header import MAX_TENSORS
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.checkpoints.unpickle import MAX_BYTES, SIZES, View, check_magic, unpickle
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 
 MAX_ENTRIES = MAX_TENSORS + 1024
 MAX_DIRECTORY_BYTES = 16 << 20

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote, read_json
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote, read_json
 from squall.quant import FORMATS, integers
 from squall.quant.grouped import Grouped, block_for
 from squall.quant.scheme import METHODS, Scheme
@@ -85,7 +85,7 @@ class GroupedTensor(Tensor):
 def quantization(folder: Path, config: Mapping[str, Any]) -> Scheme | None:
     """How the weights of a folder are quantized; None: they are not."""
     found = config.get("quantization_config")
-    if found is None and (folder / CONFIG).is_file():
+    if found is None:
         found = read_json(folder / CONFIG)
     if found is None:
         return None

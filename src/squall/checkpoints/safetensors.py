@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from squall.checkpoints.base import Pages, Tensor, TensorInfo
-from squall.checkpoints.files import parse_json, quote
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import parse_json, quote
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 1 << 16
@@ -76,7 +76,7 @@ def open_part(path: Path) -> Part:
 def parse_header(buffer: Buffer, source: str) -> tuple[Entry, ...]:
     """The checked table of a file, in the order of its bytes; `source` names it in errors."""
     size = _header_bytes(buffer, source)
-    table = parse_json(buffer[8 : 8 + size], source)
+    table = parse_json(buffer[8 : 8 + size], source, unique=True)
     _check_metadata(table.pop(_METADATA, None) or {}, source)
     if len(table) > MAX_TENSORS:
         raise InvalidCheckpoint(

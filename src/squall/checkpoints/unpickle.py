@@ -11,9 +11,9 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from squall.checkpoints.files import quote
 from squall.checkpoints.mapped import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 
 MAX_BYTES = 32 << 20
 MAX_READS = 600_000  # an operation, and each part of its argument: 10,000 tensors

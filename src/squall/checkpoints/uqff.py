@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints.base import Checkpoint, Deferred, Pages, Tensor
-from squall.checkpoints.files import quote, read_json
 from squall.checkpoints.safetensors import open_part
 from squall.checkpoints.uqff_hqq import Hqq
 from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
+from squall.files import quote, read_json
 from squall.quant import by_ggml_id
 
 SUFFIX = ".uqff"
@@ -76,16 +76,16 @@ def open_uqff(path: Path) -> Checkpoint:
                 "they are numbered from 0 without gaps"
             )
         linears.append(_linear(blobs[str(index)], index, path.name))
-    residual = path.with_name(RESIDUAL)
-    if not residual.is_file():
-        raise ModelNotFound(f"{str(path)!r} needs {RESIDUAL}, which must lie beside it")
+    residual, config = path.with_name(RESIDUAL), read_json(path.with_name("config.json"))
+    if config is None or not residual.is_file():
+        raise ModelNotFound(f"{str(path)!r} needs config.json and {RESIDUAL} beside it")
     tensors = {tensor.name: tensor for tensor in open_part(residual).tensors()}
     for linear in linears:
         found = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
         tensors.update((tensor.name, tensor) for tensor in found)
     return Checkpoint(
         path.parent,
-        MappingProxyType(read_json(path.with_name("config.json"))),
+        MappingProxyType(config),
         MappingProxyType(tensors),
         path.stat().st_size + residual.stat().st_size,
         parts=(path, residual),

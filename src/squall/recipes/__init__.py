@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from squall.checkpoints.base import Checkpoint, Tensor
-from squall.checkpoints.files import quote
 from squall.checkpoints.quantized import zero_biases
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
+from squall.files import quote
 from squall.program import Names
 from squall.recipes import config, gguf
 from squall.recipes.fields import Fields

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.recipes import config_names as names
 from squall.recipes import parts
 from squall.recipes.config_fields import ConfigFields, by_model_type, keys_of

@@ -11,8 +11,8 @@ from importlib.resources import files
 from typing import Any
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint
+from squall.files import quote
 from squall.recipes.fields import Fields
 from squall.recipes.names import Naming
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.recipes import parts
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.parts import Each, context, depth, head_dim

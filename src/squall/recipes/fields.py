@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 
 
 class Fields:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.recipes import parts
 from squall.recipes.fields import Fields
 from squall.recipes.names import Naming
