@@ -146,7 +146,7 @@ def test_any_change_is_read_or_refused(data: st.DataObject) -> None:
             entries = parse_header(text, "a")
         except SquallError:
             continue
-        assert sum(e.info.nbytes for e in entries) <= 14
+        assert sum(e.nbytes for e in entries) <= 14
 
 
 def shards(path: Path, **names: str) -> Path:

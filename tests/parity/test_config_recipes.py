@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import Case
 
-from squall.checkpoints.base import Checkpoint, Tensor
+from squall.checkpoints.base import ByteTensor, Checkpoint, Tensor
 from squall.checkpoints.folder import open_folder
 from squall.decoder import compile
 from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, UnsupportedModel
@@ -46,7 +46,7 @@ def altered(model: Built, config: Mapping[str, Any], **tensors: Tensor | None) -
 
 def tensor(name: str, *shape: int, format: str = "f32") -> Tensor:
     data = np.ones(shape, np.float32).reshape(-1).view(np.uint8)
-    return Tensor(name, format, shape, data)
+    return ByteTensor(name, format, shape, data)
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

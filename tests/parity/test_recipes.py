@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CASES
 
-from squall.checkpoints.base import Checkpoint, Tensor
+from squall.checkpoints.base import ByteTensor, Checkpoint, Tensor
 from squall.decoder import compile
 from squall.errors import InvalidCheckpoint, SquallError, UnsupportedModel
 from squall.recipes import load
@@ -34,7 +34,7 @@ def altered(model: Built, metadata: Mapping[str, Any], **tensors: Tensor | None)
 
 def tensor(name: str, *shape: int, value: float = 1.0) -> Tensor:
     data = np.full(shape, value, np.float32).reshape(-1).view(np.uint8)
-    return Tensor(name, "f32", shape, data)
+    return ByteTensor(name, "f32", shape, data)
 
 
 INVALID = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +21,6 @@ from squall.quant import FORMATS
 Scalar = int | float | bool
 Field = Scalar | str | list[Any] | dict[str, Any] | NDArray[Any] | None
 Kind = Literal["gguf", "folder", "uqff"]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor without its bytes; its format may be unknown, and then `nbytes` 0."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,19 +47,46 @@ class Pages:
                 self.file.madvise(advice, first, self.stop - first)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tensor:
-    """A stored tensor: row-major, the last axis contiguous; `data` its read-only bytes.
+class Tensor(Protocol):
+    """A tensor of a checkpoint: row-major, the last axis contiguous, read when it is asked for.
 
-    factor: what the values are multiplied by.
+    factor: what the values are multiplied by. order: the columns as `row_data` has them; None: as
+    they are. pages: where its bytes lie in a file, if they lie there as they are.
     """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def factor(self) -> float: ...
+    @property
+    def pages(self) -> Pages | None: ...
+    @property
+    def order(self) -> NDArray[np.uint32] | None: ...
+    @property
+    def data(self) -> NDArray[np.uint8]: ...
+    def row_data(self, start: int, stop: int) -> NDArray[np.uint8]: ...
+    def to_float32(self) -> NDArray[np.float32]: ...
+    def check_format(self) -> None: ...
+
+
+class Shaped(ABC):
+    """What tensors have in common, from their name, format, shape and `row_data`."""
 
     name: str
     format: str
     shape: tuple[int, ...]
-    data: NDArray[np.uint8]
-    pages: Pages | None = None
     factor: float = 1.0
+    pages: Pages | None = None
 
     @property
     def rows(self) -> int:
@@ -83,17 +101,15 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Stored bytes."""
-        return self.data.size
+        return self.rows * FORMATS[self.format].row_bytes(self.cols)
 
     @property
     def order(self) -> NDArray[np.uint32] | None:
-        """The columns as `row_data` has them; None: as they are."""
         return None
 
+    @abstractmethod
     def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
         """The bytes of rows start:stop, in blocks of `format`."""
-        row_bytes = FORMATS[self.format].row_bytes(self.cols)
-        return self.data[start * row_bytes : stop * row_bytes]
 
     def check_format(self) -> None:
         """Raise UnsupportedModel when Squall cannot compute with the tensor's format."""
@@ -105,49 +121,54 @@ class Tensor:
 
     def to_float32(self) -> NDArray[np.float32]:
         """The values as float32, in `shape`."""
-        values = FORMATS[self.format].dequantize(self.data).reshape(self.shape)
+        data = self.row_data(0, self.rows)
+        values = FORMATS[self.format].dequantize(data).reshape(self.shape)
         return values if self.factor == 1.0 else values * np.float32(self.factor)
 
 
-class Deferred(Tensor):
-    """A tensor whose bytes are made, from those of a file, whenever they are asked for."""
+@dataclass(frozen=True, eq=False)
+class ByteTensor(Shaped):
+    """A tensor whose `data` are there, or in a mapped file, as they are; read-only."""
 
-    __slots__ = ("_make",)
-    _make: Callable[[], NDArray[np.uint8]]
-
-    def __init__(
-        self, name: str, format: str, shape: tuple[int, ...], make: Callable[[], NDArray[np.uint8]]
-    ) -> None:
-        values = {"name": name, "format": format, "shape": shape, "pages": None, "factor": 1.0}
-        for field, value in [*values.items(), ("_make", make)]:
-            object.__setattr__(self, field, value)
-
-    @property
-    def data(self) -> NDArray[np.uint8]:
-        return self._make()
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+    pages: Pages | None = None
+    factor: float = 1.0
 
     @property
     def nbytes(self) -> int:
-        return self.rows * FORMATS[self.format].row_bytes(self.cols)
+        return self.data.size
+
+    def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
+        row_bytes = FORMATS[self.format].row_bytes(self.cols)
+        return self.data[start * row_bytes : stop * row_bytes]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Header:
-    """Everything about a checkpoint but its weights."""
+@dataclass(frozen=True, eq=False)
+class Deferred(Shaped):
+    """A tensor whose bytes are made, from those of a file, whenever they are asked for."""
 
-    path: Path
-    metadata: Mapping[str, Field]
-    tensors: Mapping[str, TensorInfo]
-    size_bytes: int
-    version: int = 0
-    parts: tuple[Path, ...] = ()
-    kind: Kind = "gguf"
-    quantization: str = ""
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    make: Callable[[], NDArray[np.uint8]]
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self.make()
+
+    def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
+        row_bytes = FORMATS[self.format].row_bytes(self.cols)
+        return self.make()[start * row_bytes : stop * row_bytes]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """An open checkpoint; reading a tensor's `data` is what brings its pages in.
+
+    Tensors may be of formats that Squall cannot run: who computes with one checks it.
 
     gguf: `path` is a file, `metadata` its fields. folder: `path` is one, `metadata` what its
     config.json says; other files in it (tokenizer, generation defaults) are for who needs them.

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from squall.checkpoints.base import Checkpoint, Header, Tensor, TensorInfo
+from squall.checkpoints.base import Checkpoint, Tensor
 from squall.checkpoints.pickle import INDEX as PICKLE_INDEX
 from squall.checkpoints.pickle import open_pickle, open_pickles
 from squall.checkpoints.quantized import quantization, with_weights
@@ -49,29 +49,12 @@ def _open(folder: Path, scheme: Scheme | None) -> Checkpoint:
     )
 
 
-def read_folder(folder: Path) -> Header:
-    """The same without the weights; those of an unknown quantization as they are stored."""
+def read_folder(folder: Path) -> Checkpoint:
+    """The same, with the tensors of an unknown quantization as they are stored."""
     try:
-        return header_of(open_folder(folder))
+        return open_folder(folder)
     except UnsupportedModel:
-        return header_of(_open(folder, None))
-
-
-def header_of(opened: Checkpoint) -> Header:
-    """What a checkpoint is but for its weights."""
-    infos = {
-        tensor.name: TensorInfo(tensor.name, tensor.format, tensor.shape, tensor.nbytes)
-        for tensor in opened.tensors.values()
-    }
-    return Header(
-        opened.path,
-        opened.metadata,
-        MappingProxyType(infos),
-        opened.size_bytes,
-        parts=opened.parts,
-        kind=opened.kind,
-        quantization=opened.quantization,
-    )
+        return _open(folder, None)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -132,7 +115,7 @@ def _weight_map(index: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_index(weights: dict[str, str], parts: Sequence[Part]) -> None:
-    found = {(part.path.name, entry.info.name) for part in parts for entry in part.entries}
+    found = {(part.path.name, entry.name) for part in parts for entry in part.entries}
     missing = [(file, name) for name, file in weights.items() if (file, name) not in found]
     if missing:
         file, name = missing[0]

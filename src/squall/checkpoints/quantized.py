@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Tensor
+from squall.checkpoints.base import Pages, Shaped, Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote, read_json
 from squall.quant import FORMATS, integers
@@ -27,16 +27,21 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class GroupedTensor(Tensor):
-    """A quantized weight, made from `stored` tensors when asked for; `data` is only their first.
+@dataclass(frozen=True, eq=False)
+class GroupedTensor(Shaped):
+    """A quantized weight, made from `stored` tensors when asked for.
 
-    zero_bias: the name of its bias, if that is there and 0: some writers add one to any weight.
+    pages: of most of them. zero_bias: the name of its bias, if that is there and 0: some writers
+    add one to any weight.
     """
 
+    name: str
+    format: str
+    shape: tuple[int, ...]
     scheme: Scheme
     stored: Mapping[str, Tensor]
     zero_bias: str | None
+    pages: Pages | None
 
     @property
     def nbytes(self) -> int:
@@ -45,6 +50,10 @@ class GroupedTensor(Tensor):
     @property
     def order(self) -> NDArray[np.uint32] | None:
         return self._grouped().order
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self.row_data(0, self.rows)
 
     def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
         try:
@@ -128,10 +137,9 @@ def _weight(stem: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Grouped
         assert tensor is not None
         stored[part] = tensor
     format = integers.name(scheme.bits, block_for(group, inputs))
-    return GroupedTensor(
-        f"{stem}.weight", format, (outputs, inputs), main.data, main.pages,
-        scheme=scheme, stored=stored, zero_bias=_zero_bias(tensors.get(f"{stem}.bias")),
-    )  # fmt: skip
+    zero_bias = _zero_bias(tensors.get(f"{stem}.bias"))
+    shape = (outputs, inputs)
+    return GroupedTensor(f"{stem}.weight", format, shape, scheme, stored, zero_bias, main.pages)
 
 
 def _check(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from squall.checkpoints.base import Checkpoint, Tensor
 from squall.checkpoints.quantized import zero_biases
@@ -16,22 +17,56 @@ from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
 from squall.recipes.linears import linears, named
 from squall.recipes.names import Naming, locate
-from squall.roles import roles
+from squall.roles import Shapes, roles
 from squall.spec import Decoder
 
-__all__ = ["KNOWN", "Recipe", "judge", "load"]
+__all__ = ["KNOWN", "Part", "Recipe", "judge", "load"]
 
 KNOWN = sorted({*gguf.RECIPES, *config.RECIPES})
 
 
+Kind = Literal["decoder", "tower", "connector", "encoder", "vae"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network of a model: its Spec, and the places of its weights, found by its naming.
+
+    prefix: what its roles begin with in `names`, so that parts can share a weight store; those of
+        the decoder begin with nothing.
+    """
+
+    kind: Kind
+    spec: Decoder
+    naming: Naming
+    names: Names
+    prefix: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A model's Spec and the places of its weights in the checkpoint, found by its naming."""
+    """What a model is, part by part; a language model has a decoder and no more."""
 
     architecture: str
-    decoder: Decoder
-    names: Names
-    naming: Naming
+    parts: tuple[Part, ...]
+
+    def part(self, kind: Kind) -> Part:
+        """The first part of a kind; KeyError if there is none."""
+        return {part.kind: part for part in reversed(self.parts)}[kind]
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.part("decoder").spec
+
+    @property
+    def names(self) -> Names:
+        """Where the decoder's weights lie."""
+        return self.part("decoder").names
+
+    @property
+    def naming(self) -> Naming:
+        """How the checkpoint calls them."""
+        return self.part("decoder").naming
 
 
 def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
@@ -53,7 +88,9 @@ def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
     fields = config.fields(checkpoint.metadata, checkpoint.tensors, name)
     config.check_depth(fields)
     fields.tensors_read |= zero_biases(checkpoint.tensors)
-    return _finish(name, checkpoint.tensors, entry.function(fields), fields, fields.naming)
+    return _finish(
+        name, checkpoint.tensors, fields, _decoder(entry.function(fields), fields.naming)
+    )
 
 
 def judge(metadata: Mapping[str, object], architecture: str | None = None) -> None:
@@ -73,12 +110,12 @@ def _load_uqff(name: str, checkpoint: Checkpoint) -> Recipe:
     order = linears(name, entry.function(fields), fields.naming)
     tensors, originals = named(order, checkpoint.tensors)
     fields = config.fields(checkpoint.metadata, tensors, name)
-    recipe = _finish(name, tensors, entry.function(fields), fields, fields.naming)
+    recipe = _finish(name, tensors, fields, _decoder(entry.function(fields), fields.naming))
     names = {
         role: tuple(replace(part, tensor=originals.get(part.tensor, part.tensor)) for part in parts)
         for role, parts in recipe.names.items()
     }
-    return replace(recipe, names=MappingProxyType(names))
+    return Recipe(name, (replace(recipe.parts[0], names=MappingProxyType(names)),))
 
 
 def _gguf_architecture(metadata: Mapping[str, object]) -> str:
@@ -99,18 +136,35 @@ def _load_gguf(checkpoint: Checkpoint) -> Recipe:
         )
     architecture = _gguf_architecture(checkpoint.metadata)
     fields = GgufFields(architecture, checkpoint.metadata, checkpoint.tensors)
-    return _finish(
-        architecture, checkpoint.tensors, gguf.RECIPES[architecture](fields), fields, NAMING
-    )
+    sketch = _decoder(gguf.RECIPES[architecture](fields), NAMING)
+    return _finish(architecture, checkpoint.tensors, fields, sketch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sketch:
+    """A part whose weights are yet to be found."""
+
+    kind: Kind
+    prefix: str
+    spec: Decoder
+    shapes: Shapes
+    naming: Naming
+
+
+def _decoder(spec: Decoder, naming: Naming) -> _Sketch:
+    return _Sketch("decoder", "", spec, roles(spec), naming)
 
 
 def _finish(
-    architecture: str,
-    tensors: Mapping[str, Tensor],
-    decoder: Decoder,
-    fields: Fields,
-    naming: Naming,
+    architecture: str, tensors: Mapping[str, Tensor], fields: Fields, *sketches: _Sketch
 ) -> Recipe:
+    """Find all weights of all parts; what of the configuration or the tensors is left, refuse."""
     fields.check_all_read()
-    names = locate(roles(decoder), tensors, naming, read=fields.tensors_read)
-    return Recipe(architecture, decoder, names, naming)
+    wanted = [(sketch.shapes, sketch.naming) for sketch in sketches]
+    found = locate(wanted, tensors, read=fields.tensors_read)
+    parts = []
+    for sketch, names in zip(sketches, found, strict=True):
+        named = {sketch.prefix + role: place for role, place in names.items()}
+        own = (sketch.kind, sketch.spec, sketch.naming, MappingProxyType(named), sketch.prefix)
+        parts.append(Part(*own))
+    return Recipe(architecture, tuple(parts))
