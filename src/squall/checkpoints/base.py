@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,46 +47,22 @@ class Pages:
                 self.file.madvise(advice, first, self.stop - first)
 
 
-class Tensor(Protocol):
+class Tensor(ABC):
     """A tensor of a checkpoint: row-major, the last axis contiguous, read when it is asked for.
 
-    factor: what the values are multiplied by. order: the columns as `row_data` has them; None: as
-    they are. pages: where its bytes lie in a file, if they lie there as they are.
+    factor: what the values are multiplied by. pages: where its bytes lie in a file, if they do.
     """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def cols(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def factor(self) -> float: ...
-    @property
-    def pages(self) -> Pages | None: ...
-    @property
-    def order(self) -> NDArray[np.uint32] | None: ...
-    @property
-    def data(self) -> NDArray[np.uint8]: ...
-    def row_data(self, start: int, stop: int) -> NDArray[np.uint8]: ...
-    def to_float32(self) -> NDArray[np.float32]: ...
-    def check_format(self) -> None: ...
-
-
-class Shaped(ABC):
-    """What tensors have in common, from their name, format, shape and `row_data`."""
 
     name: str
     format: str
     shape: tuple[int, ...]
     factor: float = 1.0
     pages: Pages | None = None
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """The bytes of all rows."""
+        return self.row_data(0, self.rows)
 
     @property
     def rows(self) -> int:
@@ -105,6 +81,7 @@ class Shaped(ABC):
 
     @property
     def order(self) -> NDArray[np.uint32] | None:
+        """The columns as `row_data` has them; None: as they are."""
         return None
 
     @abstractmethod
@@ -121,43 +98,42 @@ class Shaped(ABC):
 
     def to_float32(self) -> NDArray[np.float32]:
         """The values as float32, in `shape`."""
-        data = self.row_data(0, self.rows)
-        values = FORMATS[self.format].dequantize(data).reshape(self.shape)
+        values = FORMATS[self.format].dequantize(self.data).reshape(self.shape)
         return values if self.factor == 1.0 else values * np.float32(self.factor)
 
 
 @dataclass(frozen=True, eq=False)
-class ByteTensor(Shaped):
-    """A tensor whose `data` are there, or in a mapped file, as they are; read-only."""
+class ByteTensor(Tensor):
+    """A tensor whose bytes are there as they are, read-only, perhaps in a mapped file."""
 
     name: str
     format: str
     shape: tuple[int, ...]
-    data: NDArray[np.uint8]
+    view: NDArray[np.uint8]
     pages: Pages | None = None
     factor: float = 1.0
 
     @property
+    def data(self) -> NDArray[np.uint8]:
+        return self.view
+
+    @property
     def nbytes(self) -> int:
-        return self.data.size
+        return self.view.size
 
     def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
         row_bytes = FORMATS[self.format].row_bytes(self.cols)
-        return self.data[start * row_bytes : stop * row_bytes]
+        return self.view[start * row_bytes : stop * row_bytes]
 
 
 @dataclass(frozen=True, eq=False)
-class Deferred(Shaped):
+class Deferred(Tensor):
     """A tensor whose bytes are made, from those of a file, whenever they are asked for."""
 
     name: str
     format: str
     shape: tuple[int, ...]
     make: Callable[[], NDArray[np.uint8]]
-
-    @property
-    def data(self) -> NDArray[np.uint8]:
-        return self.make()
 
     def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
         row_bytes = FORMATS[self.format].row_bytes(self.cols)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Pages, Shaped, Tensor
+from squall.checkpoints.base import Pages, Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote, read_json
 from squall.quant import FORMATS, integers
@@ -28,7 +28,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, eq=False)
-class GroupedTensor(Shaped):
+class GroupedTensor(Tensor):
     """A quantized weight, made from `stored` tensors when asked for.
 
     pages: of most of them. zero_bias: the name of its bias, if that is there and 0: some writers
@@ -50,10 +50,6 @@ class GroupedTensor(Shaped):
     @property
     def order(self) -> NDArray[np.uint32] | None:
         return self._grouped().order
-
-    @property
-    def data(self) -> NDArray[np.uint8]:
-        return self.row_data(0, self.rows)
 
     def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -42,33 +41,19 @@ USUAL = frozenset(
 LOG = logging.getLogger("squall")
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """What the class of transformers for an architecture does with keys of config.json.
-
-    reads: those that can change results -> what the class takes where one is missing.
-    known: others that it declares. aliases: other names of keys.
-    """
-
-    reads: Mapping[str, object]
-    known: frozenset[str]
-    aliases: Mapping[str, str]
-
-
 @cache
 def _table() -> dict[str, Any]:
-    """Made by tools/config_keys.py from transformers."""
+    """Made by tools/config_keys.py, which says what is in it."""
     text = files("squall.recipes").joinpath("config_keys.json").read_text("utf-8")
     table: dict[str, Any] = json.loads(text)
     return table
 
 
-def keys_of(architecture: str) -> Keys:
-    """Of one of the architectures that there are recipes for."""
+def keys_of(architecture: str) -> Mapping[str, Any]:
+    """What the class of transformers does with keys: the table's `reads`, `known`, `aliases`."""
     table = _table()["architectures"]
-    found = table[table[architecture].get("same_as", architecture)]
-    known = {*_table()["known"], *found["known"], *USUAL}
-    return Keys(found["reads"], frozenset(known), found["aliases"])
+    found: Mapping[str, Any] = table[table[architecture].get("same_as", architecture)]
+    return found
 
 
 def by_model_type(model_type: object) -> str | None:
@@ -88,17 +73,17 @@ class ConfigFields(Fields):
         self,
         config: Mapping[str, object],
         tensors: Mapping[str, Tensor],
-        keys: Keys,
+        keys: Mapping[str, Any],
         naming: Naming,
     ) -> None:
         given, defaults = (
-            {keys.aliases.get(key, key): value for key, value in values.items()}
-            for values in (config, keys.reads)
+            {keys["aliases"].get(key, key): value for key, value in values.items()}
+            for values in (config, keys["reads"])
         )
         read = {key: value for key, value in given.items() if key in defaults}
         super().__init__(dict(_flatten(defaults | read)), tensors)
         self.naming = naming
-        unread = given.keys() - read.keys() - keys.known
+        unread = given.keys() - read.keys() - {*keys["known"], *_table()["known"], *USUAL}
         self._ignored = sorted(key for key in unread if not key.startswith("_"))
 
     def key(self, key: str) -> str:
