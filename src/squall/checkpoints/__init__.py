@@ -8,7 +8,7 @@ from pathlib import Path
 from squall.checkpoints.base import Checkpoint, Field, Scalar, Tensor
 from squall.checkpoints.folder import open_folder, read_folder
 from squall.checkpoints.ggml import is_ggml, open_ggml
-from squall.checkpoints.gguf import open_gguf
+from squall.checkpoints.gguf import open_gguf, read_gguf
 from squall.checkpoints.inspect import Inspection, describe
 from squall.checkpoints.uqff import SUFFIX as UQFF
 from squall.checkpoints.uqff import open_uqff
@@ -41,5 +41,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, gqa: int = 1) -> Checkpoint
 
 
 def read_header(path: str | os.PathLike[str]) -> Checkpoint:
-    """The same to look at: folders of a quantization that Squall cannot run, too."""
-    return read_folder(Path(path)) if os.path.isdir(path) else open_checkpoint(path)
+    """The same to look at, also of number formats and quantizations that Squall cannot run."""
+    if os.path.isdir(path):
+        return read_folder(Path(path))
+    return open_checkpoint(path) if Path(path).suffix == UQFF or is_ggml(path) else read_gguf(path)

@@ -144,8 +144,6 @@ class Deferred(Tensor):
 class Checkpoint:
     """An open checkpoint; reading a tensor's `data` is what brings its pages in.
 
-    Tensors may be of formats that Squall cannot run: who computes with one checks it.
-
     gguf: `path` is a file, `metadata` its fields. folder: `path` is one, `metadata` what its
     config.json says; other files in it (tokenizer, generation defaults) are for who needs them.
     quantization: how the weights of a folder are quantized, for people; "": they are not.

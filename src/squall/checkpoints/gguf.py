@@ -37,6 +37,14 @@ class _Part:
 
 def open_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a GGUF file, with all parts if it is split; any part may be named."""
+    found = read_gguf(path)
+    for tensor in found.tensors.values():
+        tensor.check_format()
+    return found
+
+
+def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
+    """The same, also with number formats that Squall cannot run."""
     parts = _open_parts(Path(path))
     tensors = {tensor.name: tensor for part in parts for tensor in _tensors(part)}
     return Checkpoint(
