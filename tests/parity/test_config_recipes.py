@@ -26,6 +26,8 @@ from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, Unsupp
 from squall.executors.native import NativeExecutor
 from squall.recipes import load
 from squall.recipes.config import NAMES, RECIPES
+from squall.recipes.names import Naming, locate
+from squall.roles import roles
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import config_keys
@@ -266,6 +268,30 @@ def test_the_language_model_of_a_multimodal_one(inner: str, head: str, built_fol
     found = load(dataclasses.replace(old, metadata=config, tensors=moved))
     assert found.decoder == model.recipe.decoder
     assert found.names["norm.weight"][0].tensor == f"{inner}norm.weight"
+
+
+def test_a_language_model_has_one_part(built_folder: Build) -> None:
+    recipe = built_folder(BY_NAME["llama-2"]).recipe
+    (part,) = recipe.parts
+    assert (part.kind, part.prefix) == ("decoder", "")
+    assert recipe.part("decoder") is part
+    assert (part.spec, part.names, part.naming) == (recipe.decoder, recipe.names, recipe.naming)
+    with pytest.raises(KeyError):
+        recipe.part("tower")
+
+
+def test_parts_of_a_model_share_its_tensors(built_folder: Build) -> None:
+    model = built_folder(BY_NAME["llama-2"])
+    decoder = (roles(model.recipe.decoder), model.recipe.naming)
+    tower = ({"patch.weight": (3, 4)}, Naming({"patch": "vision.patch"}, layer=""))
+    tensors = {**model.checkpoint.tensors, "vision.patch.weight": tensor("x", 3, 4)}
+    names, seen = locate([decoder, tower], tensors, read=set())
+    assert names == model.recipe.names
+    assert seen["patch.weight"][0].tensor == "vision.patch.weight"
+    with pytest.raises(UnsupportedModel, match=r"vision\.patch"):
+        locate([decoder], tensors, read=set())
+    with pytest.raises(UnsupportedModel, match=r"model\.embed_tokens"):
+        locate([tower], tensors, read=set())
 
 
 def of_dtypes(model: Any, path: Path, *dtypes: str) -> Checkpoint:
