@@ -162,7 +162,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread = threading.Thread(target=made.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{made.server_port}")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         for name in ENVIRONMENT:
             monkeypatch.delenv(name, raising=False)
         importlib.reload(constants)
@@ -296,7 +296,7 @@ def test_names_in_the_listing_never_lead_out(server: Server, tmp_path: Path) -> 
             Hub().fetch(f"o/evil:{wanted}")
     with pytest.raises(ModelNotFound, match="no commit"):
         Hub(revision="odd").fetch("o/evil")
-    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 
 @pytest.mark.parametrize(
@@ -384,16 +384,16 @@ def test_an_unknown_architecture_is_refused_before_the_download(
 
 @pytest.mark.parametrize(
     ("variable", "place"),
-    [("HF_HUB_CACHE", "home/hub"), ("HUGGINGFACE_HUB_CACHE", "home/hub"), ("HF_HOME", "home"),
-     ("XDG_CACHE_HOME", "."), ("HF_HUB_CACHE", "$HERE/home/hub")],
+    [("HF_HUB_CACHE", "hf/hub"), ("HUGGINGFACE_HUB_CACHE", "hf/hub"), ("HF_HOME", "hf"),
+     ("XDG_CACHE_HOME", "."), ("HF_HUB_CACHE", "$HERE/hf/hub")],
 )  # fmt: skip
 def test_where_the_cache_may_be(
     variable: str, place: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Hub().fetch("o/folder")
     if variable == "XDG_CACHE_HOME":
-        (tmp_path / "home").rename(tmp_path / "huggingface")
-        folder = tmp_path / "huggingface" / folder.relative_to(tmp_path / "home")
+        (tmp_path / "hf").rename(tmp_path / "huggingface")
+        folder = tmp_path / "huggingface" / folder.relative_to(tmp_path / "hf")
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("HERE", str(tmp_path))
     monkeypatch.setenv(variable, place if "$" in place else str(tmp_path / place))

@@ -17,7 +17,7 @@ from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
 from squall.recipes.linears import linears, named
 from squall.recipes.names import Naming, locate
-from squall.roles import Shapes, roles
+from squall.roles import roles
 from squall.spec import Decoder
 
 __all__ = ["KNOWN", "Part", "Recipe", "judge", "load"]
@@ -136,35 +136,22 @@ def _load_gguf(checkpoint: Checkpoint) -> Recipe:
         )
     architecture = _gguf_architecture(checkpoint.metadata)
     fields = GgufFields(architecture, checkpoint.metadata, checkpoint.tensors)
-    sketch = _decoder(gguf.RECIPES[architecture](fields), NAMING)
-    return _finish(architecture, checkpoint.tensors, fields, sketch)
+    decoder = _decoder(gguf.RECIPES[architecture](fields), NAMING)
+    return _finish(architecture, checkpoint.tensors, fields, decoder)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sketch:
-    """A part whose weights are yet to be found."""
-
-    kind: Kind
-    prefix: str
-    spec: Decoder
-    shapes: Shapes
-    naming: Naming
-
-
-def _decoder(spec: Decoder, naming: Naming) -> _Sketch:
-    return _Sketch("decoder", "", spec, roles(spec), naming)
+def _decoder(spec: Decoder, naming: Naming) -> Part:
+    return Part("decoder", spec, naming, names={})
 
 
 def _finish(
-    architecture: str, tensors: Mapping[str, Tensor], fields: Fields, *sketches: _Sketch
+    architecture: str, tensors: Mapping[str, Tensor], fields: Fields, *parts: Part
 ) -> Recipe:
     """Find all weights of all parts; what of the configuration or the tensors is left, refuse."""
     fields.check_all_read()
-    wanted = [(sketch.shapes, sketch.naming) for sketch in sketches]
-    found = locate(wanted, tensors, read=fields.tensors_read)
-    parts = []
-    for sketch, names in zip(sketches, found, strict=True):
-        named = {sketch.prefix + role: place for role, place in names.items()}
-        own = (sketch.kind, sketch.spec, sketch.naming, MappingProxyType(named), sketch.prefix)
-        parts.append(Part(*own))
-    return Recipe(architecture, tuple(parts))
+    wanted = [(roles(part.spec), part.naming) for part in parts]
+    made = []
+    for part, found in zip(parts, locate(wanted, tensors, read=fields.tensors_read), strict=True):
+        names = {part.prefix + role: place for role, place in found.items()}
+        made.append(replace(part, names=MappingProxyType(names)))
+    return Recipe(architecture, tuple(made))
