@@ -101,6 +101,15 @@ def test_neutral_metadata_changes_nothing(key: str, value: Any, built: Build) ->
     assert load(altered(model, {f"llama.{key}": value})).decoder == model.recipe.decoder
 
 
+def test_keys_of_other_programs_are_named(built: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model = built(BY_NAME["llama"])
+    strange = {"mergekit.method": "slerp", "general.quantized_by": "me", "split.no": 0}
+    found = dataclasses.replace(model.checkpoint, metadata={**model.checkpoint.metadata, **strange})
+    assert load(found).decoder == model.recipe.decoder
+    (record,) = caplog.records
+    assert record.getMessage().endswith(": 'mergekit.method'")
+
+
 def test_lists_with_one_value_a_layer(built: Build) -> None:
     model = built(BY_NAME["llama"])
     fields = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
@@ -11,7 +10,6 @@ from typing import Any
 
 from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint
-from squall.files import quote
 from squall.recipes.fields import Fields
 from squall.recipes.names import Naming
 
@@ -38,7 +36,6 @@ USUAL = frozenset(
     quantization_config torch_dtype unsloth_fixed unsloth_version use_cache
     """.split()  # noqa: SIM905
 )
-LOG = logging.getLogger("squall")
 
 
 @cache
@@ -84,7 +81,7 @@ class ConfigFields(Fields):
         super().__init__(dict(_flatten(defaults | read)), tensors)
         self.naming = naming
         unread = given.keys() - read.keys() - {*keys["known"], *_table()["known"], *USUAL}
-        self._ignored = sorted(key for key in unread if not key.startswith("_"))
+        self.ignored += [key for key in unread if not key.startswith("_")]
 
     def key(self, key: str) -> str:
         names = KEYS.get(key, (key,))
@@ -97,15 +94,9 @@ class ConfigFields(Fields):
         """Whether there is an object of this name, and something in it."""
         return any(name.startswith(f"{key}.") for name in self._values)
 
-    def check_all_read(self) -> None:
-        super().check_all_read()
-        if self._ignored:
-            names = ", ".join(quote(key) for key in self._ignored[:20])
-            LOG.warning("config.json has keys that mean nothing to this architecture: %s", names)
-
     def _is_harmless(self, key: str, value: object) -> bool:
         if key.startswith(("rope_scaling.", "rope_parameters.")):
-            self._ignored.append(key)  # for another kind of scaling
+            self.ignored.append(key)  # for another kind of scaling
             return True
         return value == [] or (isinstance(value, int | float | str) and value in NEUTRAL)
 
