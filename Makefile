@@ -13,6 +13,9 @@ FUZZ_S ?= 600
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 ROUNDS ?= 5
 
+# Seconds that a line of a recipe took, for `make test` to tell.
+NOTE = mkdir -p build && echo "  $(1) $$SECONDS s" >> build/steps
+
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
 .PHONY: help setup build stub docs demo test nightly lint bench fuzz native sanitizers sanitize emulate clean
@@ -60,7 +63,7 @@ docs: $(VENV)/built ## Write docs/supported.md anew, after a change of models or
 lint: setup ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/mypy; $(call NOTE,lint)
 	@files="$$(find native -name '*.cpp' -o -name '*.h')"; \
 	  [ -z "$$files" ] || $(BIN)/clang-format --dry-run -Werror $$files
 
@@ -72,18 +75,17 @@ NINJA = PATH="$(CURDIR)/$(BIN):$$PATH"; ninja --quiet -C
 SHIPPED = $(firstword $(shell ls -td build/cp*))
 
 native: $(VENV)/built ## Native tests on this processor
-	@$(NINJA) $(SHIPPED) $(TESTS); $(SHIPPED)/$(TESTS)
+	@$(NINJA) $(SHIPPED) $(TESTS); $(SHIPPED)/$(TESTS); $(call NOTE,native)
 
 SANITIZE := address,undefined thread
 
 sanitizers: $(VENV)/tools
 	@PATH="$(CURDIR)/$(BIN):$$PATH"; for kind in $(SANITIZE); do \
 	  $(CONFIGURE) -B build/$${kind%,*} -DSQUALL_SANITIZE=$$kind >/dev/null; \
-	  ninja --quiet -C build/$${kind%,*} $(TESTS); done
+	  ninja --quiet -C build/$${kind%,*} $(TESTS); done; $(call NOTE,sanitizers)
 
 sanitize: sanitizers ## Native tests under the address and undefined-behaviour sanitizers, threads' under theirs
-	@build/address/$(TESTS) any brief
-	@build/thread/$(TESTS) any pool
+	@build/address/$(TESTS) any brief; build/thread/$(TESTS) any pool; $(call NOTE,sanitize)
 
 CROSS := aarch64-linux-gnu
 EMULATE := $(CROSS)-g++ qemu-aarch64 qemu-x86_64
@@ -107,7 +109,8 @@ emulate: $(VENV)/built ## Native tests under qemu, on older processors and AArch
 	  $(X86) Nehalem $(SHIPPED)/$(TESTS) scalar $(HOW); \
 	  $(X86) $(HASWELL) $(SHIPPED)/$(TESTS) avx2 $(HOW); \
 	  $(ARM) cortex-a72 build/arm/$(TESTS) neon $(HOW); \
-	  $(ARM) cortex-a76 build/arm/$(TESTS) dotprod $(HOW)
+	  $(ARM) cortex-a76 build/arm/$(TESTS) dotprod $(HOW); \
+	  $(call NOTE,emulate)
 
 # Two at a time, since one waits for the network while the other compiles.
 test: ## Set up, lint, native tests here and elsewhere, then every Python test

@@ -23,7 +23,7 @@ from random_gguf import SHAPES, Shape, fields, matrices, norms
 from roofline import random_blocks
 from squall import _native, quant, recipes
 from squall.checkpoints import Checkpoint, Tensor
-from squall.checkpoints.base import Deferred
+from squall.checkpoints.base import ByteTensor, Deferred
 from squall.measure import Bench, Workload
 
 HEADINGS = ("format", "MiB", "prompt", "of peak", "answer", "of bound")
@@ -45,7 +45,7 @@ def random_checkpoint(shape: Shape, format_name: str) -> Checkpoint:
     }
     ones = np.ones(shape.hidden, np.float32).view(np.uint8)
     for name in norms(shape):
-        tensors[name] = Tensor(name, "f32", (shape.hidden,), ones)
+        tensors[name] = ByteTensor(name, "f32", (shape.hidden,), ones)
     metadata = {f"llama.{key}": value for key, value in fields(shape, 32768).items()}
     return Checkpoint(
         Path(format_name),

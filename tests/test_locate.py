@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from squall.checkpoints.hub import Hub
 from squall.errors import ModelNotFound
@@ -64,7 +65,7 @@ def test_other_folders(tmp_path: Path, names: list[str], message: str) -> None:
 def test_what_is_not_there(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelNotFound, match=message):
         locate(name, Hub(offline=True))
 
@@ -77,7 +78,7 @@ def test_what_is_here_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_the_cache_of_the_hub_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--o--m" / "snapshots" / ("c" * 40)
     folder.mkdir(parents=True)
     make(folder, "a-Q8_0.gguf")

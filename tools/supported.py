@@ -17,14 +17,15 @@ from squall.recipes.gguf_write import ARCHITECTURES
 PAGE = Path(__file__).parents[1] / "docs" / "supported.md"
 # What people call the models of an architecture. All else here is read from the code.
 MODELS = {
-    "llama": "Llama 1, 2, 3, 3.1, 3.2, 3.3; SmolLM, SmolLM 2; Yi; and many more",
-    "mistral": "Mistral 7B v0.1, v0.2, v0.3, Nemo; Zephyr",
+    "llama": "Llama 1, 2, 3, 3.1, 3.2, 3.3; SmolLM, SmolLM 2; Yi; Falcon 3, CodeLlama, Vicuna, "
+    "DeepSeek R1 Distill; and many more",
+    "mistral": "Mistral 7B v0.1, v0.2, v0.3, Nemo, Small 3; Zephyr, OpenChat, OpenHermes",
     "mixtral": "Mixtral 8x7B, 8x22B",
-    "qwen2": "Qwen 2, 2.5",
+    "qwen2": "Qwen 1.5, 2, 2.5, QwQ; DeepSeek R1 Distill",
     "qwen3": "Qwen 3",
     "qwen3moe": "Qwen 3 30B-A3B, 235B-A22B",
     "phi2": "Phi 1, 1.5, 2",
-    "phi3": "Phi 3, Phi 3.5 mini, Phi 4",
+    "phi3": "Phi 3, Phi 3.5 mini, Phi 4, Phi 4 mini",
     "phi3.5moe": "Phi 3.5 MoE",
     "starcoder2": "StarCoder 2",
     "gemma": "Gemma",
@@ -64,8 +65,9 @@ def page() -> str:
 
 ## Models
 
-A folder of transformers runs if `architectures` in its config.json is one of these classes, whoever
-made it; a GGUF file if its `general.architecture` is in the third column.
+A folder of transformers runs if `architectures` in its config.json is one of these classes, or is
+missing and its `model_type` is that of one, whoever made it; a GGUF file if its
+`general.architecture` is in the third column.
 
 {models()}
 - The first column is for `--arch` and `Model.open(architecture=...)`, where config.json does not
@@ -77,7 +79,8 @@ made it; a GGUF file if its `general.architecture` is in the third column.
 - GGUF files have versions 2 and 3, and may be split. Their tokenizers are `gpt2` (byte-level BPE)
   and `llama` (SentencePiece).
 - What would change the answers and is not known here is an error, never left out: scalings of rope,
-  activations, tensors.
+  activations, tensors, and keys of config.json that the class of transformers reads. Keys that it
+  does not read are named in the log.
 
 ## Kinds
 

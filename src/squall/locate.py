@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from squall.checkpoints import UQFF
-from squall.checkpoints.hub import Hub, Progress, folder_weights, is_id
+from squall.checkpoints.hub import Hub, Judge, Progress, folder_weights, is_id
 from squall.errors import ModelNotFound
 
 _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
@@ -17,12 +17,14 @@ def locate(
     path: str | os.PathLike[str] | None,
     hub: Hub | None = None,
     progress: Progress | None = None,
+    judge: Judge | None = None,
 ) -> Path:
     """What to open: a GGUF file, of a split one the first part, or a folder with config.json.
 
     Of a folder that has both kinds, its safetensors or PyTorch weights, as of a model of the hub.
 
-    What is here wins over a model of the hub, which is `owner/name` or `owner/name:file`.
+    What is here wins over a model of the hub, which is `owner/name` or `owner/name:file`; `judge`
+    may refuse one before it is downloaded.
     """
     if path is None:
         # Imported here because importlib.metadata is slow, and needed for the default model only.
@@ -39,7 +41,7 @@ def locate(
             f"{str(path)!r} does not exist; name a GGUF file, the folder of a model, or a model of "
             "the hub as owner/name or owner/name:file"
         )
-    fetched = (hub or Hub()).fetch(str(path), progress)
+    fetched = (hub or Hub()).fetch(str(path), progress, judge)
     return _in_folder(fetched) if fetched.is_dir() else fetched
 
 

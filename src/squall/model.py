@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from squall import convert, decoder, executors, recipes
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
-from squall.checkpoints.hub import Hub
+from squall.checkpoints.hub import Hub, Judge
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
@@ -395,7 +395,10 @@ def prepare(  # noqa: PLR0913
     progress: Progress | None = None,
 ) -> tuple[Checkpoint, Recipe, Plan]:
     """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
-    checkpoint = open_checkpoint(_locate(path, from_uqff, hub, progress), gqa=gqa)
+    checkpoint = open_checkpoint(
+        _locate(path, from_uqff, hub, progress, partial(recipes.judge, architecture=architecture)),
+        gqa=gqa,
+    )
     recipe = recipes.load(checkpoint, architecture)
     if isinstance(topology, str | os.PathLike):
         topology = Topology.from_file(Path(topology))
@@ -434,13 +437,14 @@ def _locate(
     from_uqff: str | os.PathLike[str] | None,
     hub: Hub | None,
     progress: Progress | None,
+    judge: Judge,
 ) -> Path:
     if from_uqff is None:
-        return locate(path, hub, progress)
+        return locate(path, hub, progress, judge)
     if path is None:
         return locate_uqff(Path(), from_uqff)
     folder = Path(path).expanduser()
-    return locate_uqff(folder if folder.is_dir() else locate(path, hub, progress), from_uqff)
+    return locate_uqff(folder if folder.is_dir() else locate(path, hub, progress, judge), from_uqff)
 
 
 def _written(

@@ -154,7 +154,7 @@ def test_kinds_not_there_yet(which: Any) -> None:
 
 
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "a-00001-of-00002.gguf").touch()
     names = ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]
     with pytest.raises(squall.ModelNotFound, match="00002-of-00002"):

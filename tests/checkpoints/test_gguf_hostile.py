@@ -112,7 +112,7 @@ def test_one_changed_byte_gives_a_checkpoint_or_our_error(tmp_path: Path) -> Non
         (
             b.File([], [b.TensorEntry("blk.0.x", (256,), 23)], bytes(136)).to_bytes(),
             UnsupportedModel,
-            r"tensor 'blk.0.x'.*iq4_xs.*23.*q4_k",
+            r"tensor 'blk.0.x'.*iq4_xs.*q4_k",
         ),
         (
             b.File([], [b.TensorEntry("x", (256,), 1234)], bytes(136)).to_bytes(),

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from huggingface_hub import constants
 
+from squall import recipes
 from squall.checkpoints import hub
 from squall.checkpoints.hub import Hub
-from squall.errors import InvalidRequest, ModelNotFound
+from squall.errors import InvalidRequest, ModelNotFound, SquallError
+from squall.locate import locate
 
 MAIN, OTHER = "a" * 40, "b" * 40
 TOKEN = "hf_right"
@@ -42,6 +47,7 @@ class Repository:
     files: dict[str, bytes]
     gated: bool = False
     listed: list[str] | None = None
+    known: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif repository.gated and given != TOKEN:
             self.send(403 if given else 401, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif "/tree/" in path:
+            self.tree(repository)
         elif path.startswith("/api/"):
             self.list(repository, "/".join(parts[3:]) or "main", "/".join(parts[:2]))
         else:
@@ -92,7 +100,15 @@ class Handler(BaseHTTPRequestHandler):
         names = repository.listed or list(repository.files)
         siblings = [{"rfilename": n, "size": len(repository.files.get(n, b""))} for n in names]
         answer = {"id": id, "modelId": id, "sha": commits[revision], "siblings": siblings}
+        answer |= repository.known
         self.send(200, json.dumps(answer).encode(), {})
+
+    def tree(self, repository: Repository) -> None:
+        names = repository.listed or list(repository.files)
+        self.send(200, json.dumps([
+            {"type": "file", "path": n, "oid": "0" * 40, "size": len(repository.files.get(n, b""))}
+            for n in names
+        ]).encode(), {})  # fmt: skip
 
     def file(self, repository: Repository, parts: list[str], *, body: bool) -> None:
         commit = {"main": MAIN, "v2": OTHER}.get(parts[3], parts[3])
@@ -125,6 +141,19 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start:cut])
 
 
+ENVIRONMENT = (
+    "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _library_as_before() -> Iterator[None]:
+    """It reads its environment once; the fixture below changes it."""
+    yield
+    importlib.reload(constants)
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     state = Server({"o/folder": Repository(FOLDER), "o/ggufs": Repository(GGUFS)})
@@ -133,9 +162,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread = threading.Thread(target=made.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{made.server_port}")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-        for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        for name in ENVIRONMENT:
             monkeypatch.delenv(name, raising=False)
+        importlib.reload(constants)
         yield state
         made.shutdown()
         thread.join()
@@ -214,6 +244,7 @@ def test_offline_makes_no_request(server: Server, monkeypatch: pytest.MonkeyPatc
     server.requests.clear()
     assert Hub(offline=True).fetch("o/folder") == folder
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    importlib.reload(constants)
     assert Hub().fetch("o/ggufs:q4") == file
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelNotFound, match="not wholly"):
@@ -225,6 +256,7 @@ def test_offline_makes_no_request(server: Server, monkeypatch: pytest.MonkeyPatc
 def test_without_a_connection_the_cache_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Hub().fetch("o/folder")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    importlib.reload(constants)
     assert Hub().fetch("o/folder") == folder
     with pytest.raises(ModelNotFound, match="cannot download o/ggufs:q4"):
         Hub().fetch("o/ggufs:q4")
@@ -264,7 +296,7 @@ def test_names_in_the_listing_never_lead_out(server: Server, tmp_path: Path) -> 
             Hub().fetch(f"o/evil:{wanted}")
     with pytest.raises(ModelNotFound, match="no commit"):
         Hub(revision="odd").fetch("o/evil")
-    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 
 @pytest.mark.parametrize(
@@ -288,14 +320,84 @@ def test_token_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "usual")
     monkeypatch.setenv("MINE", "mine")
-    assert hub.token("cache") is None
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    importlib.reload(constants)
     (tmp_path / "token").write_text("cached\n")
     expected = {
         "literal:a:b": "a:b", "env:MINE": "mine", "env:": "usual", "env:ABSENT": None,
-        f"path:{tmp_path / 'token'}": "cached", "path:absent": None, "cache": "cached",
+        f"path:{tmp_path / 'token'}": "cached", "path:absent": None, "cache": "usual",
         "none": None,
     }  # fmt: skip
     assert {source: hub.token(source) for source in expected} == expected
+    monkeypatch.setenv("HF_TOKEN", "theirs")
+    assert hub.token("cache") == "theirs"
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN")
+    assert hub.token("cache") == "cached"
     for wrong in ("", "literal", "env", "path", "cache:", "None", "keyring"):
         with pytest.raises(InvalidRequest, match="literal:TOKEN, env:VARIABLE"):
             Hub(token_source=wrong)
+
+
+def test_a_token_in_the_environment_opens_a_gated_model(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.repositories["o/gated"] = Repository(FOLDER, gated=True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert names(Hub().fetch("o/gated")) == NEEDED
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    with pytest.raises(ModelNotFound, match="HF_TOKEN"):
+        Hub().fetch("o/gated")
+
+
+def test_a_refusal_that_says_no_more_speaks_of_tokens(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Handler, "list", lambda self, *_: self.send(401, b'{"error": "Invalid credentials"}', {})
+    )
+    with pytest.raises(ModelNotFound, match="HF_TOKEN"):
+        Hub().fetch("o/folder")
+    assert not server.downloads()
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("o/folder", {"config": {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}}),
+        ("o/folder", {"config": {"model_type": "mamba"}}),
+        ("o/ggufs:q8", {"gguf": {"architecture": "mamba", "total": 2}}),
+    ],
+)
+def test_an_unknown_architecture_is_refused_before_the_download(
+    name: str, known: dict[str, Any], server: Server
+) -> None:
+    repository = server.repositories[name.partition(":")[0]]
+    repository.known = known
+    with pytest.raises(SquallError, match=r"(?i)mamba"):
+        locate(name, judge=recipes.judge)
+    assert not server.downloads()
+    repository.known = {"config": {"model_type": "llama"}, "gguf": {"architecture": "llama"}}
+    locate(name, judge=recipes.judge)
+    assert server.downloads()
+
+
+@pytest.mark.parametrize(
+    ("variable", "place"),
+    [("HF_HUB_CACHE", "hf/hub"), ("HUGGINGFACE_HUB_CACHE", "hf/hub"), ("HF_HOME", "hf"),
+     ("XDG_CACHE_HOME", "."), ("HF_HUB_CACHE", "$HERE/hf/hub")],
+)  # fmt: skip
+def test_where_the_cache_may_be(
+    variable: str, place: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Hub().fetch("o/folder")
+    if variable == "XDG_CACHE_HOME":
+        (tmp_path / "hf").rename(tmp_path / "huggingface")
+        folder = tmp_path / "huggingface" / folder.relative_to(tmp_path / "hf")
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setenv(variable, place if "$" in place else str(tmp_path / place))
+    importlib.reload(constants)
+    server.requests.clear()
+    assert Hub(offline=True).fetch("o/folder") == folder
+    assert not server.requests

@@ -6,6 +6,8 @@ import builtins
 import io
 import os
 import pickle
+import resource
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -191,6 +193,17 @@ HARMFUL: dict[str, bytes] = {
     "deep marks": proto(b"(" * 1_000_000),
     "memo bomb": proto(b"]" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(1, 100))),
     "many operations": proto(b"N0" * 3_000_000),
+    "a huge index of the memo": proto(b"Nr\xff\xff\xff\xff0K\x01"),
+    "a byte array of 8 EiB": proto(b"\x96" + b"\xff" * 7 + b"\x7f"),
+    "bytes of 4 GiB": proto(b"B\xff\xff\xff\xff"),
+    "a frame of 8 EiB": proto(b"\x95" + b"\xff" * 7 + b"\x7f"),
+    "a deep key": proto(b"}N" + b"\x85" * 200_000 + b"Ns"),
+    "a deep name of a storage": proto(b"N" + b"\x85" * 200_000 + b"Q"),
+    "BUILD of a tensor's maker": proto(b"ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\0\0\0__code__"
+                                       b"Ns\x86b"),
+    "a number of 2040 bits as a size": proto(
+        b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0aX\x03\0\0\0cpu\x8a\xff"
+        + b"\x7f" * 255 + b"tQ"),
 }  # fmt: skip
 
 
@@ -201,6 +214,10 @@ def archive(path: Path, data: bytes, **more: bytes) -> Path:
         for name, content in more.items():
             made.writestr(name.replace("__", "/"), content)
     return path
+
+
+def peak_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.mark.timeout(30)
@@ -217,9 +234,12 @@ def test_nothing_runs(
         head = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001)]
         head.append(pickle.dumps({"little_endian": True}, 2))
         file.write_bytes(b"".join(head) + HARMFUL[name] + pickle.dumps([], 2))
+    memory, start = peak_kib(), time.process_time()
     with pytest.raises(SquallError):
         open_pickle(file)
     assert not Path(MARKER).exists()
+    assert peak_kib() - memory < 200 << 10
+    assert time.process_time() - start < 5  # one on a machine with nothing else to do
 
 
 def test_one_of_the_harmful_files_harms_python(

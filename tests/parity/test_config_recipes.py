@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import transformers
 from config_cases import CONFIG_CASES
 from harness import Build, Built, MakeExecutor, distance, run, run_model
 from hypothesis import HealthCheck, given, settings
@@ -18,12 +20,17 @@ from hypothesis import strategies as st
 from tiny import Case
 
 from native_executor import native
-from squall.checkpoints.base import Checkpoint, Tensor
+from squall.checkpoints.base import ByteTensor, Checkpoint, Tensor
 from squall.checkpoints.folder import open_folder
 from squall.decoder import compile
 from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, UnsupportedModel
 from squall.recipes import load
 from squall.recipes.config import NAMES, RECIPES
+from squall.recipes.names import Naming, locate
+from squall.roles import roles
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+import config_keys
 
 BY_NAME = {case.name: case for case in CONFIG_CASES}
 
@@ -41,14 +48,14 @@ def altered(model: Built, config: Mapping[str, Any], **tensors: Tensor | None) -
 
 def tensor(name: str, *shape: int, format: str = "f32") -> Tensor:
     data = np.ones(shape, np.float32).reshape(-1).view(np.uint8)
-    return Tensor(name, format, shape, data)
+    return ByteTensor(name, format, shape, data)
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 INVALID: dict[str, list[Any]] = {
-    "architectures": [None, [], "LlamaForCausalLM", ["LlamaForCausalLM"] * 2, [3], {}],
+    "architectures": ["LlamaForCausalLM", ["LlamaForCausalLM"] * 2, [3]],
     "num_hidden_layers": [..., None, 0, -1, 4, 4096, 10**9, 10**30, "3", 3.0, True, [3]],
-    "max_position_embeddings": [..., 0, 2**40],
+    "max_position_embeddings": [None, 0, 2**40],
     "hidden_size": [..., 64, 0, 10**12, -128],
     "intermediate_size": [..., 100, 2**62],
     "vocab_size": [..., 161, 159, 10**12],
@@ -77,14 +84,10 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "num_hidden_layers": [2],
     "hidden_act": ["mish"],
     "rope_parameters": [
-        {"rope_type": "mrope"}, ROPE | {"mrope_section": [1]}, ROPE | {"factor": 2.0},
-        {"rope_type": "yarn", "factor": 4.0, "truncate": False},
+        {"rope_type": "mrope"}, {"rope_type": "yarn", "factor": 4.0, "truncate": False},
     ],
-    "sliding_window": [7],
-    "layer_types": [["full_attention"] * 3],
-    "attention_multiplier": [0.3],
+    "per_layer_config": [{"0": {"num_key_value_heads": 2}}],
     "quantization_config": [{"quant_method": "gptq"}],
-    "a_key_of_the_future": [1, "x", [1], {"deep": {"er": 1}}],
 }  # fmt: skip
 
 
@@ -105,18 +108,73 @@ def test_unsupported_values(key: str, value: Any, built_folder: Build) -> None:
         load(altered(built_folder(BY_NAME["llama-2"]), {key: value}))
 
 
+# What transformers' LlamaConfig declares and does not compute with, or takes so anyway.
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("attention_dropout", 0.1), ("pretraining_tp", 2), ("sliding_window", None),
-        ("auto_map", {"AutoModel": "evil.Model"}), ("rope_scaling", None),
-        ("torch_dtype", "bfloat16"), ("use_bidirectional_attention", False),
+        ("attention_dropout", 0.1), ("pretraining_tp", 2), ("rope_scaling", None),
+        ("rope_scaling", {}), ("torch_dtype", "bfloat16"),
         ("rms_norm_eps", 0.01), ("head_dim", None), ("num_key_value_heads", None),
+        ("quantization_config", None), ("architectures", None), ("architectures", []),
+        ("architectures", ...), ("per_layer_config", None), ("_private", {"to": "a saver"}),
+        ("max_position_embeddings", ...), ("auto_map", {"AutoModel": "evil.Model"}),
     ],
 )  # fmt: skip
-def test_harmless_values_change_nothing(key: str, value: Any, built_folder: Build) -> None:
+def test_harmless_values_change_nothing(
+    key: str, value: Any, built_folder: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = built_folder(BY_NAME["llama-2"])
+    found = load(altered(model, {key: value})).decoder
+    context = model.recipe.decoder.context
+    assert dataclasses.replace(found, context=context) == model.recipe.decoder
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("is_llama_config", True), ("transformers.js_config", {"dtype": {"fp16": "x"}}),
+        ("dual_chunk_attention_config", {"chunk_size": 262144}), ("activation", "swiglu"),
+        ("sliding_window", 7), ("layer_types", ["full_attention"] * 3), ("num_beams", 4),
+        ("attention_multiplier", 0.3), ("use_bidirectional_attention", True),
+        ("neftune_noise_alpha", 5), ("a_key_of_the_future", [1, {"deep": {"er": 1}}]),
+        ("rope_parameters", ROPE | {"mrope_section": [1]}),
+        ("rope_parameters", ROPE | {"factor": 2.0}),
+    ],
+)  # fmt: skip
+def test_what_the_architecture_does_not_read_is_named_once(
+    key: str, value: Any, built_folder: Build, caplog: pytest.LogCaptureFixture
+) -> None:
     model = built_folder(BY_NAME["llama-2"])
     assert load(altered(model, {key: value})).decoder == model.recipe.decoder
+    (record,) = caplog.records
+    assert record.name == "squall"
+    assert repr(key)[1:-1] in record.getMessage()
+
+
+def test_the_architecture_of_a_model_type(built_folder: Build) -> None:
+    for name in ("mistral-window", "phi-3.5-moe", "gemma-3", "qwen3-moe", "smollm3-nope"):
+        model = built_folder(BY_NAME[name])
+        found = load(altered(model, {"architectures": ...}))
+        assert found.architecture == model.recipe.architecture
+        assert found.decoder == model.recipe.decoder
+    llama = built_folder(BY_NAME["llama-2"])
+    for model_type in ("mamba", None, 3, [], ...):
+        with pytest.raises(InvalidCheckpoint, match="model_type"):
+            load(altered(llama, {"architectures": ..., "model_type": model_type}))
+
+
+def test_a_second_name_of_a_key(built_folder: Build) -> None:
+    model = built_folder(BY_NAME["mixtral-window"])
+    other = altered(model, {"num_local_experts": ..., "num_experts": 6})
+    assert load(other).decoder == model.recipe.decoder
+
+
+def test_the_table_of_keys_is_that_of_transformers() -> None:
+    table = json.loads(config_keys.PATH.read_text())
+    if table["transformers"] != transformers.__version__:
+        pytest.skip(f"the table is of transformers {table['transformers']}")
+    assert config_keys.table() == table
 
 
 OLD: dict[str, dict[str, Any]] = {
@@ -148,7 +206,7 @@ def test_rope_in_the_words_of_older_files(name: str, built_folder: Build) -> Non
 
 def test_names_of_architectures(built_folder: Build) -> None:
     model = built_folder(BY_NAME["mistral-window"])
-    without = altered(model, {"architectures": ...})
+    without = altered(model, {"architectures": ..., "model_type": ...})
     assert load(without, "mistral").decoder == model.recipe.decoder
     assert load(without, "MistralForCausalLM").decoder == model.recipe.decoder
     with pytest.raises(UnsupportedModel, match=r"'mamba'; known: .*Llama.*mixtral"):
@@ -173,8 +231,9 @@ def test_tensors_must_fit(built_folder: Build) -> None:
         load(altered(model, {}, **{up: tensor("x", 192, 128, format="i32")}))
     with pytest.raises(UnsupportedModel, match=r"self_attn\.q_proj\.bias"):
         load(altered(model, {}, model__layers__0__self_attn__q_proj__bias=tensor("x", 128)))
-    buffer = {"model__layers__0__self_attn__rotary_emb__inv_freq": tensor("x", 16)}
-    assert load(altered(model, {}, **buffer)).decoder == model.recipe.decoder
+    for place in ("model__layers__0__self_attn__", "model__"):
+        buffer = {f"{place}rotary_emb__inv_freq": tensor("x", 16)}
+        assert load(altered(model, {}, **buffer)).decoder == model.recipe.decoder
 
 
 def test_a_head_that_is_the_table(built_folder: Build) -> None:
@@ -209,6 +268,30 @@ def test_the_language_model_of_a_multimodal_one(inner: str, head: str, built_fol
     found = load(dataclasses.replace(old, metadata=config, tensors=moved))
     assert found.decoder == model.recipe.decoder
     assert found.names["norm.weight"][0].tensor == f"{inner}norm.weight"
+
+
+def test_a_language_model_has_one_part(built_folder: Build) -> None:
+    recipe = built_folder(BY_NAME["llama-2"]).recipe
+    (part,) = recipe.parts
+    assert (part.kind, part.prefix) == ("decoder", "")
+    assert recipe.part("decoder") is part
+    assert (part.spec, part.names, part.naming) == (recipe.decoder, recipe.names, recipe.naming)
+    with pytest.raises(KeyError):
+        recipe.part("tower")
+
+
+def test_parts_of_a_model_share_its_tensors(built_folder: Build) -> None:
+    model = built_folder(BY_NAME["llama-2"])
+    decoder = (roles(model.recipe.decoder), model.recipe.naming)
+    tower = ({"patch.weight": (3, 4)}, Naming({"patch": "vision.patch"}, layer=""))
+    tensors = {**model.checkpoint.tensors, "vision.patch.weight": tensor("x", 3, 4)}
+    names, seen = locate([decoder, tower], tensors, read=set())
+    assert names == model.recipe.names
+    assert seen["patch.weight"][0].tensor == "vision.patch.weight"
+    with pytest.raises(UnsupportedModel, match=r"vision\.patch"):
+        locate([decoder], tensors, read=set())
+    with pytest.raises(UnsupportedModel, match=r"model\.embed_tokens"):
+        locate([tower], tensors, read=set())
 
 
 def of_dtypes(model: Any, path: Path, *dtypes: str) -> Checkpoint:

@@ -15,7 +15,7 @@ from native_executor import native
 from reference_executor import ReferenceExecutor
 from squall import decoder, recipes
 from squall.checkpoints import Checkpoint
-from squall.checkpoints.base import Tensor
+from squall.checkpoints.base import ByteTensor
 from squall.quant import FORMATS
 
 BY_NAME = {case.name: case for case in [*CONFIG_CASES, *CASES]}
@@ -31,7 +31,7 @@ def in_formats(checkpoint: Checkpoint, formats: dict[str, str]) -> Checkpoint:
         for part, format in formats.items():
             if part in name:
                 data = FORMATS[format].quantize(tensor.to_float32().reshape(-1))
-                tensors[name] = Tensor(name, format, tensor.shape, data)
+                tensors[name] = ByteTensor(name, format, tensor.shape, data)
     return replace(checkpoint, tensors=tensors)
 
 

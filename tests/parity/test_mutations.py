@@ -91,7 +91,7 @@ def effect(decoder: Decoder, model: Built, make_executor: MakeExecutor) -> float
     known = roles(model.recipe.decoder)
     if any(known.get(role) != shape for role, shape in shapes.items()):
         with pytest.raises((InvalidCheckpoint, UnsupportedModel)):
-            locate(shapes, model.checkpoint.tensors, model.recipe.naming, read=set())
+            locate([(shapes, model.recipe.naming)], model.checkpoint.tensors, read=set())
         return math.inf
     try:
         program = compile(decoder, names, context=model.context)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CASES
 
-from squall.checkpoints.base import Checkpoint, Tensor
+from squall.checkpoints.base import ByteTensor, Checkpoint, Tensor
 from squall.decoder import compile
 from squall.errors import InvalidCheckpoint, SquallError, UnsupportedModel
 from squall.recipes import load
@@ -34,7 +34,7 @@ def altered(model: Built, metadata: Mapping[str, Any], **tensors: Tensor | None)
 
 def tensor(name: str, *shape: int, value: float = 1.0) -> Tensor:
     data = np.full(shape, value, np.float32).reshape(-1).view(np.uint8)
-    return Tensor(name, "f32", shape, data)
+    return ByteTensor(name, "f32", shape, data)
 
 
 INVALID = {
@@ -99,6 +99,15 @@ def test_unsupported_metadata(key: str, value: Any, built: Build) -> None:
 def test_neutral_metadata_changes_nothing(key: str, value: Any, built: Build) -> None:
     model = built(BY_NAME["llama"])
     assert load(altered(model, {f"llama.{key}": value})).decoder == model.recipe.decoder
+
+
+def test_keys_of_other_programs_are_named(built: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model = built(BY_NAME["llama"])
+    strange = {"mergekit.method": "slerp", "general.quantized_by": "me", "split.no": 0}
+    found = dataclasses.replace(model.checkpoint, metadata={**model.checkpoint.metadata, **strange})
+    assert load(found).decoder == model.recipe.decoder
+    (record,) = caplog.records
+    assert record.getMessage().endswith(": 'mergekit.method'")
 
 
 def test_lists_with_one_value_a_layer(built: Build) -> None:

@@ -124,7 +124,7 @@ def test_nothing_half_written_stays(built_folder: Build, tmp_path: Path) -> None
     broken = dict(built.checkpoint.tensors)
     values = broken[name].to_float32().copy()
     values[3, 5] = np.nan
-    broken[name] = replace(broken[name], data=values.view(np.uint8).reshape(-1), pages=None)
+    broken[name] = replace(broken[name], view=values.view(np.uint8).reshape(-1), pages=None)
     checkpoint = replace(built.checkpoint, tensors=broken)
     for write_to, file in ((convert.write_uqff, "m.uqff"), (convert.write_gguf, "m.gguf")):
         with pytest.raises(InvalidCheckpoint, match=r"down"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from squall.checkpoints.base import Checkpoint, Field, Header, Scalar, Tensor, TensorInfo
-from squall.checkpoints.folder import header_of, open_folder, read_folder
+from squall.checkpoints.base import Checkpoint, Field, Scalar, Tensor
+from squall.checkpoints.folder import open_folder, read_folder
 from squall.checkpoints.ggml import is_ggml, open_ggml
 from squall.checkpoints.gguf import open_gguf, read_gguf
 from squall.checkpoints.inspect import Inspection, describe
@@ -17,11 +17,9 @@ __all__ = [
     "UQFF",
     "Checkpoint",
     "Field",
-    "Header",
     "Inspection",
     "Scalar",
     "Tensor",
-    "TensorInfo",
     "describe",
     "open_checkpoint",
     "open_gguf",
@@ -42,8 +40,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, gqa: int = 1) -> Checkpoint
     return open_ggml(path, gqa=gqa) if is_ggml(path) else open_gguf(path)
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Metadata and tensor table, also of number formats that Squall cannot run."""
+def read_header(path: str | os.PathLike[str]) -> Checkpoint:
+    """The same to look at, also of number formats and quantizations that Squall cannot run."""
     if os.path.isdir(path):
         return read_folder(Path(path))
-    return header_of(open_uqff(Path(path))) if Path(path).suffix == UQFF else read_gguf(path)
+    return open_checkpoint(path) if Path(path).suffix == UQFF or is_ggml(path) else read_gguf(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +14,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.files import quote
 from squall.errors import UnsupportedModel
+from squall.files import quote
 from squall.quant import FORMATS
 
 Scalar = int | float | bool
 Field = Scalar | str | list[Any] | dict[str, Any] | NDArray[Any] | None
 Kind = Literal["gguf", "folder", "uqff"]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor without its bytes; its format may be unknown, and then `nbytes` 0."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,19 +47,22 @@ class Pages:
                 self.file.madvise(advice, first, self.stop - first)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tensor:
-    """A stored tensor: row-major, the last axis contiguous; `data` its read-only bytes.
+class Tensor(ABC):
+    """A tensor of a checkpoint: row-major, the last axis contiguous, read when it is asked for.
 
-    factor: what the values are multiplied by.
+    factor: what the values are multiplied by. pages: where its bytes lie in a file, if they do.
     """
 
     name: str
     format: str
     shape: tuple[int, ...]
-    data: NDArray[np.uint8]
-    pages: Pages | None = None
     factor: float = 1.0
+    pages: Pages | None = None
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """The bytes of all rows."""
+        return self.row_data(0, self.rows)
 
     @property
     def rows(self) -> int:
@@ -83,17 +77,16 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Stored bytes."""
-        return self.data.size
+        return self.rows * FORMATS[self.format].row_bytes(self.cols)
 
     @property
     def order(self) -> NDArray[np.uint32] | None:
         """The columns as `row_data` has them; None: as they are."""
         return None
 
+    @abstractmethod
     def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
         """The bytes of rows start:stop, in blocks of `format`."""
-        row_bytes = FORMATS[self.format].row_bytes(self.cols)
-        return self.data[start * row_bytes : stop * row_bytes]
 
     def check_format(self) -> None:
         """Raise UnsupportedModel when Squall cannot compute with the tensor's format."""
@@ -109,40 +102,42 @@ class Tensor:
         return values if self.factor == 1.0 else values * np.float32(self.factor)
 
 
-class Deferred(Tensor):
-    """A tensor whose bytes are made, from those of a file, whenever they are asked for."""
+@dataclass(frozen=True, eq=False)
+class ByteTensor(Tensor):
+    """A tensor whose bytes are there as they are, read-only, perhaps in a mapped file."""
 
-    __slots__ = ("_make",)
-    _make: Callable[[], NDArray[np.uint8]]
-
-    def __init__(
-        self, name: str, format: str, shape: tuple[int, ...], make: Callable[[], NDArray[np.uint8]]
-    ) -> None:
-        values = {"name": name, "format": format, "shape": shape, "pages": None, "factor": 1.0}
-        for field, value in [*values.items(), ("_make", make)]:
-            object.__setattr__(self, field, value)
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    view: NDArray[np.uint8]
+    pages: Pages | None = None
+    factor: float = 1.0
 
     @property
     def data(self) -> NDArray[np.uint8]:
-        return self._make()
+        return self.view
 
     @property
     def nbytes(self) -> int:
-        return self.rows * FORMATS[self.format].row_bytes(self.cols)
+        return self.view.size
+
+    def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
+        row_bytes = FORMATS[self.format].row_bytes(self.cols)
+        return self.view[start * row_bytes : stop * row_bytes]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Header:
-    """Everything about a checkpoint but its weights."""
+@dataclass(frozen=True, eq=False)
+class Deferred(Tensor):
+    """A tensor whose bytes are made, from those of a file, whenever they are asked for."""
 
-    path: Path
-    metadata: Mapping[str, Field]
-    tensors: Mapping[str, TensorInfo]
-    size_bytes: int
-    version: int = 0
-    parts: tuple[Path, ...] = ()
-    kind: Kind = "gguf"
-    quantization: str = ""
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    make: Callable[[], NDArray[np.uint8]]
+
+    def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
+        row_bytes = FORMATS[self.format].row_bytes(self.cols)
+        return self.make()[start * row_bytes : stop * row_bytes]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from squall.checkpoints.base import Checkpoint, Header, Tensor, TensorInfo
-from squall.checkpoints.files import quote, read_json
+from squall.checkpoints.base import Checkpoint, Tensor
 from squall.checkpoints.pickle import INDEX as PICKLE_INDEX
 from squall.checkpoints.pickle import open_pickle, open_pickles
 from squall.checkpoints.quantized import quantization, with_weights
 from squall.checkpoints.safetensors import MAX_TENSORS, Part, open_part
 from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
+from squall.files import quote, read_json
 from squall.quant.scheme import Scheme
 
 CONFIG = "config.json"
@@ -49,46 +49,28 @@ def _open(folder: Path, scheme: Scheme | None) -> Checkpoint:
     )
 
 
-def read_folder(folder: Path) -> Header:
-    """The same without the weights; those of an unknown quantization as they are stored."""
+def read_folder(folder: Path) -> Checkpoint:
+    """The same, with the tensors of an unknown quantization as they are stored."""
     try:
-        return header_of(open_folder(folder))
+        return open_folder(folder)
     except UnsupportedModel:
-        return header_of(_open(folder, None))
-
-
-def header_of(opened: Checkpoint) -> Header:
-    """What a checkpoint is but for its weights."""
-    infos = {
-        tensor.name: TensorInfo(tensor.name, tensor.format, tensor.shape, tensor.nbytes)
-        for tensor in opened.tensors.values()
-    }
-    return Header(
-        opened.path,
-        opened.metadata,
-        MappingProxyType(infos),
-        opened.size_bytes,
-        parts=opened.parts,
-        kind=opened.kind,
-        quantization=opened.quantization,
-    )
+        return _open(folder, None)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
+    found = read_json(folder / CONFIG)
+    if found is None:
         raise ModelNotFound(f"{str(folder)!r} has neither a GGUF file nor {CONFIG}")
-    return read_json(path)
+    return found
 
 
 def _open_safetensors(folder: Path) -> tuple[dict[str, Tensor], list[Path]] | None:
     """The tensors and their files; None where there are no such files."""
-    index = folder / INDEX
     weights: dict[str, str] = {}
     if (folder / WHOLE).is_file():
         names = [WHOLE]
-    elif index.is_file():
-        weights = _weight_map(read_json(index))
+    elif (index := read_json(folder / INDEX)) is not None:
+        weights = _weight_map(index)
         names = sorted(set(weights.values()))
     else:
         names = _set(folder, _SHARD)
@@ -101,9 +83,8 @@ def _open_safetensors(folder: Path) -> tuple[dict[str, Tensor], list[Path]] | No
 
 
 def _open_pickles(folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    index = folder / PICKLE_INDEX
-    if index.is_file():
-        weight_map = read_json(index)
+    weight_map = read_json(folder / PICKLE_INDEX)
+    if weight_map is not None:
         tensors = open_pickles(folder, weight_map)
         return tensors, [folder / name for name in sorted(set(weight_map["weight_map"].values()))]
     whole = [file.name for file in folder.iterdir() if _PICKLE.fullmatch(file.name)]
@@ -134,7 +115,7 @@ def _weight_map(index: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_index(weights: dict[str, str], parts: Sequence[Part]) -> None:
-    found = {(part.path.name, entry.info.name) for part in parts for entry in part.entries}
+    found = {(part.path.name, entry.name) for part in parts for entry in part.entries}
     missing = [(file, name) for name, file in weights.items() if (file, name) not in found]
     if missing:
         file, name = missing[0]

@@ -17,11 +17,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from squall.checkpoints.base import Checkpoint, Field, Pages, Tensor
-from squall.checkpoints.files import quote
+from squall.checkpoints.base import ByteTensor, Checkpoint, Field, Pages, Tensor
 from squall.checkpoints.gguf_header import MAX_NAME_BYTES, MAX_TENSORS, Cursor
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
+from squall.files import quote
 from squall.quant import by_ggml_id
 
 CONTEXT = 4096
@@ -193,7 +193,7 @@ def _view(
 ) -> Tensor:
     data = np.frombuffer(buffer, np.uint8, nbytes, start)
     pages = Pages(buffer, start, start + nbytes) if isinstance(buffer, mmap) else None
-    return Tensor(*about, data, pages)
+    return ByteTensor(*about, data, pages)
 
 
 def _name(cursor: Cursor, old: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -12,18 +13,16 @@ from types import MappingProxyType
 
 import numpy as np
 
-from squall.checkpoints.base import Checkpoint, Header, Pages, Tensor, TensorInfo
-from squall.checkpoints.files import quote
+from squall.checkpoints.base import ByteTensor, Checkpoint, Pages, Tensor
 from squall.checkpoints.gguf_header import (
     MAX_HEADER_BYTES,
     MAX_TENSORS,
-    Entry,
     PartHeader,
     parse_header,
 )
 from squall.checkpoints.mapped import Buffer, map_file
-from squall.errors import InvalidCheckpoint, UnsupportedModel
-from squall.quant import by_ggml_id
+from squall.errors import InvalidCheckpoint
+from squall.files import quote
 
 MAX_PARTS = 512
 _PART_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
@@ -38,8 +37,16 @@ class _Part:
 
 def open_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a GGUF file, with all parts if it is split; any part may be named."""
+    found = read_gguf(path)
+    for tensor in found.tensors.values():
+        tensor.check_format()
+    return found
+
+
+def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
+    """The same, also with number formats that Squall cannot run."""
     parts = _open_parts(Path(path))
-    tensors = {e.info.name: tensor for part in parts for e, tensor in _tensors(part)}
+    tensors = {tensor.name: tensor for part in parts for tensor in _tensors(part)}
     return Checkpoint(
         Path(path),
         MappingProxyType(parts[0].header.metadata),
@@ -50,39 +57,13 @@ def open_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def read_gguf(path: str | os.PathLike[str]) -> Header:
-    """Read metadata and tensor table; unlike `open_gguf`, with formats that Squall cannot run."""
-    parts = _open_parts(Path(path))
-    tensors: dict[str, TensorInfo] = {
-        e.info.name: e.info for part in parts for e in part.header.entries
-    }
-    return Header(
-        Path(path),
-        MappingProxyType(parts[0].header.metadata),
-        MappingProxyType(tensors),
-        sum(len(part.buffer) for part in parts),
-        parts[0].header.version,
-        tuple(part.path for part in parts),
-    )
-
-
-def _tensors(part: _Part) -> list[tuple[Entry, Tensor]]:
+def _tensors(part: _Part) -> Iterator[Tensor]:
     data = np.frombuffer(part.buffer, np.uint8)
-    found = []
     for entry in part.header.entries:
-        info = entry.info
-        try:
-            by_ggml_id(entry.type_id)
-        except UnsupportedModel as error:
-            raise UnsupportedModel(
-                f"{quote(part.path.name)}: tensor {quote(info.name)}: {error}"
-            ) from None
         start = part.header.data_start + entry.offset
-        view, pages = data[start : start + info.nbytes], None
-        if isinstance(part.buffer, mmap):
-            pages = Pages(part.buffer, start, start + info.nbytes)
-        found.append((entry, Tensor(info.name, info.format, info.shape, view, pages)))
-    return found
+        stop = start + entry.nbytes
+        pages = Pages(part.buffer, start, stop) if isinstance(part.buffer, mmap) else None
+        yield ByteTensor(entry.name, entry.format, entry.shape, data[start:stop], pages)
 
 
 def _open_parts(path: Path) -> list[_Part]:
@@ -143,7 +124,7 @@ def _check_part(part: _Part, number: int, count: int) -> None:
 
 
 def _check_tensors(parts: list[_Part]) -> None:
-    names = [entry.info.name for part in parts for entry in part.header.entries]
+    names = [entry.name for part in parts for entry in part.header.entries]
     if len(names) > MAX_TENSORS:
         raise InvalidCheckpoint(f"the parts hold {len(names)} tensors; the limit is {MAX_TENSORS}")
     double, times = Counter(names).most_common(1)[0] if names else ("", 0)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Field, Scalar, TensorInfo
-from squall.checkpoints.files import quote
+from squall.checkpoints.base import Field, Scalar
 from squall.checkpoints.mapped import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.quant import GGML_FORMATS, UNSUPPORTED
 
 # At least twice what the largest known models need (a vocabulary of 262 k with 515 k merges).
@@ -80,10 +80,15 @@ _TYPE_NAMES = {**UNSUPPORTED, **{id: format.name for id, format in GGML_FORMATS.
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor and where its bytes are, counted from the start of the file's data."""
+    """A tensor and where its bytes are, counted from the start of the file's data.
 
-    info: TensorInfo
-    type_id: int
+    The format may be unknown, and then `nbytes` is 0.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
     offset: int
 
 
@@ -285,9 +290,9 @@ def _read_table(cursor: Cursor, count: int, alignment: int) -> tuple[Entry, ...]
     entries: dict[str, Entry] = {}
     for _ in range(count):
         entry = _read_entry(cursor, alignment)
-        if entry.info.name in entries:
-            raise cursor.fault(f"tensor {quote(entry.info.name)} appears twice")
-        entries[entry.info.name] = entry
+        if entry.name in entries:
+            raise cursor.fault(f"tensor {quote(entry.name)} appears twice")
+        entries[entry.name] = entry
     return tuple(entries.values())
 
 
@@ -303,10 +308,11 @@ def _read_entry(cursor: Cursor, alignment: int) -> Entry:
         raise cursor.fault(
             f"{tensor} has offset {offset}, no multiple of the alignment {alignment}"
         )
-    return Entry(_info(cursor, name, tuple(axes[::-1]), type_id), type_id, offset)
+    return _entry(cursor, name, tuple(axes[::-1]), (type_id, offset))
 
 
-def _info(cursor: Cursor, name: str, shape: tuple[int, ...], type_id: int) -> TensorInfo:
+def _entry(cursor: Cursor, name: str, shape: tuple[int, ...], place: tuple[int, int]) -> Entry:
+    type_id, offset = place
     elements = math.prod(shape)
     if not 1 <= elements < 1 << 63:
         raise cursor.fault(
@@ -314,27 +320,25 @@ def _info(cursor: Cursor, name: str, shape: tuple[int, ...], type_id: int) -> Te
         )
     kind = _TYPE_NAMES.get(type_id, f"type {type_id}")
     if type_id not in _BLOCKS:
-        return TensorInfo(name, kind, shape, 0)
+        return Entry(name, kind, shape, 0, offset)
     block, block_bytes = _BLOCKS[type_id]
     if shape[-1] % block:
         raise cursor.fault(
             f"tensor {quote(name)} has {shape[-1]} columns, not whole {kind} blocks of {block}"
         )
-    return TensorInfo(name, kind, shape, elements // block * block_bytes)
+    return Entry(name, kind, shape, elements // block * block_bytes, offset)
 
 
 def _check_places(cursor: Cursor, entries: Iterable[Entry], data_start: int) -> None:
     ordered = sorted(entries, key=lambda entry: entry.offset)
     for before, after in itertools.pairwise(ordered):
-        if before.offset + before.info.nbytes > after.offset:
-            raise cursor.fault(
-                f"tensors {quote(before.info.name)} and {quote(after.info.name)} overlap"
-            )
+        if before.offset + before.nbytes > after.offset:
+            raise cursor.fault(f"tensors {quote(before.name)} and {quote(after.name)} overlap")
     for entry in ordered:
-        end = data_start + entry.offset + entry.info.nbytes
+        end = data_start + entry.offset + entry.nbytes
         if end > len(cursor.buffer):
             raise cursor.fault(
-                f"tensor {quote(entry.info.name)} ends at byte {end} of a file of "
+                f"tensor {quote(entry.name)} ends at byte {end} of a file of "
                 f"{len(cursor.buffer)}; the file may be cut off"
             )
 

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: an id to files here, downloaded once.
+"""Models of the Hugging Face hub: an id to files here, downloaded once by its library.
 
 The listing of a repository decides what is fetched, and only names that are known to be needed
 pass; so no name from a repository becomes a path. The server itself (HF_ENDPOINT) is trusted: the
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from squall.errors import InvalidRequest, ModelNotFound
 
 Progress = Callable[[int, int], None]
+Judge = Callable[[Mapping[str, object]], None]
 
 TOKEN_SOURCES = "literal:TOKEN, env:VARIABLE, path:FILE, cache, none"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
@@ -52,20 +54,22 @@ class Hub:
 
     def __post_init__(self) -> None:
         _check(_REVISION, self.revision, "revision", "a branch, tag or commit")
-        token(self.token_source)
+        _token_source(self.token_source)
 
-    def fetch(self, name: str, progress: Progress | None = None) -> Path:
+    def fetch(
+        self, name: str, progress: Progress | None = None, judge: Judge | None = None
+    ) -> Path:
         """The folder of the model `owner/name`, or the file of `owner/name:file`.
 
         file: a GGUF file of the repository, or a part of its name such as `Q4_K_M`. Downloads
-        what is not in the cache, and calls `progress` with bytes done and bytes in all. Raises
-        ModelNotFound if the model cannot be had.
+        what is not in the cache, and calls `progress` with bytes done and bytes in all. Before,
+        `judge` gets what the hub knows of the model, keys of config.json or of GGUF metadata, and
+        may raise. Raises ModelNotFound if the model cannot be had.
         """
         id, _, file = name.partition(":")
         check_id(id)
-        cached = self._cached(id)
         if self.offline or _offline():
-            found = None if cached is None else _in_folder(cached, file)
+            found = self._cached(id, file)
             if found is None:
                 raise ModelNotFound(
                     f"{name} is not, or not wholly, in the cache of the hub, and --offline (or "
@@ -73,21 +77,24 @@ class Hub:
                 )
             return found
         try:
-            return _Download(self, id, file, progress).run()
+            return _Download(self, id, file, progress or (lambda *_: None)).run(judge)
         except ConnectionError as error:
-            found = None if cached is None else _in_folder(cached, file)
+            found = self._cached(id, file)
             if found is None:
                 raise ModelNotFound(f"cannot download {name}: {error}") from None
             return found
 
-    def _cached(self, id: str) -> Path | None:
-        root = _cache() / ("models--" + id.replace("/", "--"))
+    def _cached(self, id: str, file: str) -> Path | None:
+        """What the cache has for `file`, or None unless it has all of it."""
+        from huggingface_hub import constants
+
+        root = Path(constants.HF_HUB_CACHE) / ("models--" + id.replace("/", "--"))
         try:
             commit = (root / "refs" / self.revision).read_text().strip()
         except OSError:
             commit = self.revision
         folder = root / "snapshots" / commit
-        return folder if _COMMIT.fullmatch(commit) and folder.is_dir() else None
+        return _in_folder(folder, file) if _COMMIT.fullmatch(commit) else None
 
 
 def check_id(id: str) -> None:
@@ -107,39 +114,38 @@ def _check(pattern: re.Pattern[str], text: str, what: str, allowed: str) -> None
 
 
 def token(source: str) -> str | None:
-    """The token that a token source says; None if it says none, or its place is empty."""
-    kind, colon, value = source.partition(":")
-    if kind == "literal" and colon:
+    """The token that a token source says; None if it says none, or its place is empty.
+
+    cache: what the hub's library would use, HF_TOKEN or what `hf auth login` has stored.
+    """
+    kind, value = _token_source(source)
+    if kind == "literal":
         return value or None
-    if kind == "env" and colon:
+    if kind == "env":
         return os.environ.get(value or "HUGGING_FACE_HUB_TOKEN") or None
-    if kind == "path" and colon:
-        return _first_line(Path(value).expanduser())
-    if source == "cache":
-        return _first_line(_home() / "token")
-    if source == "none":
+    if kind == "path":
+        try:
+            return Path(value).expanduser().read_text(encoding="utf-8").strip() or None
+        except (OSError, ValueError):
+            return None
+    if kind == "none":
         return None
-    raise InvalidRequest(f"the token source must be one of {TOKEN_SOURCES}")
+    from huggingface_hub import get_token
+
+    return get_token()
 
 
-def _first_line(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except (OSError, ValueError):
-        return None
-
-
-def _home() -> Path:
-    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-
-
-def _cache() -> Path:
-    named = os.environ.get("HF_HUB_CACHE")
-    return Path(named).expanduser() if named else _home() / "hub"
+def _token_source(source: str) -> tuple[str, str]:
+    kind, colon, value = source.partition(":")
+    if kind not in (("literal", "env", "path") if colon else ("cache", "none")):
+        raise InvalidRequest(f"the token source must be one of {TOKEN_SOURCES}")
+    return kind, value
 
 
 def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def _in_folder(folder: Path, file: str) -> Path | None:
@@ -194,58 +200,46 @@ def folder_weights(names: Collection[str]) -> list[str]:
 class _Download:
     """The files of one repository, at one commit."""
 
-    def __init__(self, hub: Hub, id: str, file: str, progress: Progress | None) -> None:
+    def __init__(self, hub: Hub, id: str, file: str, progress: Progress) -> None:
         self._hub = hub
         self._id = id
         self._file = file
-        self._progress = progress or (lambda *_: None)
-        self._token = token(hub.token_source) or False
+        self._progress = progress
+        self._options: dict[str, Any] = {
+            "revision": hub.revision,
+            "token": token(hub.token_source) or False,
+        }
 
-    def run(self) -> Path:
+    def run(self, judge: Judge | None) -> Path:
         """Raises ConnectionError where the hub could not be asked."""
-        commit, sizes = self._listing()
+        info = self._attempt(self._listing)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        if not _COMMIT.fullmatch(str(info.sha)):
+            raise ModelNotFound(f"the hub gives no commit for {self._id}; try again later")
         try:
             names, main = choose(sizes, self._file)
         except ModelNotFound as error:
             raise ModelNotFound(f"cannot open {self._id} of the hub: {error}") from None
+        if judge is not None:
+            judge(_known(info, main))
         whole = sum(sizes[name] for name in names)
-        done = 0
-        path = Path()
-        for n, name in enumerate(names):
-            # The branch's name goes with one file, so that the cache knows its commit.
-            revision = self._hub.revision if n == 0 else commit
-            path = self._attempt(lambda: self._one(name, revision, done, whole))  # noqa: B023
-            done += sizes[name]
-            self._progress(done, whole)
-        folder = path.parents[names[-1].count("/")]
+        folder = Path(self._attempt(lambda: self._files(names, whole)))
+        if folder.name != info.sha or not all((folder / name).is_file() for name in names):
+            raise ConnectionError(f"{self._id} changed while it was downloaded, or came in part")
+        self._progress(whole, whole)
         return folder / main if main else folder
 
-    def _listing(self) -> tuple[str, dict[str, int]]:
+    def _listing(self) -> Any:
         from huggingface_hub import HfApi
 
-        api = HfApi(endpoint=_endpoint(), token=self._token)
-        info = self._attempt(
-            lambda: api.model_info(self._id, revision=self._hub.revision, files_metadata=True)
-        )
-        commit = str(info.sha)
-        if not _COMMIT.fullmatch(commit):
-            raise ModelNotFound(f"the hub gives no commit for {self._id}; try again later")
-        return commit, {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        return HfApi().model_info(self._id, files_metadata=True, **self._options)
 
-    def _one(self, name: str, revision: str, done: int, whole: int) -> Path:
-        from huggingface_hub import hf_hub_download
+    def _files(self, names: list[str], whole: int) -> str:
+        from huggingface_hub import snapshot_download
 
-        return Path(
-            hf_hub_download(
-                self._id,
-                name,
-                revision=revision,
-                token=self._token,
-                endpoint=_endpoint(),
-                cache_dir=_cache(),
-                tqdm_class=_bar(lambda count: self._progress(min(done + count, whole), whole)),
-            )
-        )
+        bar = _bar(lambda count: self._progress(min(count, whole), whole))
+        options = self._options | {"allow_patterns": names, "tqdm_class": bar}
+        return str(snapshot_download(self._id, **options))
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """Do something on the hub; what fails gets the remedy."""
@@ -257,40 +251,55 @@ class _Download:
         except errors.GatedRepoError:
             problem = (
                 f"the model {self._id} is gated: ask for access on its page, and give the token of "
-                f"your account with --token-source ({TOKEN_SOURCES})"
+                f"your account in HF_TOKEN or with --token-source ({TOKEN_SOURCES})"
             )
         except errors.RepositoryNotFoundError:
             problem = (
                 f"the hub has no model {self._id}, or shows it to its members only: check the "
-                "name, or give a token with --token-source; a local folder does not exist either"
+                "name, or give a token in HF_TOKEN or with --token-source; a local folder does not "
+                "exist either"
             )
         except errors.RevisionNotFoundError:
             problem = f"the model {self._id} has no revision {self._hub.revision!r}"
         except Exception as error:
             # Whatever else, from the network to a full disk.
-            raise ConnectionError(f"{where}: {_reason(error)}") from error
+            if getattr(getattr(error, "response", None), "status_code", None) not in (401, 403):
+                raise ConnectionError(f"{where}: {_reason(error)}") from error
+            given = "the token given" if self._options["token"] else "a request without a token"
+            problem = (
+                f"the hub refuses {given} for {self._id}: give one that may read it in HF_TOKEN or "
+                f"with --token-source ({TOKEN_SOURCES})"
+            )
         raise ModelNotFound(problem)
+
+
+def _known(info: Any, gguf: str | None) -> Mapping[str, object]:
+    """What a listing says of a model, in the words of its own files."""
+    if gguf is None:
+        return info.config if isinstance(info.config, dict) else {}
+    found = info.gguf if isinstance(getattr(info, "gguf", None), dict) else {}
+    return {"general.architecture": found["architecture"]} if "architecture" in found else {}
 
 
 def _reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT") or None
-
-
 def _bar(report: Callable[[int], None]) -> type[Any]:
-    """A progress bar that shows nothing and reports the bytes so far."""
+    """A progress bar that shows nothing and reports the bytes that are here so far."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
+            # There are others, of files and of bytes on their way.
+            self.counts = options.get("name") == "huggingface_hub.snapshot_download"
+            self.count, self.lock = 0, threading.Lock()
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
-            self.count = options.get("initial") or 0
 
         def update(self, n: float | None = 1) -> None:
-            self.count += n or 0
-            report(int(self.count))
+            if self.counts:
+                with self.lock:
+                    self.count += int(n or 0)
+                    report(self.count)
 
     return Bar

@@ -4,51 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from squall.checkpoints.base import Field, Kind
+from squall.checkpoints.base import Checkpoint, Field, Kind
 
 Item = int | float | bool | str
-
-
-class Described(Protocol):
-    """What a tensor of a `Checkpoint` and one of a `Header` have in common."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-class Source(Protocol):
-    """What a `Checkpoint` and a `Header` have in common."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def metadata(self) -> Mapping[str, Field]: ...
-    @property
-    def tensors(self) -> Mapping[str, Described]: ...
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def version(self) -> int: ...
-    @property
-    def parts(self) -> tuple[Path, ...]: ...
-    @property
-    def kind(self) -> Kind: ...
-    @property
-    def quantization(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +69,8 @@ class Inspection:
     parameters: int
 
 
-def describe(source: Source, *, array_items: int = 6, text_chars: int = 200) -> Inspection:
-    """Describe an open checkpoint or a header; arrays and texts are cut to the given lengths."""
+def describe(source: Checkpoint, *, array_items: int = 6, text_chars: int = 200) -> Inspection:
+    """Describe an open checkpoint; arrays and texts are cut to the given lengths."""
     tensors = tuple(
         TensorLine(escape(t.name), t.format, t.shape, t.nbytes) for t in source.tensors.values()
     )

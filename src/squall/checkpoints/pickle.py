@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Pages, Tensor
-from squall.checkpoints.files import quote
+from squall.checkpoints.base import ByteTensor, Pages, Tensor
 from squall.checkpoints.gguf_header import MAX_TENSORS
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.checkpoints.unpickle import MAX_BYTES, SIZES, View, check_magic, unpickle
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 
 MAX_ENTRIES = MAX_TENSORS + 1024
 MAX_DIRECTORY_BYTES = 16 << 20
@@ -220,11 +220,11 @@ def _tensor(name: str, view: View, spans: Mapping[str, _Span], buffer: Buffer) -
     if _is_contiguous(view):
         data = np.frombuffer(buffer, np.uint8, count * size, start)
         pages = Pages(buffer, start, start + count * size) if isinstance(buffer, mmap) else None
-        return Tensor(name, view.storage.format, shape, data, pages)
+        return ByteTensor(name, view.storage.format, shape, data, pages)
     if count > view.storage.size:
         raise InvalidCheckpoint(f"tensor {quote(name)} repeats its numbers; save it contiguous")
     data = _gather(np.frombuffer(buffer, np.uint8, (last - view.offset + 1) * size, start), view)
-    return Tensor(name, view.storage.format, shape, data)
+    return ByteTensor(name, view.storage.format, shape, data)
 
 
 def _is_contiguous(view: View) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote, read_json
+from squall.checkpoints.base import Pages, Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote, read_json
 from squall.quant import FORMATS, integers
 from squall.quant.grouped import Grouped, block_for
 from squall.quant.scheme import METHODS, Scheme
@@ -27,16 +27,21 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class GroupedTensor(Tensor):
-    """A quantized weight, made from `stored` tensors when asked for; `data` is only their first.
+    """A quantized weight, made from `stored` tensors when asked for.
 
-    zero_bias: the name of its bias, if that is there and 0: some writers add one to any weight.
+    pages: of most of them. zero_bias: the name of its bias, if that is there and 0: some writers
+    add one to any weight.
     """
 
+    name: str
+    format: str
+    shape: tuple[int, ...]
     scheme: Scheme
     stored: Mapping[str, Tensor]
     zero_bias: str | None
+    pages: Pages | None
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +90,7 @@ class GroupedTensor(Tensor):
 def quantization(folder: Path, config: Mapping[str, Any]) -> Scheme | None:
     """How the weights of a folder are quantized; None: they are not."""
     found = config.get("quantization_config")
-    if found is None and (folder / CONFIG).is_file():
+    if found is None:
         found = read_json(folder / CONFIG)
     if found is None:
         return None
@@ -128,10 +133,9 @@ def _weight(stem: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Grouped
         assert tensor is not None
         stored[part] = tensor
     format = integers.name(scheme.bits, block_for(group, inputs))
-    return GroupedTensor(
-        f"{stem}.weight", format, (outputs, inputs), main.data, main.pages,
-        scheme=scheme, stored=stored, zero_bias=_zero_bias(tensors.get(f"{stem}.bias")),
-    )  # fmt: skip
+    zero_bias = _zero_bias(tensors.get(f"{stem}.bias"))
+    shape = (outputs, inputs)
+    return GroupedTensor(f"{stem}.weight", format, shape, scheme, stored, zero_bias, main.pages)
 
 
 def _check(

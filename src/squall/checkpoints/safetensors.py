@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from squall.checkpoints.base import Pages, Tensor, TensorInfo
-from squall.checkpoints.files import parse_json, quote
+from squall.checkpoints.base import ByteTensor, Pages, Tensor
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import parse_json, quote
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 1 << 16
@@ -46,7 +46,10 @@ _LFS = b"version https://git-lfs"
 class Entry:
     """A tensor, and where in the file its bytes begin."""
 
-    info: TensorInfo
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
     start: int
 
 
@@ -62,9 +65,10 @@ class Part:
         """Its tensors, as views of the mapped file."""
         data = np.frombuffer(self.buffer, np.uint8)
         for entry in self.entries:
-            info, stop = entry.info, entry.start + entry.info.nbytes
+            stop = entry.start + entry.nbytes
             pages = Pages(self.buffer, entry.start, stop) if isinstance(self.buffer, mmap) else None
-            yield Tensor(info.name, info.format, info.shape, data[entry.start : stop], pages)
+            view = data[entry.start : stop]
+            yield ByteTensor(entry.name, entry.format, entry.shape, view, pages)
 
 
 def open_part(path: Path) -> Part:
@@ -76,15 +80,15 @@ def open_part(path: Path) -> Part:
 def parse_header(buffer: Buffer, source: str) -> tuple[Entry, ...]:
     """The checked table of a file, in the order of its bytes; `source` names it in errors."""
     size = _header_bytes(buffer, source)
-    table = parse_json(buffer[8 : 8 + size], source)
-    _check_metadata(table.pop(_METADATA, {}), source)
+    table = parse_json(buffer[8 : 8 + size], source, unique=True)
+    _check_metadata(table.pop(_METADATA, None) or {}, source)
     if len(table) > MAX_TENSORS:
         raise InvalidCheckpoint(
             f"{quote(source)} has {len(table)} tensors; the limit is {MAX_TENSORS}"
         )
     entries = sorted(
         (_entry(name, item, 8 + size, source) for name, item in table.items()),
-        key=lambda entry: (entry.start, entry.info.nbytes),
+        key=lambda entry: (entry.start, entry.nbytes),
     )
     _check_places(entries, 8 + size, len(buffer), source)
     return tuple(entries)
@@ -136,7 +140,7 @@ def _entry(name: str, item: Any, data_start: int, source: str) -> Entry:
         raise InvalidCheckpoint(
             f"{where} has {offsets[1] - offsets[0]} bytes; {dtype} of {shape} takes {nbytes}"
         )
-    return Entry(TensorInfo(name, format, tuple(shape), nbytes), data_start + offsets[0])
+    return Entry(name, format, tuple(shape), nbytes, data_start + offsets[0])
 
 
 def _are_counts(values: Any) -> bool:
@@ -146,13 +150,12 @@ def _are_counts(values: Any) -> bool:
 def _check_places(entries: list[Entry], start: int, size: int, source: str) -> None:
     """The format allows neither overlaps nor bytes that belong to no tensor."""
     for before, after in itertools.pairwise(entries):
-        if before.start + before.info.nbytes > after.start:
+        if before.start + before.nbytes > after.start:
             raise InvalidCheckpoint(
-                f"{quote(source)}: tensors {quote(before.info.name)} and "
-                f"{quote(after.info.name)} overlap"
+                f"{quote(source)}: tensors {quote(before.name)} and {quote(after.name)} overlap"
             )
-    used = start + sum(entry.info.nbytes for entry in entries)
-    end = entries[-1].start + entries[-1].info.nbytes if entries else start
+    used = start + sum(entry.nbytes for entry in entries)
+    end = entries[-1].start + entries[-1].nbytes if entries else start
     if end > size:
         raise InvalidCheckpoint(
             f"{quote(source)} is cut off: its tensors end at byte {end}, the file has {size}"

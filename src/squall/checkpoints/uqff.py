@@ -16,11 +16,11 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Checkpoint, Deferred, Pages, Tensor
-from squall.checkpoints.files import quote, read_json
+from squall.checkpoints.base import ByteTensor, Checkpoint, Deferred, Pages, Tensor
 from squall.checkpoints.safetensors import open_part
 from squall.checkpoints.uqff_hqq import Hqq
 from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
+from squall.files import quote, read_json
 from squall.quant import by_ggml_id
 
 SUFFIX = ".uqff"
@@ -76,16 +76,16 @@ def open_uqff(path: Path) -> Checkpoint:
                 "they are numbered from 0 without gaps"
             )
         linears.append(_linear(blobs[str(index)], index, path.name))
-    residual = path.with_name(RESIDUAL)
-    if not residual.is_file():
-        raise ModelNotFound(f"{str(path)!r} needs {RESIDUAL}, which must lie beside it")
+    residual, config = path.with_name(RESIDUAL), read_json(path.with_name("config.json"))
+    if config is None or not residual.is_file():
+        raise ModelNotFound(f"{str(path)!r} needs config.json and {RESIDUAL} beside it")
     tensors = {tensor.name: tensor for tensor in open_part(residual).tensors()}
     for linear in linears:
         found = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
         tensors.update((tensor.name, tensor) for tensor in found)
     return Checkpoint(
         path.parent,
-        MappingProxyType(read_json(path.with_name("config.json"))),
+        MappingProxyType(config),
         MappingProxyType(tensors),
         path.stat().st_size + residual.stat().st_size,
         parts=(path, residual),
@@ -157,7 +157,7 @@ class Blob:
         shape = self.dims(what)
         if math.prod(shape) * size != nbytes:
             raise self.fault(f"has {what} of {nbytes} bytes; {format} of {shape} takes others")
-        return Tensor(name, format, shape, self.take(nbytes, what), self.pages)
+        return ByteTensor(name, format, shape, self.take(nbytes, what), self.pages)
 
     @property
     def pages(self) -> Pages | None:
@@ -205,7 +205,7 @@ def _ggml(blob: Blob) -> tuple[Tensor, bool]:
     if format.row_bytes(shape[1]) * shape[0] != nbytes:
         raise blob.fault(f"has {nbytes} bytes of data; {format.name} of {shape} takes others")
     data = blob.take(nbytes, "data")
-    return Tensor(weight_name(blob.index), format.name, shape, data, blob.pages), has_bias
+    return ByteTensor(weight_name(blob.index), format.name, shape, data, blob.pages), has_bias
 
 
 def _plain(blob: Blob) -> tuple[Tensor, bool]:
@@ -226,7 +226,7 @@ def _fp8(blob: Blob) -> tuple[Tensor, bool]:
         raise blob.fault(f"has FP8 as {weight.format} of {weight.shape}, for dtype {dtype}")
     if not (math.isfinite(factor) and factor > 0):
         raise blob.fault(f"has the factor {factor}")
-    made = Tensor(weight.name, weight.format, weight.shape, weight.data, blob.pages, factor)
+    made = ByteTensor(weight.name, weight.format, weight.shape, weight.data, blob.pages, factor)
     return made, has_bias
 
 

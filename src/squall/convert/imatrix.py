@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints import open_gguf
-from squall.checkpoints.files import quote
 from squall.checkpoints.mapped import map_file
 from squall.convert.matrices import Importance
 from squall.errors import InvalidCheckpoint
+from squall.files import quote
 
 MAX_ENTRIES = 1 << 16
 MAX_NAME = 256

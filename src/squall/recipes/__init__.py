@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from squall.checkpoints.base import Checkpoint, Tensor
-from squall.checkpoints.files import quote
 from squall.checkpoints.quantized import zero_biases
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
+from squall.files import quote
 from squall.program import Names
 from squall.recipes import config, gguf
 from squall.recipes.fields import Fields
@@ -19,19 +20,53 @@ from squall.recipes.names import Naming, locate
 from squall.roles import roles
 from squall.spec import Decoder
 
-__all__ = ["KNOWN", "Recipe", "load"]
+__all__ = ["KNOWN", "Part", "Recipe", "judge", "load"]
 
 KNOWN = sorted({*gguf.RECIPES, *config.RECIPES})
 
 
+Kind = Literal["decoder", "tower", "connector", "encoder", "vae"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network of a model: its Spec, and the places of its weights, found by its naming.
+
+    prefix: what its roles begin with in `names`, so that parts can share a weight store; those of
+        the decoder begin with nothing.
+    """
+
+    kind: Kind
+    spec: Decoder
+    naming: Naming
+    names: Names
+    prefix: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A model's Spec and the places of its weights in the checkpoint, found by its naming."""
+    """What a model is, part by part; a language model has a decoder and no more."""
 
     architecture: str
-    decoder: Decoder
-    names: Names
-    naming: Naming
+    parts: tuple[Part, ...]
+
+    def part(self, kind: Kind) -> Part:
+        """The first part of a kind; KeyError if there is none."""
+        return {part.kind: part for part in reversed(self.parts)}[kind]
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.part("decoder").spec
+
+    @property
+    def names(self) -> Names:
+        """Where the decoder's weights lie."""
+        return self.part("decoder").names
+
+    @property
+    def naming(self) -> Naming:
+        """How the checkpoint calls them."""
+        return self.part("decoder").naming
 
 
 def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
@@ -44,60 +79,79 @@ def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
         if architecture is not None:
             raise InvalidRequest("a GGUF file says what it is; an architecture is for config.json")
         return _load_gguf(checkpoint)
-    if "quantization_config" in checkpoint.metadata and not checkpoint.quantization:
+    if checkpoint.metadata.get("quantization_config") and not checkpoint.quantization:
         raise UnsupportedModel("config.json has a quantization_config that was not applied")
     name = config.architecture(checkpoint.metadata, architecture)
     if checkpoint.kind == "uqff":
         return _load_uqff(name, checkpoint)
     entry = config.RECIPES[name]
-    fields = config.fields(checkpoint.metadata, checkpoint.tensors, entry)
+    fields = config.fields(checkpoint.metadata, checkpoint.tensors, name)
     config.check_depth(fields)
     fields.tensors_read |= zero_biases(checkpoint.tensors)
-    return _finish(name, checkpoint.tensors, entry.function(fields), fields, fields.naming)
+    return _finish(
+        name, checkpoint.tensors, fields, _decoder(entry.function(fields), fields.naming)
+    )
+
+
+def judge(metadata: Mapping[str, object], architecture: str | None = None) -> None:
+    """Raise UnsupportedModel if there is no recipe for what is known of a model's metadata."""
+    if "general.architecture" in metadata:
+        _gguf_architecture(metadata)
+    elif metadata.keys() & {"architectures", "model_type"}:
+        config.architecture(metadata, architecture)
 
 
 def _load_uqff(name: str, checkpoint: Checkpoint) -> Recipe:
     """Once without the linears, for their order, and then with them under their usual names."""
     entry = config.RECIPES[name]
     residual = {n: t for n, t in checkpoint.tensors.items() if not n.startswith("uqff.")}
-    fields = config.fields(checkpoint.metadata, residual, entry)
+    fields = config.fields(checkpoint.metadata, residual, name)
     config.check_depth(fields)
     order = linears(name, entry.function(fields), fields.naming)
     tensors, originals = named(order, checkpoint.tensors)
-    fields = config.fields(checkpoint.metadata, tensors, entry)
-    recipe = _finish(name, tensors, entry.function(fields), fields, fields.naming)
+    fields = config.fields(checkpoint.metadata, tensors, name)
+    recipe = _finish(name, tensors, fields, _decoder(entry.function(fields), fields.naming))
     names = {
         role: tuple(replace(part, tensor=originals.get(part.tensor, part.tensor)) for part in parts)
         for role, parts in recipe.names.items()
     }
-    return replace(recipe, names=MappingProxyType(names))
+    return Recipe(name, (replace(recipe.parts[0], names=MappingProxyType(names)),))
+
+
+def _gguf_architecture(metadata: Mapping[str, object]) -> str:
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise InvalidCheckpoint("the metadata key general.architecture is missing or not a string")
+    if architecture not in gguf.RECIPES:
+        known = ", ".join(sorted(gguf.RECIPES))
+        raise UnsupportedModel(f"unknown architecture {quote(architecture)}; known: {known}")
+    return architecture
 
 
 def _load_gguf(checkpoint: Checkpoint) -> Recipe:
-    architecture = checkpoint.metadata.get("general.architecture")
-    if not isinstance(architecture, str):
-        raise InvalidCheckpoint("the metadata key general.architecture is missing or not a string")
     kind = checkpoint.metadata.get("general.type", "model")
     if kind != "model":
         raise UnsupportedModel(
             f"the file is of type {quote(str(kind))}; only whole models can be run"
         )
-    if architecture not in gguf.RECIPES:
-        known = ", ".join(sorted(gguf.RECIPES))
-        raise UnsupportedModel(f"unknown architecture {quote(architecture)}; known: {known}")
+    architecture = _gguf_architecture(checkpoint.metadata)
     fields = GgufFields(architecture, checkpoint.metadata, checkpoint.tensors)
-    return _finish(
-        architecture, checkpoint.tensors, gguf.RECIPES[architecture](fields), fields, NAMING
-    )
+    decoder = _decoder(gguf.RECIPES[architecture](fields), NAMING)
+    return _finish(architecture, checkpoint.tensors, fields, decoder)
+
+
+def _decoder(spec: Decoder, naming: Naming) -> Part:
+    return Part("decoder", spec, naming, names={})
 
 
 def _finish(
-    architecture: str,
-    tensors: Mapping[str, Tensor],
-    decoder: Decoder,
-    fields: Fields,
-    naming: Naming,
+    architecture: str, tensors: Mapping[str, Tensor], fields: Fields, *parts: Part
 ) -> Recipe:
+    """Find all weights of all parts; what of the configuration or the tensors is left, refuse."""
     fields.check_all_read()
-    names = locate(roles(decoder), tensors, naming, read=fields.tensors_read)
-    return Recipe(architecture, decoder, names, naming)
+    wanted = [(roles(part.spec), part.naming) for part in parts]
+    made = []
+    for part, found in zip(parts, locate(wanted, tensors, read=fields.tensors_read), strict=True):
+        names = {part.prefix + role: place for role, place in found.items()}
+        made.append(replace(part, names=MappingProxyType(names)))
+    return Recipe(architecture, tuple(made))

@@ -7,15 +7,15 @@ gemma family without their 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.recipes import config_names as names
 from squall.recipes import parts
-from squall.recipes.config_fields import ConfigFields
+from squall.recipes.config_fields import ConfigFields, by_model_type, keys_of
 from squall.recipes.config_parts import (
     activation,
     attention,
@@ -39,29 +39,22 @@ F = TypeVar("F", bound=RecipeFunction)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An architecture; `section`: where in config.json it is described, if not at the top.
-
-    defaults: what transformers' class takes for keys that are missing.
-    """
+    """An architecture; `section`: where in config.json it is described, if not at the top."""
 
     function: RecipeFunction
     naming: Naming
-    defaults: Mapping[str, object] = field(default_factory=dict)
     section: str | None = None
 
 
 RECIPES: dict[str, Entry] = {}
 NAMES: dict[str, str] = {}  # for people -> classes of transformers
-TANH_GELU = "gelu_pytorch_tanh"
 
 
-def recipe(
-    architecture: str, name: str, naming: Naming = names.USUAL, **defaults: object
-) -> Callable[[F], F]:
+def recipe(architecture: str, name: str, naming: Naming = names.USUAL) -> Callable[[F], F]:
     """Register a function for a value of `architectures`, and a name for people."""
 
     def register(function: F) -> F:
-        RECIPES[architecture] = Entry(function, naming, defaults)
+        RECIPES[architecture] = Entry(function, naming)
         NAMES[name] = architecture
         return function
 
@@ -70,31 +63,31 @@ def recipe(
 
 def architecture(config: Mapping[str, object], chosen: str | None) -> str:
     """The architecture of a config.json, or the one that was chosen instead."""
-    found = config.get("architectures")
+    found = config.get("architectures") or [by_model_type(config.get("model_type"))]
     if chosen is not None:
         found = [NAMES.get(chosen, chosen)]
     if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
         raise InvalidCheckpoint(
-            f"architectures in config.json is {repr(found)[:99]}; it must be a list of one name"
+            f"architectures in config.json is {repr(found)[:99]}; it must be a list of one name, "
+            f"or missing with a known model_type, which is {repr(config.get('model_type'))[:99]}"
         )
-    name = found[0]
-    if name not in RECIPES:
+    if found[0] not in RECIPES:
         known = ", ".join([*sorted(RECIPES), *sorted(NAMES)])
-        raise UnsupportedModel(f"unknown architecture {quote(name)}; known: {known}")
-    return name
+        raise UnsupportedModel(f"unknown architecture {quote(found[0])}; known: {known}")
+    return found[0]
 
 
 def fields(
-    config: Mapping[str, object], tensors: Mapping[str, Tensor], entry: Entry
+    config: Mapping[str, object], tensors: Mapping[str, Tensor], architecture: str
 ) -> ConfigFields:
-    """The values that the entry's function reads."""
+    """The values that the architecture's function reads."""
+    entry, keys = RECIPES[architecture], keys_of(architecture)
     if entry.section is None:
-        return ConfigFields(config, tensors, entry.defaults, entry.naming)
+        return ConfigFields(config, tensors, keys, entry.naming)
     inner = config.get(entry.section)
     if not isinstance(inner, dict):
         raise InvalidCheckpoint(f"config.json has no object {entry.section!r}")
-    naming = names.in_multimodal(entry.naming, tensors)
-    return ConfigFields(inner, tensors, entry.defaults, naming)
+    return ConfigFields(inner, tensors, keys, names.in_multimodal(entry.naming, tensors))
 
 
 def check_depth(c: ConfigFields) -> None:
@@ -106,40 +99,40 @@ def check_depth(c: ConfigFields) -> None:
         )
 
 
-@recipe("LlamaForCausalLM", "llama", rms_norm_eps=1e-6)
+@recipe("LlamaForCausalLM", "llama")
 def llama(c: ConfigFields) -> Decoder:
     return decoder(c, rms(c), attention(c, rope(c)), mlp(c))
 
 
-@recipe("MistralForCausalLM", "mistral", rms_norm_eps=1e-6, sliding_window=4096)
+@recipe("MistralForCausalLM", "mistral")
 def mistral(c: ConfigFields) -> Decoder:
     return decoder(c, rms(c), attention(c, rope(c), window=window(c)), mlp(c))
 
 
-@recipe("MixtralForCausalLM", "mixtral", names.SPARSE_BLOCK, rms_norm_eps=1e-5)
+@recipe("MixtralForCausalLM", "mixtral", names.SPARSE_BLOCK)
 def mixtral(c: ConfigFields) -> Decoder:
-    heads = attention(c, rope(c, theta=1e6), window=window(c))
-    return decoder(c, rms(c), heads, parts.moe(c, activation(c, "silu"), normalize=True))
+    heads = attention(c, rope(c), window=window(c))
+    return decoder(c, rms(c), heads, parts.moe(c, activation(c), normalize=True))
 
 
-@recipe("Qwen2ForCausalLM", "qwen2", rms_norm_eps=1e-6, sliding_window=4096)
+@recipe("Qwen2ForCausalLM", "qwen2")
 def qwen2(c: ConfigFields) -> Decoder:
     sizes = switched_windows(c, upper_layers(c))
     heads = attention(c, rope(c), window=sizes, qkv_bias=True, out_bias=False)
     return decoder(c, rms(c), heads, mlp(c))
 
 
-@recipe("Qwen3ForCausalLM", "qwen3", rms_norm_eps=1e-6, head_dim=128, sliding_window=4096)
+@recipe("Qwen3ForCausalLM", "qwen3")
 def qwen3(c: ConfigFields) -> Decoder:
     sizes = switched_windows(c, upper_layers(c))
     return decoder(c, rms(c), attention(c, rope(c), window=sizes, qk_norm=rms(c)), mlp(c))
 
 
-@recipe("Qwen3MoeForCausalLM", "qwen3moe", rms_norm_eps=1e-6, sliding_window=4096)
+@recipe("Qwen3MoeForCausalLM", "qwen3moe")
 def qwen3_moe(c: ConfigFields) -> Decoder:
     sizes = switched_windows(c, (True,) * depth(c))
     normalize = c.flag("norm_topk_prob", False)
-    moe = parts.moe(c, activation(c, "silu"), normalize=normalize)
+    moe = parts.moe(c, activation(c), normalize=normalize)
     made = zip(dense_layers(c), mlp(c), moe, strict=True)
     feed_forward = [mlp if is_dense else experts for is_dense, mlp, experts in made]
     heads = attention(c, rope(c), window=sizes, qk_norm=rms(c))
@@ -153,33 +146,30 @@ def dense_layers(c: ConfigFields) -> tuple[bool, ...]:
     return tuple(i in only or (i + 1) % step != 0 for i in range(layers))
 
 
-@recipe("PhiForCausalLM", "phi2", names.NUMBERED_MLP, layer_norm_eps=1e-5)
+@recipe("PhiForCausalLM", "phi2", names.NUMBERED_MLP)
 def phi(c: ConfigFields) -> Decoder:
     norm = layer_norm(c)
     head_norm = norm if c.flag("qk_layernorm", False) else None
-    heads = attention(c, rope(c, partial=0.5), qkv_bias=True, out_bias=True, qk_norm=head_norm)
-    feed_forward = parts.mlp(c, activation(c, "gelu_new"), gated=False, bias=True)
+    heads = attention(c, rope(c), qkv_bias=True, out_bias=True, qk_norm=head_norm)
+    feed_forward = parts.mlp(c, activation(c), gated=False, bias=True)
     return decoder(c, norm, heads, feed_forward, wiring="parallel", head_bias=True)
 
 
-@recipe("Phi3ForCausalLM", "phi3", rms_norm_eps=1e-5)
+@recipe("Phi3ForCausalLM", "phi3")
 def phi3(c: ConfigFields) -> Decoder:
     # Early files call it su, or yarn.
     turn = rope(c, scalings={"su": long_rope, "yarn": long_rope})
     return decoder(c, rms(c), attention(c, turn, window=window(c)), mlp(c))
 
 
-@recipe(
-    "PhiMoEForCausalLM", "phi3.5moe", names.SPARSE_BLOCK,
-    rms_norm_eps=1e-5, router_jitter_noise=0.01,
-)  # fmt: skip
+@recipe("PhiMoEForCausalLM", "phi3.5moe", names.SPARSE_BLOCK)
 def phi_moe(c: ConfigFields) -> Decoder:
-    turn = rope(c, theta=1e6, scalings={"longrope": long_rope_with_magnitudes})
+    turn = rope(c, scalings={"longrope": long_rope_with_magnitudes})
     norm = replace(rms(c), kind="layer", bias=True)  # for all that the key is called
     if c.count("num_experts_per_tok") != 2:
         raise UnsupportedModel("SparseMixer chooses 2 experts; num_experts_per_tok differs")
     jitter = c.number("router_jitter_noise", high=1.0)
-    feed_forward = parts.moe(c, activation(c, "silu"), normalize=False, jitter=jitter)
+    feed_forward = parts.moe(c, activation(c), normalize=False, jitter=jitter)
     head_bias = c.flag("lm_head_bias", False)
     heads = attention(c, turn, window=window(c))
     return decoder(c, norm, heads, feed_forward, head_bias=head_bias)
@@ -188,44 +178,34 @@ def phi_moe(c: ConfigFields) -> Decoder:
 RECIPES["PhimoeForCausalLM"] = RECIPES["PhiMoEForCausalLM"]
 
 
-@recipe("Starcoder2ForCausalLM", "starcoder2", names.CODE_MLP, norm_epsilon=1e-5)
+@recipe("Starcoder2ForCausalLM", "starcoder2", names.CODE_MLP)
 def starcoder2(c: ConfigFields) -> Decoder:
     bias = c.flag("use_bias", True)
     heads = attention(c, rope(c), window=window(c), qkv_bias=bias, out_bias=bias)
-    feed_forward = parts.mlp(c, activation(c, TANH_GELU), gated=False, bias=bias)
+    feed_forward = parts.mlp(c, activation(c), gated=False, bias=bias)
     return decoder(c, layer_norm(c), heads, feed_forward)
 
 
-@recipe("GemmaForCausalLM", "gemma", rms_norm_eps=1e-6, head_dim=256)
+@recipe("GemmaForCausalLM", "gemma")
 def gemma(c: ConfigFields) -> Decoder:
     # The first files say "gelu" and mean its approximation.
-    act = "gelu_tanh" if activation(c, "gelu") == "gelu" else activation(c, "gelu")
-    c.skip("hidden_activation")
+    act = "gelu_tanh" if activation(c) == "gelu" else activation(c)
     norm, scale = replace(rms(c), unit_offset=True), hidden(c) ** 0.5
     feed_forward = parts.mlp(c, act, gated=True, bias=False)
     return decoder(c, norm, attention(c, rope(c)), feed_forward, embed_scale=scale)
 
 
-@recipe(
-    "Gemma2ForCausalLM", "gemma2", names.POST_NORMS,
-    rms_norm_eps=1e-6, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256,
-    attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-)  # fmt: skip
+@recipe("Gemma2ForCausalLM", "gemma2", names.POST_NORMS)
 def gemma2(c: ConfigFields) -> Decoder:
     scale, cap = c.number("query_pre_attn_scalar") ** -0.5, c.optional("attn_logit_softcapping")
     sizes = windows(c, period=2)
     return sandwich(c, attention(c, rope(c), window=sizes, scale=scale, softcap=cap))
 
 
-@recipe(
-    "Gemma3ForCausalLM", "gemma3", names.POST_NORMS,
-    rms_norm_eps=1e-6, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256,
-    num_attention_heads=8, num_key_value_heads=4, vocab_size=262_208,
-    max_position_embeddings=131_072,
-)  # fmt: skip
+@recipe("Gemma3ForCausalLM", "gemma3", names.POST_NORMS)
 def gemma3(c: ConfigFields) -> Decoder:
     sizes, scale = windows(c, period=6), c.number("query_pre_attn_scalar") ** -0.5
-    far, near = rope(c, theta=1e6, section="full_attention"), local_rope(c)
+    far, near = rope(c, section="full_attention"), local_rope(c)
     turns = tuple(near if size else far for size in sizes)
     norm = replace(rms(c), unit_offset=True)
     return sandwich(c, attention(c, turns, window=sizes, scale=scale, qk_norm=norm))
@@ -237,12 +217,11 @@ RECIPES["Gemma3ForConditionalGeneration"] = replace(
 
 
 def sandwich(c: ConfigFields, heads: Sequence[Attention]) -> Decoder:
-    c.skip("hidden_act")
     return decoder(
         c,
         replace(rms(c), unit_offset=True),
         heads,
-        mlp(c, TANH_GELU, "hidden_activation"),
+        mlp(c, "hidden_activation"),
         wiring="sandwich",
         embed_scale=hidden(c) ** 0.5,
         logit_softcap=c.optional("final_logit_softcapping"),
@@ -251,44 +230,41 @@ def sandwich(c: ConfigFields, heads: Sequence[Attention]) -> Decoder:
 
 def local_rope(c: ConfigFields) -> Rope:
     """The rope of layers with a window."""
-    theta, section = c.number("rope_local_base_freq", 10000.0, low=1.0), "sliding_attention"
+    theta, section = "rope_local_base_freq", "sliding_attention"
     if c.has_section(f"rope_parameters.{section}"):
         return rope(c, theta=theta, section=section)
-    return Rope(theta, head_dim(c))
+    return Rope(c.number(theta, low=1.0), head_dim(c))
 
 
-@recipe("GraniteForCausalLM", "granite", rms_norm_eps=1e-6)
+@recipe("GraniteForCausalLM", "granite")
 def granite(c: ConfigFields) -> Decoder:
     return decoder(
         c,
         rms(c),
-        attention(c, rope(c), scale=c.number("attention_multiplier", 1.0)),
+        attention(c, rope(c), scale=c.number("attention_multiplier")),
         mlp(c),
-        embed_scale=c.number("embedding_multiplier", 1.0),
-        residual_scale=c.number("residual_multiplier", 1.0),
-        logit_scale=1.0 / c.number("logits_scaling", 1.0),
+        embed_scale=c.number("embedding_multiplier"),
+        residual_scale=c.number("residual_multiplier"),
+        logit_scale=1.0 / c.number("logits_scaling"),
     )
 
 
-@recipe("Olmo2ForCausalLM", "olmo2", names.POST_NORMS, rms_norm_eps=1e-5)
+@recipe("Olmo2ForCausalLM", "olmo2", names.POST_NORMS)
 def olmo2(c: ConfigFields) -> Decoder:
     heads = attention(c, rope(c), qk_norm=rms(c), qk_norm_scope="row")
     return decoder(c, rms(c), heads, mlp(c), wiring="post")
 
 
-@recipe("CohereForCausalLM", "cohere", layer_norm_eps=1e-5, logit_scale=0.0625)
+@recipe("CohereForCausalLM", "cohere")
 def cohere(c: ConfigFields) -> Decoder:
-    norm, turn = replace(layer_norm(c), bias=False), rope(c, theta=5e5, interleaved=True)
+    norm, turn = replace(layer_norm(c), bias=False), rope(c, interleaved=True)
     head_norm = norm if c.flag("use_qk_norm", False) else None
     heads = attention(c, turn, qk_norm=head_norm, qk_norm_scope="each_head")
     scale = c.number("logit_scale")
     return decoder(c, norm, heads, mlp(c), wiring="parallel", logit_scale=scale)
 
 
-@recipe(
-    "Cohere2ForCausalLM", "cohere2",
-    layer_norm_eps=1e-5, logit_scale=0.0625, sliding_window=4096,
-)  # fmt: skip
+@recipe("Cohere2ForCausalLM", "cohere2")
 def cohere2(c: ConfigFields) -> Decoder:
     norm, sizes = replace(layer_norm(c), bias=False), windows(c, period=4)
     turn, scale = rope(c, interleaved=True), c.number("logit_scale")
@@ -297,13 +273,13 @@ def cohere2(c: ConfigFields) -> Decoder:
     return decoder(c, norm, heads, mlp(c), wiring="parallel", logit_scale=scale)
 
 
-@recipe("StableLmForCausalLM", "stablelm", names.NORM_PER_HEAD, layer_norm_eps=1e-5)
+@recipe("StableLmForCausalLM", "stablelm", names.NORM_PER_HEAD)
 def stablelm(c: ConfigFields) -> Decoder:
     norm, bias = layer_norm(c), c.flag("use_qkv_bias", False)
     head_norm = replace(norm, bias=False) if c.flag("qk_layernorm", False) else None
     heads = attention(
         c,
-        rope(c, partial=0.25),
+        rope(c),
         qkv_bias=bias,
         out_bias=False,
         qk_norm=head_norm,
@@ -313,20 +289,20 @@ def stablelm(c: ConfigFields) -> Decoder:
     return decoder(c, norm, heads, mlp(c), wiring=wiring)
 
 
-@recipe("GlmForCausalLM", "glm", rms_norm_eps=1.5625e-7, head_dim=128, attention_bias=True)
+@recipe("GlmForCausalLM", "glm")
 def glm(c: ConfigFields, wiring: Wiring = "pre") -> Decoder:
-    heads = attention(c, rope(c, partial=0.5, interleaved=True), out_bias=False)
+    heads = attention(c, rope(c, interleaved=True), out_bias=False)
     return decoder(c, rms(c), heads, mlp(c), wiring=wiring)
 
 
-@recipe("Glm4ForCausalLM", "glm4", rms_norm_eps=1.5625e-7, head_dim=128, attention_bias=True)
+@recipe("Glm4ForCausalLM", "glm4")
 def glm4(c: ConfigFields) -> Decoder:
     return glm(c, "sandwich")
 
 
-@recipe("SmolLM3ForCausalLM", "smollm3", rms_norm_eps=1e-6)
+@recipe("SmolLM3ForCausalLM", "smollm3")
 def smollm3(c: ConfigFields) -> Decoder:
-    turn, layers = rope(c, theta=2e6), depth(c)
+    turn, layers = rope(c), depth(c)
     rotated = c.pattern("no_rope_layer_interval", 4, layers=layers)
     if c.has("no_rope_layers"):  # it marks those with rope
         rotated = c.pattern("no_rope_layers", 0, layers=layers)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
 from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint
@@ -19,58 +23,65 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "block_count": ("num_hidden_layers",),
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
-    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_count": ("num_local_experts",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_used_count": ("num_experts_per_tok",),
     "feed_forward_length": ("intermediate_size",),
 }
-# Of training, of generation, of Python objects. Objects in config.json by their first key.
-HARMLESS = frozenset(
+NEUTRAL = (0, "", "none")  # 0 also equals False and 0.0
+# Leftovers of savers and trainers that are in so many files that naming them would tell nothing.
+USUAL = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _name_or_path architectures
-    attention_dropout attn_implementation attn_pdrop auto_map bos_token_id
-    cache_implementation classifier_dropout decoder_start_token_id do_sample dtype
-    embd_pdrop embedding_dropout eos_token_id hidden_dropout id2label initializer_range
-    input_jitter_noise is_decoder label2id max_length max_window_layers model_max_length
-    model_type output_attentions output_hidden_states output_router_logits pad_token_id
-    pretraining_tp problem_type quantization_config resid_pdrop residual_dropout return_dict
-    router_aux_loss_coef router_jitter_noise task_specific_params temperature
-    tokenizer_class top_k top_p torch_dtype transformers_version unk_token_id unsloth_fixed
-    unsloth_version use_cache
+    auto_map bos_token_id eos_token_id model_type output_attentions pad_token_id
+    quantization_config torch_dtype unsloth_fixed unsloth_version use_cache
     """.split()  # noqa: SIM905
 )
-NEUTRAL = (0, "", "none")  # 0 also equals False and 0.0
-NEUTRAL_BY_KEY: Mapping[str, tuple[object, ...]] = {
-    "layer_switch": (4,),  # these are of Cohere2, all that were published the same
-    "order_of_interleaved_layers": ("local_attn_first",),
-    "position_embedding_type": ("rope_gptj",),
-    "rotary_pct": (1,),
-    "use_embedding_sharing": (True,),
-    "use_gated_activation": (True,),
-    "use_parallel_block": (True,),
-    "use_parallel_embedding": (True, False),
-    "activation_function": ("gelu_pytorch_tanh",),  # these are of Starcoder2
-    "mlp_type": ("default",),
-    "norm_type": ("layer_norm",),
-}
+
+
+@cache
+def _table() -> dict[str, Any]:
+    """Made by tools/config_keys.py, which says what is in it."""
+    text = files("squall.recipes").joinpath("config_keys.json").read_text("utf-8")
+    table: dict[str, Any] = json.loads(text)
+    return table
+
+
+def keys_of(architecture: str) -> Mapping[str, Any]:
+    """What the class of transformers does with keys: the table's `reads`, `known`, `aliases`."""
+    table = _table()["architectures"]
+    found: Mapping[str, Any] = table[table[architecture].get("same_as", architecture)]
+    return found
+
+
+def by_model_type(model_type: object) -> str | None:
+    """The architecture that transformers takes for a `model_type`."""
+    table = _table()["architectures"].items()
+    return next((name for name, found in table if model_type == found.get("model_type", "")), None)
 
 
 class ConfigFields(Fields):
-    """The values of config.json; those of objects in it by dotted keys: `rope_scaling.factor`.
+    """The values of config.json that the class of transformers reads, and what it takes for others.
 
-    defaults: what the class of transformers takes where a key is missing (null is not missing).
+    Those of objects in it have dotted keys: `rope_scaling.factor`. Where the class takes a value
+    for a missing key, null is not missing. What the class does not read is named in the log.
     """
 
     def __init__(
         self,
         config: Mapping[str, object],
         tensors: Mapping[str, Tensor],
-        defaults: Mapping[str, object],
+        keys: Mapping[str, Any],
         naming: Naming,
     ) -> None:
-        missing = {key: value for key, value in defaults.items() if key not in config}
-        super().__init__(missing | dict(_flatten(config)), tensors)
+        given, defaults = (
+            {keys["aliases"].get(key, key): value for key, value in values.items()}
+            for values in (config, keys["reads"])
+        )
+        read = {key: value for key, value in given.items() if key in defaults}
+        super().__init__(dict(_flatten(defaults | read)), tensors)
         self.naming = naming
+        unread = given.keys() - read.keys() - {*keys["known"], *_table()["known"], *USUAL}
+        self.ignored += [key for key in unread if not key.startswith("_")]
 
     def key(self, key: str) -> str:
         names = KEYS.get(key, (key,))
@@ -84,10 +95,10 @@ class ConfigFields(Fields):
         return any(name.startswith(f"{key}.") for name in self._values)
 
     def _is_harmless(self, key: str, value: object) -> bool:
-        if key.split(".")[0] in HARMLESS or value == []:
+        if key.startswith(("rope_scaling.", "rope_parameters.")):
+            self.ignored.append(key)  # for another kind of scaling
             return True
-        neutral = NEUTRAL_BY_KEY.get(key, NEUTRAL)
-        return isinstance(value, int | float | str) and value in neutral
+        return value == [] or (isinstance(value, int | float | str) and value in NEUTRAL)
 
 
 def _flatten(

@@ -9,6 +9,9 @@ from dataclasses import replace
 from squall.checkpoints.base import Tensor
 from squall.recipes.names import Naming
 
+_ROPE_TABLE = r"(\w+\.)*rotary_emb\.(inv_freq|original_inv_freq|(cos|sin)_cached)"
+ROPE_TABLE = re.compile(_ROPE_TABLE)  # computed anew
+
 USUAL = Naming(
     stems={
         "embed": "model.embed_tokens",
@@ -43,7 +46,7 @@ USUAL = Naming(
         "self_attn.qkv_proj": ("attention.q", "attention.k", "attention.v"),
         "mlp.gate_up_proj": ("feed_forward.gate", "feed_forward.up"),
     },
-    harmless=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # computed anew
+    harmless=ROPE_TABLE,
 )
 
 
@@ -86,7 +89,7 @@ NORM_PER_HEAD = replace(
         "attention.k_norm": "self_attn.k_layernorm.norms.{}",
     },
 )
-VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+VISION = re.compile(rf"(model\.)?(vision_tower|multi_modal_projector)\..*|{_ROPE_TABLE}")
 
 
 def in_multimodal(naming: Naming, tensors: Mapping[str, Tensor]) -> Naming:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.recipes import parts
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.parts import Each, context, depth, head_dim
@@ -40,8 +40,8 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
-def activation(c: ConfigFields, default: str, key: str = "hidden_act") -> Activation:
-    name = c.word(key, default)
+def activation(c: ConfigFields, key: str = "hidden_act") -> Activation:
+    name = c.word(key)
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UnsupportedModel(f"{key} is {quote(name)}, which is not supported; known: {known}")
@@ -51,23 +51,23 @@ def activation(c: ConfigFields, default: str, key: str = "hidden_act") -> Activa
 def rope(
     c: ConfigFields,
     *,
-    theta: float = 10000.0,
-    partial: float = 1.0,
+    theta: str = "rope_theta",
     interleaved: bool = False,
     scalings: Mapping[str, Scaling] | None = None,
     section: str | None = None,
 ) -> Rope:
-    """The rotary embedding; `theta` and `partial` are the defaults of the architecture.
+    """The rotary embedding.
 
+    theta: the key that counts where the parameters have no `rope_theta`.
     section: the layers' kind, where config.json may have parameters for each.
     scalings: those that differ from the usual.
     """
     at = "rope_scaling." if c.has_section("rope_scaling") else "rope_parameters."
     if section is not None and c.has_section(f"{at}{section}"):
         at = f"{at}{section}."
-    base = c.number("rope_theta", theta, low=1.0, high=1e15)
+    base = c.number(theta, low=1.0, high=1e15)
     base = c.number(f"{at}rope_theta", base, low=1.0, high=1e15)
-    share = c.number("partial_rotary_factor", partial, high=1.0)
+    share = c.number("partial_rotary_factor", 1.0, high=1.0)
     share = c.number(f"{at}partial_rotary_factor", share, high=1.0)
     dims = int(head_dim(c) * share)
     if dims % 2 or dims == 0:
@@ -169,7 +169,6 @@ def windows(c: ConfigFields, *, period: int) -> tuple[int | None, ...]:
     """The attention window of each layer: by their kinds, or of all but every `period`-th."""
     layers, size = depth(c), window(c)
     marks = c.pattern("sliding_window_pattern", period, layers=layers)
-    c.skip("_sliding_window_pattern")
     if c.has("layer_types"):
         marks = layer_marks(c, layers)
     return tuple(size if mark else None for mark in marks)
@@ -217,10 +216,10 @@ def attention(
     return parts.attention(c, rope, **({"qkv_bias": bias, "out_bias": bias} | fields))
 
 
-def mlp(c: ConfigFields, default: str = "silu", key: str = "hidden_act") -> tuple[Mlp, ...]:
-    """The gated MLP of every layer; `key` and `default` are of its activation."""
+def mlp(c: ConfigFields, key: str = "hidden_act") -> tuple[Mlp, ...]:
+    """The gated MLP of every layer; `key` is that of its activation."""
     bias = c.flag("mlp_bias", False)
-    return parts.mlp(c, activation(c, default, key), gated=True, bias=bias)
+    return parts.mlp(c, activation(c, key), gated=True, bias=bias)
 
 
 def is_tied(c: ConfigFields) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
+
+LOG = logging.getLogger("squall")
 
 
 class Fields:
@@ -18,6 +21,7 @@ class Fields:
     def __init__(self, values: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
         self.tensors_read: set[str] = set()
+        self.ignored: list[str] = []
         self._values = values
         self._read: set[str] = set()
 
@@ -72,7 +76,7 @@ class Fields:
             raise self._invalid(key, value, "true or false")
         return value
 
-    def word(self, key: str, default: str) -> str:
+    def word(self, key: str, default: str | None = None) -> str:
         value = self._value(key, default)
         if not isinstance(value, str):
             raise self._invalid(key, value, "a string")
@@ -114,7 +118,10 @@ class Fields:
         return values
 
     def check_all_read(self) -> None:
-        """Raise UnsupportedModel when the recipe did not read a key that may matter."""
+        """Raise UnsupportedModel when the recipe did not read a key that may matter.
+
+        What matters to no recipe is named in the log.
+        """
         unread = (key for key in self._values if key not in self._read)
         wrong = sorted(key for key in unread if not self._is_harmless(key, self._values[key]))
         if wrong:
@@ -123,6 +130,9 @@ class Fields:
                 f"the metadata has {keys}, which Squall cannot follow in this architecture; "
                 "ignoring it could change the results"
             )
+        if self.ignored:
+            keys = ", ".join(quote(key) for key in sorted(self.ignored)[:20])
+            LOG.warning("the metadata has keys that mean nothing to this architecture: %s", keys)
 
     def _is_harmless(self, key: str, value: object) -> bool:
         raise NotImplementedError

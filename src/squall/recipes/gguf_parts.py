@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.recipes import parts
 from squall.recipes.fields import Fields
 from squall.recipes.names import Naming
@@ -39,6 +39,7 @@ HARMLESS = frozenset(
         "vocab_size",  # the embedding table has the true size
     }
 )
+NAMESPACES = {"general", "tokenizer", "split", "quantize", "imatrix"}  # for others than recipes
 NEUTRAL = (0, "", "none")  # 0 also equals False and 0.0
 NEUTRAL_BY_KEY: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
@@ -62,6 +63,8 @@ class GgufFields(Fields):
         keys = [key for key in metadata if key.startswith(prefix)]
         super().__init__({key.removeprefix(prefix): metadata[key] for key in keys}, tensors)
         self._prefix = prefix
+        known = {architecture, *NAMESPACES}
+        self.ignored += [key for key in metadata if key.split(".")[0] not in known]
 
     def shown(self, key: str) -> str:
         return self._prefix + key

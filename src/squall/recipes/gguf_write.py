@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Checkpoint, Tensor
+from squall.checkpoints.base import ByteTensor, Checkpoint
 from squall.errors import SquallError, UnsupportedModel
 from squall.recipes import gguf
 from squall.recipes.gguf_parts import NAMING, GgufFields
@@ -191,9 +191,9 @@ def _check(name: str, found: Description) -> None:
         NAMING.name(role): shape for role, shape in roles(found.decoder).items()
     }
     empty = np.empty(0, np.uint8)
-    tensors = {key: Tensor(key, "f32", shape, empty) for key, shape in shapes.items()}
+    tensors = {key: ByteTensor(key, "f32", shape, empty) for key, shape in shapes.items()}
     for key, value in found.tensors.items():
-        tensors[key] = Tensor(key, "f32", value.shape, value.view(np.uint8))
+        tensors[key] = ByteTensor(key, "f32", value.shape, value.view(np.uint8))
     checkpoint = Checkpoint(Path(), found.metadata, tensors, 0)
     try:
         read = GgufFields(name, checkpoint.metadata, checkpoint.tensors)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.files import quote
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import quote
 from squall.program import Names, Slice
 from squall.roles import Shapes
 
@@ -49,13 +49,22 @@ class Naming:
 
 
 def locate(
-    shapes: Shapes, tensors: Mapping[str, Tensor], naming: Naming, *, read: set[str]
-) -> Names:
-    """The slices of every role; refuses missing, misshapen and unused tensors but `read`."""
-    finder = _Finder(shapes, tensors, naming)
-    names = {role: finder.find(role) for role in shapes}
-    used = read | {part.tensor for parts in names.values() for part in parts}
-    unused = sorted(n for n in tensors if n not in used and not naming.harmless.fullmatch(n))
+    parts: Sequence[tuple[Shapes, Naming]], tensors: Mapping[str, Tensor], *, read: set[str]
+) -> tuple[Names, ...]:
+    """The slices of every role of every part; refuses missing, misshapen and unused tensors.
+
+    read: what is used already.
+    """
+    found = []
+    for shapes, naming in parts:
+        finder = _Finder(shapes, tensors, naming)
+        found.append(MappingProxyType({role: finder.find(role) for role in shapes}))
+    used = read | {part.tensor for names in found for slices in names.values() for part in slices}
+    unused = sorted(
+        name
+        for name in tensors
+        if name not in used and not any(n.harmless.fullmatch(name) for _, n in parts)
+    )
     if unused:
         listed = ", ".join(quote(name) for name in unused[:6])
         listed += f" and {len(unused) - 6} more" if unused[6:] else ""
@@ -63,7 +72,7 @@ def locate(
             f"the file has tensors that its architecture does not use: {listed}; "
             "it is a variant that Squall cannot run"
         )
-    return MappingProxyType(names)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def make_server(
 def _log_as_json() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in ("uvicorn.error", "squall.server"):
+    for name in ("uvicorn.error", "squall"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.WARNING)
