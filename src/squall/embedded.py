@@ -43,7 +43,7 @@ def _check_once(path: Path) -> None:
     """Compare the file's hash with the known one, and remember that by path, size and time."""
     stat = path.stat()
     mark = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": SHA256}
-    memory = _cache_folder() / "embedded.json"
+    memory = user_folder("XDG_CACHE_HOME", ".cache") / "embedded.json"
     if _read_json(memory) == mark:
         return
     with path.open("rb") as file:
@@ -63,12 +63,10 @@ def _sha256(descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def _cache_folder() -> Path:
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "squall"
+def user_folder(variable: str, default: str) -> Path:
+    """Squall's folder where the XDG variable says, or below the home folder."""
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else variable)
+    return Path(base or Path.home() / default) / "squall"
 
 
 def _read_json(path: Path) -> object:

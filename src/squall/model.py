@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Concatenate, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall import convert, decoder, recipes
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
-from squall.checkpoints.hub import Hub
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig, Executor
 from squall.engine.generation import Generation
@@ -30,11 +30,11 @@ from squall.engine.sampling import (
     random_seed,
 )
 from squall.errors import InvalidRequest
-from squall.executors.native import CacheType, NativeExecutor, default_threads
+from squall.executors.native import NativeExecutor, default_threads
 from squall.locate import locate, locate_uqff
+from squall.opening import Opening
 from squall.program import Program
 from squall.quant import FormatTotal, Plan, Topology
-from squall.quant.isq import Dtype
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatTemplate
@@ -50,6 +50,23 @@ MAX_ROWS = 512
 MAX_OUTPUTS = 64
 DEVICES = ("cpu",)
 GREEDY = Sampling(temperature=0, seed=0)
+
+_Options = ParamSpec("_Options")
+
+
+def _one_by_one(
+    describe: Callable[_Options, Opening],
+) -> Callable[Concatenate[type[Model], _Options], Model]:
+    """`Model.open_with` as a method that takes the options themselves, spelled nowhere else."""
+
+    def open(cls: type[Model], /, *path: _Options.args, **options: _Options.kwargs) -> Model:
+        return cls.open_with(describe(*path, **options))
+
+    open.__doc__ = describe.__doc__
+    first, *_ = inspect.signature(open).parameters.values()
+    options = inspect.signature(describe).parameters.values()
+    open.__signature__ = inspect.Signature([first, *options])  # type: ignore[attr-defined]
+    return open
 
 
 class Model:
@@ -77,69 +94,31 @@ class Model:
         self._engine: Engine | None = engine
 
     @classmethod
-    def open(  # noqa: PLR0913
-        cls,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        context: int | None = None,
-        threads: int | None = None,
-        weights: Literal["packed", "f32"] = "packed",
-        kv_dtype: CacheType = "f16",
-        kv_tokens: int | None = None,
-        kv: KvSize | None = None,
-        isq: str | int | None = None,
-        topology: Topology | str | os.PathLike[str] | None = None,
-        dtype: Dtype = "auto",
-        experts_only: bool = False,
-        engine: EngineConfig | None = None,
-        architecture: str | None = None,
-        hub: Hub | None = None,
-        tokenizer_json: str | os.PathLike[str] | None = None,
-        gqa: int = 1,
-        write_uqff: str | os.PathLike[str] | None = None,
-        from_uqff: str | os.PathLike[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Model:
-        """Open a GGUF file, the folder of a model, a model of the hub; without `path` the default.
-
-        context: tokens of prompt and answer together; by default what the model was trained for,
-            up to 8192 and to half of the free memory.
-        threads: by default as many as this process may use.
-        kv_dtype: of the KV cache; "q8_0" takes half the memory of "f16", and a little quality.
-        weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
-        kv: how large the KV cache is, for all requests together, and its blocks.
-        kv_tokens: short for `KvSize(tokens=kv_tokens)`.
-        isq: quantize the weights while they are read: "Q4K", "Q8_0", "HQQ4", "FP8"..., or bits.
-        topology: other types for some layers, a `Topology` or its YAML file.
-        dtype: of the float weights that are not quantized; "auto": as they are stored.
-        experts_only: of a mixture of experts quantize only the experts and the head.
-        engine: how many requests run and wait, and what is kept.
-        architecture: such as "mistral", in place of what a folder's config.json says.
-        hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
-        write_uqff: write the quantized weights to this new UQFF file, and open that.
-        from_uqff: open this UQFF file, or the one of this name in the model's folder.
-        tokenizer_json: a file to use in place of the model's own tokenizer.
-        gqa: query heads to a KV head, which files from before GGUF do not say.
-        progress: called with (bytes loaded, bytes in all).
-        """
-        checkpoint, recipe, plan = prepare(
-            path, isq=isq, topology=topology, dtype=dtype, experts_only=experts_only,
-            architecture=architecture, hub=hub, gqa=gqa, from_uqff=from_uqff, progress=progress,
-        )  # fmt: skip
-        if write_uqff is not None:
-            checkpoint = _written(checkpoint, recipe, plan, Path(write_uqff), threads, progress)
-            recipe, plan = recipes.load(checkpoint, architecture), Plan()
-        engine, kv = engine or EngineConfig(), kv or KvSize(tokens=kv_tokens)
-        size, room = _sizes(checkpoint, recipe.decoder, kv_dtype, context, kv, engine.max_seqs)
+    def open_with(cls, opening: Opening) -> Model:
+        """Open what is described; `open` takes the options themselves."""
+        checkpoint, recipe, plan = prepare(opening)
+        if opening.write_uqff is not None:
+            checkpoint = _written(checkpoint, recipe, plan, opening)
+            recipe, plan = recipes.load(checkpoint, opening.architecture), Plan()
+        engine = opening.engine or EngineConfig()
+        kv = opening.kv or KvSize(tokens=opening.kv_tokens)
+        size, room = _sizes(checkpoint, recipe.decoder, opening, kv, engine.max_seqs)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
-        tokenizer = open_tokenizer(checkpoint, tokenizer_json)
+        tokenizer = open_tokenizer(checkpoint, opening.tokenizer_json)
+        given = opening.chat_template
+        template = given and _template(checkpoint, tokenizer).replaced(given)
         executor = NativeExecutor(
             program, checkpoint,
-            threads=threads, weights=weights, plan=plan, kv_dtype=kv_dtype,
+            threads=opening.threads, weights=opening.weights, plan=plan, kv_dtype=opening.kv_dtype,
             blocks=-(-room // kv.block_size), block_size=kv.block_size,
-            max_rows=MAX_ROWS, max_outputs=MAX_OUTPUTS, progress=progress,
+            max_rows=MAX_ROWS, max_outputs=MAX_OUTPUTS, progress=opening.progress,
         )  # fmt: skip
-        return cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
+        model = cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
+        if template:
+            model.chat_template = template
+        return model
+
+    open = classmethod(_one_by_one(Opening))
 
     @property
     def context(self) -> int:
@@ -180,10 +159,8 @@ class Model:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The chat template: the file's, unless another one is assigned."""
-        if self.checkpoint.kind == "gguf":
-            return ChatTemplate.from_gguf(self.checkpoint.metadata)
-        return ChatTemplate.from_folder(self.checkpoint.path, controls=self.tokenizer.controls)
+        """The chat template: the file's, unless another one is given or assigned."""
+        return _template(self.checkpoint, self.tokenizer)
 
     def set_chat_template(self, source: str) -> None:
         """Use another template: a name such as "chatml", a .jinja or .json file, or Jinja."""
@@ -376,45 +353,35 @@ def open_tokenizer(
     return HfTokenizer.from_folder(folder, tokenizer_json=tokenizer_json)
 
 
-def prepare(  # noqa: PLR0913
-    path: str | os.PathLike[str] | None,
-    *,
-    isq: str | int | None = None,
-    topology: Topology | str | os.PathLike[str] | None = None,
-    dtype: Dtype = "auto",
-    experts_only: bool = False,
-    architecture: str | None = None,
-    hub: Hub | None = None,
-    gqa: int = 1,
-    from_uqff: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-) -> tuple[Checkpoint, Recipe, Plan]:
+def _template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate:
+    if checkpoint.kind == "gguf":
+        return ChatTemplate.from_gguf(checkpoint.metadata)
+    return ChatTemplate.from_folder(checkpoint.path, controls=tokenizer.controls)
+
+
+def prepare(opening: Opening) -> tuple[Checkpoint, Recipe, Plan]:
     """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
-    checkpoint = open_checkpoint(_locate(path, from_uqff, hub, progress), gqa=gqa)
-    recipe = recipes.load(checkpoint, architecture)
+    checkpoint = open_checkpoint(_locate(opening), gqa=opening.gqa)
+    recipe = recipes.load(checkpoint, opening.architecture)
+    topology = opening.topology
     if isinstance(topology, str | os.PathLike):
         topology = Topology.from_file(Path(topology))
-    plan = Plan.of(isq, topology, experts_only=experts_only, dtype=dtype)
+    plan = Plan.of(opening.isq, topology, experts_only=opening.experts_only, dtype=opening.dtype)
     plan.topology.check(len(recipe.decoder.layers), DEVICES)
     return checkpoint, recipe, plan
 
 
 def _sizes(
-    checkpoint: Checkpoint,
-    model: Decoder,
-    kv_dtype: CacheType,
-    context: int | None,
-    kv: KvSize,
-    max_seqs: int,
+    checkpoint: Checkpoint, model: Decoder, opening: Opening, kv: KvSize, max_seqs: int
 ) -> tuple[int, int]:
     """Tokens of the context, and of the KV cache."""
     memory = {
-        "bytes_per_token": token_bytes(model, kv_dtype),
+        "bytes_per_token": token_bytes(model, opening.kv_dtype),
         "weight_bytes": checkpoint.size_bytes,
     }
-    size = choose_context(context, trained=model.context, **memory)
+    size = choose_context(opening.context, trained=model.context, **memory)
     room = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, **memory)
-    return (min(size, room) if context is None else size), room
+    return (min(size, room) if opening.context is None else size), room
 
 
 def _engine(executor: Executor, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
@@ -424,35 +391,23 @@ def _engine(executor: Executor, config: EngineConfig, tokenizer: Tokenizer) -> E
     return Engine(executor, config, text=text, stop_ids=tokenizer.stop_ids)
 
 
-def _locate(
-    path: str | os.PathLike[str] | None,
-    from_uqff: str | os.PathLike[str] | None,
-    hub: Hub | None,
-    progress: Progress | None,
-) -> Path:
-    if from_uqff is None:
-        return locate(path, hub, progress)
-    if path is None:
-        return locate_uqff(Path(), from_uqff)
-    folder = Path(path).expanduser()
-    return locate_uqff(folder if folder.is_dir() else locate(path, hub, progress), from_uqff)
+def _locate(opening: Opening) -> Path:
+    path, name = opening.path, opening.from_uqff
+    if name is not None and (path is None or Path(path).expanduser().is_dir()):
+        return locate_uqff(Path(path or "").expanduser(), name)
+    found = locate(path, opening.hub, opening.progress)
+    return found if name is None else locate_uqff(found, name)
 
 
-def _written(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    plan: Plan,
-    path: Path,
-    threads: int | None,
-    progress: Progress | None,
-) -> Checkpoint:
+def _written(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, opening: Opening) -> Checkpoint:
     """The checkpoint as a UQFF file, which is new."""
+    path = Path(opening.write_uqff or "")
     if path.suffix != UQFF:
         raise InvalidRequest(f"write_uqff is {str(path)!r}; the name must end in {UQFF}")
     if not plan.quantizes:
         raise InvalidRequest("write_uqff needs isq or a topology: what to quantize the weights to")
-    threads = threads or default_threads()
-    convert.write_uqff(checkpoint, recipe, plan, path, threads=threads, progress=progress)
+    threads = opening.threads or default_threads()
+    convert.write_uqff(checkpoint, recipe, plan, path, threads=threads, progress=opening.progress)
     return open_checkpoint(path)
 
 

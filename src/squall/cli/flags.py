@@ -1,13 +1,17 @@
 """Commands whose flags are dataclasses, and that may be told what kind of model it is.
 
-`COMMAND [FLAGS] [TEXT]`, or `COMMAND [FLAGS] KIND [FLAGS OF THE KIND OR THE COMMAND] [TEXT]`.
+`COMMAND [FLAGS] [MODEL] [TEXT]`, or
+`COMMAND [FLAGS] KIND [FLAGS OF THE KIND OR THE COMMAND] [TEXT]`.
 """
 
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -16,6 +20,8 @@ from typer.core import TyperGroup
 from typer.models import ArgumentInfo
 
 from squall.cli.selectors import NOT_YET, SELECTORS, Selected
+from squall.errors import ModelNotFound
+from squall.locate import looks_like_model
 
 Command = Callable[..., Any]
 Flags = TypeVar("Flags")
@@ -23,15 +29,19 @@ Flags = TypeVar("Flags")
 HELP = {"help_option_names": ["-h", "--help"]}
 PANEL = "Kinds of models, instead of -f and -m"
 MORE = "Options of the command, which may come before the kind too"
-# The command for a text alone, and how help calls it.
-TEXT = "PROMPT"
+# The commands for words that are no kind, and how help calls the words.
+MODEL, TEXT = "MODEL", "PROMPT"
+HELP_OF = {
+    MODEL: "A GGUF file, the folder of a model, or a model of the hub, as -f and -m take.",
+    TEXT: "What to ask, before what a pipe says; -: that alone; none, on a terminal: a chat.",
+}
 # What names a model where no kind does.
 _NAMES = ("file", "model")
-_GIVEN = "squall.given"
+_GIVEN, _QUOTED = "squall.given", "squall.quoted"
 
 
 class _Kinds(TyperGroup):
-    """The first word that is no flag is a kind, or else the text of commands that take one."""
+    """The first word that is no flag is a kind, or else a model or a text."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[_GIVEN] = list(args)
@@ -39,8 +49,9 @@ class _Kinds(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         quoted = ctx.meta[_GIVEN][: -len(args)][-1:] == ["--"]
-        if TEXT in self.commands and (quoted or args[0] not in SELECTORS):
-            return "", self.commands[TEXT], ["--", *args] if quoted else args
+        ctx.meta[_QUOTED] = quoted
+        if quoted or args[0] not in SELECTORS:
+            return "", self.commands[MODEL], ["--", *args] if quoted else args
         return super().resolve_command(ctx, args)
 
 
@@ -53,7 +64,7 @@ def command(
     """
     own = _fields(flags)
     takes_text = any(map(_is_argument, own))
-    metavar = f"[{TEXT}] | KIND ... [{TEXT}]" if takes_text else "[KIND ...]"
+    metavar = f"[{MODEL}] [{TEXT}] | KIND ... [{TEXT}]" if takes_text else f"[{MODEL} | KIND ...]"
     app = typer.Typer(
         name=name, cls=_Kinds, help=act.__doc__, subcommand_metavar=metavar, context_settings=HELP,
         invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False,
@@ -66,9 +77,9 @@ def command(
             act(invocation.obj, None)
 
     app.callback()(_taking([p for p in own if not _is_argument(p)], begin))
-    if takes_text:
-        going_on = _after(own, lambda: None, act, "What to ask; -: what stdin says; none: a chat.")
-        app.command(TEXT, rich_help_panel="Arguments", context_settings=HELP)(going_on)
+    for name in (MODEL, TEXT) if takes_text else (MODEL,):
+        going_on = _words(own, act, HELP_OF[name], takes_text=takes_text)
+        app.command(name, rich_help_panel="Arguments", context_settings=HELP)(going_on)
     for word, selector in SELECTORS.items():
         # What belongs to a kind that is not there yet is not known either.
         unknown = word in NOT_YET
@@ -91,16 +102,82 @@ def _after(
 
     def run(invocation: typer.Context, **given: Any) -> None:
         selected = {name: given.pop(name) for name in names}
-        changes = {name: value for name, value in given.items() if _is_given(invocation, name)}
-        act(replace(invocation.obj, **changes), selector(**selected))
+        act(_changed(invocation, given), selector(**selected))
 
     run.__doc__ = doc
     return _taking([*chosen, *_without(own, chosen)], run)
 
 
-def _is_given(invocation: typer.Context, name: str) -> bool:
-    source = invocation.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _words(
+    own: list[inspect.Parameter],
+    act: Callable[[Any, Selected], None],
+    doc: str,
+    *,
+    takes_text: bool,
+) -> Command:
+    """The rest of the command where no kind is named: a model, a text, or both."""
+    chosen = _parameters(_the_words)
+
+    def run(invocation: typer.Context, words: list[str], **given: Any) -> None:
+        flags = _changed(invocation, given)
+        text_only = invocation.meta[_QUOTED] or flags.file is not None or flags.model is not None
+        if not takes_text:
+            act(flags, _model(invocation, words))
+        elif len(words) == 1 and (text_only or not looks_like_model(words[0])):
+            act(replace(flags, prompt=words[0]), None)
+        elif len(words) == 1:
+            with _doubted(words[0]):
+                act(flags, words[0])
+        elif len(words) == 2 and looks_like_model(words[0]):
+            act(replace(flags, prompt=words[1]), words[0])
+        else:
+            _group(invocation).fail(
+                f"{words[0]!r} is no file, no folder and no owner/name. If these words are the "
+                f"prompt, quote them: {shlex.quote(' '.join(words))}"
+            )
+
+    run.__doc__ = doc
+    return _taking([*chosen, *(p for p in own if not _is_argument(p))], run)
+
+
+def _the_words(words: Annotated[list[str], typer.Argument(hidden=True)]) -> None:
+    """The signature of words."""
+
+
+def _model(invocation: typer.Context, words: list[str]) -> str:
+    """The one word of a command that takes no text, if it can be a model."""
+    word, *more = words
+    if more:
+        _group(invocation).fail(f"unexpected extra argument {more[0]!r}")
+    if not looks_like_model(word):
+        close = difflib.get_close_matches(word, SELECTORS, 1)
+        meant = f"{close[0]!r}" if close else "-f FILE, or -m owner/name"
+        _group(invocation).fail(
+            f"{word!r} is no kind of model, no file, no folder and no owner/name. "
+            f"Did you mean {meant}?"
+        )
+    return word
+
+
+def _group(invocation: typer.Context) -> Any:
+    """The command as it is typed, whose usage errors show."""
+    return invocation.parent or invocation
+
+
+@contextmanager
+def _doubted(word: str) -> Iterator[None]:
+    """A model that is not found may have been a prompt."""
+    try:
+        yield
+    except ModelNotFound as error:
+        raise ModelNotFound(f"{error}. If {word} is the prompt, write -- {word}") from None
+
+
+def _changed(invocation: typer.Context, given: Mapping[str, Any]) -> Any:
+    """The flags from before, with what is given behind the first word."""
+    sources = {name: invocation.get_parameter_source(name) for name in given}
+    typed = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    return replace(invocation.obj, **{name: given[name] for name in typed})
 
 
 def _without(

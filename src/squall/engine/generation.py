@@ -53,13 +53,14 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
 
     `finish_reason`: "stop" (an end token or a stop string), "length" (max_tokens or the context is
     used up), "cancelled" (closed before the end), "error" (raised as well), None while running.
-    `ids`: those of the pieces so far.
+    `ids`: those of the pieces so far; `text`: all that they said, also after `read`.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.sampling: Sampling = request.sampling
         self.finish_reason: FinishReason | None = None
         self.ids: list[int] = []
+        self._texts: list[str] = []
         self._pieces: Mailbox[Piece] = Mailbox()
         self._answer = engine.submit(request, self._pieces.put)
 
@@ -67,6 +68,11 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     def seed(self) -> int:
         """The seed in use: given, or chosen for this answer."""
         return self.sampling.seed
+
+    @property
+    def text(self) -> str:
+        """What has been read so far."""
+        return "".join(self._texts)
 
     @property
     def usage(self) -> Usage:
@@ -93,6 +99,10 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
             self.finish_reason = "cancelled"
             self._answer.cancel()
 
+    def __repr__(self) -> str:
+        state = self.finish_reason or "not at its end; read() waits for it"
+        return f"<Generation {self.text!r}: {state}>"
+
     def __enter__(self) -> Generation:
         return self
 
@@ -112,6 +122,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     def _take(self, piece: Piece) -> Piece:
         self.finish_reason = piece.finish_reason
         self.ids += piece.ids
+        self._texts.append(piece.text)
         if piece.error is not None:
             raise piece.error
         return piece

@@ -62,15 +62,26 @@ class FormatTotal:
 
 
 def parse_type(name: str) -> str:
-    """The number format of an ISQ type such as "Q4K", or of a number of bits such as "4"."""
-    key = name.strip().lower()
-    try:
-        return TYPES[BITS.get(key, key)]
-    except KeyError:
+    """The number format of an ISQ type such as "Q4K", or of a number of bits such as "4".
+
+    Case and "_" are free. llama.cpp's mixtures, such as Q4_K_M, mean the type most of them are.
+    """
+    key = _key(name)
+    if key not in _FORMATS:
         raise InvalidRequest(
             f"unknown quantization {name!r}; known: {', '.join(TYPES)}, "
             f"or a number of bits: {', '.join(BITS)}"
-        ) from None
+        )
+    return _FORMATS[key]
+
+
+def _key(name: str) -> str:
+    return re.sub(r"k[sml]$", "k", re.sub(r"[-_\s]", "", name.lower()))
+
+
+_FORMATS = {_key(name): format for name, format in TYPES.items()}
+_FORMATS |= {_key(format): format for format in TYPES.values()}
+_FORMATS |= {key: TYPES[name] for bits, name in BITS.items() for key in (bits, f"q{bits}")}
 
 
 def fitting(format: str, cols: int) -> str | None:
