@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, ParamSpec, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,10 @@ Progress = Callable[[int, int], None]
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
 DEVICES = ("cpu",)
+_NO_PROMPT = (
+    "a prompt is text, a list of token ids, or a list of messages "
+    "such as {'role': 'user', 'content': 'Hi'}"
+)
 GREEDY = Sampling(temperature=0, seed=0)
 
 _Options = ParamSpec("_Options")
@@ -278,7 +282,7 @@ class Model:
             sampling=sampling,
             max_tokens=max_tokens,
             stop=_check_stop(stop),
-            stop_ids=frozenset(self._check_ids(tuple(stop_ids)) if stop_ids else ()),
+            stop_ids=frozenset(self._check_stop_ids(stop_ids)),
             continues=not _is_chat(prompt),
         )
 
@@ -316,20 +320,20 @@ class Model:
         if isinstance(prompt, str):
             return self._check_ids(self.encode(prompt))
         if _is_chat(prompt):
-            return self._check_ids(self.encode_chat(_check_messages(prompt)))
+            _check_messages(prompt)
+            return self._check_ids(self.encode_chat(prompt))
         return self._check_ids(prompt)
 
-    def _check_ids(self, ids: Sequence[object]) -> list[int]:
-        if not len(ids):
-            raise InvalidRequest("the prompt is empty; give at least one token")
+    def _check_ids(self, ids: object, wrong: str = _NO_PROMPT) -> list[int]:
         try:
-            array = np.asarray(ids).astype(np.int64, casting="same_kind")
-            (_,) = array.shape
-        except (TypeError, ValueError):
-            raise InvalidRequest(
-                "a prompt is text, a list of token ids, or a list of messages "
-                "such as {'role': 'user', 'content': 'Hi'}"
-            ) from None
+            array = np.asarray(ids)
+            if array.size:
+                array = array.astype(np.int64, casting="same_kind")
+            (count,) = array.shape
+        except (TypeError, ValueError, OverflowError):
+            raise InvalidRequest(wrong) from None
+        if not count:
+            raise InvalidRequest("the prompt is empty; give at least one token")
         if array.min() < 0 or array.max() >= self.spec.vocab:
             raise InvalidRequest(
                 f"token ids go from 0 to {self.spec.vocab - 1}; "
@@ -337,6 +341,12 @@ class Model:
             )
         checked: list[int] = array.tolist()
         return checked
+
+    def _check_stop_ids(self, ids: Iterable[int]) -> list[int]:
+        wrong = "stop_ids must be token ids, whole numbers"
+        if not isinstance(ids, Iterable):
+            raise InvalidRequest(wrong)
+        return self._check_ids(given, wrong) if (given := list(ids)) else given
 
     def _score(self, ids: list[int], scoring: Scoring, *, chunk: int | None = None) -> None:
         request = Request(ids=ids, sampling=GREEDY, max_tokens=0, scoring=scoring, chunk=chunk)
@@ -419,19 +429,20 @@ def _log_softmax_at(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[
     return result
 
 
-def _is_chat(prompt: Prompt) -> bool:
-    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
+def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(string, str) and string for string in strings):
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
         raise InvalidRequest("stop strings must be text, and not empty")
-    return strings
+    return tuple(strings)
 
 
-def _check_messages(messages: Sequence[object]) -> list[Message]:
+def _check_messages(messages: Sequence[object]) -> None:
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise InvalidRequest(f"a message has a role and a content; this one is {message!r}")
-    return list(messages)  # type: ignore[arg-type]
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str | list):
+            raise InvalidRequest(f"role and content of a message are text; this one is {message!r}")

@@ -175,13 +175,15 @@ def test_selections_are_arguments_of_open() -> None:
         dtype=squall.ModelDType.BF16,
     )  # fmt: skip
     opening = plain.opening()
-    assert opening.path == "a/b"
-    assert opening.options == {
-        "architecture": "phi3.5moe", "tokenizer_json": "t.json", "experts_only": True,
-        "dtype": "bf16",
-    }  # fmt: skip
+    assert opening == Opening(
+        "a/b", architecture="phi3.5moe", tokenizer_json="t.json", experts_only=True, dtype="bf16"
+    )
     assert Which.GGUF("a/b", ["2.gguf", "1.gguf"]).opening().path == "a/b:1.gguf"
-    assert Which.GGML("a/b", "c.bin", gqa=8).opening().options == {"gqa": 8}
+    others = Opening(context=7, topology="t.yml")
+    assert Which.GGML("a/b", "c.bin", gqa=8).opening(others) == replace(
+        others, path="a/b:c.bin", gqa=8
+    )
+    assert plain.opening(others) == replace(opening, context=7, topology="t.yml")
 
 
 def test_what_the_model_cannot_do(runner: Runner) -> None:

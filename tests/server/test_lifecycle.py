@@ -147,7 +147,7 @@ def test_row_39_a_signal_while_loading(tmp_path: Path) -> None:
     script = (
         "import os, signal, time\nfrom squall.model import Model\n"
         "def slow(*_, **__):\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
-        "Model.open = slow\nfrom squall.cli import main\nmain()\n"
+        "Model.open_with = slow\nfrom squall.cli import main\nmain()\n"
     )
     command = [sys.executable, "-c", script, "serve", "--port", "0"]
     done = subprocess.run(command, capture_output=True, timeout=30, cwd=tmp_path)

@@ -132,8 +132,8 @@ def _words(
             act(replace(flags, prompt=words[1]), words[0])
         else:
             _group(invocation).fail(
-                f"{words[0]!r} is no file, no folder and no owner/name. If these words are the "
-                f"prompt, quote them: {shlex.quote(' '.join(words))}"
+                f"no model is named {words[0]!r}. If these words are the prompt, quote them:\n"
+                f"{shlex.quote(' '.join(words))}"
             )
 
     run.__doc__ = doc
@@ -152,10 +152,7 @@ def _model(invocation: typer.Context, words: list[str]) -> str:
     if not looks_like_model(word):
         close = difflib.get_close_matches(word, SELECTORS, 1)
         meant = f"{close[0]!r}" if close else "-f FILE, or -m owner/name"
-        _group(invocation).fail(
-            f"{word!r} is no kind of model, no file, no folder and no owner/name. "
-            f"Did you mean {meant}?"
-        )
+        _group(invocation).fail(f"no model is named {word!r}. Did you mean {meant}?")
     return word
 
 
