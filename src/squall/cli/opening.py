@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from squall.checkpoints.hub import Hub
 from squall.cli.options import (
@@ -27,6 +27,8 @@ from squall.opening import DEFAULTS, Opening
 
 if TYPE_CHECKING:
     from squall.model import Model
+
+_Name = TypeVar("_Name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +73,18 @@ class ModelFlags:
         return opening if as_stored or opening.from_uqff is not None else _of_floats(opening)
 
     def _chosen(self, selected: Selected, others: Opening) -> Opening:
-        names = [name for name in (self.file, self.model, selected) if name is not None]
-        if len(names) > 1:
-            raise InvalidRequest("-f, -m and a kind each name a model; give one of them")
-        if not names:
-            return others
-        (name,) = names
-        return replace(others, path=name) if isinstance(name, str | Path) else name.opening(others)
+        name: Path | Selected = only(self.file, self.model, selected)
+        if name is None or isinstance(name, str | Path):
+            return replace(others, path=name)
+        return name.opening(others)
+
+
+def only(*names: _Name | None) -> _Name | None:
+    """The one that is given, if any."""
+    given = [name for name in names if name is not None]
+    if len(given) > 1:
+        raise InvalidRequest("-f, -m and a kind each name a model; give one of them")
+    return given[0] if given else None
 
 
 def _of_floats(opening: Opening) -> Opening:
