@@ -20,13 +20,11 @@ Path = str | os.PathLike[str]
 Weights = Literal["packed", "f32"]
 KvDtype = Literal["f16", "f32", "q8_0"]
 
-_CHOICES = {
-    "weights": get_args(Weights),
-    "dtype": get_args(Dtype),
-    "kv_dtype": get_args(KvDtype),
+_CHOICES = {"weights": get_args(Weights), "kv_dtype": get_args(KvDtype)}
+_KINDS = {
+    (int, "a whole number"): "context threads kv_tokens gqa",
+    (str | os.PathLike, "a path"): "path tokenizer_json write_uqff from_uqff",
 }
-_WHOLE = ("context", "threads", "kv_tokens", "gqa")
-_PATHS = ("path", "tokenizer_json", "write_uqff", "from_uqff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +79,11 @@ class Opening:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise InvalidRequest(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-        for name in _WHOLE:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise InvalidRequest(f"{name} is {value!r}; it must be a whole number")
-        for name in _PATHS:
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str | os.PathLike):
-                raise InvalidRequest(f"{name} is {value!r}; it must be a path, or a text")
+        for (kind, what), names in _KINDS.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                    raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
 
 
 DEFAULTS = Opening()

@@ -10,8 +10,7 @@ import copy
 import difflib
 import inspect
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -78,7 +77,7 @@ def command(
 
     app.callback()(_taking([p for p in own if not _is_argument(p)], begin))
     for name in (MODEL, TEXT) if takes_text else (MODEL,):
-        going_on = _words(own, act, HELP_OF[name], takes_text=takes_text)
+        going_on = _words(own, act, HELP_OF[name])
         app.command(name, rich_help_panel="Arguments", context_settings=HELP)(going_on)
     for word, selector in SELECTORS.items():
         # What belongs to a kind that is not there yet is not known either.
@@ -108,66 +107,32 @@ def _after(
     return _taking([*chosen, *_without(own, chosen)], run)
 
 
-def _words(
-    own: list[inspect.Parameter],
-    act: Callable[[Any, Selected], None],
-    doc: str,
-    *,
-    takes_text: bool,
-) -> Command:
+def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], doc: str) -> Command:
     """The rest of the command where no kind is named: a model, a text, or both."""
-    chosen = _parameters(_the_words)
+    takes_text = any(map(_is_argument, own))
 
     def run(invocation: typer.Context, words: list[str], **given: Any) -> None:
-        flags = _changed(invocation, given)
+        flags, fail = _changed(invocation, given), (invocation.parent or invocation).fail
         text_only = invocation.meta[_QUOTED] or flags.file is not None or flags.model is not None
-        if not takes_text:
-            act(flags, _model(invocation, words))
-        elif len(words) == 1 and (text_only or not looks_like_model(words[0])):
-            act(replace(flags, prompt=words[0]), None)
-        elif len(words) == 1:
-            with _doubted(words[0]):
-                act(flags, words[0])
-        elif len(words) == 2 and looks_like_model(words[0]):
-            act(replace(flags, prompt=words[1]), words[0])
-        else:
-            _group(invocation).fail(
-                f"no model is named {words[0]!r}. If these words are the prompt, quote them:\n"
-                f"{shlex.quote(' '.join(words))}"
-            )
+        model = words[0] if looks_like_model(words[0]) else None
+        if takes_text and text_only and len(words) == 1:
+            model = None
+        text = words[model is not None :]
+        if len(text) > 1 or (text and model and not takes_text):
+            fail(f"one prompt at most, in quotes, and no more words: {shlex.quote(' '.join(text))}")
+        if not takes_text and not model:
+            close = [*difflib.get_close_matches(words[0], SELECTORS, 1), "-f FILE or -m owner/name"]
+            fail(f"no model is named {words[0]!r}. Did you mean {close[0]}?")
+        try:
+            act(replace(flags, prompt=text[0]) if takes_text and text else flags, model)
+        except ModelNotFound as error:
+            doubt = f". If {model} is the prompt, write -- {model}" if model and takes_text else ""
+            raise ModelNotFound(f"{error}{doubt}") from None
 
     run.__doc__ = doc
-    return _taking([*chosen, *(p for p in own if not _is_argument(p))], run)
-
-
-def _the_words(words: Annotated[list[str], typer.Argument(hidden=True)]) -> None:
-    """The signature of words."""
-
-
-def _model(invocation: typer.Context, words: list[str]) -> str:
-    """The one word of a command that takes no text, if it can be a model."""
-    word, *more = words
-    if more:
-        _group(invocation).fail(f"unexpected extra argument {more[0]!r}")
-    if not looks_like_model(word):
-        close = difflib.get_close_matches(word, SELECTORS, 1)
-        meant = f"{close[0]!r}" if close else "-f FILE, or -m owner/name"
-        _group(invocation).fail(f"no model is named {word!r}. Did you mean {meant}?")
-    return word
-
-
-def _group(invocation: typer.Context) -> Any:
-    """The command as it is typed, whose usage errors show."""
-    return invocation.parent or invocation
-
-
-@contextmanager
-def _doubted(word: str) -> Iterator[None]:
-    """A model that is not found may have been a prompt."""
-    try:
-        yield
-    except ModelNotFound as error:
-        raise ModelNotFound(f"{error}. If {word} is the prompt, write -- {word}") from None
+    argument = Annotated[list[str], typer.Argument(hidden=True)]
+    words = _parameter("words", argument, inspect.Parameter.empty)
+    return _taking([words, *(p for p in own if not _is_argument(p))], run)
 
 
 def _changed(invocation: typer.Context, given: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.opening import only
+from squall.cli.opening import check_one
 from squall.cli.options import File, Folder, Json
 from squall.errors import SquallError
 
@@ -38,8 +38,8 @@ def inspect(
     from squall.checkpoints import describe, read_header
     from squall.locate import locate
 
-    named: str | Path | None = only(model, file, folder)
-    path = locate(named)
+    check_one(model, file, folder)
+    path = locate(model or file or folder)
     found = describe(read_header(path))
     obstacle = _obstacle(path)
     if as_json:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from squall.checkpoints.hub import Hub
 from squall.cli.options import (
@@ -27,8 +26,6 @@ from squall.opening import DEFAULTS, Opening
 
 if TYPE_CHECKING:
     from squall.model import Model
-
-_Name = TypeVar("_Name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +70,16 @@ class ModelFlags:
         return opening if as_stored or opening.from_uqff is not None else _of_floats(opening)
 
     def _chosen(self, selected: Selected, others: Opening) -> Opening:
-        name: Path | Selected = only(self.file, self.model, selected)
-        if name is None or isinstance(name, str | Path):
-            return replace(others, path=name)
-        return name.opening(others)
+        check_one(self.file, self.model, selected)
+        if selected is None or isinstance(selected, str):
+            return replace(others, path=selected or self.file or self.model)
+        return selected.opening(others)
 
 
-def only(*names: _Name | None) -> _Name | None:
-    """The one that is given, if any."""
-    given = [name for name in names if name is not None]
-    if len(given) > 1:
+def check_one(*names: object) -> None:
+    """Raises InvalidRequest where several names of a model are given."""
+    if sum(name is not None for name in names) > 1:
         raise InvalidRequest("-f, -m and a kind each name a model; give one of them")
-    return given[0] if given else None
 
 
 def _of_floats(opening: Opening) -> Opening:

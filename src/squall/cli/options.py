@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PROGRESS_S = 0.5
 
 File = Annotated[
-    Path | None, typer.Option("-f", "--file", help="A GGUF file; of a split one any part.")
+    str | None, typer.Option("-f", "--file", help="A GGUF file; of a split one any part.")
 ]
 Folder = Annotated[
     str | None,

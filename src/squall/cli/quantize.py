@@ -10,18 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.checkpoints.hub import Hub
-from squall.cli.opening import only
-from squall.cli.options import (
-    File,
-    Folder,
-    Json,
-    Offline,
-    Revision,
-    Threads,
-    TokenSource,
-    progress,
-)
+from squall.cli.opening import check_one
+from squall.cli.options import File, Folder, Json, Threads, progress
 from squall.errors import InvalidRequest
 from squall.opening import Opening
 
@@ -56,9 +46,6 @@ def quantize(
     ] = False,
     file: File = None,
     folder: Folder = None,
-    revision: Revision = "main",
-    token_source: TokenSource = "cache",
-    offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -77,7 +64,8 @@ def quantize(
     from squall.model import prepare
     from squall.quant import Plan
 
-    path: str | Path | None = only(model, file, folder)
+    check_one(model, file, folder)
+    path = model or file or folder
     if output.suffix not in _ENDINGS:
         raise InvalidRequest(f"{output} must end in {' or '.join(_ENDINGS)}")
     if path is None:
@@ -85,11 +73,9 @@ def quantize(
     if isq is None and topology is None:
         raise InvalidRequest("what to quantize to? Give --isq, --topology or both")
     outputs = {out: Plan.of(name).isq for out, name in _outputs(output, isq).items()}
-    hub = Hub(revision, token_source, offline)
     with progress("fetching") as shown:
-        checkpoint, recipe, plan = prepare(
-            Opening(path, topology=topology, experts_only=experts_only, hub=hub, progress=shown)
-        )
+        opening = Opening(path, topology=topology, experts_only=experts_only, progress=shown)
+        checkpoint, recipe, plan = prepare(opening)
     _warn_of_loss(checkpoint)
     importance = None if imatrix is None else convert.read_imatrix(imatrix)
     write = convert.write_uqff if output.suffix == ".uqff" else convert.write_gguf

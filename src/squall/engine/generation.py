@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from squall.engine.engine import Engine
@@ -106,12 +105,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     def __enter__(self) -> Generation:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -14,40 +14,18 @@ Dtype = Literal["auto", "f32", "f16", "bf16"]
 
 # Names that a user may give -> number formats.
 TYPES = {
-    "q4_0": "q4_0",
-    "q4_1": "q4_1",
-    "q5_0": "q5_0",
-    "q5_1": "q5_1",
-    "q8_0": "q8_0",
-    "q8_1": "q8_1",
-    "q2k": "q2_k",
-    "q3k": "q3_k",
-    "q4k": "q4_k",
-    "q5k": "q5_k",
-    "q6k": "q6_k",
-    "q8k": "q8_k",
-    "hqq8": "hqq8",
-    "hqq4": "hqq4",
-    "hqq3": "hqq3",
-    "hqq2": "hqq2",
-    "hqq1": "hqq1",
-    "fp8": "f8_e4m3",
-}
+    "q4_0": "q4_0", "q4_1": "q4_1", "q5_0": "q5_0", "q5_1": "q5_1", "q8_0": "q8_0",
+    "q8_1": "q8_1", "q2k": "q2_k", "q3k": "q3_k", "q4k": "q4_k", "q5k": "q5_k", "q6k": "q6_k",
+    "q8k": "q8_k", "hqq8": "hqq8", "hqq4": "hqq4", "hqq3": "hqq3", "hqq2": "hqq2",
+    "hqq1": "hqq1", "fp8": "f8_e4m3",
+}  # fmt: skip
 BITS = {"2": "q2k", "3": "q3k", "4": "q4k", "5": "q5k", "6": "q6k", "8": "q8_0"}
 # Where rows are no whole blocks: a format of smaller blocks.
 FALLBACKS = {
-    "q2_k": "q4_0",
-    "q3_k": "q4_0",
-    "q4_k": "q4_1",
-    "q5_k": "q5_0",
-    "q6_k": "q5_1",
-    "q8_k": "q8_1",
-    "hqq8": "q8_0",
-    "hqq4": "q4_1",
-    "hqq3": "q4_1",
-    "hqq2": "q4_0",
+    "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q4_1", "q5_k": "q5_0", "q6_k": "q5_1",
+    "q8_k": "q8_1", "hqq8": "q8_0", "hqq4": "q4_1", "hqq3": "q4_1", "hqq2": "q4_0",
     "hqq1": "q4_0",
-}
+}  # fmt: skip
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
