@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "text": {"errors"},
     "engine": {"errors", "spec", "batch", "text", "_native"},
     "embedded": {"errors"},
+    "opening": {"errors", "checkpoints", "engine", "quant"},
     "locate": {"errors", "embedded", "checkpoints"},
     "measure": {
         "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "executors", "engine",
@@ -37,7 +38,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 # Above the model: its command line and servers, and what both of them and users ask.
 ABOVE = {
-    "api": {"errors", "checkpoints", "engine", "text", "model"},
+    "api": {"errors", "checkpoints", "engine", "quant", "text", "opening", "model"},
     "server": {"__version__", "errors", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
 }

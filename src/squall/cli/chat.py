@@ -111,7 +111,7 @@ def _note(text: str) -> None:
 
 def _reader() -> Reader:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _read_line
+        return input
     from prompt_toolkit import PromptSession
 
     session: PromptSession[str] = PromptSession("> ", history=_history())
@@ -134,10 +134,3 @@ def _history() -> History:
     except OSError:
         return InMemoryHistory()
     return Kept(path)
-
-
-def _read_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line

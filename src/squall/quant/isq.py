@@ -42,7 +42,7 @@ class FormatTotal:
 def parse_type(name: str) -> str:
     """The number format of an ISQ type such as "Q4K", or of a number of bits such as "4".
 
-    Case and "_" are free. llama.cpp's mixtures, such as Q4_K_M, mean the type most of them are.
+    Case and "_" are free. Mixtures of GGUF files, such as Q4_K_M, mean what most of them is.
     """
     key = _key(name)
     if key not in _FORMATS:
