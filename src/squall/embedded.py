@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import sys
 from contextlib import suppress
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from squall.errors import InvalidCheckpoint, ModelNotFound
@@ -48,8 +47,7 @@ def _check_once(path: Path) -> None:
     with suppress(OSError, ValueError):
         if memory.read_text() == mark:
             return
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        found = hashlib.sha256(data).hexdigest()
+    found = _sha256(path.read_bytes())
     if found != SHA256:
         raise InvalidCheckpoint(
             f"{path} is not the file that {DISTRIBUTION} {VERSION} ships (SHA-256 {found}). "
@@ -61,6 +59,10 @@ def _check_once(path: Path) -> None:
         partial = memory.with_suffix(f".{os.getpid()}.tmp")
         partial.write_text(mark)
         partial.replace(memory)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def user_folder(variable: str, default: str) -> Path:
