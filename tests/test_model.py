@@ -225,12 +225,27 @@ def test_a_generation_tells_what_it_said(model: Model) -> None:
         ({"path": 5}, "path is 5; it must be a path"),
         ({"from_uqff": b"x"}, "from_uqff"),
         ({"isq": "q9"}, "unknown quantization"),
+        ({"chat_template": 5}, "chat_template is 5; it must be text"),
         ({"chat_template": "none.jinja"}, "none.jinja"),
     ],
 )
 def test_wrong_ways_to_open(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(squall.InvalidRequest, match=problem):
         Model.open(**options)
+
+
+def test_wrong_texts_and_ids(model: Model) -> None:
+    wrong: dict[Any, Any] = {
+        model.encode: (None, b"x", 5), model.decode: (None, "x", [1.5], [None]),
+        model.logits: (None, "x", [1.5]), model.log_probabilities: (None, ["x"]),
+    }  # fmt: skip
+    for method, arguments in wrong.items():
+        for argument in arguments:
+            with pytest.raises(squall.InvalidRequest):
+                method(argument)
+    for options in ({"chunk": 1.5}, {"chunk": "a"}):
+        with pytest.raises(squall.InvalidRequest, match="chunk is"):
+            model.logits([1], **options)  # type: ignore[arg-type]
 
 
 def test_opening_is_what_open_takes(model: Model) -> None:

@@ -171,6 +171,8 @@ class Model:
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text; control tokens in it are not special. BOS if it is used."""
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{text!r:.99} is no text; only text has tokens")
         return self.tokenizer.encode(text, add_bos=add_bos)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -179,12 +181,15 @@ class Model:
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
         """The text of token ids."""
-        return self.tokenizer.decode(ids, skip_specials=skip_specials)
+        try:
+            return self.tokenizer.decode(ids, skip_specials=skip_specials)
+        except TypeError:
+            raise InvalidRequest(f"{ids!r:.99} are no token ids, which are whole numbers") from None
 
     def logits(self, ids: Sequence[int], *, chunk: int = MAX_OUTPUTS) -> NDArray[np.float32]:
         """Logits `[tokens, vocab]`, row i after token i, computed `chunk` tokens a step."""
         checked = self._check_ids(ids)
-        if not 1 <= chunk <= MAX_ROWS:
+        if not isinstance(chunk, int) or not 1 <= chunk <= MAX_ROWS:
             raise InvalidRequest(f"chunk is {chunk}; it must be between 1 and {MAX_ROWS}")
         logits = np.empty((len(checked), self.spec.vocab), np.float32)
 
@@ -197,7 +202,7 @@ class Model:
     def log_probabilities(self, ids: Sequence[int], *, start: int = 1) -> NDArray[np.float64]:
         """log p(ids[i] | ids[:i]) for `i` from `start` (at least 1) to the last."""
         checked = self._check_ids(ids)
-        if not 1 <= start <= len(checked):
+        if not isinstance(start, int) or not 1 <= start <= len(checked):
             raise InvalidRequest(f"start is {start}; it must be between 1 and {len(checked)}")
         found = np.empty(len(checked) - start)
 

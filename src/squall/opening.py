@@ -23,6 +23,7 @@ KvDtype = Literal["f16", "f32", "q8_0"]
 _CHOICES = {"weights": get_args(Weights), "kv_dtype": get_args(KvDtype)}
 _KINDS = {
     (int, "a whole number"): "context threads kv_tokens gqa",
+    (str, "text"): "architecture chat_template",
     (str | os.PathLike, "a path"): "path tokenizer_json write_uqff from_uqff",
 }
 

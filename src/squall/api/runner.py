@@ -93,6 +93,8 @@ class _Runner:
             self.model = which
             if chat_template is not None:
                 self.model.set_chat_template(chat_template)
+        elif which is not None and not isinstance(which, Selection):
+            raise InvalidRequest(f"which is {which!r:.99}; it must be a Which, or a Model")
         else:
             self.model = Model.open_with(others if which is None else which.opening(others))
 

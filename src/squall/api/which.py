@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import cast
 
 from squall.checkpoints.hub import is_id
 from squall.errors import InvalidRequest, ModelNotFound, UnsupportedModel
@@ -20,12 +21,6 @@ VisionArchitecture = Enum("VisionArchitecture", "Phi3V Idefics2 LLaVANext LLaVA 
 DiffusionArchitecture = Enum("DiffusionArchitecture", "Flux FluxOffloaded")
 IsqOrganization = Enum("IsqOrganization", "Default MoQE")
 ModelDType = Enum("ModelDType", "Auto BF16 F16 F32")
-_DTYPES: Mapping[ModelDType, Dtype] = {
-    ModelDType.Auto: "auto",
-    ModelDType.BF16: "bf16",
-    ModelDType.F16: "f16",
-    ModelDType.F32: "f32",
-}
 ImageGenerationResponseFormat = Enum("ImageGenerationResponseFormat", "Url B64Json")
 
 
@@ -76,9 +71,8 @@ class Selection:
         raise UnsupportedModel(f"Which.{name} is not supported yet; Plain, GGUF and GGML are")
 
 
-def _architecture(arch: Architecture | str | None) -> str | None:
-    name = arch.name if isinstance(arch, Architecture) else arch
-    return None if name is None else str(name).lower().replace("_", ".")
+def _name(of: Enum | str) -> str:
+    return str(of.name if isinstance(of, Enum) else of).lower().replace("_", ".")
 
 
 Files = str | Sequence[str]
@@ -120,13 +114,13 @@ class Which:
             return replace(
                 others,
                 path=self.model_id,
-                architecture=_architecture(self.arch),
+                architecture=None if self.arch is None else _name(self.arch),
                 tokenizer_json=self.tokenizer_json,
                 topology=self.topology or others.topology,
                 experts_only=self.organization is IsqOrganization.MoQE,
                 write_uqff=self.write_uqff,
                 from_uqff=self.from_uqff,
-                dtype=_DTYPES[self.dtype],
+                dtype=cast(Dtype, _name(self.dtype)),
             )
 
     @dataclass(frozen=True)
