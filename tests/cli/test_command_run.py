@@ -114,6 +114,11 @@ def test_streams_that_are_closed_and_not_used_are_no_error() -> None:
     assert ending("pass", shell=" >&- 2>&- <&-").returncode == 0
 
 
+def test_files_that_cannot_be_read() -> None:
+    done = ending("open('/none')")
+    assert done.stderr == "error: cannot read or write /none: No such file or directory\n"
+
+
 def test_errors_that_nobody_foresaw_are_one_line() -> None:
     done = ending("raise KeyError('what')")
     assert done.returncode == 1

@@ -56,8 +56,9 @@ def _open_streams() -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, SquallError):
         return str(error)
-    if isinstance(error, OSError) and error.filename is None:
-        return f"cannot read or write: {error.strerror or error}"
+    if isinstance(error, OSError):
+        file = "" if error.filename is None else f" {error.filename}"
+        return f"cannot read or write{file}: {error.strerror or error}"
     lines = str(error).splitlines() or [""]
     kind = type(error).__name__
     return f"{kind}: {lines[0]} (not foreseen; with SQUALL_DEBUG=1 it tells where)"

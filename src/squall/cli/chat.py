@@ -23,7 +23,6 @@ HELP = r"""\help          this text
 \exit          leave (so do Ctrl-D, and Ctrl-C at the prompt)
 Ctrl-C stops an answer. Everything else is said to the model."""
 
-Reader = Callable[[], str]
 # One part in so many of the context is kept for the next answer.
 ROOM = 4
 
@@ -109,7 +108,7 @@ def _note(text: str) -> None:
     sys.stderr.flush()
 
 
-def _reader() -> Reader:
+def _reader() -> Callable[[], str]:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return input
     from prompt_toolkit import PromptSession

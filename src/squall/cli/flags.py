@@ -114,9 +114,8 @@ def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], d
     def run(invocation: typer.Context, words: list[str], **given: Any) -> None:
         flags, fail = _changed(invocation, given), (invocation.parent or invocation).fail
         text_only = invocation.meta[_QUOTED] or flags.file is not None or flags.model is not None
-        model = words[0] if looks_like_model(words[0]) else None
-        if takes_text and text_only and len(words) == 1:
-            model = None
+        is_text = takes_text and text_only and len(words) == 1
+        model = words[0] if not is_text and looks_like_model(words[0]) else None
         text = words[model is not None :]
         if len(text) > 1 or (text and model and not takes_text):
             fail(f"one prompt at most, in quotes, and no more words: {shlex.quote(' '.join(text))}")

@@ -97,8 +97,8 @@ def _warn_of_loss(checkpoint: Checkpoint) -> None:
     if formats or checkpoint.quantization:
         sys.stderr.write(
             f"warning: {checkpoint.path} is quantized already "
-            f"({checkpoint.quantization or ', '.join(formats)}): what that has lost is lost, and "
-            "quantizing again loses more; begin with the float weights if you can get them\n"
+            f"({checkpoint.quantization or ', '.join(formats)}): quantizing again adds to what was "
+            "lost; begin with the float weights if you can get them\n"
         )
 
 

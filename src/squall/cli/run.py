@@ -123,11 +123,12 @@ def _interruptible() -> Iterator[None]:
 
 def _asked(prompt: str | None) -> str | None:
     """The prompt, with what a pipe says; None is for a chat."""
-    piped = None if sys.stdin is not None and sys.stdin.isatty() and prompt != "-" else _stdin()
-    parts = [text for text in (None if prompt == "-" else prompt, piped) if text]
-    if piped is not None and not parts:
+    if sys.stdin is not None and sys.stdin.isatty() and prompt != "-":
+        return prompt
+    parts = [text for text in (None if prompt == "-" else prompt, _stdin()) if text]
+    if not parts:
         raise InvalidRequest("standard input is empty; give a prompt, there or as an argument")
-    return "\n\n".join(parts) if parts else prompt
+    return "\n\n".join(parts)
 
 
 def _stdin() -> str:
