@@ -165,7 +165,6 @@ class ServeFlags(ModelFlags):
         hosts = {*LOOPBACK, *(self.allow_host or ())} if local or self.allow_host else None
         return ServerOptions(
             model_id=self.served_model_name,
-            any_model=True,  # one model is served: clients may call it as they like
             api_keys=tuple(self.api_key or ()),
             origins=tuple(self.cors or ()),
             hosts=None if hosts is None else frozenset(hosts),

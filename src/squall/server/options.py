@@ -25,7 +25,6 @@ class ServerOptions:
     """What a server allows.
 
     model_id: the model's name for clients; by default that of its file.
-    any_model: answer whatever the name of the model in a request is.
     api_keys: one of them is asked for, unless there are none. Each has its own prefix cache.
     origins: web pages of these origins may use the server; "*" is all of them.
     hosts: names the server may be called by; None: any. What keeps web pages that point a name of
@@ -42,7 +41,6 @@ class ServerOptions:
     """
 
     model_id: str | None = None
-    any_model: bool = False
     api_keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     hosts: frozenset[str] | None = None
