@@ -3,13 +3,12 @@
 from squall import ChatCompletionRequest, Runner
 
 with Runner() as runner:
-    chunks = runner.send_chat_completion_request(
+    chunks = runner.stream_chat_completion_request(
         ChatCompletionRequest(
             messages=[{"role": "user", "content": "Tell me about the sea."}],
             max_tokens=64,
             temperature=0.1,
             presence_penalty=1.0,
-            stream=True,
         )
     )
     for chunk in chunks:

@@ -16,7 +16,7 @@ from squall.errors import InvalidCheckpoint, ModelNotFound
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "squall" / "embedded.json"
+    return tmp_path / "cache" / "squall" / "embedded.txt"
 
 
 @pytest.fixture

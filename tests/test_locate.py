@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from squall.checkpoints.hub import Hub
 from squall.errors import ModelNotFound
-from squall.locate import locate
+from squall.locate import locate, looks_like_model
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -84,3 +84,21 @@ def test_what_the_cache_of_the_hub_has(tmp_path: Path, monkeypatch: pytest.Monke
     make(folder, "a-Q8_0.gguf")
     hub = Hub(revision="c" * 40, offline=True)
     assert locate("o/m", hub) == locate("o/m:Q8_0", hub) == folder / "a-Q8_0.gguf"
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ("here", True), ("folder", True), (".", True), ("none.gguf", True), ("./none", True),
+        ("~/none", True), ("/none/at/all", True), ("owner/name", True), ("owner/name:Q4_K_M", True),
+        ("my model.gguf", True), ("none", False), ("Why?", False), ("24/7", False), ("", False),
+        ("what is none.gguf", False), ("is it here/there", False), ("...", False),
+        ("a" * 9999, False), ("half\0", False),
+    ],
+)  # fmt: skip
+def test_words_that_mean_a_model(
+    word: str, wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make(tmp_path, "here", "my model.gguf"))
+    (tmp_path / "folder").mkdir()
+    assert looks_like_model(word) is wanted

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +161,22 @@ def test_threads(model: Model) -> None:
         ([1.5], {}, "a prompt is text"),
         ([[1, 2]], {}, "a prompt is text"),
         (["Hi"], {}, "a prompt is text"),
+        (None, {}, "a prompt is text"),
+        (5, {}, "a prompt is text"),
+        (b"Hi", {}, "a prompt is text"),
+        ([None], {}, "a prompt is text"),
+        ([2**70], {}, "a prompt is text"),
+        ("\ud800", {}, "surrogate"),
+        ({"role": "user", "content": "Hi"}, {}, "a prompt is text"),
+        (["Hi", {"role": "user", "content": "Hi"}], {}, "a prompt is text"),
+        ([{"role": "user", "content": "Hi"}, "Hi"], {}, "a role and a content"),
+        ([{"role": "user", "content": 5}], {}, "content of a message are text"),
+        ([{"role": 5, "content": "Hi"}], {}, "content of a message are text"),
+        ("Hi", {"stop": 5}, "must be text"),
+        ("Hi", {"stop": [5]}, "must be text"),
+        ("Hi", {"stop_ids": 5}, "stop_ids"),
+        ("Hi", {"stop_ids": ["x"]}, "stop_ids"),
+        ("Hi", {"stop_ids": [1.5]}, "stop_ids"),
         ([{"role": "user"}], {}, "a role and a content"),
         ("Hi", {"max_tokens": 0}, "max_tokens is 0"),
         ("Hi", {"temperature": -1}, "temperature is -1"),
@@ -182,6 +201,63 @@ def test_up_to_the_context(model: Model) -> None:
     generation = model.generate([1] * 1020, max_tokens=100, seed=1)
     generation.read()
     assert generation.usage.answer_tokens <= 4
+
+
+def test_a_generation_tells_what_it_said(model: Model) -> None:
+    generation = model.generate(CHAT, max_tokens=8, temperature=0)
+    assert "not at its end" in repr(generation)
+    first = next(generation).text
+    assert generation.text == first
+    rest = generation.read()
+    assert generation.text == first + rest
+    assert repr(generation) == f"<Generation {first + rest!r}: length>"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"context": 1.5}, "context is 1.5; it must be a whole number"),
+        ({"threads": "2"}, "threads is '2'"),
+        ({"gqa": True}, "gqa is True"),
+        ({"kv_dtype": "f8"}, "kv_dtype is 'f8'; it must be one of f16, f32, q8_0"),
+        ({"weights": None}, "must be one of packed, f32"),
+        ({"dtype": "f8"}, "unknown dtype 'f8'"),
+        ({"path": 5}, "path is 5; it must be a path"),
+        ({"from_uqff": b"x"}, "from_uqff"),
+        ({"isq": "q9"}, "unknown quantization"),
+        ({"chat_template": 5}, "chat_template is 5; it must be text"),
+        ({"chat_template": "none.jinja"}, "none.jinja"),
+    ],
+)
+def test_wrong_ways_to_open(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(squall.InvalidRequest, match=problem):
+        Model.open(**options)
+
+
+def test_wrong_texts_and_ids(model: Model) -> None:
+    wrong: dict[Any, Any] = {
+        model.encode: (None, b"x", 5), model.decode: (None, "x", [1.5], [None]),
+        model.logits: (None, "x", [1.5]), model.log_probabilities: (None, ["x"]),
+    }  # fmt: skip
+    for method, arguments in wrong.items():
+        for argument in arguments:
+            with pytest.raises(squall.InvalidRequest):
+                method(argument)
+    for options in ({"chunk": 1.5}, {"chunk": "a"}):
+        with pytest.raises(squall.InvalidRequest, match="chunk is"):
+            model.logits([1], **options)  # type: ignore[arg-type]
+
+
+def test_opening_is_what_open_takes(model: Model) -> None:
+    opening = squall.Opening(context=64, kv_dtype="q8_0", chat_template="chatml")
+    taken = inspect.signature(Model.open).parameters
+    assert list(taken) == [field.name for field in dataclasses.fields(opening)]
+    assert "context: tokens of prompt" in (Model.open.__doc__ or "")
+    with Model.open_with(opening) as other:
+        assert other.context == 64
+        assert other.chat_template.sources != model.chat_template.sources
+    with pytest.raises(TypeError, match="contxt"):
+        Model.open(contxt=64)  # type: ignore[call-arg]
 
 
 def test_closed() -> None:

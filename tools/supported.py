@@ -94,7 +94,8 @@ What may follow `squall run`, `serve`, `bench`, `perplexity` and `squall-server`
 
 ## Quantization while a model is read
 
-`--isq`, topologies, `squall quantize` and `Model.open(isq=...)` take these names, or bits:
+`--isq`, topologies, `squall quantize` and `Model.open(isq=...)` take these names, or bits. Case
+and `_` are free, and a mixture's name means what most of it is: `Q4_K_M` is q4k, everywhere. Bits:
 {", ".join(f"{bits} is {name}" for bits, name in BITS.items())}.
 
 {types()}

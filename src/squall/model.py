@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
-from typing import Literal
+from typing import Concatenate, ParamSpec, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall import convert, decoder, executors, recipes
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
-from squall.checkpoints.hub import Hub, Judge
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
@@ -32,16 +31,15 @@ from squall.engine.sampling import (
 from squall.errors import InvalidRequest
 from squall.executors import (
     DEVICES,
-    CacheType,
     Executor,
     Limits,
     default_threads,
     thread_pool,
 )
 from squall.locate import locate, locate_uqff
+from squall.opening import Opening
 from squall.program import Program
 from squall.quant import FormatTotal, Plan, Topology
-from squall.quant.isq import Dtype
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatTemplate
@@ -56,7 +54,28 @@ Progress = Callable[[int, int], None]
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
+_NO_PROMPT = (
+    "a prompt is text, a list of token ids, or a list of messages "
+    "such as {'role': 'user', 'content': 'Hi'}"
+)
 GREEDY = Sampling(temperature=0, seed=0)
+
+_Options = ParamSpec("_Options")
+
+
+def _one_by_one(
+    describe: Callable[_Options, Opening],
+) -> Callable[Concatenate[type[Model], _Options], Model]:
+    """`Model.open_with` as a method that takes the options themselves, spelled nowhere else."""
+
+    def open(cls: type[Model], /, *path: _Options.args, **options: _Options.kwargs) -> Model:
+        return cls.open_with(describe(*path, **options))
+
+    open.__doc__ = describe.__doc__
+    first, *_ = inspect.signature(open).parameters.values()
+    options = inspect.signature(describe).parameters.values()
+    open.__signature__ = inspect.Signature([first, *options])  # type: ignore[attr-defined]
+    return open
 
 
 class Model:
@@ -84,72 +103,34 @@ class Model:
         self._engine: Engine | None = engine
 
     @classmethod
-    def open(  # noqa: PLR0913
-        cls,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        context: int | None = None,
-        threads: int | None = None,
-        weights: Literal["packed", "f32"] = "packed",
-        kv_dtype: CacheType = "f16",
-        kv_tokens: int | None = None,
-        kv: KvSize | None = None,
-        isq: str | int | None = None,
-        topology: Topology | str | os.PathLike[str] | None = None,
-        dtype: Dtype = "auto",
-        experts_only: bool = False,
-        engine: EngineConfig | None = None,
-        architecture: str | None = None,
-        hub: Hub | None = None,
-        tokenizer_json: str | os.PathLike[str] | None = None,
-        gqa: int = 1,
-        write_uqff: str | os.PathLike[str] | None = None,
-        from_uqff: str | os.PathLike[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Model:
-        """Open a GGUF file, the folder of a model, a model of the hub; without `path` the default.
-
-        context: tokens of prompt and answer together; by default what the model was trained for,
-            up to 8192 and to half of the free memory.
-        threads: by default as many as this process may use.
-        kv_dtype: of the KV cache; "q8_0" takes half the memory of "f16", and a little quality.
-        weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
-        kv: how large the KV cache is, for all requests together, and its blocks.
-        kv_tokens: short for `KvSize(tokens=kv_tokens)`.
-        isq: quantize the weights while they are read: "Q4K", "Q8_0", "HQQ4", "FP8"..., or bits.
-        topology: other types for some layers, a `Topology` or its YAML file.
-        dtype: of the float weights that are not quantized; "auto": as they are stored.
-        experts_only: of a mixture of experts quantize only the experts and the head.
-        engine: how many requests run and wait, and what is kept.
-        architecture: such as "mistral", in place of what a folder's config.json says.
-        hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
-        write_uqff: write the quantized weights to this new UQFF file, and open that.
-        from_uqff: open this UQFF file, or the one of this name in the model's folder.
-        tokenizer_json: a file to use in place of the model's own tokenizer.
-        gqa: query heads to a KV head, which files from before GGUF do not say.
-        progress: called with (bytes loaded, bytes in all).
-        """
-        checkpoint, recipe, plan = prepare(
-            path, isq=isq, topology=topology, dtype=dtype, experts_only=experts_only,
-            architecture=architecture, hub=hub, gqa=gqa, from_uqff=from_uqff, progress=progress,
-        )  # fmt: skip
-        if write_uqff is not None:
-            checkpoint = _written(checkpoint, recipe, plan, Path(write_uqff), threads, progress)
-            recipe, plan = recipes.load(checkpoint, architecture), Plan()
-        engine, kv = engine or EngineConfig(), kv or KvSize(tokens=kv_tokens)
-        size, room = _sizes(checkpoint, recipe.decoder, kv_dtype, context, kv, engine.max_seqs)
+    def open_with(cls, opening: Opening) -> Model:
+        """Open what is described; `open` takes the options themselves."""
+        checkpoint, recipe, plan = prepare(opening)
+        if opening.write_uqff is not None:
+            checkpoint = _written(checkpoint, recipe, plan, opening)
+            recipe, plan = recipes.load(checkpoint, opening.architecture), Plan()
+        engine = opening.engine or EngineConfig()
+        kv = opening.kv or KvSize(tokens=opening.kv_tokens)
+        size, room = _sizes(checkpoint, recipe.decoder, opening, kv, engine.max_seqs)
         program = decoder.compile(recipe.decoder, recipe.names, context=size)
-        tokenizer = open_tokenizer(checkpoint, tokenizer_json)
+        tokenizer = open_tokenizer(checkpoint, opening.tokenizer_json)
+        given = opening.chat_template
+        template = given and _template(checkpoint).replaced(given)
         limits = Limits(
             rows={"tokens": MAX_ROWS, "outputs": MAX_OUTPUTS},
             blocks=-(-room // kv.block_size),
             block_size=kv.block_size,
-            kv_dtype=kv_dtype,
+            kv_dtype=opening.kv_dtype,
         )
-        store = WeightStore(checkpoint, plan=plan, exact=weights == "f32")
-        pool = thread_pool(threads)
+        store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
+        pool, progress = thread_pool(opening.threads), opening.progress
         executor = executors.open(program, store, limits, pool=pool, progress=progress)
-        return cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
+        model = cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
+        if template:
+            model.chat_template = template
+        return model
+
+    open = classmethod(_one_by_one(Opening))
 
     @property
     def context(self) -> int:
@@ -185,10 +166,8 @@ class Model:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The chat template: the file's, unless another one is assigned."""
-        if self.checkpoint.kind == "gguf":
-            return ChatTemplate.from_gguf(self.checkpoint.metadata)
-        return ChatTemplate.from_folder(self.checkpoint.path)
+        """The chat template: the file's, unless another one is given or assigned."""
+        return _template(self.checkpoint)
 
     def set_chat_template(self, source: str) -> None:
         """Use another template: a name such as "chatml", a .jinja or .json file, or Jinja."""
@@ -196,6 +175,8 @@ class Model:
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text; control tokens in it are not special. BOS if it is used."""
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{text!r:.99} is no text; only text has tokens")
         return self.tokenizer.encode(text, add_bos=add_bos)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -204,12 +185,15 @@ class Model:
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
         """The text of token ids."""
-        return self.tokenizer.decode(ids, skip_specials=skip_specials)
+        try:
+            return self.tokenizer.decode(ids, skip_specials=skip_specials)
+        except TypeError:
+            raise InvalidRequest(f"{ids!r:.99} are no token ids, which are whole numbers") from None
 
     def logits(self, ids: Sequence[int], *, chunk: int = MAX_OUTPUTS) -> NDArray[np.float32]:
         """Logits `[tokens, vocab]`, row i after token i, computed `chunk` tokens a step."""
         checked = self._check_ids(ids)
-        if not 1 <= chunk <= MAX_ROWS:
+        if not isinstance(chunk, int) or not 1 <= chunk <= MAX_ROWS:
             raise InvalidRequest(f"chunk is {chunk}; it must be between 1 and {MAX_ROWS}")
         logits = np.empty((len(checked), self.spec.vocab), np.float32)
 
@@ -222,7 +206,7 @@ class Model:
     def log_probabilities(self, ids: Sequence[int], *, start: int = 1) -> NDArray[np.float64]:
         """log p(ids[i] | ids[:i]) for `i` from `start` (at least 1) to the last."""
         checked = self._check_ids(ids)
-        if not 1 <= start <= len(checked):
+        if not isinstance(start, int) or not 1 <= start <= len(checked):
             raise InvalidRequest(f"start is {start}; it must be between 1 and {len(checked)}")
         found = np.empty(len(checked) - start)
 
@@ -306,7 +290,7 @@ class Model:
             sampling=sampling,
             max_tokens=max_tokens,
             stop=_check_stop(stop),
-            stop_ids=frozenset(self._check_ids(tuple(stop_ids)) if stop_ids else ()),
+            stop_ids=frozenset(self._check_stop_ids(stop_ids)),
             continues=not _is_chat(prompt),
         )
 
@@ -332,32 +316,27 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._check_ids(self.encode(prompt))
         if _is_chat(prompt):
-            return self._check_ids(self.encode_chat(_check_messages(prompt)))
+            _check_messages(prompt)
+            return self._check_ids(self.encode_chat(prompt))
         return self._check_ids(prompt)
 
-    def _check_ids(self, ids: Sequence[object]) -> list[int]:
-        if not len(ids):
-            raise InvalidRequest("the prompt is empty; give at least one token")
+    def _check_ids(self, ids: object, wrong: str = _NO_PROMPT) -> list[int]:
         try:
-            array = np.asarray(ids).astype(np.int64, casting="same_kind")
-            (_,) = array.shape
-        except (TypeError, ValueError):
-            raise InvalidRequest(
-                "a prompt is text, a list of token ids, or a list of messages "
-                "such as {'role': 'user', 'content': 'Hi'}"
-            ) from None
+            array = np.asarray(ids)
+            if array.size:
+                array = array.astype(np.int64, casting="same_kind")
+            (count,) = array.shape
+        except (TypeError, ValueError, OverflowError):
+            raise InvalidRequest(wrong) from None
+        if not count:
+            raise InvalidRequest("the prompt is empty; give at least one token")
         if array.min() < 0 or array.max() >= self.spec.vocab:
             raise InvalidRequest(
                 f"token ids go from 0 to {self.spec.vocab - 1}; "
@@ -365,6 +344,12 @@ class Model:
             )
         checked: list[int] = array.tolist()
         return checked
+
+    def _check_stop_ids(self, ids: Iterable[int]) -> list[int]:
+        wrong = "stop_ids must be token ids, whole numbers"
+        if not isinstance(ids, Iterable):
+            raise InvalidRequest(wrong)
+        return self._check_ids(given, wrong) if (given := list(ids)) else given
 
     def _score(self, ids: list[int], scoring: Scoring, *, chunk: int | None = None) -> None:
         request = Request(ids=ids, sampling=GREEDY, max_tokens=0, scoring=scoring, chunk=chunk)
@@ -381,48 +366,35 @@ def open_tokenizer(
     return HfTokenizer.from_folder(folder, tokenizer_json=tokenizer_json)
 
 
-def prepare(  # noqa: PLR0913
-    path: str | os.PathLike[str] | None,
-    *,
-    isq: str | int | None = None,
-    topology: Topology | str | os.PathLike[str] | None = None,
-    dtype: Dtype = "auto",
-    experts_only: bool = False,
-    architecture: str | None = None,
-    hub: Hub | None = None,
-    gqa: int = 1,
-    from_uqff: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-) -> tuple[Checkpoint, Recipe, Plan]:
+def _template(checkpoint: Checkpoint) -> ChatTemplate:
+    if checkpoint.kind == "gguf":
+        return ChatTemplate.from_gguf(checkpoint.metadata)
+    return ChatTemplate.from_folder(checkpoint.path)
+
+
+def prepare(opening: Opening) -> tuple[Checkpoint, Recipe, Plan]:
     """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
-    checkpoint = open_checkpoint(
-        _locate(path, from_uqff, hub, progress, partial(recipes.judge, architecture=architecture)),
-        gqa=gqa,
-    )
-    recipe = recipes.load(checkpoint, architecture)
+    checkpoint = open_checkpoint(_locate(opening), gqa=opening.gqa)
+    recipe = recipes.load(checkpoint, opening.architecture)
+    topology = opening.topology
     if isinstance(topology, str | os.PathLike):
         topology = Topology.from_file(Path(topology))
-    plan = Plan.of(isq, topology, experts_only=experts_only, dtype=dtype)
+    plan = Plan.of(opening.isq, topology, experts_only=opening.experts_only, dtype=opening.dtype)
     plan.topology.check(len(recipe.decoder.layers), DEVICES)
     return checkpoint, recipe, plan
 
 
 def _sizes(
-    checkpoint: Checkpoint,
-    model: Decoder,
-    kv_dtype: CacheType,
-    context: int | None,
-    kv: KvSize,
-    max_seqs: int,
+    checkpoint: Checkpoint, model: Decoder, opening: Opening, kv: KvSize, max_seqs: int
 ) -> tuple[int, int]:
     """Tokens of the context, and of the KV cache."""
     memory = {
-        "bytes_per_token": token_bytes(model, kv_dtype),
+        "bytes_per_token": token_bytes(model, opening.kv_dtype),
         "weight_bytes": checkpoint.size_bytes,
     }
-    size = choose_context(context, trained=model.context, **memory)
+    size = choose_context(opening.context, trained=model.context, **memory)
     room = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, **memory)
-    return (min(size, room) if context is None else size), room
+    return (min(size, room) if opening.context is None else size), room
 
 
 def _engine(executor: Executor, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
@@ -432,36 +404,24 @@ def _engine(executor: Executor, config: EngineConfig, tokenizer: Tokenizer) -> E
     return Engine(executor, config, text=text, stop_ids=tokenizer.stop_ids)
 
 
-def _locate(
-    path: str | os.PathLike[str] | None,
-    from_uqff: str | os.PathLike[str] | None,
-    hub: Hub | None,
-    progress: Progress | None,
-    judge: Judge,
-) -> Path:
-    if from_uqff is None:
-        return locate(path, hub, progress, judge)
-    if path is None:
-        return locate_uqff(Path(), from_uqff)
-    folder = Path(path).expanduser()
-    return locate_uqff(folder if folder.is_dir() else locate(path, hub, progress, judge), from_uqff)
+def _locate(opening: Opening) -> Path:
+    path, name = opening.path, opening.from_uqff
+    if name is not None and (path is None or Path(path).expanduser().is_dir()):
+        return locate_uqff(Path(path or "").expanduser(), name)
+    judge = partial(recipes.judge, architecture=opening.architecture)
+    found = locate(path, opening.hub, opening.progress, judge)
+    return found if name is None else locate_uqff(found, name)
 
 
-def _written(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    plan: Plan,
-    path: Path,
-    threads: int | None,
-    progress: Progress | None,
-) -> Checkpoint:
+def _written(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, opening: Opening) -> Checkpoint:
     """The checkpoint as a UQFF file, which is new."""
+    path = Path(opening.write_uqff or "")
     if path.suffix != UQFF:
         raise InvalidRequest(f"write_uqff is {str(path)!r}; the name must end in {UQFF}")
     if not plan.quantizes:
         raise InvalidRequest("write_uqff needs isq or a topology: what to quantize the weights to")
-    threads = threads or default_threads()
-    convert.write_uqff(checkpoint, recipe, plan, path, threads=threads, progress=progress)
+    threads = opening.threads or default_threads()
+    convert.write_uqff(checkpoint, recipe, plan, path, threads=threads, progress=opening.progress)
     return open_checkpoint(path)
 
 
@@ -473,19 +433,20 @@ def _log_softmax_at(logits: NDArray[np.float32], ids: Sequence[int]) -> NDArray[
     return result
 
 
-def _is_chat(prompt: Prompt) -> bool:
-    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
+def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(string, str) and string for string in strings):
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
         raise InvalidRequest("stop strings must be text, and not empty")
-    return strings
+    return tuple(strings)
 
 
-def _check_messages(messages: Sequence[object]) -> list[Message]:
+def _check_messages(messages: Sequence[object]) -> None:
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise InvalidRequest(f"a message has a role and a content; this one is {message!r}")
-    return list(messages)  # type: ignore[arg-type]
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str | list):
+            raise InvalidRequest(f"role and content of a message are text; this one is {message!r}")

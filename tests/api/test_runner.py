@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import squall
 from squall import ChatCompletionRequest, CompletionRequest, InvalidRequest, Model, Runner, Which
 from squall.embedded import find
+from squall.opening import Opening
 
 MESSAGES = [{"role": "user", "content": "Tell me a story about the sea."}]
 
@@ -45,13 +47,13 @@ def test_chat_and_stream_are_the_same(runner: Runner) -> None:
     assert text
     assert whole.usage.completion_tokens == 8
     chunks = runner.send_chat_completion_request(chat(stream=True))
-    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == text  # type: ignore[union-attr]
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == text
 
 
 def test_runner_s_seed_is_for_requests_without_one(runner: Runner) -> None:
     free: dict[str, Any] = {"top_p": 1, "temperature": 1.5, "max_tokens": 12}
     texts = [
-        runner.send_chat_completion_request(chat(**free, seed=seed)).choices[0].message.content  # type: ignore[union-attr]
+        runner.send_chat_completion_request(chat(**free, seed=seed)).choices[0].message.content
         for seed in (None, 5, 6)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -77,7 +79,7 @@ def test_threads_share_a_runner(runner: Runner) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [one.choices for one in found] == [expected.choices] * 6  # type: ignore[union-attr]
+    assert [one.choices for one in found] == [expected.choices] * 6
 
 
 def test_async_runner(runner: Runner) -> None:
@@ -88,13 +90,47 @@ def test_async_runner(runner: Runner) -> None:
             other.send_chat_completion_request(chat()),
             other.send_chat_completion_request(chat(stream=True)),
         )
-        text = [chunk.choices[0].delta.content async for chunk in chunks]  # type: ignore[union-attr]
-        assert "".join(text) == whole.choices[0].message.content  # type: ignore[union-attr]
+        text = [chunk.choices[0].delta.content async for chunk in chunks]
+        assert "".join(text) == whole.choices[0].message.content
         asked = CompletionRequest(prompt="One two", max_tokens=3)
         found = await other.send_completion_request(asked)
-        assert found.choices[0].finish_reason == "length"  # type: ignore[union-attr]
+        assert found.choices[0].finish_reason == "length"
 
     asyncio.run(ask())
+
+
+def test_streams_have_methods_of_their_own(runner: Runner) -> None:
+    whole = runner.send_chat_completion_request(chat())
+    parts = runner.stream_chat_completion_request(chat())
+    assert "".join(part.choices[0].delta.content for part in parts) == (
+        whole.choices[0].message.content
+    )
+    asked = CompletionRequest(prompt="One two", max_tokens=4, temperature=0)
+    text = "".join(part.choices[0].text for part in runner.stream_completion_request(asked))
+    assert text == runner.send_completion_request(asked).choices[0].text
+
+    async def ask() -> str:
+        other = squall.AsyncRunner(runner.model)
+        chunks = await other.stream_completion_request(asked)
+        return "".join([chunk.choices[0].text async for chunk in chunks])
+
+    assert asyncio.run(ask()) == text
+
+
+def test_a_model_that_is_given_stays_open(model: Model) -> None:
+    with Runner(model) as runner:
+        runner.close()
+
+    async def leave() -> None:
+        async with squall.AsyncRunner(model):
+            pass
+
+    asyncio.run(leave())
+    assert model.generate("Hi", max_tokens=1).read()
+    with Runner(context=64) as own:
+        pass
+    with pytest.raises(InvalidRequest, match="closed"):
+        own.model.encode_chat(MESSAGES) and own.model.generate("Hi")
 
 
 def test_tokens_and_text(runner: Runner) -> None:
@@ -175,13 +211,15 @@ def test_selections_are_arguments_of_open() -> None:
         dtype=squall.ModelDType.BF16,
     )  # fmt: skip
     opening = plain.opening()
-    assert opening.path == "a/b"
-    assert opening.options == {
-        "architecture": "phi3.5moe", "tokenizer_json": "t.json", "experts_only": True,
-        "dtype": "bf16",
-    }  # fmt: skip
+    assert opening == Opening(
+        "a/b", architecture="phi3.5moe", tokenizer_json="t.json", experts_only=True, dtype="bf16"
+    )
     assert Which.GGUF("a/b", ["2.gguf", "1.gguf"]).opening().path == "a/b:1.gguf"
-    assert Which.GGML("a/b", "c.bin", gqa=8).opening().options == {"gqa": 8}
+    others = Opening(context=7, topology="t.yml")
+    assert Which.GGML("a/b", "c.bin", gqa=8).opening(others) == replace(
+        others, path="a/b:c.bin", gqa=8
+    )
+    assert plain.opening(others) == replace(opening, context=7, topology="t.yml")
 
 
 def test_what_the_model_cannot_do(runner: Runner) -> None:

@@ -1,4 +1,4 @@
-"""The interactive chat: over a pipe line by line, and on a terminal."""
+"""The interactive chat, with lines from a list, and on a terminal."""
 
 from __future__ import annotations
 
@@ -7,50 +7,90 @@ import pty
 import re
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command import squall
+
+from squall import Model
+from squall.cli import chat as module
+from squall.cli.chat import Chat
+from squall.cli.run import RunFlags
 
 OPTIONS = ("run", "--context", "1024", "--temperature", "0")
+Talk = Callable[..., tuple[str, str]]
 
 
-def chat(*lines: str, options: tuple[str, ...] = ()) -> str:
-    done = squall(*OPTIONS, *options, stdin="\n".join([*lines, ""]))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model.open(context=256) as opened:
+        yield opened
 
 
-def test_history_is_kept_and_not_read_again() -> None:
-    lines = "My name is Ada. Say hello.\nWhat is my name?\n"
-    done = squall(*OPTIONS, "--max-tokens", "40", stdin=lines)
-    first, second = re.findall(r"\[(\d+) prompt tokens.*?(?:\((\d+) known\))?;", done.stderr)
+@pytest.fixture
+def talk(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
+    """Say lines to the model; the model's words, and what is said beside them."""
+
+    def say(*lines: str, system: str | None = None, **flags: Any) -> tuple[str, str]:
+        waiting = iter([*lines, "\\exit"])
+        monkeypatch.setattr(module, "_reader", lambda: lambda: next(waiting))
+        Chat(model, RunFlags(**{"temperature": 0.0} | flags).settings, system).loop()
+        return capsys.readouterr()
+
+    return say
+
+
+def test_history_is_kept_and_not_read_again(talk: Talk) -> None:
+    _, notes = talk("My name is Ada. Say hello.", "What is my name?", max_tokens=20)
+    first, second = re.findall(r"\[(\d+) prompt tokens.*?(?:\((\d+) known\))?[;,]", notes)
     assert int(second[0]) > int(first[0])
-    assert int(second[1]) >= int(first[0])
+    assert int(second[1] or re.findall(r"\((\d+) known\)", notes)[-1]) >= int(first[0])
 
 
-def test_commands() -> None:
-    out = chat("\\help", "\\system Be brief.", "\\nonsense", "\\clear", "\\exit", "Hi")
-    assert "\\system TEXT" in out
-    assert "system message set" in out
-    assert "unknown command \\nonsense" in out
-    assert out.count("\n") == len(out.splitlines())
+def test_commands(talk: Talk) -> None:
+    said, notes = talk("\\help", "\\system Be brief.", "\\nonsense", "\\clear")
+    assert said == ""
+    for wanted in ("\\system TEXT", "system message set", "unknown command \\nonsense"):
+        assert wanted in notes
 
 
-def test_an_answer_cut_by_length_ends_in_dots() -> None:
-    assert chat("Tell me a story.", options=("--max-tokens", "5")).rstrip().endswith("...")
+def test_only_the_models_words_are_on_stdout(talk: Talk, model: Model) -> None:
+    said, notes = talk("Tell me a story.", max_tokens=5)
+    story = [{"role": "user", "content": "Tell me a story."}]
+    assert said == model.generate(story, max_tokens=5, temperature=0).read() + "\n"
+    assert "stopped by length" in notes
 
 
-def test_a_conversation_that_is_too_long_goes_on_after_clear() -> None:
-    out = chat(
-        "word " * 2000, "\\clear", "What is the capital of France, and what is it known for?"
+def test_a_message_that_is_too_long(talk: Talk) -> None:
+    said, notes = talk(
+        "word " * 500, "\\clear", "What is the capital of France, and what is it known for?"
     )
-    assert "\\clear begins anew" in out
-    assert "Paris" in out
+    assert "\\clear begins anew" in notes
+    assert "Paris" in said
+
+
+def test_a_full_context_forgets_the_oldest_turns_but_not_the_system_message(
+    talk: Talk, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[dict[str, str]]] = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda prompt, **o: seen.append([*prompt]) or generate(prompt, **o)
+    )
+    lines = [f"{n} " + "word " * 40 for n in range(6)]
+    _, notes = talk(*lines, system="Be brief.", max_tokens=4)
+    assert notes.count("forgot the oldest turns: 1") >= 2
+    assert "error" not in notes
+    for said, line in zip(seen, lines, strict=True):
+        assert said[0] == {"role": "system", "content": "Be brief."}
+        assert [message["role"] for message in said[1::2]] == ["user"] * (len(said) // 2)
+        assert said[-1]["content"] == line.strip()
+    assert seen[-1][1]["content"] != lines[0].strip()
 
 
 # What the line editor sends when it begins to wait for a line, and when it has one.
@@ -72,7 +112,8 @@ class Terminal:
             start_new_session=True,
             # Who is started in the background ignores it, and would hand that down.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HOME": str(folder)},
+            env=os.environ
+            | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(folder)},
         )
         os.close(slave)
 
@@ -122,3 +163,28 @@ def test_ctrl_d_leaves(terminal: Terminal) -> None:
     terminal.wait_for(PROMPT)
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0
+
+
+def test_what_was_typed_is_there_the_next_time(tmp_path: Path) -> None:
+    for attempt in range(2):
+        terminal = Terminal(tmp_path)
+        try:
+            terminal.wait_for(PROMPT)
+            # Up is the line before, which leaves.
+            terminal.type("\x1b[A\r" if attempt else "\\exit\r")
+            assert terminal.process.wait(30) == 0
+        finally:
+            terminal.close()
+    kept = tmp_path / "squall/history"
+    assert "\\exit" in kept.read_text()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+
+
+def test_a_history_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squall").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    history = module._history()
+    history.append_string("Hi")
+    assert list(history.load_history_strings()) == [] or history.get_strings() == ["Hi"]

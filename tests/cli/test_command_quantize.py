@@ -180,6 +180,18 @@ def test_broken_imatrix(at: int, model: Path, tmp_path: Path) -> None:
         assert len(broken) == len(data)
 
 
+def test_what_is_quantized_already_is_warned_of(model: Path, tmp_path: Path) -> None:
+    """And only that: not the folder of floats."""
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    done = invoke("quantize", "-m", model, "--isq", "Q8_0", "-o", first)
+    assert "warning" not in done.stderr
+    done = invoke("quantize", "-f", first, "--isq", "Q4_K_M", "-o", second)
+    assert f"warning: {first} is quantized already (q8_0)" in done.stderr
+    assert second.is_file()
+    with pytest.raises(InvalidRequest, match="give one of them"):
+        invoke("quantize", model, "-f", first, "--isq", "Q4K", "-o", second)
+
+
 def test_folders_with_several_uqff_files(model: Path, tmp_path: Path) -> None:
     invoke("quantize", model, "--isq", "Q4K,Q8_0", "-o", tmp_path / "m.uqff")
     with pytest.raises(ModelNotFound, match="2 UQFF files"):

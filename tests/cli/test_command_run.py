@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from command import squall
+
+from squall import InvalidRequest, Model
+from squall.cli import run
 
 QUESTION = "What is the capital of France, and what is it known for?"
 SHORT = ("--context", "512", "--max-tokens", "12")
@@ -30,6 +36,96 @@ def test_the_same_seed_gives_the_same_answer() -> None:
 def test_prompt_from_stdin() -> None:
     done = squall("run", "-", "--temperature", "0", *SHORT, stdin=QUESTION)
     assert "Paris" in done.stdout
+
+
+def asked(data: bytes | None, prompt: str | None, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """The prompt where standard input is a pipe with `data`, or closed."""
+    stream = None if data is None else io.TextIOWrapper(io.BytesIO(data))
+    monkeypatch.setattr(sys, "stdin", stream)
+    return run._asked(prompt)
+
+
+@pytest.mark.parametrize(
+    ("data", "prompt", "wanted"),
+    [
+        (b"two\nlines\n", None, "two\nlines"), (b"a\r\n", None, "a"), (b"", "Hi", "Hi"),
+        (b"a file\n", "What is it?", "What is it?\n\na file"), (b"text", "-", "text"),
+        (None, "Hi", "Hi"), ("\ufeffcaf\u00e9".encode(), None, "caf\u00e9"),
+    ],
+)  # fmt: skip
+def test_a_pipe_is_one_prompt(
+    data: bytes | None, prompt: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert asked(data, prompt, monkeypatch) == wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "prompt", "problem"),
+    [
+        (b"", None, "is empty"), (None, "-", "is empty"), (b"caf\xe9\n", None, "not UTF-8"),
+        (b"caf\xe9\n", "Hi", "not UTF-8"), (b"x" * (run.MOST_STDIN + 1), None, "more than 16 MiB"),
+    ],
+)  # fmt: skip
+def test_a_pipe_with_nothing_to_read(
+    data: bytes | None, prompt: str | None, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InvalidRequest, match=problem):
+        asked(data, prompt, monkeypatch)
+
+
+def test_stdout_has_the_models_text_alone() -> None:
+    with Model.open(context=512) as model:
+        text = [{"role": "user", "content": f"{QUESTION}\n\nIn one\nword."}]
+        wanted = model.generate(text, max_tokens=3, temperature=0).read()
+    short = ("--context", "512", "--max-tokens", "3", "--temperature", "0")
+    done = squall("run", QUESTION, *short, stdin="In one\nword.\n")
+    assert done.stdout == f"{wanted}\n"
+    assert "stopped by length" in done.stderr
+
+
+def test_a_prompt_by_pipe_that_is_too_long() -> None:
+    done = squall("run", "--context", "64", stdin="x " * 9000)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "do not fit the context of 64 tokens" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def ending(act: str, *, shell: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """How a command ends that does this; `shell` redirects."""
+    code = f"import sys\ndef app():\n    {act}\nfrom squall.cli import _run\n_run(app)"
+    command = shlex.join([sys.executable, "-c", code]) + shell
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=os.environ | env, timeout=30
+    )
+
+
+@pytest.mark.parametrize(
+    ("shell", "problem"), [(" >&-", "Bad file descriptor"), (" >/dev/full", "No space left")]
+)
+def test_an_output_that_cannot_be_written(shell: str, problem: str) -> None:
+    for act in ("print('x')", "print('x', flush=True)", "print('x'); sys.exit(0)"):
+        done = ending(act, shell=shell)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert problem in done.stderr
+
+
+def test_streams_that_are_closed_and_not_used_are_no_error() -> None:
+    assert ending("pass", shell=" >&- 2>&- <&-").returncode == 0
+
+
+def test_files_that_cannot_be_read() -> None:
+    done = ending("open('/none')")
+    assert done.stderr == "error: cannot read or write /none: No such file or directory\n"
+
+
+def test_errors_that_nobody_foresaw_are_one_line() -> None:
+    done = ending("raise KeyError('what')")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: KeyError: 'what' (not foreseen; with SQUALL_DEBUG=1 it tells where)\n"
+    )
+    assert "Traceback" in ending("raise KeyError('what')", SQUALL_DEBUG="1").stderr
 
 
 def test_raw() -> None:
@@ -74,6 +170,11 @@ def test_errors_are_one_line(arguments: list[str], message: str) -> None:
     assert message in done.stderr
 
 
+def test_a_word_that_was_no_model() -> None:
+    done = squall("run", "missing.gguf", stdin="Hi")
+    assert done.stderr.endswith("If missing.gguf is the prompt, write -- missing.gguf\n")
+
+
 def test_a_broken_file(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")
@@ -89,7 +190,7 @@ def test_wrong_usage() -> None:
 def test_version_and_help() -> None:
     assert squall("--version").stdout.startswith("squall 0.")
     text = squall("run", "--help").stdout
-    assert "squall run -f model.gguf" in text
+    assert "squall run model.gguf" in text
     assert "--temperature" in text
 
 

@@ -16,6 +16,7 @@ from squall.cli.selectors import NOT_YET, SELECTORS
 from squall.cli.serve import server
 from squall.engine.memory import KvSize
 from squall.errors import SquallError
+from squall.opening import Opening
 
 COMMANDS = ("run", "serve", "bench", "perplexity")
 FILES = ("a.gguf", "b.gguf", "old.bin", "folder/config.json", "folder/x.uqff", "text.txt", "y.yaml")
@@ -29,6 +30,17 @@ OPENED: dict[str, tuple[str, dict[str, Any]]] = {
     "run --isq q4k plain -m folder Why?": ("folder", {"isq": "q4k"}),
     "run --isq q4k plain -m folder --isq q8_0": ("folder", {"isq": "q8_0"}),
     "run --topology y.yaml plain -m folder": ("folder", {"topology": Path("y.yaml")}),
+    "run a.gguf": ("a.gguf", {}),
+    "run a.gguf Hi --context 9": ("a.gguf", {"context": 9}),
+    "run ./folder --isq Q4_K_M Hi -c chatml": (
+        "folder", {"isq": "Q4_K_M", "chat_template": "chatml"},
+    ),
+    "run --threads 1 owner/name:Q4_K_M Hi": ("owner/name:Q4_K_M", {"threads": 1}),
+    "run none.gguf Hi": ("none.gguf", {}),
+    "serve a.gguf --host 127.0.0.1 --port 0": ("a.gguf", {}),
+    "serve --port 0 owner/name": ("owner/name", {}),
+    "bench folder -p 8": ("folder", {}),
+    "perplexity a.gguf --text text.txt": ("a.gguf", {"context": 1024}),
     "run plain -m folder -a ARCH -d bf16 -t t.json -o moqe Hi --kv-dtype f32": (
         "folder",
         {"architecture": "arch", "dtype": "bf16", "tokenizer_json": "t.json", "kv_dtype": "f32",
@@ -57,6 +69,8 @@ WRONG = {
     "run -f a.gguf -m folder": "-f, -m and a kind each name a model",
     "run gguf -f a.gguf --isq q4k": "has its number formats already",
     "run plain -m folder -d f8": "--dtype is 'f8'; it must be one of",
+    "run -f a.gguf b.gguf Hi": "-f, -m and a kind each name a model",
+    "serve -f a.gguf b.gguf": "-f, -m and a kind each name a model",
     "run toml -f none.toml": "cannot read none.toml",
     "bench plain -m folder -w new.uqff --isq 4": "squall quantize does",
 }
@@ -65,7 +79,10 @@ USAGE = {
     "run plain Hi": "--model-id",
     "run plain -m folder --file a.gguf": "--file",
     "run Hi there": "there",
-    "serve gguuf": "Did you mean 'gguf'",
+    "run Why is the sky blue?": "'Why is the sky blue?'",
+    "serve gguuf": "Did you mean gguf?",
+    "serve llama3": "Did you mean -f FILE",
+    "bench a.gguf b.gguf": "b.gguf",
     "serve plain -m folder Hi": "Hi",
     "perplexity": "--text",
 }
@@ -83,23 +100,25 @@ def _no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "which.toml").write_text(WHICH)
     monkeypatch.chdir(tmp_path)
 
-    def stop(path: object, **options: object) -> None:
-        raise Opened(path, options)
+    def stop(opening: Opening) -> None:
+        raise Opened(opening)
 
-    monkeypatch.setattr(model.Model, "open", stop)
+    monkeypatch.setattr(model.Model, "open_with", stop)
     monkeypatch.setattr(model, "prepare", stop)
 
 
 def invoke(line: str, command: typer.Typer = app) -> Result:
-    return CliRunner().invoke(command, shlex.split(line))
+    return CliRunner().invoke(command, shlex.split(line), input="Hi")
 
 
 @pytest.mark.parametrize(("line", "wanted"), OPENED.items(), ids=OPENED.keys())
 def test_what_is_opened(line: str, wanted: tuple[str, dict[str, Any]]) -> None:
     done = invoke(line)
     assert isinstance(done.exception, Opened), (done.output, done.exception)
-    path, options = done.exception.args
-    assert (str(path), {**options, **wanted[1]}) == (wanted[0], options)
+    (opening,) = done.exception.args
+    path, options = wanted
+    assert Path(opening.path) == Path(path)
+    assert {name: getattr(opening, name) for name in options} == options
 
 
 @pytest.mark.parametrize(("line", "problem"), WRONG.items(), ids=WRONG.keys())
@@ -138,7 +157,9 @@ def test_help_teaches_every_kind(command: str) -> None:
     [
         ("run Hi", "Hi"), ("run", None), ("run -- plain", "plain"), ("run gguf plain", "plain"),
         ("run --seed 1 -- -x", "-x"), ("run gguf", None), ("run PROMPT", "PROMPT"),
-        ("run --stop -- Hi", "Hi"),
+        ("run --stop -- Hi", "Hi"), ("run a.gguf", None), ("run a.gguf Hi", "Hi"),
+        ("run -- a.gguf", "a.gguf"), ("run -f a.gguf b.gguf", "b.gguf"), ("run 24/7", "24/7"),
+        ("run owner/name a.gguf", "a.gguf"), ("run 'and so on/off'", "and so on/off"),
     ],
 )  # fmt: skip
 def test_prompts(line: str, wanted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +167,8 @@ def test_prompts(line: str, wanted: str | None, monkeypatch: pytest.MonkeyPatch)
 
     asked: list[str | None] = []
     monkeypatch.setattr(run, "_converse", lambda _, flags: asked.append(flags.prompt))
-    monkeypatch.setattr(run.RunFlags, "open", lambda *_, **__: Nothing())
+    monkeypatch.setattr(run, "_asked", lambda prompt: prompt)
+    monkeypatch.setattr(run.RunFlags, "open", lambda *_: Nothing())
     done = invoke(line)
     assert done.exit_code == 0, done.output
     assert asked == [wanted]

@@ -66,7 +66,7 @@ def test_vision_is_told_by_its_architecture(tmp_path: Path) -> None:
 def test_the_tokenizer_of_the_root(tmp_path: Path) -> None:
     found = read(tmp_path, 'tokenizer_json = "t.json"\n[model]\nmodel_id = "m"')
     assert found.model == Which.Plain("m", tokenizer_json="t.json")
-    assert found.opening().options["tokenizer_json"] == "t.json"
+    assert found.opening().tokenizer_json == "t.json"
     assert not found.no_kv_cache
     assert read(tmp_path, 'no_kv_cache = true\n[model]\nmodel_id = "m"').no_kv_cache
 

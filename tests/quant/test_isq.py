@@ -24,7 +24,7 @@ def test_all_names() -> None:
     assert parse_type("8") == "q8_0"
 
 
-@pytest.mark.parametrize("name", ["q4_k", "7", "", "iq2"])
+@pytest.mark.parametrize("name", ["q4_kx", "7", "", "iq2"])
 def test_unknown_names_list_the_known(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"q4k.*fp8.*bits: 2"):
         parse_type(name)
@@ -86,6 +86,18 @@ def test_topology_wins_where_it_speaks_and_later_ends_win() -> None:
 def test_topology_explains_what_is_wrong(text: str, told: str) -> None:
     with pytest.raises(InvalidRequest, match=told):
         Topology.from_text(text)
+
+
+def test_names_are_understood_however_they_are_written() -> None:
+    names = {
+        "q4_k": "Q4K q4k Q4_K q4_k_m Q4_K_S 4 q4", "q8_0": "Q8_0 q8 8 Q80", "q4_1": "q4_1 Q4-1",
+        "q3_k": "Q3_K_L q3k", "hqq4": "HQQ4 hqq_4", "f8_e4m3": "FP8 f8_e4m3",
+    }  # fmt: skip
+    for format, spellings in names.items():
+        assert {parse_type(name) for name in spellings.split()} == {format}
+    for name in ("q9", "q4_k_x", "iq4_nl", "", "q4_0_m", "bf16"):
+        with pytest.raises(InvalidRequest, match=r"known: q4_0, .* bits: 2, 3"):
+            parse_type(name)
 
 
 def test_topology_must_fit_the_model() -> None:

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "engine": {"errors", "spec", "batch", "executors", "text", "_native"},
     "embedded": {"errors"},
+    "opening": {"errors", "checkpoints", "engine", "executors", "quant"},
     "locate": {"errors", "embedded", "checkpoints"},
     "measure": {
         "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "weights", "executors",
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # From here on what users meet: the model, what is asked of it, its server and its commands.
 ABOVE: dict[str, set[str]] = {
     "model": set(MAY_IMPORT),
-    "api": {"errors", "checkpoints", "engine", "text", "model"},
+    "api": {"errors", "checkpoints", "engine", "quant", "text", "opening", "model"},
     "server": {"__version__", "errors", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
 }

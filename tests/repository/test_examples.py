@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -44,3 +45,18 @@ def test_example_runs(path: Path) -> None:
 
 def test_python_api_page_runs() -> None:
     assert "Paris" in run("-c", "\n".join(BLOCKS))
+
+
+def test_what_is_shown_passes_a_type_checker(tmp_path: Path) -> None:
+    """The examples, the README's code and that of docs/python-api.md, by mypy's strictest rules."""
+    readme = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    texts = {f"readme_{i}": text for i, text in enumerate(readme)} | {"page": "\n".join(BLOCKS)}
+    texts |= {path.stem: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    for name, text in texts.items():
+        (tmp_path / f"shown_{name}.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", *tmp_path.glob("*.py")],
+        capture_output=True, text=True, env=os.environ | {"MYPYPATH": str(ROOT / "src")},
+        cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout

@@ -11,7 +11,7 @@ from project import ROOT, modules
 BUDGETS = {
     "src/squall/api": 1600,
     "src/squall/checkpoints": 3200,
-    "src/squall/cli": 2050,
+    "src/squall/cli": 2160,
     "src/squall/convert": 900,
     "src/squall/engine": 2200,
     "src/squall/executors": 700,

@@ -5,30 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from squall.api import responses
 from squall.api.jobs import Asked, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
-from squall.api.which import (
-    AnyMoeConfig,
-    ImageGenerationResponseFormat,
-    Opening,
-    Selection,
-    Which,
-)
+from squall.api.which import AnyMoeConfig, ImageGenerationResponseFormat, Selection, Which
 from squall.checkpoints.hub import Hub
 from squall.engine.engine import EngineConfig
 from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.model import Model
+from squall.opening import Opening
 
 
 class _Runner:
     """Opens a model, which `close` or leaving a `with` block frees.
 
-    which: what to open, or a model that is open; by default the default model.
+    which: what to open, or a model that is open, and stays so; by default the default model.
     max_seqs: answers that are made at a time. no_kv_cache: compute everything anew for each token.
     prefix_cache_n: keep so many contexts of finished requests, for those that begin alike.
     chat_template: a Jinja template, a file with one, or a .json file with a `chat_template`.
@@ -74,35 +68,35 @@ class _Runner:
             num_device_layers=num_device_layers,
             anymoe_config=anymoe_config,
         )
-        config = EngineConfig(
-            max_seqs=max_seqs,
-            no_kv_cache=no_kv_cache,
-            prefix_cache_n=prefix_cache_n,
-            prompt_batchsize=prompt_batchsize,
+        others = Opening(
+            context=context,
+            threads=threads,
+            kv=KvSize(
+                fraction=pa_gpu_mem_usage,
+                tokens=pa_ctxt_len,
+                bytes=None if pa_gpu_mem is None else int(pa_gpu_mem * 2**20),
+                block_size=pa_blk_size or KvSize().block_size,
+            ),
+            isq=_isq(which, in_situ_quant),
+            engine=EngineConfig(
+                max_seqs=max_seqs,
+                no_kv_cache=no_kv_cache,
+                prefix_cache_n=prefix_cache_n,
+                prompt_batchsize=prompt_batchsize,
+            ),
+            hub=Hub(token_source=token_source),
+            chat_template=chat_template,
         )
         self._seed = seed
-        isq = _isq(which, in_situ_quant)
+        self._owns = not isinstance(which, Model)
         if isinstance(which, Model):
             self.model = which
+            if chat_template is not None:
+                self.model.set_chat_template(chat_template)
+        elif which is not None and not isinstance(which, Selection):
+            raise InvalidRequest(f"which is {which!r:.99}; it must be a Which, or a Model")
         else:
-            opening = Opening(None) if which is None else which.opening()
-            self.model = Model.open(
-                opening.path,
-                context=context,
-                threads=threads,
-                kv=KvSize(
-                    fraction=pa_gpu_mem_usage,
-                    tokens=pa_ctxt_len,
-                    bytes=None if pa_gpu_mem is None else int(pa_gpu_mem * 2**20),
-                    block_size=pa_blk_size or KvSize().block_size,
-                ),
-                isq=isq,
-                engine=config,
-                hub=Hub(token_source=token_source),
-                **opening.options,
-            )
-        if chat_template is not None:
-            self.model.set_chat_template(chat_template)
+            self.model = Model.open_with(others if which is None else which.opening(others))
 
     def tokenize_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; add_special_tokens: after the BOS token, if the model has one."""
@@ -127,11 +121,16 @@ class _Runner:
         raise UnsupportedModel("this model has no adapters; none are supported yet")
 
     def close(self) -> None:
-        """End all answers, and free the model."""
-        self.model.close()
+        """End all answers, and free the model; one that was given stays open."""
+        if self._owns:
+            self.model.close()
 
     def _seeded(self, request: Asked) -> Asked:
         return replace(request, seed=self._seed) if request.seed is None else request
+
+
+# `| Any` below, since the type of an answer depends on a field of the request: who sends `stream`
+# there gets an iterator. The methods for streams have a type of their own.
 
 
 class Runner(_Runner):
@@ -143,27 +142,36 @@ class Runner(_Runner):
 
     def send_chat_completion_request(
         self, request: ChatCompletionRequest
-    ) -> responses.ChatCompletionResponse | Iterator[responses.ChatCompletionChunkResponse]:
-        """Answer a chat: the response, or for `stream` an iterator of chunks."""
-        job = start_chat(self.model, self._seeded(request))
-        return job.chunks() if request.stream else job.response()
+    ) -> responses.ChatCompletionResponse | Any:
+        """Answer a chat; for a request with `stream` as `stream_chat_completion_request`."""
+        if request.stream:
+            return self.stream_chat_completion_request(request)
+        return start_chat(self.model, self._seeded(request)).response()
 
     def send_completion_request(
         self, request: CompletionRequest
-    ) -> responses.CompletionResponse | Iterator[responses.CompletionChunkResponse]:
-        """Complete a text or several: the response, or for `stream` an iterator of chunks."""
-        job = start_completion(self.model, self._seeded(request))
-        return job.chunks() if request.stream else job.response()
+    ) -> responses.CompletionResponse | Any:
+        """Complete a text or several; for `stream` as `stream_completion_request`."""
+        if request.stream:
+            return self.stream_completion_request(request)
+        return start_completion(self.model, self._seeded(request)).response()
+
+    def stream_chat_completion_request(
+        self, request: ChatCompletionRequest
+    ) -> Iterator[responses.ChatCompletionChunkResponse]:
+        """Answer a chat in chunks, as they come, whatever `stream` of the request is."""
+        return start_chat(self.model, self._seeded(request)).chunks()
+
+    def stream_completion_request(
+        self, request: CompletionRequest
+    ) -> Iterator[responses.CompletionChunkResponse]:
+        """Complete a text or several in chunks, as they come."""
+        return start_completion(self.model, self._seeded(request)).chunks()
 
     def __enter__(self) -> Runner:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -176,27 +184,40 @@ class AsyncRunner(_Runner):
 
     async def send_chat_completion_request(
         self, request: ChatCompletionRequest
-    ) -> responses.ChatCompletionResponse | AsyncIterator[responses.ChatCompletionChunkResponse]:
-        """Answer a chat: the response, or for `stream` an asynchronous iterator of chunks."""
+    ) -> responses.ChatCompletionResponse | Any:
+        """Answer a chat; for a request with `stream` as `stream_chat_completion_request`."""
+        if request.stream:
+            return await self.stream_chat_completion_request(request)
         job = await asyncio.to_thread(start_chat, self.model, self._seeded(request))
-        return job.chunks_async() if request.stream else await job.response_async()
+        return await job.response_async()
 
     async def send_completion_request(
         self, request: CompletionRequest
-    ) -> responses.CompletionResponse | AsyncIterator[responses.CompletionChunkResponse]:
-        """Complete a text or several: the response, or an asynchronous iterator of chunks."""
+    ) -> responses.CompletionResponse | Any:
+        """Complete a text or several; for `stream` as `stream_completion_request`."""
+        if request.stream:
+            return await self.stream_completion_request(request)
         job = await asyncio.to_thread(start_completion, self.model, self._seeded(request))
-        return job.chunks_async() if request.stream else await job.response_async()
+        return await job.response_async()
+
+    async def stream_chat_completion_request(
+        self, request: ChatCompletionRequest
+    ) -> AsyncIterator[responses.ChatCompletionChunkResponse]:
+        """Answer a chat in chunks, as they come, whatever `stream` of the request is."""
+        job = await asyncio.to_thread(start_chat, self.model, self._seeded(request))
+        return job.chunks_async()
+
+    async def stream_completion_request(
+        self, request: CompletionRequest
+    ) -> AsyncIterator[responses.CompletionChunkResponse]:
+        """Complete a text or several in chunks, as they come."""
+        job = await asyncio.to_thread(start_completion, self.model, self._seeded(request))
+        return job.chunks_async()
 
     async def __aenter__(self) -> AsyncRunner:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
 

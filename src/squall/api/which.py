@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from squall.checkpoints.hub import is_id
 from squall.errors import InvalidRequest, ModelNotFound, UnsupportedModel
+from squall.opening import DEFAULTS, Opening
+from squall.quant.isq import Dtype
 
 Architecture = Enum(
     "Architecture",
@@ -57,34 +59,20 @@ class AnyMoeConfig:
     loss_csv_path: str | None = None
 
 
-@dataclass(frozen=True)
-class Opening:
-    """Arguments of `Model.open`; what is not among `options` is as it is by default."""
-
-    path: str | Path | None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
 class Selection:
     """A kind of model; some kinds are not there yet."""
 
-    def opening(self) -> Opening:
-        """How to open it. Raises UnsupportedModel for a kind that is not there yet."""
+    def opening(self, others: Opening = DEFAULTS) -> Opening:  # noqa: ARG002
+        """How to open it, with `others` where it says nothing.
+
+        Raises UnsupportedModel for a kind that is not there yet.
+        """
         name = type(self).__name__
         raise UnsupportedModel(f"Which.{name} is not supported yet; Plain, GGUF and GGML are")
 
 
-def _given(**options: object) -> dict[str, object]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _dtype(dtype: ModelDType) -> str:
-    return str(dtype.name).lower()
-
-
-def _architecture(arch: Architecture | str | None) -> str | None:
-    name = arch.name if isinstance(arch, Architecture) else arch
-    return None if name is None else str(name).lower().replace("_", ".")
+def _name(of: Enum | str) -> str:
+    return str(of.name if isinstance(of, Enum) else of).lower().replace("_", ".")
 
 
 Files = str | Sequence[str]
@@ -121,18 +109,19 @@ class Which:
         from_uqff: str | None = None
         dtype: ModelDType = ModelDType.Auto
 
-        def opening(self) -> Opening:
+        def opening(self, others: Opening = DEFAULTS) -> Opening:
             """See `Selection`."""
-            options = _given(
-                architecture=_architecture(self.arch),
+            return replace(
+                others,
+                path=self.model_id,
+                architecture=None if self.arch is None else _name(self.arch),
                 tokenizer_json=self.tokenizer_json,
-                topology=self.topology,
+                topology=self.topology or others.topology,
                 experts_only=self.organization is IsqOrganization.MoQE,
                 write_uqff=self.write_uqff,
                 from_uqff=self.from_uqff,
-                dtype=_dtype(self.dtype),
+                dtype=cast(Dtype, _name(self.dtype)),
             )
-            return Opening(self.model_id, options)
 
     @dataclass(frozen=True)
     class XLora(Selection):
@@ -178,14 +167,14 @@ class Which:
         topology: str | None = None
         dtype: ModelDType = ModelDType.Auto
 
-        def opening(self) -> Opening:
+        def opening(self, others: Opening = DEFAULTS) -> Opening:
             """See `Selection`; of a split file the first part."""
             _check_as_stored(self.topology, self.dtype)
             given = self.quantized_filename
             names = [given] if isinstance(given, str) else sorted(given)
             if not names:
                 raise ModelNotFound("quantized_filename is empty; name a file")
-            return Opening(_file_of(self.quantized_model_id, names))
+            return replace(others, path=_file_of(self.quantized_model_id, names))
 
     @dataclass(frozen=True)
     class XLoraGGUF(Selection):
@@ -224,11 +213,11 @@ class Which:
         topology: str | None = None
         dtype: ModelDType = ModelDType.Auto
 
-        def opening(self) -> Opening:
+        def opening(self, others: Opening = DEFAULTS) -> Opening:
             """See `Selection`. Without a tokenizer_json, the file's own tokenizer is used."""
             _check_as_stored(self.topology, self.dtype)
             path = _file_of(self.quantized_model_id, [self.quantized_filename])
-            return Opening(path, _given(gqa=self.gqa, tokenizer_json=self.tokenizer_json))
+            return replace(others, path=path, gqa=self.gqa, tokenizer_json=self.tokenizer_json)
 
     @dataclass(frozen=True)
     class XLoraGGML(Selection):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from squall.errors import SquallError
 
@@ -24,15 +25,40 @@ def server() -> None:
 
 
 def _run(app: Callable[[], object]) -> None:
+    _open_streams()
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except Exception as error:
+        if os.environ.get("SQUALL_DEBUG"):
+            raise
+        # Keep the interpreter from flushing once more, at its exit, into what cannot be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # the reader has left, which is no error
+            with suppress(OSError):
+                sys.stderr.write(f"error: {_reason(error)}\n")
+        sys.exit(1)
+
+
+def _open_streams() -> None:
+    """Streams that are closed fail when they are written to; they are not None."""
+    for name, mode in (("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            # What is open for reading cannot be written to.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, mode), "w"))
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark, not a traceback.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        app()
-    except SquallError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
-    except BrokenPipeError:
-        # The reader has left; keep the interpreter from flushing into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, SquallError):
+        return str(error)
+    if isinstance(error, OSError):
+        file = "" if error.filename is None else f" {error.filename}"
+        return f"cannot read or write{file}: {error.strerror or error}"
+    lines = str(error).splitlines() or [""]
+    kind = type(error).__name__
+    return f"{kind}: {lines[0]} (not foreseen; with SQUALL_DEBUG=1 it tells where)"

@@ -13,6 +13,7 @@ from squall.cli.opening import ModelFlags
 from squall.cli.options import Json, progress
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
+from squall.opening import Opening
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,16 +97,15 @@ def _opened(flags: BenchFlags, selected: Selected) -> Bench:
     from squall.model import prepare
 
     plan = Workload(
-        flags.prompt_tokens, flags.answer_tokens, flags.depth, flags.batch, flags.kv_dtype.value
+        flags.prompt_tokens, flags.answer_tokens, flags.depth, flags.batch, flags.kv_dtype
     )
     with progress("loading") as shown:
-        path, given = flags.opening(selected, shown)
-        if given.pop("write_uqff", None) is not None:
+        opening = flags.opening(selected, Opening(progress=shown))
+        if opening.write_uqff is not None:
             raise InvalidRequest("--write-uqff: bench writes no files; squall quantize does")
-        given.pop("tokenizer_json", None)  # the tokens are made up
         return Bench(
-            prepare(path, **given, progress=shown), plan,
-            threads=flags.threads, weights=flags.weights.value, progress=shown,
+            prepare(opening), plan,
+            threads=opening.threads, weights=opening.weights, progress=shown,
         )  # fmt: skip
 
 
@@ -142,7 +142,8 @@ def _ask_model(flags: BenchFlags, selected: Selected, loads: list[Load]) -> list
     config = EngineConfig(max_seqs=min(most, 64), prefix_cache_n=0)
     room = config.max_seqs * (tokens + TEMPLATE_ROOM)
     context = None if tokens < DEFAULT_CONTEXT else tokens
-    with flags.open(selected, context=context, kv_tokens=room, engine=config) as model:
+    others = Opening(context=context, kv_tokens=room, engine=config)
+    with flags.open(selected, others) as model:
         if tokens > model.context:
             raise InvalidRequest(f"{tokens} tokens do not fit the context of {model.context}")
         return run_all(loads, in_process(model))

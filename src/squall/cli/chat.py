@@ -2,14 +2,19 @@ r"""The interactive chat: history and a few commands; Ctrl-C stops the answer, n
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from squall.cli.run import Settings, show, summary
+from squall.embedded import user_folder
 from squall.errors import SquallError
 
 if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+
     from squall.model import Model
 
 HELP = r"""\help          this text
@@ -18,7 +23,8 @@ HELP = r"""\help          this text
 \exit          leave (so do Ctrl-D, and Ctrl-C at the prompt)
 Ctrl-C stops an answer. Everything else is said to the model."""
 
-Reader = Callable[[], str]
+# One part in so many of the context is kept for the next answer.
+ROOM = 4
 
 
 class Chat:
@@ -30,7 +36,7 @@ class Chat:
         self._system = system
         self._history: list[dict[str, str]] = []
         self._commands: dict[str, Callable[[str], None]] = {
-            "\\help": lambda _: _say(HELP),
+            "\\help": lambda _: _note(HELP),
             "\\system": self._set_system,
             "\\clear": lambda _: self._history.clear(),
         }
@@ -52,13 +58,13 @@ class Chat:
             if command in self._commands:
                 self._commands[command](argument.strip())
             elif text.startswith("\\"):
-                _say(f"unknown command {command}; \\help lists them")
+                _note(f"unknown command {command}; \\help lists them")
             elif text:
                 self._reply(text)
 
     def _set_system(self, text: str) -> None:
         self._system = text or None
-        _say("system message set" if text else "system message removed")
+        _note("system message set" if text else "system message removed")
 
     def _messages(self) -> list[dict[str, str]]:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
@@ -67,44 +73,63 @@ class Chat:
     def _reply(self, text: str) -> None:
         self._history.append({"role": "user", "content": text})
         try:
+            self._make_room()
             generation = self._settings.answer(self._model, self._messages())
         except SquallError as error:
             self._history.pop()
-            _say(f"error: {error}\n\\clear begins anew")
+            _note(f"error: {error}\n\\clear begins anew")
             return
-        written: list[str] = []
         try:
             with generation:
-                show(generation, written)
+                show(generation)
         except KeyboardInterrupt:
             sys.stdout.write(" ^C")
-        sys.stdout.write("...\n" if generation.finish_reason == "length" else "\n")
+        except SquallError as error:
+            _note(f"\nerror: {error}")
+        sys.stdout.write("\n")
         sys.stdout.flush()
         _note(summary(generation))
-        self._history.append({"role": "assistant", "content": "".join(written)})
+        self._history.append({"role": "assistant", "content": generation.text})
 
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    def _make_room(self) -> None:
+        """Forget the oldest turns while an answer of some length would not fit the context."""
+        before, context = len(self._history), self._model.context
+        while len(self._history) > 1 and (
+            len(self._model.encode_chat(self._messages())) > context - context // ROOM
+        ):
+            del self._history[:2]
+        if forgotten := (before - len(self._history)) // 2:
+            _note(f"the context of {context} tokens is full; forgot the oldest turns: {forgotten}")
 
 
 def _note(text: str) -> None:
+    """On stderr, as stdout has the model's words alone."""
     sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if sys.stderr.isatty() else f"{text}\n")
     sys.stderr.flush()
 
 
-def _reader() -> Reader:
+def _reader() -> Callable[[], str]:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _read_line
+        return input
     from prompt_toolkit import PromptSession
 
-    session: PromptSession[str] = PromptSession("> ")
+    session: PromptSession[str] = PromptSession("> ", history=_history())
     return session.prompt
 
 
-def _read_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line
+def _history() -> History:
+    """What was typed in earlier chats, for the arrow keys; readable by its owner alone."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class Kept(FileHistory):
+        def store_string(self, string: str) -> None:
+            with suppress(OSError):  # such as a full disk: what matters is the chat
+                super().store_string(string)
+
+    path = user_folder("XDG_STATE_HOME", ".local/state") / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return Kept(path)

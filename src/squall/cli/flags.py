@@ -1,13 +1,16 @@
 """Commands whose flags are dataclasses, and that may be told what kind of model it is.
 
-`COMMAND [FLAGS] [TEXT]`, or `COMMAND [FLAGS] KIND [FLAGS OF THE KIND OR THE COMMAND] [TEXT]`.
+`COMMAND [FLAGS] [MODEL] [TEXT]`, or
+`COMMAND [FLAGS] KIND [FLAGS OF THE KIND OR THE COMMAND] [TEXT]`.
 """
 
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -16,6 +19,8 @@ from typer.core import TyperGroup
 from typer.models import ArgumentInfo
 
 from squall.cli.selectors import NOT_YET, SELECTORS, Selected
+from squall.errors import ModelNotFound
+from squall.locate import looks_like_model
 
 Command = Callable[..., Any]
 Flags = TypeVar("Flags")
@@ -23,15 +28,19 @@ Flags = TypeVar("Flags")
 HELP = {"help_option_names": ["-h", "--help"]}
 PANEL = "Kinds of models, instead of -f and -m"
 MORE = "Options of the command, which may come before the kind too"
-# The command for a text alone, and how help calls it.
-TEXT = "PROMPT"
+# The commands for words that are no kind, and how help calls the words.
+MODEL, TEXT = "MODEL", "PROMPT"
+HELP_OF = {
+    MODEL: "A GGUF file, the folder of a model, or a model of the hub, as -f and -m take.",
+    TEXT: "What to ask, before what a pipe says; -: that alone; none, on a terminal: a chat.",
+}
 # What names a model where no kind does.
 _NAMES = ("file", "model")
-_GIVEN = "squall.given"
+_GIVEN, _QUOTED = "squall.given", "squall.quoted"
 
 
 class _Kinds(TyperGroup):
-    """The first word that is no flag is a kind, or else the text of commands that take one."""
+    """The first word that is no flag is a kind, or else a model or a text."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[_GIVEN] = list(args)
@@ -39,8 +48,9 @@ class _Kinds(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         quoted = ctx.meta[_GIVEN][: -len(args)][-1:] == ["--"]
-        if TEXT in self.commands and (quoted or args[0] not in SELECTORS):
-            return "", self.commands[TEXT], ["--", *args] if quoted else args
+        ctx.meta[_QUOTED] = quoted
+        if quoted or args[0] not in SELECTORS:
+            return "", self.commands[MODEL], ["--", *args] if quoted else args
         return super().resolve_command(ctx, args)
 
 
@@ -53,7 +63,7 @@ def command(
     """
     own = _fields(flags)
     takes_text = any(map(_is_argument, own))
-    metavar = f"[{TEXT}] | KIND ... [{TEXT}]" if takes_text else "[KIND ...]"
+    metavar = f"[{MODEL}] [{TEXT}] | KIND ... [{TEXT}]" if takes_text else f"[{MODEL} | KIND ...]"
     app = typer.Typer(
         name=name, cls=_Kinds, help=act.__doc__, subcommand_metavar=metavar, context_settings=HELP,
         invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False,
@@ -66,9 +76,9 @@ def command(
             act(invocation.obj, None)
 
     app.callback()(_taking([p for p in own if not _is_argument(p)], begin))
-    if takes_text:
-        going_on = _after(own, lambda: None, act, "What to ask; -: what stdin says; none: a chat.")
-        app.command(TEXT, rich_help_panel="Arguments", context_settings=HELP)(going_on)
+    for name in (MODEL, TEXT) if takes_text else (MODEL,):
+        going_on = _words(own, act, HELP_OF[name])
+        app.command(name, rich_help_panel="Arguments", context_settings=HELP)(going_on)
     for word, selector in SELECTORS.items():
         # What belongs to a kind that is not there yet is not known either.
         unknown = word in NOT_YET
@@ -91,16 +101,44 @@ def _after(
 
     def run(invocation: typer.Context, **given: Any) -> None:
         selected = {name: given.pop(name) for name in names}
-        changes = {name: value for name, value in given.items() if _is_given(invocation, name)}
-        act(replace(invocation.obj, **changes), selector(**selected))
+        act(_changed(invocation, given), selector(**selected))
 
     run.__doc__ = doc
     return _taking([*chosen, *_without(own, chosen)], run)
 
 
-def _is_given(invocation: typer.Context, name: str) -> bool:
-    source = invocation.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], doc: str) -> Command:
+    """The rest of the command where no kind is named: a model, a text, or both."""
+    takes_text = any(map(_is_argument, own))
+
+    def run(invocation: typer.Context, words: list[str], **given: Any) -> None:
+        flags, fail = _changed(invocation, given), (invocation.parent or invocation).fail
+        text_only = invocation.meta[_QUOTED] or flags.file is not None or flags.model is not None
+        is_text = takes_text and text_only and len(words) == 1
+        model = words[0] if not is_text and looks_like_model(words[0]) else None
+        text = words[model is not None :]
+        if len(text) > 1 or (text and model and not takes_text):
+            fail(f"one prompt at most, in quotes, and no more words: {shlex.quote(' '.join(text))}")
+        if not takes_text and not model:
+            close = [*difflib.get_close_matches(words[0], SELECTORS, 1), "-f FILE or -m owner/name"]
+            fail(f"no model is named {words[0]!r}. Did you mean {close[0]}?")
+        try:
+            act(replace(flags, prompt=text[0]) if takes_text and text else flags, model)
+        except ModelNotFound as error:
+            doubt = f". If {model} is the prompt, write -- {model}" if model and takes_text else ""
+            raise ModelNotFound(f"{error}{doubt}") from None
+
+    run.__doc__ = doc
+    argument = Annotated[list[str], typer.Argument(hidden=True)]
+    words = _parameter("words", argument, inspect.Parameter.empty)
+    return _taking([words, *(p for p in own if not _is_argument(p))], run)
+
+
+def _changed(invocation: typer.Context, given: Mapping[str, Any]) -> Any:
+    """The flags from before, with what is given behind the first word."""
+    sources = {name: invocation.get_parameter_source(name) for name in given}
+    typed = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    return replace(invocation.obj, **{name: given[name] for name in typed})
 
 
 def _without(

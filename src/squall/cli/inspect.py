@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.options import Json
+from squall.cli.opening import check_one
+from squall.cli.options import File, Folder, Json
 from squall.errors import SquallError
 
 if TYPE_CHECKING:
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    file: Annotated[
+    model: Annotated[
         str | None,
         typer.Argument(help="A GGUF file, or the folder of a model; by default the default."),
     ] = None,
+    file: File = None,
+    folder: Folder = None,
     as_json: Json = False,
 ) -> None:
     """Show metadata, tensors and types of a model file, and whether Squall can run it.
@@ -35,7 +38,8 @@ def inspect(
     from squall.checkpoints import describe, read_header
     from squall.locate import locate
 
-    path = locate(file)
+    check_one(model, file, folder)
+    path = locate(model or file or folder)
     found = describe(read_header(path))
     obstacle = _obstacle(path)
     if as_json:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
-from squall.api.which import Opening
 from squall.checkpoints.hub import Hub
 from squall.cli.options import (
     File,
     Folder,
     Isq,
-    KvDtype,
     KvDtypeOption,
     Offline,
     Revision,
     Threads,
     TokenSource,
     TopologyFile,
-    Weights,
     WeightsOption,
     progress,
 )
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
+from squall.opening import DEFAULTS, Opening
 
 if TYPE_CHECKING:
     from squall.model import Model
@@ -34,65 +30,69 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
-    """Which model, and what becomes of its weights."""
+    """Which model, and what becomes of its weights.
+
+    A flag of these and of the commands that has the name of an option of `Opening` sets it.
+    """
 
     file: File = None
     model: Folder = None
     isq: Isq = None
     topology: TopologyFile = None
     threads: Threads = None
-    weights: WeightsOption = Weights.packed
-    kv_dtype: KvDtypeOption = KvDtype.f16
+    weights: WeightsOption = "packed"
+    kv_dtype: KvDtypeOption = "f16"
     revision: Revision = "main"
     token_source: TokenSource = "cache"
     offline: Offline = False
 
-    def open(self, selected: Selected, **options: Any) -> Model:
-        """The model, with more options of `Model.open`; a terminal is told how far it is."""
+    def open(self, selected: Selected, others: Opening = DEFAULTS) -> Model:
+        """The model, with `others` where no flag says more; a terminal is told how far it is."""
         from squall.model import Model
 
         with progress("loading") as shown:
-            path, given = self.opening(selected, shown)
-            model = Model.open(
-                path,
-                threads=self.threads,
-                weights=self.weights.value,
-                kv_dtype=self.kv_dtype.value,
-                progress=shown,
-                **given,
-                **options,
-            )
-        if given["isq"] is not None or given["topology"] is not None:
+            opening = self.opening(selected, replace(others, progress=shown))
+            model = Model.open_with(opening)
+        if opening.isq is not None or opening.topology is not None:
             sys.stderr.write(f"{_formats(model)}\n")
         return model
 
-    def opening(
-        self, selected: Selected, shown: Callable[[int, int], None]
-    ) -> tuple[str | Path | None, dict[str, Any]]:
-        """What to open, here if it had to be fetched, and options of `squall.model.prepare`."""
-        from squall.locate import locate
-
-        chosen = self._chosen(selected)
+    def opening(self, selected: Selected, others: Opening = DEFAULTS) -> Opening:
+        """How to open what is meant."""
+        given = {
+            option.name: value
+            for option in fields(Opening)
+            if (value := vars(self).get(option.name)) is not None
+        }
         hub = Hub(self.revision, self.token_source, self.offline)
-        given = {"isq": self.isq, "topology": self.topology, "hub": hub, **chosen.options}
-        if "from_uqff" in given:  # which names one file of several
-            return chosen.path, given
-        path = locate(chosen.path, hub, shown)
-        if path.is_file() and (given["isq"] is not None or given["topology"] is not None):
-            raise InvalidRequest(
-                f"{path} has its number formats already; --isq and --topology are for folders "
-                "of float weights (safetensors). Choose a GGUF file of the format you want"
-            )
-        return path, given
+        opening = self._chosen(selected, replace(others, hub=hub, **given))
+        as_stored = opening.isq is None and opening.topology is None
+        return opening if as_stored or opening.from_uqff is not None else _of_floats(opening)
 
-    def _chosen(self, selected: Selected) -> Opening:
-        names = [name for name in (self.file, self.model, selected) if name is not None]
-        if len(names) > 1:
-            raise InvalidRequest("-f, -m and a kind each name a model; give one of them")
-        if not names:
-            return Opening(None)
-        (name,) = names
-        return Opening(name) if isinstance(name, str | Path) else name.opening()
+    def _chosen(self, selected: Selected, others: Opening) -> Opening:
+        check_one(self.file, self.model, selected)
+        if selected is None or isinstance(selected, str):
+            return replace(others, path=selected or self.file or self.model)
+        return selected.opening(others)
+
+
+def check_one(*names: object) -> None:
+    """Raises InvalidRequest where several names of a model are given."""
+    if sum(name is not None for name in names) > 1:
+        raise InvalidRequest("-f, -m and a kind each name a model; give one of them")
+
+
+def _of_floats(opening: Opening) -> Opening:
+    """What is to be quantized, here if it had to be fetched."""
+    from squall.locate import locate
+
+    path = locate(opening.path, opening.hub, opening.progress)
+    if path.is_file():
+        raise InvalidRequest(
+            f"{path} has its number formats already; --isq and --topology are for folders "
+            "of float weights (safetensors). Choose a GGUF file of the format you want"
+        )
+    return replace(opening, path=path)
 
 
 def _formats(model: Model) -> str:

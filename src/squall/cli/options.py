@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,7 @@ import typer
 
 from squall.checkpoints.hub import TOKEN_SOURCES
 from squall.errors import InvalidRequest
+from squall.opening import KvDtype, Weights
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PROGRESS_S = 0.5
 
 File = Annotated[
-    Path | None, typer.Option("-f", "--file", help="A GGUF file; of a split one any part.")
+    str | None, typer.Option("-f", "--file", help="A GGUF file; of a split one any part.")
 ]
 Folder = Annotated[
     str | None,
@@ -66,21 +66,6 @@ DryMultiplier = Annotated[float, typer.Option(help="Against repeats (DRY); 0: of
 DryBase = Annotated[float, typer.Option(help="How DRY grows with each token of a repeat.")]
 DryAllowedLength = Annotated[int, typer.Option(help="Tokens of a repeat that DRY allows.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")]
-
-
-class Weights(str, Enum):
-    """How weights are computed with."""
-
-    packed = "packed"
-    f32 = "f32"
-
-
-class KvDtype(str, Enum):
-    """What the KV cache holds."""
-
-    f16 = "f16"
-    f32 = "f32"
-    q8_0 = "q8_0"
 
 
 KvDtypeOption = Annotated[

@@ -16,6 +16,7 @@ from squall.cli.opening import ModelFlags
 from squall.cli.options import Json, progress, read_text
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
+from squall.opening import Opening
 
 if TYPE_CHECKING:
     from squall.model import Model
@@ -64,7 +65,7 @@ def perplexity(flags: PerplexityFlags, selected: Selected) -> None:
     if flags.text is None:
         raise typer.BadParameter("name a text file", param_hint="--text")
     content, stride = read_text(flags.text), flags.stride or max(flags.window // 2, 1)
-    with flags.open(selected, context=flags.window) as opened:
+    with flags.open(selected, Opening(context=flags.window)) as opened:
         score = measure(opened, content, window=flags.window, stride=stride)
     if flags.as_json:
         typer.echo(json.dumps(asdict(score)))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.options import Json, Threads, progress
+from squall.cli.opening import check_one
+from squall.cli.options import File, Folder, Json, Threads, progress
 from squall.errors import InvalidRequest
+from squall.opening import Opening
 
 if TYPE_CHECKING:
+    from squall.checkpoints import Checkpoint
     from squall.convert import Written
 
 _ENDINGS = (".uqff", ".gguf")
@@ -20,8 +24,10 @@ _ENDINGS = (".uqff", ".gguf")
 
 def quantize(
     model: Annotated[
-        str, typer.Argument(help="The folder of a model, a GGUF file, or a model of the hub.")
-    ],
+        str | None,
+        typer.Argument(help="The folder of a model, a GGUF file, or a model of the hub."),
+    ] = None,
+    *,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The file to write: NAME.uqff or NAME.gguf.")
     ],
@@ -38,6 +44,8 @@ def quantize(
     experts_only: Annotated[
         bool, typer.Option("--experts-only", help="Only the experts of a mixture, and the head.")
     ] = False,
+    file: File = None,
+    folder: Folder = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -51,33 +59,47 @@ def quantize(
 
     squall quantize FOLDER --isq Q4K -o quantized/model.uqff
     """
-    from squall import convert, recipes
-    from squall.checkpoints import open_checkpoint
+    from squall import convert
     from squall.executors import default_threads
-    from squall.locate import locate
-    from squall.quant import Plan, Topology
+    from squall.model import prepare
+    from squall.quant import Plan
 
+    check_one(model, file, folder)
+    path = model or file or folder
     if output.suffix not in _ENDINGS:
         raise InvalidRequest(f"{output} must end in {' or '.join(_ENDINGS)}")
+    if path is None:
+        raise InvalidRequest("which model? Name a folder, a GGUF file or a model of the hub")
     if isq is None and topology is None:
         raise InvalidRequest("what to quantize to? Give --isq, --topology or both")
-    checkpoint = open_checkpoint(locate(model))
-    recipe = recipes.load(checkpoint)
-    ranges = Topology() if topology is None else Topology.from_file(topology)
-    ranges.check(len(recipe.decoder.layers), ("cpu",))
-    plans = {
-        path: Plan.of(name, ranges, experts_only=experts_only)
-        for path, name in _outputs(output, isq).items()
-    }
+    outputs = {out: Plan.of(name).isq for out, name in _outputs(output, isq).items()}
+    with progress("fetching") as shown:
+        opening = Opening(path, topology=topology, experts_only=experts_only, progress=shown)
+        checkpoint, recipe, plan = prepare(opening)
+    _warn_of_loss(checkpoint)
     importance = None if imatrix is None else convert.read_imatrix(imatrix)
     write = convert.write_uqff if output.suffix == ".uqff" else convert.write_gguf
-    for path, plan in plans.items():
-        with progress(f"quantizing {path.name}") as shown:
+    for out, format in outputs.items():
+        with progress(f"quantizing {out.name}") as shown:
             written = write(
-                checkpoint, recipe, plan, path, force=force, importance=importance,
-                threads=threads or default_threads(), progress=shown,
+                checkpoint, recipe, replace(plan, isq=format), out,
+                force=force, importance=importance, threads=threads or default_threads(),
+                progress=shown,
             )  # fmt: skip
-        _report(path, written, as_json=as_json)
+        _report(out, written, as_json=as_json)
+
+
+def _warn_of_loss(checkpoint: Checkpoint) -> None:
+    from squall.quant import FORMATS
+
+    found = {tensor.format for tensor in checkpoint.tensors.values()}
+    formats = sorted(name for name in found if FORMATS[name].block > 1)
+    if formats or checkpoint.quantization:
+        sys.stderr.write(
+            f"warning: {checkpoint.path} is quantized already "
+            f"({checkpoint.quantization or ', '.join(formats)}): quantizing again adds to what was "
+            "lost; begin with the float weights if you can get them\n"
+        )
 
 
 def _outputs(output: Path, isq: str | None) -> dict[Path, str | None]:

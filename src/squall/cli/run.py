@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from squall.cli.flags import command
+from squall.cli.flags import HELP_OF, TEXT, command
 from squall.cli.opening import ModelFlags
 from squall.cli.options import (
     ChatTemplate,
@@ -29,12 +29,14 @@ from squall.cli.options import (
     TopP,
 )
 from squall.cli.selectors import Selected
+from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from squall.engine.generation import Generation
     from squall.model import Model, Prompt
 
 INTERRUPTED = 130
+MOST_STDIN = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class RunFlags(ModelFlags):
     context: ContextSize = None
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help="What to ask; -: what stdin says; none: a chat."),
+        typer.Argument(metavar=TEXT, help=HELP_OF[TEXT]),
     ] = None
 
     @property
@@ -92,16 +94,19 @@ def run(flags: RunFlags, selected: Selected) -> None:
 
     squall run "Why is the sky blue?"
 
-    squall run -f model.gguf --temperature 0 "Write a haiku."
+    squall run model.gguf --temperature 0 "Write a haiku."
+
+    squall run owner/name:Q4_K_M "What is this?" < notes.txt
 
     squall run plain -m FOLDER --isq Q4K "Why is the sky blue?"
 
-    A PROMPT that is the name of a kind has -- before it: squall run -- plain
+    A pipe or a file on stdin is one prompt, behind the PROMPT if there is one.
+
+    A PROMPT that is the name of a kind or a file has -- before it: squall run -- plain
     """
-    with _interruptible(), flags.open(selected, context=flags.context) as model:
-        if flags.chat_template is not None:
-            model.set_chat_template(flags.chat_template)
-        _converse(model, flags)
+    prompt = _asked(flags.prompt)
+    with _interruptible(), flags.open(selected) as model:
+        _converse(model, replace(flags, prompt=prompt))
 
 
 app = command("run", RunFlags, run)
@@ -116,13 +121,37 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def _asked(prompt: str | None) -> str | None:
+    """The prompt, with what a pipe says; None is for a chat."""
+    if sys.stdin is not None and sys.stdin.isatty() and prompt != "-":
+        return prompt
+    parts = [text for text in (None if prompt == "-" else prompt, _stdin()) if text]
+    if not parts:
+        raise InvalidRequest("standard input is empty; give a prompt, there or as an argument")
+    return "\n\n".join(parts)
+
+
+def _stdin() -> str:
+    """All of standard input, without the line's end that a shell would strip, too."""
+    if sys.stdin is None:
+        return ""
+    data = sys.stdin.buffer.read(MOST_STDIN + 1)
+    if len(data) > MOST_STDIN:
+        raise InvalidRequest(f"standard input has more than {MOST_STDIN >> 20} MiB; give less")
+    try:
+        return data.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"standard input is not UTF-8 text (byte {error.start}); convert it first, with iconv"
+        ) from None
+
+
 def _converse(model: Model, flags: RunFlags) -> None:
-    if flags.prompt is None:
+    if (text := flags.prompt) is None:
         from squall.cli.chat import Chat
 
         Chat(model, flags.settings, flags.system).loop()
     else:
-        text = sys.stdin.read() if flags.prompt == "-" else flags.prompt
         _answer_once(model, flags.settings, _prompt(model, text, flags.system, raw=flags.raw))
 
 
@@ -137,18 +166,16 @@ def _prompt(model: Model, text: str, system: str | None, *, raw: bool) -> Prompt
 
 
 def _answer_once(model: Model, settings: Settings, prompt: Prompt) -> None:
-    generation = settings.answer(model, prompt)
-    with generation:
-        show(generation, [])
+    with settings.answer(model, prompt) as generation:
+        show(generation)
     sys.stdout.write("\n")
     sys.stdout.flush()
     sys.stderr.write(f"{summary(generation)}\n")
 
 
-def show(generation: Generation, written: list[str]) -> None:
-    """Write an answer to stdout as it comes, and keep in `written` what was, however it ends."""
+def show(generation: Generation) -> None:
+    """Write an answer to stdout as it comes."""
     for piece in generation:
-        written.append(piece.text)
         sys.stdout.write(piece.text)
         sys.stdout.flush()
 

@@ -17,6 +17,7 @@ from squall.cli.options import ChatTemplate, ContextSize
 from squall.cli.selectors import Selected
 from squall.cli.toml_selector import TomlSelection
 from squall.errors import InvalidRequest
+from squall.opening import Opening
 
 if TYPE_CHECKING:
     from squall.model import Model
@@ -34,7 +35,10 @@ class ServeFlags(ModelFlags):
     """The flags of both commands."""
 
     serve_ip: Annotated[
-        str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine's.")
+        str,
+        typer.Option(
+            "--serve-ip", "--host", help="The address to listen on; 0.0.0.0: all of this machine's."
+        ),
     ] = "127.0.0.1"
     port: Annotated[
         int, typer.Option("-p", "--port", min=0, max=65535, help="0: any that is free.")
@@ -151,10 +155,7 @@ class ServeFlags(ModelFlags):
             bytes=None if self.kv_memory is None else self.kv_memory << 20,
             block_size=self.kv_block,
         )
-        model = self.open(selected, context=self.context, kv=kv, engine=config)
-        if self.chat_template is not None:
-            model.set_chat_template(self.chat_template)
-        return model
+        return self.open(selected, Opening(kv=kv, engine=config))
 
     def options(self) -> ServerOptions:
         """What the server allows."""
@@ -182,7 +183,7 @@ def serve(flags: ServeFlags, selected: Selected) -> None:
 
     squall serve
 
-    squall serve -f model.gguf --port 8000 --api-key SECRET
+    squall serve model.gguf --port 8000 --api-key SECRET
 
     squall serve plain -m FOLDER --isq Q4K
 

@@ -26,13 +26,13 @@ from squall.api.which import (
     AnyMoeExpertType,
     IsqOrganization,
     ModelDType,
-    Opening,
     Selection,
     VisionArchitecture,
     Which,
 )
 from squall.cli.options import read_text
 from squall.errors import InvalidRequest, UnsupportedModel
+from squall.opening import DEFAULTS, Opening
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,12 +66,12 @@ class TomlSelection:
     anymoe: AnyMoeConfig | None = None
     no_kv_cache: bool = False
 
-    def opening(self) -> Opening:
+    def opening(self, others: Opening = DEFAULTS) -> Opening:
         """How to open the model; raises UnsupportedModel for what Squall does not do yet."""
         for name, given in (("speculative", self.speculative), ("anymoe", self.anymoe)):
             if given is not None:
                 raise UnsupportedModel(f"[{name}] is not supported yet; leave it out of the file")
-        return self.model.opening()
+        return self.model.opening(others)
 
 
 def read_toml(path: Path) -> TomlSelection:

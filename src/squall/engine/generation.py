@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from squall.engine.engine import FORKED, Engine
@@ -62,13 +61,14 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
 
     `finish_reason`: "stop" (an end token or a stop string), "length" (max_tokens or the context is
     used up), "cancelled" (closed before the end), "error" (raised as well), None while running.
-    `ids`: those of the pieces so far.
+    `ids`: those of the pieces so far; `text`: all that they said, also after `read`.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.sampling: Sampling = request.sampling
         self.finish_reason: FinishReason | None = None
         self.ids: list[int] = []
+        self._texts: list[str] = []
         self._pieces: Mailbox[Piece] = Mailbox()
         self._reply = engine.submit(request, self._pieces.put)
 
@@ -76,6 +76,11 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     def seed(self) -> int:
         """The seed in use: given, or chosen for this answer."""
         return self.sampling.seed
+
+    @property
+    def text(self) -> str:
+        """What has been read so far."""
+        return "".join(self._texts)
 
     @property
     def usage(self) -> Usage:
@@ -102,15 +107,14 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
             self.finish_reason = "cancelled"
             self._reply.cancel()
 
+    def __repr__(self) -> str:
+        state = self.finish_reason or "not at its end; read() waits for it"
+        return f"<Generation {self.text!r}: {state}>"
+
     def __enter__(self) -> Generation:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -121,6 +125,7 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     def _take(self, piece: Piece) -> Piece:
         self.finish_reason = piece.finish_reason
         self.ids += piece.ids
+        self._texts.append(piece.text)
         if piece.error is not None:
             raise piece.error
         return piece

@@ -14,40 +14,18 @@ Dtype = Literal["auto", "f32", "f16", "bf16"]
 
 # Names that a user may give -> number formats.
 TYPES = {
-    "q4_0": "q4_0",
-    "q4_1": "q4_1",
-    "q5_0": "q5_0",
-    "q5_1": "q5_1",
-    "q8_0": "q8_0",
-    "q8_1": "q8_1",
-    "q2k": "q2_k",
-    "q3k": "q3_k",
-    "q4k": "q4_k",
-    "q5k": "q5_k",
-    "q6k": "q6_k",
-    "q8k": "q8_k",
-    "hqq8": "hqq8",
-    "hqq4": "hqq4",
-    "hqq3": "hqq3",
-    "hqq2": "hqq2",
-    "hqq1": "hqq1",
-    "fp8": "f8_e4m3",
-}
+    "q4_0": "q4_0", "q4_1": "q4_1", "q5_0": "q5_0", "q5_1": "q5_1", "q8_0": "q8_0",
+    "q8_1": "q8_1", "q2k": "q2_k", "q3k": "q3_k", "q4k": "q4_k", "q5k": "q5_k", "q6k": "q6_k",
+    "q8k": "q8_k", "hqq8": "hqq8", "hqq4": "hqq4", "hqq3": "hqq3", "hqq2": "hqq2",
+    "hqq1": "hqq1", "fp8": "f8_e4m3",
+}  # fmt: skip
 BITS = {"2": "q2k", "3": "q3k", "4": "q4k", "5": "q5k", "6": "q6k", "8": "q8_0"}
 # Where rows are no whole blocks: a format of smaller blocks.
 FALLBACKS = {
-    "q2_k": "q4_0",
-    "q3_k": "q4_0",
-    "q4_k": "q4_1",
-    "q5_k": "q5_0",
-    "q6_k": "q5_1",
-    "q8_k": "q8_1",
-    "hqq8": "q8_0",
-    "hqq4": "q4_1",
-    "hqq3": "q4_1",
-    "hqq2": "q4_0",
+    "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q4_1", "q5_k": "q5_0", "q6_k": "q5_1",
+    "q8_k": "q8_1", "hqq8": "q8_0", "hqq4": "q4_1", "hqq3": "q4_1", "hqq2": "q4_0",
     "hqq1": "q4_0",
-}
+}  # fmt: skip
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -62,15 +40,26 @@ class FormatTotal:
 
 
 def parse_type(name: str) -> str:
-    """The number format of an ISQ type such as "Q4K", or of a number of bits such as "4"."""
-    key = name.strip().lower()
-    try:
-        return TYPES[BITS.get(key, key)]
-    except KeyError:
+    """The number format of an ISQ type such as "Q4K", or of a number of bits such as "4".
+
+    Case and "_" are free. Mixtures of GGUF files, such as Q4_K_M, mean what most of them is.
+    """
+    key = _key(name)
+    if key not in _FORMATS:
         raise InvalidRequest(
             f"unknown quantization {name!r}; known: {', '.join(TYPES)}, "
             f"or a number of bits: {', '.join(BITS)}"
-        ) from None
+        )
+    return _FORMATS[key]
+
+
+def _key(name: str) -> str:
+    return re.sub(r"k[sml]$", "k", re.sub(r"[-_\s]", "", name.lower()))
+
+
+_FORMATS = {_key(name): format for name, format in TYPES.items()}
+_FORMATS |= {_key(format): format for format in TYPES.values()}
+_FORMATS |= {key: TYPES[name] for bits, name in BITS.items() for key in (bits, f"q{bits}")}
 
 
 def fitting(format: str, cols: int) -> str | None:

@@ -119,6 +119,10 @@ class Server(uvicorn.Server):
         gc.freeze()
         self._tell_started()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        gc.unfreeze()  # what is garbage by now is freed, native memory too
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals; unlike uvicorn's, an orderly end is no death by signal."""

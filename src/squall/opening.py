@@ -1,0 +1,90 @@
+"""How to open a model: every option once, whoever names it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+from squall.errors import InvalidRequest
+from squall.quant.isq import Dtype
+
+if TYPE_CHECKING:
+    from squall.checkpoints.hub import Hub
+    from squall.engine.engine import EngineConfig
+    from squall.engine.memory import KvSize
+    from squall.quant import Topology
+
+Path = str | os.PathLike[str]
+Weights = Literal["packed", "f32"]
+KvDtype = Literal["f16", "f32", "q8_0"]
+
+_CHOICES = {"weights": get_args(Weights), "kv_dtype": get_args(KvDtype)}
+_KINDS = {
+    (int, "a whole number"): "context threads kv_tokens gqa",
+    (str, "text"): "architecture chat_template",
+    (str | os.PathLike, "a path"): "path tokenizer_json write_uqff from_uqff",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A GGUF file, the folder of a model or a model of the hub; without `path` the default one.
+
+    context: tokens of prompt and answer together; by default what the model was trained for,
+        up to 8192 and to half of the free memory.
+    threads: by default as many as this process may use.
+    weights: "f32" computes with the exact values of the file, for comparisons; slow and large.
+    kv_dtype: of the KV cache; "q8_0" takes half the memory of "f16", and a little quality.
+    kv: how large the KV cache is, for all requests together, and its blocks.
+    kv_tokens: short for `KvSize(tokens=kv_tokens)`.
+    isq: quantize the weights while they are read: "Q4K", "Q8_0", "HQQ4", "FP8"..., or bits.
+    topology: other types for some layers, a `Topology` or its YAML file.
+    dtype: of the float weights that are not quantized; "auto": as they are stored.
+    experts_only: of a mixture of experts quantize only the experts and the head.
+    engine: how many requests run and wait, and what is kept.
+    architecture: such as "mistral", in place of what a folder's config.json says.
+    hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
+    tokenizer_json: a file to use in place of the model's own tokenizer.
+    chat_template: in place of the model's own: a name, a .jinja or .json file, or Jinja.
+    gqa: query heads to a KV head, which files from before GGUF do not say.
+    write_uqff: write the quantized weights to this new UQFF file, and open that.
+    from_uqff: open this UQFF file, or the one of this name in the model's folder.
+    progress: called with (bytes loaded, bytes in all).
+    """
+
+    path: Path | None = None
+    _: KW_ONLY
+    context: int | None = None
+    threads: int | None = None
+    weights: Weights = "packed"
+    kv_dtype: KvDtype = "f16"
+    kv: KvSize | None = None
+    kv_tokens: int | None = None
+    isq: str | int | None = None
+    topology: Topology | Path | None = None
+    dtype: Dtype = "auto"
+    experts_only: bool = False
+    engine: EngineConfig | None = None
+    architecture: str | None = None
+    hub: Hub | None = None
+    tokenizer_json: Path | None = None
+    chat_template: str | None = None
+    gqa: int = 1
+    write_uqff: Path | None = None
+    from_uqff: Path | None = None
+    progress: Callable[[int, int], None] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise InvalidRequest(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        for (kind, what), names in _KINDS.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                    raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
+
+
+DEFAULTS = Opening()
