@@ -21,22 +21,14 @@ from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.engine.answer import Answer
 from squall.engine.generation import Mailbox
 from squall.engine.request import CacheScope, Piece, Request, Scoring
-from squall.engine.sampling import Dry, Sampling
+from squall.engine.sampling import Sampling
 from squall.errors import ContextLengthExceeded, InvalidRequest
 from squall.model import Model, Prompt
 
 # OpenAI's defaults, and mistral.rs's: a plain draw.
 DRAW = {"temperature": 1.0, "top_p": 1.0}
-# (parameter, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
-OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
 # More than texts have, so that what cannot fit is refused before it is read.
 CHARACTERS_PER_TOKEN = 64
-# Fields that mean the same in a request and in Sampling.
-SAMPLING = (
-    "temperature", "top_k", "top_p", "min_p", "seed", "logit_bias", "frequency_penalty",
-    "presence_penalty", "repetition_penalty", "min_tokens",
-)  # fmt: skip
-
 Asked = TypeVar("Asked", bound=ChatCompletionRequest | CompletionRequest)
 Whole = TypeVar("Whole")
 Part = TypeVar("Part")
@@ -50,12 +42,11 @@ def start_chat(
     Raises InvalidRequest, ContextLengthExceeded, TemplateError, QueueFull or EngineStopped.
     """
     _check_count(model, request.n)
-    messages = [dict(message) for message in request.messages if not isinstance(message, str)]
-    _check_characters(model, sum(len(text) for message in messages for text in message.values()))
     asked = replace(
-        _request(model, request, messages, tenant),
+        _request(model, request, chat_ids(model, request), tenant),
         max_tokens=request.max_tokens,
         logprobs=request.top_logprobs or 0 if request.logprobs else None,
+        continues=False,
     )
     job = ChatJob(model, request, id)
     job.submit(
@@ -63,6 +54,13 @@ def start_chat(
         for one in _drawn_apart(asked, request.n)
     )
     return job
+
+
+def chat_ids(model: Model, request: ChatCompletionRequest) -> list[int]:
+    """The prompt of a chat, in the model's chat template."""
+    messages = [dict(message) for message in request.messages if not isinstance(message, str)]
+    _check_characters(model, sum(len(text) for message in messages for text in message.values()))
+    return model.encode_chat(messages, template_kwargs=request.chat_template_kwargs)
 
 
 def start_completion(
@@ -345,12 +343,12 @@ def _request(
     tenant: str,
 ) -> Request:
     """What all answers to a prompt have in common."""
-    asked_for = _present({name: getattr(request, name) for name in SAMPLING})
-    given = DRAW | dict(model.defaults.values) | asked_for
+    asked_for, dry = request.arguments()
     sampling = Sampling(
-        **given | {key: least for key, off, least in OFF if given.get(key) == off},
-        dry=_dry(model, request),
-        logits_processors=tuple(request.logits_processors),
+        **DRAW | dict(model.defaults.values) | asked_for,
+        logit_bias=request.logit_bias or {},
+        dry=model.dry(**dry) if "multiplier" in dry else None,
+        logits_processors=request.logits_processors,
     )
     asked = model.request(prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids)
     return replace(
@@ -359,22 +357,6 @@ def _request(
         truncate=request.truncate_sequence,
         ignore_eos=request.ignore_eos,
     )
-
-
-def _dry(model: Model, request: ChatCompletionRequest | CompletionRequest) -> Dry | None:
-    if request.dry_multiplier is None:
-        return None
-    given = {
-        "base": request.dry_base,
-        "allowed_length": request.dry_allowed_length,
-        "breakers": request.dry_sequence_breakers,
-        "range": request.dry_range,
-    }
-    return model.dry(request.dry_multiplier, **_present(given))
-
-
-def _present(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _completion(

@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from squall.errors import InvalidRequest, TemplateError
@@ -108,6 +109,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        kwargs: Mapping[str, object] = MappingProxyType({}),
         **extra: Any,
     ) -> list[Piece]:
         """The prompt; `extra`, such as `tools`, goes to the template as it is.
@@ -116,7 +118,7 @@ class ChatTemplate:
         """
         if not all(isinstance(message, Mapping) for message in messages):
             raise InvalidRequest("each message must be an object with a role and a content")
-        given = {"tools": None, "documents": None, **extra, "messages": list(messages)}
+        given = {"tools": None, "documents": None, **kwargs, **extra, "messages": list(messages)}
         compiled = self._template(with_tools=bool(given["tools"]))
         mark = _absent([compiled.source, *self._constants.values(), *_strings(given)])
         given = _mapped(given, lambda text: compiled.starts.sub(_marker(mark), text))
