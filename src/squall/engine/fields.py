@@ -87,6 +87,13 @@ def described(kind: type[Any]) -> Mapping[str, Number | str]:
     return {f.name: f.metadata["about"] for f in fields(kind) if "about" in f.metadata}
 
 
+def help_of(about: Number | str) -> str:
+    """The description for people, with what turns it off."""
+    if not isinstance(about, Number):
+        return about
+    return about.help if about.off is None else f"{about.help.rstrip('.')}; {about.off}: off."
+
+
 def numbers_of(kind: type[Any]) -> dict[str, Number]:
     """The fields of a dataclass that are described as numbers."""
     return {name: about for name, about in described(kind).items() if isinstance(about, Number)}
