@@ -80,7 +80,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
             "unknown_url",
         )  # fmt: skip
     elif found.status == 405 and request.method == "OPTIONS":
-        allowed = found.headers.get("allow", "").replace("GET", "GET, HEAD")
+        allowed = found.headers.get("Allow", "").replace("GET", "GET, HEAD")
         return Response(status_code=204, headers={"Allow": f"{allowed}, OPTIONS"})
     elif found.status == 405:
         found = ApiError(
