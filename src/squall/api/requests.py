@@ -163,7 +163,8 @@ class ChatCompletionRequest(_Request):
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true")
         given = self.chat_template_kwargs
-        if given is not None and not isinstance(given, Mapping):
+        names = given if isinstance(given, Mapping) else [given]
+        if given is not None and not all(isinstance(name, str) for name in names):
             raise InvalidRequest(f"chat_template_kwargs is {shown(given)}; it must be an object")
         _check_template_kwargs(given)
 
