@@ -9,7 +9,7 @@ import hashlib
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -124,6 +124,8 @@ class Job(ABC, Generic[Asked, Whole, Part]):
     """
 
     kind: str
+    whole: Callable[..., Whole]
+    part: Callable[..., Part]
 
     def __init__(self, model: Model, request: Asked, id: str | None) -> None:
         self.id = id or f"{self.kind}-{uuid.uuid4().hex}"
@@ -224,17 +226,23 @@ class Job(ABC, Generic[Asked, Whole, Part]):
     def __del__(self) -> None:
         self.cancel()
 
-    @abstractmethod
     def _response(self) -> Whole:
+        choices = tuple(self._whole_choices())
+        return self.whole(self.id, choices, self.created, self.request.model, self.usage)
+
+    def _chunk(self, *parts: Any, usage: responses.Usage | None = None) -> Part:
+        return self.part(
+            self.id, parts, self.created, self.request.model, usage,
+            usage_follows=self.request.include_usage and usage is None,
+        )  # fmt: skip
+
+    @abstractmethod
+    def _whole_choices(self) -> Iterator[Any]:
         """All answers, complete."""
 
     @abstractmethod
     def _parts(self, index: int, choice: _Choice, text: str) -> Iterator[Any]:
         """What is new of a choice, of which `text` is; the finish_reason comes in the last."""
-
-    @abstractmethod
-    def _chunk(self, *parts: Any, usage: responses.Usage | None = None) -> Part:
-        """One chunk."""
 
 
 class ChatJob(
@@ -247,20 +255,14 @@ class ChatJob(
     """A chat's next message, or several to choose from."""
 
     kind = "chatcmpl"
+    whole = responses.ChatCompletionResponse
+    part = responses.ChatCompletionChunkResponse
 
-    def _response(self) -> responses.ChatCompletionResponse:
-        choices = tuple(
-            responses.Choice(
-                choice.finish_reason,
-                index,
-                responses.ResponseMessage(choice.text),
-                self._logprobs(choice.tokens.entries),
-            )
-            for index, choice in enumerate(self._choices)
-        )
-        return responses.ChatCompletionResponse(
-            self.id, choices, self.created, self.request.model, self.usage
-        )
+    def _whole_choices(self) -> Iterator[responses.Choice]:
+        for index, choice in enumerate(self._choices):
+            message = responses.ResponseMessage(choice.text)
+            logprobs = self._logprobs(choice.tokens.entries)
+            yield responses.Choice(choice.finish_reason, index, message, logprobs)
 
     def _parts(self, index: int, choice: _Choice, text: str) -> Iterator[responses.ChunkChoice]:
         if choice.is_first():
@@ -270,14 +272,6 @@ class ChatJob(
             yield responses.ChunkChoice(None, index, responses.Delta(text), self._logprobs(news))
         if choice.finish_reason is not None:
             yield responses.ChunkChoice(choice.finish_reason, index, responses.Delta(), None)
-
-    def _chunk(
-        self, *parts: responses.ChunkChoice, usage: responses.Usage | None = None
-    ) -> responses.ChatCompletionChunkResponse:
-        return responses.ChatCompletionChunkResponse(
-            self.id, parts, self.created, self.request.model, usage,
-            usage_follows=self.request.include_usage and usage is None,
-        )  # fmt: skip
 
     def _logprobs(self, entries: Sequence[Entry]) -> responses.Logprobs | None:
         return chat_logprobs(self._model.tokenizer, entries) if self.request.logprobs else None
@@ -289,17 +283,13 @@ class CompletionJob(
     """Completions of a text, or of several; those of each prompt are neighbours."""
 
     kind = "cmpl"
+    whole = responses.CompletionResponse
+    part = responses.CompletionChunkResponse
 
-    def _response(self) -> responses.CompletionResponse:
-        choices = tuple(
-            responses.CompletionChoice(
-                choice.finish_reason, index, choice.text, self._logprobs(choice.tokens.entries)
-            )
-            for index, choice in enumerate(self._best())
-        )
-        return responses.CompletionResponse(
-            self.id, choices, self.created, self.request.model, self.usage
-        )
+    def _whole_choices(self) -> Iterator[responses.CompletionChoice]:
+        for index, choice in enumerate(self._best()):
+            logprobs = self._logprobs(choice.tokens.entries)
+            yield responses.CompletionChoice(choice.finish_reason, index, choice.text, logprobs)
 
     def _best(self) -> list[_Choice]:
         """The `n` best of each prompt's candidates."""
@@ -321,14 +311,6 @@ class CompletionJob(
             yield responses.CompletionChoice(None, index, text, self._logprobs(news))
         if choice.finish_reason is not None:
             yield responses.CompletionChoice(choice.finish_reason, index, "", None)
-
-    def _chunk(
-        self, *parts: responses.CompletionChoice, usage: responses.Usage | None = None
-    ) -> responses.CompletionChunkResponse:
-        return responses.CompletionChunkResponse(
-            self.id, parts, self.created, self.request.model, usage,
-            usage_follows=self.request.include_usage and usage is None,
-        )  # fmt: skip
 
     def _logprobs(self, entries: Sequence[Entry]) -> responses.CompletionLogprobs | None:
         if self.request.logprobs is None:

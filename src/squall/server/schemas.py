@@ -19,36 +19,27 @@ HARMLESS = frozenset({
 })  # fmt: skip
 # Fields that would change the answer, with the values that do not. Others are passed on if the
 # Python API knows the field, and refused if it does not: never silently without effect.
+_EMPTY = (
+    "adapters", "allowed_token_ids", "bad_words", "documents", "functions", "images",
+    "logits_processors", "tools",
+)  # fmt: skip
+_NEVER = (
+    "audio", "chat_template", "grammar", "guided_choice", "guided_grammar", "guided_json",
+    "guided_regex", "json_schema", "prompt_logprobs", "structured_outputs", "web_search_options",
+)  # fmt: skip
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "adapters": ([],),
+    **dict.fromkeys(_EMPTY, ([],)),
+    **dict.fromkeys(_NEVER, ()),
     "add_generation_prompt": (True,),
-    "allowed_token_ids": ([],),
-    "audio": (),
-    "bad_words": ([],),
-    "chat_template": (),
     "continue_final_message": (False,),
-    "documents": ([],),
     "function_call": ("none", "auto"),
-    "functions": ([],),
-    "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "images": ([],),
-    "json_schema": (),
-    "logits_processors": ([],),
     "modalities": (["text"],),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
-    "web_search_options": (),
 }
 PASSED_ON = frozenset({"adapters", "grammar", "response_format", "suffix", "tool_choice", "tools"})
 MOST_ITEMS = 100_000  # of any list, before anything is done with it
