@@ -184,7 +184,7 @@ def over_http(url: str, *, key: str | None) -> Ask:
             answer = client.stream("POST", target, json=body)
             try:
                 await _time(trace, _texts(answer, trace))
-            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            except (httpx.HTTPError, httpx.InvalidURL, LookupError, OSError, ValueError) as error:
                 trace.error = f"{type(error).__name__}: {error}"
         return trace
 
