@@ -60,7 +60,7 @@ def test_without_usage_texts_count() -> None:
         (chunked({"error": {"message": "no room"}}), "no room"),
         (b"HTTP/1.1 429 Busy\r\n\r\nlater\n", "status 429: later"),
         (b"", "disconnected without sending a response"),
-        (b"SSH-2.0-x\r\n", "illegal status line"),
+        (b"SSH-2.0-x\r\n\r\n", "illegal status line"),
     ],
 )
 def test_errors(answer: bytes, message: str) -> None:
