@@ -56,11 +56,11 @@ def test_without_usage_texts_count() -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (chunked(text("a"), end=False), "before its end"),
+        (chunked(text("a"), end=False), "incomplete chunked read"),
         (chunked({"error": {"message": "no room"}}), "no room"),
-        (b"HTTP/1.1 429 Busy\r\n\r\nlater\n", "status 429 Busy: later"),
-        (b"", "no answer in HTTP"),
-        (b"SSH-2.0-x\r\n", "no answer in HTTP"),
+        (b"HTTP/1.1 429 Busy\r\n\r\nlater\n", "status 429: later"),
+        (b"", "disconnected without sending a response"),
+        (b"SSH-2.0-x\r\n\r\n", "illegal status line"),
     ],
 )
 def test_errors(answer: bytes, message: str) -> None:

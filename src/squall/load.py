@@ -8,8 +8,11 @@ import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+import httpx
 
 from squall.engine.generation import Generation
 from squall.engine.request import Request
@@ -102,7 +105,9 @@ def run_all(loads: Sequence[Load], ask: Ask) -> list[Report]:
     """Several loads, one after another."""
 
     async def every() -> list[Report]:
-        await ask(Load(1, 1, 1, 2), 0)  # what only the first request pays for
+        first = await ask(Load(1, 1, 1, 2), 0)  # what only the first request pays for
+        if first.error is not None:
+            raise InvalidRequest(f"the first request failed: {first.error}; is the server there?")
         return [await run(load, ask) for load in loads]
 
     return asyncio.run(every())
@@ -154,12 +159,13 @@ def in_process(model: Model) -> Ask:
 
 def over_http(url: str, *, key: str | None) -> Ask:
     """Asks a server with OpenAI's API at `url`, such as http://127.0.0.1:8080."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    where = urlsplit(url if "://" in url else f"http://{url}")
+    if where.scheme not in ("http", "https") or not where.hostname:
         raise InvalidRequest(f"{url!r} is no URL of a server; such as http://127.0.0.1:8080")
-    path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-    host = (parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme])
-    tls = ssl.create_default_context() if parts.scheme == "https" else None
+    path = where.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+    target = f"{where.scheme}://{where.netloc}{path}"
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    verify = ssl.create_default_context() if where.scheme == "https" else False
 
     async def ask(load: Load, number: int) -> Trace:
         body = {
@@ -171,22 +177,15 @@ def over_http(url: str, *, key: str | None) -> Ask:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        data = json.dumps(body).encode()
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(data)}\r\nConnection: close\r\n"
-            + (f"Authorization: Bearer {key}\r\n" if key else "")
-        )
         trace = Trace()
-        try:
-            reader, writer = await asyncio.open_connection(*host, ssl=tls)
+        # A connection for each request, and no proxy between, which would be measured too.
+        client = httpx.AsyncClient(timeout=WAIT_S, verify=verify, trust_env=False, headers=headers)
+        async with client:
+            answer = client.stream("POST", target, json=body)
             try:
-                writer.write(head.encode() + b"\r\n" + data)
-                await asyncio.wait_for(_time(trace, _texts(reader, trace)), WAIT_S)
-            finally:
-                writer.close()
-        except (OSError, ValueError, EOFError, asyncio.TimeoutError) as error:
-            trace.error = f"{type(error).__name__}: {error}"
+                await _time(trace, _texts(answer, trace))
+            except (httpx.HTTPError, httpx.InvalidURL, LookupError, OSError, ValueError) as error:
+                trace.error = f"{type(error).__name__}: {error}"
         return trace
 
     return ask
@@ -204,18 +203,22 @@ async def _time(trace: Trace, texts: AsyncIterator[object]) -> None:
         last_s = now_s
 
 
-async def _texts(reader: asyncio.StreamReader, trace: Trace) -> AsyncIterator[str]:
+async def _texts(
+    answer: AbstractAsyncContextManager[httpx.Response], trace: Trace
+) -> AsyncIterator[str]:
     """The texts of an event stream; tells the trace the usage. ValueError for anything else.
 
     A server that tells no usage is taken to send a token a text.
     """
-    rest, told = b"", False
-    async for part in await _body(reader):
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            if not line.startswith(b"data: {"):
+    told = False
+    async with answer as response:
+        if response.status_code != 200:
+            text = (await response.aread()).decode(errors="replace")
+            raise ValueError(f"status {response.status_code}: {text[:200]}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
                 continue
-            event = json.loads(line[len(b"data: ") :])
+            event = json.loads(line[len("data: ") :])
             if "error" in event:
                 raise ValueError(event["error"].get("message", "an error in the stream"))
             if usage := event.get("usage"):
@@ -226,32 +229,3 @@ async def _texts(reader: asyncio.StreamReader, trace: Trace) -> AsyncIterator[st
                 if text := choice["delta"].get("content"):
                     trace.answer_tokens += not told
                     yield text
-
-
-async def _body(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """What follows the head of an answer; raises ValueError with it unless the status is 200."""
-    version, _, status = (await reader.readline()).decode(errors="replace").partition(" ")
-    if not version.startswith("HTTP/"):
-        raise ValueError("the server gave no answer in HTTP")
-    chunked = False
-    while (line := await reader.readline()) not in (b"\r\n", b""):
-        chunked |= line.lower().replace(b" ", b"").startswith(b"transfer-encoding:chunked")
-    source = _chunks(reader) if chunked else _lines(reader)
-    if not status.startswith("200 "):
-        text = b"".join([part async for part in source])
-        raise ValueError(f"status {status.strip()}: {text.decode(errors='replace')[:200]}")
-    return source
-
-
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while line := await reader.readline():
-        if not (size := int(line.split(b";")[0], 16)):
-            return
-        yield await reader.readexactly(size)
-        await reader.readexactly(2)
-    raise EOFError("the server ended the answer before its end")
-
-
-async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while line := await reader.readline():
-        yield line

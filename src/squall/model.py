@@ -26,7 +26,6 @@ from squall.engine.sampling import (
     Dry,
     LogitsProcessor,
     Sampling,
-    random_seed,
 )
 from squall.errors import InvalidRequest
 from squall.executors import (
@@ -179,9 +178,15 @@ class Model:
             raise InvalidRequest(f"{text!r:.99} is no text; only text has tokens")
         return self.tokenizer.encode(text, add_bos=add_bos)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation in the chat template, up to where the answer begins."""
-        return self.tokenizer.encode_pieces(self.chat_template.render(messages))
+    def encode_chat(
+        self, messages: Sequence[Message], *, template_kwargs: Mapping[str, object] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation in the chat template, up to where the answer begins.
+
+        template_kwargs: more variables for the template, such as `enable_thinking`.
+        """
+        pieces = self.chat_template.render(messages, kwargs=template_kwargs or {})
+        return self.tokenizer.encode_pieces(pieces)
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
         """The text of token ids."""
@@ -232,9 +237,9 @@ class Model:
         stop: str | Sequence[str] = (),
         stop_ids: Iterable[int] = (),
         ignore_eos: bool = False,
-        min_tokens: int = 0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
+        min_tokens: int | None = None,
+        frequency_penalty: float | None = None,
+        presence_penalty: float | None = None,
         repetition_penalty: float | None = None,
         dry: Dry | None = None,
         logit_bias: Mapping[int, float] | None = None,
@@ -255,21 +260,9 @@ class Model:
         dry: made by `dry`. The other penalties, biases and processors: docs/sampling.md.
         logprobs: pieces tell each token's log-probability, and those of so many likeliest tokens.
         """
-        given = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "seed": random_seed() if seed is None else seed,
-            "logit_bias": logit_bias,
-            "frequency_penalty": frequency_penalty,
-            "presence_penalty": presence_penalty,
-            "repetition_penalty": repetition_penalty,
-            "dry": dry,
-            "logits_processors": tuple(logits_processors),
-            "min_tokens": min_tokens,
-        }
-        sampling = self.defaults.sampling(given)
+        given = locals()
+        names = Sampling.__dataclass_fields__
+        sampling = self.defaults.sampling({name: given[name] for name in names})
         request = self.request(prompt, sampling, max_tokens, stop=stop, stop_ids=stop_ids)
         request = replace(request, ignore_eos=ignore_eos, logprobs=logprobs)
         return Generation(self.engine, request)
@@ -304,7 +297,7 @@ class Model:
         range: int | None = None,
     ) -> Dry:
         """The DRY penalty on repeats (docs/sampling.md), with breakers in this model's tokens."""
-        found = Breakers(tuple(breakers), self.tokenizer.token_bytes)
+        found = Breakers(breakers, self.tokenizer.token_bytes)
         return Dry(multiplier, base, allowed_length, found, range)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -43,6 +44,27 @@ def completion(**fields: Any) -> CompletionRequest:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"n": 2.0}, "n"),
+        ({"n": None}, "n"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"temperature": "a"}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": False}, "top_p"),
+        ({"min_tokens": []}, "min_tokens"),
+        ({"dry_range": 0}, "dry_range"),
+        ({"dry_sequence_breakers": "a"}, "dry_sequence_breakers"),
+        ({"dry_sequence_breakers": [1]}, "dry_sequence_breakers"),
+        ({"stop": 5}, "stop"),
+        ({"stop": [5]}, "stop"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"logits_processors": 5}, "logits_processors"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"stream": "yes"}, "stream"),
     ],
 )
 def test_refused(make: Any, fields: dict[str, Any], named: str) -> None:
@@ -63,6 +85,9 @@ def test_refused(make: Any, fields: dict[str, Any], named: str) -> None:
         ([{"role": "user", "content": [{"type": "text"}]}], "text"),
         ([{"role": "user", "content": [{"type": "text", "text": "x"}] * MILLION}], "content"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "tool_calls"),
+        ([{"role": "user", "content": None}], "content"),
+        ([{"role": "user", "content": [{"type": ["text"]}]}], "content"),
+        ([{"role": "assistant", "content": None, "refusal": 5}], "content"),
     ],
 )
 def test_refused_messages(messages: Any, named: str) -> None:
@@ -87,9 +112,27 @@ def test_refused_completions(fields: dict[str, Any], named: str) -> None:
         completion(**fields)
 
 
-def test_top_logprobs_need_logprobs() -> None:
-    with pytest.raises(InvalidRequest, match="top_logprobs"):
-        chat(top_logprobs=2)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_logprobs": 2},
+        {"logprobs": True, "top_logprobs": 21},
+        {"logprobs": True, "top_logprobs": 1.0},
+        {"logprobs": 1},
+    ],
+)
+def test_wrong_logprobs(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="logprobs"):
+        chat(**fields)
+    assert chat(logprobs=False, top_logprobs=0).top_logprobs == 0
+
+
+@pytest.mark.parametrize(
+    "kwargs", [5, {"messages": []}, {"tokenize": True}, {1: 2}, {"x": print}, {"x": "y" * 20_000}]
+)
+def test_refused_template_kwargs(kwargs: Any) -> None:
+    with pytest.raises(InvalidRequest, match="chat_template_kwargs"):
+        chat(chat_template_kwargs=kwargs)
 
 
 def test_names_of_both_apis() -> None:
@@ -106,6 +149,15 @@ def test_messages_are_read() -> None:
     expected = ({"role": "system", "content": "Be."}, {"role": "user", "content": "ab"})
     assert chat(messages=given).messages == expected
     assert chat(messages="Hi").messages == (HI,)
+    refusals = [
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+    ]
+    expected = {"role": "assistant", "content": "No."}
+    assert chat(messages=refusals).messages == (expected, expected)
+    assert chat(messages=[{"role": "assistant"}]).messages == (
+        {"role": "assistant", "content": ""},
+    )
 
 
 def test_prompts_are_read() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tiny_models import write_folder
 from typer.testing import CliRunner
 
 from squall.cli.app import app
+from squall.errors import InvalidRequest
 
 SMALL = ("-p", "24", "-g", "4", "-r", "2", "--threads", "1")
 
@@ -67,3 +70,13 @@ def test_a_folder_quantized_on_the_way_in(tmp_path: Path) -> None:
     assert sizes["Q4_0",] < sizes["Q8_0",] < sizes[()]
     requests = ["bench", *SMALL, "-c", "1", "--json", "plain", "-m", folder, "--isq", "Q4_0"]
     assert json.loads(CliRunner().invoke(app, requests).stdout)["results"][0]["errors"] == 0
+
+
+def test_a_server_that_is_not_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        found = CliRunner().invoke(app, ["bench", "--url", url])
+    assert isinstance(found.exception, InvalidRequest)  # which the command shows as its last word
+    message = r"first request failed: ConnectError: .*; is the server there"
+    assert re.search(message, str(found.exception))

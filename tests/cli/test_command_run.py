@@ -33,6 +33,13 @@ def test_the_same_seed_gives_the_same_answer() -> None:
     assert "seed 3]" in first.stderr
 
 
+def test_the_flags_of_dry() -> None:
+    text = ("one two three " * 20, "--raw", "--temperature", "0", *SHORT)
+    dry = ("--dry-multiplier", "5", "--dry-allowed-length", "1", "--dry-sequence-breakers", "#")
+    outs = {squall("run", *text, *more).stdout for more in ((), dry, (*dry, "--dry-range", "4"))}
+    assert len(outs) == 3
+
+
 def test_prompt_from_stdin() -> None:
     done = squall("run", "-", "--temperature", "0", *SHORT, stdin=QUESTION)
     assert "Paris" in done.stdout

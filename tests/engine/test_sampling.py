@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,10 @@ def draws(logits: NDArray[np.float32], options: dict[str, float], count: int) ->
         {"repetition_penalty": 0},
         {"repetition_penalty": math.inf},
         {"min_tokens": -1},
+        {"seed": 1.5},
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"temperature": True},
     ],
 )
 def test_out_of_range(wrong: dict[str, float]) -> None:
@@ -79,12 +84,30 @@ def test_out_of_range(wrong: dict[str, float]) -> None:
         ({5: math.nan}, "logit_bias of token 5 is nan"),
         ({5: math.inf}, "logit_bias of token 5 is inf"),
         ({-1: 1.0}, "token id in logit_bias is -1"),
+        ({"a": 1.0}, "token id in logit_bias is 'a'"),
+        ({1.5: 1.0}, "token id in logit_bias is 1.5"),
+        ({True: 1.0}, "token id in logit_bias is True"),
+        ({5: "a"}, "logit_bias of token 5 is 'a'"),
+        ({5: True}, "logit_bias of token 5 is True"),
+        ({5: 10**400}, "logit_bias of token 5 is 1000"),
+        ([5], r"logit_bias is \[5\]; it must be a mapping"),
         (dict.fromkeys(range(301), 0.0), "301 ids; it must be at most 300"),
     ],
 )
 def test_bad_biases(wrong: dict[int, float], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         Sampling(logit_bias=wrong)
+
+
+@pytest.mark.parametrize("wrong", [5, "ab", [5], (print, None)])
+def test_bad_processors(wrong: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"logits_processors is .* functions"):
+        Sampling(logits_processors=wrong)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    sampling = Sampling(np.float32(0.5), top_k=np.int64(3), seed=np.uint64(2**63))  # type: ignore[arg-type]
+    assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.5, 3, 2**63)
 
 
 def test_a_bias_of_an_unknown_token() -> None:

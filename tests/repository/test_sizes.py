@@ -13,11 +13,11 @@ BUDGETS = {
     "src/squall/checkpoints": 3200,
     "src/squall/cli": 2160,
     "src/squall/convert": 900,
-    "src/squall/engine": 2200,
+    "src/squall/engine": 2300,
     "src/squall/executors": 700,
     "src/squall/quant": 1150,
     "src/squall/recipes": 2100,
-    "src/squall/server": 1750,
+    "src/squall/server": 1900,
     "src/squall/text": 2250,
     "native": 7200,
 }

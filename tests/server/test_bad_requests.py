@@ -15,7 +15,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 COMMON: dict[str, float] = {
     "max_tokens": 1, "n": 1, "seed": 1, "temperature": 1, "top_p": 1, "top_k": 1, "min_p": 0,
     "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_tokens": 0,
-    "dry_multiplier": 1, "dry_base": 1, "dry_allowed_length": 2,
+    "dry_multiplier": 1, "dry_base": 1, "dry_allowed_length": 2, "dry_range": 9,
 }  # fmt: skip
 NEVER_A_NUMBER = ('"1"', "NaN", "Infinity", "-Infinity", "1e999", "[1]", "{}", "true")
 NUMBERS = ("-1", "0", "1.5", str(2**31), str(2**63), "-" + str(2**63), "9" * 400)
@@ -100,7 +100,6 @@ def test_row_s13_numbers_out_of_range(http: httpx.Client, path: str, field: str)
         ({"grammar": {"type": "regex", "value": "(a+)+$"}}, "grammar"),
         ({"adapters": ["x"]}, "adapters"),
         ({"logits_processors": ["os.system"]}, "logits_processors"),
-        ({"max_token": 5}, "max_token"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"model": 5}, "model"),
@@ -229,12 +228,8 @@ def test_row_s15_a_million_answers(http: httpx.Client, path: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"chat_template_kwargs": {"tokenize": True}},
-        {"chat_template_kwargs": {"messages": []}},
-        {"chat_template_kwargs": {"enable_thinking": False}},
         {"chat_template": "{{ 1 }}"},
         {"documents": [{}]},
-        {"tokenize": False},
     ],
 )
 def test_row_s2_nothing_for_the_template_but_messages(
@@ -250,13 +245,6 @@ def test_paths_and_methods(http: httpx.Client) -> None:
     check_error(http.get("/v1/models/../../etc/passwd"), 404)
     for path in ("/activate_adapters", "/v1/images/generations"):
         check_error(http.post(path, json={}), 501, "not_supported")
-
-
-def test_row_s11_names_that_look_like_paths(http: httpx.Client) -> None:
-    for name in ("../x", "%2e%2e%2fx", "x\0y", "/etc/passwd", "a" * 10_000, "é"):
-        error = check_error(http.post(CHAT, json=chat(model=name)), 404, "model_not_found")
-        assert len(error["message"]) < 1000
-        assert ".gguf" not in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_row_1_a_client_that_is_killed(server: Process, http: httpx.Client) -> N
         assert client.stdout is not None
         assert client.stdout.readline().startswith(b"data: ")
         client.kill()
-    until(lambda: "squall_requests_running 0.0" in http.get("/metrics").text, 3)
+    until(lambda: 'squall_requests_running{model="small"} 0.0' in http.get("/metrics").text, 3)
 
 
 def test_row_34_silent_streams_get_comments(running: Running) -> None:

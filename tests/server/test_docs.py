@@ -13,7 +13,10 @@ import pytest
 import typer.main
 from servers import Process, events
 
+from squall import Model
 from squall.engine.memory import USUAL_TOKENS
+from squall.server import run
+from squall.server.app import create_app
 from squall.server.limits import MOST_VALUES
 from squall.server.options import ServerOptions
 
@@ -59,6 +62,16 @@ def test_benches_run(server: Process, line: str) -> None:
         assert result["answer_tokens"] == 16 * result["requests"]
         assert 0 < result["first_s"]["p50"] <= result["first_s"]["p99"]
         assert result["gap_s"]["p50"] > 0
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+def test_python_runs(block: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[object] = []
+    monkeypatch.setattr(Model, "open", lambda *_: model)
+    monkeypatch.setattr(run, "serve_on", lambda models, *_: served.append(create_app(models)))
+    monkeypatch.setattr(run, "listen", lambda *_: None)
+    exec(block, {})
+    assert len(served) == 1
 
 
 def test_numbers() -> None:

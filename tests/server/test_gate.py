@@ -34,9 +34,8 @@ ROUTES = {
 @pytest.fixture(scope="module")
 def running(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     log = tmp_path_factory.mktemp("log") / "bodies"
-    with in_thread(
-        model, api_keys=KEYS, origins=(PAGE,), hosts=LOOPBACK, log=log, throughput=True
-    ) as found:
+    options = {"api_keys": KEYS, "origins": (PAGE,), "hosts": LOOPBACK, "any_model": False}
+    with in_thread(model, log=log, throughput=True, **options) as found:
         yield found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -122,8 +123,10 @@ def test_idle_connections_stay_usable(running: Running) -> None:
         assert b"OK" in read_until(connection, b"OK")
 
 
-def test_bodies_together(running: Running) -> None:
+def test_bodies_together(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is within its limit, and still more than there is room for beside another."""
+    patient = replace(running.service.options, body_s=30.0)
+    monkeypatch.setattr(running.service.bodies, "_options", patient)
     head = f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n".encode()
     with connect(running.port, head + b" " * 900_000):
         until(lambda: running.service.bodies._held >= 900_000)

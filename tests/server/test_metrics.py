@@ -24,7 +24,9 @@ def read(http: httpx.Client) -> dict[str, float]:
     response = http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     return {
-        sample.name + "".join(f",{value}" for value in sample.labels.values()): sample.value
+        ",".join(
+            [sample.name, *(v for k, v in sample.labels.items() if k != "model")]
+        ): sample.value
         for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }

@@ -120,7 +120,6 @@ def test_the_best_of_several(client: openai.OpenAI) -> None:
         ({"presence_penalty": 9}, "presence_penalty"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
     ],
 )
 def test_errors_name_the_field(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,22 +21,14 @@ from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.engine.generation import Mailbox
 from squall.engine.reply import Reply
 from squall.engine.request import CacheScope, Piece, Request, Scoring
-from squall.engine.sampling import Dry, Sampling
+from squall.engine.sampling import Sampling
 from squall.errors import ContextLengthExceeded, InvalidRequest
 from squall.model import Model, Prompt
 
 # OpenAI's defaults, and mistral.rs's: a plain draw.
 DRAW = {"temperature": 1.0, "top_p": 1.0}
-# (parameter, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
-OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
 # More than texts have, so that what cannot fit is refused before it is read.
 CHARACTERS_PER_TOKEN = 64
-# Fields that mean the same in a request and in Sampling.
-SAMPLING = (
-    "temperature", "top_k", "top_p", "min_p", "seed", "logit_bias", "frequency_penalty",
-    "presence_penalty", "repetition_penalty", "min_tokens",
-)  # fmt: skip
-
 Asked = TypeVar("Asked", bound=ChatCompletionRequest | CompletionRequest)
 Whole = TypeVar("Whole")
 Part = TypeVar("Part")
@@ -50,12 +42,11 @@ def start_chat(
     Raises InvalidRequest, ContextLengthExceeded, TemplateError, QueueFull or EngineStopped.
     """
     _check_count(model, request.n)
-    messages = [dict(message) for message in request.messages if not isinstance(message, str)]
-    _check_characters(model, sum(len(text) for message in messages for text in message.values()))
     asked = replace(
-        _request(model, request, messages, tenant),
+        _request(model, request, chat_ids(model, request), tenant),
         max_tokens=request.max_tokens,
         logprobs=request.top_logprobs or 0 if request.logprobs else None,
+        continues=False,
     )
     job = ChatJob(model, request, id)
     job.submit(
@@ -63,6 +54,13 @@ def start_chat(
         for one in _drawn_apart(asked, request.n)
     )
     return job
+
+
+def chat_ids(model: Model, request: ChatCompletionRequest) -> list[int]:
+    """The prompt of a chat, in the model's chat template."""
+    messages = [dict(message) for message in request.messages if not isinstance(message, str)]
+    _check_characters(model, sum(len(text) for message in messages for text in message.values()))
+    return model.encode_chat(messages, template_kwargs=request.chat_template_kwargs)
 
 
 def start_completion(
@@ -126,6 +124,8 @@ class Job(ABC, Generic[Asked, Whole, Part]):
     """
 
     kind: str
+    whole: Callable[..., Whole]
+    part: Callable[..., Part]
 
     def __init__(self, model: Model, request: Asked, id: str | None) -> None:
         self.id = id or f"{self.kind}-{uuid.uuid4().hex}"
@@ -226,17 +226,23 @@ class Job(ABC, Generic[Asked, Whole, Part]):
     def __del__(self) -> None:
         self.cancel()
 
-    @abstractmethod
     def _response(self) -> Whole:
+        choices = tuple(self._whole_choices())
+        return self.whole(self.id, choices, self.created, self.request.model, self.usage)
+
+    def _chunk(self, *parts: Any, usage: responses.Usage | None = None) -> Part:
+        return self.part(
+            self.id, parts, self.created, self.request.model, usage,
+            usage_follows=self.request.include_usage and usage is None,
+        )  # fmt: skip
+
+    @abstractmethod
+    def _whole_choices(self) -> Iterator[Any]:
         """All answers, complete."""
 
     @abstractmethod
     def _parts(self, index: int, choice: _Choice, text: str) -> Iterator[Any]:
         """What is new of a choice, of which `text` is; the finish_reason comes in the last."""
-
-    @abstractmethod
-    def _chunk(self, *parts: Any, usage: responses.Usage | None = None) -> Part:
-        """One chunk."""
 
 
 class ChatJob(
@@ -249,20 +255,14 @@ class ChatJob(
     """A chat's next message, or several to choose from."""
 
     kind = "chatcmpl"
+    whole = responses.ChatCompletionResponse
+    part = responses.ChatCompletionChunkResponse
 
-    def _response(self) -> responses.ChatCompletionResponse:
-        choices = tuple(
-            responses.Choice(
-                choice.finish_reason,
-                index,
-                responses.ResponseMessage(choice.text),
-                self._logprobs(choice.tokens.entries),
-            )
-            for index, choice in enumerate(self._choices)
-        )
-        return responses.ChatCompletionResponse(
-            self.id, choices, self.created, self.request.model, self.usage
-        )
+    def _whole_choices(self) -> Iterator[responses.Choice]:
+        for index, choice in enumerate(self._choices):
+            message = responses.ResponseMessage(choice.text)
+            logprobs = self._logprobs(choice.tokens.entries)
+            yield responses.Choice(choice.finish_reason, index, message, logprobs)
 
     def _parts(self, index: int, choice: _Choice, text: str) -> Iterator[responses.ChunkChoice]:
         if choice.is_first():
@@ -272,14 +272,6 @@ class ChatJob(
             yield responses.ChunkChoice(None, index, responses.Delta(text), self._logprobs(news))
         if choice.finish_reason is not None:
             yield responses.ChunkChoice(choice.finish_reason, index, responses.Delta(), None)
-
-    def _chunk(
-        self, *parts: responses.ChunkChoice, usage: responses.Usage | None = None
-    ) -> responses.ChatCompletionChunkResponse:
-        return responses.ChatCompletionChunkResponse(
-            self.id, parts, self.created, self.request.model, usage,
-            usage_follows=self.request.include_usage and usage is None,
-        )  # fmt: skip
 
     def _logprobs(self, entries: Sequence[Entry]) -> responses.Logprobs | None:
         return chat_logprobs(self._model.tokenizer, entries) if self.request.logprobs else None
@@ -291,17 +283,13 @@ class CompletionJob(
     """Completions of a text, or of several; those of each prompt are neighbours."""
 
     kind = "cmpl"
+    whole = responses.CompletionResponse
+    part = responses.CompletionChunkResponse
 
-    def _response(self) -> responses.CompletionResponse:
-        choices = tuple(
-            responses.CompletionChoice(
-                choice.finish_reason, index, choice.text, self._logprobs(choice.tokens.entries)
-            )
-            for index, choice in enumerate(self._best())
-        )
-        return responses.CompletionResponse(
-            self.id, choices, self.created, self.request.model, self.usage
-        )
+    def _whole_choices(self) -> Iterator[responses.CompletionChoice]:
+        for index, choice in enumerate(self._best()):
+            logprobs = self._logprobs(choice.tokens.entries)
+            yield responses.CompletionChoice(choice.finish_reason, index, choice.text, logprobs)
 
     def _best(self) -> list[_Choice]:
         """The `n` best of each prompt's candidates."""
@@ -324,14 +312,6 @@ class CompletionJob(
         if choice.finish_reason is not None:
             yield responses.CompletionChoice(choice.finish_reason, index, "", None)
 
-    def _chunk(
-        self, *parts: responses.CompletionChoice, usage: responses.Usage | None = None
-    ) -> responses.CompletionChunkResponse:
-        return responses.CompletionChunkResponse(
-            self.id, parts, self.created, self.request.model, usage,
-            usage_follows=self.request.include_usage and usage is None,
-        )  # fmt: skip
-
     def _logprobs(self, entries: Sequence[Entry]) -> responses.CompletionLogprobs | None:
         if self.request.logprobs is None:
             return None
@@ -345,12 +325,12 @@ def _request(
     tenant: str,
 ) -> Request:
     """What all answers to a prompt have in common."""
-    asked_for = _present({name: getattr(request, name) for name in SAMPLING})
-    given = DRAW | dict(model.defaults.values) | asked_for
+    asked_for, dry = request.arguments()
     sampling = Sampling(
-        **given | {key: least for key, off, least in OFF if given.get(key) == off},
-        dry=_dry(model, request),
-        logits_processors=tuple(request.logits_processors),
+        **DRAW | dict(model.defaults.values) | asked_for,
+        logit_bias=request.logit_bias or {},
+        dry=model.dry(**dry) if "multiplier" in dry else None,
+        logits_processors=request.logits_processors,
     )
     asked = model.request(prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids)
     return replace(
@@ -359,22 +339,6 @@ def _request(
         truncate=request.truncate_sequence,
         ignore_eos=request.ignore_eos,
     )
-
-
-def _dry(model: Model, request: ChatCompletionRequest | CompletionRequest) -> Dry | None:
-    if request.dry_multiplier is None:
-        return None
-    given = {
-        "base": request.dry_base,
-        "allowed_length": request.dry_allowed_length,
-        "breakers": request.dry_sequence_breakers,
-        "range": request.dry_range,
-    }
-    return model.dry(request.dry_multiplier, **_present(given))
-
-
-def _present(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _completion(

@@ -5,15 +5,16 @@ What needs a model, such as token ids and the ranges of sampling, is checked whe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import InitVar, dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
+from squall.engine.fields import check_fields, check_texts, numbers_of, shown, whole
+from squall.engine.sampling import MOST_TOP_LOGPROBS, LogitsProcessor, SamplingFields
 from squall.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from squall.engine.sampling import LogitsProcessor
 
 MOST_CHOICES = 128
 MOST_MESSAGES = 4096
@@ -23,18 +24,28 @@ MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 1024
 MOST_STOP_IDS = 128
 MOST_PROCESSORS = 16
+MOST_TEMPLATE_KWARGS = 16_384  # characters, as JSON
 
 Messages = str | Sequence[Mapping[str, Any]]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 NOT_YET = ("grammar", "grammar_type", "adapters", "tools", "tool_schemas", "suffix")
 ROLES: dict[str, str] = {"developer": "system"}
+# (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
+OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
+# What is given to a template in another way, or would change how it is read.
+NOT_FOR_TEMPLATES = frozenset({
+    "add_generation_prompt", "bos_token", "chat_template", "documents", "eos_token", "messages",
+    "tokenize", "tools", "unk_token",
+})  # fmt: skip
+# Parts of a message's content that are texts, with where the text is.
+TEXT_PARTS: Mapping[str, str] = MappingProxyType({"text": "text", "refusal": "refusal"})
 
 
 ToolChoice = Enum("ToolChoice", "NoTools Auto")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
+class _Request(SamplingFields):
     """What chats and completions have in common.
 
     mistral.rs's names `n_choices` and `stop_seqs` stand for `n` and `stop`, and OpenAI's
@@ -48,26 +59,12 @@ class _Request:
     """
 
     model: str = "default"
-    max_tokens: int | None = None
-    n: int = 1
+    max_tokens: int | None = whole("At most so many tokens.")
+    n: int = whole("So many answers.", default=1, least=1, most=MOST_CHOICES)
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] = ()
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
-    dry_multiplier: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_sequence_breakers: Sequence[str] | None = None
-    dry_range: int | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
-    seed: int | None = None
-    min_tokens: int = 0
     ignore_eos: bool = False
     truncate_sequence: bool = False
     stream: bool = False
@@ -93,12 +90,18 @@ class _Request:
         self._accept("max_tokens", None, "max_completion_tokens", max_completion_tokens)
         self._accept("n", 1, "n_choices", n_choices)
         self._accept("stop", None, "stop_seqs", stop_seqs)
+        for name, off, least in OFF:
+            value = getattr(self, name)
+            if value == off and not isinstance(value, bool):
+                self._set(name, least)
         self._check()
 
     @property
     def stops(self) -> tuple[str, ...]:
         """`stop` as a list, however it was given."""
         stop = self.stop
+        if not isinstance(stop, str | Sequence | None):
+            raise InvalidRequest(f"stop is {shown(stop)}; it must be a text or a list of texts")
         return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
     @property
@@ -114,13 +117,19 @@ class _Request:
             raise InvalidRequest("tool_choice is not supported yet, only none or auto")
         if (self.response_format or {"type": "text"}).get("type") != "text":
             raise InvalidRequest("response_format is not supported yet, only {'type': 'text'}")
-        if not 1 <= self.n <= MOST_CHOICES:
-            raise InvalidRequest(f"n is {self.n}; it must be between 1 and {MOST_CHOICES}")
+        check_fields(self)
+        check_texts("stop", self.stops)
         _short("stop", self.stops, MOST_STOPS)
         for text in self.stops:
             _short("a text in stop", text, MOST_STOP_CHARACTERS, "characters")
-        _short("stop_token_ids", self.stop_token_ids, MOST_STOP_IDS)
-        _short("logits_processors", self.logits_processors, MOST_PROCESSORS)
+        for name, most in (
+            ("stop_token_ids", MOST_STOP_IDS),
+            ("logits_processors", MOST_PROCESSORS),
+        ):
+            values = getattr(self, name)
+            if not isinstance(values, Sequence):
+                raise InvalidRequest(f"{name} is {shown(values)}; it must be a list")
+            _short(name, values, most)
 
     def _accept(self, name: str, default: object, other: str, value: object) -> None:
         """`other` is one more name of the field `name`."""
@@ -140,17 +149,24 @@ class ChatCompletionRequest(_Request):
 
     messages: of `role` and `content`, a text or a list of text parts; a text alone is a user's.
     logprobs, top_logprobs: tell each token's log-probability, and so many of the likeliest.
+    chat_template_kwargs: more variables for the chat template, such as `enable_thinking`.
     """
 
     messages: Messages
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: int | None = whole("Of so many of the likeliest.", most=MOST_TOP_LOGPROBS)
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def _check(self) -> None:
         super()._check()
         self._set("messages", tuple(_conversation(self.messages)))
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true")
+        given = self.chat_template_kwargs
+        names = given if isinstance(given, Mapping) else [given]
+        if given is not None and not all(isinstance(name, str) for name in names):
+            raise InvalidRequest(f"chat_template_kwargs is {shown(given)}; it must be an object")
+        _check_template_kwargs(given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +180,10 @@ class CompletionRequest(_Request):
     """
 
     prompt: Prompts
-    best_of: int | None = None
+    best_of: int | None = whole("Of so many answers the `n` best.")
     echo: bool = False
     suffix: str | None = None
-    logprobs: int | None = None
+    logprobs: int | None = whole("Of so many of the likeliest.", most=MOST_TOP_LOGPROBS)
     echo_prompt: InitVar[bool | None] = None
 
     def __post_init__(
@@ -226,29 +242,53 @@ def _message(message: object, where: str) -> dict[str, str]:
         if message.get(name):
             raise InvalidRequest(f"{where}.{name} is not supported yet")
     role = str(message["role"])
-    checked = {"role": ROLES.get(role, role), "content": _content(message, where)}
+    content = message.get("content")
+    if role == "assistant" and content is None:
+        # So do clients that send back what they got: a refusal, or an answer without a text.
+        content = message.get("refusal") or ""
+    checked = {"role": ROLES.get(role, role), "content": _content(content, where)}
     called = message.get("name")
     return checked | ({"name": called} if isinstance(called, str) else {})
 
 
-def _content(message: Mapping[str, Any], where: str) -> str:
-    content = message.get("content")
+def _content(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
         raise InvalidRequest(f"{where}.content must be a text, or a list of text parts")
     _short(f"{where}.content", content, MOST_PARTS)
+    found = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text":
+        if not isinstance(kind, str) or kind not in TEXT_PARTS:
             raise InvalidRequest(
-                f"{where}.content has a part of type {kind!r}; only 'text' is known"
+                f"{where}.content has a part of type {shown(kind)}; only 'text' is known"
             )
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{where}.content has a part of type 'text' without a text")
-    return "".join(part["text"] for part in content)
+        text = part.get(TEXT_PARTS[kind])
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{where}.content has a part of type {kind!r} without a text")
+        found.append(text)
+    return "".join(found)
+
+
+def _check_template_kwargs(given: Mapping[str, Any] | None) -> None:
+    name = "chat_template_kwargs"
+    refused = sorted(NOT_FOR_TEMPLATES & (given or {}).keys())
+    if refused:
+        raise InvalidRequest(f"{name} has {refused[0]!r}, which is not for it; leave it out")
+    try:
+        size = len(json.dumps(given or {}))
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidRequest(f"{name} must be an object as JSON has them") from None
+    if size > MOST_TEMPLATE_KWARGS:
+        raise InvalidRequest(
+            f"{name} has {size} characters; at most {MOST_TEMPLATE_KWARGS} are allowed"
+        )
 
 
 def _short(name: str, values: Sized, most: int, what: str = "entries") -> None:
     if len(values) > most:
         raise InvalidRequest(f"{name} has {len(values)} {what}; at most {most} are allowed")
+
+
+NUMBERS = numbers_of(ChatCompletionRequest) | numbers_of(CompletionRequest)

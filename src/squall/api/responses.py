@@ -143,10 +143,8 @@ class Delta(Shape):
     role: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Without what is not new."""
-        if self.role is not None:
-            return {"role": self.role, "content": self.content}
-        return {"content": self.content} if self.content else {}
+        """With a content always, which clients add up without looking."""
+        return ({"role": self.role} if self.role is not None else {}) | {"content": self.content}
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,8 @@ def _bench_load(flags: BenchFlags, selected: Selected) -> None:
         typer.echo(json.dumps({"results": [asdict(report) for report in reports]}))
     else:
         _print([_load_table(reports)])
+    if all(report.errors == report.requests for report in reports):
+        raise typer.Exit(1)
 
 
 def _ask_model(flags: BenchFlags, selected: Selected, loads: list[Load]) -> list[Report]:

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from typer.models import ArgumentInfo
 
 from squall.cli.selectors import NOT_YET, SELECTORS, Selected
+from squall.engine.fields import Number, described, help_of
 from squall.errors import ModelNotFound
 from squall.locate import looks_like_model
 
@@ -171,8 +172,19 @@ def _names(parameter: inspect.Parameter) -> list[str]:
 
 
 def _fields(flags: type[Any]) -> list[inspect.Parameter]:
-    hints = get_type_hints(flags, include_extras=True)
+    hints = get_type_hints(flags, include_extras=True) | _described(flags)
     return [_parameter(f.name, hints[f.name], f.default) for f in fields(flags)]
+
+
+def _described(flags: type[Any]) -> dict[str, Any]:
+    """The fields that are described where requests have them."""
+    found: dict[str, Any] = {}
+    for name, about in described(flags).items():
+        kind: Any = list[str]
+        if isinstance(about, Number):
+            kind = int if about.whole else float
+        found[name] = Annotated[kind | None, typer.Option(help=help_of(about))]
+    return found
 
 
 def _parameters(function: Command) -> list[inspect.Parameter]:

@@ -48,23 +48,6 @@ TokenSource = Annotated[
 Offline = Annotated[bool, typer.Option("--offline", help="Use the hub's cache; no connection.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
-Temperature = Annotated[float | None, typer.Option(help="0: always the likeliest token.")]
-TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0: off.")]
-TopP = Annotated[float | None, typer.Option(help="Only the likeliest that sum to p; 1: off.")]
-MinP = Annotated[
-    float | None, typer.Option(help="Only tokens at least p times as likely as the first; 0: off.")
-]
-Seed = Annotated[int | None, typer.Option(help="The same seed, the same answer.")]
-FrequencyPenalty = Annotated[
-    float, typer.Option(help="Against words of the answer, by how often; 0: off.")
-]
-PresencePenalty = Annotated[float, typer.Option(help="Against words of the answer; 0: off.")]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Divides the logits of tokens of prompt and answer; 1: off.")
-]
-DryMultiplier = Annotated[float, typer.Option(help="Against repeats (DRY); 0: off.")]
-DryBase = Annotated[float, typer.Option(help="How DRY grows with each token of a repeat.")]
-DryAllowedLength = Annotated[int, typer.Option(help="Tokens of a repeat that DRY allows.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")]
 
 

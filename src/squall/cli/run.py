@@ -12,23 +12,9 @@ import typer
 
 from squall.cli.flags import HELP_OF, TEXT, command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import (
-    ChatTemplate,
-    ContextSize,
-    DryAllowedLength,
-    DryBase,
-    DryMultiplier,
-    FrequencyPenalty,
-    MinP,
-    PresencePenalty,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-)
+from squall.cli.options import ChatTemplate, ContextSize, Stop
 from squall.cli.selectors import Selected
+from squall.engine.sampling import SamplingFields
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -52,21 +38,10 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(ModelFlags):
+class RunFlags(SamplingFields, ModelFlags):
     """The flags of `squall run`, and what to ask."""
 
     max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024
-    temperature: Temperature = None
-    top_k: TopK = None
-    top_p: TopP = None
-    min_p: MinP = None
-    seed: Seed = None
-    frequency_penalty: FrequencyPenalty = 0.0
-    presence_penalty: PresencePenalty = 0.0
-    repetition_penalty: RepetitionPenalty = None
-    dry_multiplier: DryMultiplier = 0.0
-    dry_base: DryBase = 1.75
-    dry_allowed_length: DryAllowedLength = 2
     stop: Stop = None
     system: Annotated[str | None, typer.Option(help="A system message.")] = None
     chat_template: ChatTemplate = None
@@ -80,13 +55,9 @@ class RunFlags(ModelFlags):
     @property
     def settings(self) -> Settings:
         """How answers are made."""
-        same = (
-            "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty",
-            "frequency_penalty", "presence_penalty",
-        )  # fmt: skip
-        options = {name: getattr(self, name) for name in same} | {"stop": tuple(self.stop or ())}
-        dry = {"base": self.dry_base, "allowed_length": self.dry_allowed_length}
-        return Settings(options, {"multiplier": self.dry_multiplier} | dry)
+        options, dry = self.arguments()
+        options |= {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ())}
+        return Settings(options, {"multiplier": 0.0} | dry)
 
 
 def run(flags: RunFlags, selected: Selected) -> None:

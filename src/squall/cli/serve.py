@@ -60,6 +60,9 @@ class ServeFlags(ModelFlags):
     served_model_name: Annotated[
         str | None, typer.Option(help="The model's name for clients; by default its file's.")
     ] = None
+    strict_fields: Annotated[
+        bool, typer.Option("--strict-fields", help="Unknown fields are errors, not ignored.")
+    ] = False
     max_seqs: Annotated[int, typer.Option(min=1, help="Answers computed at a time.")] = 16
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait beside those.")] = 256
     queue_timeout: Annotated[
@@ -165,6 +168,7 @@ class ServeFlags(ModelFlags):
         hosts = {*LOOPBACK, *(self.allow_host or ())} if local or self.allow_host else None
         return ServerOptions(
             model_id=self.served_model_name,
+            strict_fields=self.strict_fields,
             api_keys=tuple(self.api_key or ()),
             origins=tuple(self.cors or ()),
             hosts=None if hosts is None else frozenset(hosts),

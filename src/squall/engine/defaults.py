@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from squall.engine.sampling import Sampling
+from squall.engine.sampling import NUMBERS, Sampling
 from squall.errors import InvalidCheckpoint, InvalidRequest
 from squall.text.files import read_json
 
 FILE = "generation_config.json"
-KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+KEYS = [name for name, number in NUMBERS.items() if number.stored]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,6 @@ class GenerationDefaults:
         values = {key: config[key] for key in KEYS if config.get(key) is not None}
         if config.get("do_sample") is False:
             values["temperature"] = 0.0
-        if not all(type(value) in (int, float) for value in values.values()):
-            raise InvalidCheckpoint(f"{FILE}: {', '.join(values)} must be numbers")
         found = cls(values)
         try:
             found.sampling({})

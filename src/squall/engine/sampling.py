@@ -9,18 +9,28 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall import _native
+from squall.engine.fields import (
+    Number,
+    check_texts,
+    described,
+    numbers_of,
+    real,
+    shown,
+    texts,
+    whole,
+)
 from squall.errors import InvalidRequest, SamplingFailed
 
 TEMPERATURE = 0.7
 TOP_K = 0
 TOP_P = 0.95
 MIN_P = 0.0
-SEED_LIMIT = 2**64
 MOST_BIASES = 300
 MOST_BREAKERS = 64
 MOST_BREAKER_BYTES = 64
@@ -32,12 +42,62 @@ Floats = NDArray[np.float32]
 LogitsProcessor = Callable[[Floats, NDArray[np.int32]], Floats | None]
 
 _SIZE_LIMIT = 2**31
+_TOKEN = Number(help="", whole=True, most=_SIZE_LIMIT - 1)
+_BIAS = Number(help="", least=-math.inf)
+TOP_LOGPROBS = Number(
+    help="So many of the likeliest tokens in a token's place.", whole=True, most=MOST_TOP_LOGPROBS
+)
 _BREAKERS_ALLOWED = f"at most {MOST_BREAKERS} texts of 1 to {MOST_BREAKER_BYTES} UTF-8 bytes"
 
 
 def random_seed() -> int:
     """A seed that is new each time, and short enough to be typed again."""
     return secrets.randbits(32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFields:
+    """What may be asked of sampling; None: as the model's makers have it, or as `Sampling`."""
+
+    temperature: float | None = real("0: always the likeliest token.", stored=True)
+    top_k: int | None = whole("Only the k likeliest tokens.", off=0, stored=True)
+    top_p: float | None = real(
+        "Only the likeliest tokens that sum to p.", above=True, most=1, off=1, stored=True
+    )
+    min_p: float | None = real(
+        "Only tokens at least p times as likely as the likeliest.", most=1, off=0, stored=True
+    )
+    seed: int | None = whole("The same seed, the same answer.", most=2**64 - 1)
+    frequency_penalty: float | None = real(
+        "Against tokens of the answer, by how often.", least=-2, most=2, off=0
+    )
+    presence_penalty: float | None = real(
+        "Against tokens of the answer, however often.", least=-2, most=2, off=0
+    )
+    repetition_penalty: float | None = real(
+        "Divides the logits of tokens of prompt and answer.", above=True, off=1, stored=True
+    )
+    min_tokens: int | None = whole("Nothing ends the answer before so many tokens.")
+    dry_multiplier: float | None = real("Against repeats (DRY).", off=0)
+    dry_base: float | None = real("How DRY grows with each token of a repeat.", least=1)
+    dry_allowed_length: int | None = whole("Tokens of a repeat that DRY allows.", least=1)
+    dry_range: int | None = whole("Only so many of the last tokens count for DRY.", least=1)
+    dry_sequence_breakers: Sequence[str] | None = texts("Texts at which repeats end for DRY.")
+
+    def arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What was said: of `Sampling`, and apart from that of `Model.dry`."""
+        given = {name: getattr(self, name) for name in described(SamplingFields)}
+        plain, dry = {}, {}
+        for name, value in given.items():
+            if value is not None and name.startswith(DRY):
+                dry[name.removeprefix(DRY).removeprefix("sequence_")] = value
+            elif value is not None:
+                plain[name] = value
+        return plain, dry
+
+
+DRY = "dry_"
+NUMBERS = numbers_of(SamplingFields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +108,15 @@ class Breakers:
         token and across tokens.
     """
 
-    texts: tuple[str, ...]
+    texts: Sequence[str]
     token_bytes: Callable[[int], bytes]
     ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        sizes = [len(text.encode()) for text in self.texts]
+        check_texts("dry_sequence_breakers", self.texts)
+        sizes = [len(text.encode(errors="replace")) for text in self.texts]
         right = len(sizes) <= MOST_BREAKERS and all(1 <= n <= MOST_BREAKER_BYTES for n in sizes)
-        _check(right, "dry_sequence_breakers", list(self.texts), _BREAKERS_ALLOWED)
+        _check(right, "dry_sequence_breakers", self.texts, _BREAKERS_ALLOWED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +130,11 @@ class Dry:
     range: int | None = None
 
     def __post_init__(self) -> None:
-        _check(0 <= self.multiplier < math.inf, "dry_multiplier", self.multiplier, "at least 0")
-        _check(1 <= self.base < math.inf, "dry_base", self.base, "at least 1")
-        allowed = self.allowed_length
-        _check(_whole(allowed) and allowed >= 1, "dry_allowed_length", allowed, "at least 1")
-        right = self.range is None or (_whole(self.range) and self.range >= 1)
-        _check(right, "dry_range", self.range, "at least 1, or None for all")
+        for name, number in NUMBERS.items():
+            if name.startswith(DRY):
+                value = getattr(self, name.removeprefix(DRY))
+                if value is not None or name != "dry_range":
+                    number.check(name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,33 +155,27 @@ class Sampling:
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     dry: Dry | None = None
-    logits_processors: tuple[LogitsProcessor, ...] = ()
+    logits_processors: Sequence[LogitsProcessor] = ()
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        top_k = self.top_k or 0
-        _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "at least 0")
-        _check(_whole(top_k) and top_k >= 0, "top_k", top_k, "at least 0 (0: off)")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1: off)")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1 (0: off)")
-        right = _whole(self.seed) and 0 <= self.seed < SEED_LIMIT
-        _check(right, "seed", self.seed, "at least 0 and below 2**64")
-        for name in ("frequency_penalty", "presence_penalty"):
-            value = getattr(self, name)
-            _check(-2 <= value <= 2, name, value, "between -2 and 2 (0: off)")
-        repetition = self.repetition_penalty
-        _check(0 < repetition < math.inf, "repetition_penalty", repetition, "above 0 (1: off)")
-        right = _whole(self.min_tokens) and self.min_tokens >= 0
-        _check(right, "min_tokens", self.min_tokens, "at least 0")
+        for name, number in NUMBERS.items():
+            if not name.startswith(DRY) and not (name == "top_k" and self.top_k is None):
+                number.check(name, getattr(self, name))
         self._check_biases()
+        processors = self.logits_processors
+        right = isinstance(processors, list | tuple) and all(map(callable, processors))
+        _check(right, "logits_processors", processors, "a list of functions of (logits, ids)")
 
     def _check_biases(self) -> None:
+        right = isinstance(self.logit_bias, Mapping)
+        _check(right, "logit_bias", self.logit_bias, "a mapping of token ids to numbers")
         count = len(self.logit_bias)
-        _check(count <= MOST_BIASES, "logit_bias", f"{count} ids", f"at most {MOST_BIASES}")
+        if count > MOST_BIASES:
+            raise InvalidRequest(f"logit_bias is {count} ids; it must be at most {MOST_BIASES}")
         for token, bias in self.logit_bias.items():
-            right = _whole(token) and 0 <= token < _SIZE_LIMIT
-            _check(right, "a token id in logit_bias", token, "a whole number from 0")
-            right = -math.inf <= bias < math.inf
+            _TOKEN.check("a token id in logit_bias", token)
+            right = _BIAS.allows(bias) or (isinstance(bias, float) and bias == -math.inf)
             _check(right, f"logit_bias of token {token}", bias, "a number, or -inf to forbid it")
 
     def check_ids(self, vocab: int) -> None:
@@ -193,8 +247,8 @@ class RowSampling:
 
     def __post_init__(self) -> None:
         top = self.top_logprobs
-        right = top is None or (_whole(top) and 0 <= top <= MOST_TOP_LOGPROBS)
-        _check(right, "top_logprobs", top, f"between 0 and {MOST_TOP_LOGPROBS}")
+        if top is not None:
+            TOP_LOGPROBS.check("top_logprobs", top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,10 +345,6 @@ def _options(sampling: Sampling) -> _native.SamplingOptions:
     return options
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _check(right: bool, name: str, value: object, allowed: str) -> None:
     if not right:
-        raise InvalidRequest(f"{name} is {value}; it must be {allowed}")
+        raise InvalidRequest(f"{name} is {shown(value)}; it must be {allowed}")

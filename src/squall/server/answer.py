@@ -16,7 +16,7 @@ from squall.api.responses import Shape
 from squall.server.errors import to_api
 from squall.server.gate import Visit
 from squall.server.limits import ClientGone
-from squall.server.service import Service
+from squall.server.service import Served, Service
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -38,9 +38,12 @@ class Answer(Response):
     job is cancelled unless it is complete.
     """
 
-    def __init__(self, service: Service, start: Callable[[], AnyJob], *, stream: bool) -> None:
+    def __init__(
+        self, service: Service, served: Served, start: Callable[[], AnyJob], *, stream: bool
+    ) -> None:
         super().__init__()
         self._service = service
+        self._served = served
         self._start = start
         self._stream = stream
 
@@ -49,7 +52,7 @@ class Answer(Response):
         writer = Writer(scope, receive, send)
         run = asyncio.ensure_future(self._run(visit, writer))
         gone = asyncio.ensure_future(_gone(receive))
-        dead = asyncio.ensure_future(self._service.dead.wait())
+        dead = asyncio.ensure_future(self._served.dead.wait())
         try:
             await asyncio.wait({run, gone, dead}, return_when=asyncio.FIRST_COMPLETED)
             if not run.done() and not gone.done():
@@ -62,9 +65,9 @@ class Answer(Response):
                 await run
         if ended:
             return
-        if left or self._service.why_dead is None:
+        if left or self._served.why_dead is None:
             raise ClientGone
-        await writer.error(self._service.why_dead)
+        await writer.error(self._served.why_dead)
 
     async def _run(self, visit: Visit, writer: Writer) -> None:
         def start() -> AnyJob:
@@ -113,7 +116,7 @@ class Answer(Response):
     def _note(self, job: AnyJob, visit: Visit) -> None:
         """Tell metrics and log what became of it."""
         usage = job.usage
-        self._service.metrics.observe(usage)
+        self._service.metrics.observe(self._served.name, usage)
         visit.notes |= {
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.prompt_tokens_details.cached_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -15,21 +15,24 @@ from starlette.responses import Response
 from squall import __version__
 from squall.model import Model
 from squall.server.errors import INVALID, ApiError, to_api
-from squall.server.gate import Gate
+from squall.server.gate import IGNORED, Gate
 from squall.server.options import ServerOptions
 from squall.server.routes import add_routes
 from squall.server.service import Service
 
-_HEADERS = ["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"]
 
-
-def create_app(model: Model, options: ServerOptions | None = None) -> FastAPI:
-    """The application. It does not close the model.
+def create_app(
+    models: Model | Mapping[str, Model], options: ServerOptions | None = None
+) -> FastAPI:
+    """The application, of one model or of several by their names. It does not close them.
 
     `squall.server.run.serve_on` runs it with time limits and an orderly end; other ASGI servers can
     run it as well, one process only.
     """
-    service = Service(model, options or ServerOptions())
+    options = options or ServerOptions()
+    if isinstance(models, Model):
+        models = {options.model_id or models.checkpoint.path.stem: models}
+    service = Service(models, options)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -55,9 +58,9 @@ def create_app(model: Model, options: ServerOptions | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.options.origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=_HEADERS,
-            expose_headers=["X-Request-Id", "Retry-After"],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # whatever a client's preflight asks for
+            expose_headers=["X-Request-Id", "Retry-After", IGNORED],
         )
     return app
 
@@ -76,6 +79,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
             404, f"unknown path {request.url.path[:200]!r}; /docs lists those there are",
             "unknown_url",
         )  # fmt: skip
+    elif found.status == 405 and request.method == "OPTIONS":
+        allowed = found.headers.get("Allow", "").replace("GET", "GET, HEAD")
+        return Response(status_code=204, headers={"Allow": f"{allowed}, OPTIONS"})
     elif found.status == 405:
         found = ApiError(
             405, f"{request.method} is not for this path", "method_not_allowed", INVALID,

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from squall import errors
+from squall.api.requests import NUMBERS
 
 LOGGER = logging.getLogger("squall.server")
 INVALID = "invalid_request_error"
@@ -70,6 +71,13 @@ def stopped(why: str) -> ApiError:
     return ApiError(status, why, code, type_, headers={"Retry-After": str(RETRY_S)})
 
 
+def unknown_field(name: str) -> ApiError:
+    """What a server that is strict says of a field that nobody knows."""
+    return ApiError(
+        400, f"unknown parameter: {name[:100]!r}", "unknown_parameter", param=name[:100]
+    )
+
+
 def to_api(error: BaseException) -> ApiError:
     """Any error as clients see it. What nobody foresaw is logged and not described to them."""
     if isinstance(error, ApiError):
@@ -95,7 +103,7 @@ def to_api(error: BaseException) -> ApiError:
 
 def _invalid(error: ValidationError) -> ApiError:
     """The first complaint about a body, naming the field."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    first = error.errors(include_url=False, include_context=False)[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['msg']}", "invalid_json")
     where = ""
@@ -105,4 +113,6 @@ def _invalid(error: ValidationError) -> ApiError:
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else part
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     message = f"{where}: {first['msg']}" if where else first["msg"]
+    if where in NUMBERS:
+        message = NUMBERS[where].complaint(where, first["input"])
     return ApiError(400, message, code, param=where or None)

@@ -18,13 +18,16 @@ from squall.server.limits import ClientGone
 from squall.server.log import MOST_BODY
 
 if TYPE_CHECKING:
-    from squall.server.service import Service
+    from squall.server.service import Served, Service
 
 # Who only asks whether the server is there needs no key.
 OPEN_PATHS = frozenset({"/", "/health", "/docs"})
 GONE = 499  # what the log says of a client that went away
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _MOST_PATH = 200
+IGNORED = "X-Squall-Ignored"  # the header that names the fields that were without effect
+_MOST_NAMES, _MOST_NAME = 16, 64
+_STRANGE = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 class Gate:
@@ -38,7 +41,11 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = Visit(self._service, scope)
+        method = scope["method"]
+        # HEAD is GET without the body, and /path/ is /path.
+        path = scope["path"].rstrip("/") or "/"
+        scope = {**scope, "method": "GET" if method == "HEAD" else method, "path": path}
+        visit = Visit(self._service, scope, method)
         self._service.active += 1
         try:
             await self._answer(visit, scope, receive, send)
@@ -71,7 +78,7 @@ class Gate:
                 403, f"pages of {origin[:100]!r} may not use this server; allow that with --cors",
                 "origin_not_allowed",
             )  # fmt: skip
-        if options.api_keys and path not in OPEN_PATHS:
+        if options.api_keys and path not in OPEN_PATHS and visit.method != "OPTIONS":
             visit.tenant = self._tenant(headers)
 
     def _may_come_from(self, origin: str, headers: Headers) -> bool:
@@ -99,8 +106,11 @@ class Gate:
 class Visit:
     """One request on its way. `notes` go into its line of the access log."""
 
-    def __init__(self, service: Service, scope: Scope) -> None:
+    def __init__(self, service: Service, scope: Scope, method: str) -> None:
         self._service = service
+        self._served: Served | None = None
+        self.method = method
+        self.ignored = ""
         self._since_s = time.perf_counter()
         self._scope = scope
         given = Headers(scope=scope).get("x-request-id", "")
@@ -119,21 +129,36 @@ class Visit:
             if message["type"] == "http.response.start":
                 self.started = True
                 self.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = self.id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = self.id
+                if self.ignored:
+                    headers[IGNORED] = self.ignored
+            elif self.method == "HEAD":
+                message = {**message, "body": b""}
             elif self._body is not None and len(self._body) <= MOST_BODY:
                 self._body += message.get("body", b"")
             await send(message)
 
         return wrapped
 
-    def enter(self) -> None:
+    def enter(self, served: Served) -> None:
         """The request is one for text; raises QueueFull if those before it take all places."""
-        self._service.model.engine.check_room(others=len(self._service.entering))
-        self._service.entering.add(self)
+        if self._served is None:
+            served.model.engine.check_room(others=len(served.entering))
+            served.entering.add(self)
+            self._served = served
 
     def entered(self) -> None:
         """From now on the engine counts it, or it is over. May be called from any thread."""
-        self._service.entering.discard(self)
+        if self._served is not None:
+            self._served.entering.discard(self)
+
+    def ignore(self, names: list[str]) -> None:
+        """Tell the client, and the log, of fields that are without effect."""
+        if names:
+            told = [_STRANGE.sub("?", name[:_MOST_NAME]) for name in names[:_MOST_NAMES]]
+            self.ignored = ", ".join(told + ["..."] * (len(names) > _MOST_NAMES))
+            self.notes["ignored"] = self.ignored
 
     def close(self) -> None:
         """The request is over: log and count it."""
@@ -145,7 +170,7 @@ class Visit:
         service.log.access(
             id=self.id,
             client=(self._scope.get("client") or ("",))[0],
-            method=self._scope["method"],
+            method=self.method,
             path=self._scope["path"][:_MOST_PATH],
             status=self.status,
             seconds=round(time.perf_counter() - self._since_s, 4),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
+import httptools
 from starlette.types import Receive
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -15,6 +17,7 @@ from squall.server.options import ServerOptions
 HEADER_BYTES = 64 * 1024
 MOST_PIPELINED = 16
 MOST_CONNECTIONS = 1000
+_FRAMING = (b"content-length", b"transfer-encoding")
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\n"
     b"content-length: 0\r\n\r\n"
@@ -113,6 +116,15 @@ def check_values(data: bytes, context: int) -> None:
         raise ApiError(400, "the body has too many values, lists or objects", "too_many_values")
 
 
+def check_encoding(encoding: str | None) -> None:
+    """Raises ApiError for a body that is compressed, which could be far larger than it seems."""
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
+        raise ApiError(
+            415, f"Content-Encoding is {encoding[:100]!r}; send the body as it is",
+            "unsupported_encoding", headers={"Accept-Encoding": "identity"},
+        )  # fmt: skip
+
+
 def protocol(options: ServerOptions) -> type[HttpToolsProtocol]:
     """Connections that end if a header is too long or too slow, or nobody takes what is sent."""
 
@@ -120,6 +132,39 @@ def protocol(options: ServerOptions) -> type[HttpToolsProtocol]:
         limits = options
 
     return Protocol
+
+
+class _Parser(httptools.HttpRequestParser):
+    """Declines offers to change the protocol, which leave a request and its body valid.
+
+    httptools takes them for the end of the request; what follows goes to a parser of bodies.
+    """
+
+    def __init__(self, protocol: _Protocol) -> None:
+        super().__init__(protocol)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self._protocol = protocol
+        self._body: httptools.HttpRequestParser | None = None
+
+    def should_upgrade(self) -> bool:
+        """Whether the body is still to be asked for."""
+        return self._body is None and super().should_upgrade()
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        """Parse; raises what httptools raises."""
+        if self._body is not None:
+            self._body.feed_data(data)
+            return
+        try:
+            super().feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            to = self._protocol
+            to.cycle.keep_alive = False
+            kept = [b": ".join(pair) for pair in to.headers if pair[0] in _FRAMING]
+            head = b"\r\n".join([b"POST / HTTP/1.1", *kept, b"", b""])
+            told = SimpleNamespace(on_body=to.on_body, on_message_complete=to.on_message_complete)
+            self._body = httptools.HttpRequestParser(told)
+            self._body.feed_data(head + data[offer.args[0] :])
 
 
 class _Protocol(HttpToolsProtocol):
@@ -135,6 +180,7 @@ class _Protocol(HttpToolsProtocol):
             transport.write(_FULL)
             transport.close()
             return
+        self.parser = _Parser(self)
         # Paused whenever the system does not take all, so that the timer sees who reads not.
         transport.set_write_buffer_limits(high=0)
         self._expect_header()
@@ -158,6 +204,8 @@ class _Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_header = True
         super().on_message_complete()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,81 +16,96 @@ _FIRST_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _TOKEN_S = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 3, 10)
 
 
-class _EngineCollector(Collector):
-    """Reads the engine's own counts when asked."""
+# Families by name: what is told, and the label that values have beside the model's.
+_GAUGES = {
+    "requests_running": ("Answers in the making", ""),
+    "requests_waiting": ("Answers in the queue", ""),
+    "engine_alive": ("0 after an error in a step", ""),
+    "engine_stalled_seconds": ("Since a step should have ended", ""),
+    "kv_blocks": ("Blocks of KV cache", "state"),
+}
+_COUNTERS = {
+    "prompt_tokens": ("Prompt tokens computed", ""),
+    "prefix_hit_tokens": ("Prompt tokens found cached", ""),
+    "answer_tokens": ("Tokens sampled", ""),
+    "preemptions": ("Answers that gave up their blocks", ""),
+    "engine_steps": ("Steps", ""),
+    "answers": ("Answers that ended", "end"),
+    "step_seconds": ("Time of steps", "part"),
+}
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+
+class _EngineCollector(Collector):
+    """Reads the engines' own counts when asked."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
-        counts = stats.counts
-        free = stats.blocks - stats.blocks_used - stats.blocks_cached
-        yield _gauge("requests_running", "Answers in the making", stats.running)
-        yield _gauge("requests_waiting", "Answers in the queue", stats.waiting)
-        yield _gauge("engine_alive", "0 after an error in a step", int(self._engine.alive))
-        yield _gauge("engine_stalled_seconds", "Since a step should have ended", stats.stalled_s)
-        blocks = GaugeMetricFamily("squall_kv_blocks", "Blocks of KV cache", labels=["state"])
-        for state, number in (
-            ("used", stats.blocks_used), ("cached", stats.blocks_cached), ("free", free),
-        ):  # fmt: skip
-            blocks.add_metric([state], number)
-        yield blocks
-        yield _counter("prompt_tokens", "Prompt tokens computed", counts.prompt_tokens)
-        yield _counter("prefix_hit_tokens", "Prompt tokens found cached", counts.cached_tokens)
-        yield _counter("answer_tokens", "Tokens sampled", counts.answer_tokens)
-        yield _counter("preemptions", "Answers that gave up their blocks", stats.preemptions)
-        yield _counter("engine_steps", "Steps", counts.steps)
-        ends = CounterMetricFamily("squall_answers", "Answers that ended", labels=["end"])
-        for end in ("finished", "cancelled", "errors"):
-            ends.add_metric([end], getattr(counts, end))
-        yield ends
-        seconds = CounterMetricFamily("squall_step_seconds", "Time of steps", labels=["part"])
-        other_s = counts.step_s - counts.executor_s - counts.sampling_s
-        for part, part_s in (
-            ("executor", counts.executor_s), ("sampling", counts.sampling_s), ("other", other_s),
-        ):  # fmt: skip
-            seconds.add_metric([part], max(part_s, 0.0))
-        yield seconds
+        found = {name: _values(engine) for name, engine in self._engines.items()}
+        for kind, families in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, (what, label) in families.items():
+                family = kind(f"squall_{name}", what, labels=["model", label][: 1 + bool(label)])
+                for model, values in found.items():
+                    for value, number in values[name].items():
+                        family.add_metric([model, value][: 1 + bool(label)], number)
+                yield family
 
 
-def _gauge(name: str, what: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"squall_{name}", what, value)
-
-
-def _counter(name: str, what: str, value: float) -> Metric:
-    return CounterMetricFamily(f"squall_{name}", what, value)
+def _values(engine: Engine) -> dict[str, dict[str, float]]:
+    """Of each family, by the values of its label."""
+    stats = engine.stats()
+    counts = stats.counts
+    other_s = counts.step_s - counts.executor_s - counts.sampling_s
+    free = stats.blocks - stats.blocks_used - stats.blocks_cached
+    return {
+        "requests_running": {"": stats.running},
+        "requests_waiting": {"": stats.waiting},
+        "engine_alive": {"": int(engine.alive)},
+        "engine_stalled_seconds": {"": stats.stalled_s},
+        "kv_blocks": {"used": stats.blocks_used, "cached": stats.blocks_cached, "free": free},
+        "prompt_tokens": {"": counts.prompt_tokens},
+        "prefix_hit_tokens": {"": counts.cached_tokens},
+        "answer_tokens": {"": counts.answer_tokens},
+        "preemptions": {"": stats.preemptions},
+        "engine_steps": {"": counts.steps},
+        "answers": {end: getattr(counts, end) for end in ("finished", "cancelled", "errors")},
+        "step_seconds": {
+            "executor": counts.executor_s, "sampling": counts.sampling_s, "other": max(other_s, 0)
+        },
+    }  # fmt: skip
 
 
 class Metrics:
     """Counts of one server; nothing is shared with others in the process."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._registry = registry = CollectorRegistry()
-        registry.register(_EngineCollector(engine))
+        registry.register(_EngineCollector(engines))
         self.responses = Counter(
             "squall_http_responses", "Responses", ["path", "status"], registry=registry
         )
-        self._first = Histogram(
-            "squall_time_to_first_token_seconds", "From its arrival in the engine to a request's "
-            "first token", buckets=_FIRST_S, registry=registry,
-        )  # fmt: skip
-        self._each = Histogram(
-            "squall_inter_token_seconds", "Between the tokens of an answer, its mean",
-            buckets=_TOKEN_S, registry=registry,
-        )  # fmt: skip
-        self._queue = Histogram(
-            "squall_queue_seconds", "Waiting to run", buckets=_FIRST_S, registry=registry
-        )
 
-    def observe(self, usage: Usage) -> None:
+        def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, what, ["model"], buckets=buckets, registry=registry)
+
+        self._first = histogram(
+            "squall_time_to_first_token_seconds",
+            "From its arrival in the engine to a request's first token", _FIRST_S,
+        )  # fmt: skip
+        self._each = histogram(
+            "squall_inter_token_seconds", "Between the tokens of an answer, its mean", _TOKEN_S
+        )
+        self._queue = histogram("squall_queue_seconds", "Waiting to run", _FIRST_S)
+
+    def observe(self, model: str, usage: Usage) -> None:
         """An answer is over."""
         if usage.completion_tokens:
             first_s = usage.total_time_sec - usage.total_completion_time_sec
-            self._first.observe(first_s)
-            self._queue.observe(max(first_s - usage.total_prompt_time_sec, 0.0))
+            self._first.labels(model).observe(first_s)
+            self._queue.labels(model).observe(max(first_s - usage.total_prompt_time_sec, 0.0))
         if usage.completion_tokens > 1 and usage.avg_compl_tok_per_sec:
-            self._each.observe(1 / usage.avg_compl_tok_per_sec)
+            self._each.labels(model).observe(1 / usage.avg_compl_tok_per_sec)
 
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""

@@ -24,7 +24,9 @@ def keep_alive_s() -> float:
 class ServerOptions:
     """What a server allows.
 
-    model_id: the model's name for clients; by default that of its file.
+    model_id: the name for clients of a model that is given without one; by default its file's.
+    any_model: where one model is served, answer whatever the name of the model in a request is.
+    strict_fields: fields that nobody knows are errors; otherwise they are ignored, and told.
     api_keys: one of them is asked for, unless there are none. Each has its own prefix cache.
     origins: web pages of these origins may use the server; "*" is all of them.
     hosts: names the server may be called by; None: any. What keeps web pages that point a name of
@@ -41,6 +43,8 @@ class ServerOptions:
     """
 
     model_id: str | None = None
+    any_model: bool = True
+    strict_fields: bool = False
     api_keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     hosts: frozenset[str] | None = None

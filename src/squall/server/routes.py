@@ -14,12 +14,14 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
-from squall.api.jobs import start_chat, start_completion
+from squall.api.jobs import chat_ids, start_chat, start_completion
+from squall.api.requests import ChatCompletionRequest
 from squall.errors import InvalidRequest
+from squall.model import Model
 from squall.server.answer import Answer, AnyJob
-from squall.server.errors import ApiError
+from squall.server.errors import ApiError, unknown_field
 from squall.server.gate import Visit
-from squall.server.limits import check_values
+from squall.server.limits import check_encoding, check_values
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.schemas import (
     Body,
@@ -30,7 +32,7 @@ from squall.server.schemas import (
     ReIsqBody,
     TokenizeBody,
 )
-from squall.server.service import Service
+from squall.server.service import Served, Service
 
 BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ReIsqBody)
 # The seed API has these; what they need is not there yet.
@@ -57,55 +59,53 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        body = await _read(service, request, ChatBody)
+        body, served = await _read(service, request, ChatBody)
         visit = _visit(request)
 
         def start() -> AnyJob:
-            asked = body.request(**service.defaults)
-            id_ = f"chatcmpl-{visit.id}"
-            return start_chat(service.model, asked, id=id_, tenant=visit.tenant)
+            asked = body.request(**served.defaults)
+            return start_chat(served.model, asked, id=f"chatcmpl-{visit.id}", tenant=visit.tenant)
 
-        return Answer(service, start, stream=bool(body.stream))
+        return Answer(service, served, start, stream=bool(body.stream))
 
     @router.post("/v1/completions", openapi_extra=_takes(CompletionBody))
     async def completions(request: Request) -> Response:
         """What comes after a text, or after each of several."""
-        body = await _read(service, request, CompletionBody)
+        body, served = await _read(service, request, CompletionBody)
         visit = _visit(request)
 
         def start() -> AnyJob:
-            asked = body.request(**service.defaults)
-            id_ = f"cmpl-{visit.id}"
-            return start_completion(service.model, asked, id=id_, tenant=visit.tenant)
+            asked = body.request(**served.defaults)
+            return start_completion(served.model, asked, id=f"cmpl-{visit.id}", tenant=visit.tenant)
 
-        return Answer(service, start, stream=bool(body.stream))
+        return Answer(service, served, start, stream=bool(body.stream))
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
-    model = service.model
-
     @router.post("/tokenize", openapi_extra=_takes(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of a conversation."""
-        body = await _read(service, request, TokenizeBody)
-        ids = await _work(service, partial(_ids, body))
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": model.context})
+        body, served = await _read(service, request, TokenizeBody)
+        ids = await _work(service, partial(_ids, served.model, body))
+        return JSONResponse(
+            {"tokens": ids, "count": len(ids), "max_model_len": served.model.context}
+        )
 
-    def _ids(body: TokenizeBody) -> list[int]:
+    def _ids(model: Model, body: TokenizeBody) -> list[int]:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give a prompt or messages, one of them")
         if body.prompt is not None:
             return model.encode(body.prompt, add_bos=body.add_special_tokens)
-        messages = [message.model_dump() for message in body.messages or ()]
-        return model.encode_chat(messages)
+        given = {k: v for k, v in body.given().items() if k in ("messages", "chat_template_kwargs")}
+        return chat_ids(model, ChatCompletionRequest(**given))
 
     @router.post("/detokenize", openapi_extra=_takes(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body = await _read(service, request, DetokenizeBody)
-        return JSONResponse({"prompt": await _work(service, partial(_text, body))})
+        body, served = await _read(service, request, DetokenizeBody)
+        return JSONResponse({"prompt": await _work(service, partial(_text, served.model, body))})
 
-    def _text(body: DetokenizeBody) -> str:
+    def _text(model: Model, body: DetokenizeBody) -> str:
         vocab = model.spec.vocab
         wrong = next((id_ for id_ in body.tokens if not 0 <= id_ < vocab), None)
         if wrong is not None:
@@ -114,31 +114,23 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
 
 
 def _add_models(router: APIRouter, service: Service) -> None:
-    card = {
-        "id": service.model_id,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "local",
-        "max_model_len": service.model.context,
-    }
-
     @router.post("/re_isq", include_in_schema=False)
     async def re_isq(request: Request) -> Response:
         """Quantize the weights again; answers that are under way go on with the new ones."""
-        body = await _read(service, request, ReIsqBody)
-        await _work(service, partial(service.model.re_isq, body.ggml_type))
+        body, served = await _read(service, request, ReIsqBody)
+        await _work(service, partial(served.model.re_isq, body.ggml_type))
         return JSONResponse({"ggml_type": body.ggml_type})
 
     @router.get("/v1/models")
     async def models() -> Response:
-        """The model that is served."""
-        return JSONResponse({"object": "list", "data": [card]})
+        """The models that are served."""
+        data = [served.card for served in service.models.values()]
+        return JSONResponse({"object": "list", "data": data})
 
     @router.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         """One model."""
-        _check_model(service, model_id)
-        return JSONResponse(card)
+        return JSONResponse(service.named(model_id).card)
 
 
 def _add_state(router: APIRouter, service: Service) -> None:
@@ -210,32 +202,31 @@ def _visit(request: Request) -> Visit:
     return visit
 
 
-async def _read(service: Service, request: Request, kind: type[_BodyT]) -> _BodyT:
-    """The body, checked; raises ApiError and others of `errors.to_api`."""
+async def _read(service: Service, request: Request, kind: type[_BodyT]) -> tuple[_BodyT, Served]:
+    """The body, checked, and the model that it is for; raises ApiError and others of `to_api`."""
     service.check_ready()
     service.check_room()
-    visit = _visit(request)
-    if issubclass(kind, GenerationBody):
-        visit.enter()
+    visit, served = _visit(request), service.sole
+    generates = issubclass(kind, GenerationBody)
+    if generates and served is not None:
+        visit.enter(served)  # before anything is read: the others' model is in the body
+    check_encoding(request.headers.get("content-encoding"))
     with service.bodies.hold() as held:
         data = await held.read(request.receive, request.headers.get("content-length"))
         service.log.body("request", visit.id, data)
-        body = await _work(service, partial(_parse, kind, data, service.model.context))
-    _check_model(service, body.model)
-    return body
+        body = await _work(service, partial(_parse, kind, data, service.context))
+    visit.ignore(body.ignored)
+    if body.ignored and service.options.strict_fields:
+        raise unknown_field(body.ignored[0])
+    served = service.find(body.model)
+    if generates:
+        visit.enter(served)
+    return body, served
 
 
 def _parse(kind: type[_BodyT], data: bytes, context: int) -> _BodyT:
     check_values(data, context)
     return kind.parse(data)
-
-
-def _check_model(service: Service, name: str | None) -> None:
-    if name not in (None, "default", service.model_id):
-        raise ApiError(
-            404, f"there is no model {name!r:.200}; this server has {service.model_id!r}",
-            "model_not_found", param="model",
-        )  # fmt: skip
 
 
 async def _work(service: Service, function: Callable[[], _Value]) -> _Value:

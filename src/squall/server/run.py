@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,7 +21,7 @@ from squall.server.app import create_app, service_of
 from squall.server.limits import protocol
 from squall.server.log import JsonFormatter
 from squall.server.options import ServerOptions
-from squall.server.service import Service
+from squall.server.service import Served, Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What is already computed must still reach its reader.
@@ -32,7 +32,7 @@ DEAD = 1
 
 
 def serve_on(
-    model: Model,
+    models: Model | Mapping[str, Model],
     options: ServerOptions,
     listener: socket.socket,
     *,
@@ -44,21 +44,22 @@ def serve_on(
     second one ends the process at once.
     """
     _log_as_json()
-    server = make_server(model, options, started)
+    server = make_server(models, options, started)
     server.run(sockets=[listener])
-    if not server.service.failed:
-        return 0
-    if server.service.model.engine.alive:
+    failed = server.service.failed
+    if any(served.model.engine.alive for served in failed):
         # A step that never ends cannot be waited for, and the interpreter would.
         os._exit(DEAD)
-    return DEAD
+    return DEAD if failed else 0
 
 
 def make_server(
-    model: Model, options: ServerOptions, started: Callable[[], None] = lambda: None
+    models: Model | Mapping[str, Model],
+    options: ServerOptions,
+    started: Callable[[], None] = lambda: None,
 ) -> Server:
     """What `serve_on` runs."""
-    app = create_app(model, options)
+    app = create_app(models, options)
     config = uvicorn.Config(
         app,
         http=protocol(options),
@@ -140,27 +141,28 @@ class Server(uvicorn.Server):
         self.service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._ending is None:
-            if self.service.dead.is_set():
-                self._ending = asyncio.create_task(self._end_dead())
-            elif self.service.draining:
-                self._ending = asyncio.create_task(self._drain())
+        service = self.service
+        if self._ending is None and (service.draining or service.why_dead is not None):
+            self._ending = asyncio.create_task(self._end())
         return await super().on_tick(counter)
 
-    async def _drain(self) -> None:
+    async def _end(self) -> None:
+        dead = self.service.why_dead is not None
+        alive = [s for s in self.service.models.values() if not s.dead.is_set()]
+        await asyncio.gather(*map(self._drain, alive))
+        if dead:
+            await asyncio.sleep(LINGER_S)
+        await self._last_bytes()
+
+    async def _drain(self, served: Served) -> None:
         """Let answers end; cancel what is left then."""
-        engine, options = self.service.model.engine, self.service.options
-        waiting = asyncio.to_thread(engine.drain, options.drain_s)
-        dead = asyncio.ensure_future(self.service.dead.wait())
+        waiting = asyncio.to_thread(served.model.engine.drain, self.service.options.drain_s)
+        dead = asyncio.ensure_future(served.dead.wait())
         drained = asyncio.ensure_future(waiting)
         await asyncio.wait({drained, dead}, return_when=asyncio.FIRST_COMPLETED)
         if not drained.done() or not drained.result():
-            self.service.die("the server is shutting down and waits no longer", failed=False)
-        await self._last_bytes()
-
-    async def _end_dead(self) -> None:
-        await asyncio.sleep(LINGER_S)
-        await self._last_bytes()
+            served.die("the server is shutting down and waits no longer", failed=False)
+        dead.cancel()
 
     async def _last_bytes(self) -> None:
         for _ in range(int(LAST_BYTES_S / 0.05)):

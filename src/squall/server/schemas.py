@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from squall.api.requests import MOST_MESSAGES, ChatCompletionRequest, CompletionRequest
+from squall.engine.sampling import SamplingFields
 from squall.server.errors import TAG, ApiError
 
 # Fields of OpenAI's that change nothing here.
-IGNORED = frozenset({
+HARMLESS = frozenset({
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
     "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
 # Fields that would change the answer, with the values that do not. Others are passed on if the
 # Python API knows the field, and refused if it does not: never silently without effect.
+_EMPTY = (
+    "adapters", "allowed_token_ids", "bad_words", "documents", "functions", "images",
+    "logits_processors", "tools",
+)  # fmt: skip
+_NEVER = (
+    "audio", "chat_template", "grammar", "guided_choice", "guided_grammar", "guided_json",
+    "guided_regex", "json_schema", "prompt_logprobs", "structured_outputs", "web_search_options",
+)  # fmt: skip
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "adapters": ([],),
-    "audio": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
+    **dict.fromkeys(_EMPTY, ([],)),
+    **dict.fromkeys(_NEVER, ()),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
     "function_call": ("none", "auto"),
-    "functions": ([],),
-    "grammar": (),
-    "guided_json": (),
-    "images": ([],),
     "modalities": (["text"],),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
+    "use_beam_search": (False,),
     "verbosity": ("medium",),
-    "web_search_options": (),
 }
 PASSED_ON = frozenset({"adapters", "grammar", "response_format", "suffix", "tool_choice", "tools"})
 MOST_ITEMS = 100_000  # of any list, before anything is done with it
@@ -67,7 +71,7 @@ Prompts = Annotated[
 ]
 
 
-class Body(BaseModel):
+class Body(BaseModel, frozen=True):
     """What all bodies have in common."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -76,22 +80,22 @@ class Body(BaseModel):
 
     @classmethod
     def parse(cls: type[_BodyT], data: bytes) -> _BodyT:
-        """A body from its JSON. Raises ValidationError, and ApiError for unknown fields."""
-        body = cls.model_validate_json(data)
+        """A body from its JSON. Raises ValidationError, and ApiError for what is not supported."""
+        body = cls.model_validate_json(data.removeprefix(codecs.BOM_UTF8))
         for name, value in (body.model_extra or {}).items():
-            if value is None or name in IGNORED or value in NEUTRAL.get(name, ()):
+            if name not in NEUTRAL or name in PASSED_ON or value is None:
                 continue
-            if name not in NEUTRAL:
-                raise ApiError(
-                    400, f"unknown parameter: {name[:100]!r}", "unknown_parameter",
-                    param=name[:100],
-                )  # fmt: skip
-            if name not in PASSED_ON:
+            if value not in NEUTRAL[name]:
                 raise ApiError(
                     400, f"{name} is not supported by this server", "unsupported_parameter",
                     param=name,
                 )  # fmt: skip
         return body
+
+    @property
+    def ignored(self) -> list[str]:
+        """The fields that nobody knows."""
+        return [name for name in self.model_extra or () if name not in HARMLESS | NEUTRAL.keys()]
 
     def given(self) -> dict[str, Any]:
         """The fields that say something, as arguments for the Python API."""
@@ -126,7 +130,12 @@ class Message(BaseModel):
     ) = None
 
 
-class GenerationBody(Body):
+Conversation = Annotated[
+    Text | Annotated[list[Message], _MESSAGES, Tag("~list")], Discriminator(_shape, **_WRONG)
+]
+
+
+class GenerationBody(Body, SamplingFields, frozen=True):
     """How an answer is made; docs/sampling.md tells what the numbers do."""
 
     max_tokens: int | None = None
@@ -134,40 +143,26 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Texts | None = None
-    seed: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
-    min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], _FEW] | None = None
-    dry_multiplier: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_sequence_breakers: Annotated[list[str], _FEW] | None = None
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, frozen=True):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[
-        Text | Annotated[list[Message], _MESSAGES, Tag("~list")], Discriminator(_shape, **_WRONG)
-    ]
+    messages: Conversation
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def request(self, **defaults: Any) -> ChatCompletionRequest:
         """The same for the Python API, which checks the ranges."""
         return ChatCompletionRequest(**{**defaults, **self.given()})
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(GenerationBody, frozen=True):
     """POST /v1/completions. A prompt is text, token ids, or a list of either."""
 
     prompt: Prompts
@@ -180,21 +175,22 @@ class CompletionBody(GenerationBody):
         return CompletionRequest(**{**defaults, **self.given()})
 
 
-class TokenizeBody(Body):
-    """POST /tokenize: the ids of a text, or of a conversation in the chat template."""
+class TokenizeBody(Body, frozen=True):
+    """POST /tokenize: the ids of a text, or of a conversation as a chat would have them."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], _MESSAGES] | None = None
+    messages: Conversation | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
 
 
-class ReIsqBody(Body):
+class ReIsqBody(Body, frozen=True):
     """POST /re_isq: other weights, of a type that --isq knows."""
 
     ggml_type: Annotated[str, Field(max_length=40)]
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(Body, frozen=True):
     """POST /detokenize: the text of token ids."""
 
     tokens: Annotated[list[int], Field(max_length=10 * MOST_ITEMS)]

@@ -1,15 +1,15 @@
-"""What the parts of a server share: the model, its limits, and whether it is well."""
+"""What the parts of a server share: the models, their limits, and whether they are well."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from squall.errors import QueueFull
+from squall.errors import InvalidRequest, QueueFull
 from squall.model import Model
 from squall.server.errors import ApiError, stopped
 from squall.server.limits import Bodies
@@ -27,36 +27,120 @@ LOGGER = logging.getLogger("squall.server")
 _Value = TypeVar("_Value")
 
 
-class Service:
+class Served:
     """One model being served.
 
-    active: requests under way. entering: those for text that the engine does not know yet.
-    draining: what is there ends, and nothing new is taken.
+    entering: requests for text that the engine does not know yet.
     dead: nothing will be answered any more, for the reason `why_dead`. failed: that was an error.
     """
 
-    def __init__(self, model: Model, options: ServerOptions) -> None:
+    def __init__(self, name: str, model: Model, options: ServerOptions) -> None:
+        self.name = name
         self.model = model
-        self.options = options
-        self.model_id = options.model_id or model.checkpoint.path.stem
         self.created = int(time.time())
         self.defaults = {
-            "model": self.model_id,
+            "model": name,
             "truncate_sequence": options.truncate,
             "seed": options.seed,
         }
-        self.log = Log(options.log)
-        self.metrics = Metrics(model.engine)
-        self.bodies = Bodies(options)
-        self.active = 0
         self.entering: set[object] = set()
-        self.draining = False
         self.dead = asyncio.Event()
         self.why_dead: ApiError | None = None
         self.failed = False
-        config = model.engine.config
-        self._most_active = config.max_seqs + config.max_queue + SLACK
+
+    @property
+    def card(self) -> dict[str, object]:
+        """What clients are told of it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "local",
+            "max_model_len": self.model.context,
+        }
+
+    def die(self, reason: str, *, failed: bool = True) -> None:
+        """Every request for it ends with an error."""
+        self.why_dead = self.why_dead or stopped(reason)
+        self.failed = self.failed or failed
+        self.dead.set()
+
+    async def watch(self, stall_s: float) -> None:
+        """Watch the engine until it is dead."""
+        engine, loop = self.model.engine, asyncio.get_running_loop()
+
+        def on_death(error: BaseException) -> None:
+            LOGGER.error("a step failed", exc_info=error)
+            loop.call_soon_threadsafe(self.die, "the engine was stopped by an error in a step")
+
+        engine.on_death = on_death
+        while not self.dead.is_set():
+            await asyncio.sleep(min(1.0, stall_s / 4))
+            stalled_s = engine.stats().stalled_s
+            if stalled_s > stall_s:
+                self.die(f"the engine has not moved for {stalled_s:.0f} s")
+
+
+class Service:
+    """The models being served.
+
+    active: requests under way. draining: what is there ends, and nothing new is taken; so it is
+    after the death of any engine.
+    """
+
+    def __init__(self, models: Mapping[str, Model], options: ServerOptions) -> None:
+        if not models:
+            raise InvalidRequest("there is no model to serve; give one at least")
+        self.options = options
+        self.models = {name: Served(name, model, options) for name, model in models.items()}
+        self.log = Log(options.log)
+        self.metrics = Metrics({name: model.engine for name, model in models.items()})
+        self.bodies = Bodies(options)
+        self.active = 0
+        self.draining = False
+        configs = [model.engine.config for model in models.values()]
+        self._most_active = SLACK + sum(config.max_seqs + config.max_queue for config in configs)
         self._workers = ThreadPoolExecutor(WORKERS, "squall-request")
+
+    @property
+    def sole(self) -> Served | None:
+        """The model, if there is only one."""
+        first, *others = self.models.values()
+        return None if others else first
+
+    @property
+    def why_dead(self) -> ApiError | None:
+        """Why a model is dead, if one is."""
+        reasons = (served.why_dead for served in self.models.values())
+        return next((reason for reason in reasons if reason is not None), None)
+
+    @property
+    def failed(self) -> list[Served]:
+        """The models whose engines died of an error."""
+        return [served for served in self.models.values() if served.failed]
+
+    @property
+    def context(self) -> int:
+        """The longest context."""
+        return max(served.model.context for served in self.models.values())
+
+    def find(self, name: str | None) -> Served:
+        """The model that a request is for. Raises ApiError."""
+        if name in (None, "default") and name not in self.models:
+            return next(iter(self.models.values()))
+        if name not in self.models and self.sole is not None and self.options.any_model:
+            return self.sole
+        return self.named(name or "")
+
+    def named(self, name: str) -> Served:
+        """The model of this name. Raises ApiError."""
+        if name not in self.models:
+            known = ", ".join(map(repr, self.models))
+            raise ApiError(
+                404, f"there is no model {name!r:.200}; this server has {known:.500}",
+                "model_not_found", param="model",
+            )  # fmt: skip
+        return self.models[name]
 
     def check_ready(self) -> None:
         """Raises ApiError if nothing new can be answered."""
@@ -74,26 +158,9 @@ class Service:
         """Run what takes long beside the event loop."""
         return self._workers.submit(function)
 
-    def die(self, reason: str, *, failed: bool = True) -> None:
-        """Every request there is ends with an error."""
-        self.why_dead = self.why_dead or stopped(reason)
-        self.failed = self.failed or failed
-        self.dead.set()
-
     async def run(self) -> None:
-        """Watch the engine, until it is dead."""
-        engine, loop = self.model.engine, asyncio.get_running_loop()
-
-        def on_death(error: BaseException) -> None:
-            LOGGER.error("a step failed", exc_info=error)
-            loop.call_soon_threadsafe(self.die, "the engine was stopped by an error in a step")
-
-        engine.on_death = on_death
-        while not self.dead.is_set():
-            await asyncio.sleep(min(1.0, self.options.stall_s / 4))
-            stalled_s = engine.stats().stalled_s
-            if stalled_s > self.options.stall_s:
-                self.die(f"the engine has not moved for {stalled_s:.0f} s")
+        """Watch the engines."""
+        await asyncio.gather(*(s.watch(self.options.stall_s) for s in self.models.values()))
 
     def close(self) -> None:
         """End the threads and the log; the model stays open."""
