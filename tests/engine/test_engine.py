@@ -442,3 +442,24 @@ def test_wrong_configuration(options: dict[str, int], message: str) -> None:
 def test_wrong_requests(options: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):
         request(**({"ids": [1]} | options))  # type: ignore[arg-type]
+
+
+def test_row_33_a_long_prompt_while_answers_run() -> None:
+    """Rows are counted, not seconds."""
+    tokens = 6000
+    executor = FakeExecutor(blocks=600, block_size=16, context=8192, max_rows=512, max_outputs=64)
+    engine = Engine(executor, EngineConfig(max_seqs=16), text=Silent)
+    streams = [Generation(engine, request([i + 1], max_tokens=2000)) for i in range(8)]
+    executor.hold()
+    executor.wait()
+    long = Generation(engine, request(list(range(50)) * (tokens // 50), max_tokens=1))
+    before = len(executor.rows)
+    executor.let()
+    long.read()
+    busy = [step for step in executor.rows[before:] if len(step) == 9]
+    assert len(busy) >= tokens // 512
+    assert all(step[:8] == [1] * 8 and step[8] >= 16 for step in busy[:-1])
+    assert sum(step[8] for step in busy) == tokens
+    for stream in streams:
+        stream.close()
+    engine.close()

@@ -75,42 +75,6 @@ def test_rows_10_13_together_is_as_alone(
         assert stats.blocks_used == 0
 
 
-@pytest.mark.slow("computes a real prompt of several steps at every size")
-@pytest.mark.parametrize("tokens", [1500, pytest.param(6000, marks=pytest.mark.nightly("30 s"))])
-def test_row_33_a_long_prompt_while_answers_run(tokens: int) -> None:
-    """Rows are counted, not seconds."""
-    with Model.open(context=8192, kv_tokens=12000) as model:
-        rows: list[np.ndarray] = []
-        step = model.executor.step
-
-        def counted(batch):  # type: ignore[no-untyped-def]
-            rows.append(np.diff(batch.bounds))
-            return step(batch)
-
-        model.executor.step = counted  # type: ignore[method-assign]
-        greedy = Sampling(temperature=0, seed=0)
-        streams = [
-            Generation(
-                model.engine,
-                Request(ids=[i + 1], sampling=greedy, max_tokens=400, ignore_eos=True),
-            )
-            for i in range(8)
-        ]
-        for stream in streams:
-            next(stream)
-        prompt = (model.encode(TEXT) * 400)[:tokens]
-        long = Generation(model.engine, Request(ids=prompt, sampling=greedy, max_tokens=1))
-        before = len(rows)
-        long.read()
-        after = len(rows)
-        busy = [step for step in rows[before:after] if len(step) == 9]
-        assert len(busy) >= tokens // 512
-        assert all((step[:8] == 1).all() and step[8] >= 16 for step in busy[:-1])
-        assert sum(int(step[8]) for step in busy) == tokens
-        for stream in streams:
-            stream.close()
-
-
 def test_guesses_that_are_partly_wrong_give_the_same_bytes(
     requests: list[Request], alone: Found
 ) -> None:
