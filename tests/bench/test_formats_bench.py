@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from squall.quant import FORMATS
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -19,6 +21,7 @@ def formats(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.serial
 def test_a_line_for_each_format() -> None:
     names = ("q4_0", "hqq3", "int8_g64", "f8_e4m3")
     random = runpy.run_path(str(BENCH / "random_gguf.py"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from squall import EngineConfig, Model
+from squall.batch import Batch
 from squall.engine.generation import Generation
 from squall.engine.request import Request
 from squall.engine.sampling import Sampling
@@ -17,17 +20,19 @@ from squall.engine.sampling import Sampling
 TEXT = "The tide is high when the moon is near, because the water follows it around the earth. "
 WORDS = ("tide", "moon", "water", "earth", "high", "near", "stone", "river")
 
+REQUESTS = 32
+
 Found = list[tuple[tuple[int, float | None], ...]]
 
 
 @pytest.fixture(scope="module")
-def requests(nightly: bool) -> list[Request]:
+def requests() -> list[Request]:
     """Greedy and seeded ones, with prompts of 1 to 150 tokens, some of which begin alike."""
     chosen = random.Random(7)
     with Model.open(context=512) as model:
         stem = model.encode(TEXT * 10)
         made = []
-        for i in range(32 if nightly else 16):
+        for i in range(REQUESTS):
             own = model.encode(" ".join(chosen.choices(WORDS, k=chosen.randint(1, 30))))
             begin = stem[: chosen.choice([0, 0, 0, 20, 100])]
             sampling = Sampling(temperature=0 if i % 2 else 0.9, top_p=0.95, seed=i)
@@ -91,8 +96,16 @@ def test_guesses_that_are_partly_wrong_give_the_same_bytes(
         return replace(wanted, proposer=propose)
 
     with Model.open(context=256, kv_tokens=272) as model:
-        every = map(guessing, requests, alone)
+        every, all_there = map(guessing, requests, alone), threading.Event()
+        step = model.executor.step
+
+        def waiting(batch: Batch) -> NDArray[np.float32]:
+            all_there.wait()
+            return step(batch)
+
+        model.executor.step = waiting  # type: ignore[method-assign]
         generations = [Generation(model.engine, wanted) for wanted in every]
+        all_there.set()
         assert [results(generation) for generation in generations] == alone
         stats = model.engine.stats()
         assert stats.preemptions > 0

@@ -98,7 +98,9 @@ def test_guesses_that_are_partly_wrong_change_nothing(
 ) -> None:
     """Ids, text, log-probabilities and ends; batched, chunked, preempted, after prefix hits."""
     stems = rng.integers(VOCAB, size=(3, 30)).tolist()
-    wanted = [any_request(rng, stems) for _ in range(25 if "no_kv_cache" in options else 40)]
+    # Those that begin grow beyond 14 blocks together.
+    wanted = [request([i, 7], max_tokens=25, ignore_eos=True) for i in range(6)]
+    wanted += [any_request(rng, stems) for _ in range(20 if "no_kv_cache" in options else 35)]
     ends = frozenset({5, 6})
     plain = Engine(FakeExecutor(), EngineConfig(max_seqs=1), text=Numbers, stop_ids=ends)
     right = [told(Generation(plain, one)) for one in wanted]
@@ -109,7 +111,9 @@ def test_guesses_that_are_partly_wrong_change_nothing(
     every = [guessing(one, found[1]) for one, found in zip(wanted, right, strict=True)]
     try:
         for _ in ("cold", "warm"):
+            executor.hold()  # until all are there
             generations = [Generation(engine, one) for one in every]
+            executor.let()
             assert [told(generation) for generation in generations] == right
         settle(engine)
         assert idle(engine)
