@@ -15,9 +15,9 @@ import pytest
 from harness import distance, run
 from published_configs import PUBLISHED, reduced
 
+from native_executor import native
 from squall.checkpoints.folder import open_folder
 from squall.decoder import compile
-from squall.executors.native import NativeExecutor
 from squall.recipes import config, load
 
 TOKENS = np.random.default_rng(3).integers(3, 128, 24).tolist()
@@ -62,5 +62,5 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     checkpoint = open_folder(tmp_path)
     recipe = load(checkpoint)
     program = compile(recipe.decoder, recipe.names, context=64)
-    executor = NativeExecutor(program, checkpoint, blocks=16, kv_dtype="f32", threads=1)
+    executor = native(program, checkpoint, blocks=16, kv_dtype="f32", threads=1)
     assert distance(run(executor, TOKENS, [9, 1, 14]), wanted) < 1e-5
