@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -28,9 +27,6 @@ from squall.files import quote
 
 MAX_ENTRIES = MAX_TENSORS + 1024
 MAX_DIRECTORY_BYTES = 16 << 20
-MAX_PARTS = 512
-INDEX = "pytorch_model.bin.index.json"
-_PART_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(bin|pt|pth)")
 _ZIP = b"PK\x03\x04"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _LOCAL = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
@@ -65,28 +61,6 @@ def open_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             )
         tensors[name] = tensor
     return tensors
-
-
-def open_pickles(folder: str | os.PathLike[str], index: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the parts that a `pytorch_model.bin.index.json`, already parsed, names."""
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise InvalidCheckpoint(f"{INDEX} has no weight_map of tensor names to file names")
-    parts = sorted(set(places.values()))
-    wrong = [part for part in parts if not _PART_NAME.fullmatch(part)]
-    if wrong or len(parts) > MAX_PARTS:
-        raise InvalidCheckpoint(
-            f"{INDEX} must name at most {MAX_PARTS} .bin files beside it, without folders; it has "
-            f"{len(parts)}" + (f", among them {quote(wrong[0])}" if wrong else "")
-        )
-    found: dict[str, Tensor] = {}
-    for part in parts:
-        tensors = open_pickle(Path(folder) / part)
-        for name in (name for name, place in places.items() if place == part):
-            if name not in tensors:
-                raise InvalidCheckpoint(f"{quote(part)} lacks tensor {quote(name)} of {INDEX}")
-            found[name] = tensors[name]
-    return found
 
 
 def _read_archive(file: Path, buffer: Buffer) -> tuple[Any, dict[str, _Span]]:
