@@ -79,12 +79,7 @@ def open_ggml(path: str | os.PathLike[str], *, gqa: int = 1) -> Checkpoint:
     tensors = _tensors(cursor, aligned=aligned, current=current)
     metadata = {**_metadata(hparams, gqa, tensors), **vocabulary}
     return Checkpoint(
-        file,
-        MappingProxyType(metadata),
-        MappingProxyType(tensors),
-        len(buffer),
-        version,
-        (file,),
+        file, MappingProxyType(metadata), MappingProxyType(tensors), len(buffer), version, (file,)
     )
 
 

@@ -10,12 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from squall.checkpoints.base import Checkpoint, mapped
-from squall.checkpoints.gguf_header import (
-    MAX_HEADER_BYTES,
-    MAX_TENSORS,
-    PartHeader,
-    parse_header,
-)
+from squall.checkpoints.gguf_header import MAX_HEADER_BYTES, MAX_TENSORS, PartHeader, parse_header
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint
 from squall.files import quote

@@ -277,30 +277,20 @@ def _read_entry(cursor: Cursor, alignment: int) -> Entry:
     dims = cursor.integer(_U32, f"the dimensions of {tensor}")
     if not 1 <= dims <= MAX_DIMS:
         raise cursor.fault(f"{tensor} has {dims} dimensions; 1 to {MAX_DIMS} are allowed")
-    # GGUF stores the fastest axis first.
     *axes, type_id, offset = cursor.record(_PLACES[dims], f"the shape, type and offset of {tensor}")
     if offset % alignment:
         raise cursor.fault(
             f"{tensor} has offset {offset}, no multiple of the alignment {alignment}"
         )
-    return _entry(cursor, name, tuple(axes[::-1]), (type_id, offset))
-
-
-def _entry(cursor: Cursor, name: str, shape: tuple[int, ...], place: tuple[int, int]) -> Entry:
-    type_id, offset = place
-    elements = math.prod(shape)
+    shape, elements = tuple(axes[::-1]), math.prod(axes)  # GGUF stores the fastest axis first
     if not 1 <= elements < 1 << 63:
         raise cursor.fault(
-            f"tensor {quote(name)} has shape {shape}; no axis may be 0 or the product reach 2**63"
+            f"{tensor} has shape {shape}; no axis may be 0 or the product reach 2**63"
         )
     kind = _TYPE_NAMES.get(type_id, f"type {type_id}")
-    if type_id not in _BLOCKS:
-        return Entry(name, kind, shape, 0, offset)
-    block, block_bytes = _BLOCKS[type_id]
+    block, block_bytes = _BLOCKS.get(type_id, (1, 0))
     if shape[-1] % block:
-        raise cursor.fault(
-            f"tensor {quote(name)} has {shape[-1]} columns, not whole {kind} blocks of {block}"
-        )
+        raise cursor.fault(f"{tensor} has {shape[-1]} columns, not whole {kind} blocks of {block}")
     return Entry(name, kind, shape, elements // block * block_bytes, offset)
 
 

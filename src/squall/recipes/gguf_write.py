@@ -70,9 +70,7 @@ def as_stored(decoder: Decoder, *, interleaved: bool) -> Decoder:
 
     layers = tuple(
         replace(
-            layer,
-            attention=attention(layer.attention),
-            norm=replace(layer.norm, unit_offset=False),
+            layer, attention=attention(layer.attention), norm=replace(layer.norm, unit_offset=False)
         )
         for layer in decoder.layers
     )

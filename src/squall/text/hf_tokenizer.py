@@ -42,10 +42,7 @@ class HfTokenizer(Tokenizer):
 
     @classmethod
     def from_folder(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        tokenizer_json: str | os.PathLike[str] | None = None,
+        cls, path: str | os.PathLike[str], *, tokenizer_json: str | os.PathLike[str] | None = None
     ) -> HfTokenizer:
         """Read `tokenizer.json` and, where they exist, the configurations beside it.
 
