@@ -98,15 +98,13 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
         names = [name for name in there if kind.whole.fullmatch(name)][:1]
         if not names and (index := read_json(folder / kind.index)) is not None:
             places = _places(index, kind)
-        names = names or sorted(set(places.values())) or _set(folder, kind.shard)
+        names = names or sorted(set(places.values())) or _set(there, kind.shard)
         if names:
             tensors = _joined(((name, kind.read(folder / name)) for name in names), places)
-            missing = [name for name in places if name not in tensors]
-            if missing:
-                raise InvalidCheckpoint(
-                    f"{kind.index} says that {quote(missing[0])} is in "
-                    f"{quote(places[missing[0]])}; it is not"
-                )
+            missing = next((name for name in places if name not in tensors), None)
+            if missing is not None:
+                where = f"{quote(missing)} is in {quote(places[missing])}"
+                raise InvalidCheckpoint(f"{kind.index} says that {where}; it is not")
             return tensors, [folder / name for name in names]
     raise ModelNotFound(
         f"{str(folder)!r} has {CONFIG} but no weights: model.safetensors, or "
@@ -130,9 +128,9 @@ def _places(index: dict[str, Any], kind: _Kind) -> dict[str, str]:
     return places
 
 
-def _set(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+def _set(there: Iterable[str], pattern: re.Pattern[str]) -> list[str]:
     """The names of a complete set without an index; none where there is none."""
-    matches = [m for file in folder.iterdir() if (m := pattern.fullmatch(file.name))]
+    matches = [match for name in there if (match := pattern.fullmatch(name))]
     counts = {int(match[2]) for match in matches}
     numbers = sorted(int(match[1]) for match in matches)
     if matches and (len(counts) > 1 or numbers != list(range(1, min(counts) + 1))):
