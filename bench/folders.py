@@ -52,7 +52,7 @@ def write_random(folder: Path, shape: Shape) -> None:
             yield (values * np.float32(0.02)).astype(np.float16) if len(sizes) > 1 else ones
 
         ones = np.ones(sizes, np.float16)
-        items.append(Item(f"{name}.weight", "F16", sizes, Part(2 * int(np.prod(sizes)), chunks())))
+        items.append(Item(f"{name}.weight", "f16", sizes, Part(2 * int(np.prod(sizes)), chunks())))
 
     add("model.embed_tokens", shape.vocab, shape.hidden)
     for i in range(shape.layers):
@@ -88,7 +88,7 @@ def write_dequantized(folder: Path, source: Path) -> None:
         for name, heads in (("attn_q", shape.heads), ("attn_k", shape.kv_heads)):
             if f".{name}." in tensor.name:
                 values = _in_halves(values, heads)
-        items.append(Item(_name(tensor.name), "F32", values.shape, Part(values.nbytes, [values])))
+        items.append(Item(_name(tensor.name), "f32", values.shape, Part(values.nbytes, [values])))
     write_safetensors(folder / "model.safetensors", items, force=True)
 
 

@@ -143,7 +143,7 @@ def model(types: list[str], folder: Path | None, threads: int) -> None:
         checkpoint = open_checkpoint(source)
         if FILE_TYPES.keys() & types:
             _progress("writing the same as GGUF")
-            convert.write_gguf(checkpoint, recipes.load(checkpoint), Plan(), floats)
+            convert.write(checkpoint, recipes.load(checkpoint), Plan(), floats)
         largest = max(tensor.nbytes for tensor in checkpoint.tensors.values())
         print("| type | MiB | seconds | llama.cpp's | ratio | peak MiB | at most |")
         print("|---|---|---|---|---|---|---|")

@@ -97,7 +97,7 @@ def test_three_types_and_layers_that_stay(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("0: {isq: Q4K}\n1-3: {isq: HQQ4}\n2: {isq: Q8_0}\n")
     topology = Topology.from_file(tmp_path / "t.yaml")
     checkpoint = open_checkpoint(source)
-    convert.write_uqff(checkpoint, recipes.load(checkpoint), Plan.of(None, topology), out)
+    convert.write(checkpoint, recipes.load(checkpoint), Plan.of(None, topology), out)
     shown = CliRunner().invoke(app, ["inspect", "--json", str(out)])
     told = {tensor["name"]: tensor["format"] for tensor in json.loads(shown.stdout)["tensors"]}
     narrow = ["q4_k", "hqq4", "q8_0", "f32", "f32"]

@@ -414,7 +414,7 @@ def _written(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, opening: Openin
     if not plan.quantizes:
         raise InvalidRequest("write_uqff needs isq or a topology: what to quantize the weights to")
     threads = opening.threads or default_threads()
-    convert.write_uqff(checkpoint, recipe, plan, path, threads=threads, progress=opening.progress)
+    convert.write(checkpoint, recipe, plan, path, threads=threads, progress=opening.progress)
     return open_checkpoint(path)
 
 

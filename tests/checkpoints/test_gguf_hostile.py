@@ -146,7 +146,7 @@ def test_one_changed_byte_gives_a_checkpoint_or_our_error(tmp_path: Path) -> Non
         (
             b.File([("a\x1b[2Jb", b.scalar(b.BOOL, 7))]).to_bytes(),
             InvalidCheckpoint,
-            r"'a\\x1b\[2Jb' is a bool with value 7",
+            r"'a\\x1b\[2Jb' has a bool with value 7",
         ),
     ],
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
 import pickle
 import resource
 import time
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from squall.checkpoints.pickle import open_pickle, open_pickles
+from squall.checkpoints import Tensor, open_checkpoint
+from squall.checkpoints.pickle import open_pickle
 from squall.errors import InvalidCheckpoint, SquallError, UnsupportedModel
 
 KINDS = {
@@ -79,18 +82,25 @@ def test_contiguous_tensors_are_views_of_the_file(tmp_path: Path) -> None:
     assert found["rows"].pages is not None
 
 
+def indexed(folder: Path, places: dict[str, str]) -> Mapping[str, Tensor]:
+    """The tensors of a folder whose index says this."""
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    return open_checkpoint(folder).tensors
+
+
 def test_parts(tmp_path: Path) -> None:
     places = {}
     for number, names in enumerate((["a", "b"], ["c"]), 1):
         file = f"pytorch_model-{number:05}-of-00002.bin"
         torch.save({name: torch.full((2,), float(number)) for name in names}, tmp_path / file)
         places |= dict.fromkeys(names, file)
-    found = open_pickles(tmp_path, {"weight_map": places})
+    found = indexed(tmp_path, places)
     assert {name: found[name].to_float32().tolist() for name in found} == {
         "a": [1, 1], "b": [1, 1], "c": [2, 2],
     }  # fmt: skip
-    with pytest.raises(InvalidCheckpoint, match="lacks tensor 'd'"):
-        open_pickles(tmp_path, {"weight_map": {**places, "d": file}})
+    with pytest.raises(InvalidCheckpoint, match=r"'d' is in .*; it is not"):
+        indexed(tmp_path, {**places, "d": file})
 
 
 @pytest.mark.parametrize(
@@ -109,7 +119,7 @@ def test_parts(tmp_path: Path) -> None:
 )
 def test_parts_stay_in_their_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match="without folders"):
-        open_pickles(tmp_path, {"weight_map": {"a": name}})
+        indexed(tmp_path, {"a": name})
 
 
 # Files that would harm.

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from squall.checkpoints import describe, open_checkpoint, read_header
+from squall.checkpoints.base import ITEM_BYTES
 from squall.checkpoints.safetensors import FORMATS, parse_header
 from squall.errors import InvalidCheckpoint, ModelNotFound, SquallError, UnsupportedModel
 from squall.files import MAX_JSON_BRACKETS, MAX_JSON_BYTES
@@ -74,9 +75,9 @@ def test_every_dtype_of_the_table_has_its_size() -> None:
 
     names = {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
     words = {"F": "float", "I": "int", "U": "uint", "B": "bfloat"}
-    for dtype, (_, size) in FORMATS.items():
+    for dtype, format in FORMATS.items():
         name = names.get(dtype, words[dtype[0]] + dtype.lstrip("FIUB"))
-        assert getattr(torch, name).itemsize == size
+        assert getattr(torch, name).itemsize == ITEM_BYTES[format]
 
 
 T = entry()

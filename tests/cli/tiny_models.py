@@ -55,5 +55,5 @@ def write_gguf(path: Path, folder: Path) -> Path:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(folder)
-    convert.write_gguf(checkpoint, load(checkpoint), Plan.of("q8_0"), path, threads=1)
+    convert.write(checkpoint, load(checkpoint), Plan.of("q8_0"), path, threads=1)
     return path

@@ -26,7 +26,7 @@ CASE = Case("qwen2-wide", "qwen2", "Qwen2ForCausalLM", RMS | WIDE)
 def test_isq_is_a_file_of_the_type(isq: str, built_folder: Build, tmp_path: Path) -> None:
     built, path, plan = built_folder(CASE), tmp_path / "m.gguf", Plan.of(isq)
     tokenizer_of_bytes(built.checkpoint.path, built.recipe.decoder.vocab)
-    convert.write_gguf(built.checkpoint, built.recipe, plan, path, threads=2)
+    convert.write(built.checkpoint, built.recipe, plan, path, threads=2)
     read = open_gguf(path)
     np.testing.assert_array_equal(logits(built, read), logits(built, built.checkpoint, plan))
     for part, role in (("mlp.up_proj", "ffn_up"), ("self_attn.k_proj", "attn_k")):

@@ -50,7 +50,7 @@ def logits(built: Built, checkpoint: Checkpoint, plan: Plan | None = None, **opt
 
 
 def write(built: Built, path: Path, plan: Plan, **options: Any) -> Checkpoint:
-    convert.write_uqff(built.checkpoint, built.recipe, plan, path, **options)
+    convert.write(built.checkpoint, built.recipe, plan, path, **options)
     return open_checkpoint(path)
 
 
@@ -126,9 +126,9 @@ def test_nothing_half_written_stays(built_folder: Build, tmp_path: Path) -> None
     values[3, 5] = np.nan
     broken[name] = replace(broken[name], view=values.view(np.uint8).reshape(-1), pages=None)
     checkpoint = replace(built.checkpoint, tensors=broken)
-    for write_to, file in ((convert.write_uqff, "m.uqff"), (convert.write_gguf, "m.gguf")):
+    for file in ("m.uqff", "m.gguf"):
         with pytest.raises(InvalidCheckpoint, match=r"down"):
-            write_to(checkpoint, built.recipe, Plan.of("q8_0"), tmp_path / file)
+            convert.write(checkpoint, built.recipe, Plan.of("q8_0"), tmp_path / file)
         assert not [f for f in tmp_path.iterdir() if "m." in f.name and f.suffix != ".json"]
 
 
@@ -145,4 +145,4 @@ def test_other_models_do_not_fit(built_folder: Build, tmp_path: Path) -> None:
             recipes.load(open_checkpoint(path))
     gguf_source = replace(built.checkpoint, kind="gguf")
     with pytest.raises(UnsupportedModel, match="from a folder"):
-        convert.write_uqff(gguf_source, built.recipe, Plan.of("q8_0"), tmp_path / "x.uqff")
+        convert.write(gguf_source, built.recipe, Plan.of("q8_0"), tmp_path / "x.uqff")

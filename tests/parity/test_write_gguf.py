@@ -40,10 +40,10 @@ def test_every_architecture(case: Any, built_folder: Build, tmp_path: Path) -> N
     tokenizer_of_bytes(built.checkpoint.path, built.recipe.decoder.vocab)
     if case.name in LOST or case.architecture in FOREIGN:
         with pytest.raises(UnsupportedModel, match=LOST.get(case.name, "known:")):
-            convert.write_gguf(built.checkpoint, built.recipe, Plan(), path)
+            convert.write(built.checkpoint, built.recipe, Plan(), path)
         assert list(tmp_path.iterdir()) == []
         return
-    convert.write_gguf(built.checkpoint, built.recipe, Plan(), path)
+    convert.write(built.checkpoint, built.recipe, Plan(), path)
     assert distance(logits(built, open_gguf(path)), logits(built, built.checkpoint)) < CLOSE
 
 
@@ -55,7 +55,7 @@ def test_the_same_values_as_in_uqff(
     """Computed in f32: rows in another order round otherwise, and so do activations of int8."""
     built, path = built_folder(CASES[case]), tmp_path / "m.gguf"
     tokenizer_of_bytes(built.checkpoint.path, built.recipe.decoder.vocab)
-    convert.write_gguf(built.checkpoint, built.recipe, Plan.of(isq), path)
+    convert.write(built.checkpoint, built.recipe, Plan.of(isq), path)
     found = logits(built, open_gguf(path), weights="f32")
     same = write(built, tmp_path / "m.uqff", Plan.of(isq))
     assert distance(found, logits(built, same, weights="f32")) < CLOSE
@@ -65,7 +65,7 @@ def test_the_same_values_as_in_uqff(
 def test_the_gguf_package_reads_it(built_folder: Build, tmp_path: Path) -> None:
     built, path = built_folder(CASES["llama-3"]), tmp_path / "m.gguf"
     tokenizer_of_bytes(built.checkpoint.path, built.recipe.decoder.vocab)
-    written = convert.write_gguf(built.checkpoint, built.recipe, Plan.of("q4_1"), path)
+    written = convert.write(built.checkpoint, built.recipe, Plan.of("q4_1"), path)
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "llama"
@@ -93,7 +93,7 @@ def test_a_gguf_file_again(built: Build, tmp_path: Path) -> None:
     for name in ("llama-llama3", "phi2", "phi3-longrope-long", "qwen3moe", "gemma3"):
         case = next(case for case in GGUF_CASES if case.name == name)
         model, path = built(case), tmp_path / f"{name}.gguf"
-        convert.write_gguf(model.checkpoint, model.recipe, Plan.of("q8_0"), path)
+        convert.write(model.checkpoint, model.recipe, Plan.of("q8_0"), path)
         read = open_gguf(path)
         wanted = logits(model, model.checkpoint, Plan.of("q8_0"))
         np.testing.assert_array_equal(logits(model, read), wanted)
@@ -107,7 +107,7 @@ def test_formats_that_gguf_has_not(isq: str, built_folder: Build, tmp_path: Path
     built = built_folder(CASES["llama-3"])
     tokenizer_of_bytes(built.checkpoint.path, built.recipe.decoder.vocab)
     with pytest.raises(UnsupportedModel, match="GGUF has no"):
-        convert.write_gguf(built.checkpoint, built.recipe, Plan.of(isq), tmp_path / "m.gguf")
+        convert.write(built.checkpoint, built.recipe, Plan.of(isq), tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,12 +122,12 @@ def test_importance_changes_the_codes(built_folder: Build, tmp_path: Path) -> No
     for importance in ({}, {"blk.0.attn_v": heavy}):
         path = tmp_path / f"{len(importance)}.gguf"
         plan = Plan.of("q4k")
-        convert.write_gguf(built.checkpoint, built.recipe, plan, path, importance=importance)
+        convert.write(built.checkpoint, built.recipe, plan, path, importance=importance)
         made = open_gguf(path).tensors["blk.0.attn_v.weight"].to_float32()
         errors[len(importance)] = ((made - exact) ** 2)[:, ::8].mean()
     assert errors[1] < 0.8 * errors[0]
     with pytest.raises(InvalidRequest, match="another model"):
-        convert.write_gguf(
+        convert.write(
             built.checkpoint, built.recipe, Plan.of("q4k"), tmp_path / "x.gguf",
             importance={name: heavy[:, :100]},
         )  # fmt: skip

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "files", "spec", "roles", "program", "checkpoints", "recipes", "quant", "text",
         "weights", "_native",
     },
-    "engine": {"errors", "spec", "batch", "executors", "text", "_native"},
+    "engine": {"errors", "files", "spec", "batch", "executors", "text", "_native"},
     "embedded": {"errors"},
     "opening": {"errors", "checkpoints", "engine", "executors", "quant"},
     "locate": {"errors", "embedded", "checkpoints"},

@@ -337,9 +337,10 @@ def test_unknown_decoders_are_named(strings: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", ["a ", "1", "</s>", "  \n", "<|im_end|>", "é\u0301", "\U0001fae0"])
 def test_long_texts_end(unit: str, pair: tuple[HfTokenizer, Any]) -> None:
     ours, theirs = pair
-    text = unit * (500_000 // len(unit))
-    ids = ours.encode(text, add_bos=False)
+    ids = ours.encode(unit * (500_000 // len(unit)), add_bos=False)
     if unit in SPECIALS:
         assert theirs.convert_tokens_to_ids(unit) not in ids
     else:
-        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        text = unit * (20_000 // len(unit))  # long for us, and transformers need not be quick
+        expected = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text, add_bos=False) == expected

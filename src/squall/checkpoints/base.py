@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from squall.checkpoints.mapped import Buffer
 from squall.errors import UnsupportedModel
 from squall.files import quote
 from squall.quant import FORMATS
@@ -21,6 +22,22 @@ from squall.quant import FORMATS
 Scalar = int | float | bool
 Field = Scalar | str | list[Any] | dict[str, Any] | NDArray[Any] | None
 Kind = Literal["gguf", "folder", "uqff"]
+# Bytes an element, by the names of what files may hold.
+ITEM_BYTES = {
+    "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "f8_e4m3": 1, "f8_e5m2": 1, "i64": 8, "i32": 4,
+    "i16": 2, "i8": 1, "u64": 8, "u32": 4, "u16": 2, "u8": 1, "bool": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor in a file's table, and where its bytes begin; 0 bytes if the format is unknown."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+    start: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,6 +141,14 @@ class ByteTensor(Tensor):
     def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
         row_bytes = FORMATS[self.format].row_bytes(self.cols)
         return self.view[start * row_bytes : stop * row_bytes]
+
+
+def mapped(buffer: Buffer, entry: Entry, base: int = 0) -> Tensor:
+    """The tensor of an entry, whose bytes begin at `base + entry.start`, as a view of the file."""
+    start, stop = base + entry.start, base + entry.start + entry.nbytes
+    pages = Pages(buffer, start, stop) if isinstance(buffer, mmap.mmap) else None
+    view = np.frombuffer(buffer, np.uint8)[start:stop]
+    return ByteTensor(entry.name, entry.format, entry.shape, view, pages)
 
 
 @dataclass(frozen=True, eq=False)

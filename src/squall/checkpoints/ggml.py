@@ -10,16 +10,15 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from mmap import mmap
 from pathlib import Path
 from struct import Struct
 from types import MappingProxyType
 
 import numpy as np
 
-from squall.checkpoints.base import ByteTensor, Checkpoint, Field, Pages, Tensor
+from squall.checkpoints.base import Checkpoint, Entry, Field, Tensor, mapped
 from squall.checkpoints.gguf_header import MAX_NAME_BYTES, MAX_TENSORS, Cursor
-from squall.checkpoints.mapped import Buffer, map_file
+from squall.checkpoints.mapped import map_file
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.files import quote
 from squall.quant import by_ggml_id
@@ -41,19 +40,11 @@ _SAME_IN_ALL = (0, 1)  # f32 and f16
 _U32, _F32 = Struct("<I"), Struct("<f")
 _HPARAMS = ("n_vocab", "n_embd", "n_mult", "n_head", "n_layer", "n_rot", "ftype")
 _NAMES = {
-    "tok_embeddings": "token_embd",
-    "norm": "output_norm",
-    "output": "output",
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "attention_norm": "attn_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-    "ffn_norm": "ffn_norm",
-}
+    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
+    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
+    "attention.wo": "attn_output", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
+}  # fmt: skip
 _NAME = re.compile(r"(?:layers\.(\d{1,5})\.)?([a-z0-9_.]+?)\.weight")
 _UNKNOWN, _CONTROL, _NORMAL, _UNUSED, _BYTE = 2, 3, 1, 5, 6
 _FIRST_BYTE = 3  # after <unk>, <s> and </s>
@@ -88,12 +79,7 @@ def open_ggml(path: str | os.PathLike[str], *, gqa: int = 1) -> Checkpoint:
     tensors = _tensors(cursor, aligned=aligned, current=current)
     metadata = {**_metadata(hparams, gqa, tensors), **vocabulary}
     return Checkpoint(
-        file,
-        MappingProxyType(metadata),
-        MappingProxyType(tensors),
-        len(buffer),
-        version,
-        (file,),
+        file, MappingProxyType(metadata), MappingProxyType(tensors), len(buffer), version, (file,)
     )
 
 
@@ -185,15 +171,7 @@ def _tensor(cursor: Cursor, *, aligned: bool, current: bool) -> Tensor:
         cursor.take(-cursor.position % ALIGNMENT, f"the padding of {quote(name)}")
     nbytes = math.prod(shape[:-1]) * format.row_bytes(shape[-1])
     start = cursor.take(nbytes, f"tensor {quote(name)}")
-    return _view(cursor.buffer, start, nbytes, (name, format.name, shape))
-
-
-def _view(
-    buffer: Buffer, start: int, nbytes: int, about: tuple[str, str, tuple[int, ...]]
-) -> Tensor:
-    data = np.frombuffer(buffer, np.uint8, nbytes, start)
-    pages = Pages(buffer, start, start + nbytes) if isinstance(buffer, mmap) else None
-    return ByteTensor(*about, data, pages)
+    return mapped(cursor.buffer, Entry(name, format.name, shape, nbytes, start))
 
 
 def _name(cursor: Cursor, old: str) -> str:

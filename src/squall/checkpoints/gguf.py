@@ -5,21 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
-from squall.checkpoints.base import ByteTensor, Checkpoint, Pages, Tensor
-from squall.checkpoints.gguf_header import (
-    MAX_HEADER_BYTES,
-    MAX_TENSORS,
-    PartHeader,
-    parse_header,
-)
+from squall.checkpoints.base import Checkpoint, mapped
+from squall.checkpoints.gguf_header import MAX_HEADER_BYTES, MAX_TENSORS, PartHeader, parse_header
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint
 from squall.files import quote
@@ -46,7 +37,8 @@ def open_gguf(path: str | os.PathLike[str]) -> Checkpoint:
 def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     """The same, also with number formats that Squall cannot run."""
     parts = _open_parts(Path(path))
-    tensors = {tensor.name: tensor for part in parts for tensor in _tensors(part)}
+    entries = ((part, entry) for part in parts for entry in part.header.entries)
+    tensors = {e.name: mapped(part.buffer, e, part.header.data_start) for part, e in entries}
     return Checkpoint(
         Path(path),
         MappingProxyType(parts[0].header.metadata),
@@ -55,15 +47,6 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         parts[0].header.version,
         tuple(part.path for part in parts),
     )
-
-
-def _tensors(part: _Part) -> Iterator[Tensor]:
-    data = np.frombuffer(part.buffer, np.uint8)
-    for entry in part.header.entries:
-        start = part.header.data_start + entry.offset
-        stop = start + entry.nbytes
-        pages = Pages(part.buffer, start, stop) if isinstance(part.buffer, mmap) else None
-        yield ByteTensor(entry.name, entry.format, entry.shape, data[start:stop], pages)
 
 
 def _open_parts(path: Path) -> list[_Part]:

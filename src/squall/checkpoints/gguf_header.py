@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Field, Scalar
+from squall.checkpoints.base import Entry, Field, Scalar
 from squall.checkpoints.mapped import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
@@ -38,19 +38,11 @@ _U32, _U64 = Struct("<I"), Struct("<Q")
 # What follows a tensor's name, by its number of dimensions: shape, type, offset.
 _PLACES = {dims: Struct(f"<{dims}QIQ") for dims in range(1, MAX_DIMS + 1)}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS: dict[int, tuple[str, Struct]] = {
-    0: ("u1", Struct("<B")),
-    1: ("i1", Struct("<b")),
-    2: ("<u2", Struct("<H")),
-    3: ("<i2", Struct("<h")),
-    4: ("<u4", Struct("<I")),
-    5: ("<i4", Struct("<i")),
-    6: ("<f4", Struct("<f")),
-    _BOOL: ("?", Struct("<B")),
-    10: ("<u8", Struct("<Q")),
-    11: ("<i8", Struct("<q")),
-    12: ("<f8", Struct("<d")),
-}
+NUMBERS: dict[int, np.dtype[Any]] = {
+    0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"),
+    4: np.dtype("<u4"), 5: np.dtype("<i4"), 6: np.dtype("<f4"), _BOOL: np.dtype("?"),
+    10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
+}  # fmt: skip
 # The least bytes of a field (key length, key, type, value) and of a tensor entry.
 _FIELD_BYTES = 8 + 1 + 4 + 1
 _TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
@@ -79,22 +71,8 @@ _TYPE_NAMES = {**UNSUPPORTED, **{id: format.name for id, format in GGML_FORMATS.
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor and where its bytes are, counted from the start of the file's data.
-
-    The format may be unknown, and then `nbytes` is 0.
-    """
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
 class PartHeader:
-    """The parsed header of one file, and the byte where its data starts."""
+    """The parsed header of one file, and the byte where its data starts: entries count from it."""
 
     version: int
     metadata: dict[str, Field]
@@ -225,15 +203,10 @@ def _scan_value(cursor: Cursor, key: str) -> Scalar | _Span:
         return _Span(cursor.take(size, key), size)
     if kind == _ARRAY:
         return _scan_array(cursor, key)
-    if kind not in _NUMBERS:
+    if kind not in NUMBERS:
         raise cursor.fault(f"{key} has value type {kind}; known: 0 to 12")
-    layout = _NUMBERS[kind][1]
-    value: Scalar = layout.unpack_from(cursor.buffer, cursor.take(layout.size, key))[0]
-    if kind != _BOOL:
-        return value
-    if value > 1:
-        raise cursor.fault(f"{key} is a bool with value {value}; 0 and 1 are allowed")
-    return bool(value)
+    value: Scalar = _decode_numbers(cursor.buffer, _scan_numbers(cursor, kind, 1, key)).item()
+    return value
 
 
 def _scan_array(cursor: Cursor, key: str) -> _Span:
@@ -245,16 +218,18 @@ def _scan_array(cursor: Cursor, key: str) -> _Span:
         )
     if element == _STRING:
         return _Span(_scan_strings(cursor, count, key), count, element)
-    if element not in _NUMBERS:
+    if element not in NUMBERS:
         raise cursor.fault(f"{key} has element type {element}; known: 0 to 12")
-    start = cursor.take(count * _NUMBERS[element][1].size, f"{key} with {count} elements")
-    if (
-        element == _BOOL
-        and count
-        and np.frombuffer(cursor.buffer, np.uint8, count, start).max() > 1
-    ):
-        raise cursor.fault(f"{key} holds a bool that is neither 0 nor 1")
-    return _Span(start, count, element)
+    return _scan_numbers(cursor, element, count, f"{key} with {count} elements")
+
+
+def _scan_numbers(cursor: Cursor, kind: int, count: int, what: str) -> _Span:
+    start = cursor.take(count * NUMBERS[kind].itemsize, what)
+    if kind == _BOOL:
+        most = np.frombuffer(cursor.buffer, np.uint8, count, start).max(initial=0)
+        if most > 1:
+            raise cursor.fault(f"{what} has a bool with value {most}; 0 and 1 are allowed")
+    return _Span(start, count, kind)
 
 
 def _scan_strings(cursor: Cursor, count: int, key: str) -> int:
@@ -302,40 +277,30 @@ def _read_entry(cursor: Cursor, alignment: int) -> Entry:
     dims = cursor.integer(_U32, f"the dimensions of {tensor}")
     if not 1 <= dims <= MAX_DIMS:
         raise cursor.fault(f"{tensor} has {dims} dimensions; 1 to {MAX_DIMS} are allowed")
-    # GGUF stores the fastest axis first.
     *axes, type_id, offset = cursor.record(_PLACES[dims], f"the shape, type and offset of {tensor}")
     if offset % alignment:
         raise cursor.fault(
             f"{tensor} has offset {offset}, no multiple of the alignment {alignment}"
         )
-    return _entry(cursor, name, tuple(axes[::-1]), (type_id, offset))
-
-
-def _entry(cursor: Cursor, name: str, shape: tuple[int, ...], place: tuple[int, int]) -> Entry:
-    type_id, offset = place
-    elements = math.prod(shape)
+    shape, elements = tuple(axes[::-1]), math.prod(axes)  # GGUF stores the fastest axis first
     if not 1 <= elements < 1 << 63:
         raise cursor.fault(
-            f"tensor {quote(name)} has shape {shape}; no axis may be 0 or the product reach 2**63"
+            f"{tensor} has shape {shape}; no axis may be 0 or the product reach 2**63"
         )
     kind = _TYPE_NAMES.get(type_id, f"type {type_id}")
-    if type_id not in _BLOCKS:
-        return Entry(name, kind, shape, 0, offset)
-    block, block_bytes = _BLOCKS[type_id]
+    block, block_bytes = _BLOCKS.get(type_id, (1, 0))
     if shape[-1] % block:
-        raise cursor.fault(
-            f"tensor {quote(name)} has {shape[-1]} columns, not whole {kind} blocks of {block}"
-        )
+        raise cursor.fault(f"{tensor} has {shape[-1]} columns, not whole {kind} blocks of {block}")
     return Entry(name, kind, shape, elements // block * block_bytes, offset)
 
 
 def _check_places(cursor: Cursor, entries: Iterable[Entry], data_start: int) -> None:
-    ordered = sorted(entries, key=lambda entry: entry.offset)
+    ordered = sorted(entries, key=lambda entry: entry.start)
     for before, after in itertools.pairwise(ordered):
-        if before.offset + before.nbytes > after.offset:
+        if before.start + before.nbytes > after.start:
             raise cursor.fault(f"tensors {quote(before.name)} and {quote(after.name)} overlap")
     for entry in ordered:
-        end = data_start + entry.offset + entry.nbytes
+        end = data_start + entry.start + entry.nbytes
         if end > len(cursor.buffer):
             raise cursor.fault(
                 f"tensor {quote(entry.name)} ends at byte {end} of a file of "
@@ -365,7 +330,7 @@ def _decode_strings(buffer: Buffer, span: _Span) -> list[str]:
 
 
 def _decode_numbers(buffer: Buffer, span: _Span) -> NDArray[Any]:
-    dtype = np.dtype(_NUMBERS[span.element or 0][0])
+    dtype = NUMBERS[span.element or 0]
     if not span.count:
         return np.empty(0, dtype)
     # A copy, because elements in the file need not be aligned.

@@ -155,15 +155,15 @@ def _in_folder(folder: Path, file: str) -> Path | None:
         chosen, main = choose(names, file)
     except ModelNotFound:
         return None
-    for match in filter(None, map(_OF.search, chosen)):
-        parts = {_OF.sub(f"-{n:05}-of-{match[2]}.", match.string) for n in _numbers(match[2])}
-        if not parts <= names:
-            return None
-    return folder / main if main else folder
+    whole = all(part in names for name in chosen for part in _parts(name))
+    return (folder / main if main else folder) if whole else None
 
 
-def _numbers(last: str) -> range:
-    return range(1, min(int(last), 10_000) + 1)
+def _parts(name: str) -> list[str]:
+    """The names of the whole set of files that a file is one of, such as 00002-of-00003."""
+    of = _OF.search(name)
+    last = 1 if of is None else min(int(of[2]), 10_000)
+    return [_OF.sub(rf"-{n:05}-of-\2.", name) for n in range(1, last + 1)]
 
 
 def choose(names: Collection[str], file: str) -> tuple[list[str], str | None]:
@@ -181,11 +181,7 @@ def choose(names: Collection[str], file: str) -> tuple[list[str], str | None]:
             + (f"; name one as owner/name:file, of {', '.join(first[:40])}" if first else
                ", and no model.safetensors or pytorch_model.bin")
         )  # fmt: skip
-    of = _OF.search(found[0])
-    if of is None:
-        return found, found[0]
-    parts = [_OF.sub(f"-{n:05}-of-{of[2]}.", found[0]) for n in _numbers(of[2])]
-    return [part for part in parts if part in names], found[0]
+    return [part for part in _parts(found[0]) if part in names], found[0]
 
 
 def folder_weights(names: Collection[str]) -> list[str]:
@@ -212,7 +208,10 @@ class _Download:
 
     def run(self, judge: Judge | None) -> Path:
         """Raises ConnectionError where the hub could not be asked."""
-        info = self._attempt(self._listing)
+        from huggingface_hub import HfApi, snapshot_download
+
+        id, options = self._id, self._options.copy()
+        info = self._attempt(lambda: HfApi().model_info(id, files_metadata=True, **options))
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         if not _COMMIT.fullmatch(str(info.sha)):
             raise ModelNotFound(f"the hub gives no commit for {self._id}; try again later")
@@ -223,23 +222,13 @@ class _Download:
         if judge is not None:
             judge(_known(info, main))
         whole = sum(sizes[name] for name in names)
-        folder = Path(self._attempt(lambda: self._files(names, whole)))
+        bar = _bar(lambda count: self._progress(min(count, whole), whole))
+        options |= {"allow_patterns": names, "tqdm_class": bar}
+        folder = Path(self._attempt(lambda: snapshot_download(id, **options)))
         if folder.name != info.sha or not all((folder / name).is_file() for name in names):
             raise ConnectionError(f"{self._id} changed while it was downloaded, or came in part")
         self._progress(whole, whole)
         return folder / main if main else folder
-
-    def _listing(self) -> Any:
-        from huggingface_hub import HfApi
-
-        return HfApi().model_info(self._id, files_metadata=True, **self._options)
-
-    def _files(self, names: list[str], whole: int) -> str:
-        from huggingface_hub import snapshot_download
-
-        bar = _bar(lambda count: self._progress(min(count, whole), whole))
-        options = self._options | {"allow_patterns": names, "tqdm_class": bar}
-        return str(snapshot_download(self._id, **options))
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """Do something on the hub; what fails gets the remedy."""

@@ -8,30 +8,25 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import ByteTensor, Pages, Tensor
+from squall.checkpoints.base import ITEM_BYTES, ByteTensor, Entry, Tensor, mapped
 from squall.checkpoints.gguf_header import MAX_TENSORS
 from squall.checkpoints.mapped import Buffer, map_file
-from squall.checkpoints.unpickle import MAX_BYTES, SIZES, View, check_magic, unpickle
+from squall.checkpoints.unpickle import MAX_BYTES, View, check_magic, unpickle
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 
 MAX_ENTRIES = MAX_TENSORS + 1024
 MAX_DIRECTORY_BYTES = 16 << 20
-MAX_PARTS = 512
-INDEX = "pytorch_model.bin.index.json"
-_PART_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(bin|pt|pth)")
 _ZIP = b"PK\x03\x04"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _LOCAL = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
@@ -66,28 +61,6 @@ def open_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             )
         tensors[name] = tensor
     return tensors
-
-
-def open_pickles(folder: str | os.PathLike[str], index: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the parts that a `pytorch_model.bin.index.json`, already parsed, names."""
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise InvalidCheckpoint(f"{INDEX} has no weight_map of tensor names to file names")
-    parts = sorted(set(places.values()))
-    wrong = [part for part in parts if not _PART_NAME.fullmatch(part)]
-    if wrong or len(parts) > MAX_PARTS:
-        raise InvalidCheckpoint(
-            f"{INDEX} must name at most {MAX_PARTS} .bin files beside it, without folders; it has "
-            f"{len(parts)}" + (f", among them {quote(wrong[0])}" if wrong else "")
-        )
-    found: dict[str, Tensor] = {}
-    for part in parts:
-        tensors = open_pickle(Path(folder) / part)
-        for name in (name for name, place in places.items() if place == part):
-            if name not in tensors:
-                raise InvalidCheckpoint(f"{quote(part)} lacks tensor {quote(name)} of {INDEX}")
-            found[name] = tensors[name]
-    return found
 
 
 def _read_archive(file: Path, buffer: Buffer) -> tuple[Any, dict[str, _Span]]:
@@ -168,7 +141,7 @@ def _read_row(file: Path, buffer: Buffer) -> tuple[Any, dict[str, _Span]]:
         raise UnsupportedModel(f"{quote(file.name)} has big-endian numbers; save it again")
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise InvalidCheckpoint(f"{quote(file.name)}: the keys of storages must be strings")
-    sizes = {view.storage.key: SIZES[view.storage.format] for view in _all_views(value)}
+    sizes = {view.storage.key: ITEM_BYTES[view.storage.format] for view in _all_views(value)}
     spans: dict[str, _Span] = {}
     for key in keys:
         if key not in sizes or position + 8 > len(buffer):
@@ -205,7 +178,7 @@ def _views(value: Any, source: str) -> dict[str, View]:
 
 
 def _tensor(name: str, view: View, spans: Mapping[str, _Span], buffer: Buffer) -> Tensor:
-    size = SIZES[view.storage.format]
+    size = ITEM_BYTES[view.storage.format]
     span = spans.get(view.storage.key)
     last = view.offset + sum(
         (n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True)
@@ -218,9 +191,7 @@ def _tensor(name: str, view: View, spans: Mapping[str, _Span], buffer: Buffer) -
     shape = view.shape or (1,)
     start = span.start + view.offset * size
     if _is_contiguous(view):
-        data = np.frombuffer(buffer, np.uint8, count * size, start)
-        pages = Pages(buffer, start, start + count * size) if isinstance(buffer, mmap) else None
-        return ByteTensor(name, view.storage.format, shape, data, pages)
+        return mapped(buffer, Entry(name, view.storage.format, shape, count * size, start))
     if count > view.storage.size:
         raise InvalidCheckpoint(f"tensor {quote(name)} repeats its numbers; save it contiguous")
     data = _gather(np.frombuffer(buffer, np.uint8, (last - view.offset + 1) * size, start), view)
@@ -237,7 +208,7 @@ def _is_contiguous(view: View) -> bool:
 
 
 def _gather(data: NDArray[np.uint8], view: View) -> NDArray[np.uint8]:
-    size = SIZES[view.storage.format]
+    size = ITEM_BYTES[view.storage.format]
     strides = (*(stride * size for stride in view.strides), 1)
     strided = np.lib.stride_tricks.as_strided(data, (*view.shape, size), strides, writeable=False)
     copy = np.ascontiguousarray(strided).reshape(-1)

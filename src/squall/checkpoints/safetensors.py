@@ -6,13 +6,10 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from squall.checkpoints.base import ByteTensor, Pages, Tensor
+from squall.checkpoints.base import ITEM_BYTES, Entry, Tensor, mapped
 from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import parse_json, quote
@@ -21,36 +18,9 @@ MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 1 << 16
 MAX_NAME_CHARS = 256
 MAX_DIMS = 8
-FORMATS = {
-    "F64": ("f64", 8),
-    "F32": ("f32", 4),
-    "F16": ("f16", 2),
-    "BF16": ("bf16", 2),
-    "F8_E4M3": ("f8_e4m3", 1),
-    "F8_E5M2": ("f8_e5m2", 1),
-    "I64": ("i64", 8),
-    "I32": ("i32", 4),
-    "I16": ("i16", 2),
-    "I8": ("i8", 1),
-    "U64": ("u64", 8),
-    "U32": ("u32", 4),
-    "U16": ("u16", 2),
-    "U8": ("u8", 1),
-    "BOOL": ("bool", 1),
-}
+FORMATS = {name.upper(): name for name in ITEM_BYTES}
 _METADATA = "__metadata__"
 _LFS = b"version https://git-lfs"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor, and where in the file its bytes begin."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    nbytes: int
-    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +33,7 @@ class Part:
 
     def tensors(self) -> Iterable[Tensor]:
         """Its tensors, as views of the mapped file."""
-        data = np.frombuffer(self.buffer, np.uint8)
-        for entry in self.entries:
-            stop = entry.start + entry.nbytes
-            pages = Pages(self.buffer, entry.start, stop) if isinstance(self.buffer, mmap) else None
-            view = data[entry.start : stop]
-            yield ByteTensor(entry.name, entry.format, entry.shape, view, pages)
+        return (mapped(self.buffer, entry) for entry in self.entries)
 
 
 def open_part(path: Path) -> Part:
@@ -134,8 +99,8 @@ def _entry(name: str, item: Any, data_start: int, source: str) -> Entry:
         )
     if not _are_counts(offsets) or len(offsets) != 2:
         raise InvalidCheckpoint(f"{where} has data_offsets {repr(offsets)[:99]}, not two numbers")
-    format, item_bytes = FORMATS[dtype]
-    nbytes = math.prod(shape) * item_bytes
+    format = FORMATS[dtype]
+    nbytes = math.prod(shape) * ITEM_BYTES[format]
     if offsets[1] - offsets[0] != nbytes:
         raise InvalidCheckpoint(
             f"{where} has {offsets[1] - offsets[0]} bytes; {dtype} of {shape} takes {nbytes}"

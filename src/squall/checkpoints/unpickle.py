@@ -21,8 +21,10 @@ MAX_LINE = 256
 MAX_MARKS = 64
 MAX_DIMS = 8
 _LIMIT = 1 << 62
-SIZES = {"f32": 4, "f16": 2, "bf16": 2, "f64": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1,
-         "bool": 1}  # fmt: skip
+_STORAGES = {
+    "Float": "f32", "Half": "f16", "BFloat16": "bf16", "Double": "f64", "Long": "i64",
+    "Int": "i32", "Short": "i16", "Char": "i8", "Byte": "u8", "Bool": "bool",
+}  # fmt: skip
 
 
 class Storage(NamedTuple):
@@ -76,16 +78,7 @@ _NAMES: Mapping[str, _Kind | Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
-    "torch.FloatStorage": _Kind("f32"),
-    "torch.HalfStorage": _Kind("f16"),
-    "torch.BFloat16Storage": _Kind("bf16"),
-    "torch.DoubleStorage": _Kind("f64"),
-    "torch.LongStorage": _Kind("i64"),
-    "torch.IntStorage": _Kind("i32"),
-    "torch.ShortStorage": _Kind("i16"),
-    "torch.CharStorage": _Kind("i8"),
-    "torch.ByteStorage": _Kind("u8"),
-    "torch.BoolStorage": _Kind("bool"),
+    **{f"torch.{name}Storage": _Kind(format) for name, format in _STORAGES.items()},
 }
 _THEIRS: Mapping[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
 _ALLOWED = """

@@ -7,7 +7,6 @@ the tokenizer. A blob is a version, a kind and the fields of the kind, little-en
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import ByteTensor, Checkpoint, Deferred, Pages, Tensor
+from squall.checkpoints.base import ITEM_BYTES, ByteTensor, Checkpoint, Deferred, Tensor
 from squall.checkpoints.safetensors import open_part
 from squall.checkpoints.uqff_hqq import Hqq
 from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
@@ -28,19 +27,8 @@ RESIDUAL = "residual.safetensors"
 MAJOR = 0
 VERSION = 0x000102
 MAX_DIMS = 4
-# Number in the file -> format, bytes an element.
-DTYPES = {
-    0: ("u8", 1),
-    1: ("u32", 4),
-    2: ("i32", 4),
-    3: ("i64", 8),
-    4: ("f16", 2),
-    5: ("bf16", 2),
-    6: ("f32", 4),
-    7: ("f64", 8),
-    8: ("i16", 2),
-    9: ("f8_e4m3", 1),
-}
+# By their numbers in the file.
+DTYPES = ("u8", "u32", "i32", "i64", "f16", "bf16", "f32", "f64", "i16", "f8_e4m3")
 GGML, PLAIN, HQQ, FP8 = range(4)
 
 
@@ -102,7 +90,7 @@ class Blob:
         if tensor.format != "u8" or len(tensor.shape) != 1:
             raise self.fault(f"is {tensor.format} of {tensor.shape}, not a row of bytes")
         self._data = tensor.data
-        self._pages = tensor.pages
+        self.pages = tensor.pages
         self._at = 0
 
     def fault(self, problem: str) -> InvalidCheckpoint:
@@ -123,8 +111,7 @@ class Blob:
         return int.from_bytes(self.take(4, what).tobytes(), "little")
 
     def f32(self, what: str) -> float:
-        (value,) = struct.unpack("<f", self.take(4, what).tobytes())
-        return float(value)
+        return float(self.take(4, what).view("<f4")[0])
 
     def flag(self, what: str) -> bool:
         value = self.u8(what)
@@ -150,18 +137,13 @@ class Blob:
     def tensor(self, name: str, what: str) -> Tensor:
         """A TENSOR of the format: its bytes, dtype and shape come first."""
         nbytes, dtype = self.u32(what), self.u32(what)
-        if dtype not in DTYPES:
-            known = ", ".join(f"{id} {name}" for id, (name, _) in DTYPES.items())
+        if dtype >= len(DTYPES):
+            known = ", ".join(f"{id} {name}" for id, name in enumerate(DTYPES))
             raise UnsupportedModel(f"{self._where} has {what} of dtype {dtype}; known: {known}")
-        format, size = DTYPES[dtype]
-        shape = self.dims(what)
-        if math.prod(shape) * size != nbytes:
+        format, shape = DTYPES[dtype], self.dims(what)
+        if math.prod(shape) * ITEM_BYTES[format] != nbytes:
             raise self.fault(f"has {what} of {nbytes} bytes; {format} of {shape} takes others")
         return ByteTensor(name, format, shape, self.take(nbytes, what), self.pages)
-
-    @property
-    def pages(self) -> Pages | None:
-        return self._pages
 
     def floats(self, tensor: Tensor) -> Tensor:
         """The tensor, if it is of floats that linears can have."""
@@ -222,7 +204,7 @@ def _fp8(blob: Blob) -> tuple[Tensor, bool]:
     weight = blob.tensor(weight_name(blob.index), "weight")
     factor, _, _ = (blob.f32("factors") for _ in range(3))
     dtype = blob.u32("dtype")
-    if weight.format != "f8_e4m3" or len(weight.shape) != 2 or dtype not in DTYPES:
+    if weight.format != "f8_e4m3" or len(weight.shape) != 2 or dtype >= len(DTYPES):
         raise blob.fault(f"has FP8 as {weight.format} of {weight.shape}, for dtype {dtype}")
     if not (math.isfinite(factor) and factor > 0):
         raise blob.fault(f"has the factor {factor}")
@@ -233,12 +215,8 @@ def _fp8(blob: Blob) -> tuple[Tensor, bool]:
 def _hqq(blob: Blob) -> tuple[Tensor, bool]:
     has_bias = blob.flag("bias")
     codes, scales, zeros = (blob.tensor("", what) for what in ("codes", "scales", "zeros"))
-    shape, bits, group, axis = (
-        blob.matrix("weight"),
-        blob.u8("bits"),
-        blob.u32("group"),
-        blob.u8("axis"),
-    )
+    shape, bits = blob.matrix("weight"), blob.u8("bits")
+    group, axis = blob.u32("group"), blob.u8("axis")
     blob.take(6, "settings")  # of the search for the zero points: they change nothing here
     blob.floats(scales), blob.floats(zeros)
     try:
@@ -248,9 +226,5 @@ def _hqq(blob: Blob) -> tuple[Tensor, bool]:
     return Deferred(weight_name(blob.index), found.format, shape, found.blocks), has_bias
 
 
-_KINDS: dict[int, Callable[[Blob], tuple[Tensor, bool]]] = {
-    GGML: _ggml,
-    PLAIN: _plain,
-    HQQ: _hqq,
-    FP8: _fp8,
-}
+_KINDS: dict[int, Callable[[Blob], tuple[Tensor, bool]]]
+_KINDS = {GGML: _ggml, PLAIN: _plain, HQQ: _hqq, FP8: _fp8}

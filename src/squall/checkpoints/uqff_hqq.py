@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from squall.checkpoints.base import Tensor
 from squall.quant import FORMATS
-from squall.quant.hqq import GROUP
+from squall.quant.hqq import GROUP, RUN
 
 _PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 _LARGEST_HALF = 65504.0
@@ -104,11 +104,10 @@ class Hqq:
         if self.bits == 8:
             blocks["codes"] = codes.astype(np.int16) - 128
         elif self.bits == 3:
-            blocks["codes"] = _pack(codes & np.uint8(3), 2, 16)
-            blocks["high"] = _pack(codes >> np.uint8(2), 1, 8)
+            blocks["codes"] = _pack(codes & np.uint8(3), 2, RUN[3])
+            blocks["high"] = _pack(codes >> np.uint8(2), 1, RUN[1])
         else:
-            run = {4: 32, 2: 16, 1: 8}[self.bits]
-            blocks["codes"] = _pack(codes, self.bits, run)
+            blocks["codes"] = _pack(codes, self.bits, RUN[self.bits])
         return blocks
 
     def _unpacked(self) -> NDArray[np.uint8]:

@@ -78,10 +78,9 @@ def quantize(
         checkpoint, recipe, plan = prepare(opening)
     _warn_of_loss(checkpoint)
     importance = None if imatrix is None else convert.read_imatrix(imatrix)
-    write = convert.write_uqff if output.suffix == ".uqff" else convert.write_gguf
     for out, format in outputs.items():
         with progress(f"quantizing {out.name}") as shown:
-            written = write(
+            written = convert.write(
                 checkpoint, recipe, replace(plan, isq=format), out,
                 force=force, importance=importance, threads=threads or default_threads(),
                 progress=shown,

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from squall.checkpoints.base import Tensor
 from squall.errors import InvalidRequest
 
 Chunks = Iterable[bytes | NDArray[Any]]
@@ -28,10 +30,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A tensor of a safetensors file."""
+    """A tensor of a file."""
 
     name: str
-    dtype: str
+    format: str
     shape: tuple[int, ...]
     part: Part
 
@@ -57,6 +59,15 @@ def replacing(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def copy_of(tensor: Tensor) -> Part:
+    """The bytes of a tensor, read when they are written."""
+
+    def chunks() -> Iterator[NDArray[np.uint8]]:
+        yield tensor.data
+
+    return Part(tensor.nbytes, chunks())
+
+
 def exists(path: Path) -> InvalidRequest:
     return InvalidRequest(f"{path} exists; give another name, or overwrite it with --force")
 
@@ -76,7 +87,8 @@ def write_safetensors(path: Path, items: Sequence[Item], *, force: bool) -> None
     at = 0
     for item in items:
         offsets = [at, at + item.part.nbytes]
-        table[item.name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": offsets}
+        dtype = item.format.upper()
+        table[item.name] = {"dtype": dtype, "shape": item.shape, "data_offsets": offsets}
         at += item.part.nbytes
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

@@ -11,21 +11,17 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall import _native
-from squall.checkpoints.base import Checkpoint, Tensor
-from squall.checkpoints.gguf_header import DEFAULT_ALIGNMENT
-from squall.convert.files import Part, exists, replacing, write_parts
-from squall.convert.matrices import Importance, Matrix, Quantizer, Written
+from squall.checkpoints.gguf_header import DEFAULT_ALIGNMENT, NUMBERS
+from squall.convert.files import Item, Part, copy_of, replacing, write_parts
+from squall.convert.matrices import Matrix, Work
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.program import Slice
-from squall.quant import FORMATS, Plan
-from squall.recipes import Recipe
+from squall.quant import FORMATS
 from squall.recipes.gguf_parts import NAMING
 from squall.recipes.gguf_write import describe
 from squall.roles import roles
 from squall.spec import Attention, Decoder
 from squall.text.gguf_metadata import gguf_tokenizer
-from squall.weights import Progress
 
 # general.file_type, by what most of the matrices are.
 FILE_TYPES = {
@@ -34,35 +30,13 @@ FILE_TYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Item:
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    part: Part
-
-
-def write_gguf(  # noqa: PLR0913
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    plan: Plan,
-    path: Path,
-    *,
-    force: bool = False,
-    importance: Importance | None = None,
-    threads: int = 1,
-    progress: Progress | None = None,
-) -> tuple[Written, ...]:
-    """Quantize a model to one GGUF file; a tied head that is quantized gets a tensor of its own."""
-    if checkpoint.kind == "uqff":
+def write_gguf(work: Work, path: Path, *, force: bool) -> None:
+    """Write one GGUF file; a tied head that is quantized gets a tensor of its own."""
+    if work.quantizer.checkpoint.kind == "uqff":
         raise UnsupportedModel("a UQFF file is quantized already; start from the float weights")
-    if path.exists() and not force:
-        raise exists(path)
     if not path.parent.is_dir():
         raise InvalidRequest(f"there is no folder {path.parent}; make it first")
-    whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    quantizer = Quantizer(checkpoint, _native.ThreadPool(threads), whole, progress)
-    job = _job(quantizer, recipe, plan, importance or {})
+    job = _job(work)
     items = [*job.items(), *job.extras()]
     formats = [item.format for item in items if len(item.shape) > 1]
     most = max(sorted(set(formats)), key=formats.count)
@@ -70,34 +44,29 @@ def write_gguf(  # noqa: PLR0913
     job.metadata["general.file_type"] = FILE_TYPES.get(most, 0)
     with replacing(path, force=force) as file:
         _write(file, job.metadata, items)
-    return tuple(quantizer.written)
 
 
-def _job(quantizer: Quantizer, recipe: Recipe, plan: Plan, importance: Importance) -> _Job:
-    checkpoint = quantizer.checkpoint
+def _job(work: Work) -> _Job:
+    given = (work.quantizer, work.recipe, work.plan, work.importance)
+    checkpoint, recipe = work.quantizer.checkpoint, work.recipe
     if checkpoint.kind == "gguf":
         kept = {k: v for k, v in checkpoint.metadata.items() if not k.startswith("split.")}
         kept.pop("general.alignment", None)
-        return _Job(quantizer, recipe, recipe.decoder, plan, importance, kept, {})
+        return _Job(*given, recipe.decoder, kept, {})
     described = describe(recipe.architecture, recipe.decoder)
     metadata = described.metadata | gguf_tokenizer(checkpoint.path, recipe.decoder.vocab)
-    stored = described.decoder
-    return _Job(quantizer, recipe, stored, plan, importance, metadata, described.tensors)
+    return _Job(*given, described.decoder, metadata, described.tensors)
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job(Work):
     """stored: the decoder of the weights in the new file."""
 
-    quantizer: Quantizer
-    recipe: Recipe
     stored: Decoder
-    plan: Plan
-    importance: Importance
     metadata: dict[str, Any]
     tensors: Mapping[str, NDArray[np.float32]]
 
-    def items(self) -> Iterator[_Item]:
+    def items(self) -> Iterator[Item]:
         """Every weight; those that lie in one tensor stay together."""
         shapes = roles(self.recipe.decoder)
         if self.recipe.decoder.tied and self._target("head", self.recipe.names["embed.weight"]):
@@ -117,7 +86,7 @@ class _Job:
             else:
                 yield self._matrix(role, name, slices, whole)
 
-    def extras(self) -> Iterator[_Item]:
+    def extras(self) -> Iterator[Item]:
         """Small tensors that describe the model, copied."""
         for name, values in self.tensors.items():
             yield _float_item(name, values)
@@ -125,8 +94,7 @@ class _Job:
             used = {part.tensor for parts in self.recipe.names.values() for part in parts}
             for name, tensor in self.quantizer.checkpoint.tensors.items():
                 if name not in used:
-                    part = Part(tensor.nbytes, _once(tensor))
-                    yield _Item(name, tensor.format, tensor.shape, part)
+                    yield Item(name, tensor.format, tensor.shape, copy_of(tensor))
 
     def _slices(self, role: str) -> tuple[Slice, ...]:
         names = self.recipe.names
@@ -157,7 +125,7 @@ class _Job:
 
     def _matrix(
         self, role: str, name: str, slices: tuple[Slice, ...], shape: tuple[int, ...]
-    ) -> _Item:
+    ) -> Item:
         stem, cols = role.removesuffix(".weight"), shape[-1]
         stored = self.quantizer.checkpoint.tensors[slices[0].tensor].format
         format = self._target(stem, slices) or stored
@@ -174,7 +142,7 @@ class _Job:
         matrix = Matrix(
             name, slices, 0, shape[-2], cols, format, experts, order=order, importance=known
         )
-        return _Item(name, format, shape, Part(matrix.nbytes, self.quantizer.chunks(matrix)))
+        return Item(name, format, shape, Part(matrix.nbytes, self.quantizer.chunks(matrix)))
 
     def _vector(self, role: str, slices: tuple[Slice, ...], size: int) -> NDArray[np.float32]:
         tensors = self.quantizer.checkpoint.tensors
@@ -207,15 +175,11 @@ def _pairs(attention: Attention, rows: int) -> NDArray[np.intp]:
     return (np.arange(0, rows, size)[:, None] + head).reshape(-1)
 
 
-def _once(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
-    yield tensor.data
+def _float_item(name: str, values: NDArray[np.float32]) -> Item:
+    return Item(name, "f32", values.shape, Part(values.nbytes, [values.astype("<f4").tobytes()]))
 
 
-def _float_item(name: str, values: NDArray[np.float32]) -> _Item:
-    return _Item(name, "f32", values.shape, Part(values.nbytes, [values.astype("<f4").tobytes()]))
-
-
-def _write(file: IO[bytes], metadata: Mapping[str, Any], items: list[_Item]) -> None:
+def _write(file: IO[bytes], metadata: Mapping[str, Any], items: list[Item]) -> None:
     file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(items), len(metadata)))
     for key, value in metadata.items():
         file.write(_text(key) + _field(key, value))
@@ -241,11 +205,8 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-# NumPy kind and bytes -> GGUF's number of a type.
-_TYPES = {
-    "u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f4": 6, "b1": 7, "u8": 10, "i8": 11,
-    "f8": 12,
-}  # fmt: skip
+# NumPy kind and bytes, such as "f4" -> GGUF's number of a type.
+_TYPES = {dtype.str[1:]: id for id, dtype in NUMBERS.items()}
 _STRING, _ARRAY = 8, 9
 
 
@@ -266,5 +227,5 @@ def _field(key: str, value: object) -> bytes:
         texts = b"".join(_text(text) for text in value)
         return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + texts
     assert isinstance(value, np.ndarray)
-    item = _TYPES[f"{value.dtype.kind}{value.dtype.itemsize}"]
+    item = _TYPES[value.dtype.str[1:]]
     return struct.pack("<IIQ", _ARRAY, item, value.size) + value.tobytes()

@@ -12,7 +12,8 @@ from squall import _native
 from squall.checkpoints.base import Checkpoint
 from squall.errors import InvalidCheckpoint
 from squall.program import Slice
-from squall.quant import FORMATS
+from squall.quant import FORMATS, Plan
+from squall.recipes import Recipe
 from squall.weights import Progress, Stored, gather
 
 Importance = Mapping[str, NDArray[np.float32]]
@@ -134,6 +135,16 @@ class Quantizer:
         self._done += nbytes
         if self.progress is not None:
             self.progress(min(self._done, self.whole), self.whole)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """A model that is to be written, and by what plan."""
+
+    quantizer: Quantizer
+    recipe: Recipe
+    plan: Plan
+    importance: Importance
 
 
 def values(rows: Stored, cols: int) -> NDArray[np.float32]:

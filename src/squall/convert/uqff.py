@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall import _native
-from squall.checkpoints.base import Checkpoint, Tensor
-from squall.checkpoints.safetensors import FORMATS as DTYPE_NAMES
+from squall.checkpoints.base import Tensor
 from squall.checkpoints.uqff import DTYPES, FP8, GGML, HQQ, PLAIN, RESIDUAL, VERSION
 from squall.checkpoints.uqff_hqq import fits, split
-from squall.convert.files import Chunks, Item, Part, exists, replacing, write_safetensors
-from squall.convert.matrices import (
-    Importance,
-    Matrix,
-    Quantizer,
-    Written,
-    count_error,
-    values,
-)
+from squall.convert.files import Chunks, Item, Part, copy_of, replacing, write_safetensors
+from squall.convert.matrices import Matrix, Work, count_error, values
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
-from squall.quant import FORMATS, Plan
+from squall.quant import FORMATS
 from squall.quant.hqq import GROUP
-from squall.recipes import Recipe
 from squall.recipes.gguf_parts import NAMING
 from squall.recipes.linears import Linear, linears
 from squall.roles import roles
-from squall.weights import Progress
 
 BESIDE = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
@@ -43,28 +31,15 @@ _SEARCH = struct.pack("<IBB", 10, 0, 1)
 _MOST = (1 << 32) - 1
 
 
-def write_uqff(  # noqa: PLR0913
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    plan: Plan,
-    path: Path,
-    *,
-    force: bool = False,
-    importance: Importance | None = None,
-    threads: int = 1,
-    progress: Progress | None = None,
-) -> tuple[Written, ...]:
-    """Quantize a folder's model to `path`; residual.safetensors and JSON files go beside it."""
+def write_uqff(work: Work, path: Path, *, force: bool) -> None:
+    """Write a folder's model; residual.safetensors and JSON files go beside it."""
+    checkpoint = work.quantizer.checkpoint
     if checkpoint.kind != "folder":
         raise UnsupportedModel(
             "a UQFF file is made from a folder with config.json and float weights; "
             "a GGUF file can be quantized to a .gguf file"
         )
-    if path.exists() and not force:
-        raise exists(path)
-    whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    quantizer = Quantizer(checkpoint, _native.ThreadPool(threads), whole, progress)
-    job = _Job(quantizer, recipe, plan, importance or {})
+    job = _Job(work.quantizer, work.recipe, work.plan, work.importance)
     items = [job.item(i, linear) for i, linear in enumerate(job.linears)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,16 +52,9 @@ def write_uqff(  # noqa: PLR0913
                 file.write(source.read_bytes())
     write_safetensors(path.with_name(RESIDUAL), job.residual(), force=force)
     write_safetensors(path, items, force=force)
-    return tuple(job.quantizer.written)
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    quantizer: Quantizer
-    recipe: Recipe
-    plan: Plan
-    importance: Importance
-
+class _Job(Work):
     @property
     def linears(self) -> tuple[Linear, ...]:
         return linears(self.recipe.architecture, self.recipe.decoder, self.recipe.naming)
@@ -100,12 +68,9 @@ class _Job:
             if role.rsplit(".", 1)[0] not in taken
             for part in parts
         }
-        names = {format: name for name, (format, _) in DTYPE_NAMES.items()}
         tensors = self.quantizer.checkpoint.tensors
         return [
-            Item(name, names[t.format], t.shape, Part(t.nbytes, _stored(t)))
-            for name, t in tensors.items()
-            if name in used
+            Item(name, t.format, t.shape, copy_of(t)) for name, t in tensors.items() if name in used
         ]
 
     def item(self, index: int, linear: Linear) -> Item:
@@ -114,7 +79,7 @@ class _Job:
             raise UnsupportedModel(
                 f"{linear.tensor} takes {part.nbytes} bytes; UQFF allows {_MOST}"
             )
-        return Item(str(index), "U8", (part.nbytes,), part)
+        return Item(str(index), "u8", (part.nbytes,), part)
 
     def blob(self, linear: Linear) -> Part:
         matrix, bias = self.matrix(linear), self.bias(linear)
@@ -214,10 +179,6 @@ def check_importance(known: NDArray[np.float32], linear: Linear, cols: int) -> N
     return own
 
 
-def _stored(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
-    yield tensor.data
-
-
 def _joined(head: bytes, size: int, body: Callable[[], Chunks], tail: bytes) -> Part:
     def chunks() -> Iterator[bytes | NDArray[np.uint8]]:
         yield head
@@ -228,7 +189,7 @@ def _joined(head: bytes, size: int, body: Callable[[], Chunks], tail: bytes) -> 
 
 
 def _dtype(format: str) -> int:
-    return next((id for id, (name, _) in DTYPES.items() if name == format), 6)
+    return DTYPES.index(format if format in DTYPES else "f32")
 
 
 def _tensor_head(format: str, nbytes: int, shape: tuple[int, ...]) -> bytes:

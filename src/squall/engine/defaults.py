@@ -10,7 +10,7 @@ from typing import Any
 
 from squall.engine.sampling import NUMBERS, Sampling
 from squall.errors import InvalidCheckpoint, InvalidRequest
-from squall.text.files import read_json
+from squall.files import read_json
 
 FILE = "generation_config.json"
 KEYS = [name for name, number in NUMBERS.items() if number.stored]

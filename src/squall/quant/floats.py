@@ -22,14 +22,6 @@ def _decode_bf16(blocks: NDArray[Any]) -> NDArray[np.float32]:
     return (blocks.astype(np.uint32) << 16).view(np.float32)[:, None]
 
 
-def _encode_f32(values: NDArray[np.float32]) -> NDArray[Any]:
-    return values.astype("<f4")
-
-
-def _encode_f16(values: NDArray[np.float32]) -> NDArray[Any]:
-    return values.astype("<f2")
-
-
 def _encode_bf16(values: NDArray[np.float32]) -> NDArray[Any]:
     """Rounds half to even; a NaN stays a NaN even when its payload sits in the dropped half."""
     bits = values.view(np.uint32).astype(np.uint64)
@@ -67,8 +59,8 @@ def _encode_f8(values: NDArray[np.float32]) -> NDArray[Any]:
 
 
 FORMATS = (
-    Format("f32", 0, 1, np.dtype("<f4"), _decode_float, _encode_f32),
-    Format("f16", 1, 1, np.dtype("<f2"), _decode_float, _encode_f16),
+    Format("f32", 0, 1, np.dtype("<f4"), _decode_float, lambda values: values.astype("<f4")),
+    Format("f16", 1, 1, np.dtype("<f2"), _decode_float, lambda values: values.astype("<f2")),
     Format("bf16", 30, 1, np.dtype("<u2"), _decode_bf16, _encode_bf16),
     Format("f8_e4m3", None, 1, np.dtype("u1"), _decode_f8, _encode_f8),
 )

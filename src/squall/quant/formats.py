@@ -13,35 +13,14 @@ FORMATS: dict[str, Format] = {
 }
 
 # ggml tensor types known by name only, so that the error can say what the file holds.
-UNSUPPORTED: dict[int, str] = {
-    4: "q4_2 (withdrawn)",
-    5: "q4_3 (withdrawn)",
-    16: "iq2_xxs",
-    17: "iq2_xs",
-    18: "iq3_xxs",
-    19: "iq1_s",
-    20: "iq4_nl",
-    21: "iq3_s",
-    22: "iq2_s",
-    23: "iq4_xs",
-    24: "i8",
-    25: "i16",
-    26: "i32",
-    27: "i64",
-    28: "f64",
-    29: "iq1_m",
-    31: "q4_0_4_4 (withdrawn)",
-    32: "q4_0_4_8 (withdrawn)",
-    33: "q4_0_8_8 (withdrawn)",
-    34: "tq1_0",
-    35: "tq2_0",
-    36: "iq4_nl_4_4 (withdrawn)",
-    37: "iq4_nl_4_8 (withdrawn)",
-    38: "iq4_nl_8_8 (withdrawn)",
-    39: "mxfp4",
-    40: "nvfp4",
-    41: "q1_0",
-}
+UNSUPPORTED = {
+    4: "q4_2 (withdrawn)", 5: "q4_3 (withdrawn)", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs",
+    19: "iq1_s", 20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16",
+    26: "i32", 27: "i64", 28: "f64", 29: "iq1_m", 31: "q4_0_4_4 (withdrawn)",
+    32: "q4_0_4_8 (withdrawn)", 33: "q4_0_8_8 (withdrawn)", 34: "tq1_0", 35: "tq2_0",
+    36: "iq4_nl_4_4 (withdrawn)", 37: "iq4_nl_4_8 (withdrawn)", 38: "iq4_nl_8_8 (withdrawn)",
+    39: "mxfp4", 40: "nvfp4", 41: "q1_0",
+}  # fmt: skip
 
 GGML_FORMATS: dict[int, Format] = {f.ggml_id: f for f in FORMATS.values() if f.ggml_id is not None}
 

@@ -50,14 +50,10 @@ def grouped(  # noqa: PLR0913
         return unpack_rows(qweight[:, start:stop].T, bits)
 
     def zeros(start: int, stop: int) -> NDArray[np.uint8]:
-        found = unpack_rows(_restored(qzeros, bits) if less_one else qzeros, bits)
+        one_each = np.uint32(0xFFFFFFFF // ((1 << bits) - 1))  # in every value of a word
+        found = unpack_rows(qzeros + one_each if less_one and bits != 3 else qzeros, bits)
         if less_one and bits == 3:
             found = (found + np.uint8(1)) & np.uint8(7)
         return found[:, start:stop].T
 
     return Grouped(bits, block_for(group, len(groups)), codes, zeros, scales, groups)
-
-
-def _restored(qzeros: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
-    """One more in every value of the words."""
-    return qzeros if bits == 3 else qzeros + np.uint32(0xFFFFFFFF // ((1 << bits) - 1))

@@ -6,6 +6,7 @@ A value is scale * code + minimum. `minimum` is where the zero point, a float, p
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from squall.quant.bits import unpack
 from squall.quant.format import Format
 
 GROUP = 64
+RUN = {4: 32, 3: 16, 2: 16, 1: 8}  # bytes of codes, as `unpack` has them, by bits
 _SCALES = [("scale", "<f2"), ("minimum", "<f2")]
 
 
@@ -25,35 +27,18 @@ def _layout(bits: int) -> np.dtype[Any]:
     return np.dtype([*_SCALES, ("codes", "u1", GROUP * (bits & ~1 or 1) // 8), *high])
 
 
-def _values(blocks: NDArray[Any], codes: NDArray[Any]) -> NDArray[np.float32]:
+def _decode(bits: int, blocks: NDArray[Any]) -> NDArray[np.float32]:
+    codes = blocks["codes"]
+    if bits != 8:
+        codes = unpack(codes, 2 if bits == 3 else bits, RUN[bits])
+    if bits == 3:
+        codes = codes | unpack(blocks["high"], 1, RUN[1]) << 2
     scale, minimum = (blocks[name].astype(np.float32)[:, None] for name in ("scale", "minimum"))
-    return scale * codes.astype(np.float32) + minimum
+    values: NDArray[np.float32] = scale * codes.astype(np.float32) + minimum
+    return values
 
 
-def _decode_hqq8(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _values(blocks, blocks["codes"])
-
-
-def _decode_hqq4(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _values(blocks, unpack(blocks["codes"], 4, 32))
-
-
-def _decode_hqq3(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _values(blocks, unpack(blocks["codes"], 2, 16) | unpack(blocks["high"], 1, 8) << 2)
-
-
-def _decode_hqq2(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _values(blocks, unpack(blocks["codes"], 2, 16))
-
-
-def _decode_hqq1(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _values(blocks, unpack(blocks["codes"], 1, 8))
-
-
-FORMATS = (
-    Format("hqq8", None, GROUP, _layout(8), _decode_hqq8),
-    Format("hqq4", None, GROUP, _layout(4), _decode_hqq4),
-    Format("hqq3", None, GROUP, _layout(3), _decode_hqq3),
-    Format("hqq2", None, GROUP, _layout(2), _decode_hqq2),
-    Format("hqq1", None, GROUP, _layout(1), _decode_hqq1),
+FORMATS = tuple(
+    Format(f"hqq{bits}", None, GROUP, _layout(bits), partial(_decode, bits))
+    for bits in (8, 4, 3, 2, 1)
 )

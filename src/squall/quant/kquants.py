@@ -80,19 +80,14 @@ def _group_scales_minimums(groups: NDArray[np.uint8]) -> tuple[NDArray[Any], NDA
     return scales, minimums
 
 
-def _decode_affine(blocks: NDArray[Any], codes: NDArray[Any]) -> NDArray[np.float32]:
+def _decode_q4_k_q5_k(blocks: NDArray[Any]) -> NDArray[np.float32]:
+    """Codes of 4 bits, of 5 where the layout has `high`."""
+    codes = unpack(blocks["codes"], 4, 32)
+    if "high" in (blocks.dtype.names or ()):
+        codes |= unpack(blocks["high"], 1, 32) << 4
     scales, minimums = _group_scales_minimums(blocks["groups"])
     scale, minimum = _scaled(blocks["scale"], scales), _scaled(blocks["minimum"], minimums)
     return _flat(scale * _grouped(codes, 32) - minimum)
-
-
-def _decode_q4_k(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _decode_affine(blocks, unpack(blocks["codes"], 4, 32))
-
-
-def _decode_q5_k(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    codes = unpack(blocks["codes"], 4, 32) | unpack(blocks["high"], 1, 32) << 4
-    return _decode_affine(blocks, codes)
 
 
 def _decode_q6_k(blocks: NDArray[Any]) -> NDArray[np.float32]:
@@ -109,8 +104,8 @@ def _decode_q8_k(blocks: NDArray[Any]) -> NDArray[np.float32]:
 FORMATS = (
     Format("q2_k", 10, 256, _Q2_K, _decode_q2_k),
     Format("q3_k", 11, 256, _Q3_K, _decode_q3_k),
-    Format("q4_k", 12, 256, _Q4_K, _decode_q4_k),
-    Format("q5_k", 13, 256, _Q5_K, _decode_q5_k),
+    Format("q4_k", 12, 256, _Q4_K, _decode_q4_k_q5_k),
+    Format("q5_k", 13, 256, _Q5_K, _decode_q4_k_q5_k),
     Format("q6_k", 14, 256, _Q6_K, _decode_q6_k),
     Format("q8_k", 15, 256, _Q8_K, _decode_q8_k),
 )

@@ -8,6 +8,7 @@ bit i of a little-endian 32-bit word.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,41 +23,19 @@ _HIGH = ("high", "u1", 4)
 _CODES = ("codes", "u1", 16)
 _BYTES = ("codes", "i1", 32)
 
-_Q4_0 = np.dtype([_SCALE, _CODES])
-_Q4_1 = np.dtype([_SCALE, _MINIMUM, _CODES])
-_Q5_0 = np.dtype([_SCALE, _HIGH, _CODES])
-_Q5_1 = np.dtype([_SCALE, _MINIMUM, _HIGH, _CODES])
-_Q8_0 = np.dtype([_SCALE, _BYTES])
-_Q8_1 = np.dtype([_SCALE, ("sum", "<f2"), _BYTES])
-
 
 def _column(field: NDArray[np.float16]) -> NDArray[np.float32]:
     return field.astype(np.float32)[:, None]
 
 
-def _codes4(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return unpack(blocks["codes"], 4, 16).astype(np.float32)
-
-
-def _codes5(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    high = unpack(blocks["high"], 1, 1) << 4
-    return (unpack(blocks["codes"], 4, 16) | high).astype(np.float32)
-
-
-def _decode_q4_0(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _column(blocks["scale"]) * (_codes4(blocks) - 8)
-
-
-def _decode_q4_1(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _column(blocks["scale"]) * _codes4(blocks) + _column(blocks["minimum"])
-
-
-def _decode_q5_0(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _column(blocks["scale"]) * (_codes5(blocks) - 16)
-
-
-def _decode_q5_1(blocks: NDArray[Any]) -> NDArray[np.float32]:
-    return _column(blocks["scale"]) * _codes5(blocks) + _column(blocks["minimum"])
+def _decode(middle: int, blocks: NDArray[Any]) -> NDArray[np.float32]:
+    """Codes of 4 bits, of 5 where the layout has `high`; plus its `minimum` where it has one."""
+    names = blocks.dtype.names or ()
+    codes = unpack(blocks["codes"], 4, 16)
+    if "high" in names:
+        codes |= unpack(blocks["high"], 1, 1) << 4
+    values: NDArray[np.float32] = _column(blocks["scale"]) * (codes.astype(np.float32) - middle)
+    return values + _column(blocks["minimum"]) if "minimum" in names else values
 
 
 def _decode_q8(blocks: NDArray[Any]) -> NDArray[np.float32]:
@@ -65,10 +44,10 @@ def _decode_q8(blocks: NDArray[Any]) -> NDArray[np.float32]:
 
 
 FORMATS = (
-    Format("q4_0", 2, 32, _Q4_0, _decode_q4_0),
-    Format("q4_1", 3, 32, _Q4_1, _decode_q4_1),
-    Format("q5_0", 6, 32, _Q5_0, _decode_q5_0),
-    Format("q5_1", 7, 32, _Q5_1, _decode_q5_1),
-    Format("q8_0", 8, 32, _Q8_0, _decode_q8),
-    Format("q8_1", 9, 32, _Q8_1, _decode_q8),
+    Format("q4_0", 2, 32, np.dtype([_SCALE, _CODES]), partial(_decode, 8)),
+    Format("q4_1", 3, 32, np.dtype([_SCALE, _MINIMUM, _CODES]), partial(_decode, 0)),
+    Format("q5_0", 6, 32, np.dtype([_SCALE, _HIGH, _CODES]), partial(_decode, 16)),
+    Format("q5_1", 7, 32, np.dtype([_SCALE, _MINIMUM, _HIGH, _CODES]), partial(_decode, 0)),
+    Format("q8_0", 8, 32, np.dtype([_SCALE, _BYTES]), _decode_q8),
+    Format("q8_1", 9, 32, np.dtype([_SCALE, ("sum", "<f2"), _BYTES]), _decode_q8),
 )

@@ -72,8 +72,8 @@ class Topology:
 
     def isq_of(self, layer: int) -> str | None:
         """The quantization of a layer, if any."""
-        found = self._of(layer)
-        return None if found is None else found.isq
+        covering = [found.isq for found in self.ranges if found.start <= layer < found.stop]
+        return covering[-1] if covering else None
 
     def check(self, layers: int, devices: tuple[str, ...]) -> None:
         """Raise InvalidRequest for ranges outside of a model, and devices that there are not."""
@@ -87,10 +87,6 @@ class Topology:
                 raise InvalidRequest(
                     f"the topology wants device {found.device}; there is {', '.join(devices)}"
                 )
-
-    def _of(self, layer: int) -> LayerRange | None:
-        covering = [found for found in self.ranges if found.start <= layer < found.stop]
-        return covering[-1] if covering else None
 
 
 EVERYWHERE = Topology()  # no layer is different

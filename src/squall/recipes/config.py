@@ -278,12 +278,7 @@ def stablelm(c: ConfigFields) -> Decoder:
     norm, bias = layer_norm(c), c.flag("use_qkv_bias", False)
     head_norm = replace(norm, bias=False) if c.flag("qk_layernorm", False) else None
     heads = attention(
-        c,
-        rope(c),
-        qkv_bias=bias,
-        out_bias=False,
-        qk_norm=head_norm,
-        qk_norm_scope="each_head",
+        c, rope(c), qkv_bias=bias, out_bias=False, qk_norm=head_norm, qk_norm_scope="each_head"
     )
     wiring: Wiring = "parallel" if c.flag("use_parallel_residual", False) else "pre"
     return decoder(c, norm, heads, mlp(c), wiring=wiring)

@@ -10,7 +10,7 @@ from typing import Any
 
 from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint
-from squall.recipes.fields import Fields
+from squall.recipes.fields import NEUTRAL, Fields
 from squall.recipes.names import Naming
 
 # The key of GGUF files, by which the shared parts ask -> those of config.json; the first there is.
@@ -28,7 +28,6 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "expert_used_count": ("num_experts_per_tok",),
     "feed_forward_length": ("intermediate_size",),
 }
-NEUTRAL = (0, "", "none")  # 0 also equals False and 0.0
 # Leftovers of savers and trainers that are in so many files that naming them would tell nothing.
 USUAL = frozenset(
     """

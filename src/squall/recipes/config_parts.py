@@ -8,26 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from squall import spec
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.recipes import parts
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.parts import Each, context, depth, head_dim
-from squall.spec import (
-    Activation,
-    Attention,
-    Decoder,
-    DynamicScaling,
-    FactorScaling,
-    LinearScaling,
-    Llama3Scaling,
-    Mlp,
-    Moe,
-    Norm,
-    Rope,
-    RopeScaling,
-    YarnScaling,
-)
+from squall.spec import Activation, Attention, Decoder, Mlp, Moe, Norm, Rope
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -79,7 +66,7 @@ def rope(
 
 def scaling(
     c: ConfigFields, at: str, dims: int, scalings: Mapping[str, Scaling]
-) -> RopeScaling | None:
+) -> spec.RopeScaling | None:
     """The rope scaling of the section `at`."""
     kind = c.word(f"{at}rope_type", c.word(f"{at}type", "default"))
     if kind not in scalings:
@@ -89,7 +76,7 @@ def scaling(
     return scalings[kind](c, at, dims)
 
 
-Scaling = Callable[[ConfigFields, str, int], RopeScaling | None]
+Scaling = Callable[[ConfigFields, str, int], spec.RopeScaling | None]
 
 
 def _original_context(c: ConfigFields, at: str) -> int:
@@ -98,23 +85,23 @@ def _original_context(c: ConfigFields, at: str) -> int:
     return c.count(key, own, high=1 << 30)
 
 
-def _linear(c: ConfigFields, at: str, _dims: int) -> LinearScaling:
-    return LinearScaling(c.number(f"{at}factor"))
+def _linear(c: ConfigFields, at: str, _dims: int) -> spec.LinearScaling:
+    return spec.LinearScaling(c.number(f"{at}factor"))
 
 
-def _dynamic(c: ConfigFields, at: str, _dims: int) -> DynamicScaling:
+def _dynamic(c: ConfigFields, at: str, _dims: int) -> spec.DynamicScaling:
     c.skip(f"{at}original_max_position_embeddings")
-    return DynamicScaling(c.number(f"{at}factor", low=1.0, high=1e4), context(c))
+    return spec.DynamicScaling(c.number(f"{at}factor", low=1.0, high=1e4), context(c))
 
 
-def _llama3(c: ConfigFields, at: str, _dims: int) -> Llama3Scaling:
+def _llama3(c: ConfigFields, at: str, _dims: int) -> spec.Llama3Scaling:
     low, high = c.number(f"{at}low_freq_factor"), c.number(f"{at}high_freq_factor")
     if not low < high:
         raise InvalidCheckpoint(f"{at}low_freq_factor is {low}; it must be below {high}")
-    return Llama3Scaling(c.number(f"{at}factor"), low, high, _original_context(c, at))
+    return spec.Llama3Scaling(c.number(f"{at}factor"), low, high, _original_context(c, at))
 
 
-def _yarn(c: ConfigFields, at: str, _dims: int) -> YarnScaling:
+def _yarn(c: ConfigFields, at: str, _dims: int) -> spec.YarnScaling:
     if not c.flag(f"{at}truncate", True):
         raise UnsupportedModel(f"{at}truncate is false, which is not supported")
     original = _original_context(c, at)
@@ -124,7 +111,7 @@ def _yarn(c: ConfigFields, at: str, _dims: int) -> YarnScaling:
     growth = 0.1 * math.log(factor) if factor > 1 else 0.0
     if magnitude is None and multiplier is not None and divisor is not None:
         magnitude = (multiplier * growth + 1.0) / (divisor * growth + 1.0)
-    return YarnScaling(
+    return spec.YarnScaling(
         factor,
         original,
         c.optional(f"{at}beta_fast") or 32.0,
@@ -133,21 +120,21 @@ def _yarn(c: ConfigFields, at: str, _dims: int) -> YarnScaling:
     )
 
 
-def long_rope(c: ConfigFields, at: str, dims: int) -> FactorScaling:
+def long_rope(c: ConfigFields, at: str, dims: int) -> spec.FactorScaling:
     """Factors for short and for long contexts; both with one magnitude."""
     original = _original_context(c, at)
     factor = c.optional(f"{at}factor") or context(c) / original
     growth = math.log(factor) / math.log(original) if factor > 1 < original else 0.0
     magnitude = c.optional(f"{at}attention_factor") or math.sqrt(1.0 + growth)
     short, long = (c.numbers(f"{at}{kind}_factor", dims // 2) for kind in ("short", "long"))
-    return FactorScaling(short, long, original, magnitude)
+    return spec.FactorScaling(short, long, original, magnitude)
 
 
-def long_rope_with_magnitudes(c: ConfigFields, at: str, dims: int) -> FactorScaling:
+def long_rope_with_magnitudes(c: ConfigFields, at: str, dims: int) -> spec.FactorScaling:
     """Factors and magnitudes for short and for long contexts."""
     short, long = (c.numbers(f"{at}{kind}_factor", dims // 2) for kind in ("short", "long"))
     magnitudes = (c.number(f"{at}{kind}_mscale") for kind in ("short", "long"))
-    return FactorScaling(short, long, _original_context(c, at), *magnitudes)
+    return spec.FactorScaling(short, long, _original_context(c, at), *magnitudes)
 
 
 SCALINGS: dict[str, Scaling] = {

@@ -12,6 +12,7 @@ from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 
+NEUTRAL = (0, "", "none")  # what changes nothing; 0 also equals False and 0.0
 LOG = logging.getLogger("squall")
 
 

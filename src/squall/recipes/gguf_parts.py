@@ -8,26 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from squall import spec
 from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.recipes import parts
-from squall.recipes.fields import Fields
+from squall.recipes.fields import NEUTRAL, Fields
 from squall.recipes.names import Naming
 from squall.recipes.parts import Each, context, depth, head_dim
-from squall.spec import (
-    Activation,
-    Attention,
-    Decoder,
-    FactorScaling,
-    LinearScaling,
-    Mlp,
-    Moe,
-    Norm,
-    Rope,
-    RopeScaling,
-    YarnScaling,
-)
+from squall.spec import Activation, Attention, Decoder, Mlp, Moe, Norm, Rope
 
 HARMLESS = frozenset(
     {
@@ -40,7 +29,6 @@ HARMLESS = frozenset(
     }
 )
 NAMESPACES = {"general", "tokenizer", "split", "quantize", "imatrix"}  # for others than recipes
-NEUTRAL = (0, "", "none")  # 0 also equals False and 0.0
 NEUTRAL_BY_KEY: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "attention.output_scale": (0, 1),
@@ -86,7 +74,7 @@ def rope(
     return Rope(base, dims, interleaved, scaling(c, dims) if scaled else None)
 
 
-def scaling(c: Fields, dims: int) -> RopeScaling | None:
+def scaling(c: Fields, dims: int) -> spec.RopeScaling | None:
     """The rope scaling of the metadata, or of the tensors that hold one factor a frequency."""
     factors = _factors(c, dims)
     factor = c.optional("rope.scaling.factor") or c.optional("rope.scale_linear") or 1.0
@@ -119,27 +107,27 @@ def _original_context(c: Fields) -> int:
     return c.count("rope.scaling.original_context_length", context(c), high=1 << 30)
 
 
-def _factors(c: Fields, dims: int) -> FactorScaling | None:
+def _factors(c: Fields, dims: int) -> spec.FactorScaling | None:
     original, magnitude = _original_context(c), _magnitude(c)
     same = c.factors("rope_freqs.weight", dims // 2)
     short = c.factors("rope_factors_short.weight", dims // 2)
     long = c.factors("rope_factors_long.weight", dims // 2)
     if same is not None and short is None and long is None:
-        return FactorScaling(same, same, original, magnitude)
+        return spec.FactorScaling(same, same, original, magnitude)
     if same is None and short is not None and long is not None:
-        return FactorScaling(short, long, original, magnitude)
+        return spec.FactorScaling(short, long, original, magnitude)
     if same is short is long is None:
         return None
     raise InvalidCheckpoint("the rope factor tensors are incomplete: 'short' and 'long' are needed")
 
 
-def _yarn(c: Fields, factor: float) -> YarnScaling:
+def _yarn(c: Fields, factor: float) -> spec.YarnScaling:
     extrapolation = c.number("rope.scaling.yarn_ext_factor", 1.0)
     if extrapolation != 1.0:
         raise UnsupportedModel(
             f"YaRN with yarn_ext_factor {extrapolation:g} is not supported; only 1 is"
         )
-    base = YarnScaling(
+    base = spec.YarnScaling(
         factor,
         _original_context(c),
         c.number("rope.scaling.yarn_beta_fast", 32.0, low=1e-3),
@@ -153,9 +141,9 @@ def _yarn(c: Fields, factor: float) -> YarnScaling:
     return replace(base, magnitude=magnitude * _magnitude(c))
 
 
-SCALINGS: Mapping[str, Callable[[Fields, float], RopeScaling | None]] = {
+SCALINGS: Mapping[str, Callable[[Fields, float], spec.RopeScaling | None]] = {
     "none": lambda _c, _factor: None,
-    "linear": lambda _c, factor: LinearScaling(factor) if factor != 1.0 else None,
+    "linear": lambda _c, factor: spec.LinearScaling(factor) if factor != 1.0 else None,
     "yarn": _yarn,
 }
 

@@ -6,44 +6,23 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import ByteTensor, Checkpoint
+from squall import spec
+from squall.checkpoints.base import ByteTensor
 from squall.errors import SquallError, UnsupportedModel
-from squall.recipes import gguf
+from squall.recipes import config, gguf
 from squall.recipes.gguf_parts import NAMING, GgufFields
 from squall.roles import roles
-from squall.spec import (
-    Attention,
-    Decoder,
-    FactorScaling,
-    LinearScaling,
-    Llama3Scaling,
-    Moe,
-    Rope,
-    YarnScaling,
-)
+from squall.spec import Attention, Decoder, Moe, Rope
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
+# Names for people are those of GGUF, which has no names of its own for what is like LLaMA.
+ARCHITECTURES = {config.NAMES[name]: name for name in gguf.RECIPES} | {
     "MistralForCausalLM": "llama",
     "MixtralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3moe",
-    "PhiForCausalLM": "phi2",
-    "Phi3ForCausalLM": "phi3",
-    "Starcoder2ForCausalLM": "starcoder2",
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-    "GraniteForCausalLM": "granite",
-    "Olmo2ForCausalLM": "olmo2",
-    "SmolLM3ForCausalLM": "smollm3",
 }
 # Whose q and k rows are permuted, so that pairs are rotated.
 INTERLEAVED = ("llama", "granite", "smollm3")
@@ -91,9 +70,7 @@ def as_stored(decoder: Decoder, *, interleaved: bool) -> Decoder:
 
     layers = tuple(
         replace(
-            layer,
-            attention=attention(layer.attention),
-            norm=replace(layer.norm, unit_offset=False),
+            layer, attention=attention(layer.attention), norm=replace(layer.norm, unit_offset=False)
         )
         for layer in decoder.layers
     )
@@ -161,18 +138,18 @@ def _rope(rope: Rope, context: int) -> tuple[Metadata, dict[str, NDArray[np.floa
     match rope.scaling:
         case None:
             return values, {}
-        case LinearScaling(factor):
+        case spec.LinearScaling(factor):
             return values | {f"{at}type": "linear", f"{at}factor": factor}, {}
-        case Llama3Scaling():
+        case spec.Llama3Scaling():
             plain, _ = replace(rope, scaling=None).frequencies(context)
             scaled, _ = rope.frequencies(context)
             return values, {"rope_freqs.weight": np.divide(plain, scaled).astype(np.float32)}
-        case YarnScaling() as s:
+        case spec.YarnScaling() as s:
             values |= {f"{at}type": "yarn", f"{at}factor": s.factor}
             values |= {f"{at}original_context_length": s.original_context}
             values |= {f"{at}yarn_beta_fast": s.beta_fast, f"{at}yarn_beta_slow": s.beta_slow}
             return values | {f"{at}yarn_attn_factor": rope.frequencies(context)[1]}, {}
-        case FactorScaling() as s if s.long_magnitude in (None, s.magnitude):
+        case spec.FactorScaling() as s if s.long_magnitude in (None, s.magnitude):
             values[f"{at}original_context_length"] = s.original_context
             values[f"{at}attn_factor"] = s.magnitude
             return values, {
@@ -187,16 +164,13 @@ def _rope(rope: Rope, context: int) -> tuple[Metadata, dict[str, NDArray[np.floa
 
 def _check(name: str, found: Description) -> None:
     """Read it back: what the recipe makes of it must be the same model."""
-    shapes: dict[str, tuple[int, ...]] = {
-        NAMING.name(role): shape for role, shape in roles(found.decoder).items()
-    }
+    shapes = {NAMING.name(role): shape for role, shape in roles(found.decoder).items()}
     empty = np.empty(0, np.uint8)
     tensors = {key: ByteTensor(key, "f32", shape, empty) for key, shape in shapes.items()}
     for key, value in found.tensors.items():
         tensors[key] = ByteTensor(key, "f32", value.shape, value.view(np.uint8))
-    checkpoint = Checkpoint(Path(), found.metadata, tensors, 0)
     try:
-        read = GgufFields(name, checkpoint.metadata, checkpoint.tensors)
+        read = GgufFields(name, found.metadata, tensors)
         decoder = gguf.RECIPES[name](read)
         read.check_all_read()
     except SquallError as error:

@@ -34,7 +34,7 @@ class Linear:
 
 def linears(architecture: str, decoder: Decoder, naming: Naming) -> tuple[Linear, ...]:
     """All linears of a model, the head first."""
-    found = [Linear(_stem(naming, "head"), ("head",))]
+    found = [_single(naming, "head")]
     for index, layer in enumerate(decoder.layers):
         stems = [*_ATTENTION, *([] if isinstance(layer.feed_forward, Moe) else _MLP)]
         if not getattr(layer.feed_forward, "gated", True):
@@ -70,11 +70,7 @@ def named(
 
 
 def _single(naming: Naming, role: str) -> Linear:
-    return Linear(_stem(naming, role), (role,))
-
-
-def _stem(naming: Naming, role: str) -> str:
-    return naming.name(f"{role}.weight").removesuffix(".weight")
+    return Linear(naming.name(f"{role}.weight").removesuffix(".weight"), (role,))
 
 
 def _fused(naming: Naming, index: int, stems: list[str]) -> Iterator[Linear]:

@@ -18,7 +18,7 @@ _LONG = 1 << 14  # characters; from here on the batch call pays, which tracks no
 
 
 # A million words of one digit take the library a second; between digits they need no context.
-_DIGITS = re.compile(r"(?<=\d)\d{256,}(?=\d)")
+_DIGITS = re.compile(r"(?<=\d)(\d{256,})(?=\d)")
 
 
 def _symbols() -> dict[str, int]:
@@ -53,29 +53,21 @@ class ByteLevel:
         if self._nfc:
             text = unicodedata.normalize("NFC", text)
         ids: list[int] = []
-        start = 0
-        for match in self._user_pattern.finditer(text) if self._user else ():
-            ids += self._words(text[start : match.start()])
-            ids.append(self._user[match.group()])
-            start = match.end()
-        return ids + self._words(text[start:])
+        for n, part in enumerate(self._user_pattern.split(text) if self._user else [text]):
+            ids += [self._user[part]] if n % 2 else self._words(part)
+        return ids
 
     def _words(self, text: str) -> list[int]:
-        if len(text) < _LONG:
-            return self._library.encode(text, add_special_tokens=False).ids if text else []
-        if not self._digits_alone:
-            return self._long(text)
+        if len(text) < _LONG or not self._digits_alone:
+            return ids_of(self._library, text) if text else []
         ids: list[int] = []
-        start = 0
-        for match in _DIGITS.finditer(text):
-            of = {digit: self._words(digit) for digit in set(match.group())}
-            ids += self._long(text[start : match.start()])
-            ids += [i for digit in match.group() for i in of[digit]]
-            start = match.end()
-        return ids + self._long(text[start:])
-
-    def _long(self, text: str) -> list[int]:
-        return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        for n, part in enumerate(_DIGITS.split(text)):
+            if n % 2 == 0:
+                ids += ids_of(self._library, part)
+            else:
+                of = {digit: self._words(digit) for digit in set(part)}
+                ids += [i for digit in part for i in of[digit]]
+        return ids
 
     def token_bytes(self, token: int, *, first: bool) -> bytes:  # noqa: ARG002
         """What a token stands for."""
@@ -86,6 +78,13 @@ class ByteLevel:
             return bytes([BYTE_OF[character] for character in text])
         except KeyError:  # not written in byte symbols, such as "[PAD151646]"
             return text.encode()
+
+
+def ids_of(library: Any, text: str) -> list[int]:
+    """What the library encodes a text to, without tokens around it."""
+    if len(text) < _LONG:
+        return list(library.encode(text, add_special_tokens=False).ids)
+    return list(library.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def _library(vocabulary: Vocabulary, merges: Any, pre: pretokenizers.Pre) -> Library:

@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 from squall.errors import InvalidRequest, TemplateError
-from squall.text.files import parse_json, read_json, read_text, token_text
+from squall.files import parse_json, read_json, read_text
 from squall.text.tokenizer import Piece
-from squall.text.vocabulary import Vocabulary
+from squall.text.vocabulary import Vocabulary, token_text
 
 MAX_SOURCE = 100_000  # characters
 MAX_DEPTH = 64  # of lists and objects in each other

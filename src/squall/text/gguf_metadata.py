@@ -54,8 +54,8 @@ def gguf_tokenizer(folder: Path, vocab: int) -> dict[str, Any]:
     ids = {"bos": vocabulary.bos, "eos": vocabulary.eos, "unknown": vocabulary.unknown}
     metadata |= {f"{_KEY}{name}_token_id": id for name, id in ids.items() if id is not None}
     tokenizer = HfTokenizer.from_folder(folder)
-    with_bos = tokenizer.encode("a")
-    metadata[f"{_KEY}add_bos_token"] = with_bos != tokenizer.encode("a", add_bos=False)
+    with_bos, without = tokenizer.encode("a"), tokenizer.encode("a", add_bos=False)
+    metadata[f"{_KEY}add_bos_token"] = with_bos != without
     for name, source in ChatTemplate.from_folder(folder).sources.items():
         metadata["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = source
     wanted = [tokenizer.encode(sample) for sample in SAMPLES]

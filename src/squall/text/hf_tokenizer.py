@@ -18,17 +18,23 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from squall.errors import InvalidCheckpoint, UnsupportedModel
-from squall.text.bytelevel import BYTE_OF
-from squall.text.files import parse_json, read_json, read_text, token_ids, token_text
+from squall.files import parse_json, read_json, read_text
+from squall.text.bytelevel import BYTE_OF, ids_of
 from squall.text.tokenizer import Tokenizer
-from squall.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, stops
+from squall.text.vocabulary import (
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    stops,
+    token_ids,
+    token_text,
+)
 
 MAX_ID = 1 << 24
-_LONG = 1 << 14  # characters; from here on the batch call pays, which tracks no offsets
 _BYTE = re.compile(r"\A<0x([0-9A-Fa-f]{2})>\Z")
 _NOTHING = {"type": "BPE", "vocab": {}, "merges": []}
 _Step = Callable[[str, bool], str]  # of a token, and whether it is the first
-_NAMES = ("bos_token", "eos_token", "unk_token")
 
 
 class HfTokenizer(Tokenizer):
@@ -36,10 +42,7 @@ class HfTokenizer(Tokenizer):
 
     @classmethod
     def from_folder(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        tokenizer_json: str | os.PathLike[str] | None = None,
+        cls, path: str | os.PathLike[str], *, tokenizer_json: str | os.PathLike[str] | None = None
     ) -> HfTokenizer:
         """Read `tokenizer.json` and, where they exist, the configurations beside it.
 
@@ -128,10 +131,9 @@ def _load(text: str) -> Any:
 def _repair(library: Any, files: _Files) -> None:
     """Add tokens that only the configurations have, and make those with a meaning special."""
     decoder = files.config.get("added_tokens_decoder")
-    known: dict[int, tuple[str, dict[str, Any]]] = {}
-    for content, i in files.added.items():
-        if type(i) is int:
-            known[i] = (content, {})
+    known: dict[int, tuple[str, dict[str, Any]]] = {
+        i: (content, {}) for content, i in files.added.items() if type(i) is int
+    }
     for key, value in decoder.items() if isinstance(decoder, dict) else ():
         named = token_text(value)
         if key.isdecimal() and len(key) < 10 and named is not None and isinstance(value, dict):
@@ -159,15 +161,15 @@ def _add(library: Any, content: str, flags: Mapping[str, Any]) -> None:
 def _mark_special(library: Any, files: _Files) -> None:
     vocabulary = library.get_vocab(with_added_tokens=True)
     extra = files.config.get("additional_special_tokens")
-    texts: list[str | None] = [token_text(files.config.get(name)) for name in _NAMES]
+    texts: list[str | None] = [
+        token_text(files.config.get(f"{name}_token")) for name in ("bos", "eos", "unk")
+    ]
     texts += [token_text(value) for value in (extra if isinstance(extra, list) else ())]
     texts += [library.id_to_token(i) for i in stops(vocabulary.items(), _named(library, files))]
-    added = library.get_added_tokens_decoder()
-    marked = {token.content for token in added.values() if token.special}
-    flags = {token.content: token for token in added.values()}
+    added = {token.content: token for token in library.get_added_tokens_decoder().values()}
     for text in filter(None, texts):
-        if text in vocabulary and text not in marked:
-            token = flags.get(text)
+        token = added.get(text)
+        if text in vocabulary and not (token and token.special):
             strips = {"lstrip": token.lstrip, "rstrip": token.rstrip} if token else {}
             library.add_special_tokens([AddedToken(text, special=True, normalized=False, **strips)])
 
@@ -242,7 +244,7 @@ class _Codec:
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of text that holds no control token; `first`: nothing is before it."""
         library = self._first if first else self._later
-        ids = _encode(library, text)
+        ids = ids_of(library, text)
         if self._controls.isdisjoint(ids):
             return ids
         return self._without_controls(library, text)
@@ -254,7 +256,7 @@ class _Codec:
         parts = _cut(text, offsets, self._controls)
         for n, part in enumerate(parts):
             again = library if n == 0 else self._inner
-            ids = again.encode(part, add_special_tokens=False).ids
+            ids = ids_of(again, part)
             if self._controls.isdisjoint(ids):
                 done += ids
             elif len(part) > 1 and len(parts) > 1:
@@ -266,12 +268,6 @@ class _Codec:
     def token_bytes(self, token: int, *, first: bool) -> bytes:
         """What a token stands for; added tokens go through the decoder as others do."""
         return self._decoding.bytes_of(self._vocabulary.tokens[token], first=first)
-
-
-def _encode(library: Any, text: str) -> list[int]:
-    if len(text) < _LONG:
-        return list(library.encode(text, add_special_tokens=False).ids)
-    return list(library.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def _cut(text: str, encoded: Any, controls: frozenset[int]) -> list[str]:

@@ -54,12 +54,8 @@ class SentencePiece:
         if self.space_after_control:
             text = _SPACE + text
         words: list[str] = []
-        start = 0
-        for match in self._user_pattern.finditer(text) if self._user else ():
-            words += self._cut(text[start : match.start()])
-            words.append(match.group())
-            start = match.end()
-        words += self._cut(text[start:])
+        for n, part in enumerate(self._user_pattern.split(text) if self._user else [text]):
+            words += [part] if n % 2 else self._cut(part)
         ids = self._of_words(words)
         return ids if self._bytes else _fused(ids, self._vocabulary.unknown)
 

@@ -123,10 +123,7 @@ _FAMILIES: tuple[tuple[str, Pre], ...] = (
     ),
     ("dbrx smaug-bpe glm4 chatglm-bpe", Pre((_modern(r"\p{N}{1,3}"),))),
     ("minicpm5", Pre((r"\p{N}{1,3}", _modern(r"\p{N}+")), ignore_merges=True)),
-    (
-        "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2",
-        Pre((_modern(r"\p{N}"),), nfc=True),
-    ),
+    ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2", Pre((_modern(r"\p{N}"),), nfc=True)),
     ("hunyuan solar-open grok-2", Pre((_modern(r"\p{N}"),))),
     ("laguna", Pre((r"[^\n]+|[\n]+", _modern(r"\p{N}")))),
     ("qwen35", Pre((_QWEN35,), nfc=True)),
@@ -135,10 +132,7 @@ _FAMILIES: tuple[tuple[str, Pre], ...] = (
         "gpt-4o llama4 kanana2 talkie minimax-m2",
         Pre((_cased(r"\p{N}{1,3}", suffix=_ANY_CASE + "?"),)),
     ),
-    (
-        "tiny_aya cohere2moe",
-        Pre((_THREES, _cased(r"\p{N}{1,3}", suffix=_ANY_CASE + "?"))),
-    ),
+    ("tiny_aya cohere2moe", Pre((_THREES, _cased(r"\p{N}{1,3}", suffix=_ANY_CASE + "?")))),
     ("kimi-k2", Pre((_KIMI,))),
     ("deepseek-llm", Pre(_DEEPSEEK_LLM)),
     ("deepseek-coder", Pre(_DEEPSEEK_CODER)),

@@ -106,14 +106,14 @@ class Tokenizer:
         ids: list[int] = []
         run: list[str] = []
         for text, content in pieces:
-            start = 0
-            for match in () if content else self._control_pattern.finditer(text):
-                run.append(text[start : match.start()])
-                token = self._controls[match.group()]
+            for n, part in enumerate([text] if content else self._control_pattern.split(text)):
+                if n % 2 == 0:
+                    run.append(part)
+                    continue
+                token = self._controls[part]
                 ids += self._encode_run(run, ids, strip=token in self._lstrip)
                 ids.append(token)
-                run, start = [], match.end()
-            run.append(text[start:])
+                run = []
         ids += self._encode_run(run, ids)
         if add_bos and ids[: len(self._prefix)] != self._prefix:
             ids[:0] = self._prefix

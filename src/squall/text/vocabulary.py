@@ -91,8 +91,23 @@ def stops(vocabulary: Iterable[tuple[str, int]], named: Iterable[int | None]) ->
     return frozenset(found.values()) | {i for i in named if i is not None}
 
 
+def token_text(value: object) -> str | None:
+    """The text of a token as configurations give it: a string, or an object with `content`."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) and content else None
+
+
+def token_ids(value: object) -> list[int]:
+    """Token ids as configurations give them: none, one, or a list."""
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if type(item) is int and item >= 0]
+
+
 def literals(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for the longest of `texts` at a place; linear however many there are."""
+    """A pattern for the longest of `texts` at a place; linear however many there are.
+
+    What it splits a text into is in turn between them and one of them.
+    """
     trie: dict[str, Any] = {}
     for text in texts:
         node = trie
@@ -100,7 +115,7 @@ def literals(texts: Iterable[str]) -> re.Pattern[str]:
             node = node.setdefault(character, {})
         node[""] = {}
     try:
-        return re.compile(_branch(trie) or r"(?!)")
+        return re.compile(f"({_branch(trie) or '(?!)'})")
     except RecursionError:
         raise InvalidCheckpoint("the special tokens nest too deep to be matched") from None
 
