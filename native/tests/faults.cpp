@@ -19,13 +19,14 @@ std::atomic<int64_t> allocations_left{INT64_MAX};
 
 }  // namespace
 
-void* operator new(size_t bytes) {
-  if (allocations_left.fetch_sub(1) <= 0) throw std::bad_alloc();
-  void* const p = std::malloc(bytes);
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
+// Where it inlines some of these, GCC 12 takes them for mismatched.
+[[gnu::noinline]] void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
+  return allocations_left.fetch_sub(1) <= 0 ? nullptr : std::malloc(bytes);
 }
-// Inlined without the operator above, GCC 12 takes them for mismatched.
+[[gnu::noinline]] void* operator new(size_t bytes) {
+  if (void* const p = operator new(bytes, std::nothrow)) return p;
+  throw std::bad_alloc();
+}
 [[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
 [[gnu::noinline]] void operator delete(void* p, size_t) noexcept { std::free(p); }
 
