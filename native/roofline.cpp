@@ -9,8 +9,6 @@
 namespace squall {
 namespace {
 
-constexpr int kPasses = 7;
-
 template <class Fn>
 double seconds_of(Fn fn) {
   const auto start = std::chrono::steady_clock::now();
@@ -19,7 +17,9 @@ double seconds_of(Fn fn) {
 }
 
 double peak(ThreadPool& pool, uint64_t (*loop)(size_t turns, float* out)) {
-  constexpr double kPassSeconds = 20e-3;
+  // Short enough that some are not interrupted on a busy machine.
+  constexpr double kPassSeconds = 0.5e-3;
+  constexpr int kPasses = 100;
   const size_t threads = pool.threads();
   std::atomic<uint64_t> done;
   const auto pass = [&](size_t turns) {
@@ -45,6 +45,7 @@ double peak(ThreadPool& pool, uint64_t (*loop)(size_t turns, float* out)) {
 }  // namespace
 
 double read_bandwidth(ThreadPool& pool) {
+  constexpr int kPasses = 7;
   constexpr size_t kBytes = size_t{256} << 20, kPart = size_t{1} << 20;
   const Memory memory(kBytes);
   std::memset(memory.data(), 1, kBytes);

@@ -36,8 +36,9 @@ double error(const Floats& got, const Doubles& expected) {
 Floats on_every_isa(const std::string& what, const Run& run, CacheType cache = CacheType::kF16) {
   const Floats scalar = run(*find_kernels("scalar", cache));
   for (const std::string_view isa : isas())
-    expect(same_bits(run(*find_kernels(isa, cache)), scalar),
-           what + " on " + std::string(isa) + " is not that on scalar");
+    if (isa != "scalar")
+      expect(same_bits(run(*find_kernels(isa, cache)), scalar),
+             what + " on " + std::string(isa) + " is not that on scalar");
   return scalar;
 }
 
@@ -251,8 +252,8 @@ void test_attention() {
       if (brief && dim == 64) continue;
       const Context context{type, dim, block_size};
       for (const size_t count : {1, 2, 3, 4, 7, 32})
-        for (const size_t length : {2, 37, 131, 600}) {
-          if (brief && (count == 2 || count == 4 || length == 131)) continue;
+        for (const size_t length : {2, 37, 131, brief ? 300 : 600}) {
+          if (brief && (count % 2 == 0 || length == 131)) continue;
           for (const auto& [window, softcap] : {std::pair<size_t, float>{1000, 0.0f}, {50, 5.0f}})
             check(
                 "attention, " + std::to_string(count) + " heads of " + std::to_string(dim) +

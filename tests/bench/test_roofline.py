@@ -36,16 +36,11 @@ def test_json(report: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("isa", _native.isas())
 def test_shares(isa: str) -> None:
-    peak = {"isa": isa, "int8": 0.0, "float32": 0.0}
-    for _ in range(5):  # a machine that was busy with others had a higher peak than it showed
-        for bound, rate in zip(("int8", "float32"), _native.peak_rates(isa, 1), strict=True):
-            peak[bound] = max(peak[bound], rate)
-        linears = roofline.linears(peak, 1, ROWS, SHAPE, PASSES)
-        assert all(each["share"] == each["rate"] / peak[each["bound"]] > 0 for each in linears)
-        too_fast = [each for each in linears if each["share"] >= 1.5]
-        if not too_fast:
-            break
-    assert not too_fast
+    int8, float32 = _native.peak_rates(isa, 1)
+    peak = {"isa": isa, "int8": int8, "float32": float32}
+    for each in roofline.linears(peak, 1, ROWS, SHAPE, PASSES):
+        assert each["share"] == each["rate"] / peak[each["bound"]]
+        assert 0 < each["share"] < 1.05, each
 
 
 def test_tables(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
