@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# ninja would look for make's job slots, which recipes do not get.
+unexport MAKEFLAGS
 
 PYTHON ?= python3
 VENV := .venv
