@@ -10,7 +10,6 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -18,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from squall.api import responses
 from squall.api.logprobs import Entry, PromptScores, Tokens, chat_logprobs, completion_logprobs
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
+from squall.closing import Closing
 from squall.engine.generation import Mailbox
 from squall.engine.reply import Reply
 from squall.engine.request import CacheScope, Piece, Request, Scoring
@@ -116,11 +116,11 @@ class _Choice:
         return not told
 
 
-class Job(ABC, Generic[Asked, Whole, Part]):
+class Job(Closing, ABC, Generic[Asked, Whole, Part]):
     """Answers in the making. They go on by themselves; letting go of the job ends them.
 
     One consumer asks for `response`, `response_async`, `chunks` or `chunks_async`; anyone may
-    `cancel`. What goes wrong is raised as a SquallError.
+    `close`. What goes wrong is raised as a SquallError.
     """
 
     kind: str
@@ -145,27 +145,27 @@ class Job(ABC, Generic[Asked, Whole, Part]):
                 choice.answer = self._model.engine.submit(request, sink)
                 self._choices.append(choice)
         except BaseException:
-            self.cancel()
+            self.close()
             raise
         self._open = len(self._choices)
 
     def response(self) -> Whole:
         """Wait for the whole of it."""
-        with _cancelled_at_the_end(self):
+        with self:
             while self._open:
                 self._take(*self._mail.get())
         return self._response()
 
     async def response_async(self) -> Whole:
         """Wait for the whole of it, without blocking the event loop."""
-        with _cancelled_at_the_end(self):
+        with self:
             while self._open:
                 self._take(*await self._mail.get_async())
         return self._response()
 
     def chunks(self) -> Iterator[Part]:
         """Parts as they come; closing the iterator cancels the job."""
-        with _cancelled_at_the_end(self):
+        with self:
             while self._open:
                 yield from self._chunks(*self._take(*self._mail.get()))
             if self.request.include_usage:
@@ -173,14 +173,14 @@ class Job(ABC, Generic[Asked, Whole, Part]):
 
     async def chunks_async(self) -> AsyncIterator[Part]:
         """Parts as they come; closing the iterator cancels the job."""
-        with _cancelled_at_the_end(self):
+        with self:
             while self._open:
                 for chunk in self._chunks(*self._take(*await self._mail.get_async())):
                     yield chunk
             if self.request.include_usage:
                 yield self._chunk(usage=self.usage)
 
-    def cancel(self) -> None:
+    def close(self) -> None:
         """End all answers before their next token."""
         for choice in self._choices:
             choice.answer.cancel()
@@ -224,7 +224,7 @@ class Job(ABC, Generic[Asked, Whole, Part]):
             yield self._chunk(part)
 
     def __del__(self) -> None:
-        self.cancel()
+        self.close()
 
     def _response(self) -> Whole:
         choices = tuple(self._whole_choices())
@@ -269,7 +269,8 @@ class ChatJob(
             yield responses.ChunkChoice(None, index, responses.Delta(role="assistant"), None)
         news = choice.news()
         if text or news:
-            yield responses.ChunkChoice(None, index, responses.Delta(text), self._logprobs(news))
+            delta = responses.Delta(content=text)
+            yield responses.ChunkChoice(None, index, delta, self._logprobs(news))
         if choice.finish_reason is not None:
             yield responses.ChunkChoice(choice.finish_reason, index, responses.Delta(), None)
 
@@ -389,15 +390,6 @@ def _check_characters(model: Model, characters: int) -> None:
         raise ContextLengthExceeded(
             f"a prompt of {characters} characters cannot fit the context of {model.context} tokens"
         )
-
-
-@contextmanager
-def _cancelled_at_the_end(job: Job[Any, Any, Any]) -> Iterator[None]:
-    """Does nothing to answers that are complete."""
-    try:
-        yield
-    finally:
-        job.cancel()
 
 
 def _deliver(mail: Mailbox[tuple[int, Piece]], index: int, piece: Piece) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from squall.engine.fields import check_fields, check_texts, numbers_of, shown, whole
 from squall.engine.sampling import MOST_TOP_LOGPROBS, LogitsProcessor, SamplingFields
 from squall.errors import InvalidRequest
+from squall.text.chat import RESERVED
 
 MOST_CHOICES = 128
 MOST_MESSAGES = 4096
@@ -32,11 +33,6 @@ NOT_YET = ("grammar", "grammar_type", "adapters", "tools", "tool_schemas", "suff
 ROLES: dict[str, str] = {"developer": "system"}
 # (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
 OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
-# What is given to a template in another way, or would change how it is read.
-NOT_FOR_TEMPLATES = frozenset({
-    "add_generation_prompt", "bos_token", "chat_template", "documents", "eos_token", "messages",
-    "tokenize", "tools", "unk_token",
-})  # fmt: skip
 # Parts of a message's content that are texts, with where the text is.
 TEXT_PARTS: Mapping[str, str] = MappingProxyType({"text": "text", "refusal": "refusal"})
 
@@ -273,7 +269,7 @@ def _content(content: object, where: str) -> str:
 
 def _check_template_kwargs(given: Mapping[str, Any] | None) -> None:
     name = "chat_template_kwargs"
-    refused = sorted(NOT_FOR_TEMPLATES & (given or {}).keys())
+    refused = sorted((RESERVED | {"documents"}) & (given or {}).keys())
     if refused:
         raise InvalidRequest(f"{name} has {refused[0]!r}, which is not for it; leave it out")
     try:

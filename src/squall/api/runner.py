@@ -12,6 +12,7 @@ from squall.api.jobs import Asked, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.api.which import AnyMoeConfig, ImageGenerationResponseFormat, Selection, Which
 from squall.checkpoints.hub import Hub
+from squall.closing import Closing
 from squall.engine.engine import EngineConfig
 from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest, UnsupportedModel
@@ -133,7 +134,7 @@ class _Runner:
 # there gets an iterator. The methods for streams have a type of their own.
 
 
-class Runner(_Runner):
+class Runner(_Runner, Closing):
     __doc__ = _Runner.__doc__
 
     def send_re_isq(self, dtype: str) -> None:
@@ -167,12 +168,6 @@ class Runner(_Runner):
     ) -> Iterator[responses.CompletionChunkResponse]:
         """Complete a text or several in chunks, as they come."""
         return start_completion(self.model, self._seeded(request)).chunks()
-
-    def __enter__(self) -> Runner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class AsyncRunner(_Runner):

@@ -71,13 +71,6 @@ def stopped(why: str) -> ApiError:
     return ApiError(status, why, code, type_, headers={"Retry-After": str(RETRY_S)})
 
 
-def unknown_field(name: str) -> ApiError:
-    """What a server that is strict says of a field that nobody knows."""
-    return ApiError(
-        400, f"unknown parameter: {name[:100]!r}", "unknown_parameter", param=name[:100]
-    )
-
-
 def to_api(error: BaseException) -> ApiError:
     """Any error as clients see it. What nobody foresaw is logged and not described to them."""
     if isinstance(error, ApiError):
