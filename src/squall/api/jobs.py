@@ -196,6 +196,7 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
         prompt_s = max(usage.prompt_s for usage in every)
         answer_s = max(usage.answer_s for usage in every)
         whole_s = max(usage.queue_s + usage.running_s for usage in every)
+        dropped = sum(usage.dropped_tokens for usage in prompts)
         return responses.Usage(
             completion_tokens=answer,
             prompt_tokens=prompt,
@@ -206,14 +207,11 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
             total_time_sec=whole_s,
             total_prompt_time_sec=prompt_s,
             total_completion_time_sec=answer_s,
-            prompt_tokens_details=responses.PromptTokensDetails(
-                cached, sum(usage.dropped_tokens for usage in prompts)
-            ),
+            prompt_tokens_details=responses.PromptTokensDetails(cached, dropped),
         )
 
     def _take(self, index: int, piece: Piece) -> tuple[int, str]:
-        if piece.finish_reason is not None:
-            self._open -= 1
+        self._open -= piece.finish_reason is not None
         if piece.error is not None:
             raise piece.error
         self._choices[index].take(piece)
@@ -245,13 +243,12 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
         """What is new of a choice, of which `text` is; the finish_reason comes in the last."""
 
 
-class ChatJob(
-    Job[
-        ChatCompletionRequest,
-        responses.ChatCompletionResponse,
-        responses.ChatCompletionChunkResponse,
-    ]
-):
+_Chat = Job[
+    ChatCompletionRequest, responses.ChatCompletionResponse, responses.ChatCompletionChunkResponse
+]
+
+
+class ChatJob(_Chat):
     """A chat's next message, or several to choose from."""
 
     kind = "chatcmpl"

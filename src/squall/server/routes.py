@@ -55,26 +55,29 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        body, served = await _read(service, request, ChatBody)
-        visit = _visit(request)
-
-        def start() -> AnyJob:
-            asked = body.request(**served.defaults)
-            return start_chat(served.model, asked, id=f"chatcmpl-{visit.id}", tenant=visit.tenant)
-
-        return Answer(service, served, start, stream=bool(body.stream))
+        return await _answer(service, request, ChatBody, start_chat, "chatcmpl")
 
     @router.post("/v1/completions", openapi_extra=_takes(CompletionBody))
     async def completions(request: Request) -> Response:
         """What comes after a text, or after each of several."""
-        body, served = await _read(service, request, CompletionBody)
-        visit = _visit(request)
+        return await _answer(service, request, CompletionBody, start_completion, "cmpl")
 
-        def start() -> AnyJob:
-            asked = body.request(**served.defaults)
-            return start_completion(served.model, asked, id=f"cmpl-{visit.id}", tenant=visit.tenant)
 
-        return Answer(service, served, start, stream=bool(body.stream))
+async def _answer(
+    service: Service,
+    request: Request,
+    kind: type[GenerationBody],
+    begin: Callable[..., AnyJob],
+    prefix: str,
+) -> Response:
+    body, served = await _read(service, request, kind)
+    visit = _visit(request)
+
+    def start() -> AnyJob:
+        asked = body.request(**served.defaults)
+        return begin(served.model, asked, id=f"{prefix}-{visit.id}", tenant=visit.tenant)
+
+    return Answer(service, served, start, stream=bool(body.stream))
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
