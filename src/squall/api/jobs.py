@@ -317,10 +317,7 @@ class CompletionJob(
 
 
 def _request(
-    model: Model,
-    request: ChatCompletionRequest | CompletionRequest,
-    prompt: Prompt,
-    tenant: str,
+    model: Model, request: ChatCompletionRequest | CompletionRequest, prompt: Prompt, tenant: str
 ) -> Request:
     """What all answers to a prompt have in common."""
     asked_for, dry = request.arguments()
@@ -331,12 +328,8 @@ def _request(
         logits_processors=request.logits_processors,
     )
     asked = model.request(prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids)
-    return replace(
-        asked,
-        scope=CacheScope(tenant),
-        truncate=request.truncate_sequence,
-        ignore_eos=request.ignore_eos,
-    )
+    scope, truncate = CacheScope(tenant), request.truncate_sequence
+    return replace(asked, scope=scope, truncate=truncate, ignore_eos=request.ignore_eos)
 
 
 def _completion(
@@ -359,9 +352,8 @@ def _completion(
         logprobs=judged if request.logprobs is None else request.logprobs,
         scoring=scoring,
     )
-    tokens = Tokens(
-        model.tokenizer, wanted=request.logprobs is not None, at_start=scores is not None
-    )
+    wanted = request.logprobs is not None
+    tokens = Tokens(model.tokenizer, wanted=wanted, at_start=scores is not None)
     return asked, _Choice(number, tokens, echoed, scores)
 
 

@@ -51,11 +51,11 @@ class Number:
             return False
         number: Any = value
         try:
-            right = self.whole or math.isfinite(number)
+            finite = self.whole or math.isfinite(number)
         except OverflowError:
             return False
-        right = right and (self.least < number if self.above else self.least <= number)
-        return bool(right and number <= self.most)
+        enough = self.least < number if self.above else self.least <= number
+        return bool(finite and enough and number <= self.most)
 
     def complaint(self, name: str, value: object) -> str:
         """What the sender of a wrong value is told."""

@@ -86,13 +86,10 @@ class SamplingFields:
 
     def arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What was said: of `Sampling`, and apart from that of `Model.dry`."""
-        given = {name: getattr(self, name) for name in described(SamplingFields)}
-        plain, dry = {}, {}
-        for name, value in given.items():
-            if value is not None and name.startswith(DRY):
-                dry[name.removeprefix(DRY).removeprefix("sequence_")] = value
-            elif value is not None:
-                plain[name] = value
+        said = {name: getattr(self, name) for name in described(SamplingFields)}
+        plain = {name: value for name, value in said.items() if value is not None}
+        names = [name for name in plain if name.startswith(DRY)]
+        dry = {n.removeprefix(DRY).removeprefix("sequence_"): plain.pop(n) for n in names}
         return plain, dry
 
 

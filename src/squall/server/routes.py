@@ -64,12 +64,9 @@ def _add_generation(router: APIRouter, service: Service) -> None:
 
 
 async def _answer(
-    service: Service,
-    request: Request,
-    kind: type[GenerationBody],
-    begin: Callable[..., AnyJob],
-    prefix: str,
-) -> Response:
+    service: Service, request: Request, kind: type[GenerationBody],
+    begin: Callable[..., AnyJob], prefix: str,
+) -> Response:  # fmt: skip
     body, served = await _read(service, request, kind)
     visit = _visit(request)
 
@@ -85,10 +82,8 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of a conversation."""
         body, served = await _read(service, request, TokenizeBody)
-        ids = await _work(service, partial(_ids, served.model, body))
-        return JSONResponse(
-            {"tokens": ids, "count": len(ids), "max_model_len": served.model.context}
-        )
+        ids, most = await _work(service, partial(_ids, served.model, body)), served.model.context
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
 
     def _ids(model: Model, body: TokenizeBody) -> list[int]:
         if (body.prompt is None) == (body.messages is None):
@@ -147,14 +142,11 @@ def _add_state(router: APIRouter, service: Service) -> None:
 
 
 def _add_not_yet(router: APIRouter, service: Service) -> None:  # noqa: ARG001
-    def refuse(what: str) -> Callable[[], Any]:
-        async def refused() -> Response:
-            raise ApiError(501, f"{what}: not supported yet", "not_supported")
+    async def refused(request: Request) -> Response:
+        raise ApiError(501, f"{NOT_YET[request.scope['path']]}: not supported yet", "not_supported")
 
-        return refused
-
-    for path, what in NOT_YET.items():
-        router.post(path, include_in_schema=False)(refuse(what))
+    for path in NOT_YET:
+        router.post(path, include_in_schema=False)(refused)
 
 
 def _add_documentation(app: FastAPI) -> None:
