@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 import httpx
@@ -192,15 +193,11 @@ def over_http(url: str, *, key: str | None) -> Ask:
 
 
 async def _time(trace: Trace, texts: AsyncIterator[object]) -> None:
-    last_s = time.perf_counter()
-    first = True
-    async for _ in texts:
-        now_s = time.perf_counter()
-        if first:
-            trace.first_s, first = now_s - last_s, False
-        else:
-            trace.gaps_s.append(now_s - last_s)
-        last_s = now_s
+    times_s = [time.perf_counter()]
+    times_s += [time.perf_counter() async for _ in texts]
+    steps_s = [now - last for last, now in pairwise(times_s)]
+    trace.first_s = steps_s[0] if steps_s else 0.0
+    trace.gaps_s = steps_s[1:]
 
 
 async def _texts(

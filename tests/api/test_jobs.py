@@ -417,7 +417,7 @@ def test_cancel_ends_the_response(model: Model) -> None:
     job = start_chat(model, chat(**LONG))
     chunks = job.chunks()
     first = [next(chunks) for _ in range(4)]
-    threading.Thread(target=job.cancel).start()
+    threading.Thread(target=job.close).start()
     rest = list(chunks)
     reasons = [c.choices[0].finish_reason for c in first + rest]
     assert sorted(filter(None, reasons)) == ["canceled"] * 3

@@ -13,6 +13,7 @@ from project import PACKAGE, ROOT, modules
 # Room -> the rooms it may import. A room is a module or a folder right below squall.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "closing": set(),
     "files": {"errors"},
     "spec": set(),
     "batch": set(),
@@ -29,7 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "files", "spec", "roles", "program", "checkpoints", "recipes", "quant", "text",
         "weights", "_native",
     },
-    "engine": {"errors", "files", "spec", "batch", "executors", "text", "_native"},
+    "engine": {
+        "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",
+    },
     "embedded": {"errors"},
     "opening": {"errors", "checkpoints", "engine", "executors", "quant"},
     "locate": {"errors", "embedded", "checkpoints"},
@@ -41,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # From here on what users meet: the model, what is asked of it, its server and its commands.
 ABOVE: dict[str, set[str]] = {
     "model": set(MAY_IMPORT),
-    "api": {"errors", "checkpoints", "engine", "quant", "text", "opening", "model"},
+    "api": {"errors", "closing", "checkpoints", "engine", "quant", "text", "opening", "model"},
     "server": {"__version__", "errors", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
 }

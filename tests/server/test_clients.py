@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from typing import Any
 
 import httpx
@@ -222,6 +223,18 @@ def test_offers_of_http_2_are_declined(server: Process, parts: int, chunked: boo
     assert read.startswith(b"HTTP/1.1 200 ")
     assert b"connection: close" in read.lower()
     assert b'"chat.completion"' in read
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\r\nUp", "\r\nUpgrade: h", "\r\nUpgrade: h2c\r"])
+def test_an_offer_may_come_in_parts(server: Process, end: str) -> None:
+    body = json.dumps(chat(**FEW))
+    lines = [f"POST {CHAT} HTTP/1.1", "Host: 127.0.0.1", *OFFER, f"Content-Length: {len(body)}"]
+    sent = "\r\n".join([*lines, "", body])
+    cut = sent.index("\r\nUpgrade") + len(end)
+    with connect(server.port, sent[:cut].encode()) as connection:
+        time.sleep(0.05)
+        connection.sendall(sent[cut:].encode())
+        assert read_until(connection, b'"chat.completion"').startswith(b"HTTP/1.1 200 ")
 
 
 def test_offers_with_nothing_else(server: Process) -> None:

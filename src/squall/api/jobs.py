@@ -10,7 +10,6 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -18,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from squall.api import responses
 from squall.api.logprobs import Entry, PromptScores, Tokens, chat_logprobs, completion_logprobs
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
+from squall.closing import Closing
 from squall.engine.generation import Mailbox
 from squall.engine.reply import Reply
 from squall.engine.request import CacheScope, Piece, Request, Scoring
@@ -116,11 +116,11 @@ class _Choice:
         return not told
 
 
-class Job(ABC, Generic[Asked, Whole, Part]):
+class Job(Closing, ABC, Generic[Asked, Whole, Part]):
     """Answers in the making. They go on by themselves; letting go of the job ends them.
 
     One consumer asks for `response`, `response_async`, `chunks` or `chunks_async`; anyone may
-    `cancel`. What goes wrong is raised as a SquallError.
+    `close`. What goes wrong is raised as a SquallError.
     """
 
     kind: str
@@ -145,27 +145,27 @@ class Job(ABC, Generic[Asked, Whole, Part]):
                 choice.answer = self._model.engine.submit(request, sink)
                 self._choices.append(choice)
         except BaseException:
-            self.cancel()
+            self.close()
             raise
         self._open = len(self._choices)
 
     def response(self) -> Whole:
         """Wait for the whole of it."""
-        with _cancelled_at_the_end(self):
+        with self:
             while self._open:
                 self._take(*self._mail.get())
         return self._response()
 
     async def response_async(self) -> Whole:
         """Wait for the whole of it, without blocking the event loop."""
-        with _cancelled_at_the_end(self):
+        with self:
             while self._open:
                 self._take(*await self._mail.get_async())
         return self._response()
 
     def chunks(self) -> Iterator[Part]:
         """Parts as they come; closing the iterator cancels the job."""
-        with _cancelled_at_the_end(self):
+        with self:
             while self._open:
                 yield from self._chunks(*self._take(*self._mail.get()))
             if self.request.include_usage:
@@ -173,14 +173,14 @@ class Job(ABC, Generic[Asked, Whole, Part]):
 
     async def chunks_async(self) -> AsyncIterator[Part]:
         """Parts as they come; closing the iterator cancels the job."""
-        with _cancelled_at_the_end(self):
+        with self:
             while self._open:
                 for chunk in self._chunks(*self._take(*await self._mail.get_async())):
                     yield chunk
             if self.request.include_usage:
                 yield self._chunk(usage=self.usage)
 
-    def cancel(self) -> None:
+    def close(self) -> None:
         """End all answers before their next token."""
         for choice in self._choices:
             choice.answer.cancel()
@@ -196,6 +196,7 @@ class Job(ABC, Generic[Asked, Whole, Part]):
         prompt_s = max(usage.prompt_s for usage in every)
         answer_s = max(usage.answer_s for usage in every)
         whole_s = max(usage.queue_s + usage.running_s for usage in every)
+        dropped = sum(usage.dropped_tokens for usage in prompts)
         return responses.Usage(
             completion_tokens=answer,
             prompt_tokens=prompt,
@@ -206,14 +207,11 @@ class Job(ABC, Generic[Asked, Whole, Part]):
             total_time_sec=whole_s,
             total_prompt_time_sec=prompt_s,
             total_completion_time_sec=answer_s,
-            prompt_tokens_details=responses.PromptTokensDetails(
-                cached, sum(usage.dropped_tokens for usage in prompts)
-            ),
+            prompt_tokens_details=responses.PromptTokensDetails(cached, dropped),
         )
 
     def _take(self, index: int, piece: Piece) -> tuple[int, str]:
-        if piece.finish_reason is not None:
-            self._open -= 1
+        self._open -= piece.finish_reason is not None
         if piece.error is not None:
             raise piece.error
         self._choices[index].take(piece)
@@ -224,7 +222,7 @@ class Job(ABC, Generic[Asked, Whole, Part]):
             yield self._chunk(part)
 
     def __del__(self) -> None:
-        self.cancel()
+        self.close()
 
     def _response(self) -> Whole:
         choices = tuple(self._whole_choices())
@@ -245,13 +243,12 @@ class Job(ABC, Generic[Asked, Whole, Part]):
         """What is new of a choice, of which `text` is; the finish_reason comes in the last."""
 
 
-class ChatJob(
-    Job[
-        ChatCompletionRequest,
-        responses.ChatCompletionResponse,
-        responses.ChatCompletionChunkResponse,
-    ]
-):
+_Chat = Job[
+    ChatCompletionRequest, responses.ChatCompletionResponse, responses.ChatCompletionChunkResponse
+]
+
+
+class ChatJob(_Chat):
     """A chat's next message, or several to choose from."""
 
     kind = "chatcmpl"
@@ -269,7 +266,8 @@ class ChatJob(
             yield responses.ChunkChoice(None, index, responses.Delta(role="assistant"), None)
         news = choice.news()
         if text or news:
-            yield responses.ChunkChoice(None, index, responses.Delta(text), self._logprobs(news))
+            delta = responses.Delta(content=text)
+            yield responses.ChunkChoice(None, index, delta, self._logprobs(news))
         if choice.finish_reason is not None:
             yield responses.ChunkChoice(choice.finish_reason, index, responses.Delta(), None)
 
@@ -319,10 +317,7 @@ class CompletionJob(
 
 
 def _request(
-    model: Model,
-    request: ChatCompletionRequest | CompletionRequest,
-    prompt: Prompt,
-    tenant: str,
+    model: Model, request: ChatCompletionRequest | CompletionRequest, prompt: Prompt, tenant: str
 ) -> Request:
     """What all answers to a prompt have in common."""
     asked_for, dry = request.arguments()
@@ -333,12 +328,8 @@ def _request(
         logits_processors=request.logits_processors,
     )
     asked = model.request(prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids)
-    return replace(
-        asked,
-        scope=CacheScope(tenant),
-        truncate=request.truncate_sequence,
-        ignore_eos=request.ignore_eos,
-    )
+    scope, truncate = CacheScope(tenant), request.truncate_sequence
+    return replace(asked, scope=scope, truncate=truncate, ignore_eos=request.ignore_eos)
 
 
 def _completion(
@@ -361,9 +352,8 @@ def _completion(
         logprobs=judged if request.logprobs is None else request.logprobs,
         scoring=scoring,
     )
-    tokens = Tokens(
-        model.tokenizer, wanted=request.logprobs is not None, at_start=scores is not None
-    )
+    wanted = request.logprobs is not None
+    tokens = Tokens(model.tokenizer, wanted=wanted, at_start=scores is not None)
     return asked, _Choice(number, tokens, echoed, scores)
 
 
@@ -389,15 +379,6 @@ def _check_characters(model: Model, characters: int) -> None:
         raise ContextLengthExceeded(
             f"a prompt of {characters} characters cannot fit the context of {model.context} tokens"
         )
-
-
-@contextmanager
-def _cancelled_at_the_end(job: Job[Any, Any, Any]) -> Iterator[None]:
-    """Does nothing to answers that are complete."""
-    try:
-        yield
-    finally:
-        job.cancel()
 
 
 def _deliver(mail: Mailbox[tuple[int, Piece]], index: int, piece: Piece) -> None:

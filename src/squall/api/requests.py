@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import InitVar, dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
-from squall.engine.fields import check_fields, check_texts, numbers_of, shown, whole
+from squall.engine.fields import check, check_fields, check_texts, numbers_of, shown, whole
 from squall.engine.sampling import MOST_TOP_LOGPROBS, LogitsProcessor, SamplingFields
 from squall.errors import InvalidRequest
+from squall.text.chat import RESERVED
 
 MOST_CHOICES = 128
 MOST_MESSAGES = 4096
@@ -32,11 +33,6 @@ NOT_YET = ("grammar", "grammar_type", "adapters", "tools", "tool_schemas", "suff
 ROLES: dict[str, str] = {"developer": "system"}
 # (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
 OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
-# What is given to a template in another way, or would change how it is read.
-NOT_FOR_TEMPLATES = frozenset({
-    "add_generation_prompt", "bos_token", "chat_template", "documents", "eos_token", "messages",
-    "tokenize", "tools", "unk_token",
-})  # fmt: skip
 # Parts of a message's content that are texts, with where the text is.
 TEXT_PARTS: Mapping[str, str] = MappingProxyType({"text": "text", "refusal": "refusal"})
 
@@ -81,15 +77,14 @@ class _Request(SamplingFields):
     n_choices: InitVar[int | None] = None
     stop_seqs: InitVar[str | Sequence[str] | None] = None
 
-    def __post_init__(
-        self,
-        max_completion_tokens: int | None,
-        n_choices: int | None,
-        stop_seqs: str | Sequence[str] | None,
-    ) -> None:
-        self._accept("max_tokens", None, "max_completion_tokens", max_completion_tokens)
-        self._accept("n", 1, "n_choices", n_choices)
-        self._accept("stop", None, "stop_seqs", stop_seqs)
+    # Fields with the other name that each has; in the order of the `InitVar`s.
+    _names: ClassVar[Mapping[str, str]] = {
+        "max_tokens": "max_completion_tokens", "n": "n_choices", "stop": "stop_seqs"
+    }  # fmt: skip
+
+    def __post_init__(self, *others: Any) -> None:
+        for (name, other), value in zip(self._names.items(), others, strict=True):
+            self._accept(name, other, value)
         for name, off, least in OFF:
             value = getattr(self, name)
             if value == off and not isinstance(value, bool):
@@ -100,8 +95,7 @@ class _Request(SamplingFields):
     def stops(self) -> tuple[str, ...]:
         """`stop` as a list, however it was given."""
         stop = self.stop
-        if not isinstance(stop, str | Sequence | None):
-            raise InvalidRequest(f"stop is {shown(stop)}; it must be a text or a list of texts")
+        check(isinstance(stop, str | Sequence | None), "stop", stop, "a text or a list of texts")
         return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
     @property
@@ -122,20 +116,17 @@ class _Request(SamplingFields):
         _short("stop", self.stops, MOST_STOPS)
         for text in self.stops:
             _short("a text in stop", text, MOST_STOP_CHARACTERS, "characters")
-        for name, most in (
-            ("stop_token_ids", MOST_STOP_IDS),
-            ("logits_processors", MOST_PROCESSORS),
-        ):
+        lists = {"stop_token_ids": MOST_STOP_IDS, "logits_processors": MOST_PROCESSORS}
+        for name, most in lists.items():
             values = getattr(self, name)
-            if not isinstance(values, Sequence):
-                raise InvalidRequest(f"{name} is {shown(values)}; it must be a list")
+            check(isinstance(values, Sequence), name, values, "a list")
             _short(name, values, most)
 
-    def _accept(self, name: str, default: object, other: str, value: object) -> None:
+    def _accept(self, name: str, other: str, value: object) -> None:
         """`other` is one more name of the field `name`."""
         if value is None:
             return
-        if getattr(self, name) not in (default, value):
+        if getattr(self, name) not in (self.__dataclass_fields__[name].default, value):
             raise InvalidRequest(f"{name} and {other} say different things; give one of them")
         self._set(name, value)
 
@@ -163,10 +154,8 @@ class ChatCompletionRequest(_Request):
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true")
         given = self.chat_template_kwargs
-        names = given if isinstance(given, Mapping) else [given]
-        if given is not None and not all(isinstance(name, str) for name in names):
-            raise InvalidRequest(f"chat_template_kwargs is {shown(given)}; it must be an object")
-        _check_template_kwargs(given)
+        if given is not None:
+            _check_template_kwargs(given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,15 +175,7 @@ class CompletionRequest(_Request):
     logprobs: int | None = whole("Of so many of the likeliest.", most=MOST_TOP_LOGPROBS)
     echo_prompt: InitVar[bool | None] = None
 
-    def __post_init__(
-        self,
-        max_completion_tokens: int | None,
-        n_choices: int | None,
-        stop_seqs: str | Sequence[str] | None,
-        echo_prompt: bool | None,
-    ) -> None:
-        self._accept("echo", False, "echo_prompt", echo_prompt)
-        super().__post_init__(max_completion_tokens, n_choices, stop_seqs)
+    _names: ClassVar[Mapping[str, str]] = {**_Request._names, "echo": "echo_prompt"}
 
     @property
     def candidates(self) -> int:
@@ -271,13 +252,15 @@ def _content(content: object, where: str) -> str:
     return "".join(found)
 
 
-def _check_template_kwargs(given: Mapping[str, Any] | None) -> None:
+def _check_template_kwargs(given: Mapping[str, Any]) -> None:
     name = "chat_template_kwargs"
-    refused = sorted(NOT_FOR_TEMPLATES & (given or {}).keys())
+    right = isinstance(given, Mapping) and all(isinstance(key, str) for key in given)
+    check(right, name, given, "an object")
+    refused = sorted((RESERVED | {"documents"}) & given.keys())
     if refused:
         raise InvalidRequest(f"{name} has {refused[0]!r}, which is not for it; leave it out")
     try:
-        size = len(json.dumps(given or {}))
+        size = len(json.dumps(given))
     except (TypeError, ValueError, RecursionError):
         raise InvalidRequest(f"{name} must be an object as JSON has them") from None
     if size > MOST_TEMPLATE_KWARGS:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 FINGERPRINT = "local"
-
-
 OMIT = {"omit": True}
 
 
@@ -123,28 +121,21 @@ class Choice(Shape):
 
 
 @dataclass(frozen=True, slots=True)
-class ChatCompletionResponse(Shape):
-    """A whole answer to a chat."""
+class CompletionChoice(Shape):
+    """One completion, or a part of one; finish_reason is "stop", "length" or "canceled"."""
 
-    id: str
-    choices: tuple[Choice, ...]
-    created: int
-    model: str
-    usage: Usage
-    object: str = "chat.completion"
-    system_fingerprint: str = FINGERPRINT
+    finish_reason: str | None
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
 
 
 @dataclass(frozen=True, slots=True)
 class Delta(Shape):
-    """What is new; `role` comes first, and once."""
+    """What is new; `role` comes first, and once. Clients add up contents without looking."""
 
+    role: str | None = field(default=None, metadata=OMIT)
     content: str = ""
-    role: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """With a content always, which clients add up without looking."""
-        return ({"role": self.role} if self.role is not None else {}) | {"content": self.content}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +148,32 @@ class ChunkChoice(Shape):
     logprobs: Logprobs | None
 
 
-class _Chunk(Shape):
+_Choice = TypeVar("_Choice")
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole(Shape, Generic[_Choice]):
+    id: str
+    choices: tuple[_Choice, ...]
+    created: int
+    model: str
+    usage: Usage
+    object: str = ""
+    system_fingerprint: str = FINGERPRINT
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk(Shape, Generic[_Choice]):
     """Where the usage is to come, JSON says that it is not there yet."""
+
+    id: str
+    choices: tuple[_Choice, ...]
+    created: int
+    model: str
+    usage: Usage | None = field(default=None, metadata=OMIT)
+    object: str = ""
+    system_fingerprint: str = FINGERPRINT
+    usage_follows: bool = field(default=False, metadata=OMIT)
 
     def to_dict(self) -> dict[str, Any]:
         """As dicts, lists and plain values."""
@@ -167,51 +182,28 @@ class _Chunk(Shape):
 
 
 @dataclass(frozen=True, slots=True)
-class ChatCompletionChunkResponse(_Chunk):
+class ChatCompletionResponse(_Whole[Choice]):
+    """A whole answer to a chat."""
+
+    object: str = "chat.completion"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCompletionChunkResponse(_Chunk[ChunkChoice]):
     """A part of a chat's answers; the one with the usage has no choices."""
 
-    id: str
-    choices: tuple[ChunkChoice, ...]
-    created: int
-    model: str
-    usage: Usage | None = field(default=None, metadata=OMIT)
     object: str = "chat.completion.chunk"
-    system_fingerprint: str = FINGERPRINT
-    usage_follows: bool = field(default=False, metadata=OMIT)
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionChoice(Shape):
-    """One completion, or a part of one; finish_reason is "stop", "length" or "canceled"."""
-
-    finish_reason: str | None
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionResponse(Shape):
+class CompletionResponse(_Whole[CompletionChoice]):
     """Whole completions."""
 
-    id: str
-    choices: tuple[CompletionChoice, ...]
-    created: int
-    model: str
-    usage: Usage
     object: str = "text_completion"
-    system_fingerprint: str = FINGERPRINT
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionChunkResponse(_Chunk):
+class CompletionChunkResponse(_Chunk[CompletionChoice]):
     """A part of completions; the one with the usage has no choices."""
 
-    id: str
-    choices: tuple[CompletionChoice, ...]
-    created: int
-    model: str
-    usage: Usage | None = field(default=None, metadata=OMIT)
     object: str = "text_completion"
-    system_fingerprint: str = FINGERPRINT
-    usage_follows: bool = field(default=False, metadata=OMIT)

@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from squall.api import responses
-from squall.api.jobs import Asked, start_chat, start_completion
+from squall.api.jobs import Asked, ChatJob, CompletionJob, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.api.which import AnyMoeConfig, ImageGenerationResponseFormat, Selection, Which
 from squall.checkpoints.hub import Hub
+from squall.closing import Closing
 from squall.engine.engine import EngineConfig
 from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest, UnsupportedModel
@@ -63,11 +64,15 @@ class _Runner:
         context: int | None = None,
         threads: int | None = None,
     ) -> None:
-        _refuse(
-            which_draft=which_draft,
-            num_device_layers=num_device_layers,
-            anymoe_config=anymoe_config,
-        )
+        later = {
+            "which_draft": which_draft, "num_device_layers": num_device_layers,
+            "anymoe_config": anymoe_config,
+        }  # fmt: skip
+        for name, value in later.items():
+            if value is not None:
+                raise InvalidRequest(f"{name} is not supported yet; leave it out")
+        if in_situ_quant is not None and not isinstance(which, Which.Plain):
+            raise InvalidRequest("in_situ_quant: only Which.Plain can be quantized; leave it out")
         others = Opening(
             context=context,
             threads=threads,
@@ -77,7 +82,7 @@ class _Runner:
                 bytes=None if pa_gpu_mem is None else int(pa_gpu_mem * 2**20),
                 block_size=pa_blk_size or KvSize().block_size,
             ),
-            isq=_isq(which, in_situ_quant),
+            isq=in_situ_quant,
             engine=EngineConfig(
                 max_seqs=max_seqs,
                 no_kv_cache=no_kv_cache,
@@ -125,6 +130,12 @@ class _Runner:
         if self._owns:
             self.model.close()
 
+    def _chat(self, request: ChatCompletionRequest) -> ChatJob:
+        return start_chat(self.model, self._seeded(request))
+
+    def _completion(self, request: CompletionRequest) -> CompletionJob:
+        return start_completion(self.model, self._seeded(request))
+
     def _seeded(self, request: Asked) -> Asked:
         return replace(request, seed=self._seed) if request.seed is None else request
 
@@ -133,7 +144,7 @@ class _Runner:
 # there gets an iterator. The methods for streams have a type of their own.
 
 
-class Runner(_Runner):
+class Runner(_Runner, Closing):
     __doc__ = _Runner.__doc__
 
     def send_re_isq(self, dtype: str) -> None:
@@ -144,35 +155,27 @@ class Runner(_Runner):
         self, request: ChatCompletionRequest
     ) -> responses.ChatCompletionResponse | Any:
         """Answer a chat; for a request with `stream` as `stream_chat_completion_request`."""
-        if request.stream:
-            return self.stream_chat_completion_request(request)
-        return start_chat(self.model, self._seeded(request)).response()
+        job = self._chat(request)
+        return job.chunks() if request.stream else job.response()
 
     def send_completion_request(
         self, request: CompletionRequest
     ) -> responses.CompletionResponse | Any:
         """Complete a text or several; for `stream` as `stream_completion_request`."""
-        if request.stream:
-            return self.stream_completion_request(request)
-        return start_completion(self.model, self._seeded(request)).response()
+        job = self._completion(request)
+        return job.chunks() if request.stream else job.response()
 
     def stream_chat_completion_request(
         self, request: ChatCompletionRequest
     ) -> Iterator[responses.ChatCompletionChunkResponse]:
         """Answer a chat in chunks, as they come, whatever `stream` of the request is."""
-        return start_chat(self.model, self._seeded(request)).chunks()
+        return self._chat(request).chunks()
 
     def stream_completion_request(
         self, request: CompletionRequest
     ) -> Iterator[responses.CompletionChunkResponse]:
         """Complete a text or several in chunks, as they come."""
-        return start_completion(self.model, self._seeded(request)).chunks()
-
-    def __enter__(self) -> Runner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return self._completion(request).chunks()
 
 
 class AsyncRunner(_Runner):
@@ -186,32 +189,28 @@ class AsyncRunner(_Runner):
         self, request: ChatCompletionRequest
     ) -> responses.ChatCompletionResponse | Any:
         """Answer a chat; for a request with `stream` as `stream_chat_completion_request`."""
-        if request.stream:
-            return await self.stream_chat_completion_request(request)
-        job = await asyncio.to_thread(start_chat, self.model, self._seeded(request))
-        return await job.response_async()
+        job = await asyncio.to_thread(self._chat, request)
+        return job.chunks_async() if request.stream else await job.response_async()
 
     async def send_completion_request(
         self, request: CompletionRequest
     ) -> responses.CompletionResponse | Any:
         """Complete a text or several; for `stream` as `stream_completion_request`."""
-        if request.stream:
-            return await self.stream_completion_request(request)
-        job = await asyncio.to_thread(start_completion, self.model, self._seeded(request))
-        return await job.response_async()
+        job = await asyncio.to_thread(self._completion, request)
+        return job.chunks_async() if request.stream else await job.response_async()
 
     async def stream_chat_completion_request(
         self, request: ChatCompletionRequest
     ) -> AsyncIterator[responses.ChatCompletionChunkResponse]:
         """Answer a chat in chunks, as they come, whatever `stream` of the request is."""
-        job = await asyncio.to_thread(start_chat, self.model, self._seeded(request))
+        job = await asyncio.to_thread(self._chat, request)
         return job.chunks_async()
 
     async def stream_completion_request(
         self, request: CompletionRequest
     ) -> AsyncIterator[responses.CompletionChunkResponse]:
         """Complete a text or several in chunks, as they come."""
-        job = await asyncio.to_thread(start_completion, self.model, self._seeded(request))
+        job = await asyncio.to_thread(self._completion, request)
         return job.chunks_async()
 
     async def __aenter__(self) -> AsyncRunner:
@@ -219,15 +218,3 @@ class AsyncRunner(_Runner):
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
-
-
-def _refuse(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise InvalidRequest(f"{name} is not supported yet; leave it out")
-
-
-def _isq(which: Selection | Model | None, isq: str | None) -> str | None:
-    if isq is not None and not isinstance(which, Which.Plain):
-        raise InvalidRequest("in_situ_quant: only Which.Plain can be quantized; leave it out")
-    return isq

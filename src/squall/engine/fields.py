@@ -51,20 +51,19 @@ class Number:
             return False
         number: Any = value
         try:
-            right = self.whole or math.isfinite(number)
+            finite = self.whole or math.isfinite(number)
         except OverflowError:
             return False
-        right = right and (self.least < number if self.above else self.least <= number)
-        return bool(right and number <= self.most)
+        enough = self.least < number if self.above else self.least <= number
+        return bool(finite and enough and number <= self.most)
 
     def complaint(self, name: str, value: object) -> str:
         """What the sender of a wrong value is told."""
-        return f"{name} is {shown(value)}; it must be {self.allowed}"
+        return _complaint(name, value, self.allowed)
 
     def check(self, name: str, value: object) -> None:
         """Raises InvalidRequest."""
-        if not self.allows(value):
-            raise InvalidRequest(self.complaint(name, value))
+        check(self.allows(value), name, value, self.allowed)
 
 
 def real(help: str, **bounds: Any) -> Any:
@@ -107,15 +106,24 @@ def check_fields(values: Any) -> None:
             about.check(f.name, value)
         elif isinstance(about, str) and value is not None:
             check_texts(f.name, value)
-        elif f.type == "bool" and not isinstance(value, bool):
-            raise InvalidRequest(f"{f.name} is {shown(value)}; it must be true or false")
+        elif f.type == "bool":
+            check(isinstance(value, bool), f.name, value, "true or false")
 
 
 def check_texts(name: str, value: object) -> None:
     """Raises InvalidRequest if this is no list of texts."""
     right = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+    check(right, name, value, "a list of texts")
+
+
+def check(right: bool, name: str, value: object, allowed: str) -> None:
+    """Raises InvalidRequest unless the value is right."""
     if not right:
-        raise InvalidRequest(f"{name} is {shown(value)}; it must be a list of texts")
+        raise InvalidRequest(_complaint(name, value, allowed))
+
+
+def _complaint(name: str, value: object, allowed: str) -> str:
+    return f"{name} is {shown(value)}; it must be {allowed}"
 
 
 def shown(value: object) -> str:

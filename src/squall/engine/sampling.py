@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from squall import _native
 from squall.engine.fields import (
     Number,
+    check,
     check_texts,
     described,
     numbers_of,
     real,
-    shown,
     texts,
     whole,
 )
@@ -86,13 +86,10 @@ class SamplingFields:
 
     def arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What was said: of `Sampling`, and apart from that of `Model.dry`."""
-        given = {name: getattr(self, name) for name in described(SamplingFields)}
-        plain, dry = {}, {}
-        for name, value in given.items():
-            if value is not None and name.startswith(DRY):
-                dry[name.removeprefix(DRY).removeprefix("sequence_")] = value
-            elif value is not None:
-                plain[name] = value
+        said = {name: getattr(self, name) for name in described(SamplingFields)}
+        plain = {name: value for name, value in said.items() if value is not None}
+        names = [name for name in plain if name.startswith(DRY)]
+        dry = {n.removeprefix(DRY).removeprefix("sequence_"): plain.pop(n) for n in names}
         return plain, dry
 
 
@@ -116,7 +113,7 @@ class Breakers:
         check_texts("dry_sequence_breakers", self.texts)
         sizes = [len(text.encode(errors="replace")) for text in self.texts]
         right = len(sizes) <= MOST_BREAKERS and all(1 <= n <= MOST_BREAKER_BYTES for n in sizes)
-        _check(right, "dry_sequence_breakers", self.texts, _BREAKERS_ALLOWED)
+        check(right, "dry_sequence_breakers", self.texts, _BREAKERS_ALLOWED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,23 +162,23 @@ class Sampling:
         self._check_biases()
         processors = self.logits_processors
         right = isinstance(processors, list | tuple) and all(map(callable, processors))
-        _check(right, "logits_processors", processors, "a list of functions of (logits, ids)")
+        check(right, "logits_processors", processors, "a list of functions of (logits, ids)")
 
     def _check_biases(self) -> None:
         right = isinstance(self.logit_bias, Mapping)
-        _check(right, "logit_bias", self.logit_bias, "a mapping of token ids to numbers")
+        check(right, "logit_bias", self.logit_bias, "a mapping of token ids to numbers")
         count = len(self.logit_bias)
         if count > MOST_BIASES:
             raise InvalidRequest(f"logit_bias is {count} ids; it must be at most {MOST_BIASES}")
         for token, bias in self.logit_bias.items():
             _TOKEN.check("a token id in logit_bias", token)
             right = _BIAS.allows(bias) or (isinstance(bias, float) and bias == -math.inf)
-            _check(right, f"logit_bias of token {token}", bias, "a number, or -inf to forbid it")
+            check(right, f"logit_bias of token {token}", bias, "a number, or -inf to forbid it")
 
     def check_ids(self, vocab: int) -> None:
         """Raises InvalidRequest for a biased token that the model does not have."""
         for token in self.logit_bias:
-            _check(token < vocab, "a token id in logit_bias", token, f"below {vocab}")
+            check(token < vocab, "a token id in logit_bias", token, f"below {vocab}")
 
 
 class SamplerState:
@@ -246,9 +243,8 @@ class RowSampling:
     top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        top = self.top_logprobs
-        if top is not None:
-            TOP_LOGPROBS.check("top_logprobs", top)
+        if self.top_logprobs is not None:
+            TOP_LOGPROBS.check("top_logprobs", self.top_logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,8 +339,3 @@ def _options(sampling: Sampling) -> _native.SamplingOptions:
         options.dry_allowed_length = min(sampling.dry.allowed_length, _SIZE_LIMIT)
         options.dry_range = min(sampling.dry.range or _SIZE_LIMIT, _SIZE_LIMIT)
     return options
-
-
-def _check(right: bool, name: str, value: object, allowed: str) -> None:
-    if not right:
-        raise InvalidRequest(f"{name} is {shown(value)}; it must be {allowed}")

@@ -88,11 +88,12 @@ class Answer(Response):
             if self._stream:
                 await self._send_stream(job, writer)
             else:
-                await writer.whole((await job.response_async()).to_json().encode())
+                text = (await job.response_async()).to_json()
+                await writer.whole(Response(text, media_type="application/json"))
         except Exception as error:
             await writer.error(error)
         finally:
-            job.cancel()
+            job.close()
             self._note(job, visit)
 
     async def _send_stream(self, job: AnyJob, writer: Writer) -> None:
@@ -138,9 +139,10 @@ class Writer:
         self._send = send
         self._started = False
 
-    async def whole(self, text: bytes) -> None:
-        """A complete JSON response."""
-        await self._respond(Response(text, media_type="application/json"))
+    async def whole(self, response: Response) -> None:
+        """A complete response."""
+        self._started = True
+        await response(self._scope, self._receive, self._send)
 
     async def part(self, data: bytes, *, last: bool = False) -> None:
         """A part of a stream; the first one starts it, so that errors until then have a status."""
@@ -156,11 +158,7 @@ class Writer:
         if self._started:
             await self.part(f"data: {told.body()}\n\n".encode(), last=True)
         else:
-            await self._respond(told.response())
-
-    async def _respond(self, response: Response) -> None:
-        self._started = True
-        await response(self._scope, self._receive, self._send)
+            await self.whole(told.response())
 
 
 async def _gone(receive: Receive) -> None:
@@ -176,4 +174,4 @@ async def _next(chunks: AsyncIterator[Shape]) -> Shape | None:
 def _cancel_job(starting: Future[AnyJob]) -> None:
     """The client left before its job was there."""
     if not starting.cancelled() and starting.exception() is None:
-        starting.result().cancel()
+        starting.result().close()

@@ -59,9 +59,7 @@ _KINDS: dict[type[errors.SquallError], tuple[int, str, str | None]] = {
 }
 
 # The engine's own words tell of what went wrong inside.
-_FIXED: dict[type[errors.SquallError], str] = {
-    errors.EngineStopped: "the engine has stopped; ask again in a while, or another server"
-}
+_STOPPED = "the engine has stopped; ask again in a while, or another server"
 _FIELD = re.compile(r"([a-z]+(?:_[a-z]+)*(?:\[\d+\])?(?:\.[a-z_]+)?) (?:is|has|must|needs) ")
 
 
@@ -69,13 +67,6 @@ def stopped(why: str) -> ApiError:
     """What requests get that will not be answered."""
     status, type_, code = _KINDS[errors.EngineStopped]
     return ApiError(status, why, code, type_, headers={"Retry-After": str(RETRY_S)})
-
-
-def unknown_field(name: str) -> ApiError:
-    """What a server that is strict says of a field that nobody knows."""
-    return ApiError(
-        400, f"unknown parameter: {name[:100]!r}", "unknown_parameter", param=name[:100]
-    )
 
 
 def to_api(error: BaseException) -> ApiError:
@@ -90,7 +81,7 @@ def to_api(error: BaseException) -> ApiError:
         if isinstance(error, kind):
             # Messages about a field begin with its name.
             field = _FIELD.match(str(error)) if status == 400 else None
-            text = _FIXED.get(kind, str(error))
+            text = _STOPPED if kind is errors.EngineStopped else str(error)
             found = ApiError(status, text, code, type_, field[1] if field else None)
             retry_s = getattr(error, "retry_after_s", RETRY_S)
             found.headers = {"Retry-After": str(retry_s)} if status in (429, 503) else {}

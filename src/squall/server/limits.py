@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-import httptools
 from starlette.types import Receive
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -17,7 +16,10 @@ from squall.server.options import ServerOptions
 HEADER_BYTES = 64 * 1024
 MOST_PIPELINED = 16
 MOST_CONNECTIONS = 1000
-_FRAMING = (b"content-length", b"transfer-encoding")
+# An offer to change the protocol. The parser would take it for the end of the request; without it
+# request and body are valid as they are.
+_OFFER = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
+_PART = re.compile(rb"\r(\n(u[^\n]*)?)?\Z", re.IGNORECASE)  # what may become an offer
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\n"
     b"content-length: 0\r\n\r\n"
@@ -41,16 +43,40 @@ class Bodies:
         self._options = options
         self._held = 0
 
-    @contextmanager
-    def hold(self) -> Iterator[Body]:
-        """A body, whose bytes count until the end."""
-        body = Body(self)
-        try:
-            yield body
-        finally:
-            self._held -= len(body.data)
+    @asynccontextmanager
+    async def read(self, receive: Receive, declared: str | None) -> AsyncIterator[bytes]:
+        """A body, whose bytes count until the end.
 
-    def check(self, size: int, new: int) -> None:
+        Raises ClientGone, and ApiError if it is too large or too slow.
+        """
+        if declared is not None and declared.isdigit():
+            self._check(int(declared), int(declared))
+        data, seconds = bytearray(), self._options.body_s
+        try:
+            try:
+                await asyncio.wait_for(self._fill(data, receive), seconds)
+            except asyncio.TimeoutError:
+                raise ApiError(
+                    408, f"the body did not come within {seconds:g} s", "timeout",
+                    headers={"Connection": "close"},
+                ) from None  # fmt: skip
+            yield bytes(data)
+        finally:
+            self._held -= len(data)
+
+    async def _fill(self, data: bytearray, receive: Receive) -> None:
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            self._check(len(data) + len(part), len(part))
+            data += part
+            self._held += len(part)
+            more = message.get("more_body", False)
+
+    def _check(self, size: int, new: int) -> None:
         """Raises ApiError if a body of `size` bytes, `new` of them not held yet, is too much."""
         most = self._options.body_bytes
         if size > most:
@@ -62,48 +88,6 @@ class Bodies:
                 429, "too many large requests at a time", "rate_limit_exceeded",
                 "rate_limit_error", headers={"Retry-After": "1"},
             )  # fmt: skip
-
-    def add(self, size: int) -> None:
-        """So many bytes came."""
-        self._held += size
-
-    @property
-    def seconds(self) -> float:
-        """How long a body may take."""
-        return self._options.body_s
-
-
-class Body:
-    """One request's body."""
-
-    def __init__(self, bodies: Bodies) -> None:
-        self._bodies = bodies
-        self.data = bytearray()
-
-    async def read(self, receive: Receive, declared: str | None) -> bytes:
-        """All of it. Raises ClientGone, and ApiError if it is too large or too slow."""
-        if declared is not None and declared.isdigit():
-            self._bodies.check(int(declared), int(declared))
-        try:
-            await asyncio.wait_for(self._read(receive), self._bodies.seconds)
-        except asyncio.TimeoutError:
-            raise ApiError(
-                408, f"the body did not come within {self._bodies.seconds:g} s", "timeout",
-                headers={"Connection": "close"},
-            ) from None  # fmt: skip
-        return bytes(self.data)
-
-    async def _read(self, receive: Receive) -> None:
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            part = message.get("body", b"")
-            self._bodies.check(len(self.data) + len(part), len(part))
-            self.data += part
-            self._bodies.add(len(part))
-            more = message.get("more_body", False)
 
 
 def check_values(data: bytes, context: int) -> None:
@@ -134,45 +118,13 @@ def protocol(options: ServerOptions) -> type[HttpToolsProtocol]:
     return Protocol
 
 
-class _Parser(httptools.HttpRequestParser):
-    """Declines offers to change the protocol, which leave a request and its body valid.
-
-    httptools takes them for the end of the request; what follows goes to a parser of bodies.
-    """
-
-    def __init__(self, protocol: _Protocol) -> None:
-        super().__init__(protocol)
-        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
-        self._protocol = protocol
-        self._body: httptools.HttpRequestParser | None = None
-
-    def should_upgrade(self) -> bool:
-        """Whether the body is still to be asked for."""
-        return self._body is None and super().should_upgrade()
-
-    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
-        """Parse; raises what httptools raises."""
-        if self._body is not None:
-            self._body.feed_data(data)
-            return
-        try:
-            super().feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            to = self._protocol
-            to.cycle.keep_alive = False
-            kept = [b": ".join(pair) for pair in to.headers if pair[0] in _FRAMING]
-            head = b"\r\n".join([b"POST / HTTP/1.1", *kept, b"", b""])
-            told = SimpleNamespace(on_body=to.on_body, on_message_complete=to.on_message_complete)
-            self._body = httptools.HttpRequestParser(told)
-            self._body.feed_data(head + data[offer.args[0] :])
-
-
 class _Protocol(HttpToolsProtocol):
     limits: ServerOptions
     _header: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
     _in_header = True
     _header_bytes = 0
+    _held = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -180,7 +132,6 @@ class _Protocol(HttpToolsProtocol):
             transport.write(_FULL)
             transport.close()
             return
-        self.parser = _Parser(self)
         # Paused whenever the system does not take all, so that the timer sees who reads not.
         transport.set_write_buffer_limits(high=0)
         self._expect_header()
@@ -188,6 +139,7 @@ class _Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_header:
             self._header_bytes += len(data)
+            data = self._without_offer(data)
         super().data_received(data)
         if self._in_header and self._header_bytes > HEADER_BYTES:
             self.send_400_response("The header is too large.")
@@ -199,13 +151,20 @@ class _Protocol(HttpToolsProtocol):
             _stop(self._header)
             self._header = None
 
+    def _without_offer(self, data: bytes) -> bytes:
+        """The same without a line that offers another protocol, also where that comes in parts."""
+        head, end, body = (self._held + data).partition(b"\r\n\r\n")
+        part = None if end else _PART.search(head)
+        self._held = b""
+        if part is not None:
+            head, self._held = head[: part.start()], part[0]
+        return _OFFER.sub(b"\r\nConnection: close", head + end) + body
+
     def on_headers_complete(self) -> None:
         self._in_header, self._header_bytes = False, 0
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        if self.parser.should_upgrade():
-            return
         self._in_header = True
         super().on_message_complete()
 

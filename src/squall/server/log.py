@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TextIO
@@ -57,9 +58,12 @@ def _open(path: Path) -> TextIO:
 
 
 def _write(stream: TextIO, fields: dict[str, object]) -> None:
-    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    stream.write(json.dumps({"time": now, **fields}) + "\n")
+    stream.write(json.dumps({"time": _time(time.time()), **fields}) + "\n")
     stream.flush()
+
+
+def _time(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, timezone.utc).isoformat(timespec="milliseconds")
 
 
 class JsonFormatter(logging.Formatter):
@@ -67,9 +71,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
-                timespec="milliseconds"
-            ),
+            "time": _time(record.created),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }

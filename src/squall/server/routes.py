@@ -9,7 +9,6 @@ from html import escape
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -19,7 +18,7 @@ from squall.api.requests import ChatCompletionRequest
 from squall.errors import InvalidRequest
 from squall.model import Model
 from squall.server.answer import Answer, AnyJob
-from squall.server.errors import ApiError, unknown_field
+from squall.server.errors import ApiError
 from squall.server.gate import Visit
 from squall.server.limits import check_encoding, check_values
 from squall.server.metrics import CONTENT_TYPE
@@ -36,10 +35,7 @@ from squall.server.service import Served, Service
 
 BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ReIsqBody)
 # The seed API has these; what they need is not there yet.
-NOT_YET = {
-    "/activate_adapters": "adapters",
-    "/v1/images/generations": "images",
-}
+NOT_YET = {"/activate_adapters": "adapters", "/v1/images/generations": "images"}
 OPENAPI_PATHS = ("/openapi.json", "/api-doc/openapi.json")
 
 _BodyT = TypeVar("_BodyT", bound=Body)
@@ -59,26 +55,26 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        body, served = await _read(service, request, ChatBody)
-        visit = _visit(request)
-
-        def start() -> AnyJob:
-            asked = body.request(**served.defaults)
-            return start_chat(served.model, asked, id=f"chatcmpl-{visit.id}", tenant=visit.tenant)
-
-        return Answer(service, served, start, stream=bool(body.stream))
+        return await _answer(service, request, ChatBody, start_chat, "chatcmpl")
 
     @router.post("/v1/completions", openapi_extra=_takes(CompletionBody))
     async def completions(request: Request) -> Response:
         """What comes after a text, or after each of several."""
-        body, served = await _read(service, request, CompletionBody)
-        visit = _visit(request)
+        return await _answer(service, request, CompletionBody, start_completion, "cmpl")
 
-        def start() -> AnyJob:
-            asked = body.request(**served.defaults)
-            return start_completion(served.model, asked, id=f"cmpl-{visit.id}", tenant=visit.tenant)
 
-        return Answer(service, served, start, stream=bool(body.stream))
+async def _answer(
+    service: Service, request: Request, kind: type[GenerationBody],
+    begin: Callable[..., AnyJob], prefix: str,
+) -> Response:  # fmt: skip
+    body, served = await _read(service, request, kind)
+    visit = _visit(request)
+
+    def start() -> AnyJob:
+        asked = body.request(**served.defaults)
+        return begin(served.model, asked, id=f"{prefix}-{visit.id}", tenant=visit.tenant)
+
+    return Answer(service, served, start, stream=bool(body.stream))
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
@@ -86,10 +82,8 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of a conversation."""
         body, served = await _read(service, request, TokenizeBody)
-        ids = await _work(service, partial(_ids, served.model, body))
-        return JSONResponse(
-            {"tokens": ids, "count": len(ids), "max_model_len": served.model.context}
-        )
+        ids, most = await _work(service, partial(_ids, served.model, body)), served.model.context
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
 
     def _ids(model: Model, body: TokenizeBody) -> list[int]:
         if (body.prompt is None) == (body.messages is None):
@@ -148,31 +142,19 @@ def _add_state(router: APIRouter, service: Service) -> None:
 
 
 def _add_not_yet(router: APIRouter, service: Service) -> None:  # noqa: ARG001
-    def refuse(what: str) -> Callable[[], Any]:
-        async def refused() -> Response:
-            raise ApiError(501, f"{what}: not supported yet", "not_supported")
+    async def refused(request: Request) -> Response:
+        raise ApiError(501, f"{NOT_YET[request.scope['path']]}: not supported yet", "not_supported")
 
-        return refused
-
-    for path, what in NOT_YET.items():
-        router.post(path, include_in_schema=False)(refuse(what))
+    for path in NOT_YET:
+        router.post(path, include_in_schema=False)(refused)
 
 
 def _add_documentation(app: FastAPI) -> None:
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
-            found = get_openapi(
-                title=app.title,
-                version=app.version,
-                description=app.description,
-                routes=app.routes,
-            )
-            _, schemas = models_json_schema(
-                [(body, "validation") for body in BODIES], ref_template=_REF
-            )
-            found.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-            app.openapi_schema = found
-        return app.openapi_schema
+            own = models_json_schema([(body, "validation") for body in BODIES], ref_template=_REF)
+            FastAPI.openapi(app)["components"]["schemas"] |= own[1]["$defs"]
+        return FastAPI.openapi(app)
 
     app.openapi = describe  # type: ignore[method-assign]
 
@@ -211,13 +193,14 @@ async def _read(service: Service, request: Request, kind: type[_BodyT]) -> tuple
     if generates and served is not None:
         visit.enter(served)  # before anything is read: the others' model is in the body
     check_encoding(request.headers.get("content-encoding"))
-    with service.bodies.hold() as held:
-        data = await held.read(request.receive, request.headers.get("content-length"))
+    declared = request.headers.get("content-length")
+    async with service.bodies.read(request.receive, declared) as data:
         service.log.body("request", visit.id, data)
         body = await _work(service, partial(_parse, kind, data, service.context))
     visit.ignore(body.ignored)
     if body.ignored and service.options.strict_fields:
-        raise unknown_field(body.ignored[0])
+        name = body.ignored[0][:100]
+        raise ApiError(400, f"unknown parameter: {name!r}", "unknown_parameter", param=name)
     served = service.find(body.model)
     if generates:
         visit.enter(served)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -138,6 +138,8 @@ Conversation = Annotated[
 class GenerationBody(Body, SamplingFields, frozen=True):
     """How an answer is made; docs/sampling.md tells what the numbers do."""
 
+    asks: ClassVar[type[ChatCompletionRequest | CompletionRequest]]
+
     max_tokens: int | None = None
     n: int | None = None
     stream: bool | None = None
@@ -147,9 +149,15 @@ class GenerationBody(Body, SamplingFields, frozen=True):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], _FEW] | None = None
 
+    def request(self, **defaults: Any) -> ChatCompletionRequest | CompletionRequest:
+        """The same for the Python API, which checks the ranges."""
+        return self.asks(**{**defaults, **self.given()})
+
 
 class ChatBody(GenerationBody, frozen=True):
     """POST /v1/chat/completions."""
+
+    asks = ChatCompletionRequest
 
     messages: Conversation
     max_completion_tokens: int | None = None
@@ -157,22 +165,16 @@ class ChatBody(GenerationBody, frozen=True):
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def request(self, **defaults: Any) -> ChatCompletionRequest:
-        """The same for the Python API, which checks the ranges."""
-        return ChatCompletionRequest(**{**defaults, **self.given()})
-
 
 class CompletionBody(GenerationBody, frozen=True):
     """POST /v1/completions. A prompt is text, token ids, or a list of either."""
+
+    asks = CompletionRequest
 
     prompt: Prompts
     echo: bool | None = None
     best_of: int | None = None
     logprobs: int | None = None
-
-    def request(self, **defaults: Any) -> CompletionRequest:
-        """The same for the Python API, which checks the ranges."""
-        return CompletionRequest(**{**defaults, **self.given()})
 
 
 class TokenizeBody(Body, frozen=True):

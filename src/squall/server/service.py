@@ -39,10 +39,8 @@ class Served:
         self.model = model
         self.created = int(time.time())
         self.defaults = {
-            "model": name,
-            "truncate_sequence": options.truncate,
-            "seed": options.seed,
-        }
+            "model": name, "truncate_sequence": options.truncate, "seed": options.seed
+        }  # fmt: skip
         self.entering: set[object] = set()
         self.dead = asyncio.Event()
         self.why_dead: ApiError | None = None

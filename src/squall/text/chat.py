@@ -24,10 +24,11 @@ MAX_SOURCE = 100_000  # characters
 MAX_DEPTH = 64  # of lists and objects in each other
 _KEY = "tokenizer.chat_template"
 NAMED = Path(__file__).parent / "templates"  # for models whose files have none
-_RESERVED = """
-messages tools add_generation_prompt bos_token eos_token unk_token tokenize chat_template range dict
-cycler joiner namespace raise_exception strftime_now
-"""
+RESERVED = frozenset({
+    "messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "tokenize",
+    "chat_template", "range", "dict", "cycler", "joiner", "namespace", "raise_exception",
+    "strftime_now",
+})  # fmt: skip
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _REMEDY = "give one with --chat-template, or send a plain prompt instead of messages"
@@ -101,7 +102,7 @@ class ChatTemplate:
         """
         from squall.text.traced import parts
 
-        for name in kwargs.keys() & set(_RESERVED.split()):
+        for name in kwargs.keys() & RESERVED:
             raise InvalidRequest(f"chat_template_kwargs may not set {name!r}; leave it out")
         variables = {
             "documents": None,
