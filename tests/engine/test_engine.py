@@ -369,7 +369,7 @@ def test_nan_logits_end_their_request_alone() -> None:
                     logits[i, 5] = np.nan
             return logits
 
-    engine = Engine(Broken(), EngineConfig(max_seqs=4))
+    engine = Engine(Broken(), EngineConfig(max_seqs=4), text=Silent)
     good, bad = Generation(engine, request([1])), Generation(engine, request([13]))
     with pytest.raises(SamplingFailed, match="the model's logits are NaN"):
         bad.read()

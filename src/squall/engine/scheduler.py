@@ -121,7 +121,7 @@ class Scheduler:
         outputs_left = self.limits.outputs - sum(len(chunk.outputs) for chunk in prompts)
         spare = 0 if self.limits.recompute else min(rows_left, outputs_left) - len(answers)
         chunks = []
-        asking = sum(sequence.request.proposer is not None for sequence in answers)
+        asking = len([sequence for sequence in answers if sequence.request.proposer is not None])
         for sequence in answers:
             if sequence.request.proposer is not None:
                 self._take_guesses(sequence, spare // asking, guess)
