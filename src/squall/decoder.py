@@ -135,36 +135,19 @@ class _Compiler:
 
     def gated(self, h: Value, name: str, f: Mlp) -> Value:
         gate, up = f"{name}.gate", f"{name}.up"
+        out = self.builder.value(up, f.width, h.rows)
+        biases = [self.vector(f"{role}.bias") if f.bias else None for role in (gate, up)]
         return self.builder.emit(
-            GatedLinear(
-                self.builder.value(up, f.width, h.rows),
-                h,
-                self.matrix(gate),
-                self.matrix(up),
-                f.activation,
-                self.vector(f"{gate}.bias") if f.bias else None,
-                self.vector(f"{up}.bias") if f.bias else None,
-            )
+            GatedLinear(out, h, self.matrix(gate), self.matrix(up), f.activation, *biases)
         )
 
     def experts(self, h: Value, name: str, out: str, f: Moe, *, residual: Value | None) -> Value:
         scale = 1.0 if residual is None else self.decoder.residual_scale
-        return self.builder.emit(
-            MixtureOfExperts(
-                self.builder.value(out, h.width, h.rows),
-                h,
-                self.matrix(f"{name}.router"),
-                self.matrix(f"{name}.experts.gate"),
-                self.matrix(f"{name}.experts.up"),
-                self.matrix(f"{name}.experts.down"),
-                f.top_k,
-                f.activation,
-                f.normalize,
-                f.jitter,
-                scale,
-                residual,
-            )
-        )
+        value = self.builder.value(out, h.width, h.rows)
+        parts = ("router", "experts.gate", "experts.up", "experts.down")
+        weights = [self.matrix(f"{name}.{part}") for part in parts]
+        how = (f.top_k, f.activation, f.normalize, f.jitter, scale, residual)
+        return self.builder.emit(MixtureOfExperts(value, h, *weights, *how))
 
     def linear(
         self,

@@ -47,7 +47,7 @@ IMAGE = Span(1, 3, b"image")
         ("spans", [(Span(3, 4, b"a"), IMAGE)], "start of a span is 1; .* at least 4"),
         ("spans", [(Span(-1, 3, b"a"),)], "start of a span is -1; .* at least 0"),
         ("spans", [(Span(3, 3, b"a"),), (Span(3, 4.0, b"a"),)],
-         "stop of a span is .*; .* from 4 to 5"),
+         "stop of a span is .*; .* between 4 and 5"),
     ],
 )  # fmt: skip
 def test_wrong_fields(field: str, values: list[Any], allowed: str) -> None:
