@@ -89,7 +89,7 @@ class Roofline:
 class Profile:
     """Where the time of one test went.
 
-    phases: the longest first, those of one name together; last, what is outside of the program.
+    phases: those of one name together, the longest first; last, what is outside of the program.
     """
 
     test: str

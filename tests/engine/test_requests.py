@@ -9,10 +9,12 @@ import pytest
 from engine_requests import GREEDY, alone, request
 from fake_executor import VOCAB, FakeExecutor, Silent
 
-from squall.engine.engine import Engine
+from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
+from squall.engine.memory import KvSize
 from squall.engine.request import Request, Scoring, Span
 from squall.errors import ContextLengthExceeded, InvalidRequest
+from squall.opening import Opening
 
 IMAGE = Span(1, 3, b"image")
 
@@ -134,3 +136,18 @@ def test_spans_share_what_comes_before_them(engine: Engine) -> None:
         cached.append(generation.usage.cached_tokens)
     assert cached == [0, 8, 32]
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (KvSize, {"tokens": "5"}), (KvSize, {"bytes": 1.5}), (KvSize, {"fraction": "1"}),
+        (KvSize, {"block_size": None}), (EngineConfig, {"max_seqs": 1.5}),
+        (EngineConfig, {"max_queue": True}), (EngineConfig, {"queue_timeout_s": "1"}),
+        (EngineConfig, {"no_kv_cache": 1}), (Opening, {"kv": 5}), (Opening, {"engine": KvSize()}),
+        (Opening, {"topology": 5}), (Opening, {"hub": "main"}),
+    ],
+)  # fmt: skip
+def test_wrong_types_of_how_to_open(kind: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{next(iter(wrong))} is .*; it must be "):
+        kind(**wrong)
