@@ -158,11 +158,8 @@ class Bench:
         load = self.workload
         prompts = partial(self._fill, load.depth, load.depth + load.prompt)
         tests = (("pp", load.prompt, prompts), ("tg", load.answer, self._answers))
-        return [
-            (load.test(kind, tokens), tokens * load.batch, run)
-            for kind, tokens, run in tests
-            if tokens
-        ]
+        wanted = [test for test in tests if test[1]]
+        return [(load.test(kind, n), n * load.batch, run) for kind, n, run in wanted]
 
     def _answers(self) -> None:
         load = self.workload

@@ -49,8 +49,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer.
 
 
 KvDtypeOption = Annotated[
-    KvDtype,
-    typer.Option("--kv-dtype", help="KV cache; q8_0 takes half the memory, and costs little."),
+    KvDtype, typer.Option("--kv-dtype", help="KV cache; q8_0 takes half the memory, costs little.")
 ]
 WeightsOption = Annotated[
     Weights, typer.Option("--weights", help="f32: the file's exact values, for comparisons; slow.")
