@@ -9,6 +9,8 @@ from typing import Any
 
 from squall import Model, _native
 from squall.measure import Bench, Workload
+from squall.model import prepare
+from squall.opening import Opening
 
 
 def memory() -> dict[str, int]:
@@ -34,7 +36,7 @@ def main() -> None:
         "system": _native.default_isa(),
     }
     for plan in plans:
-        bench = Bench.open(job["model"], plan, threads=job["threads"])
+        bench = Bench(prepare(Opening(job["model"])), plan, threads=job["threads"])
         rates = bench.rates(1, warm_up=plan.prompt <= job["warm_up"])
         result["rates"].append([rate.tokens_per_second[0] for rate in rates])
         result.setdefault("memory", memory())

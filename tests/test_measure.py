@@ -7,13 +7,15 @@ import pytest
 from squall import program as p
 from squall.errors import InvalidRequest
 from squall.measure import Bench, Profile, Workload
+from squall.model import prepare
+from squall.opening import Opening
 
 PLAN = Workload(prompt=24, answer=3, depth=20, batch=2)
 
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench.open(None, PLAN, threads=2)
+    return Bench(prepare(Opening()), PLAN, threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +90,4 @@ def test_profiles_begin_at_zero(bench: Bench, profiles: dict[str, Profile]) -> N
 
 def test_nothing_to_measure() -> None:
     with pytest.raises(InvalidRequest, match="nothing to measure"):
-        Bench.open(None, Workload(0, 0))
+        Bench(prepare(Opening()), Workload(0, 0))

@@ -26,11 +26,7 @@ from squall.errors import (
 )
 
 if TYPE_CHECKING:
-    from squall.api.requests import (
-        ChatCompletionRequest,
-        CompletionRequest,
-        ToolChoice,
-    )
+    from squall.api.requests import ChatCompletionRequest, CompletionRequest, ToolChoice
     from squall.api.responses import (
         ChatCompletionChunkResponse,
         ChatCompletionResponse,

@@ -135,36 +135,18 @@ class _Compiler:
 
     def gated(self, h: Value, name: str, f: Mlp) -> Value:
         gate, up = f"{name}.gate", f"{name}.up"
-        return self.builder.emit(
-            GatedLinear(
-                self.builder.value(up, f.width, h.rows),
-                h,
-                self.matrix(gate),
-                self.matrix(up),
-                f.activation,
-                self.vector(f"{gate}.bias") if f.bias else None,
-                self.vector(f"{up}.bias") if f.bias else None,
-            )
-        )
+        out = self.builder.value(up, f.width, h.rows)
+        g_bias, up_bias = (self.vector(f"{r}.bias") if f.bias else None for r in (gate, up))
+        weights = self.matrix(gate), self.matrix(up)
+        return self.builder.emit(GatedLinear(out, h, *weights, f.activation, g_bias, up_bias))
 
     def experts(self, h: Value, name: str, out: str, f: Moe, *, residual: Value | None) -> Value:
         scale = 1.0 if residual is None else self.decoder.residual_scale
-        return self.builder.emit(
-            MixtureOfExperts(
-                self.builder.value(out, h.width, h.rows),
-                h,
-                self.matrix(f"{name}.router"),
-                self.matrix(f"{name}.experts.gate"),
-                self.matrix(f"{name}.experts.up"),
-                self.matrix(f"{name}.experts.down"),
-                f.top_k,
-                f.activation,
-                f.normalize,
-                f.jitter,
-                scale,
-                residual,
-            )
-        )
+        value = self.builder.value(out, h.width, h.rows)
+        parts = ("router", "experts.gate", "experts.up", "experts.down")
+        router, gate, up, down = (self.matrix(f"{name}.{part}") for part in parts)
+        how = (f.top_k, f.activation, f.normalize, f.jitter, scale, residual)
+        return self.builder.emit(MixtureOfExperts(value, h, router, gate, up, down, *how))
 
     def linear(
         self,

@@ -89,11 +89,10 @@ def locate_uqff(path: Path, name: str | os.PathLike[str]) -> Path:
 
 def _only_uqff(folder: Path) -> Path | None:
     """The UQFF file of a folder whose other weights are what the file does not hold."""
-    weights = [
-        f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pth", ".pt")
-    ]
-    files = sorted(file for file in folder.iterdir() if file.suffix == UQFF)
-    if not files or set(weights) != {"residual.safetensors"}:
+    found = sorted(folder.iterdir())
+    weights = [f.name for f in found if f.suffix in (".safetensors", ".bin", ".pth", ".pt")]
+    files = [file for file in found if file.suffix == UQFF]
+    if not files or weights != ["residual.safetensors"]:
         return None
     if len(files) > 1:
         names = ", ".join(file.name for file in files)

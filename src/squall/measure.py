@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
-from squall import _native, decoder, executors, quant, recipes
+from squall import _native, decoder, executors, quant
 from squall.batch import Batch, Int32
-from squall.checkpoints import Checkpoint, open_checkpoint
+from squall.checkpoints import Checkpoint
 from squall.engine.memory import choose_context, token_bytes
 from squall.errors import InvalidRequest
 from squall.executors import CacheType, Limits, Phase, thread_pool
-from squall.locate import locate
 from squall.recipes import Recipe
 from squall.weights import Progress, WeightStore
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
 BLOCK_SIZE = 16
+_SUMMED = ("elapsed_s", "waiting_s", "bytes", "dots", "fmas")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Roofline:
 class Profile:
     """Where the time of one test went.
 
-    phases: the longest first, those of one name together; last, what is outside of the program.
+    phases: those of one name together, the longest first; last, what is outside of the program.
     """
 
     test: str
@@ -140,14 +140,6 @@ class Bench:
         self._steps = 0
         self._fill(0, workload.depth)
 
-    @classmethod
-    def open(
-        cls, path: str | os.PathLike[str] | None, workload: Workload, *, threads: int | None = None
-    ) -> Bench:
-        """The GGUF file `path`, a folder of a model, or the default model."""
-        checkpoint = open_checkpoint(locate(path))
-        return cls((checkpoint, recipes.load(checkpoint), quant.Plan()), workload, threads=threads)
-
     def rates(self, repetitions: int, *, warm_up: bool = True) -> list[Result]:
         """Of `repetitions` rounds after one to warm up; a test of no tokens is left out."""
         tests = self._tests()
@@ -164,15 +156,10 @@ class Bench:
     def _tests(self) -> list[tuple[str, int, Callable[[], None]]]:
         """Name, tokens of all sequences, and what to run, in this order."""
         load = self.workload
-        tests = (("pp", load.prompt, self._prompts), ("tg", load.answer, self._answers))
-        return [
-            (load.test(kind, tokens), tokens * load.batch, run)
-            for kind, tokens, run in tests
-            if tokens
-        ]
-
-    def _prompts(self) -> None:
-        self._fill(self.workload.depth, self.workload.depth + self.workload.prompt)
+        prompts = partial(self._fill, load.depth, load.depth + load.prompt)
+        tests = (("pp", load.prompt, prompts), ("tg", load.answer, self._answers))
+        wanted = [test for test in tests if test[1]]
+        return [(load.test(kind, n), n * load.batch, run) for kind, n, run in wanted]
 
     def _answers(self) -> None:
         load = self.workload
@@ -226,15 +213,11 @@ def _seconds(run: Callable[[], None]) -> float:
 
 def _merged(phases: list[Phase]) -> list[Phase]:
     """Phases of one name as one, the longest first."""
-    found: dict[str, Phase] = {}
+    found: dict[str, list[Phase]] = {}
     for phase in phases:
-        before = found.get(phase.name, Phase(phase.name, 0.0, 0.0, 0, 0, 0))
-        found[phase.name] = Phase(
-            phase.name,
-            before.elapsed_s + phase.elapsed_s,
-            before.waiting_s + phase.waiting_s,
-            before.bytes + phase.bytes,
-            before.dots + phase.dots,
-            before.fmas + phase.fmas,
-        )
-    return sorted(found.values(), key=lambda phase: -phase.elapsed_s)
+        found.setdefault(phase.name, []).append(phase)
+    merged = [
+        Phase(name, *(sum(getattr(one, field) for one in same) for field in _SUMMED))
+        for name, same in found.items()
+    ]
+    return sorted(merged, key=lambda phase: -phase.elapsed_s)

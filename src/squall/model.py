@@ -20,21 +20,9 @@ from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
 from squall.engine.request import Request, Scoring
-from squall.engine.sampling import (
-    DRY_BREAKERS,
-    Breakers,
-    Dry,
-    LogitsProcessor,
-    Sampling,
-)
+from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
 from squall.errors import InvalidRequest
-from squall.executors import (
-    DEVICES,
-    Executor,
-    Limits,
-    default_threads,
-    thread_pool,
-)
+from squall.executors import DEVICES, Executor, Limits, default_threads, thread_pool
 from squall.locate import locate, locate_uqff
 from squall.opening import Opening
 from squall.program import Program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Literal, get_args
 
 from squall.errors import InvalidRequest
@@ -25,6 +26,13 @@ _KINDS = {
     (int, "a whole number"): "context threads kv_tokens gqa",
     (str, "text"): "architecture chat_template",
     (str | os.PathLike, "a path"): "path tokenizer_json write_uqff from_uqff",
+}
+# Named, as their modules are slow to import; who has such an object has its module too.
+_CLASSES = {
+    "kv": "squall.engine.memory:KvSize",
+    "engine": "squall.engine.engine:EngineConfig",
+    "hub": "squall.checkpoints.hub:Hub",
+    "topology": "squall.quant:Topology",
 }
 
 
@@ -85,6 +93,12 @@ class Opening:
                 value = getattr(self, name)
                 if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                     raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
+        for name, place in _CLASSES.items():
+            value, path = getattr(self, name), name == "topology"
+            right = value is None or (path and isinstance(value, str | os.PathLike))
+            if not right and not isinstance(value, resolve_name(place)):
+                what = f"a {place.partition(':')[2]}{' or the path of its file' * path}"
+                raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
 
 
 DEFAULTS = Opening()

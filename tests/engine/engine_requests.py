@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fake_executor import expected
+from invariants import check_scheduler
 
 from squall.engine.engine import Engine
 from squall.engine.generation import Generation
@@ -52,7 +53,7 @@ def idle(engine: Engine) -> bool:
     """Nothing is left of any request."""
     stats = engine.stats()
     if engine.alive:
-        engine._scheduler.check()
+        check_scheduler(engine._scheduler)
     return (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from invariants import check_pool
 
 from squall.engine.block_pool import BlockPool
 
@@ -35,8 +36,8 @@ def test_random_use(rng: np.random.Generator) -> None:
             case 3 if not rng.integers(50):
                 pool.evict_all()
         kept = [block for block in kept if block not in evicted]
-        pool.check()
-        assert [pool.users(block) for block in range(SIZE)] == [
+        check_pool(pool)
+        assert [pool._users[block] for block in range(SIZE)] == [
             users.count(block) for block in range(SIZE)
         ]
         assert (pool.kept, pool.available) == (len(kept), SIZE - len(set(users)))

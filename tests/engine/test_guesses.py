@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from engine_requests import GREEDY, Numbers, alone, idle, request, settle
 from fake_executor import VOCAB, FakeExecutor, Silent, expected
+from invariants import check_scheduler
 
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
@@ -181,7 +182,7 @@ def test_a_prompt_may_end_in_cached_guesses(engine: Engine) -> None:
     first = Generation(engine, guessing(request([9] * 5, max_tokens=40), answer))
     first.read()
     assert 0 < first.usage.accepted_tokens < first.usage.guessed_tokens
-    engine._scheduler.check()
+    check_scheduler(engine._scheduler)
     again = request([9] * 5 + answer + [1])
     second = Generation(engine, again)
     second.read()

@@ -121,7 +121,7 @@ def test_a_kv_cache_that_does_not_fit(
     ],
 )  # fmt: skip
 def test_sizes_that_make_no_sense(wanted: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match=r"KV cache|block size"):
+    with pytest.raises(InvalidRequest, match=r"(fraction|tokens|bytes|block_size) is"):
         KvSize(**wanted)
 
 

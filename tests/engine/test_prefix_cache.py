@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from invariants import check_cache
 
 from squall.engine.prefix_cache import PrefixCache
 from squall.engine.request import CacheScope, Request, Span
@@ -60,13 +61,13 @@ def test_random_sequences_find_only_their_own_prefix(rng: np.random.Generator) -
             blocks.append(cache.pool.take())
             contents[blocks[-1]] = (scope, tokens[: (i + 1) * SIZE])
             cache.store(keys[i], blocks[-1])
-        cache.check()
+        check_cache(cache)
         cache.release(blocks)
-        cache.check()
+        check_cache(cache)
         if not rng.integers(100):
             cache.clear()
             assert not cache.find(keys)
-            cache.check()
+            check_cache(cache)
     assert hits > 100
 
 

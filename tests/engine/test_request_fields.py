@@ -9,10 +9,12 @@ import pytest
 from engine_requests import GREEDY, alone, request
 from fake_executor import VOCAB, FakeExecutor, Silent
 
-from squall.engine.engine import Engine
+from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
+from squall.engine.memory import KvSize
 from squall.engine.request import Request, Scoring, Span
 from squall.errors import ContextLengthExceeded, InvalidRequest
+from squall.opening import Opening
 
 IMAGE = Span(1, 3, b"image")
 
@@ -23,31 +25,31 @@ IMAGE = Span(1, 3, b"image")
         ("ids", [[], (), np.array([], np.int32)], "the prompt is empty; give at least one token"),
         ("ids", ["text", b"bytes", 5, None], "must be token ids, such as a list"),
         ("ids", [[1, 2.0], ["1"], [True], [None], [-1], [2**31], [[1]], np.ones(2), {"a": 1}],
-         "an id in ids is .*; it must be a whole number from 0 to 2147483647"),
+         "an id in ids is .*; it must be a whole number, between 0 and 2147483647"),
         ("stop_ids", [[1.5], [-1], ["1"], {True}], "an id in stop_ids is .*; it must be a whole"),
         ("max_tokens", [0, -1, 1.5, 10.0, "5", True, [1]],
-         "max_tokens is .*; it must be a whole number from 1 on"),
+         "max_tokens is .*; it must be a whole number, at least 1"),
         ("logprobs", [-1, 21, 1.0, "1", True],
-         "logprobs is .*; it must be a whole number from 0 to 20"),
-        ("chunk", [0, 2.5, "8", False], "chunk is .*; it must be a whole number from 1 on"),
+         "logprobs is .*; it must be a whole number, between 0 and 20"),
+        ("chunk", [0, 2.5, "8", False], "chunk is .*; it must be a whole number, at least 1"),
         ("sampling", [None, {"temperature": 0}], "sampling is .*; it must be a Sampling"),
         ("stop", ["text", None, ["text"]], "stop is .*; it must be a tuple of texts"),
         ("stop", [("a", ""), (b"a",), (1,)], "stop is .*; it must be texts, none of them empty"),
-        ("ignore_eos", [0, 1, None, "no"], "ignore_eos is .*; it must be True or False"),
-        ("truncate", [0, "yes"], "truncate is .*; it must be True or False"),
-        ("continues", [1], "continues is .*; it must be True or False"),
+        ("ignore_eos", [0, 1, None, "no"], "ignore_eos is .*; it must be true or false"),
+        ("truncate", [0, "yes"], "truncate is .*; it must be true or false"),
+        ("continues", [1], "continues is .*; it must be true or false"),
         ("scope", [None, "tenant"], "scope is .*; it must be a CacheScope"),
         ("scoring", [3], "scoring is .*; it must be a Scoring or None"),
         ("spans", [[], None], "spans is .*; it must be a tuple of Spans"),
         ("spans", [((1, 3, b"a"),)], "spans is .*; it must be a tuple of Spans"),
         ("spans", [(Span(3, 6, b"a"),), (Span(5, 6, b"a"),)],
-         "stop of a span is 6; it must be a whole number from . to 5"),
+         "stop of a span is 6; it must be a whole number, between . and 5"),
         ("spans", [(IMAGE, IMAGE), (IMAGE, Span(2, 4, b"a"))],
-         "start of a span is .; it must be a whole number from 3 on"),
-        ("spans", [(Span(3, 4, b"a"), IMAGE)], "start of a span is 1; .* from 4 on"),
-        ("spans", [(Span(-1, 3, b"a"),)], "start of a span is -1; .* from 0 on"),
+         "start of a span is .; it must be a whole number, at least 3"),
+        ("spans", [(Span(3, 4, b"a"), IMAGE)], "start of a span is 1; .* at least 4"),
+        ("spans", [(Span(-1, 3, b"a"),)], "start of a span is -1; .* at least 0"),
         ("spans", [(Span(3, 3, b"a"),), (Span(3, 4.0, b"a"),)],
-         "stop of a span is .*; .* from 4 to 5"),
+         "stop of a span is .*; .* between 4 and 5"),
     ],
 )  # fmt: skip
 def test_wrong_fields(field: str, values: list[Any], allowed: str) -> None:
@@ -58,7 +60,7 @@ def test_wrong_fields(field: str, values: list[Any], allowed: str) -> None:
 
 def test_a_scoring_begins_in_the_prompt() -> None:
     for start in (-1, 0.5):
-        with pytest.raises(InvalidRequest, match=r"start of a scoring is .*; .* from 0 on"):
+        with pytest.raises(InvalidRequest, match=r"start of a scoring is .*; .* at least 0"):
             Scoring(print, start)  # type: ignore[arg-type]
 
 
@@ -134,3 +136,18 @@ def test_spans_share_what_comes_before_them(engine: Engine) -> None:
         cached.append(generation.usage.cached_tokens)
     assert cached == [0, 8, 32]
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (KvSize, {"tokens": "5"}), (KvSize, {"bytes": 1.5}), (KvSize, {"fraction": "1"}),
+        (KvSize, {"block_size": None}), (EngineConfig, {"max_seqs": 1.5}),
+        (EngineConfig, {"max_queue": True}), (EngineConfig, {"queue_timeout_s": "1"}),
+        (EngineConfig, {"no_kv_cache": 1}), (Opening, {"kv": 5}), (Opening, {"engine": KvSize()}),
+        (Opening, {"topology": 5}), (Opening, {"hub": "main"}),
+    ],
+)  # fmt: skip
+def test_wrong_types_of_how_to_open(kind: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{next(iter(wrong))} is .*; it must be "):
+        kind(**wrong)

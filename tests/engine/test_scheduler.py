@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from invariants import check_scheduler
 
 from squall.engine.prefix_cache import PrefixCache
 from squall.engine.request import Request, Scoring
@@ -47,11 +48,11 @@ def step(
     rows = sum(chunk.stop - chunk.start for chunk in chunks)
     assert rows <= scheduler.limits.rows
     assert sum(len(chunk.outputs) for chunk in chunks) <= scheduler.limits.outputs
-    scheduler.check()
+    check_scheduler(scheduler)
     scheduler.pace.observe(rows, seconds)
     due = [chunk.of for chunk in chunks if chunk.due]
     assert due == [chunk.of for chunk in chunks if scheduler.advance(chunk)]
-    scheduler.check()
+    check_scheduler(scheduler)
     return chunks, due
 
 
@@ -81,7 +82,7 @@ class Load:
     def end(self, request: Sequence) -> None:
         self.tested.remove(request)
         self.gone.add(request.number)
-        self.tested.check()
+        check_scheduler(self.tested)
 
     def step(self) -> None:
         for request in step(self.tested, float(self.rng.random()), self.guess)[1]:
@@ -95,7 +96,7 @@ class Load:
                 right = self.tested.append(request, int(self.rng.integers(2)))
                 assert right == (guesses[:1] == request.tokens[-1:])
                 assert request.guesses == guesses[1:] * right
-                self.tested.check()
+                check_scheduler(self.tested)
                 if not right:
                     break
 

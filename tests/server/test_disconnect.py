@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from invariants import check_scheduler
 from servers import Process, Running, chat, connect, in_thread, post_bytes, read_until, until
 
 from squall import Model
@@ -70,7 +71,7 @@ def test_row_1_many_that_leave(running: Running, stream: bool) -> None:
         for connection in sockets:
             connection.close()
         until(running.quiet, 3)
-    running.model.engine._scheduler.check()
+    check_scheduler(running.model.engine._scheduler)
 
 
 def test_row_1_a_client_that_leaves_before_its_job_is_there(running: Running) -> None:

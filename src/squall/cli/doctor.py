@@ -11,7 +11,7 @@ import typer
 
 from squall import __version__
 from squall.cli.options import Json
-from squall.errors import InvalidRequest, SquallError
+from squall.errors import SquallError
 
 PACKAGES = ("numpy", "tokenizers", "jinja2", "typer", "rich", "prompt_toolkit")
 
@@ -41,13 +41,10 @@ def _findings() -> Iterator[tuple[str, str]]:
 
 def _native() -> Iterator[tuple[str, str]]:
     from squall import _native
+    from squall.executors.native import default_isa
 
     threads, reason = _native.default_threads()
-    try:
-        chosen = _native.default_isa()
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from None
-    yield "instructions", f"{chosen} (this machine has {', '.join(_native.isas())})"
+    yield "instructions", f"{default_isa()} (this machine has {', '.join(_native.isas())})"
     yield "threads", f"{threads} ({reason})"
     yield "bandwidth", f"{_native.read_bandwidth(threads) / 1e9:.1f} GB/s, reading"
 

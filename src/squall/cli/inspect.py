@@ -87,10 +87,6 @@ def _print(found: Inspection, obstacle: str | None) -> None:
         console.print(table)
     form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
     form += f" ({found.quantization})" if found.quantization else ""
-    console.print(
-        Text(
-            f"{found.path}: {form}, {found.parameters / 1e6:.1f} million parameters, "
-            f"{found.size_bytes / 2**20:.1f} MiB"
-        )
-    )
+    size = f"{found.parameters / 1e6:.1f} million parameters, {found.size_bytes / 2**20:.1f} MiB"
+    console.print(Text(f"{found.path}: {form}, {size}"))
     console.print(Text(f"Squall can run it: {'yes' if obstacle is None else f'no: {obstacle}'}"))

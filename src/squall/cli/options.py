@@ -33,17 +33,14 @@ Folder = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None,
-    typer.Option(min=1, help="Threads; by default as many as this process may use."),
+    int | None, typer.Option(min=1, help="Threads; by default as many as this process may use.")
 ]
 ContextSize = Annotated[
-    int | None,
-    typer.Option("--context", min=1, help="Tokens of prompt and answer together."),
+    int | None, typer.Option("--context", min=1, help="Tokens of prompt and answer together.")
 ]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a model of the hub.")]
 TokenSource = Annotated[
-    str,
-    typer.Option(help=f"The hub's token: {TOKEN_SOURCES}.", metavar="SOURCE"),
+    str, typer.Option(help=f"The hub's token: {TOKEN_SOURCES}.", metavar="SOURCE")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use the hub's cache; no connection.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -52,12 +49,10 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer.
 
 
 KvDtypeOption = Annotated[
-    KvDtype,
-    typer.Option("--kv-dtype", help="KV cache; q8_0 takes half the memory, and costs little."),
+    KvDtype, typer.Option("--kv-dtype", help="KV cache; q8_0 takes half the memory, costs little.")
 ]
 WeightsOption = Annotated[
-    Weights,
-    typer.Option("--weights", help="f32: the file's exact values, for comparisons; slow."),
+    Weights, typer.Option("--weights", help="f32: the file's exact values, for comparisons; slow.")
 ]
 
 

@@ -47,10 +47,7 @@ class RunFlags(SamplingFields, ModelFlags):
     chat_template: ChatTemplate = None
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False
     context: ContextSize = None
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar=TEXT, help=HELP_OF[TEXT]),
-    ] = None
+    prompt: Annotated[str | None, typer.Argument(metavar=TEXT, help=HELP_OF[TEXT])] = None
 
     @property
     def settings(self) -> Settings:

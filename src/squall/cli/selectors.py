@@ -70,8 +70,7 @@ def plain(
 
 def gguf(
     quantized_model_id: Annotated[
-        str | None,
-        typer.Option("-m", "--quantized-model-id", help="A folder, or owner/name."),
+        str | None, typer.Option("-m", "--quantized-model-id", help="A folder, or owner/name.")
     ] = None,
     quantized_filename: Annotated[
         str | None,

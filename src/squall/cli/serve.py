@@ -144,14 +144,10 @@ class ServeFlags(ModelFlags):
 
         self.check()
         in_file = isinstance(selected, TomlSelection) and selected.no_kv_cache
-        config = EngineConfig(
-            max_seqs=self.max_seqs,
-            max_queue=self.max_queue,
-            queue_timeout_s=self.queue_timeout,
-            prompt_batchsize=self.prompt_batchsize,
-            prefix_cache_n=self.prefix_cache_n,
-            no_kv_cache=self.no_kv_cache or in_file,
-        )
+        names = ("max_seqs", "max_queue", "prompt_batchsize", "prefix_cache_n")
+        given = {name: getattr(self, name) for name in names}
+        no_kv_cache = self.no_kv_cache or in_file
+        config = EngineConfig(queue_timeout_s=self.queue_timeout, no_kv_cache=no_kv_cache, **given)
         kv = KvSize(
             fraction=self.kv_fraction,
             tokens=self.kv_tokens,

@@ -63,18 +63,7 @@ class BlockPool:
         while self._kept:
             self._evict()
 
-    def users(self, block: int) -> int:
-        """How many use it."""
-        return self._users[block]
-
     def _evict(self) -> None:
         block, _ = self._kept.popitem(last=False)
         self._on_evict(block)
         self._free.append(block)
-
-    def check(self) -> None:
-        """Every block is in exactly one state."""
-        unused = [block for block in range(self.size) if not self._users[block]]
-        assert sorted([*self._free, *self._kept]) == unused
-        assert min(self._users, default=0) >= 0
-        assert len(self._kept) <= self._keep

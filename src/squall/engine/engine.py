@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import count
 
+from squall.engine.fields import check_fields, real, whole
 from squall.engine.prefix_cache import PrefixCache
 from squall.engine.reply import Reply, Sink
 from squall.engine.request import Request
@@ -36,28 +37,21 @@ FORKED = "this process was forked after the model was opened; open it again here
 class EngineConfig:
     """How many requests, and what is kept.
 
-    max_seqs: requests that run at a time. max_queue: how many more may wait, and max_queue_tokens
-        the prompt tokens of those; what comes then is refused. queue_timeout_s: and so is what has
-        waited so long without having begun.
-    prompt_batchsize: at most so many tokens of prompts a step.
-    prefix_cache_n: keep prefixes of finished requests, as much as so many whole contexts; 0: none.
     no_kv_cache: compute every token anew in every step.
     """
 
-    max_seqs: int = 16
-    max_queue: int = 256
-    max_queue_tokens: int = 2**20
-    queue_timeout_s: float | None = None
-    prompt_batchsize: int | None = None
-    prefix_cache_n: int = 16
+    max_seqs: int = whole("Requests that run at a time.", default=16, least=1)
+    max_queue: int = whole("How many more may wait; what comes then is refused.", default=256)
+    max_queue_tokens: int = whole("The prompt tokens of those that wait.", default=2**20)
+    queue_timeout_s: float | None = real("What has waited so long is refused too.")
+    prompt_batchsize: int | None = whole("At most so many tokens of prompts a step.", least=1)
+    prefix_cache_n: int = whole(
+        "Keep prefixes of finished requests, as much as so many whole contexts.", default=16, off=0
+    )
     no_kv_cache: bool = False
 
     def __post_init__(self) -> None:
-        least = {"max_seqs": 1, "max_queue": 0, "max_queue_tokens": 0, "prompt_batchsize": 1}
-        for name, allowed in (least | {"prefix_cache_n": 0, "queue_timeout_s": 0}).items():
-            value = getattr(self, name)
-            if value is not None and value < allowed:
-                raise InvalidRequest(f"{name} is {value}; it must be at least {allowed}")
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +216,7 @@ class Engine:
             self._lock.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        self._stepper.close()
 
     def _dropped(self, request: Request) -> int:
         """How many tokens at the beginning of the prompt do not fit."""

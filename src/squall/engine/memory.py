@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from squall.engine.fields import check_fields, real, whole
 from squall.errors import InvalidRequest, OutOfMemory
 from squall.spec import Decoder
 
@@ -21,30 +22,22 @@ KV_BITS = {"f16": 16.0, "f32": 32.0, "q8_0": 9.0}
 class KvSize:
     """How much the KV cache holds, for all requests together; what is not used takes no memory.
 
-    Of several the first counts. fraction: of the memory that the weights leave free. tokens.
-    bytes. By default 2048 tokens for each of the requests that run at a time, or one whole context
-    if that is more, within half of the free memory.
-    block_size: tokens that are allocated and cached together, a multiple of 16.
+    Of several the first counts. By default 2048 tokens for each of the requests that run at a
+    time, or one whole context if that is more, within half of the free memory.
     """
 
-    fraction: float | None = None
-    tokens: int | None = None
-    bytes: int | None = None
-    block_size: int = 16
+    fraction: float | None = real("Of the memory that the weights leave.", above=True, most=1)
+    tokens: int | None = whole("Tokens in all.", least=1)
+    bytes: int | None = whole("Bytes in all.", least=1)
+    block_size: int = whole(
+        "Tokens allocated and cached together, a multiple of 16.", default=16, most=MOST_BLOCK
+    )
 
     def __post_init__(self) -> None:
-        if self.fraction is not None and not 0 < self.fraction <= 1:
+        check_fields(self)
+        if self.block_size % 16 or not self.block_size:
             raise InvalidRequest(
-                f"the fraction of memory for the KV cache is {self.fraction}; it must be above 0, "
-                "and at most 1"
-            )
-        for name in ("tokens", "bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidRequest(f"{name} of the KV cache are {value}; at least 1 is needed")
-        if self.block_size % 16 or not 16 <= self.block_size <= MOST_BLOCK:
-            raise InvalidRequest(
-                f"the block size is {self.block_size}; it must be a multiple of 16, "
+                f"block_size is {self.block_size}; it must be a multiple of 16, "
                 f"at most {MOST_BLOCK}"
             )
 

@@ -85,10 +85,3 @@ class PrefixCache:
 
     def _root(self, scope: CacheScope) -> bytes:
         return hmac.digest(self._secret, repr(scope).encode(), "sha256")
-
-    def check(self) -> None:
-        """Keys and blocks are one to one, and what is kept has a key."""
-        self.pool.check()
-        assert {block: key for key, block in self._blocks.items()} == self._keys
-        kept = [block for block in self._keys if not self.pool.users(block)]
-        assert len(kept) == self.pool.kept

@@ -74,9 +74,9 @@ class Reply:
 
     def tell_logits(self, chunk: Chunk, rows: Logits) -> None:
         """Hand over logits of the prompt, if they are wanted."""
-        wanted = self.usage.prompt_tokens - chunk.outputs.start
-        if self.request.scoring is not None and wanted > 0 and len(rows):
-            self.request.scoring.take(chunk.outputs.start, rows[:wanted])
+        scoring, start = self.request.scoring, chunk.outputs.start
+        if scoring is not None and len(rows) and start < self.usage.prompt_tokens:
+            scoring.take(start, rows[: self.usage.prompt_tokens - start])
 
     def propose(self, most: int, vocab: int) -> list[int]:
         """What the proposer says may follow, as far as it can be drawn."""

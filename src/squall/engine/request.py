@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import reprlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from squall.engine.fields import Number, check_fields, shown, whole
 from squall.engine.sampling import MOST_TOP_LOGPROBS, Sampled, Sampling
 from squall.errors import InvalidRequest
 
@@ -26,17 +27,13 @@ Constraint = Callable[[Sequence[int], Sequence[int]], Iterable[int]]
 _ID_LIMIT = 2**31
 
 
-def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raises InvalidRequest unless it is a whole number of that size."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    upper = "on" if most is None else f"to {most}"
-    right = whole and least <= value and (most is None or value <= most)
-    _check(right, name, value, f"a whole number from {least} {upper}")
+def _check_whole(name: str, value: object, least: int, most: float = math.inf) -> None:
+    Number(help="", whole=True, least=least, most=most).check(name, value)
 
 
 def _check(right: bool, name: str, value: object, allowed: str) -> None:
     if not right:
-        raise InvalidRequest(f"{name} is {reprlib.repr(value)}; it must be {allowed}")
+        raise InvalidRequest(f"{name} is {shown(value)}; it must be {allowed}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +96,10 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
-    logprobs: int | None = None
+    logprobs: int | None = whole("See above.", least=0, most=MOST_TOP_LOGPROBS)
     scope: CacheScope = CacheScope()
     truncate: bool = False
-    chunk: int | None = None
+    chunk: int | None = whole("See above.", least=1)
     continues: bool = False
     scoring: Scoring | None = None
     spans: tuple[Span, ...] = ()
@@ -117,10 +114,9 @@ class Request:
             raise InvalidRequest("the prompt is empty; give at least one token")
         for name, kind, allowed in _KINDS:
             _check(isinstance(getattr(self, name), kind), name, getattr(self, name), allowed)
-        sizes = (("max_tokens", int(self.scoring is None), None), ("chunk", 1, None))
-        for name, least, most in (*sizes, ("logprobs", 0, MOST_TOP_LOGPROBS)):
-            if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), least, most)
+        check_fields(self)
+        if self.max_tokens is not None:
+            _check_whole("max_tokens", self.max_tokens, int(self.scoring is None))
         right = all(isinstance(text, str) and text for text in self.stop)
         _check(right, "stop", self.stop, "texts, none of them empty")
         right = all(isinstance(span, Span) for span in self.spans)
@@ -138,7 +134,6 @@ _KINDS: tuple[tuple[str, Any, str], ...] = (
     ("scoring", Scoring | None, "a Scoring or None"),
     ("stop", tuple, "a tuple of texts"),
     ("spans", tuple, "a tuple of Spans"),
-    *((flag, bool, "True or False") for flag in ("ignore_eos", "truncate", "continues")),
 )
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import insort
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 
 from squall.engine.prefix_cache import PrefixCache
 from squall.engine.sequence import Sequence
@@ -121,7 +119,7 @@ class Scheduler:
         outputs_left = self.limits.outputs - sum(len(chunk.outputs) for chunk in prompts)
         spare = 0 if self.limits.recompute else min(rows_left, outputs_left) - len(answers)
         chunks = []
-        asking = sum(sequence.request.proposer is not None for sequence in answers)
+        asking = len([sequence for sequence in answers if sequence.request.proposer is not None])
         for sequence in answers:
             if sequence.request.proposer is not None:
                 self._take_guesses(sequence, spare // asking, guess)
@@ -287,30 +285,6 @@ class Scheduler:
     def _unqueue(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         self.waiting_tokens -= len(sequence.tokens)
-
-    def check(self) -> None:
-        """Blocks have as many users as sequences that name them; limits and order hold."""
-        self.cache.check()
-        pool, size = self.cache.pool, self.cache.block_size
-        users = Counter(chain.from_iterable(sequence.blocks for sequence in self.running))
-        assert all(pool.users(block) == users[block] for block in range(pool.size))
-        assert len(self.running) <= self.limits.requests
-        for queue in (self.waiting, self.running):
-            assert sorted(queue, key=_number) == queue
-        assert self.waiting_tokens == sum(len(sequence.tokens) for sequence in self.waiting)
-        for sequence in self.waiting:
-            assert not sequence.blocks
-            assert not sequence.guesses
-            assert sequence.computed == sequence.stored == 0
-        for sequence in self.running:
-            needed = self._needed(len(sequence.tokens) + len(sequence.guesses))
-            assert sequence.computed <= min(len(sequence.tokens), len(sequence.blocks) * size)
-            assert len(sequence.blocks) == needed or not sequence.guesses
-            assert sequence.stored <= len(sequence.blocks) <= needed
-            assert self.limits.recompute or sequence.stored * size <= sequence.computed
-            # Nobody else sees what is not known to be right.
-            assert all(pool.users(block) == 1 for block in sequence.blocks[sequence.stored :])
-        assert set(map(id, self._promised.values())) <= set(map(id, self.running))
 
 
 def _number(sequence: Sequence) -> int:

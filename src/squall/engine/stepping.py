@@ -58,6 +58,12 @@ class Stepper:
         self.service_s = 1.0
         self._scheduler = scheduler
         self._vocab = vocab
+        # Constraints prepare here, beside the steps; the thread begins with the first of them.
+        self._beside = ThreadPoolExecutor(1, "squall-prepare")
+
+    def close(self) -> None:
+        """There are no more steps."""
+        self._beside.shutdown(wait=False)
 
     def add(self, reply: Reply) -> None:
         """Answer this request too."""
@@ -121,11 +127,12 @@ class Stepper:
         """The logits; while they are computed, constraints prepare what is needed to draw."""
         due = [self.replies[c.of.number] for c in chunks if c.of.request.constraint and c.due]
         batch = _batch(chunks)
-        with ThreadPoolExecutor(1, "squall-prepare") as beside:
-            prepared = [(reply, beside.submit(reply.prepare)) for reply in due if reply.max_tokens]
-            called_s = time.perf_counter()
-            logits = executor.step(batch)
-            executor_s = time.perf_counter() - called_s
+        prepared = [
+            (reply, self._beside.submit(reply.prepare)) for reply in due if reply.max_tokens
+        ]
+        called_s = time.perf_counter()
+        logits = executor.step(batch)
+        executor_s = time.perf_counter() - called_s
         self.counts.executor_s += executor_s
         self._scheduler.pace.observe(len(batch.tokens), executor_s)
         for reply, preparing in prepared:
@@ -141,8 +148,9 @@ class Stepper:
         try:
             done = self._scheduler.advance(chunk)
             computed = min(chunk.stop, reply.usage.prompt_tokens) - chunk.start
-            self.counts.prompt_tokens += max(computed, 0)
-            reply.tell_logits(chunk, rows)
+            if computed > 0:
+                self.counts.prompt_tokens += computed
+                reply.tell_logits(chunk, rows)
         except Exception as error:
             self.end(reply, "error", error)
             return False
@@ -176,10 +184,11 @@ class Stepper:
                 raise sampled
             guessed = self._scheduler.append(reply.sequence, sampled.token)
             reason = reply.push(sampled)
-            reply.usage.accepted_tokens += guessed
-            self.counts.accepted_tokens += guessed
             self.counts.answer_tokens += 1
-            if reason is None and not guessed:
+            if guessed:
+                reply.usage.accepted_tokens += 1
+                self.counts.accepted_tokens += 1
+            elif reason is None:
                 reply.tell()
         except Exception as error:
             self.end(reply, "error", error)

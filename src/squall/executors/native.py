@@ -105,7 +105,8 @@ class Tiles:
             raise InvalidCheckpoint(f"cannot convert tensor {name}: {error}") from None
 
 
-def _isa() -> str:
+def default_isa() -> str:
+    """The best of this machine, or the one that is asked for."""
     try:
         return _native.default_isa()
     except ValueError as error:
@@ -131,7 +132,7 @@ class NativeExecutor:
         self.blocks, self.block_size = limits.blocks, limits.block_size
         self.max_rows = limits.rows.get("tokens", 0)
         self.max_outputs = limits.rows.get("outputs", 0)
-        self.isa = _isa()
+        self.isa = default_isa()
         self.pool = pool or thread_pool()
         self.threads = self.pool.threads
         self._indices, self._spaces = program.indices, program.spaces
