@@ -277,7 +277,7 @@ void test_faults() {
 }
 
 void on_small_stack(const std::function<void()>& fn) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || defined(SQUALL_SIMDE)
   fn();  // these need larger ones
 #else
   pthread_attr_t attributes;
