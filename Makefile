@@ -20,7 +20,7 @@ NOTE = mkdir -p build && echo "  $(1) $$SECONDS s" >> build/steps
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build stub docs demo test nightly lint bench fuzz native sanitizers sanitize emulate clean
+.PHONY: help setup build stub docs demo test nightly lint bench fuzz native sanitizers sanitize emulate simde clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -115,6 +115,13 @@ emulate: $(VENV)/built ## Native tests under qemu, on older processors and AArch
 	  $(ARM) cortex-a76 build/arm/$(TESTS) dotprod $(HOW); \
 	  $(call NOTE,emulate)
 
+simde: $(VENV)/tools ## Native tests of AVX-512's and AVX-VNNI's kernels, made of AVX2 by SIMDe
+	@if [ ! -e /usr/include/simde/x86/avx512.h ] || [ "$$(uname -m)" != x86_64 ]; then \
+	  echo "simde: skipped; it needs x86-64 with SIMDe (Debian: libsimde-dev)" >&2; exit; \
+	fi; \
+	PATH="$(CURDIR)/$(BIN):$$PATH"; $(CONFIGURE) -B build/simde -DSQUALL_SIMDE=ON >/dev/null; \
+	ninja --quiet -C build/simde $(TESTS); build/simde/$(TESTS) avx512
+
 # Two at a time, since one waits for the network while the other compiles.
 test: ## Set up, lint, native tests here and elsewhere, then every Python test
 	@mkdir -p build; rm -f build/steps
@@ -128,6 +135,7 @@ nightly: lint native sanitizers ## All of it at full length, on all CPUs: docs/t
 	@build/address/$(TESTS) any
 	@build/thread/$(TESTS) any
 	@$(MAKE) --no-print-directory emulate HOW=
+	@$(MAKE) --no-print-directory simde
 	@$(BIN)/python -m pytest --timeout=3600
 
 bench: $(VENV)/built $(VENV)/model ## Start-up, limits of the machine, and Squall beside llama.cpp, ROUNDS (5) times
