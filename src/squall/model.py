@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from squall import convert, decoder, executors, recipes
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
+from squall.closing import Closing
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
@@ -33,11 +34,10 @@ from squall.text.chat import ChatTemplate
 from squall.text.hf_tokenizer import HfTokenizer
 from squall.text.stream import TextStream
 from squall.text.tokenizer import Tokenizer
-from squall.weights import WeightStore
+from squall.weights import Progress, WeightStore
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
-Progress = Callable[[int, int], None]
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
@@ -65,7 +65,7 @@ def _one_by_one(
     return open
 
 
-class Model:
+class Model(Closing):
     """A language model, open and ready. Make one with `Model.open`.
 
     The KV cache keeps what earlier requests computed, and a prompt that begins like one of them is
@@ -293,12 +293,6 @@ class Model:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -124,7 +124,7 @@ def test_row_16_stops(executor: FakeExecutor) -> None:
 def test_scoring(engine: Engine) -> None:
     ids = list(range(50))
     for start, chunk in itertools.product((0, 17, 49), (None, 1, 30)):
-        engine.clear_cache()
+        engine.change_model(lambda: None)
         found: list[np.ndarray] = []
 
         def take(first: int, rows: np.ndarray, found: list[np.ndarray] = found) -> None:
@@ -183,7 +183,7 @@ def test_row_1_disconnects(engine: Engine, executor: FakeExecutor, state: str) -
         assert ends == [(steps + 1, "cancelled")] * 3
         assert idle(engine)
         ends.clear()
-        engine.clear_cache()
+        engine.change_model(lambda: None)
     assert engine.stats().counts.cancelled == 60
 
 

@@ -75,7 +75,6 @@ def test_a_child_is_refused_and_the_parent_goes_on(
         assert not engine.alive
         assert engine.stats().stalled_s == 0
         engine.check_room()
-        engine.clear_cache()
         generation.close()
         assert engine.drain()
         module._close_all()

@@ -101,7 +101,6 @@ class Engine:
         self._lock = threading.Condition()
         self._inbox: list[Reply] = []
         self._cancels: set[Reply] = set()
-        self._clear = False
         self._calls: list[tuple[Callable[[], None], Future[None]]] = []
         self._draining = False
         self._closing = False
@@ -182,11 +181,6 @@ class Engine:
         """A guess when a request may begin that has so many before it."""
         most = self.config.max_seqs
         return max(1, math.ceil((ahead + 1 - most) / most * self._stepper.service_s))
-
-    def clear_cache(self) -> None:
-        """Forget all prefixes before the next step."""
-        with self._lock:
-            self._clear = True
 
     def change_model(self, change: Callable[[], None]) -> None:
         """Run `change` on the engine's thread, between steps, and wait for it.
@@ -276,12 +270,9 @@ class Engine:
                 self._stepper.add(reply)
             cancels = set(self._replies.values()) if self._closing else self._cancels
             self._inbox, self._cancels = [], set()
-            clear, self._clear = self._clear, False
             calls, self._calls = self._calls, []
         for change, done in calls:
             self._change(change, done)
-        if clear:
-            self._scheduler.cache.clear()
         for reply in cancels:
             if reply.sequence.number in self._replies:
                 self._stepper.end(reply, "cancelled")

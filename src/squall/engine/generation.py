@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from squall.closing import Closing
 from squall.engine.engine import FORKED, Engine
 from squall.engine.request import FinishReason, Piece, Request, Usage
 from squall.engine.sampling import Sampling
@@ -54,7 +55,7 @@ class Mailbox(Generic[_Mail]):
             raise EngineStopped(FORKED)
 
 
-class Generation(Iterator[Piece], AsyncIterator[Piece]):
+class Generation(Closing, Iterator[Piece], AsyncIterator[Piece]):
     """An iterator of pieces, for `for` and for `async for`.
 
     The engine goes on by itself; stopping early is `close()`, or letting go of the iterator.
@@ -110,12 +111,6 @@ class Generation(Iterator[Piece], AsyncIterator[Piece]):
     def __repr__(self) -> str:
         state = self.finish_reason or "not at its end; read() waits for it"
         return f"<Generation {self.text!r}: {state}>"
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         # A request that was refused has no answer to cancel.
