@@ -122,10 +122,10 @@ simde: $(VENV)/tools ## Native tests of AVX-512's and AVX-VNNI's kernels, made o
 	PATH="$(CURDIR)/$(BIN):$$PATH"; $(CONFIGURE) -B build/simde -DSQUALL_SIMDE=ON >/dev/null; \
 	ninja --quiet -C build/simde $(TESTS); build/simde/$(TESTS) avx512
 
-# Two at a time, since one waits for the network while the other compiles.
+# Several at a time, since one waits for the network while another compiles.
 test: ## Set up, lint, native tests here and elsewhere, then every Python test
 	@mkdir -p build; rm -f build/steps
-	@$(MAKE) --no-print-directory -j2 --output-sync=target lint native sanitize emulate
+	@$(MAKE) --no-print-directory -j3 --output-sync=target lint native sanitize emulate
 	@$(BIN)/python -m pytest -q -m serial; $(call NOTE,serial tests)
 	@echo "seconds of each step, some of them side by side:"; cat build/steps
 	@$(BIN)/python -m pytest -m "not serial" -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -30,6 +30,9 @@ from squall.server.options import ServerOptions
 from squall.server.run import listen, make_server
 from squall.server.service import Service
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "engine"))
+from invariants import check_scheduler
+
 CLIENTS = 64
 PATH = "/v1/chat/completions"
 RUBBISH = (b"", b"{", b"[]", b'{"messages": 5}', b'{"messages": "x", "n": 1000000}', b"\xff" * 100)
@@ -136,9 +139,11 @@ def served() -> Iterator[tuple[Model, Service, int]]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         started.wait()
-        yield model, server.service, listener.getsockname()[1]
-        server.should_exit = True
-        thread.join()
+        try:
+            yield model, server.service, listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def _serve_idle(pipe: Connection) -> None:
@@ -193,7 +198,7 @@ def _leftovers(model: Model, service: Service) -> list[str]:
         time.sleep(0.05)
     else:
         return [f"not idle in the end: {stats}, {service.active} active"]
-    model.engine._scheduler.check()
+    check_scheduler(model.engine._scheduler)
     return []
 
 

@@ -38,6 +38,9 @@ def requests() -> list[Request]:
             sampling = Sampling(temperature=0 if i % 2 else 0.9, top_p=0.95, seed=i)
             options = {"max_tokens": chosen.randint(4, 40), "logprobs": 0, "ignore_eos": True}
             made.append(Request(ids=begin + own, sampling=sampling, **options))
+    # The first two outgrow a small cache together.
+    for i in range(2):
+        made[i] = replace(made[i], ids=stem[i : i + 2], max_tokens=150)
     return made
 
 
