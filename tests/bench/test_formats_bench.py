@@ -33,7 +33,8 @@ def test_a_line_for_each_format() -> None:
         stored = sum(rows * FORMATS[name].row_bytes(cols) for rows, cols in sizes)
         assert 1 <= row["MiB"] * 2**20 / stored < 1.04
         assert 0 < row["of peak"] < 1.5
-        assert 0 < row["of bound"] < 1.5
+        # The bound is that of memory; a cache that holds the weights gives them faster.
+        assert row["of bound"] > 0
 
 
 def test_an_unknown_format() -> None:
