@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -55,9 +55,40 @@ def avoid_the_last(logits: np.ndarray, ids: np.ndarray) -> None:
     logits[ids[-1]] -= 20
 
 
-def same_parity(ids: Sequence[int], guessed: Sequence[int]) -> Iterable[int]:
+class Follows:
+    """A matcher: what must not come after the ids of an answer; `end` ends it."""
+
+    def __init__(self, banned: Callable[[Sequence[int]], Any], end: int | None = None) -> None:
+        self.finished = False
+        self._banned = banned
+        self._end = end
+        self._ids: list[int] = []
+
+    def allowed(self, guesses: Sequence[int]) -> list[np.ndarray]:
+        known = [[*self._ids, *guesses[:i]] for i in range(len(guesses) + 1)]
+        return [mask(set(range(VOCAB)) - {*self._banned(ids)}) for ids in known]
+
+    def forced(self, most: int) -> list[int]:  # noqa: ARG002
+        return []
+
+    def accept(self, token: int) -> None:
+        self._ids.append(token)
+        self.finished = token == self._end
+
+
+def mask(ids: Iterable[int]) -> np.ndarray:
+    bits = np.zeros(-(-VOCAB // 32) * 32, np.uint8)
+    bits[list(ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def odd() -> Follows:
+    return Follows(lambda _: range(0, VOCAB, 2))
+
+
+def other_parity() -> Follows:
     """An id must be even after an odd one, and the other way round."""
-    return range([*ids, *guessed][-1] % 2, VOCAB, 2)
+    return Follows(lambda ids: range(ids[-1] % 2, VOCAB, 2) if ids else ())
 
 
 def any_request(rng: np.random.Generator, stems: list[list[int]]) -> Request:
@@ -87,7 +118,7 @@ def any_request(rng: np.random.Generator, stems: list[list[int]]) -> Request:
         stop_ids=frozenset(rng.integers(VOCAB, size=sometimes(10, 0)).tolist()),
         ignore_eos=sometimes(True, False),
         chunk=sometimes(3, None),
-        constraint=sometimes(same_parity, None),
+        constraint=sometimes(other_parity, None),
     )
 
 
@@ -240,17 +271,18 @@ def test_ids_that_the_model_does_not_have_are_not_guesses(engine: Engine) -> Non
 def test_a_constraint_prepares_while_the_executor_runs(
     engine: Engine, executor: FakeExecutor
 ) -> None:
-    asked: list[tuple[list[int], list[int]]] = []
+    asked: list[list[int]] = []
     threads, prepared = set(), threading.Event()
 
-    def odd_only(ids: Sequence[int], guessed: Sequence[int]) -> range:
-        asked.append((list(ids), list(guessed)))
+    def even(ids: Sequence[int]) -> range:
+        asked.append(list(ids))
         threads.add(threading.current_thread().name)
         prepared.set()
         return range(0, VOCAB, 2)
 
     executor.hold()
-    generation = Generation(engine, request([4] * 40, max_tokens=3, constraint=odd_only))
+    wanted = request([4] * 40, max_tokens=3, constraint=lambda: Follows(even))
+    generation = Generation(engine, wanted)
     executor.wait()
     assert not prepared.wait(0.05)  # the prompt is not complete in this step
     executor.let(1)
@@ -259,43 +291,103 @@ def test_a_constraint_prepares_while_the_executor_runs(
     executor.let()
     generation.read()
     assert all(token % 2 for token in generation.ids)
-    assert asked == [([4] * 40 + generation.ids[:i], []) for i in range(3)]
+    assert asked == [generation.ids[:i] for i in range(3)]
     assert "squall-engine" not in threads
 
 
 def test_a_constraint_is_asked_about_each_guess(engine: Engine) -> None:
     asked: list[list[int]] = []
 
-    def constraint(_: Sequence[int], guessed: Sequence[int]) -> range:
-        asked.append(list(guessed))
+    def uneven(ids: Sequence[int]) -> range:
+        asked.append(list(ids))
         return range(1, VOCAB, 2)
 
-    plain = Generation(engine, request([3], max_tokens=6, constraint=lambda *_: range(1, VOCAB, 2)))
+    plain = Generation(engine, request([3], max_tokens=6, constraint=lambda: Follows(uneven)))
     plain.read()
-    first, second = plain.ids[1:3]
+    asked.clear()
+    known, first, second = plain.ids[:3]
     guesses = {2: [first, second, 1, 8]}  # an odd one must not come
     wanted = request(
-        [3], max_tokens=6, constraint=constraint, proposer=lambda ids, _: guesses.get(len(ids), [])
+        [3],
+        max_tokens=6,
+        constraint=lambda: Follows(uneven),
+        proposer=lambda ids, _: guesses.get(len(ids), []),
     )
     generation = Generation(engine, wanted)
     generation.read()
     assert generation.ids == plain.ids
     assert generation.usage.accepted_tokens == 2
-    assert asked == [[], [], [first], [first, second], [first, second, 1],
-                     [first, second, 1, 8], [], []]  # fmt: skip
+    guessed = [[known, first, second, 1, 8][:i] for i in range(1, 6)]
+    assert asked == [[], *guessed, plain.ids[:4], plain.ids[:5]]
 
 
 @pytest.mark.parametrize(
-    "constraint",
-    [lambda *_: 1 / 0, lambda *_: None, lambda *_: ["a"], lambda *_: [2**40], list],
+    "options", [{}, {"ignore_eos": True}, {"sampling": Sampling(min_tokens=9)}]
 )
-def test_a_bad_constraint_ends_its_own_request(engine: Engine, constraint: Any) -> None:
+def test_a_matcher_ends_the_answer(engine: Engine, options: dict[str, Any]) -> None:
+    """With a token that belongs to it, also before `min_tokens`."""
+    path = {0: 7, 1: 9, 2: 5}  # nothing but 5, an end token, may come third
+
+    def others(ids: Sequence[int]) -> set[int]:
+        return set(range(VOCAB)) - {path[len(ids)]}
+
+    for end, text, ids in ((9, "7 9 ", [7, 9]), (None, "7 9 ", [7, 9, 5])):
+        if end is None and "ignore_eos" in options:
+            continue
+        wanted = request(
+            [2],
+            max_tokens=20,
+            constraint=lambda end=end: Follows(others, end),
+            stop_ids=frozenset({5}),
+            **options,
+        )
+        assert told(Generation(engine, wanted)) == (text, ids, [], "stop")
+
+
+def test_forced_tokens_take_one_step(engine: Engine) -> None:
+    path = [7, 9, 11, 13, 15, 17]
+
+    class Forced(Follows):
+        def __init__(self) -> None:
+            super().__init__(lambda ids: set(range(VOCAB)) - {*path[len(ids) :][:1]}, path[-1])
+
+        def forced(self, most: int) -> list[int]:
+            return path[len(self._ids) :][:most]
+
+    steps = engine.stats().counts.steps
+    generation = Generation(engine, request([2], max_tokens=20, constraint=Forced))
+    generation.read()
+    assert generation.ids == path
+    assert generation.usage.accepted_tokens == 6
+    assert engine.stats().counts.steps == steps + 1
+
+
+class BadMatcher(Follows):
+    """A matcher that fails in one of its methods."""
+
+    def __init__(self, name: str, result: Any) -> None:
+        super().__init__(lambda _: ())
+
+        def fail(*_: Any) -> Any:
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        setattr(self, name, fail)
+
+
+@pytest.mark.parametrize("result", [ZeroDivisionError(), 5, ["a"], [np.zeros(2**20, np.uint32)]])
+@pytest.mark.parametrize("name", ["allowed", "forced", "accept"])
+def test_a_bad_matcher_ends_its_own_request(engine: Engine, name: str, result: Any) -> None:
+    if name == "accept" and not isinstance(result, Exception):
+        return
     wanted = request([1], max_tokens=60)
     stays = Generation(engine, wanted)
-    with pytest.raises(SamplingFailed, match="the constraint failed"):
-        Generation(engine, request([2], constraint=constraint)).read()
+    with pytest.raises((SamplingFailed, ArithmeticError, TypeError, ValueError)):
+        Generation(engine, request([2], constraint=lambda: BadMatcher(name, result))).read()
+    none = request([2], constraint=lambda: Follows(lambda _: range(VOCAB)))
     with pytest.raises(SamplingFailed, match="no token"):
-        Generation(engine, request([2], constraint=lambda *_: range(VOCAB))).read()
+        Generation(engine, none).read()
     stays.read()
     assert stays.ids == alone(wanted)
     settle(engine)

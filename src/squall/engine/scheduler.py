@@ -119,9 +119,9 @@ class Scheduler:
         outputs_left = self.limits.outputs - sum(len(chunk.outputs) for chunk in prompts)
         spare = 0 if self.limits.recompute else min(rows_left, outputs_left) - len(answers)
         chunks = []
-        asking = len([sequence for sequence in answers if sequence.request.proposer is not None])
+        asking = len([sequence for sequence in answers if sequence.request.guessable])
         for sequence in answers:
-            if sequence.request.proposer is not None:
+            if sequence.request.guessable:
                 self._take_guesses(sequence, spare // asking, guess)
                 spare -= len(sequence.guesses)
                 asking -= 1
