@@ -150,7 +150,8 @@ class ToolFormat:
             head = self.heads[0].replace("#", str(i)).replace("~", "000000000").replace("$", name)
             parts.append(head + arguments + self.tails[0])
         opening = "" if self.bare else self.opening + self.leads[0]
-        return opening + (self.join or "\n").join(parts) + self.closings[0]
+        join = "\n" if self.join is None else self.join
+        return opening + join.join(parts) + self.closings[0]
 
     # What an answer is read with
 
