@@ -115,9 +115,7 @@ class ToolFormat:
 
     def bind(self, source: str, tokenizer: Tokenizer) -> ToolFormat:
         """The row, knowing what a chat template and a vocabulary have of it."""
-        parts = (self.opening, *self.leads, *self.heads, *self.tails, self.join or "")
-        marks = (*_MARK.findall("".join((*parts, *self.closings))), *self.answer)
-        controls = {m: i for m in marks if (i := control_id(tokenizer, m)) is not None}
+        controls = {m: i for m in self.marks() if (i := control_id(tokenizer, m)) is not None}
         tools = "variable" if re.search(r"\btools\b", source) else "text"
         template = Template(
             tools="system" if "'tools' in message" in source else tools,
@@ -129,6 +127,13 @@ class ToolFormat:
             template if self.native else Template(), system=not _NO_SYSTEM.search(source)
         )
         return replace(self, controls=controls, template=template)
+
+    def marks(self) -> list[str]:
+        """What may be control tokens."""
+        parts = (self.opening, *self.leads, *self.heads, *self.tails, self.join or "")
+        return list(
+            dict.fromkeys(_MARK.findall("".join((*parts, *self.closings))) + [*self.answer])
+        )
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids of the control tokens whose names an answer's text must show."""
