@@ -8,7 +8,7 @@ where it has to.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -38,29 +38,35 @@ class Draft:
 
     def price(self, guessing: Guessing) -> float:
         """Seconds of one guess more, with what has to be computed before it."""
-        self._settle(guessing)
-        behind = len(guessing.sequence.tokens) - guessing.computed
+        behind = len(guessing.sequence.tokens) - self._settle(guessing)
         return self.cost.of(min(behind, self.executor.max_rows))
 
-    def guess(self, asked: Iterable[tuple[Guessing, int]]) -> None:
+    def guess(self, asked: Collection[tuple[Guessing, int]]) -> None:
         """Set guesses of each request, at most so many; none for those with too much to compute."""
         chunks: list[Chunk] = []
         drawing: list[_Drawing] = []
-        left = self._pace.rows(self.executor.max_rows, alone=False)
+        written = set[int]()
+        # A row for each, and what is left for those with more to compute.
+        left = self._pace.rows(self.executor.max_rows, alone=False) - len(asked)
         for guessing, count in asked:
-            self._settle(guessing)
-            sequence, known = guessing.sequence, len(guessing.sequence.tokens)
+            start = self._settle(guessing)
+            known = len(guessing.sequence.tokens)
+            stop = min(known, start + 1 + max(left, 0))
             most = min(count, self.executor.context - known)
-            if most < 1:
+            blocks = guessing.sequence.blocks[start // self.executor.block_size :]
+            # Of those that share a prefix one computes it.
+            if most < 1 or not written.isdisjoint(blocks):
                 continue
-            start = guessing.computed
-            stop = min(known, start + max(left, 1))
-            left -= stop - start
+            written.update(blocks)
+            left -= stop - start - 1
             row = self._row(guessing, None) if stop == known else None
-            chunks.append(Chunk(sequence, start, stop, range(stop - (row is not None), stop)))
-            self._begin(guessing, stop)
+            wanted = range(stop - (row is not None), stop)
+            chunks.append(Chunk(guessing.sequence, start, stop, wanted))
+            guessing.computed = stop
             if row is not None:
                 drawing.append((guessing, row, most))
+        for block in written:
+            self._keys.pop(block, None)
         while chunks:
             drawing = self._draw(self._step(chunks), drawing)
             chunks = [_next(guessing) for guessing, _, _ in drawing]
@@ -84,35 +90,31 @@ class Draft:
             # The request's own functions raise. They will again for its next token, and it is told.
             return None
 
-    def _settle(self, guessing: Guessing) -> None:
-        """Find out how much of a sequence the draft has computed."""
+    def _settle(self, guessing: Guessing) -> int:
+        """How much of a sequence the draft has computed."""
         sequence, size = guessing.sequence, self.executor.block_size
-        keys = sequence.keys
-        if guessing.blocks is not sequence.blocks:
-            # It runs anew: what others have computed of it is known by its key.
-            guessing.blocks, guessing.guessed = sequence.blocks, []
-            pairs = zip(sequence.blocks, keys, strict=False)
-            found = [self._keys.get(block) == key for block, key in pairs]
-            guessing.stored = [*found, False].index(False)
-            guessing.computed = guessing.stored * size
-        for guess, token in zip(
-            guessing.guessed, sequence.tokens[guessing.computed :], strict=False
-        ):
+        blocks, keys = sequence.blocks, sequence.keys
+        if guessing.blocks is not blocks:
+            guessing.blocks, guessing.computed, guessing.stored = blocks, 0, 0
+            guessing.guessed.clear()
+        following = sequence.tokens[guessing.computed :]
+        for guess, token in zip(guessing.guessed, following, strict=False):
             if guess != token:
                 break
             guessing.computed += 1
-        guessing.guessed = []
+        guessing.guessed.clear()
+        # Blocks that are full and right are known by their keys, as others may have computed them.
+        while guessing.stored < min(len(keys), len(blocks)):
+            block, key = blocks[guessing.stored], keys[guessing.stored]
+            if self._keys.get(block) != key:
+                if guessing.computed < (guessing.stored + 1) * size:
+                    break
+                self._keys[block] = key
+            guessing.stored += 1
         # The last token is computed again if it has to be: what follows it is asked for.
-        guessing.computed = min(guessing.computed, len(sequence.tokens) - 1)
-        for i in range(guessing.stored, min(guessing.computed // size, len(keys))):
-            self._keys[sequence.blocks[i]] = keys[i]
-            guessing.stored = i + 1
-
-    def _begin(self, guessing: Guessing, stop: int) -> None:
-        """Its tokens are computed up to here; blocks that are written to hold nothing else."""
-        for block in guessing.sequence.blocks[guessing.computed // self.executor.block_size :]:
-            self._keys.pop(block, None)
-        guessing.computed = stop
+        found = max(guessing.computed, guessing.stored * size)
+        guessing.computed = min(found, len(sequence.tokens) - 1)
+        return guessing.computed
 
     def _step(self, chunks: Sequence[Chunk]) -> Floats:
         batch = batch_of(chunks, self.executor.vocab)
