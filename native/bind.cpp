@@ -420,6 +420,7 @@ NB_MODULE(_native, m) {
             s.extend(tokens, {static_cast<const uint8_t*>(breaks.data()), breaks.size()});
           },
           "tokens"_a, "breaks"_a)
+      .def("copy", [](const SamplerState& s) { return SamplerState(s); })
       .def("tokens", [](const SamplerState& s) { return new_vector<int32_t>(s.tokens()); })
       .def_prop_ro("length", [](const SamplerState& s) { return s.tokens().size(); })
       .def("adjusted", &adjusted, "logits"_a, "banned"_a);

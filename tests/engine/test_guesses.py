@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_requests import GREEDY, Numbers, alone, idle, request, settle
+from engine_requests import (
+    GREEDY,
+    Follows,
+    Numbers,
+    alone,
+    any_request,
+    idle,
+    request,
+    settle,
+    told,
+)
 from fake_executor import VOCAB, FakeExecutor, Silent, expected
 from invariants import check_scheduler
 
@@ -18,8 +28,6 @@ from squall.engine.generation import Generation
 from squall.engine.request import Piece, Request, Scoring
 from squall.engine.sampling import Breakers, Dry, Sampling
 from squall.errors import SamplingFailed
-
-Told = tuple[str, list[int], list[object], str | None]
 
 
 class Foresight:
@@ -36,90 +44,10 @@ class Foresight:
         return [(i + (self._chance.integers(self._wrong) == 0)) % VOCAB for i in right]
 
 
-def told(generation: Generation) -> Told:
-    """All that is told of an answer, however it was cut into pieces."""
-    pieces = list(generation)
-    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
-    logprobs = [sampled for piece in pieces for sampled in piece.logprobs]
-    text = "".join(piece.text for piece in pieces)
-    return text, [i for piece in pieces for i in piece.ids], logprobs, pieces[-1].finish_reason
-
-
 def guessing(wanted: Request, answer: Sequence[int], **options: Any) -> Request:
     """The same request with a proposer that is partly wrong."""
     given = {name: getattr(wanted, name) for name in Request.__dataclass_fields__}
     return Request(**given | {"proposer": Foresight(wanted.ids, answer), **options})
-
-
-def avoid_the_last(logits: np.ndarray, ids: np.ndarray) -> None:
-    logits[ids[-1]] -= 20
-
-
-class Follows:
-    """A matcher: what must not come after the ids of an answer; `end` ends it."""
-
-    def __init__(self, banned: Callable[[Sequence[int]], Any], end: int | None = None) -> None:
-        self.finished = False
-        self._banned = banned
-        self._end = end
-        self._ids: list[int] = []
-
-    def allowed(self, guesses: Sequence[int]) -> list[np.ndarray]:
-        known = [[*self._ids, *guesses[:i]] for i in range(len(guesses) + 1)]
-        return [mask(set(range(VOCAB)) - {*self._banned(ids)}) for ids in known]
-
-    def forced(self, most: int) -> list[int]:  # noqa: ARG002
-        return []
-
-    def accept(self, token: int) -> None:
-        self._ids.append(token)
-        self.finished = token == self._end
-
-
-def mask(ids: Iterable[int]) -> np.ndarray:
-    bits = np.zeros(-(-VOCAB // 32) * 32, np.uint8)
-    bits[list(ids)] = 1
-    return np.packbits(bits, bitorder="little").view(np.uint32)
-
-
-def odd() -> Follows:
-    return Follows(lambda _: range(0, VOCAB, 2))
-
-
-def other_parity() -> Follows:
-    """An id must be even after an odd one, and the other way round."""
-    return Follows(lambda ids: range(ids[-1] % 2, VOCAB, 2) if ids else ())
-
-
-def any_request(rng: np.random.Generator, stems: list[list[int]]) -> Request:
-    """One that uses what there is, by chance."""
-
-    def sometimes(value: Any, otherwise: Any) -> Any:
-        return otherwise if rng.integers(3) else value
-
-    breakers = Breakers(("7",), lambda token: str(token).encode())
-    sampling = Sampling(
-        temperature=float(rng.integers(3)),
-        top_p=0.9,
-        seed=int(rng.integers(9)),
-        frequency_penalty=sometimes(1.0, 0.0),
-        repetition_penalty=sometimes(1.2, 1.0),
-        dry=sometimes(Dry(2.0, breakers=breakers), None),
-        min_tokens=sometimes(9, 0),
-        logits_processors=sometimes((avoid_the_last,), ()),
-        logit_bias=sometimes({3: 20.0}, {}),
-    )
-    return request(
-        stems[rng.integers(3)][: rng.integers(31)] + rng.integers(VOCAB, size=2).tolist(),
-        max_tokens=int(rng.integers(1, 16)),
-        sampling=sampling,
-        logprobs=sometimes(2, None),
-        stop=sometimes(("13", "50"), ()),
-        stop_ids=frozenset(rng.integers(VOCAB, size=sometimes(10, 0)).tolist()),
-        ignore_eos=sometimes(True, False),
-        chunk=sometimes(3, None),
-        constraint=sometimes(other_parity, None),
-    )
 
 
 @pytest.mark.parametrize("blocks", [14, 64])
@@ -219,6 +147,28 @@ def test_a_prompt_may_end_in_cached_guesses(engine: Engine) -> None:
     second.read()
     assert second.usage.cached_tokens == 44
     assert second.ids == alone(again)
+
+
+def test_guesses_share_the_rows_of_a_step(executor: FakeExecutor) -> None:
+    """Who has no guesses leaves its share to others."""
+    executor.max_outputs = 12
+    engine = Engine(executor, EngineConfig(max_seqs=4), text=Numbers)
+    asked: list[tuple[int, int]] = []
+
+    def propose(ids: Sequence[int], most: int) -> list[int]:
+        asked.append((ids[0], most))
+        return [7] * (most - 1)
+
+    executor.hold()
+    wanted = [request([i], max_tokens=30, proposer=propose) for i in (1, 2)] + [request([3])]
+    generations = [Generation(engine, one) for one in wanted]
+    executor.let()
+    for generation, one in zip(generations, wanted, strict=True):
+        generation.read()
+        assert generation.ids == alone(one)
+    # The first begins alone.
+    assert asked[asked.index((1, 4)) + 1] == (2, 6)
+    engine.close()
 
 
 def test_scoring_and_guesses(engine: Engine) -> None:

@@ -12,8 +12,7 @@ import numpy as np
 
 from squall.engine.request import FinishReason, Logits, Piece, Usage
 from squall.engine.sampling import Mask, RowSampling, Sampled, SamplerState
-from squall.engine.scheduler import Chunk
-from squall.engine.sequence import Sequence
+from squall.engine.sequence import Chunk, Sequence
 from squall.text.stream import TextStream
 
 Sink = Callable[[Piece], None]
@@ -79,19 +78,22 @@ class Reply:
         if scoring is not None and len(rows) and start < self.usage.prompt_tokens:
             scoring.take(start, rows[: self.usage.prompt_tokens - start])
 
+    @property
+    def room(self) -> int:
+        """How many guesses it may have."""
+        # The last token is drawn after the others, and nothing is drawn after it.
+        return self.max_tokens - self.usage.answer_tokens - 1
+
     def propose(self, most: int, vocab: int) -> list[int]:
         """What must follow or the proposer says may, as far as it can be drawn."""
-        # The last token is drawn after the others, and nothing is drawn after it.
-        most = min(most, self.max_tokens - self.usage.answer_tokens - 1)
+        most = min(most, self.room)
         if most < 1:
             return []
         found = [] if self._matcher is None else [*islice(self._matcher.forced(most), most)]
         if self.request.proposer is not None and (left := most - len(found)):
             more = self.request.proposer([*self.sequence.tokens, *found], left)
             found += islice(more, left)
-        guesses = list(takewhile(range(vocab).__contains__, array("i", found)))
-        self.usage.guessed_tokens += len(guesses)
-        return guesses
+        return list(takewhile(range(vocab).__contains__, array("i", found)))
 
     def prepare(self) -> None:
         """Ask the matcher what may come next, and after the guesses. Any thread may."""
@@ -107,6 +109,19 @@ class Reply:
         if allowed is None and not early:
             return self._row
         return replace(self._row, banned=[*self._stop_ids] if early else (), allowed=allowed)
+
+    def drafted(self, row: RowSampling | None, vocab: int) -> RowSampling:
+        """How a draft of so many ids draws its next guess. row: how it drew the last; None: none.
+
+        Raises what the request's own functions do.
+        """
+        guesses = self.sequence.guesses
+        row = row or RowSampling(self._sampler.fork())
+        row.state.extend(guesses[-1:])
+        allowed = self._matcher and self._matcher.allowed(guesses)
+        early = self.usage.answer_tokens + len(guesses) < self.request.sampling.min_tokens
+        mask = allowed[-1][: -(-vocab // 32)] if allowed else None
+        return replace(row, banned=[*self._stop_ids] if early else (), allowed=mask)
 
     def push(self, sampled: Sampled) -> FinishReason | None:
         """Go on with a sampled token; why the answer ends with it, if it does."""

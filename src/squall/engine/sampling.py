@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,13 @@ class SamplerState:
     def generated(self) -> int:
         """How many tokens came after the prompt."""
         return len(self) - self.prompt_length
+
+    def fork(self) -> SamplerState:
+        """The same, to go on by itself, without the request's own processors."""
+        fork = copy(self)
+        fork.native = self.native.copy()
+        fork.sampling = replace(self.sampling, logits_processors=())
+        return fork
 
     def append(self, token: int) -> None:
         """The sequence goes on with `token`."""
