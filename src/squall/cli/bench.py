@@ -10,7 +10,7 @@ import typer
 
 from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import Json, progress
+from squall.cli.options import DraftModel, DraftTokens, Json, progress
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 from squall.opening import Opening
@@ -52,6 +52,8 @@ class BenchFlags(ModelFlags):
         str | None, typer.Option(help="Ask a server with OpenAI's API instead of a model here.")
     ] = None
     api_key: Annotated[str | None, typer.Option(help="For --url.")] = None
+    draft: DraftModel = None
+    draft_tokens: DraftTokens = None
     as_json: Json = False
 
 

@@ -156,6 +156,16 @@ class Tokenizer:
             found = self._bytes[token, first] = self._codec.token_bytes(token, first=first)
         return found
 
+    def differs(self, other: Tokenizer) -> int | None:
+        """The first id that means another thing there; None: they are the same vocabulary."""
+        both = range(min(self.vocab_size, other.vocab_size))
+        token, others = self._codec.token_bytes, other._codec.token_bytes
+        for i in both:
+            same = token(i, first=False) == others(i, first=False)
+            if not same or self.is_special(i) != other.is_special(i):
+                return i
+        return len(both) if self.vocab_size != other.vocab_size else None
+
     def is_special(self, token: int) -> bool:
         """Whether a token is a control token (or the unknown token): structure, not text."""
         return token in self._special
