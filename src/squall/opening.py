@@ -111,7 +111,7 @@ class Opening:
     def of_draft(self) -> Opening | None:
         """How to open the draft model, if there is one."""
         if self.draft in (None, NGRAM) or isinstance(self.draft, Opening):
-            return self.draft if isinstance(self.draft, Opening) else None
+            return None if isinstance(self.draft, str) else self.draft
         return Opening(self.draft, hub=self.hub, progress=self.progress)
 
 

@@ -74,10 +74,15 @@ class Cost:
     USUAL = 0.1
 
     def __init__(self) -> None:
+        self.fixed = self.row = 0.0
         self._count = self._rows = self._seconds = self._products = self._squares = 0.0
 
     def __bool__(self) -> bool:
         return self._count > 0
+
+    def of(self, rows: int) -> float:
+        """Of a step of so many rows."""
+        return self.fixed + self.row * rows
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step had so many rows and took so long."""
@@ -90,21 +95,9 @@ class Cost:
         self._seconds += (seconds - self._seconds) / self._count
         self._squares = self._squares * self.KEEP + away * (rows - self._rows)
         self._products = self._products * self.KEEP + away * (seconds - self._seconds)
-
-    @property
-    def row(self) -> float:
-        """Of one row more."""
         slope = (self._products + self.USUAL * self._seconds) / (self._squares + 1)
-        return min(max(slope, self._seconds / 200), self._seconds / max(self._rows, 1))
-
-    @property
-    def fixed(self) -> float:
-        """Of a step, whatever its rows."""
-        return self._seconds - self.row * self._rows
-
-    def of(self, rows: int) -> float:
-        """Of a step of so many rows."""
-        return self.fixed + self.row * rows
+        self.row = min(max(slope, self._seconds / 200), self._seconds / max(self._rows, 1))
+        self.fixed = self._seconds - self.row * self._rows
 
 
 NOTHING = Cost()
@@ -120,8 +113,7 @@ def share_out(
     """
     counts = [0] * len(odds)
     tokens, seconds, row = float(answers), step.of(answers), step.row + draft.row
-    depth = 0
-    while spare > 0:
+    for depth in range(spare):
         # More tokens a second than without it.
         worth = [
             i for i, found in enumerate(odds)
@@ -133,12 +125,7 @@ def share_out(
             break
         for i in worth:
             counts[i] += 1
-        tokens, seconds, spare, depth = (
-            tokens + gained,
-            seconds + cost,
-            spare - len(worth),
-            depth + 1,
-        )
+        tokens, seconds, spare = tokens + gained, seconds + cost, spare - len(worth)
     return counts
 
 
@@ -213,9 +200,9 @@ class Speculation:
 
         reserve: `Scheduler.reserve`.
         """
-        if not self.cost:
+        if not self.most or not self.cost:
             return
-        found = [guessing for reply in replies if self._may_guess(guessing := self._of(reply))]
+        found = [guessing for reply in replies if (guessing := self._of(reply)) is not None]
         asked = []
         for guessing, count in zip(found, self._counts(found, answers, spare), strict=True):
             if count and (most := reserve(guessing.sequence, count)):
@@ -233,24 +220,20 @@ class Speculation:
         if guessing is None or not guessing.made:
             return
         kind = guessing.made.popleft()
+        if not right:
+            guessing.made.clear()
         for chances, weight in ((guessing.chances, OWN), (self._chances, SHARED)):
             chance = chances[kind] + (right - chances[kind]) * weight
             chances[kind] = min(max(chance, LEAST_CHANCE), MOST_CHANCE)
 
-    def _of(self, reply: Reply) -> Guessing:
+    def _of(self, reply: Reply) -> Guessing | None:
+        """What is known of its guesses; None if there is nothing to guess now."""
         number = reply.sequence.number
-        found = self._guessing.get(number)
-        if found is None:
+        if (found := self._guessing.get(number)) is None:
             found = self._guessing[number] = Guessing(reply, list(self._chances))
-        return found
-
-    def _may_guess(self, guessing: Guessing) -> bool:
-        """Whether there is something to guess; without a draft model it is looked up."""
-        guessing.made.clear()
         if self.draft is None:
-            tokens = guessing.sequence.tokens
-            guessing.at, guessing.matched = guessing.lookup.find(tokens)
-        return guessing.reply.room > 0 and (self.draft is not None or guessing.matched > 0)
+            found.at, found.matched = found.lookup.find(reply.sequence.tokens)
+        return found if reply.room > 0 and (found.matched or self.draft) else None
 
     def _counts(self, found: Sequence[Guessing], answers: int, spare: int) -> list[int]:
         """How many guesses each gets: those that pay, and one where it is time to try again."""
