@@ -104,8 +104,8 @@ class Model(Closing):
         kv = opening.kv or KvSize(tokens=opening.kv_tokens)
         tokenizer = open_tokenizer(checkpoint, opening.tokenizer_json)
         prepared = [(checkpoint, recipe, plan)]
-        if (drafting := opening.of_draft) is not None:
-            prepared.append(_prepared_draft(drafting, tokenizer))
+        if (small := opening.of_draft) is not None:
+            prepared.append(_prepared_draft(small, tokenizer))
         size, room = _sizes(prepared, opening, kv, engine.max_seqs)
         given = opening.chat_template
         template = given and _template(checkpoint).replaced(given)
@@ -117,12 +117,10 @@ class Model(Closing):
         )
         pool = thread_pool(opening.threads)
         executor = _executor(prepared[0], opening, size, limits, pool)
-        speculation = draft = None
-        if drafting is not None:
-            small = _executor(prepared[1], drafting, size, limits, pool)
-            draft = Draft(small, executor.vocab)
-        if opening.draft is not None:
-            speculation = Speculation(opening.draft_tokens or MOST_GUESSES, draft)
+        most, draft = opening.draft_tokens or MOST_GUESSES, None
+        if small is not None:
+            draft = Draft(_executor(prepared[1], small, size, limits, pool), executor.vocab)
+        speculation = None if opening.draft is None else Speculation(most, draft)
         answering = _engine(executor, engine, tokenizer, speculation)
         model = cls(checkpoint, recipe, executor.program, tokenizer, answering)
         if template:
@@ -377,8 +375,7 @@ def _prepared_draft(opening: Opening, tokenizer: Tokenizer) -> Prepared:
     found = open_tokenizer(prepared[0], opening.tokenizer_json)
     if (id_ := tokenizer.differs(found)) is not None:
         raise InvalidRequest(
-            f"the draft model {prepared[0].path} has another vocabulary: of {found.vocab_size} "
-            f"tokens, the model of {tokenizer.vocab_size}, and the first that differs is {id_}; "
+            f"the draft model {prepared[0].path} has another vocabulary, from token {id_} on; "
             "choose a smaller model of the same family"
         )
     return prepared

@@ -21,7 +21,6 @@ Path = str | os.PathLike[str]
 Weights = Literal["packed", "f32"]
 KvDtype = Literal["f16", "f32", "q8_0"]
 
-NGRAM = "ngram"
 _CHOICES = {"weights": get_args(Weights), "kv_dtype": get_args(KvDtype)}
 _KINDS = {
     (int, "a whole number"): "context threads kv_tokens draft_tokens gqa",
@@ -110,9 +109,10 @@ class Opening:
     @property
     def of_draft(self) -> Opening | None:
         """How to open the draft model, if there is one."""
-        if self.draft in (None, NGRAM) or isinstance(self.draft, Opening):
-            return None if isinstance(self.draft, str) else self.draft
-        return Opening(self.draft, hub=self.hub, progress=self.progress)
+        if isinstance(self.draft, Opening):
+            return self.draft
+        none = self.draft in (None, "ngram")
+        return None if none else Opening(self.draft, hub=self.hub, progress=self.progress)
 
 
 DEFAULTS = Opening()

@@ -10,7 +10,7 @@ import typer
 
 from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import DraftModel, DraftTokens, Json, progress
+from squall.cli.options import DraftModel, Json, progress
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 from squall.opening import Opening
@@ -53,7 +53,6 @@ class BenchFlags(ModelFlags):
     ] = None
     api_key: Annotated[str | None, typer.Option(help="For --url.")] = None
     draft: DraftModel = None
-    draft_tokens: DraftTokens = None
     as_json: Json = False
 
 

@@ -39,14 +39,7 @@ ContextSize = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens of prompt and answer together.")
 ]
 DraftModel = Annotated[
-    str | None,
-    typer.Option(
-        "--draft", metavar="FILE|ngram",
-        help="Guess with this smaller model, or look up in the text: the same answers, faster.",
-    ),
-]  # fmt: skip
-DraftTokens = Annotated[
-    int | None, typer.Option("--draft-tokens", min=1, help="At most so many guesses a step.")
+    str | None, typer.Option("--draft", metavar="FILE|ngram", help="A small model to guess with.")
 ]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a model of the hub.")]
 TokenSource = Annotated[

@@ -40,8 +40,8 @@ class Lookup:
         self._ends: dict[int, dict[int, int]] = {length: {} for length in LENGTHS}
         self._known = 0
 
-    def find(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """The place after the latest of the longest matches, and its length; (0, 0): none."""
+    def find(self, tokens: Sequence[int], most: int) -> tuple[list[int], int]:
+        """What came after the longest match, its latest, and its length; ([], 0): none."""
         last = len(tokens)
         for end in range(self._known + 1, last):
             for length, ends in self._ends.items():
@@ -52,8 +52,9 @@ class Lookup:
         for length, ends in self._ends.items():
             end = ends.get(hash(tuple(tokens[last - length :])), 0)
             if end and (matched := _matched(tokens, end)) >= length:
-                return end, matched
-        return 0, 0
+                # Behind the last token it goes round.
+                return [tokens[end + i % (last - end)] for i in range(most)], matched
+        return [], 0
 
 
 def _matched(tokens: Sequence[int], end: int) -> int:
@@ -81,7 +82,6 @@ class Cost:
         return self._count > 0
 
     def of(self, rows: int) -> float:
-        """Of a step of so many rows."""
         return self.fixed + self.row * rows
 
     def observe(self, rows: int, seconds: float) -> None:
@@ -134,7 +134,7 @@ class Guessing:
     """What is known of one request's guesses.
 
     chances: of a guess to be right, by its kind. made: the kinds of those that are being verified.
-    tried_s: what tries took. at, matched: what was looked up. The rest is the draft's: how many
+    tried_s: what tries took. found, matched: what was looked up. The rest is the draft's: how many
         tokens it has computed into `blocks`, with what it guessed, which may have been wrong.
     """
 
@@ -143,7 +143,7 @@ class Guessing:
     lookup: Lookup = field(default_factory=Lookup)
     made: deque[int] = field(default_factory=deque)
     tried_s: float = 0.0
-    at: int = 0
+    found: Sequence[int] = ()
     matched: int = 0
     blocks: object = None
     stored: int = 0
@@ -152,13 +152,7 @@ class Guessing:
 
     @property
     def sequence(self) -> Tokens:
-        """Its tokens."""
         return self.reply.sequence
-
-    def look_up(self, most: int) -> None:
-        """Guess what came after the match; where that is the end, the text goes round."""
-        tokens, at = self.sequence.tokens, self.at
-        self.sequence.guesses = [tokens[at + i % (len(tokens) - at)] for i in range(most)]
 
     def kind(self, guess: int) -> int:
         """Of its next guess but so many."""
@@ -176,10 +170,9 @@ class Guessing:
 
 
 class Speculation:
-    """Owns what is known of guesses. Everything is done on the engine's thread.
+    """Owns what is known of guesses, at most so many a request and step; the engine's thread calls.
 
-    most: so many guesses of a request a step. draft: the model that makes them; without one they
-        are looked up.
+    draft: the model that makes them; without one they are looked up.
     """
 
     def __init__(self, most: int = MOST_GUESSES, draft: Draft | None = None) -> None:
@@ -211,7 +204,7 @@ class Speculation:
             self.draft.guess(asked)
         for guessing, most in asked:
             if self.draft is None:
-                guessing.look_up(most)
+                guessing.sequence.guesses = list(guessing.found[:most])
             guessing.made.extend(map(guessing.kind, range(len(guessing.sequence.guesses))))
 
     def told(self, number: int, *, right: bool) -> None:
@@ -229,11 +222,11 @@ class Speculation:
     def _of(self, reply: Reply) -> Guessing | None:
         """What is known of its guesses; None if there is nothing to guess now."""
         number = reply.sequence.number
-        if (found := self._guessing.get(number)) is None:
-            found = self._guessing[number] = Guessing(reply, list(self._chances))
+        if (known := self._guessing.get(number)) is None:
+            known = self._guessing[number] = Guessing(reply, list(self._chances))
         if self.draft is None:
-            found.at, found.matched = found.lookup.find(reply.sequence.tokens)
-        return found if reply.room > 0 and (found.matched or self.draft) else None
+            known.found, known.matched = known.lookup.find(reply.sequence.tokens, self.most)
+        return known if reply.room > 0 and (known.matched or self.draft) else None
 
     def _counts(self, found: Sequence[Guessing], answers: int, spare: int) -> list[int]:
         """How many guesses each gets: those that pay, and one where it is time to try again."""

@@ -99,6 +99,7 @@ class Stepper:
             return
         for chunk in chunks:
             self.counts.cached_tokens += self.replies[chunk.of.number].start(chunk)
+            self.counts.guessed_tokens += len(chunk.of.guesses)
         logits = self._compute(executor, chunks)
         due, at = [], 0
         for chunk in chunks:
@@ -124,10 +125,6 @@ class Stepper:
         found = (self.replies.get(sequence.number) for sequence in answers)
         free = [reply for reply in found if reply and not reply.sequence.guesses]
         self._speculation.guess(free, len(answers), spare, self._scheduler.reserve)
-        for sequence in answers:
-            if sequence.guesses:
-                self.counts.guessed_tokens += len(sequence.guesses)
-                self.replies[sequence.number].usage.guessed_tokens += len(sequence.guesses)
 
     def _propose(self, reply: Reply, most: int) -> list[int]:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol
 
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
@@ -158,13 +159,12 @@ class Tokenizer:
 
     def differs(self, other: Tokenizer) -> int | None:
         """The first id that means another thing there; None: they are the same vocabulary."""
-        both = range(min(self.vocab_size, other.vocab_size))
-        token, others = self._codec.token_bytes, other._codec.token_bytes
-        for i in both:
-            same = token(i, first=False) == others(i, first=False)
-            if not same or self.is_special(i) != other.is_special(i):
-                return i
-        return len(both) if self.vocab_size != other.vocab_size else None
+        here, there = (
+            [(t._codec.token_bytes(i, first=False), t.is_special(i)) for i in range(t.vocab_size)]
+            for t in (self, other)
+        )
+        pairs = enumerate(zip_longest(here, there))
+        return next((i for i, (one, another) in pairs if one != another), None)
 
     def is_special(self, token: int) -> bool:
         """Whether a token is a control token (or the unknown token): structure, not text."""
