@@ -12,7 +12,7 @@ import typer
 
 from squall.cli.flags import HELP_OF, TEXT, command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import ChatTemplate, ContextSize, Stop
+from squall.cli.options import ChatTemplate, ContextSize, DraftModel, Stop
 from squall.cli.selectors import Selected
 from squall.engine.sampling import SamplingFields
 from squall.errors import InvalidRequest
@@ -47,6 +47,7 @@ class RunFlags(SamplingFields, ModelFlags):
     chat_template: ChatTemplate = None
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False
     context: ContextSize = None
+    draft: DraftModel = None
     prompt: Annotated[str | None, typer.Argument(metavar=TEXT, help=HELP_OF[TEXT])] = None
 
     @property
