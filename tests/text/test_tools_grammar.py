@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from squall.errors import InvalidRequest
 from squall.text.answer import AnswerParser, CallArguments, CallBegun, CallEnded, Said
+from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
 from squall.text.tools import FORMATS, Tool, ToolFormat
 
@@ -360,3 +362,44 @@ def schema(random_: random.Random, depth: int) -> dict[str, Any]:
     ]
     made = random_.choice(kinds if depth else kinds[:5])()
     return {**made, "description": words_of(random_)}
+
+
+THINK = Reasoning("<think>", "</think>")
+
+
+@pytest.mark.parametrize("controls", [(), ("<think>", "</think>", "<tool_call>")])
+def test_reasoning_may_come_before_calls_and_has_none(
+    controls: tuple[str, ...], vocabulary: Vocabularies
+) -> None:
+    words = vocabulary(controls)
+    row = bound(next(row for row in FORMATS if row.name == "hermes"), words)
+    call = row.text([("now", "{}")])
+    for required in (False, True):
+        source = lark(row, TOOLS, required=required, parallel=True, reasoning=THINK)
+        for text, fits in (
+            (f"<think>\nso {call} hm\n</think>\n\n{call}", not controls),
+            (f"<think>\nso tool_call hm\n</think>\n\n{call}", True),
+            (call, True),
+            (f"\n{call}", True),
+            ("<think> hm </think>\n\nYes.", not required),
+            ("<think>a</think><think>", False),
+            (f"<think>a</think>{call} b", False),
+            (f"<think>{call}", False if controls else None),
+            ("Yes.", not required),
+        ):
+            matcher = LLMatcher(words.of_llguidance, LLMatcher.grammar_from_lark(source))
+            tokens = pieces(text, words)
+            assert all(map(matcher.consume_token, tokens)) is (fits is not False), text
+            assert fits is None or matcher.is_accepting() is fits
+            if fits is None:
+                assert not matcher.is_accepting()
+
+
+def pieces(text: str, words: Vocabulary) -> list[int]:
+    """Tokens of a text with control tokens."""
+    parts = re.split("|".join(map(re.escape, words.controls)), text) if words.controls else [text]
+    marks = re.findall("|".join(map(re.escape, words.controls)), text) if words.controls else []
+    ids = words(parts[0].encode())
+    for mark, part in zip(marks, parts[1:], strict=True):
+        ids += [words.controls[mark], *words(part.encode())]
+    return ids
