@@ -62,6 +62,7 @@ class CallEnded:
 Event = Reasoned | Said | CallBegun | CallArguments | CallEnded
 
 
+@dataclass(kw_only=True)
 class AnswerParser:
     """Reads one answer as it comes; holds back only what may be the beginning of a mark.
 
@@ -69,27 +70,22 @@ class AnswerParser:
     around reasoning and before calls is dropped, up to MAX_SPACE characters.
     """
 
-    def __init__(
-        self,
-        *,
-        tools: ToolFormat | None = None,
-        names: Collection[str] | None = None,
-        reasoning: Reasoning | None = None,
-        seed: str = "",
-    ) -> None:
-        """names: of the tools that may be called; None: any. seed: where the ids come from."""
-        self._calling = tools is not None
-        self._format = tools or FORMATS[-1]
-        self._names = names
-        self._reasoning = reasoning or Reasoning("", "")
-        self._seed = seed or secrets.token_hex(16)
+    tools: ToolFormat | None = None
+    names: Collection[str] | None = None  # of the tools that may be called; None: any
+    reasoning: Reasoning | None = None
+    seed: str = ""  # where the ids come from
+
+    def __post_init__(self) -> None:
+        self._format = self.tools or FORMATS[-1]
+        self._marks = self.reasoning or Reasoning("", "")
+        self._seed = self.seed or secrets.token_hex(16)
         self._held = ""
         self._final = False
         self._events: list[Event] = []
         self._calls = 0
         self._depth = 0  # of brackets in the arguments
         self._quoted = False  # whether in a string there
-        self._step: _Step = self._start if reasoning else self._answer
+        self._step: _Step = self._start if self.reasoning else self._answer
         self._after = self._step  # once white space has been dropped
 
     def push(self, text: str, *, final: bool = False) -> list[Event]:
@@ -138,7 +134,7 @@ class AnswerParser:
 
     def _start(self) -> bool:
         """The answer may begin with a mark of reasoning."""
-        marks = {self._reasoning.opening: self._reason, self._reasoning.closing: self._answer}
+        marks = {self._marks.opening: self._reason, self._marks.closing: self._answer}
         space = _space(self._held)
         rest = self._held[space:]
         for mark, after in marks.items():
@@ -146,14 +142,10 @@ class AnswerParser:
                 return self._go(self._gap, space + len(mark), after)
         if space < MAX_SPACE and not self._final and any(mark.startswith(rest) for mark in marks):
             return False
-        return (
-            self._go(self._gap, 0, self._reason)
-            if self._reasoning.begun
-            else self._go(self._answer)
-        )
+        return self._go(self._gap, 0, self._reason) if self._marks.begun else self._go(self._answer)
 
     def _reason(self) -> bool:
-        closing = self._reasoning.closing
+        closing = self._marks.closing
         if not self._until(closing, Reasoned):
             return False
         return self._go(self._gap, self._held.index(closing) + len(closing), self._answer)
@@ -164,7 +156,7 @@ class AnswerParser:
         )
 
     def _content(self) -> bool:
-        if not self._calling:
+        if self.tools is None:
             self._tell(Said, len(self._held))
             return False
         return self._until(self._format.opening, Said) and self._go(self._first)
@@ -184,7 +176,7 @@ class AnswerParser:
 
     def _begin(self, found: re.Match[str]) -> bool:
         name = next(filter(None, found.groups()))
-        if self._held[found.end()] != "{" or (self._names is not None and name not in self._names):
+        if self._held[found.end()] != "{" or (self.names is not None and name not in self.names):
             return False
         digest = hashlib.blake2b(f"{self._seed}/{self._calls}".encode()).hexdigest()
         id_ = digest[:9] if self._format.short_ids else f"call_{digest[:24]}"

@@ -16,7 +16,6 @@ from squall.text.tool_formats import ToolFormat as ToolFormat
 from squall.text.tool_formats import tool_format as tool_format
 
 MAX_SCHEMA = 100_000  # characters of a tool's parameters
-MAX_DESCRIPTION = 20_000
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 _OPEN = frozenset({
     "additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf",
@@ -38,10 +37,8 @@ class Tool:
             raise InvalidRequest(
                 f"{str(self.name)[:80]!r} is no name of a tool; use 1 to 64 letters, digits and _.-"
             )
-        if not isinstance(self.description, str) or len(self.description) > MAX_DESCRIPTION:
-            raise self._wrong(
-                f"a description must be a text of at most {MAX_DESCRIPTION} characters"
-            )
+        if not isinstance(self.description, str):
+            raise self._wrong("the description must be a text")
         parameters = self.parameters
         if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
             raise self._wrong('parameters must be a JSON Schema with "type": "object"')
@@ -50,9 +47,7 @@ class Tool:
         except (TypeError, ValueError, RecursionError) as error:
             raise self._wrong(f"parameters are no JSON: {error}") from None
         if size > MAX_SCHEMA:
-            raise self._wrong(
-                f"parameters have {size} characters; at most {MAX_SCHEMA} are allowed"
-            )
+            raise self._wrong(f"parameters have {size} characters; at most {MAX_SCHEMA} may be")
 
     @classmethod
     def of(cls, given: object, where: str = "the tool") -> Tool:
