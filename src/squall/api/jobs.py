@@ -197,6 +197,8 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
         answer_s = max(usage.answer_s for usage in every)
         whole_s = max(usage.queue_s + usage.running_s for usage in every)
         dropped = sum(usage.dropped_tokens for usage in prompts)
+        accepted = sum(usage.accepted_tokens for usage in every)
+        guessed = sum(usage.guessed_tokens for usage in every)
         return responses.Usage(
             completion_tokens=answer,
             prompt_tokens=prompt,
@@ -208,6 +210,9 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
             total_prompt_time_sec=prompt_s,
             total_completion_time_sec=answer_s,
             prompt_tokens_details=responses.PromptTokensDetails(cached, dropped),
+            completion_tokens_details=responses.CompletionTokensDetails(
+                accepted_prediction_tokens=accepted, rejected_prediction_tokens=guessed - accepted
+            ),
         )
 
     def _take(self, index: int, piece: Piece) -> tuple[int, str]:
