@@ -42,12 +42,8 @@ from squall.text.tools import Tool
 from squall.weights import Progress, WeightStore
 
 Message = Mapping[str, str]
-<<<<<<< HEAD
-Prompt = str | Sequence[int] | Sequence[Message]
-Prepared = tuple[Checkpoint, Recipe, Plan]
-=======
 Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
->>>>>>> api
+Prepared = tuple[Checkpoint, Recipe, Plan]
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64

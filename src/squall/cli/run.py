@@ -14,11 +14,7 @@ import typer
 
 from squall.cli.flags import HELP_OF, TEXT, command
 from squall.cli.opening import ModelFlags
-<<<<<<< HEAD
-from squall.cli.options import ChatTemplate, ContextSize, DraftModel, Stop
-=======
-from squall.cli.options import ChatTemplate, ContextSize, Stop, read_text
->>>>>>> api
+from squall.cli.options import ChatTemplate, ContextSize, DraftModel, Stop, read_text
 from squall.cli.selectors import Selected
 from squall.engine.sampling import SamplingFields
 from squall.errors import InvalidRequest
@@ -55,9 +51,7 @@ class RunFlags(SamplingFields, ModelFlags):
     chat_template: ChatTemplate = None
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False
     context: ContextSize = None
-<<<<<<< HEAD
     draft: DraftModel = None
-=======
     json_schema: Annotated[
         Path | None, typer.Option(help="A file with a JSON schema: answer in JSON that fits it.")
     ] = None
@@ -65,7 +59,6 @@ class RunFlags(SamplingFields, ModelFlags):
         Path | None, typer.Option(help="A file with a grammar, yacc's or Lark's, of the answer.")
     ] = None
     regex: Annotated[str | None, typer.Option(help="What the whole answer must match.")] = None
->>>>>>> api
     prompt: Annotated[str | None, typer.Argument(metavar=TEXT, help=HELP_OF[TEXT])] = None
 
     @property
