@@ -6,6 +6,7 @@ import codecs
 import json
 import time
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 
@@ -158,6 +159,12 @@ def test_only_what_may_begin_a_mark_is_held_back(row: ToolFormat) -> None:
     assert parser.push("you {a} [b] <c") == [Said(" you {a} [b] <c")]
     assert parser.push(" \n" + row.opening[0]) == []
     assert parser.push("~") == [Said(" \n" + row.opening[0] + "~")]
+
+
+def test_the_page_has_all_formats() -> None:
+    page = (Path(__file__).parents[2] / "docs/tools.md").read_text(encoding="utf-8")
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [row.name for row in FORMATS]
 
 
 def test_without_tools_all_is_said() -> None:

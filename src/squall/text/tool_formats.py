@@ -93,7 +93,7 @@ class ToolFormat:
     """
 
     name: str
-    told_by: str  # a regex that the source of a chat template has
+    told_by: str  # a regex that the source of a chat template begins with
     opening: str  # from here on it is a call
     heads: tuple[str, ...]
     tails: tuple[str, ...]
@@ -262,5 +262,5 @@ FORMATS = tuple(_rows())  # the last is our own
 
 def tool_format(source: str, tokenizer: Tokenizer) -> ToolFormat:
     """How the models of a chat template write calls; our own way where it does not say."""
-    row = next(row for row in FORMATS if re.search(row.told_by, source, re.DOTALL))
+    row = next(row for row in FORMATS if re.match(row.told_by, source, re.DOTALL))
     return row.bind(source, tokenizer)
