@@ -80,14 +80,8 @@ def test_the_format_is_told_from_the_template(name: str, smollm: Tokenizer) -> N
 
 def test_no_template_takes_long_to_tell(smollm: Tokenizer) -> None:
     started = time.thread_time()
-    for text in (
-        "<｜tool▁calls▁begin｜>",
-        "Action:",
-        "<tool_call>",
-        "arguments",
-        "<|tool_call|>",
-        " ",
-    ):
+    marks = (FORMATS[2].opening, "Action:", "<tool_call>", "arguments", "<|tool_call|>", " ")
+    for text in marks:
         tool_format((text * 100_000)[:100_000], smollm)
     assert time.thread_time() - started < 1
 

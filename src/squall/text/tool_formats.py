@@ -202,7 +202,8 @@ class ToolFormat:
             text += f" & ~/[ \\n]*{re.escape(reasoning.opening)}(?s:.*)/"
             rules.append(f"section{'' if '[' in closing[:2] else '[lazy]'}: ANY {closing}")
             rules.append(f"thought: SPACE? {opening} section")
-        starts = ["SPACE? opened"] if required else self._starts(tools)
+        forced = ["SPACE? opened", *["SPACE? calls"] * self.bare]
+        starts = forced if required else self._starts(tools)
         start = ("thought? " if "thought" in rules[-1] else "") + f"({' | '.join(starts)})"
         return Grammar("lark", "\n".join([f"start: {start}", *rules, text, _TERMINALS]))
 
