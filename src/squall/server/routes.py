@@ -17,11 +17,14 @@ from squall.api.jobs import chat_ids, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest
 from squall.errors import InvalidRequest
 from squall.model import Model
-from squall.server.answer import Answer, AnyJob
-from squall.server.errors import ApiError
+from squall.server.answer import Answer
+from squall.server.anthropic_messages import CountBody, Messages, MessagesBody
+from squall.server.dialect import AnyJob, Dialect
+from squall.server.errors import MESSAGES, ApiError
 from squall.server.gate import Visit
 from squall.server.limits import check_encoding, check_values
 from squall.server.metrics import CONTENT_TYPE
+from squall.server.openai_responses import Responses, ResponsesBody
 from squall.server.schemas import (
     Body,
     ChatBody,
@@ -33,7 +36,10 @@ from squall.server.schemas import (
 )
 from squall.server.service import Served, Service
 
-BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ReIsqBody)
+BODIES: tuple[type[Body], ...] = (
+    ChatBody, CompletionBody, ResponsesBody, MessagesBody, CountBody, TokenizeBody, DetokenizeBody,
+    ReIsqBody,
+)  # fmt: skip
 # The seed API has these; what they need is not there yet.
 NOT_YET = {"/activate_adapters": "adapters", "/v1/images/generations": "images"}
 OPENAPI_PATHS = ("/openapi.json", "/api-doc/openapi.json")
@@ -45,7 +51,7 @@ _Value = TypeVar("_Value")
 def add_routes(app: FastAPI, service: Service) -> None:
     """All routes of a server."""
     router = APIRouter()
-    for add in (_add_generation, _add_tokens, _add_models, _add_state, _add_not_yet):
+    for add in (_add_generation, _add_agents, _add_tokens, _add_models, _add_state, _add_not_yet):
         add(router, service)
     app.include_router(router)
     _add_documentation(app)
@@ -55,26 +61,69 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        return await _answer(service, request, ChatBody, start_chat, "chatcmpl")
+        return await _answer(
+            service, request, ChatBody, start_chat, lambda _, id: Dialect(f"chatcmpl-{id}")
+        )
 
     @router.post("/v1/completions", openapi_extra=_takes(CompletionBody))
     async def completions(request: Request) -> Response:
         """What comes after a text, or after each of several."""
-        return await _answer(service, request, CompletionBody, start_completion, "cmpl")
+        return await _answer(
+            service, request, CompletionBody, start_completion, lambda _, id: Dialect(f"cmpl-{id}")
+        )
+
+
+def _add_agents(router: APIRouter, service: Service) -> None:
+    @router.post("/v1/responses", openapi_extra=_takes(ResponsesBody))
+    async def responses(request: Request) -> Response:
+        """OpenAI's Responses: the next items of a conversation."""
+        body, served = await _read(service, request, ResponsesBody, generates=True)
+        tenant, id = _visit(request).tenant, body.previous_response_id
+        previous = service.kept.find(tenant, id, "previous_response_id") if id else None
+        told = Responses(served, body, partial(service.kept.keep, tenant))
+        start = partial(told.start, tenant, previous)
+        return Answer(service, served, start, told, stream=bool(body.stream))
+
+    @router.get("/v1/responses/{id}")
+    async def response(request: Request, id: str) -> Response:
+        """A response that was stored."""
+        told = service.kept.find(_visit(request).tenant, id)
+        return Response(told.response, media_type="application/json")
+
+    @router.delete("/v1/responses/{id}")
+    async def forget(request: Request, id: str) -> Response:
+        """Forget a response."""
+        service.kept.forget(_visit(request).tenant, id)
+        return JSONResponse({"id": id, "object": "response", "deleted": True})
+
+    @router.post(MESSAGES, openapi_extra=_takes(MessagesBody))
+    async def messages(request: Request) -> Response:
+        """Anthropic's Messages: the next message of a conversation."""
+        return await _answer(
+            service, request, MessagesBody, start_chat, lambda name, _: Messages(name)
+        )
+
+    @router.post(f"{MESSAGES}/count_tokens", openapi_extra=_takes(CountBody))
+    async def count_tokens(request: Request) -> Response:
+        """How many tokens the prompt of a message would have."""
+        body, served = await _read(service, request, CountBody)
+        ids = await _work(service, lambda: chat_ids(served.model, body.request()))
+        return JSONResponse({"input_tokens": len(ids)})
 
 
 async def _answer(
-    service: Service, request: Request, kind: type[GenerationBody],
-    begin: Callable[..., AnyJob], prefix: str,
+    service: Service, request: Request, kind: type[GenerationBody | MessagesBody],
+    begin: Callable[..., AnyJob], tell: Callable[[str, str], Dialect],
 ) -> Response:  # fmt: skip
-    body, served = await _read(service, request, kind)
+    body, served = await _read(service, request, kind, generates=True)
     visit = _visit(request)
+    told = tell(served.name, visit.id)
 
     def start() -> AnyJob:
         asked = body.request(**served.defaults)
-        return begin(served.model, asked, id=f"{prefix}-{visit.id}", tenant=visit.tenant)
+        return begin(served.model, asked, id=told.id, tenant=visit.tenant)
 
-    return Answer(service, served, start, stream=bool(body.stream))
+    return Answer(service, served, start, told, stream=bool(body.stream))
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
@@ -184,12 +233,13 @@ def _visit(request: Request) -> Visit:
     return visit
 
 
-async def _read(service: Service, request: Request, kind: type[_BodyT]) -> tuple[_BodyT, Served]:
+async def _read(
+    service: Service, request: Request, kind: type[_BodyT], *, generates: bool = False
+) -> tuple[_BodyT, Served]:
     """The body, checked, and the model that it is for; raises ApiError and others of `to_api`."""
     service.check_ready()
     service.check_room()
     visit, served = _visit(request), service.sole
-    generates = issubclass(kind, GenerationBody)
     if generates and served is not None:
         visit.enter(served)  # before anything is read: the others' model is in the body
     check_encoding(request.headers.get("content-encoding"))
