@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from squall.api.requests import ChatCompletionRequest
@@ -11,43 +11,7 @@ from squall.engine.sampling import SamplingFields
 from squall.errors import InvalidRequest
 from squall.server.schemas import Body
 
-Message = dict[str, Any]
-SYSTEM = ("system", "developer")
-
-
-class Conversation:
-    """Messages of a chat. What the assistant does in a row is one message."""
-
-    def __init__(self, messages: Iterable[Message] = ()) -> None:
-        self.messages = list(messages)
-
-    def say(self, role: str, text: str) -> None:
-        """Somebody says something."""
-        last = self.messages[-1] if self.messages else {"role": ""}
-        if role == last["role"] == "assistant" and (last.get("tool_calls") or not last["content"]):
-            last["content"] = (last["content"] or "") + text
-        else:
-            self.messages.append({"role": role, "content": text})
-
-    def think(self, text: str) -> None:
-        """The assistant has thought something."""
-        last = self._assistant()
-        last["reasoning_content"] = last.get("reasoning_content", "") + text
-
-    def call(self, id: str, name: str, arguments: str) -> None:
-        """The assistant has called a tool."""
-        function = {"name": name, "arguments": arguments}
-        calls = self._assistant().setdefault("tool_calls", [])
-        calls.append({"id": id, "type": "function", "function": function})
-
-    def result(self, id: str, text: str) -> None:
-        """A tool has answered."""
-        self.messages.append({"role": "tool", "tool_call_id": id, "content": text})
-
-    def _assistant(self) -> Message:
-        if not self.messages or self.messages[-1]["role"] != "assistant":
-            self.messages.append({"role": "assistant", "content": None})
-        return self.messages[-1]
+Object = dict[str, Any]
 
 
 class AgentBody(Body, SamplingFields, frozen=True):
@@ -55,14 +19,38 @@ class AgentBody(Body, SamplingFields, frozen=True):
 
     stream: bool | None = None
 
-    def chat(self, messages: list[Message], system: str, **fields: Any) -> ChatCompletionRequest:
+    def chat(self, said: list[Object], system: str, **fields: Any) -> ChatCompletionRequest:
         """The same as a chat; a field that is None or empty says nothing."""
-        if system and messages and messages[0]["role"] in SYSTEM:  # templates have a place for one
-            system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
-        head = [{"role": "system", "content": system}] if system else []
-        said = {name: value for name, value in fields.items() if value not in (None, [])}
-        said |= self.model_dump(include=set(described(SamplingFields)), exclude_none=True)
-        return ChatCompletionRequest(messages=[*head, *messages], **said)
+        if system and said and said[0]["role"] in ("system", "developer"):
+            # Templates have a place for one.
+            system, said = f"{system}\n\n{said[0]['content']}", said[1:]
+        messages = [{"role": "system", "content": system}, *said] if system else said
+        given = {name: value for name, value in fields.items() if value not in (None, [])}
+        given |= self.model_dump(include=set(described(SamplingFields)), exclude_none=True)
+        return ChatCompletionRequest(messages=messages, **given)
+
+
+def say(said: list[Object], role: str, text: str) -> None:
+    """Somebody says something."""
+    if role == "assistant":
+        last = assistant(said)
+        last["content"] = (last["content"] or "") + text
+    else:
+        said.append({"role": role, "content": text})
+
+
+def call(said: list[Object], id: str, name: str, arguments: str) -> None:
+    """The assistant calls a tool."""
+    function = {"name": name, "arguments": arguments}
+    calls = assistant(said).setdefault("tool_calls", [])
+    calls.append({"id": id, "type": "function", "function": function})
+
+
+def assistant(said: list[Object]) -> Object:
+    """The message for what the assistant does now; all that it does in a row is one."""
+    if not said or said[-1]["role"] != "assistant":
+        said.append({"role": "assistant", "content": None})
+    return said[-1]
 
 
 def text_of(content: object, where: str) -> str:
@@ -79,17 +67,16 @@ def text_of(content: object, where: str) -> str:
     return "".join(texts)
 
 
-def tools(given: Sequence[Message] | None, kind: str, schema: str) -> list[Message]:
+def tools(given: Sequence[Object] | None, kind: str, schema: str) -> list[Object]:
     """Tools as chats have them; `schema` is the field of their parameters."""
+    names = {"name": "name", "description": "description", "parameters": schema, "strict": "strict"}
     found = []
-    for i, one in enumerate(given or ()):
-        if one.get("type", "custom") != kind:
-            wrong = shown(one.get("type"))
+    for i, tool in enumerate(given or ()):
+        if tool.get("type", "custom") != kind:
+            wrong = shown(tool.get("type"))
             raise InvalidRequest(f"tools[{i}].type is {wrong}; only {kind!r} is known")
-        function = {name: one.get(name) for name in ("name", "description", "strict")}
-        function["parameters"] = one.get(schema)
-        said = {name: value for name, value in function.items() if value is not None}
-        found.append({"type": "function", "function": said})
+        function = {to: tool[name] for to, name in names.items() if tool.get(name) is not None}
+        found.append({"type": "function", "function": function})
     return found
 
 

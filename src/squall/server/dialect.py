@@ -7,12 +7,11 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from squall.api.jobs import Job
 from squall.api.responses import ChatCompletionChunkResponse, Usage
-from squall.server.agents import Conversation
 from squall.server.errors import ApiError
 
 AnyJob = Job[Any, Any, Any]
@@ -46,27 +45,14 @@ class Dialect:
 
 @dataclass
 class Section:
-    """A part of an answer, of one kind: "reasoning", "text" or "call" (of a tool)."""
+    """A part of an answer: "reasoning", "text", or a "call" of a tool with its arguments."""
 
     kind: str
     index: int
-    call_id: str = ""
-    name: str = ""
-    texts: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """All of it so far; of a call the arguments."""
-        return "".join(self.texts)
-
-    def add(self, said: Conversation) -> None:
-        """Becomes a part of a conversation."""
-        if self.kind == "call":
-            said.call(self.call_id, self.name, self.text)
-        elif self.kind == "reasoning":
-            said.think(self.text)
-        else:
-            said.say("assistant", self.text)
+    call_id: str
+    name: str
+    text: str = ""
+    status: str = "in_progress"
 
 
 class Sections(Dialect, ABC):
@@ -86,12 +72,21 @@ class Sections(Dialect, ABC):
         self.sections: list[Section] = []
         self.finish_reason: str | None = None
         self.usage: Usage | None = None  # None: not begun
+        self.error: ApiError | None = None
+
+    @abstractmethod
+    def tell(self, what: str, new: str = "") -> Iterator[Event]:
+        """Events: "begin", "open", "more" or "close" for the last section, "end" or "failed"."""
+
+    @abstractmethod
+    def told(self) -> dict[str, Any]:
+        """The answer so far."""
 
     async def whole(self, job: AnyJob) -> str:
         async for chunk in job.chunks_async():
             self.part(job, chunk)
         self.end(job)
-        return json.dumps(self.final())
+        return json.dumps(self.told())
 
     def part(self, job: AnyJob, chunk: Any) -> bytes:
         return _encoded(self._take(job, chunk))
@@ -100,67 +95,43 @@ class Sections(Dialect, ABC):
         # Clients look for a text without asking whether there is one.
         nothing = [] if self.sections else self._open("text")
         self.usage = job.usage
-        return _encoded([*nothing, *self.close(self.sections[-1]), *self.finish()])
+        return _encoded([*nothing, *self._close(), *self.tell("end")])
 
     def failed(self, error: ApiError) -> bytes:
-        begin = [] if self.usage else self.begin()
-        return _encoded([*begin, self.failure(error)])
+        begin = [] if self.usage else self.tell("begin")
+        self.error, self.finish_reason = error, "error"
+        return _encoded([*begin, *self._close(), *self.tell("failed")])
 
     def _take(self, job: AnyJob, chunk: ChatCompletionChunkResponse) -> Iterator[Event]:
         if self.usage is None:
             self.usage = job.usage
-            yield from self.begin()
+            yield from self.tell("begin")
         for choice in chunk.choices:
-            delta = choice.delta
-            for kind, text in (("reasoning", delta.reasoning_content), ("text", delta.content)):
-                if text:
-                    yield from self._more(kind, text)
-            for call in delta.tool_calls:
+            yield from self._more("reasoning", choice.delta.reasoning_content)
+            yield from self._more("text", choice.delta.content or "")
+            for call in choice.delta.tool_calls:
                 if call.id is not None:
                     yield from self._open("call", call.id, call.function.name)
-                if call.function.arguments:
-                    yield from self._more("call", call.function.arguments)
+                yield from self._more("call", call.function.arguments)
             self.finish_reason = choice.finish_reason or self.finish_reason
 
     def _more(self, kind: str, text: str) -> Iterator[Event]:
-        if not self.sections or self.sections[-1].kind != kind:
-            yield from self._open(kind)
-        self.sections[-1].texts.append(text)
-        yield from self.more(self.sections[-1], text)
+        if text:
+            if not self.sections or self.sections[-1].kind != kind:
+                yield from self._open(kind)
+            self.sections[-1].text += text
+            yield from self.tell("more", text)
 
     def _open(self, kind: str, id: str = "", name: str = "") -> Iterator[Event]:
-        if self.sections:
-            yield from self.close(self.sections[-1])
+        yield from self._close()
         self.sections.append(Section(kind, len(self.sections), id, name))
-        yield from self.open(self.sections[-1])
+        yield from self.tell("open")
 
-    @abstractmethod
-    def begin(self) -> Iterable[Event]:
-        """Before all else."""
-
-    @abstractmethod
-    def open(self, section: Section) -> Iterable[Event]:
-        """A section begins."""
-
-    @abstractmethod
-    def more(self, section: Section, text: str) -> Iterable[Event]:
-        """Something is new in a section."""
-
-    @abstractmethod
-    def close(self, section: Section) -> Iterable[Event]:
-        """A section is complete, or cut if the answer is over."""
-
-    @abstractmethod
-    def finish(self) -> Iterable[Event]:
-        """The answer is over."""
-
-    @abstractmethod
-    def failure(self, error: ApiError) -> Event:
-        """There will be no answer."""
-
-    @abstractmethod
-    def final(self) -> dict[str, Any]:
-        """The whole answer, once it is over."""
+    def _close(self) -> Iterator[Event]:
+        if self.sections:
+            whole = self.finish_reason in (None, "stop", "tool_calls")
+            self.sections[-1].status = "completed" if whole else "incomplete"
+            yield from self.tell("close")
 
 
 def _encoded(events: Iterable[Event]) -> bytes:

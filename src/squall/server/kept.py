@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
 
 from squall.server.errors import ApiError
 
-
-class Told(NamedTuple):
-    """A response, and the messages up to and with it; both as JSON."""
-
-    response: bytes
-    messages: bytes
+Told = tuple[bytes, bytes]  # a response, and the items up to and with it, as JSON
 
 
 class Kept:
@@ -25,20 +19,17 @@ class Kept:
     def keep(self, tenant: str, id: str, told: Told) -> None:
         """Keep a new one, unless it alone is too large."""
         size = sum(map(len, told))
-        if size > self._most_bytes:
-            return
-        self._told[tenant, id] = told
-        self._bytes += size
+        if size <= self._most_bytes:
+            self._told[tenant, id] = told
+            self._bytes += size
         while len(self._told) > self._most or self._bytes > self._most_bytes:
-            self.forget(*next(iter(self._told)))
+            self._bytes -= sum(map(len, self._told.popitem(last=False)[1]))
 
     def find(self, tenant: str, id: str, param: str | None = None) -> Told:
         """Raises ApiError if the tenant has none such, or no longer."""
         if (tenant, id) not in self._told:
-            raise ApiError(
-                404, f"there is no response {id!r:.100}, or it is no longer kept; "
-                "send the whole conversation as input", "response_not_found", param=param,
-            )  # fmt: skip
+            why = f"there is no response {id!r:.100}, or it is no longer kept; give all as input"
+            raise ApiError(404, why, "response_not_found", param=param)
         self._told.move_to_end((tenant, id))
         return self._told[tenant, id]
 
