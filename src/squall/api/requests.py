@@ -34,7 +34,9 @@ ROLES: dict[str, str] = {"developer": "system"}
 # (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
 OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
 # Parts of a message's content that are texts, with where the text is.
-TEXT_PARTS: Mapping[str, str] = MappingProxyType({"text": "text", "refusal": "refusal"})
+TEXT_PARTS: Mapping[str, str] = MappingProxyType({
+    "text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"
+})  # fmt: skip
 
 
 ToolChoice = Enum("ToolChoice", "NoTools Auto")

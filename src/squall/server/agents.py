@@ -2,86 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from squall.api.requests import ChatCompletionRequest
-from squall.engine.fields import described, shown
-from squall.engine.sampling import SamplingFields
+from squall.engine.fields import shown
 from squall.errors import InvalidRequest
-from squall.server.schemas import Body
+from squall.server.schemas import GenerationBody
 
 Object = dict[str, Any]
+_KNOWN = ChatCompletionRequest.__dataclass_fields__.keys()
+_SYSTEM = ("system", "developer")
 
 
-class AgentBody(Body, SamplingFields, frozen=True):
-    """What their bodies have in common."""
+class AgentBody(GenerationBody, frozen=True):
+    """A chat in other words; the fields that only chats have are good as well."""
 
-    stream: bool | None = None
+    tool_type: ClassVar[str]
 
-    def chat(self, said: list[Object], system: str, **fields: Any) -> ChatCompletionRequest:
-        """The same as a chat; a field that is None or empty says nothing."""
-        if system and said and said[0]["role"] in ("system", "developer"):
-            # Templates have a place for one.
-            system, said = f"{system}\n\n{said[0]['content']}", said[1:]
-        messages = [{"role": "system", "content": system}, *said] if system else said
-        given = {name: value for name, value in fields.items() if value not in (None, [])}
-        given |= self.model_dump(include=set(described(SamplingFields)), exclude_none=True)
-        return ChatCompletionRequest(messages=messages, **given)
+    tools: list[Object] | None = None
+    tool_choice: Any = None
+    n: Literal[1] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Object | None = None
+
+    def chat(self, said: list[Object], system: object, **fields: Any) -> ChatCompletionRequest:
+        """The same as a chat; fields that are None say nothing."""
+        if system:  # one with what follows, as templates have a place for one
+            more = said.pop(0) if said and said[0]["role"] in _SYSTEM else None
+            after = [{"type": "text", "text": "\n\n"}, *parts(more["content"])] if more else []
+            said = [{"role": "system", "content": [*parts(system), *after]}, *said]
+        tools = [self._tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools or ())]
+        fields |= {"messages": said, "tools": tools, "tool_choice": _choice(self.tool_choice)}
+        given = {name: value for name, value in self.given().items() if name in _KNOWN}
+        own = {name: value for name, value in fields.items() if value is not None}
+        return ChatCompletionRequest(**{**given, **own})
+
+    def _tool(self, tool: Object, where: str) -> Object:
+        if tool.get("type", "custom") != self.tool_type:
+            wrong = shown(tool.get("type"))
+            raise InvalidRequest(f"{where}.type is {wrong}; only {self.tool_type!r} is known")
+        names = ("name", "description", "strict", "parameters", "input_schema")
+        function = {name: tool[name] for name in names if tool.get(name) is not None}
+        if "input_schema" in function:
+            function["parameters"] = function.pop("input_schema")
+        return {"type": "function", "function": function}
 
 
-def say(said: list[Object], role: str, text: str) -> None:
+def parts(content: Any) -> list[Any]:
+    """A content as a list of parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def turn(said: list[Object], role: str, *, new: bool = False) -> Object:
+    """The message for what somebody does now; what one does in a row is one, unless it is new."""
+    if new or not said or said[-1]["role"] != role:
+        said.append({"role": role})
+    return said[-1]
+
+
+def say(said: list[Object], role: str, content: object, *, new: bool = False) -> None:
     """Somebody says something."""
-    if role == "assistant":
-        last = assistant(said)
-        last["content"] = (last["content"] or "") + text
-    else:
-        said.append({"role": role, "content": text})
+    last = turn(said, role, new=new)
+    last["content"] = [*last.get("content", ()), *parts(content)]
 
 
 def call(said: list[Object], id: str, name: str, arguments: str) -> None:
     """The assistant calls a tool."""
     function = {"name": name, "arguments": arguments}
-    calls = assistant(said).setdefault("tool_calls", [])
+    calls = turn(said, "assistant").setdefault("tool_calls", [])
     calls.append({"id": id, "type": "function", "function": function})
 
 
-def assistant(said: list[Object]) -> Object:
-    """The message for what the assistant does now; all that it does in a row is one."""
-    if not said or said[-1]["role"] != "assistant":
-        said.append({"role": "assistant", "content": None})
-    return said[-1]
+def response_format(given: Any) -> Any:
+    """The form of the answer as chats have it; they say what is wrong with others."""
+    match given:
+        case {"type": "json_schema", **schema}:
+            return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
+    return given
 
 
-def text_of(content: object, where: str) -> str:
-    """The text of a message, result or thought, however it is given."""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        match part:
-            case {"text": str(text)} | {"refusal": str(text)}:
-                texts.append(text)
-            case _:
-                raise InvalidRequest(f"{where} is {shown(part)}; only texts are known")
-    return "".join(texts)
-
-
-def tools(given: Sequence[Object] | None, kind: str, schema: str) -> list[Object]:
-    """Tools as chats have them; `schema` is the field of their parameters."""
-    names = {"name": "name", "description": "description", "parameters": schema, "strict": "strict"}
-    found = []
-    for i, tool in enumerate(given or ()):
-        if tool.get("type", "custom") != kind:
-            wrong = shown(tool.get("type"))
-            raise InvalidRequest(f"tools[{i}].type is {wrong}; only {kind!r} is known")
-        function = {to: tool[name] for to, name in names.items() if tool.get(name) is not None}
-        found.append({"type": "function", "function": function})
-    return found
-
-
-def tool_choice(given: Any) -> Any:
-    """The choice as chats have it; they say what is wrong with others."""
+def _choice(given: Any) -> Any:
     match given:
         case {"type": "auto" | "none" as choice}:
             return choice
@@ -90,14 +91,6 @@ def tool_choice(given: Any) -> Any:
         case {"type": "function" | "tool", "name": name}:
             return {"type": "function", "function": {"name": name}}
         case {"type": "allowed_tools", "tools": [*allowed], **rest}:
-            mode = {**rest, "tools": list(map(tool_choice, allowed))}
+            mode = {**rest, "tools": list(map(_choice, allowed))}
             return {"type": "allowed_tools", "allowed_tools": mode}
-    return given
-
-
-def response_format(given: Any) -> Any:
-    """The form of the answer as chats have it; they say what is wrong with others."""
-    match given:
-        case {"type": "json_schema", **schema}:
-            return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
     return given

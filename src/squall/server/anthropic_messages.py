@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Annotated, Any
 
+from pydantic import Field
 from pydantic_core import from_json
 
-from squall.api.requests import ChatCompletionRequest
+from squall.api.requests import MOST_MESSAGES, ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
 from squall.server import agents
-from squall.server.agents import AgentBody, Object, text_of
+from squall.server.agents import AgentBody, Object
 from squall.server.dialect import Event, Section, Sections
 from squall.server.errors import MESSAGES
-from squall.server.schemas import FEW, Message, Parts
+from squall.server.schemas import Message, Parts
 
 _THINKS = {"enabled": {"enable_thinking": True}, "disabled": {"enable_thinking": False}}
 _REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
@@ -26,36 +26,42 @@ _BLOCKS = {
     "reasoning": ("thinking", "thinking", "thinking_delta"),
     "call": ("tool_use", "partial_json", "input_json_delta"),
 }
+_BLOCKS_ARE = (
+    "blocks are text, thinking, tool_use of id, name and input, or tool_result of tool_use_id and "
+    "content"
+)
 
 
 class CountBody(AgentBody, frozen=True):
     """POST /v1/messages/count_tokens."""
 
-    messages: Annotated[list[Message], FEW]
+    tool_type = "custom"
+
+    messages: Annotated[list[Message], Field(max_length=MOST_MESSAGES)]
     system: Parts | None = None
-    tools: Annotated[list[Object], FEW] | None = None
-    tool_choice: Object | None = None
     thinking: Object | None = None
     output_config: Object | None = None
+    stop_sequences: list[str] | None = None
 
-    def request(self, **fields: Any) -> ChatCompletionRequest:
+    def request(self, **defaults: Any) -> ChatCompletionRequest:
         """The same as a chat."""
         said: list[Object] = []
         for i, message in enumerate(self.messages):
-            _add(said, message, f"messages[{i}].content")
+            for block in agents.parts(message.content or ""):
+                _add(said, message.role, block, f"messages[{i}].content")
         if said and said[-1]["role"] == "assistant":
             raise InvalidRequest("messages must not end with an assistant's; give a user's")
-        choice, output = self.tool_choice or {}, self.output_config or {}
+        choice, output = self.tool_choice, self.output_config or {}
+        alone = isinstance(choice, dict) and choice.get("disable_parallel_tool_use")
         return self.chat(
             said,
-            text_of(self.system or "", "system"),
-            tools=agents.tools(self.tools, "custom", "input_schema"),
-            tool_choice=agents.tool_choice(self.tool_choice),
-            parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
+            self.system,
+            **defaults,
+            parallel_tool_calls=False if alone else None,
             chat_template_kwargs=_THINKS.get(str((self.thinking or {}).get("type"))),
             reasoning_effort=output.get("effort"),
             response_format=agents.response_format(output.get("format")),
-            **fields,
+            stop=self.stop_sequences,
         )
 
 
@@ -63,41 +69,24 @@ class MessagesBody(CountBody, frozen=True):
     """POST /v1/messages."""
 
     max_tokens: int
-    stop_sequences: list[str] | None = None
-
-    def request(self, **fields: Any) -> ChatCompletionRequest:
-        return super().request(max_tokens=self.max_tokens, stop=self.stop_sequences, **fields)
 
 
-def _add(said: list[Object], message: Message, where: str) -> None:
-    """A message becomes several where it has results of tools. Texts in a row are one."""
-    content = message.content or ""
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    for is_text, run in groupby(blocks, lambda block: block.get("type") == "text"):
-        if is_text:
-            agents.say(said, message.role, text_of(list(run), where))
-        else:
-            for block in run:
-                _add_block(said, block, where)
-
-
-def _add_block(said: list[Object], block: Object, where: str) -> None:
+def _add(said: list[Object], role: str, block: Object, where: str) -> None:
     match block:
+        case {"type": "text"}:
+            agents.say(said, role, [block])
         case {"type": "thinking", "thinking": str(text)}:
-            agents.assistant(said)["reasoning_content"] = text
+            agents.turn(said, "assistant")["reasoning_content"] = text
         case {"type": "redacted_thinking"}:
             pass
         case {"type": "tool_use", "id": str(id), "name": str(name), "input": dict(arguments)}:
             agents.call(said, id, name, json.dumps(arguments, ensure_ascii=False))
         case {"type": "tool_result", "tool_use_id": str(id)}:
-            text = "error: " * bool(block.get("is_error"))
-            text += text_of(block.get("content") or "", where)
-            said.append({"role": "tool", "tool_call_id": id, "content": text})
+            error = [{"type": "text", "text": "error: "}] if block.get("is_error") else []
+            content = [*error, *agents.parts(block.get("content") or "")]
+            said.append({"role": "tool", "tool_call_id": id, "content": content})
         case _:
-            raise InvalidRequest(
-                f"{where} has {shown(block)}; blocks are text, thinking, tool_use of id, name and "
-                "input, or tool_result of tool_use_id and content"
-            )
+            raise InvalidRequest(f"{where} has {shown(block)}; {_BLOCKS_ARE}")
 
 
 class Messages(Sections):
@@ -107,18 +96,23 @@ class Messages(Sections):
     silence = b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def tell(self, what: str, new: str = "") -> Iterator[Event]:
-        at, told = {"index": len(self.sections) - 1}, self.told()
+        at = {"index": len(self.sections) - 1}
         match what:
             case "begin":
-                yield {"type": "message_start", "message": told}
+                yield {"type": "message_start", "message": self.told()}
             case "open":
-                yield {"type": "content_block_start", **at, "content_block": told["content"][-1]}
+                yield {
+                    "type": "content_block_start",
+                    **at,
+                    "content_block": _block(self.sections[-1]),
+                }
             case "more":
                 _, name, type = _BLOCKS[self.sections[-1].kind]
                 yield {"type": "content_block_delta", **at, "delta": {"type": type, name: new}}
             case "close":
                 yield {"type": "content_block_stop", **at}
             case "end":
+                told = self.told()
                 stop = {name: told[name] for name in ("stop_reason", "stop_sequence")}
                 yield {"type": "message_delta", "delta": stop, "usage": told["usage"]}
                 yield {"type": "message_stop"}

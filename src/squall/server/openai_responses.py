@@ -13,10 +13,10 @@ from squall.api.requests import ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
 from squall.server import agents
-from squall.server.agents import AgentBody, Object, text_of
+from squall.server.agents import AgentBody, Object
 from squall.server.dialect import Event, Section, Sections
 from squall.server.kept import Told
-from squall.server.schemas import FEW, Parts
+from squall.server.schemas import Parts
 from squall.server.service import Served
 
 MOST_METADATA = 16
@@ -27,21 +27,25 @@ _ASKED: Object = {
     "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
     "top_p": None, "truncation": None,
 }  # fmt: skip
-_CODES = {429: "rate_limit_exceeded"}
 _IDS = {"text": "msg", "reasoning": "rs", "call": "fc"}
 _EVENTS = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
+_CUT = {"reason": "max_output_tokens"}
+_CACHE = {"cache_write_tokens": 0}
 _STATUS = {None: "in_progress", "error": "failed", "length": "incomplete", "canceled": "incomplete"}
+_ITEMS = (
+    "it must be a message of role and content, a function_call of call_id, name and arguments, "
+    "a function_call_output of call_id and output, or of type reasoning"
+)
 
 
 class ResponsesBody(AgentBody, frozen=True):
     """POST /v1/responses."""
 
+    tool_type = "function"
+
     input: Parts
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: Annotated[list[Object], FEW] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
     text: Object | None = None
     reasoning: Object | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -54,24 +58,23 @@ class ResponsesBody(AgentBody, frozen=True):
 
     def items(self, previous: list[Object]) -> list[Object]:
         """All that was said, without the instructions, which are for one answer."""
-        alone = isinstance(self.input, str)
-        return previous + ([{"role": "user", "content": self.input}] if alone else self.input)
+        given = self.input
+        return previous + (
+            [{"role": "user", "content": given}] if isinstance(given, str) else given
+        )
 
-    def request(self, items: list[Object], **defaults: Any) -> ChatCompletionRequest:
-        """The same as a chat, after all items."""
-        if self.truncation is not None:
-            defaults["truncate_sequence"] = self.truncation == "auto"
+    def after(self, items: list[Object], **defaults: Any) -> ChatCompletionRequest:
+        """What follows all these items, as a chat."""
         said: list[Object] = []
         for i, item in enumerate(items, len(self.input) - len(items)):
             _add(said, item, f"input[{i}]")
+        if self.truncation is not None:
+            defaults["truncate_sequence"] = self.truncation == "auto"
         return self.chat(
             said,
-            self.instructions or "",
+            self.instructions,
             **defaults,
             max_tokens=self.max_output_tokens,
-            tools=agents.tools(self.tools, "function", "parameters"),
-            tool_choice=agents.tool_choice(self.tool_choice),
-            parallel_tool_calls=self.parallel_tool_calls,
             response_format=agents.response_format((self.text or {}).get("format")),
             reasoning_effort=(self.reasoning or {}).get("effort"),
         )
@@ -80,21 +83,19 @@ class ResponsesBody(AgentBody, frozen=True):
 def _add(said: list[Object], item: Object, where: str) -> None:
     match item:
         case {"type": "function_call", "call_id": str(id), "name": str(name)}:
-            agents.call(said, id, name, text_of(item.get("arguments"), where))
+            agents.call(said, id, name, item.get("arguments", ""))
         case {"type": "function_call_output", "call_id": str(id), "output": output}:
-            text = text_of(output, where)
-            said.append({"role": "tool", "tool_call_id": id, "content": text})
-        case {"type": "reasoning"}:
-            text = text_of(item.get("content") or item.get("summary") or "", where)
-            agents.assistant(said)["reasoning_content"] = text
-        case {"role": str(role), "content": content} if item.get("type", "message") == "message":
-            agents.say(said, role, text_of(content, where))
+            said.append({"role": "tool", "tool_call_id": id, "content": output})
+        case {"type": "reasoning", "content": [{"text": str(text)}, *_]}:
+            agents.turn(said, "assistant")["reasoning_content"] = text
+        case {"type": "reasoning"}:  # of another server, which has not told it
+            pass
+        case {"role": str(role), "content": str() | [*_] as content, **rest} if (
+            rest.get("type", "message") == "message"
+        ):
+            agents.say(said, role, content, new=role != "assistant")
         case _:
-            raise InvalidRequest(
-                f"{where} is {shown(item)}; it must be a message of role and content, a "
-                "function_call of call_id, name and arguments, a function_call_output of call_id "
-                "and output, or of type reasoning"
-            )
+            raise InvalidRequest(f"{where} is {shown(item)}; {_ITEMS}")
 
 
 class Responses(Sections):
@@ -116,7 +117,7 @@ class Responses(Sections):
         """Begin to answer, after a previous response if there is one."""
         items = self._body.items(json.loads(previous[1]) if previous else [])
         self._items = json.dumps(items).encode()  # here, beside the event loop
-        asked = self._body.request(items, **self._served.defaults)
+        asked = self._body.after(items, **self._served.defaults)
         return start_chat(self._served.model, asked, id=self.id, tenant=tenant)
 
     def tell(self, what: str, new: str = "") -> Iterator[Event]:
@@ -126,8 +127,8 @@ class Responses(Sections):
         elif what in ("end", "failed"):
             response = self.told()
             if what == "end" and self._body.store is not False:
-                lists = (self._items, json.dumps(response["output"]).encode())
-                items = b"[" + b",".join(filter(None, (text[1:-1] for text in lists))) + b"]"
+                lists = (self._items[1:-1], json.dumps(response["output"]).encode()[1:-1])
+                items = b"[" + b",".join(filter(None, lists)) + b"]"
                 self._keep(self.id, (json.dumps(response).encode(), items))
             yield self._event(response["status"], response=response)
         else:
@@ -135,47 +136,40 @@ class Responses(Sections):
 
     def told(self) -> Object:
         status, usage, error = _STATUS.get(self.finish_reason, "completed"), self.usage, self.error
-        given = self._body.model_dump(include=set(_ASKED), exclude_none=True)
-        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        wrong = error and {
-            "code": _CODES.get(error.status, "server_error"),
-            "message": error.message,
-        }
         used = usage and {
-            "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {
-                **usage.prompt_tokens_details.to_dict(), "cache_write_tokens": 0
-            },
-            "output_tokens": usage.completion_tokens,
+            "input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
+            "input_tokens_details": _CACHE | usage.prompt_tokens_details.to_dict(),
             "output_tokens_details": usage.completion_tokens_details.to_dict(),
             "total_tokens": usage.total_tokens,
         }  # fmt: skip
         return {
             "id": self.id, "object": "response", "created_at": self.created, "status": status,
-            "error": wrong, "incomplete_details": cut, "model": self.model,
-            "output": list(map(self._item, self.sections)),
-            "usage": None if status == "in_progress" else used, **_ASKED, **given,
+            "error": error and {"code": "server_error", "message": error.message},
+            "incomplete_details": _CUT if status == "incomplete" else None,
+            "model": self.model, "output": list(map(self._item, self.sections)),
+            "usage": None if status == "in_progress" else used,
+            **_ASKED, **self._body.model_dump(include=set(_ASKED), exclude_none=True),
         }  # fmt: skip
 
     def _section_events(self, section: Section, what: str, new: str) -> Iterator[Event]:
-        item, kind = self._item(section), _EVENTS[section.kind]
-        at = {"item_id": item["id"], "output_index": section.index}
-        is_call = section.kind == "call"
-        where = at if is_call else {**at, "content_index": 0}
+        item, kind, index = self._item(section), _EVENTS[section.kind], section.index
+        at = {"item_id": item["id"], "output_index": index}
+        has_part = section.kind != "call"
+        at |= {"content_index": 0} if has_part else {}
         if what == "open":
-            yield self._event("output_item.added", output_index=section.index, item=item)
-            if not is_call:
-                yield self._event("content_part.added", **where, part=_part(section))
+            yield self._event("output_item.added", output_index=index, item=item)
+            if has_part:
+                yield self._event("content_part.added", **at, part=_part(section))
         elif what == "more":
-            yield self._event(f"{kind}.delta", **where, delta=new)
+            yield self._event(f"{kind}.delta", **at, delta=new)
         else:
-            done = {"name": section.name, "arguments": section.text}
+            called = {"name": section.name, "arguments": section.text}
             yield self._event(
-                f"{kind}.done", **where, **(done if is_call else {"text": section.text})
+                f"{kind}.done", **at, **({"text": section.text} if has_part else called)
             )
-            if not is_call:
-                yield self._event("content_part.done", **where, part=_part(section))
-            yield self._event("output_item.done", output_index=section.index, item=item)
+            if has_part:
+                yield self._event("content_part.done", **at, part=_part(section))
+            yield self._event("output_item.done", output_index=index, item=item)
 
     def _event(self, kind: str, **fields: Any) -> Event:
         self._number += 1

@@ -88,7 +88,7 @@ def _add_agents(router: APIRouter, service: Service) -> None:
     async def response(request: Request, id: str) -> Response:
         """A response that was stored."""
         told = service.kept.find(_visit(request).tenant, id)
-        return Response(told.response, media_type="application/json")
+        return Response(told[0], media_type="application/json")
 
     @router.delete("/v1/responses/{id}")
     async def forget(request: Request, id: str) -> Response:

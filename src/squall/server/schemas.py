@@ -58,20 +58,20 @@ def _prompt_shape(value: object) -> str:
 
 
 _WRONG = {"custom_error_type": "type", "custom_error_message": "has the wrong type"}
-FEW = Field(max_length=MOST_ITEMS)
+_FEW = Field(max_length=MOST_ITEMS)
 _MESSAGES = Field(max_length=MOST_MESSAGES)
 Text = Annotated[str, Tag("~str")]
-Texts = Annotated[Text | Annotated[list[str], FEW, Tag("~list")], Discriminator(_shape, **_WRONG)]
+Texts = Annotated[Text | Annotated[list[str], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)]
 Prompts = Annotated[
     Text
     | Annotated[list[int], Field(max_length=10 * MOST_ITEMS), Tag("~listint")]
-    | Annotated[list[str], FEW, Tag("~liststr")]
-    | Annotated[list[list[int]], FEW, Tag("~listlist")],
+    | Annotated[list[str], _FEW, Tag("~liststr")]
+    | Annotated[list[list[int]], _FEW, Tag("~listlist")],
     Discriminator(_prompt_shape, **_WRONG),
 ]
 
 Parts = Annotated[
-    Text | Annotated[list[dict[str, Any]], FEW, Tag("~list")], Discriminator(_shape, **_WRONG)
+    Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)
 ]
 
 
@@ -145,7 +145,7 @@ class GenerationBody(Body, SamplingFields, frozen=True):
     stop: Texts | None = None
     logit_bias: dict[int, float] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[int], FEW] | None = None
+    stop_token_ids: Annotated[list[int], _FEW] | None = None
 
     def request(self, **defaults: Any) -> ChatCompletionRequest | CompletionRequest:
         """The same for the Python API, which checks the ranges."""
