@@ -92,7 +92,7 @@ def _add(said: list[Object], role: str, block: Object, where: str) -> None:
 class Messages(Sections):
     """Tells an answer as a message."""
 
-    prefix = "msg"
+    prefix = "msg_"
     silence = b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def tell(self, what: str, new: str = "") -> Iterator[Event]:

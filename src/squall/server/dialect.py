@@ -19,12 +19,19 @@ Event = dict[str, Any]
 
 
 class Dialect:
-    """OpenAI's chats and completions: what the API gives is what is sent."""
+    """OpenAI's chats: what the API gives is what is sent."""
 
+    prefix = "chatcmpl-"
     silence = b": keep-alive\n\n"  # what a stream gets while there is nothing to tell
 
-    def __init__(self, id: str) -> None:
-        self.id = id
+    def __init__(self, body: Any, model: str, id: str) -> None:
+        self.body = body
+        self.model = model
+        self.id = f"{self.prefix}{id}"
+
+    def request(self, **defaults: Any) -> Any:
+        """What is asked of the API."""
+        return self.body.request(**defaults)
 
     async def whole(self, job: AnyJob) -> str:
         """The complete answer."""
@@ -41,6 +48,12 @@ class Dialect:
     def failed(self, error: ApiError) -> bytes:
         """What ends a stream in its middle."""
         return f"data: {error.body()}\n\n".encode()
+
+
+class Completions(Dialect):
+    """OpenAI's completions."""
+
+    prefix = "cmpl-"
 
 
 @dataclass
@@ -61,13 +74,9 @@ class Sections(Dialect, ABC):
     A whole answer is what the events have made, so that both are the same.
     """
 
-    prefix: str
-
-    def __init__(self, model: str) -> None:
-        # Not the request's id, which clients may give twice.
-        self.hex = uuid.uuid4().hex
-        super().__init__(f"{self.prefix}_{self.hex}")
-        self.model = model
+    def __init__(self, body: Any, model: str, id: str) -> None:  # noqa: ARG002
+        self.hex = uuid.uuid4().hex  # as clients may give a request's id twice
+        super().__init__(body, model, self.hex)
         self.created = int(time.time())
         self.sections: list[Section] = []
         self.finish_reason: str | None = None

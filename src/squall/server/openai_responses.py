@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from squall.api.jobs import ChatJob, start_chat
 from squall.api.requests import ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
 from squall.server import agents
 from squall.server.agents import AgentBody, Object
 from squall.server.dialect import Event, Section, Sections
-from squall.server.kept import Told
+from squall.server.kept import Kept
 from squall.server.schemas import Parts
-from squall.server.service import Served
 
 MOST_METADATA = 16
 # What responses repeat of their requests, and what they say of what was not given.
@@ -101,24 +100,20 @@ def _add(said: list[Object], item: Object, where: str) -> None:
 class Responses(Sections):
     """Tells an answer as a response, and keeps it."""
 
-    prefix = "resp"
+    prefix = "resp_"
 
-    def __init__(
-        self, served: Served, body: ResponsesBody, keep: Callable[[str, Told], None]
-    ) -> None:
-        super().__init__(served.name)
-        self._served = served
-        self._body = body
-        self._keep = keep
-        self._items = b""
+    def __init__(self, kept: Kept, tenant: str, body: ResponsesBody, *others: str) -> None:
+        super().__init__(body, *others)
+        name, id = "previous_response_id", body.previous_response_id
+        self._previous = kept.find(tenant, id, name)[1] if id else b"[]"
+        self._keep = partial(kept.keep, tenant, self.id)
         self._number = 0
 
-    def start(self, tenant: str, previous: Told | None) -> ChatJob:
-        """Begin to answer, after a previous response if there is one."""
-        items = self._body.items(json.loads(previous[1]) if previous else [])
+    def request(self, **defaults: Any) -> ChatCompletionRequest:
+        items = self.body.items(json.loads(self._previous))
         self._items = json.dumps(items).encode()  # here, beside the event loop
-        asked = self._body.after(items, **self._served.defaults)
-        return start_chat(self._served.model, asked, id=self.id, tenant=tenant)
+        request: ChatCompletionRequest = self.body.after(items, **defaults)
+        return request
 
     def tell(self, what: str, new: str = "") -> Iterator[Event]:
         if what == "begin":
@@ -126,10 +121,10 @@ class Responses(Sections):
             yield self._event("in_progress", response=self.told())
         elif what in ("end", "failed"):
             response = self.told()
-            if what == "end" and self._body.store is not False:
+            if what == "end" and self.body.store is not False:
                 lists = (self._items[1:-1], json.dumps(response["output"]).encode()[1:-1])
                 items = b"[" + b",".join(filter(None, lists)) + b"]"
-                self._keep(self.id, (json.dumps(response).encode(), items))
+                self._keep((json.dumps(response).encode(), items))
             yield self._event(response["status"], response=response)
         else:
             yield from self._section_events(self.sections[-1], what, new)
@@ -148,7 +143,7 @@ class Responses(Sections):
             "incomplete_details": _CUT if status == "incomplete" else None,
             "model": self.model, "output": list(map(self._item, self.sections)),
             "usage": None if status == "in_progress" else used,
-            **_ASKED, **self._body.model_dump(include=set(_ASKED), exclude_none=True),
+            **_ASKED, **self.body.model_dump(include=set(_ASKED), exclude_none=True),
         }  # fmt: skip
 
     def _section_events(self, section: Section, what: str, new: str) -> Iterator[Event]:

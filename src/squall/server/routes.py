@@ -19,7 +19,7 @@ from squall.errors import InvalidRequest
 from squall.model import Model
 from squall.server.answer import Answer
 from squall.server.anthropic_messages import CountBody, Messages, MessagesBody
-from squall.server.dialect import AnyJob, Dialect
+from squall.server.dialect import AnyJob, Completions, Dialect
 from squall.server.errors import MESSAGES, ApiError
 from squall.server.gate import Visit
 from squall.server.limits import check_encoding, check_values
@@ -51,7 +51,7 @@ _Value = TypeVar("_Value")
 def add_routes(app: FastAPI, service: Service) -> None:
     """All routes of a server."""
     router = APIRouter()
-    for add in (_add_generation, _add_agents, _add_tokens, _add_models, _add_state, _add_not_yet):
+    for add in (_add_generation, _add_kept, _add_tokens, _add_models, _add_state, _add_not_yet):
         add(router, service)
     app.include_router(router)
     _add_documentation(app)
@@ -61,29 +61,41 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        return await _answer(
-            service, request, ChatBody, start_chat, lambda _, id: Dialect(f"chatcmpl-{id}")
-        )
+        return await _answer(service, request, ChatBody, start_chat, Dialect)
 
     @router.post("/v1/completions", openapi_extra=_takes(CompletionBody))
     async def completions(request: Request) -> Response:
         """What comes after a text, or after each of several."""
-        return await _answer(
-            service, request, CompletionBody, start_completion, lambda _, id: Dialect(f"cmpl-{id}")
-        )
+        return await _answer(service, request, CompletionBody, start_completion, Completions)
 
-
-def _add_agents(router: APIRouter, service: Service) -> None:
     @router.post("/v1/responses", openapi_extra=_takes(ResponsesBody))
     async def responses(request: Request) -> Response:
         """OpenAI's Responses: the next items of a conversation."""
-        body, served = await _read(service, request, ResponsesBody, generates=True)
-        tenant, id = _visit(request).tenant, body.previous_response_id
-        previous = service.kept.find(tenant, id, "previous_response_id") if id else None
-        told = Responses(served, body, partial(service.kept.keep, tenant))
-        start = partial(told.start, tenant, previous)
-        return Answer(service, served, start, told, stream=bool(body.stream))
+        tell = partial(Responses, service.kept, _visit(request).tenant)
+        return await _answer(service, request, ResponsesBody, start_chat, tell)
 
+    @router.post(MESSAGES, openapi_extra=_takes(MessagesBody))
+    async def messages(request: Request) -> Response:
+        """Anthropic's Messages: the next message of a conversation."""
+        return await _answer(service, request, MessagesBody, start_chat, Messages)
+
+
+async def _answer(
+    service: Service, request: Request, kind: type[GenerationBody],
+    begin: Callable[..., AnyJob], tell: Callable[..., Dialect],
+) -> Response:  # fmt: skip
+    body, served = await _read(service, request, kind, generates=True)
+    visit = _visit(request)
+    told = tell(body, served.name, visit.id)
+
+    def start() -> AnyJob:
+        asked = told.request(**served.defaults)
+        return begin(served.model, asked, id=told.id, tenant=visit.tenant)
+
+    return Answer(service, served, start, told, stream=bool(body.stream))
+
+
+def _add_kept(router: APIRouter, service: Service) -> None:
     @router.get("/v1/responses/{id}")
     async def response(request: Request, id: str) -> Response:
         """A response that was stored."""
@@ -95,35 +107,6 @@ def _add_agents(router: APIRouter, service: Service) -> None:
         """Forget a response."""
         service.kept.forget(_visit(request).tenant, id)
         return JSONResponse({"id": id, "object": "response", "deleted": True})
-
-    @router.post(MESSAGES, openapi_extra=_takes(MessagesBody))
-    async def messages(request: Request) -> Response:
-        """Anthropic's Messages: the next message of a conversation."""
-        return await _answer(
-            service, request, MessagesBody, start_chat, lambda name, _: Messages(name)
-        )
-
-    @router.post(f"{MESSAGES}/count_tokens", openapi_extra=_takes(CountBody))
-    async def count_tokens(request: Request) -> Response:
-        """How many tokens the prompt of a message would have."""
-        body, served = await _read(service, request, CountBody)
-        ids = await _work(service, lambda: chat_ids(served.model, body.request()))
-        return JSONResponse({"input_tokens": len(ids)})
-
-
-async def _answer(
-    service: Service, request: Request, kind: type[GenerationBody | MessagesBody],
-    begin: Callable[..., AnyJob], tell: Callable[[str, str], Dialect],
-) -> Response:  # fmt: skip
-    body, served = await _read(service, request, kind, generates=True)
-    visit = _visit(request)
-    told = tell(served.name, visit.id)
-
-    def start() -> AnyJob:
-        asked = body.request(**served.defaults)
-        return begin(served.model, asked, id=told.id, tenant=visit.tenant)
-
-    return Answer(service, served, start, told, stream=bool(body.stream))
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
@@ -141,6 +124,13 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
             return model.encode(body.prompt, add_bos=body.add_special_tokens)
         given = {k: v for k, v in body.given().items() if k in ("messages", "chat_template_kwargs")}
         return chat_ids(model, ChatCompletionRequest(**given))
+
+    @router.post(f"{MESSAGES}/count_tokens", openapi_extra=_takes(CountBody))
+    async def count_tokens(request: Request) -> Response:
+        """How many tokens the prompt of a message would have."""
+        body, served = await _read(service, request, CountBody)
+        ids = await _work(service, lambda: chat_ids(served.model, body.request()))
+        return JSONResponse({"input_tokens": len(ids)})
 
     @router.post("/detokenize", openapi_extra=_takes(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
