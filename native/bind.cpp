@@ -212,9 +212,11 @@ NewVector<float> adjusted(const SamplerState& state, const Floats& logits,
   return out;
 }
 
-// (row of the logits, state, processed logits, banned ids, how many of the likeliest)
-using RowToSample =
-    std::tuple<size_t, const SamplerState*, std::optional<Floats>, std::vector<int32_t>, int>;
+using Mask = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+// (row of the logits, state, processed logits, banned ids, which ids are allowed, how many of the
+// likeliest)
+using RowToSample = std::tuple<size_t, const SamplerState*, std::optional<Floats>,
+                               std::vector<int32_t>, std::optional<Mask>, int>;
 // (id, log-probability, likeliest)
 using SampledRow = std::tuple<int32_t, double, std::vector<std::pair<int32_t, double>>>;
 
@@ -222,11 +224,14 @@ std::vector<SampledRow> sample(const Matrix& logits, const std::vector<RowToSamp
                                ThreadPool* pool) {
   const size_t vocab = logits.shape(1);
   std::vector<SamplerRow> rows;
-  for (const auto& [index, state, processed, banned, top] : wanted) {
+  for (const auto& [index, state, processed, banned, allowed, top] : wanted) {
     if (index >= logits.shape(0) || (processed && processed->size() != vocab) || vocab == 0)
       throw nb::value_error("a row is outside of the logits, or has not as many");
-    SamplerRow row{*state, {logits.data() + index * vocab, vocab}, {}, banned, top};
+    if (allowed && allowed->size() != (vocab + 31) / 32)
+      throw nb::value_error("a mask has not a bit for each logit");
+    SamplerRow row{*state, {logits.data() + index * vocab, vocab}, {}, banned, {}, top};
     if (processed) row.processed = {processed->data(), vocab};
+    if (allowed) row.allowed = {allowed->data(), allowed->size()};
     rows.push_back(row);
   }
   std::vector<Choice> choices;
@@ -415,6 +420,7 @@ NB_MODULE(_native, m) {
             s.extend(tokens, {static_cast<const uint8_t*>(breaks.data()), breaks.size()});
           },
           "tokens"_a, "breaks"_a)
+      .def("copy", [](const SamplerState& s) { return SamplerState(s); })
       .def("tokens", [](const SamplerState& s) { return new_vector<int32_t>(s.tokens()); })
       .def_prop_ro("length", [](const SamplerState& s) { return s.tokens().size(); })
       .def("adjusted", &adjusted, "logits"_a, "banned"_a);

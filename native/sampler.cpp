@@ -66,11 +66,43 @@ struct Scratch {
   Candidates kept, near;
 };
 
+// Which ids may be chosen, a block at a time.
+class Allowed {
+ public:
+  explicit Allowed(std::span<const uint32_t> words) : words_(words) {}
+
+  uint64_t block(size_t b) const {
+    if (words_.empty()) return ~uint64_t{0};
+    const uint64_t high = 2 * b + 1 < words_.size() ? words_[2 * b + 1] : 0;
+    return high << 32 | words_[2 * b];
+  }
+
+  // The logits of those; -infinity for the others.
+  void copy(std::span<const float> x, std::vector<float>& out) const {
+    out.resize(x.size());
+    for (size_t i = 0; i < x.size(); i += kBlock) {
+      const uint64_t bits = block(i / kBlock);
+      const size_t n = std::min(kBlock, x.size() - i);
+      if (bits == 0)
+        std::fill_n(&out[i], n, -INFINITY);
+      else if (bits == ~uint64_t{0})
+        std::copy_n(&x[i], n, &out[i]);
+      else
+        for (size_t j = 0; j < n; ++j) out[i + j] = bits >> j & 1 ? x[i + j] : -INFINITY;
+    }
+  }
+
+ private:
+  const std::span<const uint32_t> words_;
+};
+
 // A row and the largest logit of each of its blocks, by which most blocks are passed over.
 class Row {
  public:
-  explicit Row(std::span<const float> x) : x_(x), peaks_((x.size() + kBlock - 1) / kBlock) {
-    for (size_t b = 0; b < peaks_.size(); ++b) peaks_[b] = peak(block(b));
+  explicit Row(std::span<const float> x, const Allowed& allowed = Allowed({}))
+      : x_(x), peaks_((x.size() + kBlock - 1) / kBlock, -INFINITY) {
+    for (size_t b = 0; b < peaks_.size(); ++b)
+      if (allowed.block(b) != 0) peaks_[b] = peak(block(b));
     for (const float p : peaks_) top_ = std::max(top_, capped(p));
   }
 
@@ -119,6 +151,7 @@ class Row {
   std::vector<double> block_sums(const Weight& weight) const {
     std::vector<double> sums(peaks_.size());
     for (size_t b = 0; b < sums.size(); ++b) {
+      if (peaks_[b] == -INFINITY) continue;
       float w[kBlock] = {};
       weight(block(b), w);
       for (size_t half = kBlock / 2; half > 0; half /= 2)
@@ -283,12 +316,14 @@ Choice choose(const SamplerRow& row) {
     return choice;
   }
   std::span<const float> logits = row.processed.empty() ? row.logits : row.processed;
-  if (row.processed.empty() && (row.state.adjusts() || !row.banned.empty())) {
-    scratch.adjusted.assign(logits.begin(), logits.end());
-    row.state.adjust(scratch.adjusted, row.banned);
+  const Allowed allowed(row.allowed);
+  const bool adjusts = row.processed.empty() && (row.state.adjusts() || !row.banned.empty());
+  if (adjusts || !row.allowed.empty()) {
+    allowed.copy(logits, scratch.adjusted);
+    if (adjusts) row.state.adjust(scratch.adjusted, row.banned);
     logits = scratch.adjusted;
   }
-  const Row final(logits);
+  const Row final(logits, allowed);
   if (final.top() == -INFINITY) return choice;
   const SamplingOptions& o = row.state.options();
   const uint64_t position = row.state.tokens().size();

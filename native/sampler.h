@@ -60,6 +60,7 @@ struct SamplerRow {
   std::span<const float> logits;     // as the model gave them
   std::span<const float> processed;  // adjusted already; or empty
   std::span<const int32_t> banned;
+  std::span<const uint32_t> allowed;  // a bit an id, lowest first; or empty: every id is
   int top;  // how many of the likeliest to report; below 0: no log-probabilities at all
 };
 

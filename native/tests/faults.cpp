@@ -95,7 +95,7 @@ void test_rules() {
     }
   const SamplerState state({.temperature = 0.8, .top_p = 0.9, .seed = 3}, 0);
   const Floats logits = floats(1000, 3.0f);
-  const auto choice = [&] { return choose({state, logits, {}, {}, 5}); };
+  const auto choice = [&] { return choose({state, logits, {}, {}, {}, 5}); };
   const Choice a = choice(), b = strangely(choice);
   expect(a.token == b.token && a.logprob == b.logprob && a.top == b.top,
          "the caller's rules change no choice");

@@ -322,7 +322,7 @@ void test_pool() {
 int32_t sample(const std::vector<float>& logits, const SamplingOptions& options, size_t position) {
   SamplerState state(options, 0);
   state.extend(std::vector<int32_t>(position), {});
-  return choose({state, logits, {}, {}, 2}).token;
+  return choose({state, logits, {}, {}, {}, 2}).token;
 }
 
 void test_sampler() {

@@ -110,6 +110,8 @@ class SamplerState:
 
     def extend(self, tokens: Sequence[int], breaks: bytes) -> None: ...
 
+    def copy(self) -> SamplerState: ...
+
     def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]: ...
 
     @property
@@ -119,7 +121,7 @@ class SamplerState:
 
 LOGITS_ARE_NAN: int = -2
 
-def sample(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Sequence[tuple[int, SamplerState, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, Sequence[int], int]], pool: ThreadPool | None) -> list[tuple[int, float, list[tuple[int, float]]]]: ...
+def sample(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Sequence[tuple[int, SamplerState, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, Sequence[int], Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, int]], pool: ThreadPool | None) -> list[tuple[int, float, list[tuple[int, float]]]]: ...
 
 class Tile:
     @property

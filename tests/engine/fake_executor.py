@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class FakeExecutor:
     """Keeps tokens instead of keys and values.
 
     `fail` is raised by the next step. After `hold` the next step waits; `let` lets some go. Logits
-    of sequences that begin with `nan` are NaN.
+    of sequences that begin with `nan` are NaN. logits: those after some ids.
     """
 
     threads, pool, isa, weight_bytes, kv_bytes, vocab = 1, None, "none", 0, 0, VOCAB
@@ -52,7 +53,9 @@ class FakeExecutor:
         context: int = 256,
         max_rows: int = 32,
         max_outputs: int = 16,
+        logits: Callable[[list[int]], NDArray[np.float32]] = expected,
     ) -> None:
+        self.logits = logits
         self.blocks = blocks
         self.block_size = block_size
         self.context = context
@@ -100,7 +103,7 @@ class FakeExecutor:
             seen = np.arange(batch.positions[row] + 1)
             blocks = batch.block_tables[sequence][seen // self.block_size]
             ids = self.slots[blocks * self.block_size + seen % self.block_size]
-            logits[i] = np.nan if ids[0] == self.nan else expected(ids.tolist())
+            logits[i] = np.nan if ids[0] == self.nan else self.logits(ids.tolist())
         return logits
 
     def _slots(self, batch: Batch) -> NDArray[np.int32]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_requests import GREEDY, Numbers, alone, idle, request, settle
+from engine_requests import (
+    GREEDY,
+    Follows,
+    Numbers,
+    alone,
+    any_request,
+    idle,
+    request,
+    settle,
+    told,
+)
 from fake_executor import VOCAB, FakeExecutor, Silent, expected
 from invariants import check_scheduler
 
@@ -18,8 +28,6 @@ from squall.engine.generation import Generation
 from squall.engine.request import Piece, Request, Scoring
 from squall.engine.sampling import Breakers, Dry, Sampling
 from squall.errors import SamplingFailed
-
-Told = tuple[str, list[int], list[object], str | None]
 
 
 class Foresight:
@@ -36,59 +44,10 @@ class Foresight:
         return [(i + (self._chance.integers(self._wrong) == 0)) % VOCAB for i in right]
 
 
-def told(generation: Generation) -> Told:
-    """All that is told of an answer, however it was cut into pieces."""
-    pieces = list(generation)
-    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
-    logprobs = [sampled for piece in pieces for sampled in piece.logprobs]
-    text = "".join(piece.text for piece in pieces)
-    return text, [i for piece in pieces for i in piece.ids], logprobs, pieces[-1].finish_reason
-
-
 def guessing(wanted: Request, answer: Sequence[int], **options: Any) -> Request:
     """The same request with a proposer that is partly wrong."""
     given = {name: getattr(wanted, name) for name in Request.__dataclass_fields__}
     return Request(**given | {"proposer": Foresight(wanted.ids, answer), **options})
-
-
-def avoid_the_last(logits: np.ndarray, ids: np.ndarray) -> None:
-    logits[ids[-1]] -= 20
-
-
-def same_parity(ids: Sequence[int], guessed: Sequence[int]) -> Iterable[int]:
-    """An id must be even after an odd one, and the other way round."""
-    return range([*ids, *guessed][-1] % 2, VOCAB, 2)
-
-
-def any_request(rng: np.random.Generator, stems: list[list[int]]) -> Request:
-    """One that uses what there is, by chance."""
-
-    def sometimes(value: Any, otherwise: Any) -> Any:
-        return otherwise if rng.integers(3) else value
-
-    breakers = Breakers(("7",), lambda token: str(token).encode())
-    sampling = Sampling(
-        temperature=float(rng.integers(3)),
-        top_p=0.9,
-        seed=int(rng.integers(9)),
-        frequency_penalty=sometimes(1.0, 0.0),
-        repetition_penalty=sometimes(1.2, 1.0),
-        dry=sometimes(Dry(2.0, breakers=breakers), None),
-        min_tokens=sometimes(9, 0),
-        logits_processors=sometimes((avoid_the_last,), ()),
-        logit_bias=sometimes({3: 20.0}, {}),
-    )
-    return request(
-        stems[rng.integers(3)][: rng.integers(31)] + rng.integers(VOCAB, size=2).tolist(),
-        max_tokens=int(rng.integers(1, 16)),
-        sampling=sampling,
-        logprobs=sometimes(2, None),
-        stop=sometimes(("13", "50"), ()),
-        stop_ids=frozenset(rng.integers(VOCAB, size=sometimes(10, 0)).tolist()),
-        ignore_eos=sometimes(True, False),
-        chunk=sometimes(3, None),
-        constraint=sometimes(same_parity, None),
-    )
 
 
 @pytest.mark.parametrize("blocks", [14, 64])
@@ -190,6 +149,28 @@ def test_a_prompt_may_end_in_cached_guesses(engine: Engine) -> None:
     assert second.ids == alone(again)
 
 
+def test_guesses_share_the_rows_of_a_step(executor: FakeExecutor) -> None:
+    """Who has no guesses leaves its share to others."""
+    executor.max_outputs = 12
+    engine = Engine(executor, EngineConfig(max_seqs=4), text=Numbers)
+    asked: list[tuple[int, int]] = []
+
+    def propose(ids: Sequence[int], most: int) -> list[int]:
+        asked.append((ids[0], most))
+        return [7] * (most - 1)
+
+    executor.hold()
+    wanted = [request([i], max_tokens=30, proposer=propose) for i in (1, 2)] + [request([3])]
+    generations = [Generation(engine, one) for one in wanted]
+    executor.let()
+    for generation, one in zip(generations, wanted, strict=True):
+        generation.read()
+        assert generation.ids == alone(one)
+    # The first begins alone.
+    assert asked[asked.index((1, 4)) + 1] == (2, 6)
+    engine.close()
+
+
 def test_scoring_and_guesses(engine: Engine) -> None:
     ids, found = list(range(50)), []
 
@@ -240,17 +221,18 @@ def test_ids_that_the_model_does_not_have_are_not_guesses(engine: Engine) -> Non
 def test_a_constraint_prepares_while_the_executor_runs(
     engine: Engine, executor: FakeExecutor
 ) -> None:
-    asked: list[tuple[list[int], list[int]]] = []
+    asked: list[list[int]] = []
     threads, prepared = set(), threading.Event()
 
-    def odd_only(ids: Sequence[int], guessed: Sequence[int]) -> range:
-        asked.append((list(ids), list(guessed)))
+    def even(ids: Sequence[int]) -> range:
+        asked.append(list(ids))
         threads.add(threading.current_thread().name)
         prepared.set()
         return range(0, VOCAB, 2)
 
     executor.hold()
-    generation = Generation(engine, request([4] * 40, max_tokens=3, constraint=odd_only))
+    wanted = request([4] * 40, max_tokens=3, constraint=lambda: Follows(even))
+    generation = Generation(engine, wanted)
     executor.wait()
     assert not prepared.wait(0.05)  # the prompt is not complete in this step
     executor.let(1)
@@ -259,43 +241,103 @@ def test_a_constraint_prepares_while_the_executor_runs(
     executor.let()
     generation.read()
     assert all(token % 2 for token in generation.ids)
-    assert asked == [([4] * 40 + generation.ids[:i], []) for i in range(3)]
+    assert asked == [generation.ids[:i] for i in range(3)]
     assert "squall-engine" not in threads
 
 
 def test_a_constraint_is_asked_about_each_guess(engine: Engine) -> None:
     asked: list[list[int]] = []
 
-    def constraint(_: Sequence[int], guessed: Sequence[int]) -> range:
-        asked.append(list(guessed))
+    def uneven(ids: Sequence[int]) -> range:
+        asked.append(list(ids))
         return range(1, VOCAB, 2)
 
-    plain = Generation(engine, request([3], max_tokens=6, constraint=lambda *_: range(1, VOCAB, 2)))
+    plain = Generation(engine, request([3], max_tokens=6, constraint=lambda: Follows(uneven)))
     plain.read()
-    first, second = plain.ids[1:3]
+    asked.clear()
+    known, first, second = plain.ids[:3]
     guesses = {2: [first, second, 1, 8]}  # an odd one must not come
     wanted = request(
-        [3], max_tokens=6, constraint=constraint, proposer=lambda ids, _: guesses.get(len(ids), [])
+        [3],
+        max_tokens=6,
+        constraint=lambda: Follows(uneven),
+        proposer=lambda ids, _: guesses.get(len(ids), []),
     )
     generation = Generation(engine, wanted)
     generation.read()
     assert generation.ids == plain.ids
     assert generation.usage.accepted_tokens == 2
-    assert asked == [[], [], [first], [first, second], [first, second, 1],
-                     [first, second, 1, 8], [], []]  # fmt: skip
+    guessed = [[known, first, second, 1, 8][:i] for i in range(1, 6)]
+    assert asked == [[], *guessed, plain.ids[:4], plain.ids[:5]]
 
 
 @pytest.mark.parametrize(
-    "constraint",
-    [lambda *_: 1 / 0, lambda *_: None, lambda *_: ["a"], lambda *_: [2**40], list],
+    "options", [{}, {"ignore_eos": True}, {"sampling": Sampling(min_tokens=9)}]
 )
-def test_a_bad_constraint_ends_its_own_request(engine: Engine, constraint: Any) -> None:
+def test_a_matcher_ends_the_answer(engine: Engine, options: dict[str, Any]) -> None:
+    """With a token that belongs to it, also before `min_tokens`."""
+    path = {0: 7, 1: 9, 2: 5}  # nothing but 5, an end token, may come third
+
+    def others(ids: Sequence[int]) -> set[int]:
+        return set(range(VOCAB)) - {path[len(ids)]}
+
+    for end, text, ids in ((9, "7 9 ", [7, 9]), (None, "7 9 ", [7, 9, 5])):
+        if end is None and "ignore_eos" in options:
+            continue
+        wanted = request(
+            [2],
+            max_tokens=20,
+            constraint=lambda end=end: Follows(others, end),
+            stop_ids=frozenset({5}),
+            **options,
+        )
+        assert told(Generation(engine, wanted)) == (text, ids, [], "stop")
+
+
+def test_forced_tokens_take_one_step(engine: Engine) -> None:
+    path = [7, 9, 11, 13, 15, 17]
+
+    class Forced(Follows):
+        def __init__(self) -> None:
+            super().__init__(lambda ids: set(range(VOCAB)) - {*path[len(ids) :][:1]}, path[-1])
+
+        def forced(self, most: int) -> list[int]:
+            return path[len(self._ids) :][:most]
+
+    steps = engine.stats().counts.steps
+    generation = Generation(engine, request([2], max_tokens=20, constraint=Forced))
+    generation.read()
+    assert generation.ids == path
+    assert generation.usage.accepted_tokens == 6
+    assert engine.stats().counts.steps == steps + 1
+
+
+class BadMatcher(Follows):
+    """A matcher that fails in one of its methods."""
+
+    def __init__(self, name: str, result: Any) -> None:
+        super().__init__(lambda _: ())
+
+        def fail(*_: Any) -> Any:
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        setattr(self, name, fail)
+
+
+@pytest.mark.parametrize("result", [ZeroDivisionError(), 5, ["a"], [np.zeros(2**20, np.uint32)]])
+@pytest.mark.parametrize("name", ["allowed", "forced", "accept"])
+def test_a_bad_matcher_ends_its_own_request(engine: Engine, name: str, result: Any) -> None:
+    if name == "accept" and not isinstance(result, Exception):
+        return
     wanted = request([1], max_tokens=60)
     stays = Generation(engine, wanted)
-    with pytest.raises(SamplingFailed, match="the constraint failed"):
-        Generation(engine, request([2], constraint=constraint)).read()
+    with pytest.raises((SamplingFailed, ArithmeticError, TypeError, ValueError)):
+        Generation(engine, request([2], constraint=lambda: BadMatcher(name, result))).read()
+    none = request([2], constraint=lambda: Follows(lambda _: range(VOCAB)))
     with pytest.raises(SamplingFailed, match="no token"):
-        Generation(engine, request([2], constraint=lambda *_: range(VOCAB))).read()
+        Generation(engine, none).read()
     stays.read()
     assert stays.ids == alone(wanted)
     settle(engine)

@@ -256,6 +256,38 @@ def test_bans_and_biases_that_forbid() -> None:
     assert isinstance(failed, SamplingFailed)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 1.0}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.2},
+        {"repetition_penalty": 1.3, "logit_bias": {3: 9.0, 70: -math.inf}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("vocab", [31, 64, 65, 1000])
+def test_a_mask_is_a_ban_of_all_others(options: dict[str, Any], vocab: int) -> None:
+    """Whole blocks that are out or in, and some in part."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.standard_normal((64, vocab)).astype(np.float32)
+    for density in (0.02, 0.5, 1.0):
+        inside = rng.random(vocab) < density
+        inside[64:128], inside[128:192], inside[vocab // 2] = False, True, True
+        bits = np.pad(inside, (0, -vocab % 32))
+        mask = np.packbits(bits, bitorder="little").view(np.uint32)
+        out = np.flatnonzero(~inside).tolist()
+        states = [SamplerState(Sampling(seed=i, **options), [3, 9]) for i in range(len(logits))]
+        masked = sample_rows(logits, [RowSampling(s, (), 3, mask) for s in states])
+        assert masked == sample_rows(logits, [RowSampling(s, out, 3) for s in states])
+
+
+def test_a_mask_holds_whatever_processors_say() -> None:
+    wild = Sampling(0.0, logits_processors=(lambda x, _: np.arange(len(x), dtype=np.float32),))
+    mask = np.array([0b1010], np.uint32)
+    row = RowSampling(SamplerState(wild, []), allowed=mask)
+    assert sample_rows(np.zeros((1, 9), np.float32), [row]) == [Sampled(3, None, ())]
+    with pytest.raises(ValueError, match="mask"):
+        sample_rows(np.zeros((1, 33), np.float32), [row])
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 1, "min_p": 0.5}])
 @pytest.mark.parametrize("vocab", [2, 63, 64, 1000, 49152])
 def test_logprobs_are_the_models_own(options: dict[str, float], vocab: int) -> None:

@@ -49,14 +49,16 @@ OPTIONS = st.fixed_dictionaries(
     ids=st.lists(st.integers(-3, 160), max_size=20),
     banned=st.lists(st.integers(-3, 160), max_size=5),
     top=st.none() | st.integers(0, 20),
+    allowed=st.none() | st.lists(st.integers(0, 2**32 - 1), min_size=5, max_size=5),
     spoiled=st.none() | st.integers(0, 150),
 )
-def test_a_possible_token_or_an_error(
+def test_a_possible_token_or_an_error(  # noqa: PLR0913
     logits: NDArray[np.float32],
     options: dict[str, Any],
     ids: list[int],
     banned: list[int],
     top: int | None,
+    allowed: list[int] | None,
     spoiled: int | None,
 ) -> None:
     if spoiled is not None:
@@ -65,9 +67,13 @@ def test_a_possible_token_or_an_error(
     possible = {
         i for i, x in enumerate(logits) if x > -math.inf and i not in forbidden and i not in banned
     }
+    mask = None
+    if allowed is not None:
+        mask = np.array(allowed[: -(-len(logits) // 32)], np.uint32)
+        possible = {i for i in possible if allowed[i // 32] >> i % 32 & 1}
     before = logits.tobytes()
     state = SamplerState(Sampling(**(options | {"seed": 3})), ids, prompt_length=len(ids) // 2)
-    row = RowSampling(state, banned, top)
+    row = RowSampling(state, banned, top, mask)
     plain = RowSampling(SamplerState(Sampling(0.0), []))
     found, beside = sample_rows(np.stack([logits, np.ones_like(logits)]), [row, plain])
     assert logits.tobytes() == before

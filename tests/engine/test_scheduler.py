@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from invariants import check_scheduler
@@ -9,11 +11,13 @@ from invariants import check_scheduler
 from squall.engine.prefix_cache import PrefixCache
 from squall.engine.request import Request, Scoring
 from squall.engine.sampling import Sampling
-from squall.engine.scheduler import Chunk, Guess, Limits, Pace, Scheduler
-from squall.engine.sequence import Sequence
+from squall.engine.scheduler import Guess, Limits, Pace, Scheduler
+from squall.engine.sequence import Chunk, Sequence
 
 SIZE = 4
 GREEDY = Sampling(temperature=0, seed=0)
+# (sequence, most) -> at most so many guesses
+OneGuess = Callable[[Sequence, int], list[int]]
 
 
 def ignore(first: int, rows: object) -> None:
@@ -24,9 +28,7 @@ def sequence(
     number: int, tokens: list[int], *, scored: int | None = None, chunk: int | None = None
 ) -> Sequence:
     scoring = None if scored is None else Scoring(ignore, scored)
-    request = Request(
-        ids=tokens, sampling=GREEDY, scoring=scoring, chunk=chunk, proposer=lambda *_: []
-    )
+    request = Request(ids=tokens, sampling=GREEDY, scoring=scoring, chunk=chunk)
     return Sequence(request, number, list(tokens), len(tokens) - 1 if scored is None else scored)
 
 
@@ -40,11 +42,24 @@ def no_guess(_: Sequence, most: int) -> list[int]:
     return []
 
 
+def each(scheduler: Scheduler, guess: OneGuess) -> Guess:
+    """Sets what `guess` says for each sequence; they share the room."""
+
+    def guess_all(answers: list[Sequence], spare: int) -> None:
+        for left, one in zip(range(len(answers), 0, -1), answers, strict=True):
+            assert not one.guesses
+            if most := scheduler.reserve(one, spare // left):
+                one.guesses = guess(one, most)
+                spare -= len(one.guesses)
+
+    return guess_all
+
+
 def step(
-    scheduler: Scheduler, seconds: float = 0.01, guess: Guess = no_guess
+    scheduler: Scheduler, seconds: float = 0.01, guess: OneGuess = no_guess
 ) -> tuple[list[Chunk], list[Sequence]]:
     """A step and who is due a token."""
-    chunks = scheduler.plan(guess)
+    chunks = scheduler.plan(each(scheduler, guess))
     rows = sum(chunk.stop - chunk.start for chunk in chunks)
     assert rows <= scheduler.limits.rows
     assert sum(len(chunk.outputs) for chunk in chunks) <= scheduler.limits.outputs
@@ -220,7 +235,7 @@ def test_pace_follows_the_machine() -> None:
 def test_wrong_guesses_delay_and_preempt_nobody() -> None:
     """Who computes what in which step is as without them."""
 
-    def play(guess: Guess) -> tuple[list[list[tuple[int, int, int]]], int]:
+    def play(guess: OneGuess) -> tuple[list[list[tuple[int, int, int]]], int]:
         rng = np.random.default_rng(3)
         # No prefix is kept, as guesses may take the place of some.
         tested = Scheduler(PrefixCache(24, SIZE, limit=0), Limits(6, 32, 10))
@@ -293,18 +308,3 @@ def test_no_blocks_no_guesses() -> None:
     assert [len(one.blocks) for one in due] == [2, 1]
     assert not any(tested.append(one, 0) for one in due)
     assert [len(one.blocks) for one in due] == [2, 1]  # its known token has it now
-
-
-def test_who_has_no_proposer_leaves_its_share_to_others() -> None:
-    tested = scheduler(blocks=100, rows=32, outputs=12)
-    tested.add(sequence(0, [0]))
-    tested.add(Sequence(Request(ids=[1], sampling=GREEDY), 1, [1], 0))
-    asked: list[tuple[int, int]] = []
-
-    def guess(one: Sequence, most: int) -> list[int]:
-        asked.append((one.number, most))
-        return [7] * most
-
-    chunks, _ = step(tested, guess=guess)
-    assert asked == [(0, 10)]
-    assert [len(chunk.outputs) for chunk in chunks] == [11, 1]

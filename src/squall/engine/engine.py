@@ -21,6 +21,7 @@ from squall.engine.reply import Reply, Sink
 from squall.engine.request import Request
 from squall.engine.scheduler import Limits, Scheduler
 from squall.engine.sequence import Sequence
+from squall.engine.speculation import Speculation
 from squall.engine.stepping import Counts, Stepper
 from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
 from squall.executors import Executor
@@ -76,6 +77,7 @@ class Engine:
     """Answers many requests at a time. Any thread may call it.
 
     text: makes what turns the tokens of a request into text. stop_ids: the model's end tokens.
+    speculation: guesses how answers go on.
     on_death: called on the engine's thread when an error in a step has ended it.
     """
 
@@ -86,6 +88,7 @@ class Engine:
         *,
         text: Callable[[Request], TextStream],
         stop_ids: frozenset[int] = frozenset(),
+        speculation: Speculation | None = None,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
@@ -95,7 +98,7 @@ class Engine:
         self._text = text
         self._stop_ids = stop_ids
         self._scheduler = _scheduler(executor, config)
-        self._stepper = Stepper(self._scheduler, executor.vocab)
+        self._stepper = Stepper(self._scheduler, executor.vocab, speculation)
         self._replies = self._stepper.replies
         # The lock guards what other threads touch: from here to `_death`.
         self._lock = threading.Condition()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice, takewhile
 
+import numpy as np
+
 from squall.engine.request import FinishReason, Logits, Piece, Usage
-from squall.engine.sampling import RowSampling, Sampled, SamplerState
-from squall.engine.scheduler import Chunk
-from squall.engine.sequence import Sequence
+from squall.engine.sampling import Mask, RowSampling, Sampled, SamplerState
+from squall.engine.sequence import Chunk, Sequence
 from squall.text.stream import TextStream
 
 Sink = Callable[[Piece], None]
@@ -46,8 +46,8 @@ class Reply:
         self._on_cancel = on_cancel
         self._sampler = SamplerState(request.sampling, sequence.tokens)
         self._row = RowSampling(self._sampler, (), request.logprobs)
-        # What the constraint has prepared, a draw each.
-        self._banned: deque[list[int]] = deque()
+        self._matcher = None if request.constraint is None else request.constraint()
+        self._allowed: list[Mask] = []  # what the matcher has prepared, a draw each, the last first
         self._text = ""
         self._ids: list[int] = []
         self._logprobs: list[Sampled] = []
@@ -78,30 +78,50 @@ class Reply:
         if scoring is not None and len(rows) and start < self.usage.prompt_tokens:
             scoring.take(start, rows[: self.usage.prompt_tokens - start])
 
-    def propose(self, most: int, vocab: int) -> list[int]:
-        """What the proposer says may follow, as far as it can be drawn."""
+    @property
+    def room(self) -> int:
+        """How many guesses it may have."""
         # The last token is drawn after the others, and nothing is drawn after it.
-        most = min(most, self.max_tokens - self.usage.answer_tokens - 1)
-        if self.request.proposer is None or most < 1:
+        return self.max_tokens - self.usage.answer_tokens - 1
+
+    def propose(self, most: int, vocab: int) -> list[int]:
+        """What must follow or the proposer says may, as far as it can be drawn."""
+        most = min(most, self.room)
+        if most < 1:
             return []
-        found = self.request.proposer(self.sequence.tokens, most)
-        guesses = list(takewhile(range(vocab).__contains__, array("i", islice(found, most))))
-        self.usage.guessed_tokens += len(guesses)
-        return guesses
+        found = [] if self._matcher is None else [*islice(self._matcher.forced(most), most)]
+        if self.request.proposer is not None and (left := most - len(found)):
+            more = self.request.proposer([*self.sequence.tokens, *found], left)
+            found += islice(more, left)
+        return list(takewhile(range(vocab).__contains__, array("i", found)))
 
     def prepare(self) -> None:
-        """Ask the constraint what must not come next, nor after the guesses. Any thread may."""
-        known, guesses = self.sequence.tokens, self.sequence.guesses
-        assert self.request.constraint is not None
-        found = (self.request.constraint(known, guesses[:i]) for i in range(len(guesses) + 1))
-        self._banned = deque(array("i", ids).tolist() for ids in found)
+        """Ask the matcher what may come next, and after the guesses. Any thread may."""
+        assert self._matcher is not None
+        self._allowed = [*(self._matcher.allowed(self.sequence.guesses) or ())][::-1]
 
     def row(self) -> RowSampling:
         """How its next token is drawn."""
-        banned = self._banned.popleft() if self._banned else []
-        if self.usage.answer_tokens < self.request.sampling.min_tokens:
-            banned += self._stop_ids
-        return replace(self._row, banned=banned) if banned else self._row
+        allowed = self._allowed.pop() if self._allowed else None
+        early = self.usage.answer_tokens < self.request.sampling.min_tokens
+        # Where nothing but the end is allowed, it comes, however early.
+        early = early and (allowed is None or _more_than(self._stop_ids, allowed))
+        if allowed is None and not early:
+            return self._row
+        return replace(self._row, banned=[*self._stop_ids] if early else (), allowed=allowed)
+
+    def drafted(self, row: RowSampling | None, vocab: int) -> RowSampling:
+        """How a draft of so many ids draws its next guess. row: how it drew the last; None: none.
+
+        Raises what the request's own functions do.
+        """
+        guesses = self.sequence.guesses
+        row = row or RowSampling(self._sampler.fork())
+        row.state.extend(guesses[-1:])
+        allowed = self._matcher and self._matcher.allowed(guesses)
+        early = self.usage.answer_tokens + len(guesses) < self.request.sampling.min_tokens
+        mask = allowed[-1][: -(-vocab // 32)] if allowed else None
+        return replace(row, banned=[*self._stop_ids] if early else (), allowed=mask)
 
     def push(self, sampled: Sampled) -> FinishReason | None:
         """Go on with a sampled token; why the answer ends with it, if it does."""
@@ -116,9 +136,12 @@ class Reply:
         if self.request.logprobs is not None:
             self._logprobs.append(sampled)
         stopped = token in self._stop_ids
+        if self._matcher is not None:
+            self._matcher.accept(token)
         if not stopped:
             self._text += self._stream.push(token)
-            stopped = self._stream.stopped
+            finished = self._matcher is not None and self._matcher.finished
+            stopped = self._stream.stopped or finished
         if not stopped and usage.answer_tokens < self.max_tokens:
             return None
         self._text += self._stream.finish()
@@ -139,3 +162,12 @@ class Reply:
         now_s = time.perf_counter()
         lap_s, self._since_s = now_s - self._since_s, now_s
         return lap_s
+
+
+def _more_than(ids: frozenset[int], allowed: Mask) -> bool:
+    """Whether others than these are allowed."""
+    left = allowed.copy()
+    for id_ in ids:
+        if id_ // 32 < len(left):
+            left[id_ // 32] &= ~np.uint32(1 << id_ % 32)
+    return bool(left.any())

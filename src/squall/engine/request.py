@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall.engine.fields import Number, check_fields, shown, whole
-from squall.engine.sampling import MOST_TOP_LOGPROBS, Sampled, Sampling
+from squall.engine.sampling import MOST_TOP_LOGPROBS, Mask, Sampled, Sampling
 from squall.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -19,12 +19,33 @@ Logits = NDArray[np.float32]
 # (ids, most) -> at most so many ids that may follow. It is asked before steps, on the engine's
 # thread, and changes how long an answer takes but never what it is.
 Proposer = Callable[[Sequence[int], int], Iterable[int]]
-# (ids, guessed) -> the ids that must not follow these. It is asked before each draw, on a thread of
-# its own while the executor computes the logits for it. A guess may be one that must not come; then
-# what must not follow it does not matter.
-Constraint = Callable[[Sequence[int], Sequence[int]], Iterable[int]]
 
 _ID_LIMIT = 2**31
+
+
+class Matcher(Protocol):
+    """What may follow in one answer. One thread at a time calls it."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow any more; then the answer ends."""
+
+    def allowed(self, guesses: Sequence[int]) -> Sequence[Mask] | None:
+        """`1 + len(guesses)` masks: what may come now, and after each guess; None: anything.
+
+        It is asked before draws, on a thread of its own while the executor computes the logits for
+        them. After a guess that must not come the masks do not matter.
+        """
+
+    def forced(self, most: int) -> Sequence[int]:
+        """At most so many ids that must follow, or nearly; they are computed in one step."""
+
+    def accept(self, token: int) -> None:
+        """`token` was drawn."""
+
+
+# Starts the matcher of an answer; several answers of one request have one each.
+Constraint = Callable[[], Matcher]
 
 
 def _check_whole(name: str, value: object, least: int, most: float = math.inf) -> None:
@@ -87,7 +108,8 @@ class Request:
         `Usage.dropped_tokens`, instead of refusing it. A span that would be cut is dropped whole.
     chunk: at most so many tokens of the prompt a step.
     continues: the answer goes on with a text, so a leading space belongs to it.
-    proposer: guesses how it goes on. constraint: says what must not come.
+    proposer: guesses how it goes on. constraint: starts what says how it may.
+    shown: control tokens whose names are part of the text; others have none.
     """
 
     ids: Sequence[int]
@@ -105,6 +127,12 @@ class Request:
     spans: tuple[Span, ...] = ()
     proposer: Proposer | None = None
     constraint: Constraint | None = None
+    shown: frozenset[int] = frozenset()
+
+    @property
+    def guessable(self) -> bool:
+        """Whether somebody may know how it goes on."""
+        return self.proposer is not None or self.constraint is not None
 
     def __post_init__(self) -> None:
         # Copies, so that nobody can change what was checked.

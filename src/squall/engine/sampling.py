@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ MOST_TOP_LOGPROBS = 20
 DRY_BREAKERS = ("\n", ":", '"', "*")
 
 Floats = NDArray[np.float32]
+Mask = NDArray[np.uint32]  # [ceil(vocab / 32)]: bit i % 32 of word i // 32 is of id i
 # (logits [vocab], which it may change, the sequence's ids) -> other logits, or None for the same
 LogitsProcessor = Callable[[Floats, NDArray[np.int32]], Floats | None]
 
@@ -210,6 +212,13 @@ class SamplerState:
         """How many tokens came after the prompt."""
         return len(self) - self.prompt_length
 
+    def fork(self) -> SamplerState:
+        """The same, to go on by itself, without the request's own processors."""
+        fork = copy(self)
+        fork.native = self.native.copy()
+        fork.sampling = replace(self.sampling, logits_processors=())
+        return fork
+
     def append(self, token: int) -> None:
         """The sequence goes on with `token`."""
         self.extend((token,))
@@ -235,12 +244,14 @@ class RowSampling:
     """What to sample from one row of logits.
 
     banned: ids that must not come now, such as stop ids before `min_tokens`.
+    allowed: no others may come; None: all may. Logits processors change nothing of that.
     top_logprobs: how many of the likeliest to report, 0 to 20; None: no log-probabilities at all.
     """
 
     state: SamplerState
     banned: Sequence[int] = ()
     top_logprobs: int | None = None
+    allowed: Mask | None = None
 
     def __post_init__(self) -> None:
         if self.top_logprobs is not None:
@@ -279,7 +290,7 @@ def sample_rows(
             results[i] = error
             continue
         top = -1 if row.top_logprobs is None else row.top_logprobs
-        wanted.append((i, row.state.native, processed, list(row.banned), top))
+        wanted.append((i, row.state.native, processed, list(row.banned), row.allowed, top))
     found = iter(_native.sample(logits, wanted, pool))
     return [
         _result(row, *next(found)) if result is None else result

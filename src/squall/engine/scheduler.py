@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from squall.engine.prefix_cache import PrefixCache
-from squall.engine.sequence import Sequence
+from squall.engine.sequence import Chunk, Sequence
 
 SHARED_S = 0.08
 ALONE_S = 0.5
@@ -21,8 +21,9 @@ FIRST_ROWS = 64
 LEAST_ROWS = 16
 MOST_ROWS = 2**31
 
-# (sequence, most) -> at most so many ids that may follow its tokens; it may remove the sequence.
-Guess = Callable[[Sequence, int], list[int]]
+# (sequences that get a row each, rows left) -> sets guesses of some, at most so many together and
+# where `Scheduler.reserve` gave room; it may remove sequences.
+Guess = Callable[[list[Sequence], int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +38,6 @@ class Limits:
     outputs: int
     prompt_rows: int = MOST_ROWS
     recompute: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens and guesses `start:stop` of a sequence; of `outputs` logits are wanted."""
-
-    of: Sequence
-    start: int
-    stop: int
-    outputs: range
-
-    @property
-    def due(self) -> bool:
-        """Whether it tells the logits after the last known token, so that the next can be drawn."""
-        return self.outputs.stop == self.stop >= len(self.of.tokens)
 
 
 class Pace:
@@ -109,7 +95,7 @@ class Scheduler:
         else:
             self._unqueue(sequence)
 
-    def plan(self, guess: Guess = lambda *_: []) -> list[Chunk]:
+    def plan(self, guess: Guess = lambda *_: None) -> list[Chunk]:
         """The chunks of the next step; empty only if nothing runs or waits."""
         self._grow()
         self._admit()
@@ -118,13 +104,11 @@ class Scheduler:
         rows_left = self.limits.rows - sum(chunk.stop - chunk.start for chunk in prompts)
         outputs_left = self.limits.outputs - sum(len(chunk.outputs) for chunk in prompts)
         spare = 0 if self.limits.recompute else min(rows_left, outputs_left) - len(answers)
+        if spare > 0 and answers:
+            guess(answers, spare)
         chunks = []
-        asking = len([sequence for sequence in answers if sequence.request.proposer is not None])
         for sequence in answers:
-            if sequence.request.proposer is not None:
-                self._take_guesses(sequence, spare // asking, guess)
-                spare -= len(sequence.guesses)
-                asking -= 1
+            self._fit(sequence)
             rows = range(sequence.computed, len(sequence.tokens) + len(sequence.guesses))
             chunks.append(Chunk(sequence, rows.start, rows.stop, rows))
         return chunks + prompts
@@ -151,11 +135,18 @@ class Scheduler:
             sequence.scored = len(sequence.tokens)
             self._set_computed(sequence, len(sequence.tokens))
             return True
+        # What wrong guesses left in the cache is overwritten.
         sequence.guesses.clear()
-        # What wrong guesses left in the cache is overwritten; blocks with nothing else are free.
-        while len(sequence.blocks) > self._needed(len(sequence.tokens)):
-            self.cache.pool.release(sequence.blocks.pop(), keep=False)
+        self._fit(sequence)
         return False
+
+    def reserve(self, sequence: Sequence, most: int) -> int:
+        """Blocks for its next guesses, for as many as there is room that nobody else needs."""
+        known, room = len(sequence.tokens), self.cache.pool.available + len(sequence.blocks)
+        most = max(min(most, room * self.cache.block_size - known), 0)
+        if most:
+            self._take(sequence, self._needed(known + most))
+        return most
 
     def restart(self) -> None:
         """Forget all that was computed: running requests begin again, and no prefix is known."""
@@ -191,15 +182,6 @@ class Scheduler:
         wanted = range(first, min(stop, first + outputs + 1))
         return Chunk(sequence, start, stop if chunk else wanted.stop, wanted)
 
-    def _take_guesses(self, sequence: Sequence, most: int, guess: Guess) -> None:
-        """Ask for guesses, as many as there is room for that nobody else needs in this step."""
-        room = self.cache.pool.available + len(sequence.blocks)
-        most = min(most, room * self.cache.block_size - len(sequence.tokens))
-        guesses = guess(sequence, most) if most > 0 else []
-        if guesses:
-            sequence.guesses = guesses
-            self._take(sequence, self._needed(len(sequence.tokens) + len(guesses)))
-
     def _grow(self) -> None:
         """Give running sequences room for the token they got; the youngest may have to leave."""
         size = self.cache.block_size
@@ -209,6 +191,12 @@ class Scheduler:
                     self._take(sequence, len(sequence.blocks) + 1)
                 else:
                     self._preempt(self.running[-1])
+
+    def _fit(self, sequence: Sequence) -> None:
+        """Give back blocks that no token or guess needs."""
+        needed = self._needed(len(sequence.tokens) + len(sequence.guesses))
+        while len(sequence.blocks) > needed:
+            self.cache.pool.release(sequence.blocks.pop(), keep=False)
 
     def _needed(self, tokens: int) -> int:
         """The blocks of so many tokens."""

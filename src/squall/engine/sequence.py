@@ -1,10 +1,14 @@
-"""The tokens of one request, and how far they are computed."""
+"""The tokens of one request, how far they are computed, and parts of them as a step."""
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from squall.batch import Batch
 from squall.engine.request import Request, Span
 
 
@@ -34,3 +38,43 @@ class Sequence:
     def pending(self) -> int:
         """Tokens known and not computed."""
         return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens and guesses `start:stop` of a sequence; of `outputs` logits are wanted."""
+
+    of: Sequence
+    start: int
+    stop: int
+    outputs: range
+
+    @property
+    def due(self) -> bool:
+        """Whether it tells the logits after the last known token, so that the next can be drawn."""
+        return self.outputs.stop == self.stop >= len(self.of.tokens)
+
+
+def batch_of(chunks: Collection[Chunk], vocab: int) -> Batch:
+    """A step that computes them. Ids that a model of `vocab` does not have become its last."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    bounds, outputs = [0], []
+    width = max(len(chunk.of.blocks) for chunk in chunks)
+    tables = np.zeros((len(chunks), width), np.int32)
+    for i, chunk in enumerate(chunks):
+        blocks, span = chunk.of.blocks, range(chunk.start, chunk.stop)
+        outputs += [len(tokens) + output - chunk.start for output in chunk.outputs]
+        tokens += chunk.of.tokens[chunk.start : chunk.stop]
+        known = len(chunk.of.tokens)
+        tokens += chunk.of.guesses[max(chunk.start - known, 0) : max(chunk.stop - known, 0)]
+        positions += span
+        bounds.append(len(tokens))
+        tables[i, : len(blocks)] = blocks
+    return Batch(
+        tokens=np.minimum(np.array(tokens, np.int32), vocab - 1),
+        positions=np.array(positions, np.int32),
+        bounds=np.array(bounds, np.int32),
+        block_tables=tables,
+        outputs=np.array(outputs, np.int32),
+    )

@@ -8,15 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-
 from squall._native import ThreadPool
-from squall.batch import Batch
 from squall.engine.reply import Reply
 from squall.engine.request import FinishReason, Logits
 from squall.engine.sampling import RowSampling, Sampled, sample_rows
-from squall.engine.scheduler import Chunk, Scheduler
-from squall.engine.sequence import Sequence
+from squall.engine.scheduler import Scheduler
+from squall.engine.sequence import Chunk, Sequence, batch_of
+from squall.engine.speculation import Speculation
 from squall.errors import SamplingFailed
 from squall.executors import Executor
 
@@ -49,14 +47,18 @@ class Counts:
 class Stepper:
     """Owns who is being answered. Everything is done on the engine's thread.
 
-    service_s: how long an answer takes lately. vocab: as many ids there are.
+    service_s: how long an answer takes lately. vocab: as many ids there are. speculation: guesses
+    for requests that have none of their own.
     """
 
-    def __init__(self, scheduler: Scheduler, vocab: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, vocab: int, speculation: Speculation | None = None
+    ) -> None:
         self.replies: dict[int, Reply] = {}
         self.counts = Counts()
         self.service_s = 1.0
         self._scheduler = scheduler
+        self._speculation = speculation
         self._vocab = vocab
         # Constraints prepare here, beside the steps; the thread begins with the first of them.
         self._beside = ThreadPoolExecutor(1, "squall-prepare")
@@ -74,6 +76,8 @@ class Stepper:
         """The request leaves; its blocks are free at once."""
         self._scheduler.remove(reply.sequence)
         del self.replies[reply.sequence.number]
+        if self._speculation is not None:
+            self._speculation.forget(reply.sequence.number)
         self.tell_end(reply, reason, error)
         if reason in ("stop", "length"):
             self.service_s += (reply.usage.running_s - self.service_s) / 8
@@ -92,7 +96,7 @@ class Stepper:
         Raises what `executor.step` does: what is in the KV cache is unknown then.
         """
         started_s = time.perf_counter()
-        chunks = self._scheduler.plan(self._propose)
+        chunks = self._scheduler.plan(self._guess)
         chunks = [chunk for chunk in chunks if chunk.of.number in self.replies]
         if not chunks:
             return
@@ -113,20 +117,33 @@ class Stepper:
         counts.last_step_s = step_s
         counts.longest_step_s = max(counts.longest_step_s, step_s)
 
-    def _propose(self, sequence: Sequence, most: int) -> list[int]:
-        reply = self.replies[sequence.number]
+    def _guess(self, answers: list[Sequence], spare: int) -> None:
+        """Set what must follow or its request says may, and then what pays."""
+        asking = [sequence for sequence in answers if sequence.request.guessable]
+        for left, sequence in zip(range(len(asking), 0, -1), asking, strict=True):
+            most = self._scheduler.reserve(sequence, spare // left)
+            sequence.guesses = self._propose(self.replies[sequence.number], most)
+            spare -= len(sequence.guesses)
+        if self._speculation is not None:
+            found = (self.replies.get(sequence.number) for sequence in answers)
+            free = [reply for reply in found if reply and not reply.sequence.guesses]
+            self._speculation.guess(free, len(answers), spare, self._scheduler.reserve)
+        for sequence in answers:
+            if sequence.guesses:
+                self.counts.guessed_tokens += len(sequence.guesses)
+                self.replies[sequence.number].usage.guessed_tokens += len(sequence.guesses)
+
+    def _propose(self, reply: Reply, most: int) -> list[int]:
         try:
-            guesses = reply.propose(most, self._vocab)
+            return reply.propose(most, self._vocab)
         except Exception as error:
             self.end(reply, "error", error)
             return []
-        self.counts.guessed_tokens += len(guesses)
-        return guesses
 
     def _compute(self, executor: Executor, chunks: Collection[Chunk]) -> Logits:
         """The logits; while they are computed, constraints prepare what is needed to draw."""
         due = [self.replies[c.of.number] for c in chunks if c.of.request.constraint and c.due]
-        batch = _batch(chunks)
+        batch = batch_of(chunks, self._vocab)
         prepared = [
             (reply, self._beside.submit(reply.prepare)) for reply in due if reply.max_tokens
         ]
@@ -135,6 +152,8 @@ class Stepper:
         executor_s = time.perf_counter() - called_s
         self.counts.executor_s += executor_s
         self._scheduler.pace.observe(len(batch.tokens), executor_s)
+        if self._speculation is not None and all(map(_is_answer, chunks)):
+            self._speculation.cost.observe(len(batch.tokens), executor_s)
         for reply, preparing in prepared:
             if error := preparing.exception():
                 self.end(reply, "error", SamplingFailed(f"the constraint failed: {error!r}"))
@@ -182,7 +201,10 @@ class Stepper:
         try:
             if isinstance(sampled, Exception):
                 raise sampled
+            hoped = bool(reply.sequence.guesses)
             guessed = self._scheduler.append(reply.sequence, sampled.token)
+            if hoped and self._speculation is not None:
+                self._speculation.told(reply.sequence.number, right=guessed)
             reason = reply.push(sampled)
             self.counts.answer_tokens += 1
             if guessed:
@@ -199,6 +221,11 @@ class Stepper:
         return guessed
 
 
+def _is_answer(chunk: Chunk) -> bool:
+    """Whether it has but one known token."""
+    return chunk.start == len(chunk.of.tokens) - 1
+
+
 def _sample(
     logits: Logits, rows: list[RowSampling], pool: ThreadPool | None
 ) -> list[Sampled | Exception]:
@@ -209,26 +236,3 @@ def _sample(
         if len(rows) == 1:
             return [error]
         return [_sample(logits[i : i + 1], rows[i : i + 1], pool)[0] for i in range(len(rows))]
-
-
-def _batch(chunks: Collection[Chunk]) -> Batch:
-    tokens: list[int] = []
-    positions: list[int] = []
-    bounds, outputs = [0], []
-    width = max(len(chunk.of.blocks) for chunk in chunks)
-    tables = np.zeros((len(chunks), width), np.int32)
-    for i, chunk in enumerate(chunks):
-        blocks, span = chunk.of.blocks, range(chunk.start, chunk.stop)
-        outputs += [len(tokens) + output - chunk.start for output in chunk.outputs]
-        tokens += chunk.of.tokens[chunk.start : chunk.stop]
-        tokens += chunk.of.guesses
-        positions += span
-        bounds.append(len(tokens))
-        tables[i, : len(blocks)] = blocks
-    return Batch(
-        tokens=np.array(tokens, np.int32),
-        positions=np.array(positions, np.int32),
-        bounds=np.array(bounds, np.int32),
-        block_tables=tables,
-        outputs=np.array(outputs, np.int32),
-    )

@@ -19,8 +19,6 @@ class AgentBody(GenerationBody, frozen=True):
 
     tool_type: ClassVar[str]
 
-    tools: list[Object] | None = None
-    tool_choice: Any = None
     n: Literal[1] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic_core import from_json
 
-from squall.api.requests import MOST_MESSAGES, ChatCompletionRequest
+from squall.api.messages import MOST_MESSAGES, ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
 from squall.server import agents
