@@ -142,9 +142,9 @@ def test_a_failure_in_the_middle(after: int) -> None:
     assert events(content.decode())[0]["type"] == "message_start"
     asked: Any = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
     client = anthropic.Anthropic(api_key="x", http_client=transport(content, httpx2))
-    caught = pytest.raises(
-        anthropic.APIError, client.messages.stream(**asked).__enter__().until_done
-    )
+    with pytest.raises(anthropic.APIError) as caught:
+        client.messages.stream(**asked).__enter__().until_done()
+    client.close()
     assert caught.value.body == {
         "type": "error", "error": {"type": "overloaded_error", "message": "gone"}
     }  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic_core import from_json
 
-from squall.api.messages import MOST_MESSAGES, ChatCompletionRequest
+from squall.api.messages import MOST_MESSAGES
+from squall.api.requests import ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
 from squall.server import agents

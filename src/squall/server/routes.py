@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from squall.api.chats import chat_prompt
 from squall.api.jobs import chat_ids, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest
 from squall.errors import InvalidRequest
@@ -117,13 +118,11 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         ids, most = await _work(service, partial(_ids, served.model, body)), served.model.context
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
 
-    def _ids(model: Model, body: TokenizeBody) -> list[int]:
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("give a prompt or messages, one of them")
-        if body.prompt is not None:
-            return model.encode(body.prompt, add_bos=body.add_special_tokens)
-        given = {k: v for k, v in body.given().items() if k in ("messages", "chat_template_kwargs")}
-        return chat_ids(model, ChatCompletionRequest(**given))
+    @router.post("/render", openapi_extra=_takes(ChatBody))
+    async def render(request: Request) -> Response:
+        """The prompt of a chat as the model reads it, as text and as token ids."""
+        body, served = await _read(service, request, ChatBody)
+        return JSONResponse(await _work(service, partial(_rendered, served.model, body)))
 
     @router.post(f"{MESSAGES}/count_tokens", openapi_extra=_takes(CountBody))
     async def count_tokens(request: Request) -> Response:
@@ -138,12 +137,30 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         body, served = await _read(service, request, DetokenizeBody)
         return JSONResponse({"prompt": await _work(service, partial(_text, served.model, body))})
 
-    def _text(model: Model, body: DetokenizeBody) -> str:
-        vocab = model.spec.vocab
-        wrong = next((id_ for id_ in body.tokens if not 0 <= id_ < vocab), None)
-        if wrong is not None:
-            raise InvalidRequest(f"token ids go from 0 to {vocab - 1}; found {wrong}")
-        return model.decode(body.tokens)
+
+def _ids(model: Model, body: TokenizeBody) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give a prompt or messages, one of them")
+    if body.prompt is not None:
+        return model.encode(body.prompt, add_bos=body.add_special_tokens)
+    given = body.given()
+    del given["add_special_tokens"]
+    return chat_ids(model, ChatCompletionRequest(**given))
+
+
+def _rendered(model: Model, body: ChatBody) -> dict[str, object]:
+    prompt = chat_prompt(model, ChatCompletionRequest(**body.given()))
+    ids = model.tokenizer.encode_pieces(prompt.pieces)
+    found = {"prompt": prompt.text, "prompt_token_ids": ids, "count": len(ids)}
+    return found | {"max_model_len": model.context}
+
+
+def _text(model: Model, body: DetokenizeBody) -> str:
+    vocab = model.spec.vocab
+    wrong = next((id_ for id_ in body.tokens if not 0 <= id_ < vocab), None)
+    if wrong is not None:
+        raise InvalidRequest(f"token ids go from 0 to {vocab - 1}; found {wrong}")
+    return model.decode(body.tokens)
 
 
 def _add_models(router: APIRouter, service: Service) -> None:

@@ -185,6 +185,9 @@ class TokenizeBody(Body, frozen=True):
 
     prompt: str | None = None
     messages: Conversation | None = None
+    tools: Annotated[list[dict[str, Any]], _FEW] | None = None
+    tool_choice: Chosen | None = None
+    reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
 
