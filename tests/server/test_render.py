@@ -32,7 +32,9 @@ def test_render_is_what_a_chat_reads(http: httpx.Client, fields: dict[str, Any])
     # The template's control tokens are such; a message's are text.
     assert (ids.count(1), ids.count(2)) == (3, 2)
     assert http.post("/detokenize", json={"tokens": ids}).json()["prompt"] == found["prompt"]
-    assert http.post("/tokenize", json={"messages": body["messages"]} | fields).json()["tokens"] == ids
+    assert (
+        http.post("/tokenize", json={"messages": body["messages"]} | fields).json()["tokens"] == ids
+    )
     usage = http.post("/v1/chat/completions", json=body).json()["usage"]
     assert usage["prompt_tokens"] == len(ids)
 

@@ -83,8 +83,9 @@ def _add(said: list[Object], role: str, block: Object, where: str) -> None:
         case {"type": "tool_use", "id": str(id), "name": str(name), "input": dict(arguments)}:
             agents.call(said, id, name, json.dumps(arguments, ensure_ascii=False))
         case {"type": "tool_result", "tool_use_id": str(id)}:
-            error = [{"type": "text", "text": "error: "}] if block.get("is_error") else []
-            content = [*error, *agents.parts(block.get("content") or "")]
+            content = block.get("content") or ""
+            if block.get("is_error") is True and isinstance(content, str | list):
+                content = [{"type": "text", "text": "error: "}, *agents.parts(content)]
             said.append({"role": "tool", "tool_call_id": id, "content": content})
         case _:
             raise InvalidRequest(f"{where} has {shown(block)}; {_BLOCKS_ARE}")
