@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +13,15 @@ from numpy.typing import NDArray
 from squall import Model
 from squall.batch import Batch
 
-ASSISTANT = "<|im_start|>assistant\n"
+# What ends prompts: the template's last words, with reasoning that is switched off.
+ASSISTANT = r"<\|im_start\|>assistant\n(<think>\n\n</think>\n\n)?"
 
 
 class Scripted:
     """An executor that computes nothing: after a prompt come the tokens of its answer.
 
     script: texts that a prompt may hold, and what is answered then; the first that is found counts.
-    marker: what ends a prompt.
+    marker: a regex of what ends a prompt.
     """
 
     def __init__(self, model: Model, script: Mapping[str, str], marker: str) -> None:
@@ -27,7 +29,7 @@ class Scripted:
         self.prompts: list[str] = []  # of all answers that have begun
         self._tokenizer = model.tokenizer
         self._script = script
-        self._marker = marker.encode()
+        self._marker = re.compile(marker.encode())
         self._slots = np.full(self.executor.blocks * self.executor.block_size, -1)
 
     def __getattr__(self, name: str) -> Any:
@@ -53,7 +55,8 @@ class Scripted:
         """The token that follows these."""
         tokenizer = self._tokenizer
         text = b"".join(map(tokenizer.token_bytes, ids))
-        prompt, _, said = text.rpartition(self._marker)
+        *_, end = self._marker.finditer(text)
+        prompt, said = text[: end.end()], text[end.end() :]
         if not said:
             self.prompts.append(prompt.decode())
         found = (answer for needle, answer in self._script.items() if needle.encode() in prompt)

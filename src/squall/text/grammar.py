@@ -76,6 +76,10 @@ class Grammar:
                     f"{schema.__name__} has no JSON schema; give a pydantic model, or a dict"
                 )
             schema = described()
+            for node in _nodes(schema, 0):
+                # Small models would add to what the class has for ever.
+                if node.get("type") == "object" and "properties" in node:
+                    node.setdefault("additionalProperties", False)
         try:
             text = json.dumps(schema, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
@@ -165,7 +169,7 @@ def _json(schema: Any) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
 
 
-def _nodes(value: Any, depth: int) -> Iterator[Mapping[str, Any]]:
+def _nodes(value: Any, depth: int) -> Iterator[dict[str, Any]]:
     """All objects of a schema, whatever they are there for."""
     if depth > 100:
         raise InvalidRequest("the JSON schema is nested too deeply; the limit is 100 levels")
@@ -392,8 +396,8 @@ class Matcher:
         """Whether nothing may follow."""
         return self._inner.is_stopped()
 
-    def allowed(self, guesses: Sequence[int]) -> NDArray[np.uint32]:
-        """Bits of the ids that may be drawn next, and after each guess: [1 + guesses, words]."""
+    def allowed(self, guesses: Sequence[int]) -> Sequence[NDArray[np.uint32]]:
+        """Bits of the ids that may be drawn next, and after each guess."""
         rows = np.zeros((1 + len(guesses), self._vocabulary.words), np.uint32)
         rows[0] = self.row()
         digits, taken = self._digits, 0
@@ -405,7 +409,7 @@ class Matcher:
             self._fill(rows[taken], digits)
         if taken and not self._inner.rollback(taken):
             raise self._failed()
-        return rows
+        return list(rows)
 
     def forced(self, most: int) -> Sequence[int]:
         """Ids that will follow, most likely: the grammar leaves no choice of text."""
