@@ -14,14 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall import convert, decoder, executors, recipes
+from squall._native import ThreadPool
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.closing import Closing
 from squall.engine.defaults import GenerationDefaults
+from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
 from squall.engine.request import Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
+from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest
 from squall.executors import DEVICES, Executor, Limits, default_threads, thread_pool
 from squall.locate import locate, locate_uqff
@@ -40,6 +43,7 @@ from squall.weights import Progress, WeightStore
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
+Prepared = tuple[Checkpoint, Recipe, Plan]
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
@@ -100,9 +104,11 @@ class Model(Closing):
             recipe, plan = recipes.load(checkpoint, opening.architecture), Plan()
         engine = opening.engine or EngineConfig()
         kv = opening.kv or KvSize(tokens=opening.kv_tokens)
-        size, room = _sizes(checkpoint, recipe.decoder, opening, kv, engine.max_seqs)
-        program = decoder.compile(recipe.decoder, recipe.names, context=size)
         tokenizer = open_tokenizer(checkpoint, opening.tokenizer_json)
+        prepared = [(checkpoint, recipe, plan)]
+        if (small := opening.of_draft) is not None:
+            prepared.append(_prepared_draft(small, tokenizer))
+        size, room = _sizes(prepared, opening, kv, engine.max_seqs)
         given = opening.chat_template
         template = given and _template(checkpoint).replaced(given)
         limits = Limits(
@@ -111,10 +117,14 @@ class Model(Closing):
             block_size=kv.block_size,
             kv_dtype=opening.kv_dtype,
         )
-        store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-        pool, progress = thread_pool(opening.threads), opening.progress
-        executor = executors.open(program, store, limits, pool=pool, progress=progress)
-        model = cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
+        pool = thread_pool(opening.threads)
+        executor = _executor(prepared[0], opening, size, limits, pool)
+        most, draft = opening.draft_tokens or MOST_GUESSES, None
+        if small is not None:
+            draft = Draft(_executor(prepared[1], small, size, limits, pool), executor.vocab)
+        speculation = None if opening.draft is None else Speculation(most, draft)
+        answering = _engine(executor, engine, tokenizer, speculation)
+        model = cls(checkpoint, recipe, executor.program, tokenizer, answering)
         if template:
             model.chat_template = template
         return model
@@ -385,7 +395,7 @@ def _template(checkpoint: Checkpoint) -> ChatTemplate:
     return ChatTemplate.from_folder(checkpoint.path)
 
 
-def prepare(opening: Opening) -> tuple[Checkpoint, Recipe, Plan]:
+def prepare(opening: Opening) -> Prepared:
     """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
     checkpoint = open_checkpoint(_locate(opening), gqa=opening.gqa)
     recipe = recipes.load(checkpoint, opening.architecture)
@@ -397,25 +407,49 @@ def prepare(opening: Opening) -> tuple[Checkpoint, Recipe, Plan]:
     return checkpoint, recipe, plan
 
 
+def _prepared_draft(opening: Opening, tokenizer: Tokenizer) -> Prepared:
+    """What opening a draft model begins with; raises InvalidRequest for another vocabulary."""
+    prepared = prepare(opening)
+    found = open_tokenizer(prepared[0], opening.tokenizer_json)
+    if (id_ := tokenizer.differs(found)) is not None:
+        raise InvalidRequest(
+            f"the draft model {prepared[0].path} has another vocabulary, from token {id_} on; "
+            "choose a smaller model of the same family"
+        )
+    return prepared
+
+
 def _sizes(
-    checkpoint: Checkpoint, model: Decoder, opening: Opening, kv: KvSize, max_seqs: int
+    models: Sequence[Prepared], opening: Opening, kv: KvSize, max_seqs: int
 ) -> tuple[int, int]:
-    """Tokens of the context, and of the KV cache."""
-    memory = {
-        "bytes_per_token": token_bytes(model, opening.kv_dtype),
-        "weight_bytes": checkpoint.size_bytes,
-    }
-    size = choose_context(opening.context, trained=model.context, **memory)
+    """Tokens of the context, and of the KV cache, which several models share."""
+    each = [token_bytes(recipe.decoder, opening.kv_dtype) for _, recipe, _ in models]
+    weights = [checkpoint.size_bytes for checkpoint, _, _ in models]
+    memory = {"bytes_per_token": sum(each), "weight_bytes": sum(weights)}
+    size = choose_context(opening.context, trained=models[0][1].decoder.context, **memory)
     room = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, **memory)
     return (min(size, room) if opening.context is None else size), room
 
 
-def _engine(executor: Executor, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
+def _executor(
+    model: Prepared, opening: Opening, context: int, limits: Limits, pool: ThreadPool
+) -> Executor:
+    checkpoint, recipe, plan = model
+    size = min(context, recipe.decoder.context)
+    program = decoder.compile(recipe.decoder, recipe.names, context=size)
+    store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
+    return executors.open(program, store, limits, pool=pool, progress=opening.progress)
+
+
+def _engine(
+    executor: Executor, config: EngineConfig, tokenizer: Tokenizer, speculation: Speculation | None
+) -> Engine:
     def text(request: Request) -> TextStream:
         at_start = not request.continues
         return TextStream(tokenizer, request.stop, at_start=at_start, shown=request.shown)
 
-    return Engine(executor, config, text=text, stop_ids=tokenizer.stop_ids)
+    stop_ids = tokenizer.stop_ids
+    return Engine(executor, config, text=text, stop_ids=stop_ids, speculation=speculation)
 
 
 def _locate(opening: Opening) -> Path:

@@ -10,7 +10,7 @@ import typer
 
 from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import Json, progress
+from squall.cli.options import DraftModel, Json, progress
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 from squall.opening import Opening
@@ -52,6 +52,7 @@ class BenchFlags(ModelFlags):
         str | None, typer.Option(help="Ask a server with OpenAI's API instead of a model here.")
     ] = None
     api_key: Annotated[str | None, typer.Option(help="For --url.")] = None
+    draft: DraftModel = None
     as_json: Json = False
 
 
@@ -61,7 +62,8 @@ def bench(flags: BenchFlags, selected: Selected) -> None:
     ppN is a prompt of N tokens; tgN is N tokens after it, one at a time. A first round is not
     counted. With -b the rates are those of all sequences together.
 
-    With -c or --url whole requests are measured, -r in each place: times to and between texts.
+    With -c, --url or --draft whole requests are measured, -r in each place: times to and between
+    texts, and of the draft's guesses how many were right.
 
     Examples:
 
@@ -71,7 +73,7 @@ def bench(flags: BenchFlags, selected: Selected) -> None:
 
     squall bench --url http://127.0.0.1:8080 -p 128 -g 64 -c 1,4,16
     """
-    if flags.url is not None or flags.concurrency is not None:
+    if flags.url is not None or flags.concurrency is not None or flags.draft is not None:
         _bench_load(flags, selected)
         return
     from squall.measure import Roofline
@@ -164,6 +166,9 @@ def _load_table(reports: list[Report]) -> Table:
             f"{report.answer_tokens_per_second:.1f}",
             *(f"{1e3 * seconds:.1f}" for seconds in found),
         )
+        if report.guessed_tokens:
+            part = report.accepted_tokens / report.guessed_tokens
+            table.title = f"{report.guessed_tokens} guesses, {part:.0%} right"
         if report.first_error is not None:
             table.caption = f"an error: {report.first_error}"
     return table

@@ -14,7 +14,7 @@ import typer
 
 from squall.cli.flags import HELP_OF, TEXT, command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import ChatTemplate, ContextSize, Stop, read_text
+from squall.cli.options import ChatTemplate, ContextSize, DraftModel, Stop, read_text
 from squall.cli.selectors import Selected
 from squall.engine.sampling import SamplingFields
 from squall.errors import InvalidRequest
@@ -51,6 +51,7 @@ class RunFlags(SamplingFields, ModelFlags):
     chat_template: ChatTemplate = None
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False
     context: ContextSize = None
+    draft: DraftModel = None
     json_schema: Annotated[
         Path | None, typer.Option(help="A file with a JSON schema: answer in JSON that fits it.")
     ] = None

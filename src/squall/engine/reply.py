@@ -65,6 +65,7 @@ class Reply:
 
     def start(self, chunk: Chunk) -> int:
         """A step is about to compute a chunk of it; if it is the first, how much was cached."""
+        self.usage.guessed_tokens += len(chunk.of.guesses)
         if self._started:
             return 0
         self._started = True
@@ -111,10 +112,7 @@ class Reply:
         return replace(self._row, banned=[*self._stop_ids] if early else (), allowed=allowed)
 
     def drafted(self, row: RowSampling | None, vocab: int) -> RowSampling:
-        """How a draft of so many ids draws its next guess. row: how it drew the last; None: none.
-
-        Raises what the request's own functions do.
-        """
+        """How a draft of so many ids draws its next guess. row: how it drew the last one."""
         guesses = self.sequence.guesses
         row = row or RowSampling(self._sampler.fork())
         row.state.extend(guesses[-1:])

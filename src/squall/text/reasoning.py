@@ -14,6 +14,12 @@ MARKS = (
 )
 
 
+def control_id(tokenizer: Tokenizer, mark: str) -> int | None:
+    """The id of a control token of that name, if there is one."""
+    ids = tokenizer.encode(mark, add_bos=False, specials=True)
+    return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
+
+
 @dataclass(frozen=True)
 class Reasoning:
     """What begins and ends such a section, and whether the prompt has begun one."""
@@ -24,9 +30,8 @@ class Reasoning:
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids of the marks that are control tokens, whose names an answer's text must show."""
-        marks = (self.opening, self.closing)
-        ids = [tokenizer.encode(mark, add_bos=False, specials=True) for mark in marks]
-        return frozenset(i[0] for i in ids if len(i) == 1 and tokenizer.is_special(i[0]))
+        ids = (control_id(tokenizer, mark) for mark in (self.opening, self.closing))
+        return frozenset(token for token in ids if token is not None)
 
 
 def reasoning_of(source: str, prompt: str) -> Reasoning | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol
 
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
@@ -155,6 +156,15 @@ class Tokenizer:
                 raise InvalidRequest(f"token id {token} is outside 0..{self.vocab_size - 1}")
             found = self._bytes[token, first] = self._codec.token_bytes(token, first=first)
         return found
+
+    def differs(self, other: Tokenizer) -> int | None:
+        """The first id that means another thing there; None: they are the same vocabulary."""
+        here, there = (
+            [(t._codec.token_bytes(i, first=False), t.is_special(i)) for i in range(t.vocab_size)]
+            for t in (self, other)
+        )
+        pairs = enumerate(zip_longest(here, there))
+        return next((i for i, (one, another) in pairs if one != another), None)
 
     def is_special(self, token: int) -> bool:
         """Whether a token is a control token (or the unknown token): structure, not text."""
