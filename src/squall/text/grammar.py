@@ -9,10 +9,12 @@ import json
 import math
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -209,8 +211,10 @@ class Grammars:
         """`vocab`: how many ids the model can draw; what the tokenizer lacks never may be."""
         self._tokenizer = tokenizer
         self._vocab = vocab
-        self._lock = threading.Lock()  # one at a time, so that no grammar is compiled twice
-        self._compiled = lru_cache(maxsize=CACHED)(self._compile)
+        self._lock = threading.Lock()
+        # By kind, value and `after`; the latest used are the last.
+        self._kept: OrderedDict[tuple[Grammar, str | None], Future[Callable[[], Matcher]]]
+        self._kept = OrderedDict()
 
     def compile(self, grammar: Grammar, *, after: str | None = None) -> Callable[[], Matcher]:
         """What starts a matcher for each answer; raises InvalidRequest for what it cannot enforce.
@@ -218,8 +222,20 @@ class Grammars:
         after: the answer begins with free text that ends with this, which may be a control
         token's name, and only then with what the grammar says.
         """
+        key, mine = (grammar, after), Future[Callable[[], Matcher]]()
         with self._lock:
-            return self._compiled(grammar, after)
+            kept = self._kept.setdefault(key, mine)
+            self._kept.move_to_end(key)
+            if len(self._kept) > CACHED:
+                self._kept.popitem(last=False)
+        if kept is mine:
+            try:
+                mine.set_result(self._compile(grammar, after))
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop(key, None)
+                mine.set_exception(error)
+        return kept.result()
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
