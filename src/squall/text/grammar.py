@@ -21,6 +21,7 @@ import numpy as np
 
 from squall.errors import InvalidCheckpoint, InvalidRequest, SamplingFailed
 from squall.files import parse_json, quote
+from squall.text.reasoning import Reasoning, control_id
 from squall.text.tokenizer import Tokenizer
 from squall.text.yacc import lark_of_yacc
 
@@ -213,14 +214,13 @@ class Grammars:
         self._vocab = vocab
         self._lock = threading.Lock()
         # By kind, value and `after`; the latest used are the last.
-        self._kept: OrderedDict[tuple[Grammar, str | None], Future[Callable[[], Matcher]]]
+        self._kept: OrderedDict[tuple[Grammar, Reasoning | None], Future[Callable[[], Matcher]]]
         self._kept = OrderedDict()
 
-    def compile(self, grammar: Grammar, *, after: str | None = None) -> Callable[[], Matcher]:
+    def compile(self, grammar: Grammar, *, after: Reasoning | None = None) -> Callable[[], Matcher]:
         """What starts a matcher for each answer; raises InvalidRequest for what it cannot enforce.
 
-        after: the answer begins with free text that ends with this, which may be a control
-        token's name, and only then with what the grammar says.
+        after: the answer may reason first, or must if the prompt has begun to.
         """
         key, mine = (grammar, after), Future[Callable[[], Matcher]]()
         with self._lock:
@@ -241,7 +241,7 @@ class Grammars:
     def _vocabulary(self) -> _Vocabulary:
         return _Vocabulary(self._tokenizer, self._vocab)
 
-    def _compile(self, grammar: Grammar, after: str | None) -> Callable[[], Matcher]:
+    def _compile(self, grammar: Grammar, after: Reasoning | None) -> Callable[[], Matcher]:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
@@ -254,7 +254,7 @@ class Grammars:
         source = grammar.lark()
         parts = [{"name": "answer", "lark_grammar": source}]
         if after is not None:
-            parts.insert(0, {"lark_grammar": self._free_text(after)})
+            parts.insert(0, {"lark_grammar": self._reasoned(after)})
         text = json.dumps({"grammars": parts})
         _deep(lambda: found.append(LLMatcher(library, text, log_level=0, limits=limits)))
         if not found or (error := found[0].get_error()):
@@ -266,15 +266,20 @@ class Grammars:
             raise InvalidRequest(f"no answer fits the {grammar.kind}: {failed}") from None
         return lambda: new(found[0].deep_copy())
 
-    def _free_text(self, after: str) -> str:
-        ids = self._tokenizer.encode(after, add_bos=False, specials=True)
-        control = len(ids) == 1 and self._tokenizer.is_special(ids[0])
-        ends = sorted({*self._vocabulary.stops, *(ids if control else ())})
-        # The token that opens the section may be a control token too.
-        begin = f"start: <[^{','.join(map(str, ends))}]>? text"
-        end = f" <[{ids[0]}]>" if control else ""
-        suffix = "" if control else f"[suffix={json.dumps(after)}]"
-        return f"{begin}{end} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
+    def _reasoned(self, after: Reasoning) -> str:
+        """A section of free text, which must be there if the prompt has begun it, then the answer.
+
+        Its marks may be control tokens.
+        """
+        marks = [
+            (mark, control_id(self._tokenizer, mark)) for mark in (after.opening, after.closing)
+        ]
+        (opening, begin), (closing, end) = marks
+        first = json.dumps(opening) if begin is None else f"<[{begin}]>"
+        suffix = f"[suffix={json.dumps(closing)}]" if end is None else ""
+        last = "" if end is None else f"<[{end}]>"
+        start = "" if after.begun else f"@answer | {first} "
+        return f"start: {start}text {last} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
 
 
 def _deep(work: Callable[[], None]) -> None:
