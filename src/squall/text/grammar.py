@@ -62,7 +62,7 @@ class Grammar:
     value: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
             known = ", ".join(_KINDS)
             raise InvalidRequest(f"unknown kind of grammar {quote(str(self.kind))}; known: {known}")
         if not isinstance(self.value, str) or not (self.value or self.kind == "json_object"):
