@@ -263,12 +263,12 @@ class Grammars:
     def _free_text(self, after: str) -> str:
         ids = self._tokenizer.encode(after, add_bos=False, specials=True)
         control = len(ids) == 1 and self._tokenizer.is_special(ids[0])
-        ends = sorted({*self._vocabulary.stops, *(ids if control else ())})
         # The token that opens the section may be a control token too.
-        begin = f"start: <[^{','.join(map(str, ends))}]>? text"
+        others = {*self._vocabulary.special_token_ids} - self._vocabulary.stops - {*ids}
+        begin = f"<[{','.join(map(str, sorted(others)))}]>? " if others else ""
         end = f" <[{ids[0]}]>" if control else ""
         suffix = "" if control else f"[suffix={json.dumps(after)}]"
-        return f"{begin}{end} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
+        return f"start: {begin}text{end} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
 
 
 def _deep(work: Callable[[], None]) -> None:
