@@ -47,6 +47,12 @@ _ROLES = {
     **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), "names"),
     **dict.fromkeys(("const", "default", "enum", "examples"), "data"),
 }
+# Dates that there are: no year 0, and 29 February in leap years alone.
+_LEAP = r"(0[48]|[2468][048]|[13579][26])"
+_DATE = (
+    r"^(([1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])-(0[13-9]|1[0-2]|02-[01]|02-2[0-8])"
+    rf"|(\d\d{_LEAP}|{_LEAP}00)-02-29)"
+)
 _LARK = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(%json\s*)')
 _KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
@@ -112,7 +118,7 @@ def _parsed(text: str) -> Any:
 def _of_regex(value: str) -> str:
     from llguidance import regex_to_lark
 
-    return f"start: /{regex_to_lark(value, '')}/"
+    return f"start: /{regex_to_lark(value, 'dw')}/"
 
 
 def _of_lark(value: str) -> str:
@@ -169,10 +175,14 @@ def _json(schema: Any) -> str:
             f"has, may be {MAX_MULTIPLE}"
         )
     schemas = [node for node, role in _nodes(schema, "schema") if role == "schema"]
-    if not any("allOf" in n or ("properties" in n and n.keys() & _PARTS) for n in schemas):
-        for node in schemas:
-            if "properties" in node and not node.keys() & _OTHERS:
-                node["additionalProperties"] = False
+    open_ = any("allOf" in n or ("properties" in n and n.keys() & _PARTS) for n in schemas)
+    for node in schemas:
+        if "properties" in node and not open_ and not node.keys() & _OTHERS:
+            node["additionalProperties"] = False
+        if node.get("format") in ("date", "date-time"):
+            node.setdefault("pattern", _DATE)
+        if node.get("uniqueItems") is False:
+            del node["uniqueItems"]
     # The last word: what a client says there could turn off what is enforced.
     return "%json " + json.dumps({**schema, "x-guidance": _OPTIONS})
 
