@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squall.text.reasoning import MARKS, Reasoning, control_id
+from squall.text.reasoning import MARKS, Reasoning, control_ids
 from squall.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -110,19 +110,17 @@ class ToolFormat:
 
     def bind(self, source: str, tokenizer: Tokenizer) -> ToolFormat:
         """The row, knowing what a chat template and a vocabulary have of it."""
-        marks = (*self.marks(), *self.answer, *chain(*MARKS))
-        controls = {m: i for m in marks if (i := control_id(tokenizer, m)) is not None}
-        tools = "variable" if re.search(r"\btools\b", source) else "text"
+        known = source if self.native else ""
+        tools = "variable" if re.search(r"\btools\b", known) else "text"
         template = Template(
-            tools="system" if "'tools' in message" in source else tools,
-            calls="tool_calls" in source,
-            results="tool" if _RESULTS.search(source) else self.results,
-            objects=not _AS_TEXT.search(source) or bool(_AS_OBJECT.search(source)),
+            tools="system" if "'tools' in message" in known else tools,
+            calls="tool_calls" in known,
+            results="tool" if _RESULTS.search(known) else self.results,
+            objects=not _AS_TEXT.search(known) or bool(_AS_OBJECT.search(known)),
+            system=not _NO_SYSTEM.search(source),
         )
-        template = replace(
-            template if self.native else Template(), system=not _NO_SYSTEM.search(source)
-        )
-        return replace(self, controls=controls, template=template)
+        marks = (*self.marks(), *self.answer, *chain(*MARKS))
+        return replace(self, controls=control_ids(tokenizer, marks), template=template)
 
     def marks(self) -> list[str]:
         """What may be control tokens."""
@@ -131,8 +129,7 @@ class ToolFormat:
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids of the control tokens whose names an answer's text must show."""
-        ids = {control_id(tokenizer, mark) for mark in self.marks()}
-        return frozenset(token for token in ids if token is not None)
+        return frozenset(control_ids(tokenizer, self.marks()).values())
 
     def conversation(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
