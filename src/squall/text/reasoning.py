@@ -15,10 +15,15 @@ MARKS = (
 )
 
 
+def control_id(tokenizer: Tokenizer, name: str) -> int | None:
+    """The id of a control token of that name, if there is one."""
+    ids = tokenizer.encode(name, add_bos=False, specials=True)
+    return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
+
+
 def control_ids(tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, int]:
     """Those of the names that are control tokens, with their ids."""
-    read = {name: tokenizer.encode(name, add_bos=False, specials=True) for name in names}
-    return {n: ids[0] for n, ids in read.items() if len(ids) == 1 and tokenizer.is_special(ids[0])}
+    return {name: i for name in names if (i := control_id(tokenizer, name)) is not None}
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squall.text.reasoning import MARKS, Reasoning, control_ids
+from squall.text.reasoning import Reasoning, control_ids
 from squall.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -119,8 +118,8 @@ class ToolFormat:
             objects=not _AS_TEXT.search(known) or bool(_AS_OBJECT.search(known)),
             system=not _NO_SYSTEM.search(source),
         )
-        marks = (*self.marks(), *self.answer, *chain(*MARKS))
-        return replace(self, controls=control_ids(tokenizer, marks), template=template)
+        controls = control_ids(tokenizer, (*self.marks(), *self.answer))
+        return replace(self, controls=controls, template=template)
 
     def marks(self) -> list[str]:
         """What may be control tokens."""
@@ -187,22 +186,17 @@ class ToolFormat:
         """Text until a call begins, then calls that are valid, and the end.
 
         required: it begins with a call. parallel: several calls may follow each other. reasoning:
-        a section may come before, in which nothing is a call; one that the prompt has begun is
-        the caller's.
+        what may come before, which is not in the grammar.
         """
         from squall.text.grammar import Grammar
 
         rules = self._calls(tools, several=parallel and self.join is not None)
-        text = "TEXT: ANY"
-        if reasoning and not reasoning.begun:
-            opening, closing = self._terms(reasoning.opening), self._terms(reasoning.closing)
-            text += f" & ~/[ \\n]*{re.escape(reasoning.opening)}(?s:.*)/"
-            rules.append(f"section{'' if '[' in closing[:2] else '[lazy]'}: ANY {closing}")
-            rules.append(f"thought: SPACE? {opening} section")
+        # What a section begins with is no text: marks of calls in a section mean nothing.
+        section = f" & ~/[ \\n]*{re.escape(reasoning.opening)}(?s:.*)/" if reasoning else ""
         forced = ["SPACE? opened", *["SPACE? calls"] * self.bare]
         starts = forced if required else self._starts(tools)
-        start = ("thought? " if "thought" in rules[-1] else "") + f"({' | '.join(starts)})"
-        return Grammar("lark", "\n".join([f"start: {start}", *rules, text, _TERMINALS]))
+        rules = [f"start: {' | '.join(starts)}", *rules, f"TEXT: ANY{section}", _TERMINALS]
+        return Grammar("lark", "\n".join(rules))
 
     def _calls(self, tools: Sequence[Tool], *, several: bool) -> list[str]:
         texts = (self.opening, self.leads[0], self.closings[0], self.tails[0], self.join)
