@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeGuard
+from typing import Any, Concatenate, ParamSpec, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
-from squall.engine.request import Request, Scoring
+from squall.engine.request import Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest
@@ -33,14 +33,16 @@ from squall.program import Program
 from squall.quant import FormatTotal, Plan, Topology
 from squall.recipes import Recipe
 from squall.spec import Decoder
-from squall.text.chat import ChatTemplate
+from squall.text.chat import ChatPrompt, ChatTemplate
+from squall.text.grammar import Grammar, Grammars
 from squall.text.hf_tokenizer import HfTokenizer
 from squall.text.stream import TextStream
 from squall.text.tokenizer import Tokenizer
+from squall.text.tools import Tool
 from squall.weights import Progress, WeightStore
 
 Message = Mapping[str, str]
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
 Prepared = tuple[Checkpoint, Recipe, Plan]
 
 MAX_ROWS = 512
@@ -162,6 +164,11 @@ class Model(Closing):
         self.engine.change_model(lambda: executor.requantize(plan, progress=progress))
 
     @cached_property
+    def grammars(self) -> Grammars:
+        """What answers may look like, compiled for this model."""
+        return Grammars(self.tokenizer, self.spec.vocab)
+
+    @cached_property
     def chat_template(self) -> ChatTemplate:
         """The chat template: the file's, unless another one is given or assigned."""
         return _template(self.checkpoint)
@@ -183,8 +190,26 @@ class Model(Closing):
 
         template_kwargs: more variables for the template, such as `enable_thinking`.
         """
-        pieces = self.chat_template.render(messages, kwargs=template_kwargs or {})
-        return self.tokenizer.encode_pieces(pieces)
+        prompt = self.chat_prompt(messages, template_kwargs=template_kwargs)
+        return self.tokenizer.encode_pieces(prompt.pieces)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, object] | None = None,
+    ) -> ChatPrompt:
+        """A conversation in the chat template; it tells how answers reason and call tools, too."""
+        kwargs = template_kwargs or {}
+        return self.chat_template.prompt(messages, self.tokenizer, tools=tools, kwargs=kwargs)
+
+    def constraint(self, grammar: Grammar | type | Mapping[str, Any], prompt: object) -> Constraint:
+        """What an answer to `prompt` may be, once it has reasoned."""
+        if not isinstance(grammar, Grammar):
+            grammar = Grammar.json_schema(grammar)
+        reasoning = prompt.reasoning if isinstance(prompt, ChatPrompt) else None
+        return self.grammars.compile(grammar, after=reasoning.closing if reasoning else None)
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
         """The text of token ids."""
@@ -243,6 +268,7 @@ class Model(Closing):
         logit_bias: Mapping[int, float] | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
+        grammar: Grammar | type | Mapping[str, Any] | None = None,
     ) -> Generation:
         """Continue a text, token ids, or a conversation (messages of `role` and `content`).
 
@@ -257,11 +283,16 @@ class Model(Closing):
         ignore_eos: go on after the model's own end tokens. min_tokens: none ends it before so many.
         dry: made by `dry`. The other penalties, biases and processors: docs/sampling.md.
         logprobs: pieces tell each token's log-probability, and those of so many likeliest tokens.
+        grammar: what the answer must look like; a pydantic class or a JSON schema mean its JSON.
         """
         given = locals()
         names = Sampling.__dataclass_fields__
         sampling = self.defaults.sampling({name: given[name] for name in names})
-        request = self.request(prompt, sampling, max_tokens, stop=stop, stop_ids=stop_ids)
+        read = self._read(prompt)
+        constraint = None if grammar is None else self.constraint(grammar, read)
+        request = self.request(
+            read, sampling, max_tokens, stop=stop, stop_ids=stop_ids, constraint=constraint
+        )
         request = replace(request, ignore_eos=ignore_eos, logprobs=logprobs)
         return Generation(self.engine, request)
 
@@ -273,16 +304,22 @@ class Model(Closing):
         *,
         stop: str | Sequence[str] = (),
         stop_ids: Iterable[int] = (),
+        constraint: Constraint | None = None,
     ) -> Request:
         """What `generate` asks of the engine, checked against this model."""
         sampling.check_ids(self.spec.vocab)
+        read = self._read(prompt)
+        chat = read if isinstance(read, ChatPrompt) else None
+        ids = read if chat is None else self.tokenizer.encode_pieces(chat.pieces)
         return Request(
-            ids=self._prompt_ids(prompt),
+            ids=self._check_ids(ids),
             sampling=sampling,
             max_tokens=max_tokens,
             stop=_check_stop(stop),
             stop_ids=frozenset(self._check_stop_ids(stop_ids)),
-            continues=not _is_chat(prompt),
+            continues=constraint is not None or chat is None,
+            constraint=constraint,
+            shown=frozenset() if chat is None else chat.shown(self.tokenizer),
         )
 
     def dry(
@@ -304,13 +341,14 @@ class Model(Closing):
             self._engine.close()
             self._engine = None
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _read(self, prompt: Prompt) -> Sequence[int] | ChatPrompt:
+        """The prompt as ids, or as a chat in the template."""
         if isinstance(prompt, str):
-            return self._check_ids(self.encode(prompt))
+            return self.encode(prompt)
         if _is_chat(prompt):
             _check_messages(prompt)
-            return self._check_ids(self.encode_chat(prompt))
-        return self._check_ids(prompt)
+            return self.chat_prompt(prompt)
+        return cast("Sequence[int] | ChatPrompt", prompt)
 
     def _check_ids(self, ids: object, wrong: str = _NO_PROMPT) -> list[int]:
         try:
@@ -407,7 +445,8 @@ def _engine(
     executor: Executor, config: EngineConfig, tokenizer: Tokenizer, speculation: Speculation | None
 ) -> Engine:
     def text(request: Request) -> TextStream:
-        return TextStream(tokenizer, request.stop, at_start=not request.continues)
+        at_start = not request.continues
+        return TextStream(tokenizer, request.stop, at_start=at_start, shown=request.shown)
 
     stop_ids = tokenizer.stop_ids
     return Engine(executor, config, text=text, stop_ids=stop_ids, speculation=speculation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from squall.errors import InvalidRequest
 from squall.text.tokenizer import Tokenizer
@@ -13,10 +13,16 @@ class TextStream:
     """Text that is safe to show after each token; all of it together is the decoded text.
 
     `at_start=False` says that the tokens go on with a text, so that a leading space is part of it.
+    shown: control tokens whose names are text here.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, at_start: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        at_start: bool = True,
+        shown: Set[int] = frozenset(),
     ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
@@ -25,16 +31,18 @@ class TextStream:
         self._held = ""
         self._space = b""  # not a part of the text if it ends here
         self._at_start = at_start
+        self._shown = shown
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token; control tokens have none."""
+        """The text that became certain with this token; other control tokens have none."""
         if self.stopped:
             return ""
-        if self._tokenizer.is_special(token):
+        special = self._tokenizer.is_special(token)
+        if special and token not in self._shown:
             self._at_start = self._at_start or self._tokenizer.space_after_control
             return ""
         part = self._space + self._tokenizer.token_bytes(token, first=self._at_start)
-        self._at_start = False
+        self._at_start = special and self._tokenizer.space_after_control
         self._space = b" " if self._tokenizer.space_suffix and part.endswith(b" ") else b""
         return self._release(self._utf8.decode(part.removesuffix(self._space)))
 

@@ -1,0 +1,397 @@
+"""Grammars: what an answer may be, and which tokens may therefore come next.
+
+All kinds become llguidance's dialect of Lark, which is compiled once a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from squall.errors import InvalidCheckpoint, InvalidRequest, SamplingFailed
+from squall.files import parse_json, quote
+from squall.text.tokenizer import Tokenizer
+from squall.text.yacc import lark_of_yacc
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+    from numpy.typing import NDArray
+
+Kind = Literal["regex", "yacc", "lark", "json_schema", "json_object", "choice"]
+MAX_BYTES = 256 << 10
+MAX_REGEX = 4096  # characters of a pattern: compiling may take the square of them
+MAX_PATTERNS = 32 << 10  # characters of all patterns of a JSON schema
+MAX_MULTIPLE = 100_000  # states of a number that must be a multiple
+MAX_DEPTH = 100  # levels of a JSON schema
+MAX_DIGITS = 20  # in a row, where a number could go on for ever
+CACHED = 64
+_STACK_BYTES = 512 << 20  # of address space: compiling recurses into each rule
+_STACK = threading.Lock()
+# Models may go on with white space for ever: a space, or a new line and its indentation.
+_OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
+_OTHERS = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
+_PARTS = {"allOf", "anyOf", "oneOf", "$ref"}
+_ROLES = {
+    **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), "names"),
+    **dict.fromkeys(("const", "default", "enum", "examples"), "data"),
+}
+_LARK = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(%json\s*)')
+_KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must be: `value` in the language `kind`.
+
+    json_schema: a JSON text; json_object: nothing; choice: a JSON list of texts.
+    """
+
+    kind: Kind
+    value: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            known = ", ".join(_KINDS)
+            raise InvalidRequest(f"unknown kind of grammar {quote(str(self.kind))}; known: {known}")
+        if not isinstance(self.value, str) or not (self.value or self.kind == "json_object"):
+            raise InvalidRequest(f"the {self.kind} must be a text that is not empty")
+        size = len(self.value.encode("utf-8", "replace"))
+        limit = MAX_REGEX if self.kind == "regex" else MAX_BYTES
+        if size > limit:
+            raise InvalidRequest(f"the {self.kind} has {size} bytes; the limit is {limit}")
+        self.lark()
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str | type) -> Grammar:
+        """A JSON schema: an object, its JSON text, or a class that pydantic can describe."""
+        if isinstance(schema, type):
+            from pydantic import TypeAdapter
+
+            schema = TypeAdapter(schema).json_schema()
+        return cls("json_schema", schema if isinstance(schema, str) else _dumped(schema))
+
+    @classmethod
+    def choice(cls, texts: Sequence[str]) -> Grammar:
+        """One of `texts`, exactly."""
+        return cls("choice", _dumped(texts))
+
+    def lark(self) -> str:
+        """The same in llguidance's Lark, with the rule `start`."""
+        return _KINDS[self.kind](self.value)
+
+
+def _dumped(value: object) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the grammar is not JSON: {str(error)[:200]}") from None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        found = parse_json(f'{{"grammar": {text}}}', "the grammar", unique=True)
+    except InvalidCheckpoint as error:
+        raise InvalidRequest(str(error)[:300]) from None
+    if len(found) > 1:
+        raise InvalidRequest("the grammar is not one JSON text")
+    return found["grammar"]
+
+
+def _of_regex(value: str) -> str:
+    from llguidance import regex_to_lark
+
+    return f"start: /{regex_to_lark(value, '')}/"
+
+
+def _of_lark(value: str) -> str:
+    """The source, with limits and options in its schemas."""
+    done, at = [], 0
+    for found in _LARK.finditer(value):
+        if not found[1] or found.start() < at:
+            continue
+        try:
+            _, end = json.JSONDecoder().raw_decode(value, found.end())
+        except (ValueError, RecursionError):
+            raise InvalidRequest("the Lark has a %json that JSON does not follow") from None
+        done += [value[at : found.start()], _json(_parsed(value[found.end() : end]))]
+        at = end
+    return "".join(done) + value[at:]
+
+
+def _of_choice(value: str) -> str:
+    texts = _parsed(value)
+    if not isinstance(texts, list) or not texts or not all(t and isinstance(t, str) for t in texts):
+        raise InvalidRequest("a choice must be a list of at least one text, and none may be empty")
+    return "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, dict.fromkeys(texts)))
+
+
+_KINDS: Mapping[str, Callable[[str], str]] = {
+    "regex": _of_regex,
+    "yacc": lark_of_yacc,
+    "lark": _of_lark,
+    "json_schema": lambda value: f"start: {_json(_parsed(value))}",
+    "json_object": lambda _: f"start: {_json({'type': 'object'})}",
+    "choice": _of_choice,
+}
+
+
+def _json(schema: Any) -> str:
+    """A schema as a term of Lark, without what would take too long.
+
+    Objects that list properties have no others, unless the schema says or may mean that they do.
+    """
+    if schema is False or not isinstance(schema, dict | bool):
+        raise InvalidRequest("a JSON schema must be an object, or true")
+    schema = {} if schema is True else schema
+    nodes = [node for node, _ in _nodes(schema, "schema")]
+    patterns = [p for node in nodes if isinstance(p := node.get("pattern"), str)]
+    patterns += [p for node in nodes for p in _object(node.get("patternProperties"))]
+    if len(max(patterns, key=len, default="")) > MAX_REGEX or len("".join(patterns)) > MAX_PATTERNS:
+        raise InvalidRequest(
+            f"a pattern may have {MAX_REGEX} characters, those of a JSON schema {MAX_PATTERNS}"
+        )
+    multiples = [Decimal(str(m)) for n in nodes if type(m := n.get("multipleOf")) in (int, float)]
+    if not _common(multiples) <= MAX_MULTIPLE:
+        raise InvalidRequest(
+            "the least common multiple of all multipleOf, with as many decimals as any of them "
+            f"has, may be {MAX_MULTIPLE}"
+        )
+    schemas = [node for node, role in _nodes(schema, "schema") if role == "schema"]
+    if not any("allOf" in n or ("properties" in n and n.keys() & _PARTS) for n in schemas):
+        for node in schemas:
+            if "properties" in node and not node.keys() & _OTHERS:
+                node["additionalProperties"] = False
+    # The last word: what a client says there could turn off what is enforced.
+    return "%json " + json.dumps({**schema, "x-guidance": _OPTIONS})
+
+
+def _nodes(value: Any, role: str, depth: int = 0) -> Iterator[tuple[dict[str, Any], str]]:
+    """All objects in a schema, and whether each is a schema, has them by names, or is data."""
+    if depth > MAX_DEPTH:
+        raise InvalidRequest(f"the JSON schema has more than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        yield value, role
+        for key, inner in value.items():
+            named = "schema" if role == "names" else role
+            yield from _nodes(
+                inner, _ROLES.get(key, role) if role == "schema" else named, depth + 1
+            )
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _nodes(inner, role, depth + 1)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _common(values: Sequence[Decimal]) -> float:
+    """The least common multiple, counted in the last digit that any of them has."""
+    digits = min((int(v.as_tuple().exponent) for v in values if v.is_finite()), default=0)
+    if not all(v.is_finite() and abs(v.adjusted()) < 20 for v in values):
+        return math.inf
+    return math.lcm(*(int(v.scaleb(-min(digits, 0))) for v in values))
+
+
+class Grammars:
+    """The compiled grammars of one model; the latest are kept."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+        """`vocab`: how many ids the model can draw; what the tokenizer lacks never may be."""
+        self._tokenizer = tokenizer
+        self._vocab = vocab
+        self._lock = threading.Lock()  # one at a time, so that no grammar is compiled twice
+        self._compiled = lru_cache(maxsize=CACHED)(self._compile)
+
+    def compile(self, grammar: Grammar, *, after: str | None = None) -> Callable[[], Matcher]:
+        """What starts a matcher for each answer; raises InvalidRequest for what it cannot enforce.
+
+        after: the answer begins with free text that ends with this, which may be a control
+        token's name, and only then with what the grammar says.
+        """
+        with self._lock:
+            return self._compiled(grammar, after)
+
+    @cached_property
+    def _vocabulary(self) -> _Vocabulary:
+        return _Vocabulary(self._tokenizer, self._vocab)
+
+    def _compile(self, grammar: Grammar, after: str | None) -> Callable[[], Matcher]:
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(
+            max_items_in_row=10_000,  # an object may have so many optional properties
+            step_max_items=10_000,
+            max_lexer_states=50_000,
+            verbose_errors=False,
+        )
+        library, found = self._vocabulary.library, list[LLMatcher]()
+        source = grammar.lark()
+        parts = [{"name": "answer", "lark_grammar": source}]
+        if after is not None:
+            parts.insert(0, {"lark_grammar": self._free_text(after)})
+        text = json.dumps({"grammars": parts})
+        _deep(lambda: found.append(LLMatcher(library, text, log_level=0, limits=limits)))
+        if not found or (error := found[0].get_error()):
+            raise InvalidRequest(f"the {grammar.kind} cannot be enforced: {_told(error)}")
+        new = partial(Matcher, self._vocabulary, "%json" in source)
+        try:
+            new(found[0].deep_copy()).allowed(())
+        except SamplingFailed as failed:
+            raise InvalidRequest(f"no answer fits the {grammar.kind}: {failed}") from None
+        return lambda: new(found[0].deep_copy())
+
+    def _free_text(self, after: str) -> str:
+        ids = self._tokenizer.encode(after, add_bos=False, specials=True)
+        control = len(ids) == 1 and self._tokenizer.is_special(ids[0])
+        ends = sorted({*self._vocabulary.stops, *(ids if control else ())})
+        # The token that opens the section may be a control token too.
+        begin = f"start: <[^{','.join(map(str, ends))}]>? text"
+        end = f" <[{ids[0]}]>" if control else ""
+        suffix = "" if control else f"[suffix={json.dumps(after)}]"
+        return f"{begin}{end} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
+
+
+def _deep(work: Callable[[], None]) -> None:
+    """Run it where recursion has room."""
+    with _STACK:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread = threading.Thread(target=work, name="squall-grammar", daemon=True)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+
+
+def _told(error: str) -> str:
+    """llguidance's error without the source that it shows."""
+    if found := _KEYWORDS.search(error):
+        return f"JSON schema keywords that are not supported: {found[1][:300]}"
+    error = error.replace("NoExtensionBias", "nothing can follow")
+    return " ".join(re.split(r"\n +1 \||<non-verbose/>", error)[0].split())[:300]
+
+
+class _Vocabulary:
+    """A model's tokens, as llguidance asks for them."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+        from llguidance import LLTokenizer
+
+        self.words = -(-vocab // 32)
+        self.stops = frozenset(i for i in tokenizer.stop_ids if i < vocab)
+        known = range(min(vocab, tokenizer.vocab_size))
+        special = {i for i in known if tokenizer.is_special(i)} | self.stops
+        tokens = [tokenizer.token_bytes(i) for i in known]
+        # llguidance marks control tokens by this byte, which is in no UTF-8.
+        tokens = [b"" if b"\xff" in token else token for token in tokens]
+        self.tokens = tokens + [b""] * (vocab - len(tokens))
+        self.special_token_ids = sorted(special)
+        self.eos_token_id = min(self.stops)
+        self._encode = partial(tokenizer.encode, add_bos=False)
+        texts = [b"" if i in special else token for i, token in enumerate(tokens)]
+        self.letter = texts.index(b"z") if b"z" in texts else 0
+        digits = np.zeros(self.words * 32, dtype=bool)
+        digits[: len(texts)] = [token[:1].isdigit() for token in texts]
+        self.digits = np.packbits(digits, bitorder="little").view(np.uint32)
+        self.library = LLTokenizer(self, eos_token=sorted(self.stops))  # type: ignore[arg-type]
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of what goes on with a text, without the space that may come before texts."""
+        for before in ("", "\n"):
+            ids = self._encode(before + text)
+            parts = [self.tokens[i] for i in ids]
+            for start in range(min(3, len(ids))):
+                if b"".join(parts[start:]) == text.encode():
+                    return ids[start:]
+        return []
+
+
+class Matcher:
+    """What may follow in one answer. One thread at a time calls it."""
+
+    def __init__(self, vocabulary: _Vocabulary, numbers: bool, inner: LLMatcher) -> None:
+        """numbers: whether there may be some that go on for ever."""
+        self._vocabulary = vocabulary
+        self._numbers = numbers
+        self._inner = inner
+        self._digits = 0  # that the text ends with
+        self._row: NDArray[np.uint32] | None = None  # what may come next
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow."""
+        return self._inner.is_stopped()
+
+    def allowed(self, guesses: Sequence[int]) -> Sequence[NDArray[np.uint32]]:
+        """Bits of the ids that may be drawn next, and after each guess."""
+        rows = [self._next()]
+        digits = self._digits
+        for guess in guesses:
+            if guess in self._vocabulary.stops or not self._inner.try_consume_tokens([guess]):
+                break
+            digits = self._run(digits, guess)
+            rows.append(self._mask(digits))
+        if len(rows) > 1 and not self._inner.rollback(len(rows) - 1):
+            raise self._failed()
+        # After a guess that cannot come nothing can.
+        return rows + [np.zeros_like(rows[0])] * (1 + len(guesses) - len(rows))
+
+    def forced(self, most: int) -> Sequence[int]:
+        """Ids that will follow, most likely, since the grammar leaves no choice of text."""
+        if most < 1 or self.finished:
+            return ()
+        if ids := self._inner.compute_ff_tokens():
+            return ids[:most]
+        row = self._next()
+        places = np.flatnonzero(row)
+        bits = int(row[places[0]])
+        token = int(places[0]) * 32 + bits.bit_length() - 1
+        alone = len(places) == 1 and bits.bit_count() == 1
+        return (token,) if alone and token not in self._vocabulary.stops else ()
+
+    def accept(self, token: int) -> None:
+        """Goes on after `token`, which was drawn."""
+        if self.finished:
+            return
+        if not self._inner.consume_token(token):
+            raise self._failed()
+        self._digits, self._row = self._run(self._digits, token), None
+
+    def _next(self) -> NDArray[np.uint32]:
+        if self._row is None:
+            self._row = self._mask(self._digits)
+        return self._row
+
+    def _mask(self, digits: int) -> NDArray[np.uint32]:
+        row = np.zeros(self._vocabulary.words, np.uint32)
+        self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._inner.is_error():
+            raise self._failed()
+        letter = self._vocabulary.letter  # where it may come is text, not a number
+        if digits < MAX_DIGITS or row[letter // 32] >> (letter % 32) & 1:
+            return row
+        fewer = row & ~self._vocabulary.digits
+        return fewer if fewer.any() else row
+
+    def _run(self, digits: int, token: int) -> int:
+        text = self._vocabulary.tokens[token]
+        if not self._numbers or not text[-1:].isdigit():
+            return 0
+        return digits + len(text) if text.isdigit() else 1
+
+    def _failed(self) -> SamplingFailed:
+        reason = _told(self._inner.get_error()) or "a token came that may not"
+        return SamplingFailed(f"the grammar cannot go on: {reason}")

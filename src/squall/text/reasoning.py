@@ -1,0 +1,47 @@
+"""Sections in which models think before they answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from squall.text.tokenizer import Tokenizer
+
+MARKS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+)
+
+
+def control_id(tokenizer: Tokenizer, mark: str) -> int | None:
+    """The id of a control token of that name, if there is one."""
+    ids = tokenizer.encode(mark, add_bos=False, specials=True)
+    return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What begins and ends such a section, and whether the prompt has begun one."""
+
+    opening: str
+    closing: str
+    begun: bool = False
+
+    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Ids of the marks that are control tokens, whose names an answer's text must show."""
+        ids = (control_id(tokenizer, mark) for mark in (self.opening, self.closing))
+        return frozenset(token for token in ids if token is not None)
+
+
+def reasoning_of(source: str, prompt: str) -> Reasoning | None:
+    """How an answer to the prompt reasons, told from the chat template's source.
+
+    None where the model does not, or where the prompt has a section already, such as an empty one.
+    """
+    tail = prompt[-200:].rstrip()
+    for opening, closing in MARKS:
+        if closing in source:
+            begun = tail.endswith(opening)
+            return None if tail.endswith(closing) else Reasoning(opening, closing, begun)
+    return None
