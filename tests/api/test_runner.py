@@ -158,7 +158,6 @@ def test_chat_template(model: Model, tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     "argument",
     [
-        {"which_draft": Which.Plain("a")},
         {"num_device_layers": ["0:3"]},
         {"in_situ_quant": "Q4K"},
         {"anymoe_config": object()},

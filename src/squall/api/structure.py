@@ -73,6 +73,8 @@ def naming(field: str) -> Iterator[None]:
 def _made(kind: Any, value: Any) -> Grammar:
     if kind == "json_schema":
         return Grammar.json_schema(value)
+    if not isinstance(kind, str):
+        raise InvalidRequest(f"its type is {shown(kind)}; it must be a text")
     return Grammar.choice(value) if isinstance(value, list) else Grammar(kind, value)
 
 
