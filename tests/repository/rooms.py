@@ -47,6 +47,7 @@ ABOVE: dict[str, set[str]] = {
     "api": {"errors", "closing", "checkpoints", "engine", "quant", "text", "opening", "model"},
     "server": {"__version__", "errors", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
+    "tools": {"errors", "model", "api"},
 }
 TOP = {"cli", "__init__", "__main__"}
 
