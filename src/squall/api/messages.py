@@ -17,7 +17,9 @@ MOST_CALLS = 128
 Messages = str | Sequence[Mapping[str, Any]]
 ROLES: Mapping[str, str] = MappingProxyType({"developer": "system", "function": "tool"})
 # Parts of a message's content that are texts, with where the text is.
-TEXT_PARTS: Mapping[str, str] = MappingProxyType({"text": "text", "refusal": "refusal"})
+TEXT_PARTS: Mapping[str, str] = MappingProxyType({
+    "text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"
+})  # fmt: skip
 _TEXTS = ("name", "tool_call_id", *REASONING)
 
 

@@ -69,6 +69,10 @@ Prompts = Annotated[
     Discriminator(_prompt_shape, **_WRONG),
 ]
 
+Parts = Annotated[
+    Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)
+]
+
 
 class Body(BaseModel, frozen=True):
     """What all bodies have in common."""
@@ -120,13 +124,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: (
-        Annotated[
-            Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")],
-            Discriminator(_shape, **_WRONG),
-        ]
-        | None
-    ) = None
+    content: Parts | None = None
 
 
 Conversation = Annotated[
@@ -187,6 +185,9 @@ class TokenizeBody(Body, frozen=True):
 
     prompt: str | None = None
     messages: Conversation | None = None
+    tools: Annotated[list[dict[str, Any]], _FEW] | None = None
+    tool_choice: Chosen | None = None
+    reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
 
