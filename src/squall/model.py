@@ -209,7 +209,10 @@ class Model(Closing):
         if not isinstance(grammar, Grammar):
             grammar = Grammar.json_schema(grammar)
         reasoning = prompt.reasoning if isinstance(prompt, ChatPrompt) else None
-        return self.grammars.compile(grammar, after=reasoning.closing if reasoning else None)
+        if reasoning is None:
+            return self.grammars.compile(grammar)
+        opening = None if reasoning.begun else reasoning.opening
+        return self.grammars.compile(grammar, after=reasoning.closing, opening=opening)
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
         """The text of token ids."""

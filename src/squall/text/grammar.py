@@ -19,6 +19,7 @@ import numpy as np
 
 from squall.errors import InvalidCheckpoint, InvalidRequest, SamplingFailed
 from squall.files import parse_json, quote
+from squall.text.reasoning import control_id
 from squall.text.tokenizer import Tokenizer
 from squall.text.yacc import lark_of_yacc
 
@@ -212,20 +213,25 @@ class Grammars:
         self._lock = threading.Lock()  # one at a time, so that no grammar is compiled twice
         self._compiled = lru_cache(maxsize=CACHED)(self._compile)
 
-    def compile(self, grammar: Grammar, *, after: str | None = None) -> Callable[[], Matcher]:
+    def compile(
+        self, grammar: Grammar, *, after: str | None = None, opening: str | None = None
+    ) -> Callable[[], Matcher]:
         """What starts a matcher for each answer; raises InvalidRequest for what it cannot enforce.
 
         after: the answer begins with free text that ends with this, which may be a control
         token's name, and only then with what the grammar says.
+        opening: it does so only if it begins with this.
         """
         with self._lock:
-            return self._compiled(grammar, after)
+            return self._compiled(grammar, after, opening)
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
         return _Vocabulary(self._tokenizer, self._vocab)
 
-    def _compile(self, grammar: Grammar, after: str | None) -> Callable[[], Matcher]:
+    def _compile(
+        self, grammar: Grammar, after: str | None, opening: str | None
+    ) -> Callable[[], Matcher]:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
@@ -238,7 +244,7 @@ class Grammars:
         source = grammar.lark()
         parts = [{"name": "answer", "lark_grammar": source}]
         if after is not None:
-            parts.insert(0, {"lark_grammar": self._free_text(after)})
+            parts.insert(0, {"lark_grammar": self._free_text(after, opening)})
         text = json.dumps({"grammars": parts})
         _deep(lambda: found.append(LLMatcher(library, text, log_level=0, limits=limits)))
         if not found or (error := found[0].get_error()):
@@ -250,15 +256,18 @@ class Grammars:
             raise InvalidRequest(f"no answer fits the {grammar.kind}: {failed}") from None
         return lambda: new(found[0].deep_copy())
 
-    def _free_text(self, after: str) -> str:
-        ids = self._tokenizer.encode(after, add_bos=False, specials=True)
-        control = len(ids) == 1 and self._tokenizer.is_special(ids[0])
-        ends = sorted({*self._vocabulary.stops, *(ids if control else ())})
-        # The token that opens the section may be a control token too.
-        begin = f"start: <[^{','.join(map(str, ends))}]>? text"
-        end = f" <[{ids[0]}]>" if control else ""
-        suffix = "" if control else f"[suffix={json.dumps(after)}]"
-        return f"{begin}{end} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
+    def _free_text(self, after: str, opening: str | None) -> str:
+        closing = control_id(self._tokenizer, after)
+        ends = {*self._vocabulary.stops} | (set() if closing is None else {closing})
+        begin = f"<[^{','.join(map(str, sorted(ends)))}]>?"  # what opens it may be a control token
+        if opening is not None:
+            token = control_id(self._tokenizer, opening)
+            begin = r"/[ \n]{0,2}/ " + (json.dumps(opening) if token is None else f"<[{token}]>")
+        end = "" if closing is None else f"<[{closing}]>"
+        suffix = f"[suffix={json.dumps(after)}]" if closing is None else ""
+        start = "start: reasoned" + (" | @answer" if opening is not None else "")
+        reasoned = f"reasoned: {begin} text {end} /\\n{{0,2}}/ @answer"
+        return "\n".join((start, reasoned, f"text{suffix}: /(?s:.*)/"))
 
 
 def _deep(work: Callable[[], None]) -> None:
