@@ -9,10 +9,12 @@ import json
 import math
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -210,8 +212,9 @@ class Grammars:
         """`vocab`: how many ids the model can draw; what the tokenizer lacks never may be."""
         self._tokenizer = tokenizer
         self._vocab = vocab
-        self._lock = threading.Lock()  # one at a time, so that no grammar is compiled twice
-        self._compiled = lru_cache(maxsize=CACHED)(self._compile)
+        self._lock = threading.Lock()
+        # The latest used are the last.
+        self._kept: OrderedDict[tuple[object, ...], Future[Callable[[], Matcher]]] = OrderedDict()
 
     def compile(
         self, grammar: Grammar, *, after: str | None = None, opening: str | None = None
@@ -222,8 +225,20 @@ class Grammars:
         token's name, and only then with what the grammar says.
         opening: it does so only if it begins with this.
         """
+        key, mine = (grammar, after, opening), Future[Callable[[], Matcher]]()
         with self._lock:
-            return self._compiled(grammar, after, opening)
+            kept = self._kept.setdefault(key, mine)
+            self._kept.move_to_end(key)
+            if len(self._kept) > CACHED:
+                self._kept.popitem(last=False)
+        if kept is mine:
+            try:
+                mine.set_result(self._compile(grammar, after, opening))
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop(key, None)
+                mine.set_exception(error)
+        return kept.result()
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
