@@ -224,6 +224,7 @@ def test_wrong_tools(fields: dict[str, Any], named: str | None) -> None:
 def thinking(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
     monkeypatch.setattr(model, "chat_template", model.chat_template.replaced(THINKS))
     script = {
+        "at once": '{"total": 7}',
         "schema": '<think>\nIs {"total": 8} right? No.\n</think>\n\n{"total": 7}',
         "Hm": "<think>\nLet me see.\n</think>\n\nYes.",
         "cut": "<think>\nLet me see." + " And see." * 50,
@@ -253,6 +254,15 @@ def test_row_8_shapes_begin_after_the_reasoning(model: Model, effort: str | None
     assert isinstance(json.loads(found["message"]["content"])["total"], int)
     reasoning = found["message"].get("reasoning_content")
     assert reasoning == (None if effort == "none" else 'Is {"total": 8} right? No.')
+
+
+@pytest.mark.usefixtures("thinking")
+def test_who_does_not_reason_answers_at_once(model: Model) -> None:
+    schema = {"type": "object", "properties": {"total": {"type": "integer"}}, "required": ["total"]}
+    for fields in ({"tools": None, "response_format": schema}, {"tools": [ADD]}):
+        found = ask(model, "at once", **fields)
+        assert (found["finish_reason"], found["message"]["content"]) == ("stop", '{"total": 7}')
+        assert "reasoning_content" not in found["message"]
 
 
 def test_efforts_are_variables_for_the_template(model: Model, thinking: Scripted) -> None:

@@ -48,6 +48,7 @@ ABOVE: dict[str, set[str]] = {
     "tools": {"errors", "engine", "model", "text", "api"},
     "server": {"__version__", "errors", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
+    "tools": {"errors", "model", "api"},
 }
 TOP = {"cli", "__init__", "__main__"}
 

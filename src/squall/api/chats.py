@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import attrgetter
+
 from squall.api.messages import characters
 from squall.api.requests import ChatCompletionRequest
 from squall.api.responses import CalledFunction, Delta, ResponseMessage, ToolCall, ToolCallDelta
@@ -14,7 +17,6 @@ from squall.text.answer import (
     CallArguments,
     CallBegun,
     CallEnded,
-    Event,
     Reasoned,
     Said,
 )
@@ -54,26 +56,21 @@ def chat_structure(request: ChatCompletionRequest, prompt: ChatPrompt) -> Struct
     offer, structure = request.offer(), request.structure()
     if prompt.format is None:
         return structure
-    parallel = not offer.sole if (said := request.parallel_tool_calls) is None else said
     required = offer.required or structure is not None
-    calls = prompt.format.grammar(offer.callable, required=required, parallel=parallel)
-    if structure is not None and not offer.required:
-        calls = _either(calls, structure)
-    return Structure("tools", calls)
-
-
-def _either(calls: Grammar, structure: Structure) -> Grammar:
-    """Calls, or an answer of JSON."""
+    calls = prompt.format.grammar(offer.callable, required=required, parallel=offer.parallel)
+    if structure is None or offer.required:
+        return Structure("tools", calls)
     field, answer = structure
     if answer.kind not in ("json_schema", "json_object"):
         raise InvalidRequest(f"{field} must be JSON if there are tools; leave one of them out")
-    schema = answer.value if answer.kind == "json_schema" else '{"type": "object"}'
+    json_ = answer.value or '{"type": "object"}'
     rules = calls.value.removeprefix("start:")
-    return Grammar("lark", f"start: calls_ | answer_\nanswer_: %json {schema}\ncalls_: {rules}")
+    either = f"start: calls_ | answer_\nanswer_: %json {json_}\ncalls_: {rules}"
+    return Structure(field, Grammar("lark", either))
 
 
 class ChatAnswer:
-    """One answer taken apart, as far as it is known; `news` came with the last piece.
+    """One answer taken apart, as deltas; `news` came with the last piece.
 
     empty: the content of deltas that have none.
     """
@@ -81,48 +78,48 @@ class ChatAnswer:
     def __init__(self, parser: AnswerParser, empty: str | None) -> None:
         self.reasoning_tokens = 0
         self.news: list[Delta] = []
+        self.called = False  # and the last call is whole
+        self._deltas: list[Delta] = []
         self._empty = empty
         self._parser = parser
-        self._content = self._reasoning = ""
-        self._calls: list[list[str]] = []  # id, name, arguments
-        self._whole = 0
         self._pending = 0  # tokens of which it is not known yet whether they are reasoning
 
     @property
-    def called(self) -> bool:
-        """Whether there are calls, and all of them whole."""
-        return len(self._calls) == self._whole > 0
-
-    @property
     def message(self) -> ResponseMessage:
-        """What has been said."""
-        calls = tuple(ToolCall(id_, CalledFunction(*call)) for id_, *call in self._calls)
-        content = self._content or self._empty
-        return ResponseMessage(content, reasoning_content=self._reasoning, tool_calls=calls)
+        """All that was said."""
+        made = (call for delta in self._deltas for call in delta.tool_calls)
+        calls: tuple[ToolCall, ...] = ()
+        for _, (first, *rest) in groupby(made, attrgetter("index")):
+            text = "".join(call.function.arguments for call in rest)
+            calls += (ToolCall(first.id or "", CalledFunction(first.function.name, text)),)
+        content = "".join(delta.content or "" for delta in self._deltas)
+        reasoning = "".join(delta.reasoning_content for delta in self._deltas)
+        return ResponseMessage(
+            content or self._empty, reasoning_content=reasoning, tool_calls=calls
+        )
 
     def take(self, piece: Piece) -> None:
         """Go on with what the engine says."""
         self._pending += len(piece.ids)
-        events = self._parser.push(piece.text, final=piece.finish_reason is not None)
-        self.news = [delta for event in events if (delta := self._take(event)) is not None]
+        self.news = []
+        for event in self._parser.push(piece.text, final=piece.finish_reason is not None):
+            if isinstance(event, Reasoned):
+                self.reasoning_tokens += self._pending
+            self._pending = 0
+            self.called = isinstance(event, CallEnded) or (self.called and isinstance(event, Said))
+            if not isinstance(event, CallEnded):
+                self.news.append(_delta(event, self._empty))
+        self._deltas += self.news
 
-    def _take(self, event: Event) -> Delta | None:
-        tokens, self._pending = self._pending, 0
-        match event:
-            case Reasoned(text):
-                self.reasoning_tokens += tokens
-                self._reasoning += text
-                return Delta(content=self._empty, reasoning_content=text)
-            case Said(text):
-                self._content += text
-                return Delta(content=text)
-            case CallBegun(index, id_, name):
-                self._calls.append([id_, name, ""])
-                call = ToolCallDelta(index, CalledFunction(name), id_, "function")
-            case CallArguments(index, text):
-                self._calls[index][2] += text
-                call = ToolCallDelta(index, CalledFunction(arguments=text))
-            case CallEnded():
-                self._whole += 1
-                return None
-        return Delta(content=self._empty, tool_calls=(call,))
+
+def _delta(event: Reasoned | Said | CallBegun | CallArguments, empty: str | None) -> Delta:
+    match event:
+        case Said(text):
+            return Delta(content=text)
+        case Reasoned(text):
+            return Delta(content=empty, reasoning_content=text)
+        case CallBegun(index, id_, name):
+            call = ToolCallDelta(index, CalledFunction(name), id_, "function")
+        case CallArguments(index, text):
+            call = ToolCallDelta(index, CalledFunction(arguments=text))
+    return Delta(content=empty, tool_calls=(call,))

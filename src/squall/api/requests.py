@@ -143,7 +143,7 @@ class ChatCompletionRequest(_Request):
 
     def offer(self) -> Offer:
         """The tools that an answer may call."""
-        return offer(self.tools, self.tool_schemas, self.tool_choice)
+        return offer(self.tools, self.tool_schemas, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def template_kwargs(self) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from squall.engine.fields import shown
+from squall.engine.fields import check, shown
 from squall.errors import InvalidRequest
 from squall.text.grammar import Grammar
 
@@ -73,6 +73,7 @@ def naming(field: str) -> Iterator[None]:
 def _made(kind: Any, value: Any) -> Grammar:
     if kind == "json_schema":
         return Grammar.json_schema(value)
+    check(isinstance(kind, str), "its type", kind, "a text")
     return Grammar.choice(value) if isinstance(value, list) else Grammar(kind, value)
 
 

@@ -22,35 +22,30 @@ _MODES: Mapping[Any, str] = {
 
 
 class Offer(NamedTuple):
-    """The tools that the model is shown, and of these what it may call, or with `required` must.
-
-    sole: one function was named, so there is one call.
-    """
+    """The tools that the model is shown, and of these what it may call, or with `required` must."""
 
     tools: tuple[Tool, ...] = ()
     callable: tuple[Tool, ...] = ()
     required: bool = False
-    sole: bool = False
+    parallel: bool = True
 
 
-def offer(tools: Any, schemas: Any, choice: Any) -> Offer:
-    """What the fields `tools` or `tool_schemas`, and `tool_choice`, come to."""
+def offer(tools: Any, schemas: Any, choice: Any, parallel: bool | None = None) -> Offer:
+    """What the fields `tools` or `tool_schemas`, `tool_choice` and so on come to."""
     if tools and schemas:
         raise InvalidRequest("tools and tool_schemas say the same; give one of them")
-    field, given = ("tool_schemas", schemas) if schemas else ("tools", tools or ())
-    known = _known(field, given)
+    known = _known("tool_schemas", schemas) if schemas else _known("tools", tools or ())
     mode, named = _chosen(choice)
-    for name in named or ():
-        if name not in known:
-            have = ", ".join(known) or "none"
-            raise InvalidRequest(f"tool_choice has {shown(name)}, which is none of tools: {have}")
-    if mode == "required" and not known:
-        raise InvalidRequest("tool_choice is 'required'; it must be none or auto without tools")
+    missing = [name for name in named or () if name not in known]
+    if missing or (mode == "required" and not known):
+        have = ", ".join(known) or "none"
+        raise InvalidRequest(f"tool_choice is {shown(choice)}; it must be among tools: {have}")
     if mode == "none" or not known:
         return Offer()
     may = tuple(known[name] for name in dict.fromkeys(named or known))
-    sole = mode == "required" and named is not None and len(may) == 1
-    return Offer(tuple(known.values()), may, mode == "required", sole)
+    if parallel is None:  # who names one function wants one call
+        parallel = not (mode == "required" and named and len(may) == 1)
+    return Offer(tuple(known.values()), may, mode == "required", parallel)
 
 
 def _known(field: str, given: Any) -> dict[str, Tool]:

@@ -288,7 +288,7 @@ class Grammars:
         first = json.dumps(opening) if begin is None else f"<[{begin}]>"
         suffix = f"[suffix={json.dumps(closing)}]" if end is None else ""
         last = "" if end is None else f"<[{end}]>"
-        start = "" if after.begun else f"@answer | {first} "
+        start = "" if after.begun else rf"@answer | /[ \n]{{0,2}}/ {first} "
         return f"start: {start}text {last} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
 
 
