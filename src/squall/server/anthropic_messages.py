@@ -103,11 +103,8 @@ class Messages(Sections):
             case "begin":
                 yield {"type": "message_start", "message": self.told()}
             case "open":
-                yield {
-                    "type": "content_block_start",
-                    **at,
-                    "content_block": _block(self.sections[-1]),
-                }
+                block = _block(self.sections[-1])
+                yield {"type": "content_block_start", **at, "content_block": block}
             case "more":
                 _, name, type = _BLOCKS[self.sections[-1].kind]
                 yield {"type": "content_block_delta", **at, "delta": {"type": type, name: new}}
