@@ -31,10 +31,6 @@ _EVENTS = {"text": "output_text", "reasoning": "reasoning_text", "call": "functi
 _CUT = {"reason": "max_output_tokens"}
 _CACHE = {"cache_write_tokens": 0}
 _STATUS = {None: "in_progress", "error": "failed", "length": "incomplete", "canceled": "incomplete"}
-_ITEMS = (
-    "it must be a message of role and content, a function_call of call_id, name and arguments, "
-    "a function_call_output of call_id and output, or of type reasoning"
-)
 
 
 class ResponsesBody(AgentBody, frozen=True):
@@ -87,7 +83,8 @@ def _add(said: list[Object], item: Object, where: str) -> None:
         ):
             agents.say(said, role, content, new=role != "assistant")
         case _:
-            raise InvalidRequest(f"{where} is {shown(item)}; {_ITEMS}")
+            known = "a complete message, function_call, function_call_output or reasoning"
+            raise InvalidRequest(f"{where} is {shown(item)}; it must be {known}")
 
 
 class Responses(Sections):
