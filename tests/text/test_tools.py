@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import codecs
 import json
+import random
 import time
+from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from squall.text.answer import (
@@ -18,7 +22,7 @@ from squall.text.answer import (
     Reasoned,
     Said,
 )
-from squall.text.reasoning import Reasoning
+from squall.text.reasoning import MARKS, Reasoning
 from squall.text.tokenizer import Tokenizer
 from squall.text.tools import FORMATS, ToolFormat
 
@@ -160,6 +164,12 @@ def test_only_what_may_begin_a_mark_is_held_back(row: ToolFormat) -> None:
     assert parser.push("~") == [Said(" \n" + row.opening[0] + "~")]
 
 
+def test_the_page_has_all_formats() -> None:
+    page = (Path(__file__).parents[2] / "docs/tools.md").read_text(encoding="utf-8")
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [row.name for row in FORMATS]
+
+
 def test_without_tools_all_is_said() -> None:
     parser = AnswerParser()
     assert parser.push("<tool_call>") == [Said("<tool_call>")]
@@ -211,3 +221,34 @@ def test_row_s14_time_grows_with_the_text_only(row: ToolFormat) -> None:
             parser.push(character)
             assert len(parser._held) < 1000
         assert time.thread_time() - started < 2
+
+
+@named
+def test_row_5_random_texts_of_marks_cut_at_random(
+    row: ToolFormat, rng: np.random.Generator, nightly: bool
+) -> None:
+    random_ = random.Random(int(rng.integers(1 << 60)))
+    call = answer(row, several(row))
+    parts = [*MARKS[0], row.opening, row.leads[0], *row.tails, *row.closings, row.join or ""]
+    parts += [
+        row.heads[0].replace("$", "now"),
+        call,
+        "{}",
+        "[",
+        " ",
+        "\n" * 5,
+        " " * 20,
+        "é",
+        '"',
+        "\\",
+    ]
+    for _ in range(3000 if nightly else 150):
+        text = "".join(random_.choices(parts, k=random_.randrange(1, 9)))
+        text = text[: random_.choice([len(text), random_.randrange(len(text) + 1)])]
+        reasoning = random_.choice([None, THINK, replace(THINK, begun=True)])
+        names = random_.choice([None, ["now"]])
+        whole = parse([text], row, reasoning=reasoning, names=names)
+        assert parse(list(text), row, reasoning=reasoning, names=names) == whole, text
+        cuts = sorted(random_.randrange(len(text) + 1) for _ in range(4))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert parse(pieces, row, reasoning=reasoning, names=names) == whole, text

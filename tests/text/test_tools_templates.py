@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,14 @@ def test_every_format_has_a_template() -> None:
 @sources
 def test_the_format_is_told_from_the_template(name: str, smollm: Tokenizer) -> None:
     assert tool_format(SOURCES[name], smollm).name == ROWS.get(name, name)
+
+
+def test_no_template_takes_long_to_tell(smollm: Tokenizer) -> None:
+    started = time.thread_time()
+    marks = (FORMATS[2].opening, "Action:", "<tool_call>", "arguments", "<|tool_call|>", " ")
+    for text in marks:
+        tool_format((text * 100_000)[:100_000], smollm)
+    assert time.thread_time() - started < 1
 
 
 @sources

@@ -101,29 +101,22 @@ class AnswerParser:
     # Each step takes from what is held; it returns False where it needs more text.
 
     def _go(self, step: _Step, drop: int = 0, after: _Step | None = None) -> bool:
-        self._take(drop)
+        self._held = self._held[drop:]
         self._step, self._after = step, after or self._after
         return True
 
-    def _take(self, characters: int) -> str:
-        taken, self._held = self._held[:characters], self._held[characters:]
-        return taken
-
-    def _tell(self, event: Callable[[str], Event], characters: int) -> None:
-        if characters > 0:
-            self._events.append(event(self._take(characters)))
+    def _tell(self, event: Callable[[str], Event], end: int) -> None:
+        if end > 0:
+            self._events.append(event(self._held[:end]))
+            self._held = self._held[end:]
 
     def _until(self, mark: str, event: Callable[[str], Event]) -> bool:
         """Tells all before a mark, without white space there; whether the mark has come."""
-        at = self._held.find(mark)
-        if at < 0 and self._final:
-            end = len(self._held)
-        elif at < 0:
+        at = end = self._held.find(mark)
+        if at < 0:
             sizes = (n for n in range(len(mark), 0, -1) if self._held.endswith(mark[:n]))
-            end = _before(self._held, len(self._held) - next(sizes, 0))
-        else:
-            end = _before(self._held, at)
-        self._tell(event, end)
+            end = len(self._held) - (0 if self._final else next(sizes, 0))
+        self._tell(event, end if at < 0 and self._final else _before(self._held, end))
         return at >= 0
 
     def _gap(self) -> bool:
@@ -151,9 +144,9 @@ class AnswerParser:
         return self._go(self._gap, self._held.index(closing) + len(closing), self._answer)
 
     def _answer(self) -> bool:
-        return (
-            self._begun(self._format.bare_first) if self._format.bare else self._go(self._content)
-        )
+        if self._format.bare:
+            return self._begun(self._format.bare_first)
+        return self._go(self._content)
 
     def _content(self) -> bool:
         if self.tools is None:

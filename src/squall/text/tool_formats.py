@@ -93,7 +93,7 @@ class ToolFormat:
     """
 
     name: str
-    told_by: str  # a regex that the source of a chat template has
+    told_by: str  # a regex that the source of a chat template begins with
     opening: str  # from here on it is a call
     heads: tuple[str, ...]
     tails: tuple[str, ...]
@@ -202,7 +202,8 @@ class ToolFormat:
             text += f" & ~/[ \\n]*{re.escape(reasoning.opening)}(?s:.*)/"
             rules.append(f"section{'' if '[' in closing[:2] else '[lazy]'}: ANY {closing}")
             rules.append(f"thought: SPACE? {opening} section")
-        starts = ["SPACE? opened"] if required else self._starts(tools)
+        forced = ["SPACE? opened", *["SPACE? calls"] * self.bare]
+        starts = forced if required else self._starts(tools)
         start = ("thought? " if "thought" in rules[-1] else "") + f"({' | '.join(starts)})"
         return Grammar("lark", "\n".join([f"start: {start}", *rules, text, _TERMINALS]))
 
@@ -262,5 +263,5 @@ FORMATS = tuple(_rows())  # the last is our own
 
 def tool_format(source: str, tokenizer: Tokenizer) -> ToolFormat:
     """How the models of a chat template write calls; our own way where it does not say."""
-    row = next(row for row in FORMATS if re.search(row.told_by, source, re.DOTALL))
+    row = next(row for row in FORMATS if re.match(row.told_by, source, re.DOTALL))
     return row.bind(source, tokenizer)

@@ -17,10 +17,6 @@ from squall.text.tool_formats import tool_format as tool_format
 
 MAX_SCHEMA = 100_000  # characters of a tool's parameters
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
-_OPEN = frozenset({
-    "additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf",
-    "oneOf", "if",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,6 @@ class Tool:
     def schema(self) -> dict[str, Any]:
         """What a call's arguments are constrained to: the parameters, or any object."""
         schema: dict[str, Any] = {"type": "object", **self.parameters}
-        if not _OPEN & schema.keys():
-            schema["additionalProperties"] = False
         if not (error := _unsupported(json.dumps(schema))):
             return schema
         if self.strict:
