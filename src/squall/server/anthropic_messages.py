@@ -44,7 +44,7 @@ class CountBody(AgentBody, frozen=True):
         """The same as a chat."""
         said: list[Object] = []
         for i, message in enumerate(self.messages):
-            for block in agents.parts(message.content or ""):
+            for block in [None] if message.content is None else agents.parts(message.content):
                 _add(said, message.role, block, f"messages[{i}].content")
         if said and said[-1]["role"] == "assistant":
             raise InvalidRequest("messages must not end with an assistant's; give a user's")
@@ -68,7 +68,7 @@ class MessagesBody(CountBody, frozen=True):
     max_tokens: int
 
 
-def _add(said: list[Object], role: str, block: Object, where: str) -> None:
+def _add(said: list[Object], role: str, block: Any, where: str) -> None:
     match block:
         case {"type": "text"}:
             agents.say(said, role, [block])

@@ -123,6 +123,7 @@ class Responses(Sections):
 
     def told(self) -> Object:
         status, usage, error = _STATUS.get(self.finish_reason, "completed"), self.usage, self.error
+        asked = self.body.model_dump_json(include=set(_ASKED), exclude_none=True)
         used = usage and {
             "input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
             "input_tokens_details": _CACHE | usage.prompt_tokens_details.to_dict(),
@@ -135,7 +136,7 @@ class Responses(Sections):
             "incomplete_details": _CUT if self.finish_reason == "length" else None,
             "model": self.model, "output": list(map(self._item, self.sections)),
             "usage": None if status == "in_progress" else used,
-            **_ASKED, **self.body.model_dump(include=set(_ASKED), exclude_none=True),
+            **_ASKED, **json.loads(asked),
         }  # fmt: skip
 
     def _section_events(self, section: Section, what: str, new: str) -> Iterator[Event]:
