@@ -23,7 +23,7 @@ class Drawing:
         tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self._lengths = np.array([len(token) for token in tokens])
         self._stops = np.isin(np.arange(len(tokens)), [*tokenizer.stop_ids])
-        self._ends = np.array([token in (b'"', b"}", b"]", b"@") for token in tokens])
+        self._ends = np.array([token in (b'"', b"}", b"]", b"@", b'\\"') for token in tokens])
         self._signs = np.array([not token.isalnum() for token in tokens])
 
     def answer(self, start: Callable[[], Matcher], tokens: int = 40) -> bytes:
