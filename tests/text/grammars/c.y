@@ -28,4 +28,4 @@ arguments : arguments ',' expression | expression ;
 NAME : /[A-Za-z_][A-Za-z0-9_]*/ ;
 NUMBER : /[0-9]+/ ;
 CHARACTER : /'[^'\\\n]'/ ;
-SKIP : /[ \t\n]+/ | /\/\/[^\n]*\n/ ;
+SKIP : /[ \t\n]+/ ;
