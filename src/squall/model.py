@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall import convert, decoder, executors, recipes
-from squall._native import ThreadPool
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.closing import Closing
 from squall.engine.defaults import GenerationDefaults
@@ -26,7 +25,7 @@ from squall.engine.request import Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest
-from squall.executors import DEVICES, Executor, Limits, default_threads, thread_pool
+from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_threads, thread_pool
 from squall.locate import locate, locate_uqff
 from squall.opening import Opening
 from squall.program import Program
@@ -209,10 +208,7 @@ class Model(Closing):
         if not isinstance(grammar, Grammar):
             grammar = Grammar.json_schema(grammar)
         reasoning = prompt.reasoning if isinstance(prompt, ChatPrompt) else None
-        if reasoning is None:
-            return self.grammars.compile(grammar)
-        opening = None if reasoning.begun else reasoning.opening
-        return self.grammars.compile(grammar, after=reasoning.closing, opening=opening)
+        return self.grammars.compile(grammar, after=reasoning)
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
         """The text of token ids."""

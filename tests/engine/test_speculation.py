@@ -344,7 +344,7 @@ def guesses_of(kind: str, fixed: float, row: float, wanted: Request) -> tuple[in
     return usage.guessed_tokens, usage.accepted_tokens, len(executor.rows)
 
 
-def test_how_many_follows_what_is_accepted() -> None:
+def test_row_24_how_many_follows_what_is_accepted() -> None:
     long = request([1, 2], max_tokens=200)
     guessed, accepted, steps = guesses_of("lookup", 1.0, 0.01, long)
     assert accepted > 100

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -72,16 +72,12 @@ class MadeUp:
     deltas: Sequence[Delta]
     finish_reason: str = "stop"
     usage: Usage = USAGE
-    asked: Any = None
-    closed: bool = field(default=False)
+    stopped: str = ""
 
     async def chunks_async(self) -> AsyncIterator[ChatCompletionChunkResponse]:
         for delta in (Delta(role="assistant"), *self.deltas):
             yield _chunk(ChunkChoice(None, 0, delta, None))
         yield _chunk(ChunkChoice(self.finish_reason, 0, Delta(), None))
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def _chunk(choice: ChunkChoice) -> ChatCompletionChunkResponse:

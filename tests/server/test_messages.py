@@ -66,6 +66,18 @@ def test_a_cut_answer(claude: anthropic.Anthropic) -> None:
     assert found.usage.output_tokens == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_which_stop_string_came(claude: anthropic.Anthropic, stream: bool) -> None:
+    asked = GREEDY | {"messages": QUESTION, "stop_sequences": ["Rome", " Pa", "aris"]}
+    if stream:
+        with claude.messages.stream(**asked) as events:
+            found: Any = events.get_final_message()
+    else:
+        found = claude.messages.create(**asked)
+    assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", " Pa")
+    assert text_of(found).endswith(" is")
+
+
 def test_blocks_are_messages_of_a_chat(claude: anthropic.Anthropic, client: openai.OpenAI) -> None:
     messages: Any = [
         {
@@ -120,6 +132,7 @@ def test_fields_that_are_accepted(claude: anthropic.Anthropic, fields: dict[str,
         ({"messages": 5}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": [5]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content"),

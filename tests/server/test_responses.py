@@ -293,6 +293,16 @@ def test_row_4_bad_fields_are_named(
     assert param is None or error["param"] == param, error
 
 
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity"])
+def test_what_is_repeated_is_json(http: httpx.Client, number: str) -> None:
+    tool = f'{{"type": "function", "name": "f", "parameters": {{"default": {number}}}}}'
+    data = f'{{"input": "Hi", "max_output_tokens": 1, "tools": [{tool}], "tool_choice": "none"}}'
+    response = http.post(PATH, content=data)
+    assert "NaN" not in response.text
+    assert "Infinity" not in response.text
+    assert response.json()["tools"][0]["parameters"] == {"default": None}
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"[]", b"null", b"{", b"[" * 100_000, b'{"input": "\\ud800"}']
 )

@@ -1,4 +1,4 @@
-"""200 JSON schemas: functions as agents have them, and JSON Schema's keywords, alone and together."""
+"""200 JSON schemas: functions as agents have them, and keywords, alone and together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FUNCTIONS = """
 get_weather city unit:celsius|fahrenheit? days:integer?
 calculate_triangle_area base:number height:number unit:cm|m|inch?
 send_email to[] subject body cc[]? priority:low|normal|high?
-book_flight origin destination date:date return_date:date? passengers:integer cabin:economy|business|first?
+book_flight origin destination date:date return_date:date? seats:integer cabin:economy|first?
 search_products query category? min_price:number? max_price:number? in_stock:boolean?
 create_event title start:date-time end:date-time attendees[]? location?
 convert_currency amount:number from_currency:EUR|USD|GBP|JPY to_currency:EUR|USD|GBP|JPY
@@ -166,7 +166,7 @@ _ANY: list[Schema] = [
     {"allOf": [{"type": "string", "pattern": "^a"}, {"pattern": "z$"}, {"maxLength": 6}]},
     {"type": "object", "properties": _A, "anyOf": [{"required": ["a"]}, {"properties": _B}]},
     {"type": "string", "anyOf": [{"pattern": "^a"}, {"minLength": 4}]},
-    {"nullable": True, "type": "integer"}, {"deprecated": True, "readOnly": True, "type": "boolean"},
+    {"nullable": True, "type": "integer"}, {"deprecated": True, "type": "boolean"},
     {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "integer"},
     {"$schema": "http://json-schema.org/draft-07/schema#", "type": "array",
      "items": [{"type": "integer"}, {"type": "null"}], "additionalItems": False},

@@ -16,11 +16,11 @@ from squall.text.tokenizer import Tokenizer
 
 REGEXES = (
     "abc", "a|b|ab|abc", "[0-9]+", "\\d{3}-\\d{4}", "[A-Z][a-z]{1,8}", "(foo|bar)*baz?", "a{2,4}b+",
-    "\\w+@\\w+\\.(com|org)", "[^a-z\\n]{1,5}", "(?i:yes|no)", ".{3}", "\\s*x\\s*", "-?\\d+(\\.\\d+)?",
+    "\\w+@\\w+\\.(com|org)", "[^a-z\\n]{1,5}", "(?i:yes|no)", ".{3}", "\\s*x\\s*", "(ab)*",
     "(a+)+", "(a|a)*b", "a*?b", "\\+?[0-9 ()-]{5,12}", "[\\u00e9è]+", "日本+", "(?:(?:a|b)c){2}",
     "#[0-9a-fA-F]{6}", "\\d{4}-(0[1-9]|1[0-2])-([0-2]\\d|3[01])", "\"[^\"]*\"", "/usr(/[a-z]+)+/?",
-    "\\\\n", "a\\.b\\*c", "[\\]\\[]+", "(x(y(z)?)?)?w", "a{0,3}", "[\\w.-]+", "\\t\\n?", "[a-cx-z&&[^b]]",
-    "^abc$", "(?P<name>a)b", "(?s:.{2})", "\\x41\\u0042", "a{1,1000000}",
+    "\\\\n", "a\\.b\\*c", "[\\]\\[]+", "(x(y(z)?)?)?w", "a{0,3}", "[\\w.-]+",
+    "\\t\\n?", "a{1,1000000}", "[a-cx-z&&[^b]]", "-?\\d+(\\.\\d+)?", "^abc$", "(?P<name>a)b", "(?s:.{2})", "\\x41\\u0042",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_answers_fit_the_schema(index: int, grammars: Grammars, drawing: Drawing
     """Also those that were cut: they can be gone on with to what fits."""
     start = grammars.compile(Grammar.json_schema(SCHEMAS[index]))
     for tokens in (5, 40):
-        text, _ = drawing.answer(start, tokens)
+        text = drawing.answer(start, tokens)
         valid(text, SCHEMAS[index])
 
 
@@ -53,30 +53,30 @@ def test_answers_match_the_regex(regex: str, grammars: Grammars, drawing: Drawin
     start = grammars.compile(Grammar("regex", regex))
     pattern = "[acx-z]" if "&&" in regex else regex
     for _ in range(5):
-        text, _ = drawing.answer(start, 20)
+        text = drawing.answer(start, 20)
         assert re.fullmatch(pattern, text.decode()), text
 
 
 def test_any_object(grammars: Grammars, drawing: Drawing) -> None:
     start = grammars.compile(Grammar("json_object"))
     for _ in range(20):
-        assert isinstance(json.loads(drawing.answer(start, 20)[0]), dict)
+        assert isinstance(json.loads(drawing.answer(start, 20)), dict)
 
 
 def test_a_choice(grammars: Grammars, drawing: Drawing) -> None:
-    texts = ["yes", "yes and no", "no", "yes", "\"q\"\n\\", "日本語", "no way", " "]
+    texts = ["yes", "yes and no", "no", "yes", '"q"\n\\', "日本語", "no way", " "]
     start = grammars.compile(Grammar.choice(texts))
-    found = {drawing.answer(start)[0].decode() for _ in range(200)}
+    found = {drawing.answer(start).decode() for _ in range(200)}
     assert found == set(texts)
 
 
 def test_descriptions_change_nothing(grammars: Grammars, drawing: Drawing) -> None:
     """What descriptions hold has made engines crash."""
-    words = ["<tool_call>", "\\", "\"", "{{", "%json {", "/re/", "\u2028", "\0", "//", "x-guidance"]
-    words += ["$ref", "\ud800", "日本", "[suffix=", "%ignore", "<|im_end|>", "'", "`", "\n\n", "é"]
+    words = ["<tool_call>", "\\", '"', "{{", "%json {", "/re/", "\u2028", "\0", "//", "x-guidance"]
+    words += ["$ref", "日本", "[suffix=", "%ignore", "<|im_end|>", "'", "`", "\n\n", "é"]
     for _ in range(1000):
         function = json.loads(json.dumps(drawing.random.choice(FUNCTIONS)))
         for node in (function, *function["properties"].values()):
             node["description"] = "".join(drawing.random.choices(words, k=5))
         start = grammars.compile(Grammar.json_schema(function))
-    valid(drawing.answer(start, 30)[0], function)
+    valid(drawing.answer(start, 30), function)

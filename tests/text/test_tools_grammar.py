@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,8 +13,9 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from squall.errors import InvalidRequest
+from squall.errors import InvalidRequest, SamplingFailed
 from squall.text.answer import AnswerParser, CallArguments, CallBegun, CallEnded, Said
+from squall.text.grammar import Grammars
 from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
 from squall.text.tools import FORMATS, Tool, ToolFormat
@@ -365,41 +365,38 @@ def schema(random_: random.Random, depth: int) -> dict[str, Any]:
 
 
 THINK = Reasoning("<think>", "</think>")
+CALL = FORMATS[-1].text([("now", "{}")])
 
 
-@pytest.mark.parametrize("controls", [(), ("<think>", "</think>", "<tool_call>")])
-def test_reasoning_may_come_before_calls_and_has_none(
-    controls: tuple[str, ...], vocabulary: Vocabularies
+@pytest.fixture(scope="module")
+def grammars(smollm: Tokenizer) -> Grammars:
+    return Grammars(smollm, smollm.vocab_size)
+
+
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (CALL, True),
+        (f"<think>so {CALL} or\n</think>\n\n{CALL}", True),
+        (f"<think>{CALL}", False),
+        (f"<think>a</think>{CALL} b", False),
+        ("Yes.", None),
+        ("<think>a</think>Yes.", None),
+    ],
+)
+def test_row_8_calls_come_after_the_reasoning_if_there_is_some(
+    text: str, right: bool | None, required: bool, grammars: Grammars, smollm: Tokenizer
 ) -> None:
-    words = vocabulary(controls)
-    row = bound(next(row for row in FORMATS if row.name == "hermes"), words)
-    call = row.text([("now", "{}")])
-    for required in (False, True):
-        source = lark(row, TOOLS, required=required, parallel=True, reasoning=THINK)
-        for text, fits in (
-            (f"<think>\nso {call} hm\n</think>\n\n{call}", not controls),
-            (f"<think>\nso tool_call hm\n</think>\n\n{call}", True),
-            (call, True),
-            (f"\n{call}", True),
-            ("<think> hm </think>\n\nYes.", not required),
-            ("<think>a</think><think>", False),
-            (f"<think>a</think>{call} b", False),
-            (f"<think>{call}", False if controls else None),
-            ("Yes.", not required),
-        ):
-            matcher = LLMatcher(words.of_llguidance, LLMatcher.grammar_from_lark(source))
-            tokens = pieces(text, words)
-            assert all(map(matcher.consume_token, tokens)) is (fits is not False), text
-            assert fits is None or matcher.is_accepting() is fits
-            if fits is None:
-                assert not matcher.is_accepting()
-
-
-def pieces(text: str, words: Vocabulary) -> list[int]:
-    """Tokens of a text with control tokens."""
-    parts = re.split("|".join(map(re.escape, words.controls)), text) if words.controls else [text]
-    marks = re.findall("|".join(map(re.escape, words.controls)), text) if words.controls else []
-    ids = words(parts[0].encode())
-    for mark, part in zip(marks, parts[1:], strict=True):
-        ids += [words.controls[mark], *words(part.encode())]
-    return ids
+    """Marks in it are none; without it they count from the beginning."""
+    calls = FORMATS[-1].grammar(TOOLS, required=required, parallel=True, reasoning=THINK)
+    matcher = grammars.compile(calls, after=THINK)()
+    fits = True
+    try:
+        for token in smollm.encode(text, add_bos=False):
+            matcher.accept(token)
+        row = matcher.allowed(())[0]
+        fits = any(row[stop // 32] >> (stop % 32) & 1 for stop in smollm.stop_ids)
+    except SamplingFailed:
+        fits = False
+    assert fits is (not required if right is None else right)

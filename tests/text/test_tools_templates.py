@@ -13,6 +13,7 @@ import pytest
 from squall.errors import InvalidRequest
 from squall.text.answer import AnswerParser, CallArguments, CallBegun, CallEnded
 from squall.text.chat import ChatTemplate
+from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
 from squall.text.tools import FORMATS, Tool, tool_format
 
@@ -194,6 +195,26 @@ def test_what_tools_say_is_never_a_control_token(name: str, smollm: Tokenizer) -
         ids = smollm.encode_pieces(template.render(shown, tools=given))
         counts.append([token for token in ids if smollm.is_special(token)])
     assert counts[0] == counts[1]
+
+
+def test_marks_that_are_control_tokens(smollm_metadata: dict[str, Any]) -> None:
+    """They are shown in the answer's text, and grammars and templates mean the tokens."""
+    tokens = list(smollm_metadata["tokenizer.ggml.tokens"])
+    marks = {"[TOOL_CALLS]": 5, "[ARGS]": 6, "[THINK]": 7, "[/THINK]": 8}
+    for mark, token in marks.items():
+        tokens[token] = mark
+    tokenizer = Tokenizer.from_gguf({**smollm_metadata, "tokenizer.ggml.tokens": tokens})
+    row = tool_format(SOURCES["mistral-args"], tokenizer)
+    assert row.shown(tokenizer) == {5, 6}
+    assert Reasoning("[THINK]", "[/THINK]").shown(tokenizer) == {7, 8}
+    assert Reasoning("<think>", "</think>").shown(tokenizer) == frozenset()
+    lark = row.grammar(TOOLS, required=True, parallel=True).value
+    assert 'call1: "now" <[6]> arguments1' in lark
+    messages = [*MESSAGES, {"role": "user", "content": "".join(marks)}]
+    shown, given = row.conversation(messages, TOOLS)
+    pieces = ChatTemplate(SOURCES["mistral-args"], bos="", eos="").render(shown, tools=given)
+    ids = tokenizer.encode_pieces(pieces)
+    assert [token for token in ids if token in marks.values()] == [5, 6, 5, 6]
 
 
 @pytest.mark.parametrize(

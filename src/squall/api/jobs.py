@@ -191,6 +191,11 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
             choice.answer.cancel()
 
     @property
+    def stopped(self) -> str:
+        """The stop string that ended the first answer, if one did."""
+        return self._choices[0].answer.stopped
+
+    @property
     def usage(self) -> responses.Usage:
         """Tokens and seconds so far; a prompt counts once, however many answers it gets."""
         every = [choice.answer.usage for choice in self._choices]

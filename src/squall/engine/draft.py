@@ -21,10 +21,7 @@ _Drawing = tuple[Guessing, RowSampling, int]
 
 
 class Draft:
-    """Guesses for several requests at a time, a step of the draft model for each one more.
-
-    vocab: as many ids the large model has. cost: of its steps of few rows.
-    """
+    """Guesses for several requests at a time. vocab: of the large model. cost: of small steps."""
 
     def __init__(self, executor: Executor, vocab: int) -> None:
         self.executor = executor

@@ -40,6 +40,7 @@ class Reply:
         self.usage.dropped_tokens -= len(sequence.tokens)
         self.finish_reason: FinishReason | None = None
         self.max_tokens = max_tokens
+        self.stopped = ""  # the stop string that ended it
         self._stream = stream
         self._sink = sink
         self._stop_ids = stop_ids
@@ -139,7 +140,8 @@ class Reply:
         if not stopped:
             self._text += self._stream.push(token)
             finished = self._matcher is not None and self._matcher.finished
-            stopped = self._stream.stopped or finished
+            self.stopped = self._stream.stopped
+            stopped = bool(self.stopped) or finished
         if not stopped and usage.answer_tokens < self.max_tokens:
             return None
         self._text += self._stream.finish()

@@ -1,8 +1,7 @@
 """How many guesses an answer gets in a step, and which: looked up in its text, or of a draft model.
 
-A guess costs a row of the step, and saves a step if it is right. So one is made only where its
-chance is worth its time. Times and chances are as they were lately; they change how long an answer
-takes, and never what it is.
+A guess costs a row of a step, and saves a step if it is right, so it is made where that pays. Times
+and chances, as they were lately, change how long an answer takes, and never what it is.
 """
 
 from __future__ import annotations
@@ -134,8 +133,8 @@ class Guessing:
     """What is known of one request's guesses.
 
     chances: of a guess to be right, by its kind. made: the kinds of those that are being verified.
-    tried_s: what tries took. found, matched: what was looked up. The rest is the draft's: how many
-        tokens it has computed into `blocks`, with what it guessed, which may have been wrong.
+    tried_s: what tries took. found, matched: what was looked up. The draft has `computed` so many
+        tokens into `blocks`, and what it `guessed` behind them; the first `stored` have keys.
     """
 
     reply: Reply
@@ -189,10 +188,7 @@ class Speculation:
     def guess(
         self, replies: Collection[Reply], answers: int, spare: int, reserve: Callable[..., int]
     ) -> None:
-        """Set guesses of some of the requests, at most `spare`, in a step of so many answers.
-
-        reserve: `Scheduler.reserve`.
-        """
+        """Set guesses of some requests, where the scheduler's `reserve` gives room."""
         if not self.most or not self.cost:
             return
         found = [guessing for reply in replies if (guessing := self._of(reply)) is not None]

@@ -11,6 +11,8 @@ from squall.server.schemas import GenerationBody
 
 Object = dict[str, Any]
 _KNOWN = ChatCompletionRequest.__dataclass_fields__.keys()
+_TOOL = {name: name for name in ("name", "description", "parameters", "strict")}
+_TOOL["input_schema"] = "parameters"
 _SYSTEM = ("system", "developer")
 
 
@@ -40,11 +42,8 @@ class AgentBody(GenerationBody, frozen=True):
         if tool.get("type", "custom") != self.tool_type:
             wrong = shown(tool.get("type"))
             raise InvalidRequest(f"{where}.type is {wrong}; only {self.tool_type!r} is known")
-        names = ("name", "description", "strict", "parameters", "input_schema")
-        function = {name: tool[name] for name in names if tool.get(name) is not None}
-        if "input_schema" in function:
-            function["parameters"] = function.pop("input_schema")
-        return {"type": "function", "function": function}
+        given = {to: tool[name] for name, to in _TOOL.items() if tool.get(name) is not None}
+        return {"type": "function", "function": given}
 
 
 def parts(content: Any) -> list[Any]:

@@ -27,10 +27,6 @@ _BLOCKS = {
     "reasoning": ("thinking", "thinking", "thinking_delta"),
     "call": ("tool_use", "partial_json", "input_json_delta"),
 }
-_BLOCKS_ARE = (
-    "blocks are text, thinking, tool_use of id, name and input, or tool_result of tool_use_id and "
-    "content"
-)
 
 
 class CountBody(AgentBody, frozen=True):
@@ -48,7 +44,7 @@ class CountBody(AgentBody, frozen=True):
         """The same as a chat."""
         said: list[Object] = []
         for i, message in enumerate(self.messages):
-            for block in agents.parts(message.content or ""):
+            for block in [None] if message.content is None else agents.parts(message.content):
                 _add(said, message.role, block, f"messages[{i}].content")
         if said and said[-1]["role"] == "assistant":
             raise InvalidRequest("messages must not end with an assistant's; give a user's")
@@ -72,7 +68,7 @@ class MessagesBody(CountBody, frozen=True):
     max_tokens: int
 
 
-def _add(said: list[Object], role: str, block: Object, where: str) -> None:
+def _add(said: list[Object], role: str, block: Any, where: str) -> None:
     match block:
         case {"type": "text"}:
             agents.say(said, role, [block])
@@ -88,7 +84,8 @@ def _add(said: list[Object], role: str, block: Object, where: str) -> None:
                 content = [{"type": "text", "text": "error: "}, *agents.parts(content)]
             said.append({"role": "tool", "tool_call_id": id, "content": content})
         case _:
-            raise InvalidRequest(f"{where} has {shown(block)}; {_BLOCKS_ARE}")
+            known = "complete blocks of text, thinking, tool_use or tool_result"
+            raise InvalidRequest(f"{where} has {shown(block)}; it must have {known}")
 
 
 class Messages(Sections):
@@ -103,11 +100,8 @@ class Messages(Sections):
             case "begin":
                 yield {"type": "message_start", "message": self.told()}
             case "open":
-                yield {
-                    "type": "content_block_start",
-                    **at,
-                    "content_block": _block(self.sections[-1]),
-                }
+                block = _block(self.sections[-1])
+                yield {"type": "content_block_start", **at, "content_block": block}
             case "more":
                 _, name, type = _BLOCKS[self.sections[-1].kind]
                 yield {"type": "content_block_delta", **at, "delta": {"type": type, name: new}}
@@ -129,10 +123,12 @@ class Messages(Sections):
                 "input_tokens": usage.prompt_tokens - cached, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": cached, "output_tokens": usage.completion_tokens,
             }  # fmt: skip
+        reason = _REASONS.get(self.finish_reason or "")
         return {
             "id": self.id, "type": "message", "role": "assistant", "model": self.model,
-            "content": list(map(_block, self.sections)), "stop_sequence": None, "usage": used,
-            "stop_reason": _REASONS.get(self.finish_reason or ""),
+            "content": list(map(_block, self.sections)), "usage": used,
+            "stop_reason": "stop_sequence" if self.stopped else reason,
+            "stop_sequence": self.stopped or None,
         }  # fmt: skip
 
 

@@ -82,6 +82,7 @@ class Sections(Dialect, ABC):
         self.finish_reason: str | None = None
         self.usage: Usage | None = None  # None: not begun
         self.error: ApiError | None = None
+        self.stopped = ""
 
     @abstractmethod
     def tell(self, what: str, new: str = "") -> Iterator[Event]:
@@ -103,7 +104,7 @@ class Sections(Dialect, ABC):
     def end(self, job: AnyJob) -> bytes:
         # Clients look for a text without asking whether there is one.
         nothing = [] if self.sections else self._open("text")
-        self.usage = job.usage
+        self.usage, self.stopped = job.usage, job.stopped
         return _encoded([*nothing, *self._close(), *self.tell("end")])
 
     def failed(self, error: ApiError) -> bytes:

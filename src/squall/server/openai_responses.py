@@ -31,10 +31,6 @@ _EVENTS = {"text": "output_text", "reasoning": "reasoning_text", "call": "functi
 _CUT = {"reason": "max_output_tokens"}
 _CACHE = {"cache_write_tokens": 0}
 _STATUS = {None: "in_progress", "error": "failed", "length": "incomplete", "canceled": "incomplete"}
-_ITEMS = (
-    "it must be a message of role and content, a function_call of call_id, name and arguments, "
-    "a function_call_output of call_id and output, or of type reasoning"
-)
 
 
 class ResponsesBody(AgentBody, frozen=True):
@@ -54,13 +50,6 @@ class ResponsesBody(AgentBody, frozen=True):
     background: Literal[False] | None = None
     conversation: None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
-
-    def items(self, previous: list[Object]) -> list[Object]:
-        """All that was said, without the instructions, which are for one answer."""
-        given = self.input
-        return previous + (
-            [{"role": "user", "content": given}] if isinstance(given, str) else given
-        )
 
     def after(self, items: list[Object], **defaults: Any) -> ChatCompletionRequest:
         """What follows all these items, as a chat."""
@@ -94,13 +83,15 @@ def _add(said: list[Object], item: Object, where: str) -> None:
         ):
             agents.say(said, role, content, new=role != "assistant")
         case _:
-            raise InvalidRequest(f"{where} is {shown(item)}; {_ITEMS}")
+            known = "a complete message, function_call, function_call_output or reasoning"
+            raise InvalidRequest(f"{where} is {shown(item)}; it must be {known}")
 
 
 class Responses(Sections):
     """Tells an answer as a response, and keeps it."""
 
     prefix = "resp_"
+    body: ResponsesBody
 
     def __init__(self, kept: Kept, tenant: str, body: ResponsesBody, *others: str) -> None:
         super().__init__(body, *others)
@@ -110,10 +101,11 @@ class Responses(Sections):
         self._number = 0
 
     def request(self, **defaults: Any) -> ChatCompletionRequest:
-        items = self.body.items(json.loads(self._previous))
-        self._items = json.dumps(items).encode()  # here, beside the event loop
-        request: ChatCompletionRequest = self.body.after(items, **defaults)
-        return request
+        given, items = self.body.input, json.loads(self._previous)
+        items += [{"role": "user", "content": given}] if isinstance(given, str) else given
+        # Without the instructions, which are for one answer; here, beside the event loop.
+        self._items = json.dumps(items).encode()
+        return self.body.after(items, **defaults)
 
     def tell(self, what: str, new: str = "") -> Iterator[Event]:
         if what == "begin":
@@ -131,6 +123,7 @@ class Responses(Sections):
 
     def told(self) -> Object:
         status, usage, error = _STATUS.get(self.finish_reason, "completed"), self.usage, self.error
+        asked = self.body.model_dump_json(include=set(_ASKED), exclude_none=True)
         used = usage and {
             "input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens,
             "input_tokens_details": _CACHE | usage.prompt_tokens_details.to_dict(),
@@ -140,16 +133,15 @@ class Responses(Sections):
         return {
             "id": self.id, "object": "response", "created_at": self.created, "status": status,
             "error": error and {"code": "server_error", "message": error.message},
-            "incomplete_details": _CUT if status == "incomplete" else None,
+            "incomplete_details": _CUT if self.finish_reason == "length" else None,
             "model": self.model, "output": list(map(self._item, self.sections)),
             "usage": None if status == "in_progress" else used,
-            **_ASKED, **self.body.model_dump(include=set(_ASKED), exclude_none=True),
+            **_ASKED, **json.loads(asked),
         }  # fmt: skip
 
     def _section_events(self, section: Section, what: str, new: str) -> Iterator[Event]:
         item, kind, index = self._item(section), _EVENTS[section.kind], section.index
-        at = {"item_id": item["id"], "output_index": index}
-        has_part = section.kind != "call"
+        at, has_part = {"item_id": item["id"], "output_index": index}, section.kind != "call"
         at |= {"content_index": 0} if has_part else {}
         if what == "open":
             yield self._event("output_item.added", output_index=index, item=item)
@@ -158,10 +150,9 @@ class Responses(Sections):
         elif what == "more":
             yield self._event(f"{kind}.delta", **at, delta=new)
         else:
-            called = {"name": section.name, "arguments": section.text}
-            yield self._event(
-                f"{kind}.done", **at, **({"text": section.text} if has_part else called)
-            )
+            done = {"name": section.name, "arguments": section.text}
+            done = {"text": section.text} if has_part else done
+            yield self._event(f"{kind}.done", **at, **done)
             if has_part:
                 yield self._event("content_part.done", **at, part=_part(section))
             yield self._event("output_item.done", output_index=index, item=item)

@@ -21,7 +21,7 @@ import numpy as np
 
 from squall.errors import InvalidCheckpoint, InvalidRequest, SamplingFailed
 from squall.files import parse_json, quote
-from squall.text.reasoning import control_id
+from squall.text.reasoning import Reasoning, control_id
 from squall.text.tokenizer import Tokenizer
 from squall.text.yacc import lark_of_yacc
 
@@ -47,6 +47,12 @@ _ROLES = {
     **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), "names"),
     **dict.fromkeys(("const", "default", "enum", "examples"), "data"),
 }
+# Dates that there are: no year 0, and 29 February in leap years alone.
+_LEAP = r"(0[48]|[2468][048]|[13579][26])"
+_DATE = (
+    r"^(([1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])-(0[13-9]|1[0-2]|02-[01]|02-2[0-8])"
+    rf"|(\d\d{_LEAP}|{_LEAP}00)-02-29)"
+)
 _LARK = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(%json\s*)')
 _KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
@@ -62,7 +68,7 @@ class Grammar:
     value: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
             known = ", ".join(_KINDS)
             raise InvalidRequest(f"unknown kind of grammar {quote(str(self.kind))}; known: {known}")
         if not isinstance(self.value, str) or not (self.value or self.kind == "json_object"):
@@ -112,7 +118,7 @@ def _parsed(text: str) -> Any:
 def _of_regex(value: str) -> str:
     from llguidance import regex_to_lark
 
-    return f"start: /{regex_to_lark(value, '')}/"
+    return f"start: /{regex_to_lark(value, 'dw')}/"
 
 
 def _of_lark(value: str) -> str:
@@ -169,10 +175,14 @@ def _json(schema: Any) -> str:
             f"has, may be {MAX_MULTIPLE}"
         )
     schemas = [node for node, role in _nodes(schema, "schema") if role == "schema"]
-    if not any("allOf" in n or ("properties" in n and n.keys() & _PARTS) for n in schemas):
-        for node in schemas:
-            if "properties" in node and not node.keys() & _OTHERS:
-                node["additionalProperties"] = False
+    open_ = any("allOf" in n or ("properties" in n and n.keys() & _PARTS) for n in schemas)
+    for node in schemas:
+        if "properties" in node and not open_ and not node.keys() & _OTHERS:
+            node["additionalProperties"] = False
+        if node.get("format") in ("date", "date-time"):
+            node.setdefault("pattern", _DATE)
+        if node.get("uniqueItems") is False:
+            del node["uniqueItems"]
     # The last word: what a client says there could turn off what is enforced.
     return "%json " + json.dumps({**schema, "x-guidance": _OPTIONS})
 
@@ -213,19 +223,16 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab = vocab
         self._lock = threading.Lock()
-        # The latest used are the last.
-        self._kept: OrderedDict[tuple[object, ...], Future[Callable[[], Matcher]]] = OrderedDict()
+        # By kind, value and `after`; the latest used are the last.
+        self._kept: OrderedDict[tuple[Grammar, Reasoning | None], Future[Callable[[], Matcher]]]
+        self._kept = OrderedDict()
 
-    def compile(
-        self, grammar: Grammar, *, after: str | None = None, opening: str | None = None
-    ) -> Callable[[], Matcher]:
+    def compile(self, grammar: Grammar, *, after: Reasoning | None = None) -> Callable[[], Matcher]:
         """What starts a matcher for each answer; raises InvalidRequest for what it cannot enforce.
 
-        after: the answer begins with free text that ends with this, which may be a control
-        token's name, and only then with what the grammar says.
-        opening: it does so only if it begins with this.
+        after: the answer may reason first, or must if the prompt has begun to.
         """
-        key, mine = (grammar, after, opening), Future[Callable[[], Matcher]]()
+        key, mine = (grammar, after), Future[Callable[[], Matcher]]()
         with self._lock:
             kept = self._kept.setdefault(key, mine)
             self._kept.move_to_end(key)
@@ -233,7 +240,7 @@ class Grammars:
                 self._kept.popitem(last=False)
         if kept is mine:
             try:
-                mine.set_result(self._compile(grammar, after, opening))
+                mine.set_result(self._compile(grammar, after))
             except BaseException as error:
                 with self._lock:
                     self._kept.pop(key, None)
@@ -244,9 +251,7 @@ class Grammars:
     def _vocabulary(self) -> _Vocabulary:
         return _Vocabulary(self._tokenizer, self._vocab)
 
-    def _compile(
-        self, grammar: Grammar, after: str | None, opening: str | None
-    ) -> Callable[[], Matcher]:
+    def _compile(self, grammar: Grammar, after: Reasoning | None) -> Callable[[], Matcher]:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
@@ -259,7 +264,7 @@ class Grammars:
         source = grammar.lark()
         parts = [{"name": "answer", "lark_grammar": source}]
         if after is not None:
-            parts.insert(0, {"lark_grammar": self._free_text(after, opening)})
+            parts.insert(0, {"lark_grammar": self._reasoned(after)})
         text = json.dumps({"grammars": parts})
         _deep(lambda: found.append(LLMatcher(library, text, log_level=0, limits=limits)))
         if not found or (error := found[0].get_error()):
@@ -271,18 +276,20 @@ class Grammars:
             raise InvalidRequest(f"no answer fits the {grammar.kind}: {failed}") from None
         return lambda: new(found[0].deep_copy())
 
-    def _free_text(self, after: str, opening: str | None) -> str:
-        closing = control_id(self._tokenizer, after)
-        ends = {*self._vocabulary.stops} | (set() if closing is None else {closing})
-        begin = f"<[^{','.join(map(str, sorted(ends)))}]>?"  # what opens it may be a control token
-        if opening is not None:
-            token = control_id(self._tokenizer, opening)
-            begin = r"/[ \n]{0,2}/ " + (json.dumps(opening) if token is None else f"<[{token}]>")
-        end = "" if closing is None else f"<[{closing}]>"
-        suffix = f"[suffix={json.dumps(after)}]" if closing is None else ""
-        start = "start: reasoned" + (" | @answer" if opening is not None else "")
-        reasoned = f"reasoned: {begin} text {end} /\\n{{0,2}}/ @answer"
-        return "\n".join((start, reasoned, f"text{suffix}: /(?s:.*)/"))
+    def _reasoned(self, after: Reasoning) -> str:
+        """A section of free text, which must be there if the prompt has begun it, then the answer.
+
+        Its marks may be control tokens.
+        """
+        marks = [
+            (mark, control_id(self._tokenizer, mark)) for mark in (after.opening, after.closing)
+        ]
+        (opening, begin), (closing, end) = marks
+        first = json.dumps(opening) if begin is None else f"<[{begin}]>"
+        suffix = f"[suffix={json.dumps(closing)}]" if end is None else ""
+        last = "" if end is None else f"<[{end}]>"
+        start = "" if after.begun else rf"@answer | /[ \n]{{0,2}}/ {first} "
+        return f"start: {start}text {last} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
 
 
 def _deep(work: Callable[[], None]) -> None:

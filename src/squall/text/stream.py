@@ -24,7 +24,7 @@ class TextStream:
         at_start: bool = True,
         shown: Set[int] = frozenset(),
     ) -> None:
-        self.stopped = False
+        self.stopped = ""  # the stop string that has come
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [_Matcher(text) for text in stop]
@@ -63,8 +63,9 @@ class TextStream:
             # All matchers see each character, so the first stop string to be complete wins.
             done = [stop.length for stop in self._stops if stop.feed(text[end])]
             if done:
-                self.stopped, self._held = True, ""
-                return text[: end + 1 - max(done)]
+                start, self._held = end + 1 - max(done), ""
+                self.stopped = text[start : end + 1]
+                return text[:start]
         kept = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[kept:]
         return text[:kept]

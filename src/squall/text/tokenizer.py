@@ -158,13 +158,15 @@ class Tokenizer:
         return found
 
     def differs(self, other: Tokenizer) -> int | None:
-        """The first id that means another thing there; None: they are the same vocabulary."""
-        here, there = (
-            [(t._codec.token_bytes(i, first=False), t.is_special(i)) for i in range(t.vocab_size)]
-            for t in (self, other)
-        )
-        pairs = enumerate(zip_longest(here, there))
-        return next((i for i, (one, another) in pairs if one != another), None)
+        """The first id that means another thing there; None: they are the same, but for padding."""
+        known = []
+        for one in (self, other):
+            named = [one._codec.token_bytes(i, first=False) for i in range(one.vocab_size)]
+            while named and named[-1] == b"[PAD%d]" % (len(named) - 1):
+                named.pop()
+            known.append([(name, one.is_special(i)) for i, name in enumerate(named)])
+        pairs = enumerate(zip_longest(*known))
+        return next((i for i, (here, there) in pairs if here != there), None)
 
     def is_special(self, token: int) -> bool:
         """Whether a token is a control token (or the unknown token): structure, not text."""

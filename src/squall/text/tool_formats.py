@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squall.text.reasoning import MARKS, Reasoning, control_id
+from squall.text.reasoning import Reasoning, control_ids
 from squall.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -110,18 +109,16 @@ class ToolFormat:
 
     def bind(self, source: str, tokenizer: Tokenizer) -> ToolFormat:
         """The row, knowing what a chat template and a vocabulary have of it."""
-        marks = (*self.marks(), *self.answer, *chain(*MARKS))
-        controls = {m: i for m in marks if (i := control_id(tokenizer, m)) is not None}
-        tools = "variable" if re.search(r"\btools\b", source) else "text"
+        known = source if self.native else ""
+        tools = "variable" if re.search(r"\btools\b", known) else "text"
         template = Template(
-            tools="system" if "'tools' in message" in source else tools,
-            calls="tool_calls" in source,
-            results="tool" if _RESULTS.search(source) else self.results,
-            objects=not _AS_TEXT.search(source) or bool(_AS_OBJECT.search(source)),
+            tools="system" if "'tools' in message" in known else tools,
+            calls="tool_calls" in known,
+            results="tool" if _RESULTS.search(known) else self.results,
+            objects=not _AS_TEXT.search(known) or bool(_AS_OBJECT.search(known)),
+            system=not _NO_SYSTEM.search(source),
         )
-        template = replace(
-            template if self.native else Template(), system=not _NO_SYSTEM.search(source)
-        )
+        controls = control_ids(tokenizer, (*self.marks(), *self.answer))
         return replace(self, controls=controls, template=template)
 
     def marks(self) -> list[str]:
@@ -131,8 +128,7 @@ class ToolFormat:
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids of the control tokens whose names an answer's text must show."""
-        ids = {control_id(tokenizer, mark) for mark in self.marks()}
-        return frozenset(token for token in ids if token is not None)
+        return frozenset(control_ids(tokenizer, self.marks()).values())
 
     def conversation(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
@@ -190,22 +186,17 @@ class ToolFormat:
         """Text until a call begins, then calls that are valid, and the end.
 
         required: it begins with a call. parallel: several calls may follow each other. reasoning:
-        a section may come before, in which nothing is a call; one that the prompt has begun is
-        the caller's.
+        what may come before, which is not in the grammar.
         """
         from squall.text.grammar import Grammar
 
         rules = self._calls(tools, several=parallel and self.join is not None)
-        text = "TEXT: ANY"
-        if reasoning and not reasoning.begun:
-            opening, closing = self._terms(reasoning.opening), self._terms(reasoning.closing)
-            text += f" & ~/[ \\n]*{re.escape(reasoning.opening)}(?s:.*)/"
-            rules.append(f"section{'' if '[' in closing[:2] else '[lazy]'}: ANY {closing}")
-            rules.append(f"thought: SPACE? {opening} section")
+        # What a section begins with is no text: marks of calls in a section mean nothing.
+        section = f" & ~/[ \\n]*{re.escape(reasoning.opening)}(?s:.*)/" if reasoning else ""
         forced = ["SPACE? opened", *["SPACE? calls"] * self.bare]
         starts = forced if required else self._starts(tools)
-        start = ("thought? " if "thought" in rules[-1] else "") + f"({' | '.join(starts)})"
-        return Grammar("lark", "\n".join([f"start: {start}", *rules, text, _TERMINALS]))
+        rules = [f"start: {' | '.join(starts)}", *rules, f"TEXT: ANY{section}", _TERMINALS]
+        return Grammar("lark", "\n".join(rules))
 
     def _calls(self, tools: Sequence[Tool], *, several: bool) -> list[str]:
         texts = (self.opening, self.leads[0], self.closings[0], self.tails[0], self.join)

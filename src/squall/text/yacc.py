@@ -137,7 +137,7 @@ def _regex(text: str) -> str:
     from llguidance import regex_to_lark
 
     body = text[1:-1] if text[0] == "/" else text[2:-2]
-    return f"/{regex_to_lark(body.replace(chr(92) + '/', '/'), '')}/"
+    return f"/{regex_to_lark(body.replace(chr(92) + '/', '/'), 'dw')}/"
 
 
 def _text(quoted: str) -> str:

@@ -1,0 +1,259 @@
+"""Grammars: what is refused and how, and what matchers promise to the engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pydantic
+import pytest
+from drawing import Drawing
+
+from squall.errors import InvalidRequest, SamplingFailed
+from squall.text.grammar import MAX_DIGITS, Grammar, Grammars, Matcher
+from squall.text.tokenizer import Tokenizer
+
+AB = Grammar("regex", "ab+")
+NAME = Grammar.json_schema(
+    {"type": "object", "properties": {"temperature_unit": {"enum": ["c", "f"]}},
+     "required": ["temperature_unit"]}
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grammars(smollm: Tokenizer) -> Grammars:
+    return Grammars(smollm, smollm.vocab_size + 40)
+
+
+@pytest.fixture(scope="module")
+def drawing(smollm: Tokenizer) -> Drawing:
+    return Drawing(smollm)
+
+
+def allows(mask: np.ndarray, token: int) -> bool:
+    return bool(mask[token // 32] >> (token % 32) & 1)
+
+
+def fed(matcher: Matcher, tokenizer: Tokenizer, text: str) -> Matcher:
+    for token in tokenizer.encode(text, add_bos=False):
+        assert allows(matcher.allowed(())[0], token), tokenizer.token_bytes(token)
+        matcher.accept(token)
+    return matcher
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "named"),
+    [
+        ("bnf", "x", "known: regex, yacc"),
+        ("regex", "", "not be empty|not empty"),
+        ("regex", 3, "must be a text"),
+        ("regex", "(?=a)b", "look-around"),
+        ("regex", "(a)\\1", "backreferences"),
+        ("regex", "a(", "unclosed group"),
+        ("regex", "a" * 5000, "5000 bytes; the limit is 4096"),
+        ("lark", "x" * 300_000, "300000 bytes; the limit is 262144"),
+        ("lark", "start: foo", "foo"),
+        ("lark", "%import .secret.FILE\nstart: FILE", "secret"),
+        ("lark", "start: %json [", "%json"),
+        ("lark", 'start: %json {"not": {}}', '"not"'),
+        ("lark", 'start: %json {"not": {}, "x-guidance": {"lenient": true}}', '"not"'),
+        ("choice", "[]", "at least one text"),
+        ("choice", '["a", ""]', "none may be empty"),
+        ("choice", '"a"', "must be a list"),
+        ("json_schema", "[", "not JSON"),
+        ("json_schema", "1, 2", "not JSON"),
+        ("json_schema", '{}, "x": {}', "not one JSON text"),
+        ("json_schema", "3", "must be an object"),
+        ("json_schema", "false", "must be an object, or true"),
+        ("json_schema", '{"type": "strin"}', "strin"),
+        ("json_schema", '{"a": 1, "a": 2}', "appears twice"),
+        ("json_schema", '{"$ref": "#"}', "no answer fits"),
+        ("json_schema", '{"$ref": "file:///etc/passwd"}', "etc/passwd"),
+        ("json_schema", '{"$ref": "https://example.com/s"}', "example.com"),
+        ("json_schema", '{"type": "string", "format": "postcode"}', "postcode"),
+        ("json_schema", '{"type": "string", "pattern": "(?!a)"}', "look-around"),
+        ("json_schema", '{"allOf": [{"type": "null"}, {"type": "string"}]}', "Unsatisfiable"),
+        ("yacc", "a: b;", "after a line with %%"),
+        ("yacc", "%%\na: b;", "line 2: 'b' has no rule"),
+        ("yacc", "%%\na: a;", "no answer fits"),
+    ],
+)
+def test_refused(kind: Any, value: Any, named: str, grammars: Grammars) -> None:
+    with pytest.raises(InvalidRequest, match=named) as error:
+        grammars.compile(Grammar(kind, value))
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    ["not", "if", "then", "else", "contains", "minContains", "propertyNames", "dependencies",
+     "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties",
+     "uniqueItems", "$dynamicRef"],
+)  # fmt: skip
+def test_a_keyword_that_cannot_be_enforced_is_named(keyword: str, grammars: Grammars) -> None:
+    for schema in (
+        {keyword: True},
+        {"type": "object", "properties": {"a": {"items": {keyword: {}}}}},
+        {"x-guidance": {"lenient": True}, keyword: {}},
+    ):
+        with pytest.raises(InvalidRequest, match=f'not supported: "{keyword.replace("$", ".")}"'):
+            grammars.compile(Grammar.json_schema(schema))
+
+
+def test_from_python() -> None:
+    class Person(pydantic.BaseModel):
+        name: str
+
+    made = json.loads(Grammar.json_schema(Person).value)
+    assert made["required"] == ["name"]
+    assert Grammar.json_schema('{"a": 1}').value == '{"a": 1}'
+    for wrong in ({"a": {1}}, {"a": float("nan")}, object()):
+        with pytest.raises(InvalidRequest, match="not JSON"):
+            Grammar.json_schema(wrong)  # type: ignore[arg-type]
+
+
+def test_importing_stays_light() -> None:
+    code = "import sys, squall.text.grammar; print('llguidance' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_compiled_once(smollm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many threads ask for it; what failed is no obstacle."""
+    grammars = Grammars(smollm, smollm.vocab_size)
+    with pytest.raises(InvalidRequest):
+        grammars.compile(Grammar("regex", "(?=a)"))
+    compiled = []
+    lark = Grammar.lark
+    monkeypatch.setattr(Grammar, "lark", lambda self: compiled.append(self) or lark(self))
+    threads = [threading.Thread(target=grammars.compile, args=(AB,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert compiled == [AB]
+
+
+def test_few_are_kept(smollm: Tokenizer) -> None:
+    grammars = Grammars(smollm, smollm.vocab_size)
+    starts = [grammars.compile(Grammar("regex", f"a{{{i}}}")) for i in range(1, 200)]
+    assert grammars.compile(Grammar("regex", "a{199}")) is starts[-1]
+    assert grammars.compile(Grammar("regex", "a{1}")) is not starts[0]
+
+
+def test_only_texts_and_ends(grammars: Grammars, smollm: Tokenizer, drawing: Drawing) -> None:
+    """No control token by its name, no id that the tokenizer lacks; where it may end, all ends."""
+    matcher = grammars.compile(Grammar("regex", "(?s:.*)"))()
+    mask = matcher.allowed(())[0]
+    assert mask.shape == ((smollm.vocab_size + 40 + 31) // 32,)
+    special = [i for i in range(smollm.vocab_size) if smollm.is_special(i)]
+    assert {i for i in special if allows(mask, i)} == smollm.stop_ids
+    assert not any(allows(mask, smollm.vocab_size + i) for i in range(40))
+    mask = fed(grammars.compile(AB)(), smollm, "a").allowed(())[0]
+    assert not any(allows(mask, i) for i in smollm.stop_ids)
+
+
+@pytest.mark.parametrize("grammar", [AB, NAME, Grammar.choice(["<|im_start|>x", "<|im_end|>"])])
+def test_ends(grammar: Grammar, grammars: Grammars, smollm: Tokenizer) -> None:
+    text = {"regex": "abb", "choice": "<|im_end|>"}.get(grammar.kind, '{"temperature_unit":"c"}')
+    matcher = fed(grammars.compile(grammar)(), smollm, text)
+    assert matcher.finished == (grammar is not AB)
+    matcher.accept(next(iter(smollm.stop_ids)))
+    assert matcher.finished
+    assert matcher.forced(4) == ()
+
+
+def test_guesses_leave_no_trace(grammars: Grammars, smollm: Tokenizer, drawing: Drawing) -> None:
+    """Masks after guesses are those after the same tokens; right and wrong guesses are undone."""
+    start = grammars.compile(NAME)
+    for _ in range(20):
+        ids = smollm.encode(drawing.answer(start, 30).decode(), add_bos=False)
+        guessing, plain = start(), start()
+        for n, token in enumerate(ids):
+            if not allows(plain.allowed(())[0], token):
+                break
+            guesses = [*ids[n : n + drawing.random.randint(0, 4)], *drawing.random.sample(ids, 1)]
+            for mask, guess in zip(guessing.allowed(guesses), [token, *guesses[1:]], strict=False):
+                assert np.array_equal(mask, plain.allowed(())[0]) or guess != token
+                break
+            following = guessing.allowed([token])[1]
+            guessing.accept(token)
+            plain.accept(token)
+            assert np.array_equal(following, plain.allowed(())[0])
+
+
+def test_a_wrong_token_is_an_error(grammars: Grammars, smollm: Tokenizer) -> None:
+    matcher = grammars.compile(AB)()
+    with pytest.raises(SamplingFailed, match="cannot go on"):
+        matcher.accept(smollm.encode("x", add_bos=False)[0])
+
+
+def test_a_limit_on_the_way_is_an_error(grammars: Grammars, drawing: Drawing) -> None:
+    start = grammars.compile(Grammar("regex", "(\\w+\\s?){1,2000}"))
+    with pytest.raises(SamplingFailed, match="too many expressions"):
+        drawing.answer(start, 10_000)
+
+
+def test_forced(grammars: Grammars, smollm: Tokenizer) -> None:
+    matcher = fed(grammars.compile(NAME)(), smollm, '{"')
+    ids = matcher.forced(8)
+    assert b"".join(map(smollm.token_bytes, ids)) == b"temperature_unit"
+    assert list(matcher.forced(1)) == list(ids[:1])
+    for token in ids:
+        assert allows(matcher.allowed(())[0], token)
+        matcher.accept(token)
+    assert list(grammars.compile(Grammar("regex", "é[ab]"))().forced(4)) == smollm.encode("é")
+
+
+def test_numbers_and_white_space_end(grammars: Grammars, smollm: Tokenizer) -> None:
+    """However much a model likes digits or spaces."""
+    digit, space = smollm.encode("7", add_bos=False)[0], smollm.encode(" ", add_bos=False)[0]
+    for schema in ({}, {"type": "number"}, {"type": "array"}, {"type": "object"}):
+        matcher, liked = grammars.compile(Grammar.json_schema(schema))(), 0
+        if schema.get("type") in ("array", "object"):
+            fed(matcher, smollm, "[" if schema["type"] == "array" else '{"a":')
+        while liked < 100:
+            mask = matcher.allowed(())[0]
+            token = next((i for i in (space, digit) if allows(mask, i)), None)
+            if token is None:
+                break
+            matcher.accept(token)
+            liked += 1
+        assert liked <= MAX_DIGITS + 1
+    text = fed(grammars.compile(Grammar.json_schema({}))(), smollm, '"' + "7" * 100)
+    assert allows(text.allowed(())[0], digit)
+    exact = Grammar.json_schema({"const": 10**40})
+    fed(grammars.compile(exact)(), smollm, str(10**40))
+
+
+@pytest.mark.parametrize("after", ["</think>", "<|im_start|>"])
+def test_after_reasoning(after: str, grammars: Grammars, smollm: Tokenizer) -> None:
+    """Free text, up to a text or a control token, and only then the grammar."""
+    mark = smollm.encode(after, add_bos=False, specials=True)
+    ends = smollm.encode("<|im_end|>", specials=True)
+    for before in ("", "<think>\nI may say {anything}.\n"):
+        matcher = fed(grammars.compile(AB, after=after)(), smollm, before)
+        assert not allows(matcher.allowed(())[0], ends[0])
+        for token in mark:
+            assert allows(matcher.allowed(())[0], token)
+            matcher.accept(token)
+        fed(matcher, smollm, "\n\nabb")
+        assert allows(matcher.allowed(())[0], ends[0])
+    opened = grammars.compile(AB, after=after)()
+    assert allows(opened.allowed(())[0], smollm.encode("<|im_start|>", specials=True)[0])
+
+
+def test_objects_that_list_properties_have_no_others(grammars: Grammars, smollm: Tokenizer) -> None:
+    listed = {"type": "object", "properties": {"a": {"const": 1}}}
+    for schema, other in (
+        (listed, False),
+        ({**listed, "additionalProperties": True}, True),
+        ({"type": "object"}, True),
+        ({"allOf": [listed, {"required": ["b"]}]}, True),
+    ):
+        matcher = fed(grammars.compile(Grammar.json_schema(schema))(), smollm, '{"')
+        assert allows(matcher.allowed(())[0], smollm.encode("b", add_bos=False)[0]) == other
