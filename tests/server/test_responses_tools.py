@@ -11,6 +11,8 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+from langchain.agents import create_agent
+from langchain_openai import ChatOpenAI
 from scripted import Scripted, scripted
 from servers import Process, Running, in_thread
 
@@ -114,6 +116,30 @@ def test_row_5_a_loop_of_two_calls_in_responses(
     assert found.output_text == "It is 42."
     assert "result 7" in known.prompts[1]
     assert known.prompts[2].startswith(known.prompts[1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_row_5_a_loop_of_langchain(running: Running, stream: bool, kept: bool) -> None:
+    def add(a: int, b: int) -> str:
+        """The sum."""
+        return f"result {a + b}"
+
+    def mul(a: int, b: int) -> str:
+        """The product."""
+        return f"result {a * b}"
+
+    llm = ChatOpenAI(
+        model="m", base_url=f"{running.url}/v1", api_key=pydantic.SecretStr("any"),
+        use_responses_api=True, use_previous_response_id=kept, streaming=stream,
+    )  # fmt: skip
+    asked: Any = {"messages": [{"role": "user", "content": QUESTION}]}
+    found = create_agent(llm, [add, mul]).invoke(asked)["messages"]
+    assert [message.text for message in found if message.type == "tool"] == [
+        "result 7",
+        "result 42",
+    ]
+    assert found[-1].text == "It is 42."
 
 
 @pytest.mark.parametrize("stream", [False, True])
