@@ -12,10 +12,10 @@ import jsonschema
 import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-from squall.text.grammar import Grammars
 
 from squall.errors import InvalidRequest, SamplingFailed
 from squall.text.answer import AnswerParser, CallArguments, CallBegun, CallEnded, Said
+from squall.text.grammar import Grammars
 from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
 from squall.text.tools import FORMATS, Tool, ToolFormat
