@@ -94,7 +94,7 @@ _STRING = _typed(
     "string",
     {}, {"minLength": 3}, {"maxLength": 5}, {"minLength": 2, "maxLength": 2}, {"maxLength": 0},
     {"pattern": "^[a-z]+$"}, {"pattern": "^\\d{3}-\\d{4}$"}, {"pattern": "b"},
-    {"pattern": "^(foo|bar)+"}, {"pattern": "^[A-Z]{2}\\d{2,5}$"}, {"pattern": "\\.py$"},
+    {"pattern": "^(foo|bar)+"}, {"pattern": "^[A-Z]{2}\\d{2,5}$"}, {"pattern": "^[a-z]*\\.py$"},
     {"pattern": "^#[0-9a-fA-F]{6}$"}, {"pattern": "^\\s*$", "maxLength": 4},
     {"pattern": "^[^\"]+$"}, {"pattern": "^é+$"}, {"pattern": "^(a|b){0,3}c?$"},
     *({"format": name} for name in _FORMATS if name not in ("uri", "hostname", "email")),
