@@ -26,7 +26,7 @@ from squall.errors import (
 )
 
 if TYPE_CHECKING:
-    from squall.api.requests import ChatCompletionRequest, CompletionRequest, ToolChoice
+    from squall.api.requests import ChatCompletionRequest, CompletionRequest
     from squall.api.responses import (
         ChatCompletionChunkResponse,
         ChatCompletionResponse,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         CompletionResponse,
     )
     from squall.api.runner import AsyncRunner, Runner
+    from squall.api.tool_choice import ToolChoice
     from squall.api.which import (
         AnyMoeConfig,
         AnyMoeExpertType,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from squall.engine.request import Piece, Usage
     from squall.model import Message, Model
     from squall.opening import Opening
+    from squall.text.grammar import Grammar
 
 __version__ = "0.1.0"
 
@@ -59,7 +61,7 @@ __all__ = [
     "ChatCompletionChunkResponse", "ChatCompletionRequest", "ChatCompletionResponse",
     "CompletionChunkResponse", "CompletionRequest", "CompletionResponse",
     "ContextLengthExceeded", "DiffusionArchitecture", "EngineConfig", "EngineStopped",
-    "Generation", "ImageGenerationResponseFormat", "InvalidCheckpoint", "InvalidRequest",
+    "Generation", "Grammar", "ImageGenerationResponseFormat", "InvalidCheckpoint", "InvalidRequest",
     "IsqOrganization", "KvSize", "Message", "Model", "ModelDType", "ModelNotFound", "Opening",
     "OutOfMemory", "Piece", "QueueFull", "Runner", "SamplingFailed", "SquallError",
     "TemplateError", "ToolChoice", "UnsupportedModel", "Usage", "VisionArchitecture", "Which",
@@ -67,10 +69,11 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULES = {
-    "squall.api.requests": "ChatCompletionRequest CompletionRequest ToolChoice",
+    "squall.api.requests": "ChatCompletionRequest CompletionRequest",
     "squall.api.responses": "ChatCompletionChunkResponse ChatCompletionResponse "
     "CompletionChunkResponse CompletionResponse",
     "squall.api.runner": "AsyncRunner Runner",
+    "squall.api.tool_choice": "ToolChoice",
     "squall.api.which": "AnyMoeConfig AnyMoeExpertType Architecture DiffusionArchitecture "
     "ImageGenerationResponseFormat IsqOrganization ModelDType VisionArchitecture Which",
     "squall.engine.engine": "EngineConfig",
@@ -79,6 +82,7 @@ _MODULES = {
     "squall.engine.request": "Piece Usage",
     "squall.model": "Message Model",
     "squall.opening": "Opening",
+    "squall.text.grammar": "Grammar",
 }
 _LAZY = {name: module for module, names in _MODULES.items() for name in names.split()}
 

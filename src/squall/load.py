@@ -40,6 +40,8 @@ class Trace:
     gaps_s: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
     error: str | None = None
 
 
@@ -73,6 +75,8 @@ class Report:
     answer_tokens_per_second: float
     first_s: dict[str, float]
     gap_s: dict[str, float]
+    guessed_tokens: int
+    accepted_tokens: int
 
 
 async def run(load: Load, ask: Ask) -> Report:
@@ -99,6 +103,8 @@ async def run(load: Load, ask: Ask) -> Report:
         answer_tokens_per_second=answer_tokens / elapsed_s,
         first_s=percentiles([trace.first_s for trace in good]),
         gap_s=percentiles([gap for trace in good for gap in trace.gaps_s]),
+        guessed_tokens=sum(trace.guessed_tokens for trace in good),
+        accepted_tokens=sum(trace.accepted_tokens for trace in good),
     )
 
 
@@ -151,8 +157,8 @@ def in_process(model: Model) -> Ask:
         trace = Trace()
         generation = Generation(model.engine, request)
         await _time(trace, generation)
-        trace.prompt_tokens = generation.usage.prompt_tokens
-        trace.answer_tokens = generation.usage.answer_tokens
+        for name in ("prompt_tokens", "answer_tokens", "guessed_tokens", "accepted_tokens"):
+            setattr(trace, name, getattr(generation.usage, name))
         return trace
 
     return ask

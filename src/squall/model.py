@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeGuard
+from typing import Any, Concatenate, ParamSpec, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,27 +17,32 @@ from squall import convert, decoder, executors, recipes
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.closing import Closing
 from squall.engine.defaults import GenerationDefaults
+from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
-from squall.engine.request import Request, Scoring
+from squall.engine.request import Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
+from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest
-from squall.executors import DEVICES, Executor, Limits, default_threads, thread_pool
+from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_threads, thread_pool
 from squall.locate import locate, locate_uqff
 from squall.opening import Opening
 from squall.program import Program
 from squall.quant import FormatTotal, Plan, Topology
 from squall.recipes import Recipe
 from squall.spec import Decoder
-from squall.text.chat import ChatTemplate
+from squall.text.chat import ChatPrompt, ChatTemplate
+from squall.text.grammar import Grammar, Grammars
 from squall.text.hf_tokenizer import HfTokenizer
 from squall.text.stream import TextStream
 from squall.text.tokenizer import Tokenizer
+from squall.text.tools import Tool
 from squall.weights import Progress, WeightStore
 
 Message = Mapping[str, str]
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
+Prepared = tuple[Checkpoint, Recipe, Plan]
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
@@ -98,9 +103,11 @@ class Model(Closing):
             recipe, plan = recipes.load(checkpoint, opening.architecture), Plan()
         engine = opening.engine or EngineConfig()
         kv = opening.kv or KvSize(tokens=opening.kv_tokens)
-        size, room = _sizes(checkpoint, recipe.decoder, opening, kv, engine.max_seqs)
-        program = decoder.compile(recipe.decoder, recipe.names, context=size)
         tokenizer = open_tokenizer(checkpoint, opening.tokenizer_json)
+        prepared = [(checkpoint, recipe, plan)]
+        if (small := opening.of_draft) is not None:
+            prepared.append(_prepared_draft(small, tokenizer))
+        size, room = _sizes(prepared, opening, kv, engine.max_seqs)
         given = opening.chat_template
         template = given and _template(checkpoint).replaced(given)
         limits = Limits(
@@ -109,10 +116,14 @@ class Model(Closing):
             block_size=kv.block_size,
             kv_dtype=opening.kv_dtype,
         )
-        store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-        pool, progress = thread_pool(opening.threads), opening.progress
-        executor = executors.open(program, store, limits, pool=pool, progress=progress)
-        model = cls(checkpoint, recipe, program, tokenizer, _engine(executor, engine, tokenizer))
+        pool = thread_pool(opening.threads)
+        executor = _executor(prepared[0], opening, size, limits, pool)
+        most, draft = opening.draft_tokens or MOST_GUESSES, None
+        if small is not None:
+            draft = Draft(_executor(prepared[1], small, size, limits, pool), executor.vocab)
+        speculation = None if opening.draft is None else Speculation(most, draft)
+        answering = _engine(executor, engine, tokenizer, speculation)
+        model = cls(checkpoint, recipe, executor.program, tokenizer, answering)
         if template:
             model.chat_template = template
         return model
@@ -152,6 +163,11 @@ class Model(Closing):
         self.engine.change_model(lambda: executor.requantize(plan, progress=progress))
 
     @cached_property
+    def grammars(self) -> Grammars:
+        """What answers may look like, compiled for this model."""
+        return Grammars(self.tokenizer, self.spec.vocab)
+
+    @cached_property
     def chat_template(self) -> ChatTemplate:
         """The chat template: the file's, unless another one is given or assigned."""
         return _template(self.checkpoint)
@@ -173,8 +189,26 @@ class Model(Closing):
 
         template_kwargs: more variables for the template, such as `enable_thinking`.
         """
-        pieces = self.chat_template.render(messages, kwargs=template_kwargs or {})
-        return self.tokenizer.encode_pieces(pieces)
+        prompt = self.chat_prompt(messages, template_kwargs=template_kwargs)
+        return self.tokenizer.encode_pieces(prompt.pieces)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, object] | None = None,
+    ) -> ChatPrompt:
+        """A conversation in the chat template; it tells how answers reason and call tools, too."""
+        kwargs = template_kwargs or {}
+        return self.chat_template.prompt(messages, self.tokenizer, tools=tools, kwargs=kwargs)
+
+    def constraint(self, grammar: Grammar | type | Mapping[str, Any], prompt: object) -> Constraint:
+        """What an answer to `prompt` may be, once it has reasoned."""
+        if not isinstance(grammar, Grammar):
+            grammar = Grammar.json_schema(grammar)
+        reasoning = prompt.reasoning if isinstance(prompt, ChatPrompt) else None
+        return self.grammars.compile(grammar, after=reasoning)
 
     def decode(self, ids: Sequence[int], *, skip_specials: bool = False) -> str:
         """The text of token ids."""
@@ -233,6 +267,7 @@ class Model(Closing):
         logit_bias: Mapping[int, float] | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
+        grammar: Grammar | type | Mapping[str, Any] | None = None,
     ) -> Generation:
         """Continue a text, token ids, or a conversation (messages of `role` and `content`).
 
@@ -247,11 +282,16 @@ class Model(Closing):
         ignore_eos: go on after the model's own end tokens. min_tokens: none ends it before so many.
         dry: made by `dry`. The other penalties, biases and processors: docs/sampling.md.
         logprobs: pieces tell each token's log-probability, and those of so many likeliest tokens.
+        grammar: what the answer must look like; a pydantic class or a JSON schema mean its JSON.
         """
         given = locals()
         names = Sampling.__dataclass_fields__
         sampling = self.defaults.sampling({name: given[name] for name in names})
-        request = self.request(prompt, sampling, max_tokens, stop=stop, stop_ids=stop_ids)
+        read = self._read(prompt)
+        constraint = None if grammar is None else self.constraint(grammar, read)
+        request = self.request(
+            read, sampling, max_tokens, stop=stop, stop_ids=stop_ids, constraint=constraint
+        )
         request = replace(request, ignore_eos=ignore_eos, logprobs=logprobs)
         return Generation(self.engine, request)
 
@@ -263,16 +303,22 @@ class Model(Closing):
         *,
         stop: str | Sequence[str] = (),
         stop_ids: Iterable[int] = (),
+        constraint: Constraint | None = None,
     ) -> Request:
         """What `generate` asks of the engine, checked against this model."""
         sampling.check_ids(self.spec.vocab)
+        read = self._read(prompt)
+        chat = read if isinstance(read, ChatPrompt) else None
+        ids = read if chat is None else self.tokenizer.encode_pieces(chat.pieces)
         return Request(
-            ids=self._prompt_ids(prompt),
+            ids=self._check_ids(ids),
             sampling=sampling,
             max_tokens=max_tokens,
             stop=_check_stop(stop),
             stop_ids=frozenset(self._check_stop_ids(stop_ids)),
-            continues=not _is_chat(prompt),
+            continues=constraint is not None or chat is None,
+            constraint=constraint,
+            shown=frozenset() if chat is None else chat.shown(self.tokenizer),
         )
 
     def dry(
@@ -294,13 +340,14 @@ class Model(Closing):
             self._engine.close()
             self._engine = None
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _read(self, prompt: Prompt) -> Sequence[int] | ChatPrompt:
+        """The prompt as ids, or as a chat in the template."""
         if isinstance(prompt, str):
-            return self._check_ids(self.encode(prompt))
+            return self.encode(prompt)
         if _is_chat(prompt):
             _check_messages(prompt)
-            return self._check_ids(self.encode_chat(prompt))
-        return self._check_ids(prompt)
+            return self.chat_prompt(prompt)
+        return cast("Sequence[int] | ChatPrompt", prompt)
 
     def _check_ids(self, ids: object, wrong: str = _NO_PROMPT) -> list[int]:
         try:
@@ -347,7 +394,7 @@ def _template(checkpoint: Checkpoint) -> ChatTemplate:
     return ChatTemplate.from_folder(checkpoint.path)
 
 
-def prepare(opening: Opening) -> tuple[Checkpoint, Recipe, Plan]:
+def prepare(opening: Opening) -> Prepared:
     """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
     checkpoint = open_checkpoint(_locate(opening), gqa=opening.gqa)
     recipe = recipes.load(checkpoint, opening.architecture)
@@ -359,24 +406,49 @@ def prepare(opening: Opening) -> tuple[Checkpoint, Recipe, Plan]:
     return checkpoint, recipe, plan
 
 
+def _prepared_draft(opening: Opening, tokenizer: Tokenizer) -> Prepared:
+    """What opening a draft model begins with; raises InvalidRequest for another vocabulary."""
+    prepared = prepare(opening)
+    found = open_tokenizer(prepared[0], opening.tokenizer_json)
+    if (id_ := tokenizer.differs(found)) is not None:
+        raise InvalidRequest(
+            f"the draft model {prepared[0].path} has another vocabulary, from token {id_} on; "
+            "choose a smaller model of the same family"
+        )
+    return prepared
+
+
 def _sizes(
-    checkpoint: Checkpoint, model: Decoder, opening: Opening, kv: KvSize, max_seqs: int
+    models: Sequence[Prepared], opening: Opening, kv: KvSize, max_seqs: int
 ) -> tuple[int, int]:
-    """Tokens of the context, and of the KV cache."""
-    memory = {
-        "bytes_per_token": token_bytes(model, opening.kv_dtype),
-        "weight_bytes": checkpoint.size_bytes,
-    }
-    size = choose_context(opening.context, trained=model.context, **memory)
+    """Tokens of the context, and of the KV cache, which several models share."""
+    each = [token_bytes(recipe.decoder, opening.kv_dtype) for _, recipe, _ in models]
+    weights = [checkpoint.size_bytes for checkpoint, _, _ in models]
+    memory = {"bytes_per_token": sum(each), "weight_bytes": sum(weights)}
+    size = choose_context(opening.context, trained=models[0][1].decoder.context, **memory)
     room = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, **memory)
     return (min(size, room) if opening.context is None else size), room
 
 
-def _engine(executor: Executor, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
-    def text(request: Request) -> TextStream:
-        return TextStream(tokenizer, request.stop, at_start=not request.continues)
+def _executor(
+    model: Prepared, opening: Opening, context: int, limits: Limits, pool: ThreadPool
+) -> Executor:
+    checkpoint, recipe, plan = model
+    size = min(context, recipe.decoder.context)
+    program = decoder.compile(recipe.decoder, recipe.names, context=size)
+    store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
+    return executors.open(program, store, limits, pool=pool, progress=opening.progress)
 
-    return Engine(executor, config, text=text, stop_ids=tokenizer.stop_ids)
+
+def _engine(
+    executor: Executor, config: EngineConfig, tokenizer: Tokenizer, speculation: Speculation | None
+) -> Engine:
+    def text(request: Request) -> TextStream:
+        at_start = not request.continues
+        return TextStream(tokenizer, request.stop, at_start=at_start, shown=request.shown)
+
+    stop_ids = tokenizer.stop_ids
+    return Engine(executor, config, text=text, stop_ids=stop_ids, speculation=speculation)
 
 
 def _locate(opening: Opening) -> Path:

@@ -23,7 +23,7 @@ KvDtype = Literal["f16", "f32", "q8_0"]
 
 _CHOICES = {"weights": get_args(Weights), "kv_dtype": get_args(KvDtype)}
 _KINDS = {
-    (int, "a whole number"): "context threads kv_tokens gqa",
+    (int, "a whole number"): "context threads kv_tokens draft_tokens gqa",
     (str, "text"): "architecture chat_template",
     (str | os.PathLike, "a path"): "path tokenizer_json write_uqff from_uqff",
 }
@@ -33,6 +33,7 @@ _CLASSES = {
     "engine": "squall.engine.engine:EngineConfig",
     "hub": "squall.checkpoints.hub:Hub",
     "topology": "squall.quant:Topology",
+    "draft": "squall.opening:Opening",
 }
 
 
@@ -52,6 +53,9 @@ class Opening:
     dtype: of the float weights that are not quantized; "auto": as they are stored.
     experts_only: of a mixture of experts quantize only the experts and the head.
     engine: how many requests run and wait, and what is kept.
+    draft: guesses how answers go on, which makes them faster and changes nothing: a smaller model
+        with the same vocabulary, or "ngram", a look-up in the text so far.
+    draft_tokens: at most so many guesses an answer and step, by default 32.
     architecture: such as "mistral", in place of what a folder's config.json says.
     hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
     tokenizer_json: a file to use in place of the model's own tokenizer.
@@ -75,6 +79,8 @@ class Opening:
     dtype: Dtype = "auto"
     experts_only: bool = False
     engine: EngineConfig | None = None
+    draft: Opening | Path | None = None
+    draft_tokens: int | None = None
     architecture: str | None = None
     hub: Hub | None = None
     tokenizer_json: Path | None = None
@@ -94,11 +100,19 @@ class Opening:
                 if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                     raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
         for name, place in _CLASSES.items():
-            value, path = getattr(self, name), name == "topology"
+            value, path = getattr(self, name), name in ("topology", "draft")
             right = value is None or (path and isinstance(value, str | os.PathLike))
             if not right and not isinstance(value, resolve_name(place)):
                 what = f"a {place.partition(':')[2]}{' or the path of its file' * path}"
                 raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
+
+    @property
+    def of_draft(self) -> Opening | None:
+        """How to open the draft model, if there is one."""
+        if isinstance(self.draft, Opening):
+            return self.draft
+        none = self.draft in (None, "ngram")
+        return None if none else Opening(self.draft, hub=self.hub, progress=self.progress)
 
 
 DEFAULTS = Opening()

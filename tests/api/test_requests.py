@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from squall import ChatCompletionRequest, CompletionRequest, InvalidRequest, ToolChoice
-from squall.api.requests import MOST_CHOICES, MOST_MESSAGES, MOST_PROMPTS, MOST_STOPS
+from squall.api.messages import MOST_MESSAGES
+from squall.api.requests import MOST_CHOICES, MOST_PROMPTS, MOST_STOPS
 
 HI = {"role": "user", "content": "Hi"}
 MILLION = 10**6
@@ -43,7 +44,7 @@ def completion(**fields: Any) -> CompletionRequest:
         ({"tool_schemas": ["{}"]}, "tool_schemas"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"n": 2.0}, "n"),

@@ -155,10 +155,22 @@ def test_chat_template(model: Model, tmp_path: Path, suffix: str) -> None:
         Runner(model, chat_template=str(tmp_path / "missing.json"))
 
 
+def test_row_40_a_draft_model() -> None:
+    path = find()
+    selected = Which.GGUF(str(path.parent), path.name)
+    with Runner(selected, which_draft=selected, speculative_gamma=3, context=256) as runner:
+        speculation = runner.model.engine._stepper._speculation
+        assert speculation.draft is not None
+        assert speculation.most == 3
+        response = runner.send_chat_completion_request(chat(max_tokens=5))
+        assert response.usage.completion_tokens == 5
+    with Runner(selected, speculative_gamma=3, context=256) as runner:
+        assert runner.model.engine._stepper._speculation.most == 0
+
+
 @pytest.mark.parametrize(
     "argument",
     [
-        {"which_draft": Which.Plain("a")},
         {"num_device_layers": ["0:3"]},
         {"in_situ_quant": "Q4K"},
         {"anymoe_config": object()},

@@ -80,3 +80,16 @@ def test_a_server_that_is_not_there() -> None:
     assert isinstance(found.exception, InvalidRequest)  # which the command shows as its last word
     message = r"first request failed: ConnectError: .*; is the server there"
     assert re.search(message, str(found.exception))
+
+
+def test_a_draft_tells_how_often_it_is_right(tmp_path: Path) -> None:
+    folder = str(write_folder(tmp_path))
+    for draft in ("ngram", folder):
+        options = ["bench", "-m", folder, "-p", "24", "-g", "40", "-r", "1", "--draft", draft]
+        done = CliRunner().invoke(app, [*options, "--json"])
+        assert done.exit_code == 0, (done.output, done.exception)
+        (report,) = json.loads(done.stdout)["results"]
+        assert report["answer_tokens"] == 40
+        assert 0 <= report["accepted_tokens"] <= report["guessed_tokens"]
+    out = CliRunner().invoke(app, ["bench", *SMALL[:-2], "-g", "90", "--draft", "ngram"]).stdout
+    assert re.search(r"guesses right: \d+ of [1-9]", out)

@@ -77,10 +77,14 @@ def test_a_message_that_is_too_long(talk: Talk) -> None:
 def test_a_full_context_forgets_the_oldest_turns_but_not_the_system_message(
     talk: Talk, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[list[dict[str, str]]] = []
     seen: list[list[dict[str, str]]] = []
-    generate = model.generate
+    generate, chat_prompt = model.generate, model.chat_prompt
     monkeypatch.setattr(
-        model, "generate", lambda prompt, **o: seen.append([*prompt]) or generate(prompt, **o)
+        model, "chat_prompt", lambda m, **o: asked.append([*m]) or chat_prompt(m, **o)
+    )
+    monkeypatch.setattr(
+        model, "generate", lambda *a, **o: seen.append(asked[-1]) or generate(*a, **o)
     )
     lines = [f"{n} " + "word " * 40 for n in range(6)]
     _, notes = talk(*lines, system="Be brief.", max_tokens=4)

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from command import squall
 
-from squall import InvalidRequest, Model
+from squall import InvalidRequest, Model, Piece
 from squall.cli import run
+from squall.text.chat import ChatPrompt
+from squall.text.reasoning import Reasoning
 
 QUESTION = "What is the capital of France, and what is it known for?"
 SHORT = ("--context", "512", "--max-tokens", "12")
@@ -219,3 +221,48 @@ def test_isq_of_a_quantized_file_is_refused() -> None:
     done = squall("run", QUESTION, "--isq", "q4k", *SHORT)
     assert done.returncode != 0
     assert "has its number formats already" in " ".join(done.stderr.split())
+
+
+def test_answers_in_a_shape(tmp_path: Path) -> None:
+    schema, grammar, lark = (tmp_path / name for name in ("schema", "yacc", "lark"))
+    schema.write_text(
+        '{"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}'
+    )
+    grammar.write_text('%%\nA: "a" A | "b";')
+    lark.write_text('start: "x" | "y"')
+    for flags, wanted in (
+        (("--json-schema", str(schema)), r'\{\s*"age"\s*:\s*-?\d+\s*\}'),
+        (("--grammar", str(grammar)), "a*b"),
+        (("--grammar", str(lark)), "x|y"),
+        (("--regex", "[0-9]{3}"), "[0-9]{3}"),
+    ):
+        done = squall("run", QUESTION, "--context", "512", "--max-tokens", "60", *flags)
+        assert re.fullmatch(wanted, done.stdout.strip()), done
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--regex", "(a"), "regex"),
+        (("--json-schema", "nothing.json"), "nothing.json"),
+        (("--regex", "a", "--json-schema", "x.json"), "one of them"),
+    ],
+)
+def test_shapes_that_are_wrong(flags: tuple[str, ...], named: str) -> None:
+    done = squall("run", QUESTION, "--context", "512", *flags)
+    assert done.returncode == 1, done
+    assert named in done.stderr
+
+
+def test_reasoning_is_for_terminals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ChatPrompt((), None, Reasoning("<think>", "</think>"))
+    parts = ("<thi", "nk>Hm", ".\n</think>\n", "\nYes", ".")
+    for terminal, wanted in ((False, "Yes."), (True, "\x1b[2mHm\x1b[0m\x1b[2m.\x1b[0m\n\nYes.")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda told=terminal: told)
+        said: list[str] = []
+        pieces = [Piece(part, ()) for part in parts] + [Piece("", (), "stop")]
+        run.show(pieces, prompt, said)  # type: ignore[arg-type]
+        assert capsys.readouterr().out == wanted
+        assert "".join(said) == "Yes."

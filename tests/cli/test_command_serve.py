@@ -46,6 +46,7 @@ def test_options_of_the_seed_and_a_chat() -> None:
         "-i", "-s", "5", "--max-seqs", "2", "--prefix-cache-n", "4", "--prompt-batchsize", "64",
         "-n", "0", "--pa-gpu-mem", "500", "--pa-gpu-mem-usage", "0.5", "--pa-blk-size", "32",
         "--pa-ctxt-len", "900", "--no-paged-attn", "--token-source", "none", "--context", "800",
+        "--draft", "ngram",
     )  # fmt: skip
     done = server(*flags, "gguf", stdin="What is the capital of France?\n\\exit\n")
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,10 @@ from squall.api.which import (
     Selection,
     Which,
 )
+from squall.checkpoints.hub import Hub
 from squall.cli.toml_selector import TomlSelection, read_toml
 from squall.errors import InvalidRequest, UnsupportedModel
+from squall.opening import Opening
 
 FILE = 'quantized_model_id = "d"\nquantized_filename = '
 XLORA, LORA = '\nxlora_model_id = "x"\norder = "o"', '\nadapters_model_id = "a"\norder = "o"'
@@ -99,8 +101,26 @@ def test_speculative_and_anymoe(tmp_path: Path) -> None:
     assert found.anymoe == AnyMoeConfig(
         64, "d.json", "model.layers", "mlp", ["a", "b"], adapter, [0, 2], epochs=3
     )
-    with pytest.raises(UnsupportedModel, match=r"\[speculative\] is not supported yet"):
+    with pytest.raises(UnsupportedModel, match=r"\[anymoe\] is not supported yet"):
         found.opening()
+
+
+def test_row_40_a_draft_model(tmp_path: Path) -> None:
+    (tmp_path / "f.gguf").touch()
+    found = read(
+        tmp_path,
+        f"""
+        [model]
+        model_id = "m"
+        [speculative]
+        gamma = 5
+        draft_model = {{quantized_model_id = {str(tmp_path)!r}, quantized_filename = "f.gguf"}}
+        """,
+    )
+    hub = Hub(offline=True)
+    opening = found.opening(Opening(hub=hub, context=64))
+    assert (opening.path, opening.context, opening.draft_tokens) == ("m", 64, 5)
+    assert opening.of_draft == Opening(tmp_path / "f.gguf", hub=hub)
 
 
 WRONG = {

@@ -97,7 +97,7 @@ class FakeExecutor:
         slots = self._slots(batch)
         self.rows.append(np.diff(batch.bounds).tolist())
         self.slots[slots] = batch.tokens
-        logits = np.empty((len(batch.outputs), VOCAB), np.float32)
+        logits = np.empty((len(batch.outputs), self.vocab), np.float32)
         for i, row in enumerate(batch.outputs):
             sequence = int(np.searchsorted(batch.bounds, row, side="right")) - 1
             seen = np.arange(batch.positions[row] + 1)

@@ -18,10 +18,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 EXPECTED = {
     "chat": "Paris",
     "gguf": "",
+    "json_answer": "Paris",
     "log_probabilities": "' sky'",
     "logits_processor": "",
     "many_at_once": "whale: ",
     "streaming": "sea",
+    "tools": "21 degrees in Paris",
 }
 ARGUMENTS = {"gguf": [str(find().parent), find().name]}
 

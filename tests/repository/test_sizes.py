@@ -19,7 +19,7 @@ BUDGETS = {
     "src/squall/executors": 700,
     "src/squall/quant": 1150,
     "src/squall/recipes": 2100,
-    "src/squall/server": 1900,
+    "src/squall/server": 2500,
     "src/squall/text": 2250,
     "native": 7700,
 }

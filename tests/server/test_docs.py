@@ -84,4 +84,5 @@ def test_numbers() -> None:
     assert f"body slower than {options.body_s:g} s" in TEXT
     assert f"nothing for {options.write_s:g} s" in TEXT
     assert f"`--drain-timeout` seconds ({options.drain_s:g})" in TEXT
+    assert f"Kept are {options.kept_responses} responses and {options.kept_bytes >> 20} MiB" in TEXT
     assert f"`--stall-timeout` seconds ({options.stall_s:g})" in TEXT

@@ -26,7 +26,9 @@ ROUTES = {
     ("GET", "/"), ("GET", "/health"), ("GET", "/docs"), ("GET", "/openapi.json"),
     ("GET", "/api-doc/openapi.json"), ("GET", "/metrics"), ("GET", "/v1/models"),
     ("GET", "/v1/models/x"), ("POST", PATH), ("POST", "/v1/completions"), ("POST", "/tokenize"),
-    ("POST", "/detokenize"), ("POST", "/re_isq"), ("POST", "/activate_adapters"),
+    ("POST", "/detokenize"), ("POST", "/render"), ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/x"), ("DELETE", "/v1/responses/x"), ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"), ("POST", "/re_isq"), ("POST", "/activate_adapters"),
     ("POST", "/v1/images/generations"), ("GET", "/v1/nothing"),
 }  # fmt: skip
 
@@ -72,7 +74,9 @@ def test_row_s8_no_route_is_forgotten(running: Running) -> None:
             yield from paths(getattr(getattr(route, "original_router", None), "routes", ()))
 
     app: Any = running.server.config.app
-    found = {path.replace("{model_id:path}", "x") for path in paths(app.routes)}
+    found = {
+        path.replace("{model_id:path}", "x").replace("{id}", "x") for path in paths(app.routes)
+    }
     assert found == {path for _, path in ROUTES} - {"/v1/nothing"}
     assert frozenset({"/", "/health", "/docs"}) == OPEN_PATHS
 

@@ -55,6 +55,7 @@ def test_metrics_count(running: Running) -> None:
         blocks = [after[f"squall_kv_blocks,{state}"] for state in ("used", "cached", "free")]
         assert sum(blocks) == running.model.engine.stats().blocks
         assert after["squall_engine_alive"] == 1
+        assert after["squall_guessed_tokens_total"] == after["squall_accepted_tokens_total"] == 0
         assert {"squall_preemptions_total", "squall_step_seconds_total,executor"} <= after.keys()
 
 
@@ -76,3 +77,17 @@ def test_made_up_paths_make_no_series(running: Running) -> None:
         found = read(http)
     assert found["squall_http_responses_total,other,404"] == 5
     assert not any("made" in name for name in found)
+
+
+def test_row_24_metrics_tell_guesses() -> None:
+    text = "one two three four five six seven eight nine ten " * 8
+    body = {"prompt": text, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    with (
+        Model.open(context=512, draft="ngram") as model,
+        in_thread(model) as running,
+        httpx.Client(base_url=running.url, timeout=30) as http,
+    ):
+        assert http.post("/v1/completions", json=body).status_code == 200
+        found = read(http)
+        guessed = found["squall_guessed_tokens_total"]
+        assert guessed >= found["squall_accepted_tokens_total"] > 0

@@ -118,8 +118,8 @@ def test_the_best_of_several(client: openai.OpenAI) -> None:
         ({"n": 0}, "n"),
         ({"messages": []}, "messages"),
         ({"presence_penalty": 9}, "presence_penalty"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f f"}}]}, "tools[0]"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
     ],
 )
 def test_errors_name_the_field(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:

@@ -24,6 +24,10 @@ QUIET = settings(
 OPERATIONS = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
+    ("POST", "/render"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/v1/models/{model_id}"),
@@ -52,7 +56,11 @@ def test_row_4_no_5xx(http: httpx.Client, schema: Any, method: str, path: str, m
         body = asked.get("json")
         if isinstance(body, dict) and isinstance(body.get("max_tokens"), int | None):
             # Answers are to end soon.
-            asked["json"] = body | {"max_tokens": 1, "max_completion_tokens": None}
+            asked["json"] = body | {
+                "max_tokens": 1,
+                "max_completion_tokens": None,
+                "max_output_tokens": None,
+            }
         url = asked.pop("url")
         response = http.request(asked.pop("method"), url, **_known(asked))
         assert response.status_code < 500, f"SQUALL_TEST_SEED={SEED} {asked} {response.text}"

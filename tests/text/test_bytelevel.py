@@ -287,3 +287,18 @@ def test_building_is_quick(smollm_metadata: Metadata) -> None:
     with warnings.catch_warnings():
         Tokenizer.from_gguf(smollm_metadata)
     assert time.process_time() - start < 0.3
+
+
+def test_vocabularies_agree_but_for_padding(smollm: Tokenizer, smollm_metadata: Metadata) -> None:
+    size, key = smollm.vocab_size, "tokenizer.ggml.tokens"
+    tokens, types = smollm_metadata[key], [*smollm_metadata["tokenizer.ggml.token_type"]]
+
+    def changed(names: list[str], kinds: list[int]) -> Tokenizer:
+        more = {key: names, "tokenizer.ggml.token_type": kinds}
+        return Tokenizer.from_gguf({**smollm_metadata, **more})
+
+    padded = changed([*tokens, f"[PAD{size}]", f"[PAD{size + 1}]"], [*types, 5, 5])
+    assert smollm.differs(padded) is padded.differs(smollm) is None
+    assert smollm.differs(changed([*tokens, "more"], [*types, 1])) == size
+    assert smollm.differs(changed([*tokens[:9], "other", *tokens[10:]], types)) == 9
+    assert smollm.differs(changed(tokens, [*types[:9], 1, *types[10:]])) == 9

@@ -12,9 +12,11 @@ import jsonschema
 import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from squall.text.grammar import Grammars
 
-from squall.errors import InvalidRequest
+from squall.errors import InvalidRequest, SamplingFailed
 from squall.text.answer import AnswerParser, CallArguments, CallBegun, CallEnded, Said
+from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
 from squall.text.tools import FORMATS, Tool, ToolFormat
 
@@ -88,6 +90,7 @@ class Vocabulary:
     """The tokens of a real model, whose control tokens may have other names."""
 
     def __init__(self, tokenizer: Tokenizer, names: Sequence[str] = ()) -> None:
+        names = list(dict.fromkeys(names))
         self.tokenizer = tokenizer
         count = tokenizer.vocab_size
         special = [token for token in range(count) if tokenizer.is_special(token)]
@@ -123,19 +126,23 @@ def vocabulary(smollm: Tokenizer) -> Callable[[Sequence[str]], Vocabulary]:
     return of
 
 
+def lark(row: ToolFormat, tools: Sequence[Tool], **given: Any) -> str:
+    return row.grammar(tools, **given).lark()
+
+
 def bound(row: ToolFormat, vocabulary: Vocabulary) -> ToolFormat:
     """The row in a vocabulary where all its marks are control tokens."""
     return replace(row, controls=vocabulary.controls)
 
 
 def draw(
-    lark: str, vocabulary: Vocabulary, random_: random.Random, begin: str = "", most: int = 400
+    source: str, vocabulary: Vocabulary, random_: random.Random, begin: str = "", most: int = 400
 ) -> tuple[str, bool]:
     """An answer of tokens drawn from what the grammar allows, and whether it ended.
 
     What ends strings, numbers and lists is drawn more often than chance would.
     """
-    matcher = LLMatcher(vocabulary.of_llguidance, LLMatcher.grammar_from_lark(lark))
+    matcher = LLMatcher(vocabulary.of_llguidance, LLMatcher.grammar_from_lark(source))
     assert not matcher.is_error(), matcher.get_error()
     made = b""
     for token in cut(begin, vocabulary, random_):
@@ -206,10 +213,10 @@ def test_row_7_a_call_that_must_come_is_valid(
 ) -> None:
     words = vocabulary(row.marks() if controls else ())
     row = bound(row, words)
-    lark = row.lark(TOOLS, required=True, parallel=True)
+    source = lark(row, TOOLS, required=True, parallel=True)
     ends = 0
     for _ in range(6):
-        text, ended = draw(lark, words, random_)
+        text, ended = draw(source, words, random_)
         assert check(text, row, ended=ended)
         assert not ended or said(text, row) == ""
         ends += ended
@@ -223,11 +230,12 @@ def test_row_7_a_call_that_has_begun_becomes_valid(
 ) -> None:
     words = vocabulary(row.marks() if controls else ())
     row = bound(row, words)
-    lark = row.lark(TOOLS, required=False, parallel=True)
-    text, ended = draw(lark, words, random_, begin=row.opening)
+    source = lark(row, TOOLS, required=False, parallel=True)
+    opening = row.opening if row.opening in row.controls else row.opening + row.leads[0]
+    text, ended = draw(source, words, random_, begin=opening)
     assert check(text, row, ended=ended)
-    begin = "" if controls else "I look. " + row.opening
-    text, ended = draw(lark, words, random_, begin=begin)
+    begin = "" if controls else "I look. " + opening
+    text, ended = draw(source, words, random_, begin=begin)
     names = check(text, row, ended=ended)
     assert names or controls
 
@@ -236,13 +244,13 @@ def test_row_7_a_call_that_has_begun_becomes_valid(
 def test_an_answer_may_do_without_calls(row: ToolFormat, vocabulary: Vocabularies) -> None:
     words = vocabulary(row.marks())
     row = bound(row, words)
-    lark = row.lark(TOOLS, required=False, parallel=True)
+    source = lark(row, TOOLS, required=False, parallel=True)
     for text in ('{"name": "Bob", "parameters": 3, "age": 4}', "[1]", "<tool_", "Ü\n\n{}", "A: B"):
-        matcher = LLMatcher(words.of_llguidance, LLMatcher.grammar_from_lark(lark))
+        matcher = LLMatcher(words.of_llguidance, LLMatcher.grammar_from_lark(source))
         assert all(map(matcher.consume_token, words(text.encode())))
         assert matcher.is_accepting()
         assert said(text, row) == text
-    assert "<[" in lark or not row.controls
+    assert "<[" in source or not row.controls
 
 
 @named
@@ -251,9 +259,9 @@ def test_one_call_where_several_are_not_wanted(
 ) -> None:
     words = vocabulary(row.marks())
     row = bound(row, words)
-    lark = row.lark(TOOLS[3:4], required=True, parallel=False)
+    source = lark(row, TOOLS[3:4], required=True, parallel=False)
     for _ in range(3):
-        text, ended = draw(lark, words, random_)
+        text, ended = draw(source, words, random_)
         assert ended
         assert check(text, row, ended=True) == ["route"]
 
@@ -263,9 +271,9 @@ def test_an_answer_that_begins_like_a_bare_call_is_held_to_the_schema(
 ) -> None:
     words = vocabulary(["<|python_tag|>"])
     (row,) = (bound(row, words) for row in FORMATS if row.bare)
-    lark = row.lark(TOOLS, required=False, parallel=True)
+    source = lark(row, TOOLS, required=False, parallel=True)
     for begin in ('{"name": "route", "parameters":', '{ "name" :"route" ,\n"parameters" : '):
-        text, ended = draw(lark, words, random_, begin=begin)
+        text, ended = draw(source, words, random_, begin=begin)
         assert ended
         assert check(text, row, ended=True) == ["route"]
 
@@ -273,11 +281,11 @@ def test_an_answer_that_begins_like_a_bare_call_is_held_to_the_schema(
 def test_the_trigger_lies_in_tokens_and_across_them(vocabulary: Vocabularies) -> None:
     words = vocabulary(())
     row = next(row for row in FORMATS if row.name == "hermes")
-    lark = row.lark(TOOLS[:1], required=False, parallel=True)
+    source = lark(row, TOOLS[:1], required=False, parallel=True)
     call = 'A<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     for at in range(len(call) + 1):
         for wrong in ("", "!"):
-            matcher = LLMatcher(words.of_llguidance, LLMatcher.grammar_from_lark(lark))
+            matcher = LLMatcher(words.of_llguidance, LLMatcher.grammar_from_lark(source))
             tokens = words(call[:at].encode()) + words((wrong + call[at:]).encode())
             fits = all(map(matcher.consume_token, tokens))
             assert fits is (not wrong or at < len("A<tool_call>"))
@@ -297,8 +305,8 @@ def test_a_strict_schema_that_cannot_be_enforced_is_refused(
     schema: dict[str, Any], keyword: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=keyword):
-        FORMATS[0].lark([Tool("f", parameters=schema, strict=True)], required=True, parallel=True)
-    FORMATS[0].lark([Tool("f", parameters=schema)], required=True, parallel=True)
+        lark(FORMATS[0], [Tool("f", parameters=schema, strict=True)], required=True, parallel=True)
+    lark(FORMATS[0], [Tool("f", parameters=schema)], required=True, parallel=True)
 
 
 def test_row_7_random_schemas_whatever_their_descriptions_say(
@@ -313,8 +321,8 @@ def test_row_7_random_schemas_whatever_their_descriptions_say(
         }
         parameters["required"] = [p for p in parameters["properties"] if random_.random() < 0.7]
         tool = Tool(f"f{n}", description=words_of(random_), parameters=parameters, strict=True)
-        lark = row.lark([tool], required=True, parallel=False)
-        text, ended = draw(lark, words, random_)
+        source = lark(row, [tool], required=True, parallel=False)
+        text, ended = draw(source, words, random_)
         events = AnswerParser(tools=row).push(text, final=True)
         arguments = "".join(e.text for e in events if isinstance(e, CallArguments))
         if ended:
@@ -354,3 +362,41 @@ def schema(random_: random.Random, depth: int) -> dict[str, Any]:
     ]
     made = random_.choice(kinds if depth else kinds[:5])()
     return {**made, "description": words_of(random_)}
+
+
+THINK = Reasoning("<think>", "</think>")
+CALL = FORMATS[-1].text([("now", "{}")])
+
+
+@pytest.fixture(scope="module")
+def grammars(smollm: Tokenizer) -> Grammars:
+    return Grammars(smollm, smollm.vocab_size)
+
+
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (CALL, True),
+        (f"<think>so {CALL} or\n</think>\n\n{CALL}", True),
+        (f"<think>{CALL}", False),
+        (f"<think>a</think>{CALL} b", False),
+        ("Yes.", None),
+        ("<think>a</think>Yes.", None),
+    ],
+)
+def test_row_8_calls_come_after_the_reasoning_if_there_is_some(
+    text: str, right: bool | None, required: bool, grammars: Grammars, smollm: Tokenizer
+) -> None:
+    """Marks in it are none; without it they count from the beginning."""
+    calls = FORMATS[-1].grammar(TOOLS, required=required, parallel=True, reasoning=THINK)
+    matcher = grammars.compile(calls, after=THINK)()
+    fits = True
+    try:
+        for token in smollm.encode(text, add_bos=False):
+            matcher.accept(token)
+        row = matcher.allowed(())[0]
+        fits = any(row[stop // 32] >> (stop % 32) & 1 for stop in smollm.stop_ids)
+    except SamplingFailed:
+        fits = False
+    assert fits is (not required if right is None else right)

@@ -15,20 +15,27 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from squall.api import responses
+from squall.api.chats import (
+    ChatAnswer,
+    chat_prompt,
+    chat_structure,
+    check_characters,
+    constraint_of,
+)
 from squall.api.logprobs import Entry, PromptScores, Tokens, chat_logprobs, completion_logprobs
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
+from squall.api.structure import Structure
 from squall.closing import Closing
 from squall.engine.generation import Mailbox
 from squall.engine.reply import Reply
 from squall.engine.request import CacheScope, Piece, Request, Scoring
 from squall.engine.sampling import Sampling
-from squall.errors import ContextLengthExceeded, InvalidRequest
+from squall.errors import InvalidRequest
 from squall.model import Model, Prompt
+from squall.text.chat import ChatPrompt
 
 # OpenAI's defaults, and mistral.rs's: a plain draw.
 DRAW = {"temperature": 1.0, "top_p": 1.0}
-# More than texts have, so that what cannot fit is refused before it is read.
-CHARACTERS_PER_TOKEN = 64
 Asked = TypeVar("Asked", bound=ChatCompletionRequest | CompletionRequest)
 Whole = TypeVar("Whole")
 Part = TypeVar("Part")
@@ -42,15 +49,15 @@ def start_chat(
     Raises InvalidRequest, ContextLengthExceeded, TemplateError, QueueFull or EngineStopped.
     """
     _check_count(model, request.n)
+    prompt = chat_prompt(model, request)
     asked = replace(
-        _request(model, request, chat_ids(model, request), tenant),
+        _request(model, request, prompt, chat_structure(request, prompt), tenant),
         max_tokens=request.max_tokens,
         logprobs=request.top_logprobs or 0 if request.logprobs else None,
-        continues=False,
     )
-    job = ChatJob(model, request, id)
+    job = ChatJob(model, request, id, prompt)
     job.submit(
-        (one, _Choice(0, Tokens(model.tokenizer, wanted=request.logprobs, at_start=True)))
+        (one, _Choice(0, _tokens(model, asked, wanted=request.logprobs)))
         for one in _drawn_apart(asked, request.n)
     )
     return job
@@ -58,9 +65,7 @@ def start_chat(
 
 def chat_ids(model: Model, request: ChatCompletionRequest) -> list[int]:
     """The prompt of a chat, in the model's chat template."""
-    messages = [dict(message) for message in request.messages if not isinstance(message, str)]
-    _check_characters(model, sum(len(text) for message in messages for text in message.values()))
-    return model.encode_chat(messages, template_kwargs=request.chat_template_kwargs)
+    return model.tokenizer.encode_pieces(chat_prompt(model, request).pieces)
 
 
 def start_completion(
@@ -70,8 +75,8 @@ def start_completion(
     _check_count(model, len(request.prompts) * request.candidates)
     answers: list[tuple[Request, _Choice]] = []
     for number, prompt in enumerate(request.prompts):
-        _check_characters(model, len(prompt))
-        asked = _request(model, request, prompt, tenant)
+        check_characters(model, len(prompt))
+        asked = _request(model, request, prompt, request.structure(), tenant)
         answers += [
             _completion(model, request, one, number)
             for one in _drawn_apart(asked, request.candidates)
@@ -186,6 +191,11 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
             choice.answer.cancel()
 
     @property
+    def stopped(self) -> str:
+        """The stop string that ended the first answer, if one did."""
+        return self._choices[0].answer.stopped
+
+    @property
     def usage(self) -> responses.Usage:
         """Tokens and seconds so far; a prompt counts once, however many answers it gets."""
         every = [choice.answer.usage for choice in self._choices]
@@ -197,6 +207,8 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
         answer_s = max(usage.answer_s for usage in every)
         whole_s = max(usage.queue_s + usage.running_s for usage in every)
         dropped = sum(usage.dropped_tokens for usage in prompts)
+        accepted = sum(usage.accepted_tokens for usage in every)
+        guessed = sum(usage.guessed_tokens for usage in every)
         return responses.Usage(
             completion_tokens=answer,
             prompt_tokens=prompt,
@@ -208,6 +220,9 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
             total_prompt_time_sec=prompt_s,
             total_completion_time_sec=answer_s,
             prompt_tokens_details=responses.PromptTokensDetails(cached, dropped),
+            completion_tokens_details=responses.CompletionTokensDetails(
+                self._reasoning_tokens(), accepted, guessed - accepted
+            ),
         )
 
     def _take(self, index: int, piece: Piece) -> tuple[int, str]:
@@ -216,6 +231,9 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
             raise piece.error
         self._choices[index].take(piece)
         return index, piece.text
+
+    def _reasoning_tokens(self) -> int:
+        return 0
 
     def _chunks(self, index: int, text: str) -> Iterator[Part]:
         for part in self._parts(index, self._choices[index], text):
@@ -255,21 +273,48 @@ class ChatJob(_Chat):
     whole = responses.ChatCompletionResponse
     part = responses.ChatCompletionChunkResponse
 
+    def __init__(
+        self, model: Model, request: ChatCompletionRequest, id: str | None, prompt: ChatPrompt
+    ) -> None:
+        super().__init__(model, request, id)
+        names = [tool.name for tool in request.offer().callable]
+        # Where there may be calls instead of a content, it may be null.
+        self._empty = None if names else ""
+        parsers = (prompt.parser(names, f"{self.id} {number}") for number in range(request.n))
+        self._said = [ChatAnswer(parser, self._empty) for parser in parsers]
+
+    def _take(self, index: int, piece: Piece) -> tuple[int, str]:
+        taken = super()._take(index, piece)
+        said, choice = self._said[index], self._choices[index]
+        said.take(piece)
+        if choice.finish_reason == "stop" and said.called:
+            choice.finish_reason = "tool_calls"
+        return taken
+
+    def _reasoning_tokens(self) -> int:
+        return sum(said.reasoning_tokens for said in self._said)
+
     def _whole_choices(self) -> Iterator[responses.Choice]:
         for index, choice in enumerate(self._choices):
-            message = responses.ResponseMessage(choice.text)
             logprobs = self._logprobs(choice.tokens.entries)
+            message = self._said[index].message
             yield responses.Choice(choice.finish_reason, index, message, logprobs)
 
-    def _parts(self, index: int, choice: _Choice, text: str) -> Iterator[responses.ChunkChoice]:
+    def _parts(
+        self,
+        index: int,
+        choice: _Choice,
+        text: str,  # noqa: ARG002
+    ) -> Iterator[responses.ChunkChoice]:
+        empty = responses.Delta(content=self._empty)
         if choice.is_first():
-            yield responses.ChunkChoice(None, index, responses.Delta(role="assistant"), None)
+            yield responses.ChunkChoice(None, index, replace(empty, role="assistant"), None)
         news = choice.news()
-        if text or news:
-            delta = responses.Delta(content=text)
+        for delta in self._said[index].news or [empty] * bool(news):
             yield responses.ChunkChoice(None, index, delta, self._logprobs(news))
+            news = []
         if choice.finish_reason is not None:
-            yield responses.ChunkChoice(choice.finish_reason, index, responses.Delta(), None)
+            yield responses.ChunkChoice(choice.finish_reason, index, empty, None)
 
     def _logprobs(self, entries: Sequence[Entry]) -> responses.Logprobs | None:
         return chat_logprobs(self._model.tokenizer, entries) if self.request.logprobs else None
@@ -317,7 +362,11 @@ class CompletionJob(
 
 
 def _request(
-    model: Model, request: ChatCompletionRequest | CompletionRequest, prompt: Prompt, tenant: str
+    model: Model,
+    request: ChatCompletionRequest | CompletionRequest,
+    prompt: Prompt,
+    structure: Structure | None,
+    tenant: str,
 ) -> Request:
     """What all answers to a prompt have in common."""
     asked_for, dry = request.arguments()
@@ -327,7 +376,10 @@ def _request(
         dry=model.dry(**dry) if "multiplier" in dry else None,
         logits_processors=request.logits_processors,
     )
-    asked = model.request(prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids)
+    asked = model.request(
+        prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids,
+        constraint=constraint_of(model, structure, prompt),
+    )  # fmt: skip
     scope, truncate = CacheScope(tenant), request.truncate_sequence
     return replace(asked, scope=scope, truncate=truncate, ignore_eos=request.ignore_eos)
 
@@ -352,9 +404,14 @@ def _completion(
         logprobs=judged if request.logprobs is None else request.logprobs,
         scoring=scoring,
     )
-    wanted = request.logprobs is not None
-    tokens = Tokens(model.tokenizer, wanted=wanted, at_start=scores is not None)
+    tokens = _tokens(model, asked, wanted=request.logprobs is not None)
     return asked, _Choice(number, tokens, echoed, scores)
+
+
+def _tokens(model: Model, asked: Request, *, wanted: bool) -> Tokens:
+    """Where the tokens of an answer go."""
+    at_start = not asked.continues or (asked.scoring is not None and wanted)
+    return Tokens(model.tokenizer, wanted=wanted, at_start=at_start, shown=asked.shown)
 
 
 def _drawn_apart(asked: Request, count: int) -> Iterator[Request]:
@@ -371,14 +428,6 @@ def _check_count(model: Model, count: int) -> None:
     most = config.max_seqs + config.max_queue
     if count > most:
         raise InvalidRequest(f"these are {count} answers at a time; at most {most} are allowed")
-
-
-def _check_characters(model: Model, characters: int) -> None:
-    most = CHARACTERS_PER_TOKEN * model.context
-    if characters > most:
-        raise ContextLengthExceeded(
-            f"a prompt of {characters} characters cannot fit the context of {model.context} tokens"
-        )
 
 
 def _deliver(mail: Mailbox[tuple[int, Piece]], index: int, piece: Piece) -> None:

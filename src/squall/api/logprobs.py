@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from squall.api.responses import CompletionLogprobs, Logprobs, ResponseLogprob, TopLogprob
@@ -53,13 +53,15 @@ class Tokens:
     """The tokens of one answer, as far as they are known.
 
     wanted: whether anybody wants to see them; if not, only their mean is kept.
-    at_start: whether the text begins with them, as in `TextStream`.
+    at_start, shown: as in `TextStream`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, wanted: bool, at_start: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, wanted: bool, at_start: bool, shown: Set[int] = frozenset()
+    ) -> None:
         self.entries: list[Entry] = []
         self._wanted = wanted
-        self._stream = TextStream(tokenizer, at_start=at_start)
+        self._stream = TextStream(tokenizer, at_start=at_start, shown=shown)
         self._length = 0
         self._told = self._prompt = 0
         self._sum, self._count = 0.0, 0

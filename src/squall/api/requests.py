@@ -6,20 +6,19 @@ What needs a model, such as token ids and the ranges of sampling, is checked whe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from enum import Enum
-from types import MappingProxyType
 from typing import Any, ClassVar
 
-from squall.engine.fields import check, check_fields, check_texts, numbers_of, shown, whole
+from squall.api.messages import Messages, check_short, conversation
+from squall.api.structure import StructureFields
+from squall.api.tool_choice import Offer, ToolChoice, offer
+from squall.engine.fields import check, check_fields, check_texts, numbers_of, whole
 from squall.engine.sampling import MOST_TOP_LOGPROBS, LogitsProcessor, SamplingFields
 from squall.errors import InvalidRequest
 from squall.text.chat import RESERVED
 
 MOST_CHOICES = 128
-MOST_MESSAGES = 4096
-MOST_PARTS = 1024
 MOST_PROMPTS = 2048
 MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 1024
@@ -27,21 +26,15 @@ MOST_STOP_IDS = 128
 MOST_PROCESSORS = 16
 MOST_TEMPLATE_KWARGS = 16_384  # characters, as JSON
 
-Messages = str | Sequence[Mapping[str, Any]]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-NOT_YET = ("grammar", "grammar_type", "adapters", "tools", "tool_schemas", "suffix")
-ROLES: dict[str, str] = {"developer": "system"}
+NOT_YET = ("adapters", "suffix")
+EFFORTS = ("none", "minimal", "low", "medium", "high")
 # (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
 OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
-# Parts of a message's content that are texts, with where the text is.
-TEXT_PARTS: Mapping[str, str] = MappingProxyType({"text": "text", "refusal": "refusal"})
-
-
-ToolChoice = Enum("ToolChoice", "NoTools Auto")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request(SamplingFields):
+class _Request(StructureFields, SamplingFields):
     """What chats and completions have in common.
 
     mistral.rs's names `n_choices` and `stop_seqs` stand for `n` and `stop`, and OpenAI's
@@ -66,9 +59,6 @@ class _Request(SamplingFields):
     stream: bool = False
     stream_options: Mapping[str, bool] | None = None
     user: str | None = None
-    grammar: str | None = None
-    grammar_type: str | None = None
-    response_format: Mapping[str, Any] | None = None
     adapters: Sequence[str] | None = None
     tool_schemas: Sequence[str] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -107,20 +97,17 @@ class _Request(SamplingFields):
         for name in NOT_YET:
             if getattr(self, name, None):
                 raise InvalidRequest(f"{name} is not supported yet; leave it out")
-        if self.tool_choice not in (None, "none", "auto", *ToolChoice):
-            raise InvalidRequest("tool_choice is not supported yet, only none or auto")
-        if (self.response_format or {"type": "text"}).get("type") != "text":
-            raise InvalidRequest("response_format is not supported yet, only {'type': 'text'}")
         check_fields(self)
         check_texts("stop", self.stops)
-        _short("stop", self.stops, MOST_STOPS)
+        check_short("stop", self.stops, MOST_STOPS)
         for text in self.stops:
-            _short("a text in stop", text, MOST_STOP_CHARACTERS, "characters")
+            check_short("a text in stop", text, MOST_STOP_CHARACTERS, "characters")
         lists = {"stop_token_ids": MOST_STOP_IDS, "logits_processors": MOST_PROCESSORS}
         for name, most in lists.items():
             values = getattr(self, name)
             check(isinstance(values, Sequence), name, values, "a list")
-            _short(name, values, most)
+            check_short(name, values, most)
+        self.structure()
 
     def _accept(self, name: str, other: str, value: object) -> None:
         """`other` is one more name of the field `name`."""
@@ -139,18 +126,39 @@ class ChatCompletionRequest(_Request):
     """The next message of a conversation.
 
     messages: of `role` and `content`, a text or a list of text parts; a text alone is a user's.
+    tools: what the model may call, in OpenAI's shape; `tool_schemas`: the same, each as JSON.
+    tool_choice: "none", "auto", "required", a function, or allowed_tools; or a ToolChoice.
+    parallel_tool_calls: whether an answer may have several calls.
+    reasoning_effort: how long to think, for templates that know it; "none" is not at all.
     logprobs, top_logprobs: tell each token's log-probability, and so many of the likeliest.
     chat_template_kwargs: more variables for the chat template, such as `enable_thinking`.
     """
 
     messages: Messages
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
     logprobs: bool = False
     top_logprobs: int | None = whole("Of so many of the likeliest.", most=MOST_TOP_LOGPROBS)
     chat_template_kwargs: Mapping[str, Any] | None = None
 
+    def offer(self) -> Offer:
+        """The tools that an answer may call."""
+        return offer(self.tools, self.tool_schemas, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def template_kwargs(self) -> Mapping[str, Any]:
+        """The variables for the chat template."""
+        effort = self.reasoning_effort
+        said = {} if effort is None else {"reasoning_effort": effort}
+        thinks = {"enable_thinking": False} if effort == "none" else {}
+        return said | thinks | dict(self.chat_template_kwargs or {})
+
     def _check(self) -> None:
         super()._check()
-        self._set("messages", tuple(_conversation(self.messages)))
+        self._set("messages", tuple(conversation(self.messages)))
+        self.offer()
+        right = self.reasoning_effort in (None, *EFFORTS)
+        check(right, "reasoning_effort", self.reasoning_effort, f"one of {', '.join(EFFORTS)}")
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true")
         given = self.chat_template_kwargs
@@ -191,6 +199,10 @@ class CompletionRequest(_Request):
 
     def _check(self) -> None:
         super()._check()
+        if self.tools or self.tool_schemas:
+            name = "tools" if self.tools else "tool_schemas"
+            raise InvalidRequest(f"{name} is for chats, not for completions; leave it out")
+        offer((), (), self.tool_choice)
         # mistral.rs has 1 as the default of best_of, also for several choices.
         if self.best_of == 1:
             self._set("best_of", None)
@@ -204,52 +216,7 @@ class CompletionRequest(_Request):
             raise InvalidRequest("echo with logprobs needs the whole prompt; no truncate_sequence")
         if not len(self.prompts):
             raise InvalidRequest("prompt is an empty list; give at least one text")
-        _short("prompt", self.prompts, MOST_PROMPTS)
-
-
-def _conversation(messages: Messages) -> list[dict[str, str]]:
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    _short("messages", messages, MOST_MESSAGES)
-    if not len(messages):
-        raise InvalidRequest("messages is empty; give at least one")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _message(message: object, where: str) -> dict[str, str]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidRequest(f"{where} must have a role and a content")
-    for name in ("tool_calls", "tool_call_id", "function_call"):
-        if message.get(name):
-            raise InvalidRequest(f"{where}.{name} is not supported yet")
-    role = str(message["role"])
-    content = message.get("content")
-    if role == "assistant" and content is None:
-        # So do clients that send back what they got: a refusal, or an answer without a text.
-        content = message.get("refusal") or ""
-    checked = {"role": ROLES.get(role, role), "content": _content(content, where)}
-    called = message.get("name")
-    return checked | ({"name": called} if isinstance(called, str) else {})
-
-
-def _content(content: object, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
-        raise InvalidRequest(f"{where}.content must be a text, or a list of text parts")
-    _short(f"{where}.content", content, MOST_PARTS)
-    found = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if not isinstance(kind, str) or kind not in TEXT_PARTS:
-            raise InvalidRequest(
-                f"{where}.content has a part of type {shown(kind)}; only 'text' is known"
-            )
-        text = part.get(TEXT_PARTS[kind])
-        if not isinstance(text, str):
-            raise InvalidRequest(f"{where}.content has a part of type {kind!r} without a text")
-        found.append(text)
-    return "".join(found)
+        check_short("prompt", self.prompts, MOST_PROMPTS)
 
 
 def _check_template_kwargs(given: Mapping[str, Any]) -> None:
@@ -267,11 +234,6 @@ def _check_template_kwargs(given: Mapping[str, Any]) -> None:
         raise InvalidRequest(
             f"{name} has {size} characters; at most {MOST_TEMPLATE_KWARGS} are allowed"
         )
-
-
-def _short(name: str, values: Sized, most: int, what: str = "entries") -> None:
-    if len(values) > most:
-        raise InvalidRequest(f"{name} has {len(values)} {what}; at most {most} are allowed")
 
 
 NUMBERS = numbers_of(ChatCompletionRequest) | numbers_of(CompletionRequest)

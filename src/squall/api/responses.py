@@ -42,6 +42,15 @@ class PromptTokensDetails(Shape):
 
 
 @dataclass(frozen=True, slots=True)
+class CompletionTokensDetails(Shape):
+    """reasoning_tokens are the answer's too; of the guessed ones some were right, others not."""
+
+    reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Usage(Shape):
     """Tokens, seconds and tokens a second of all choices together.
 
@@ -59,6 +68,7 @@ class Usage(Shape):
     total_prompt_time_sec: float
     total_completion_time_sec: float
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +112,45 @@ class CompletionLogprobs(Shape):
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseMessage(Shape):
-    """What the assistant says."""
+class CalledFunction(Shape):
+    """The name comes once; arguments are JSON, in a stream a part of it."""
 
-    content: str
+    name: str = field(default="", metadata=OMIT)
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall(Shape):
+    """A tool that is to be called; its result comes back with the id."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta(Shape):
+    """What is new of a call, which is told by its index; `id` and `type` come first, and once."""
+
+    index: int
+    function: CalledFunction
+    id: str | None = field(default=None, metadata=OMIT)
+    type: str | None = field(default=None, metadata=OMIT)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseMessage(Shape):
+    """What the assistant says; there is no content where it only calls tools."""
+
+    content: str | None
     role: str = "assistant"
-    tool_calls: tuple[Any, ...] = field(default=(), metadata=OMIT)
+    reasoning_content: str = field(default="", metadata=OMIT)
+    tool_calls: tuple[ToolCall, ...] = field(default=(), metadata=OMIT)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice(Shape):
-    """One answer; finish_reason is "stop", "length" or "canceled"."""
+    """One answer; finish_reason is "stop", "tool_calls", "length" or "canceled"."""
 
     finish_reason: str | None
     index: int
@@ -132,10 +170,15 @@ class CompletionChoice(Shape):
 
 @dataclass(frozen=True, slots=True)
 class Delta(Shape):
-    """What is new; `role` comes first, and once. Clients add up contents without looking."""
+    """What is new; `role` comes first, and once.
+
+    Clients add up contents without looking, unless they have given tools; then there may be none.
+    """
 
     role: str | None = field(default=None, metadata=OMIT)
-    content: str = ""
+    content: str | None = ""
+    reasoning_content: str = field(default="", metadata=OMIT)
+    tool_calls: tuple[ToolCallDelta, ...] = field(default=(), metadata=OMIT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,11 @@ class _Runner:
     token_source: where the hub's token is from. in_situ_quant: quantize float weights, as `isq`
     of `Model.open`.
 
-    speculative_gamma and no_paged_attn are accepted and change nothing. Arguments whose feature is
-    not there yet raise InvalidRequest.
+    which_draft: a smaller model with the same vocabulary, which makes at most `speculative_gamma`
+    guesses a step (docs/speculation.md).
+
+    no_paged_attn is accepted and changes nothing. Arguments whose feature is not there yet raise
+    InvalidRequest.
     """
 
     def __init__(  # noqa: PLR0913
@@ -47,7 +50,7 @@ class _Runner:
         no_kv_cache: bool = False,
         prefix_cache_n: int = 16,
         token_source: str = "cache",
-        speculative_gamma: int = 32,  # noqa: ARG002
+        speculative_gamma: int = 32,
         which_draft: Selection | None = None,
         chat_template: str | None = None,
         num_device_layers: Sequence[str] | None = None,
@@ -65,14 +68,14 @@ class _Runner:
         threads: int | None = None,
     ) -> None:
         later = {
-            "which_draft": which_draft, "num_device_layers": num_device_layers,
-            "anymoe_config": anymoe_config,
+            "num_device_layers": num_device_layers, "anymoe_config": anymoe_config,
         }  # fmt: skip
         for name, value in later.items():
             if value is not None:
                 raise InvalidRequest(f"{name} is not supported yet; leave it out")
         if in_situ_quant is not None and not isinstance(which, Which.Plain):
             raise InvalidRequest("in_situ_quant: only Which.Plain can be quantized; leave it out")
+        hub = Hub(token_source=token_source)
         others = Opening(
             context=context,
             threads=threads,
@@ -89,7 +92,9 @@ class _Runner:
                 prefix_cache_n=prefix_cache_n,
                 prompt_batchsize=prompt_batchsize,
             ),
-            hub=Hub(token_source=token_source),
+            hub=hub,
+            draft=None if which_draft is None else which_draft.opening(Opening(hub=hub)),
+            draft_tokens=speculative_gamma,
             chat_template=chat_template,
         )
         self._seed = seed

@@ -10,7 +10,7 @@ import typer
 
 from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import Json, progress
+from squall.cli.options import DraftModel, Json, progress
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 from squall.opening import Opening
@@ -52,6 +52,7 @@ class BenchFlags(ModelFlags):
         str | None, typer.Option(help="Ask a server with OpenAI's API instead of a model here.")
     ] = None
     api_key: Annotated[str | None, typer.Option(help="For --url.")] = None
+    draft: DraftModel = None
     as_json: Json = False
 
 
@@ -61,7 +62,8 @@ def bench(flags: BenchFlags, selected: Selected) -> None:
     ppN is a prompt of N tokens; tgN is N tokens after it, one at a time. A first round is not
     counted. With -b the rates are those of all sequences together.
 
-    With -c or --url whole requests are measured, -r in each place: times to and between texts.
+    With -c, --url or --draft whole requests are measured, -r in each place: times to and between
+    texts, and of the draft's guesses how many were right.
 
     Examples:
 
@@ -71,7 +73,7 @@ def bench(flags: BenchFlags, selected: Selected) -> None:
 
     squall bench --url http://127.0.0.1:8080 -p 128 -g 64 -c 1,4,16
     """
-    if flags.url is not None or flags.concurrency is not None:
+    if flags.url is not None or flags.concurrency is not None or flags.draft is not None:
         _bench_load(flags, selected)
         return
     from squall.measure import Roofline
@@ -154,6 +156,9 @@ def _ask_model(flags: BenchFlags, selected: Selected, loads: list[Load]) -> list
 def _load_table(reports: list[Report]) -> Table:
     latencies = [f"{what} p{p}" for what in ("first", "next") for p in (50, 95, 99)]
     table = _table((), ("at a time", "requests", "errors", "tokens/s", *latencies))
+    guessed = [(report.accepted_tokens, report.guessed_tokens) for report in reports]
+    if any(all_ for _, all_ in guessed):
+        table.title = f"guesses right: {', '.join(f'{a} of {all_}' for a, all_ in guessed)}"
     table.caption = "milliseconds to a request's first text, and between texts"
     for report in reports:
         found = [*report.first_s.values(), *report.gap_s.values()]

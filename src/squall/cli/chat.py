@@ -74,14 +74,16 @@ class Chat:
         self._history.append({"role": "user", "content": text})
         try:
             self._make_room()
-            generation = self._settings.answer(self._model, self._messages())
+            prompt = self._model.chat_prompt(self._messages())
+            generation = self._settings.answer(self._model, prompt)
         except SquallError as error:
             self._history.pop()
             _note(f"error: {error}\n\\clear begins anew")
             return
+        said: list[str] = []
         try:
             with generation:
-                show(generation)
+                show(generation, prompt, said)
         except KeyboardInterrupt:
             sys.stdout.write(" ^C")
         except SquallError as error:
@@ -89,7 +91,7 @@ class Chat:
         sys.stdout.write("\n")
         sys.stdout.flush()
         _note(summary(generation))
-        self._history.append({"role": "assistant", "content": generation.text})
+        self._history.append({"role": "assistant", "content": "".join(said)})
 
     def _make_room(self) -> None:
         """Forget the oldest turns while an answer of some length would not fit the context."""

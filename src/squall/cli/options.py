@@ -38,6 +38,9 @@ Threads = Annotated[
 ContextSize = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens of prompt and answer together.")
 ]
+DraftModel = Annotated[
+    str | None, typer.Option("--draft", metavar="FILE|ngram", help="A small model to guess with.")
+]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a model of the hub.")]
 TokenSource = Annotated[
     str, typer.Option(help=f"The hub's token: {TOKEN_SOURCES}.", metavar="SOURCE")

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from squall.cli.flags import HELP_OF, TEXT, command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import ChatTemplate, ContextSize, Stop
+from squall.cli.options import ChatTemplate, ContextSize, DraftModel, Stop, read_text
 from squall.cli.selectors import Selected
 from squall.engine.sampling import SamplingFields
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from squall.engine.generation import Generation
-    from squall.model import Model, Prompt
+    from squall.model import Model
+    from squall.text.chat import ChatPrompt
+    from squall.text.grammar import Grammar
 
 INTERRUPTED = 130
 MOST_STDIN = 16 << 20
@@ -32,7 +36,7 @@ class Settings:
     options: dict[str, Any]
     dry: dict[str, Any]
 
-    def answer(self, model: Model, prompt: Prompt) -> Generation:
+    def answer(self, model: Model, prompt: str | ChatPrompt) -> Generation:
         """Begin an answer to `prompt`."""
         return model.generate(prompt, dry=model.dry(**self.dry), **self.options)
 
@@ -47,6 +51,14 @@ class RunFlags(SamplingFields, ModelFlags):
     chat_template: ChatTemplate = None
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False
     context: ContextSize = None
+    draft: DraftModel = None
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A file with a JSON schema: answer in JSON that fits it.")
+    ] = None
+    grammar: Annotated[
+        Path | None, typer.Option(help="A file with a grammar, yacc's or Lark's, of the answer.")
+    ] = None
+    regex: Annotated[str | None, typer.Option(help="What the whole answer must match.")] = None
     prompt: Annotated[str | None, typer.Argument(metavar=TEXT, help=HELP_OF[TEXT])] = None
 
     @property
@@ -54,7 +66,23 @@ class RunFlags(SamplingFields, ModelFlags):
         """How answers are made."""
         options, dry = self.arguments()
         options |= {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ())}
+        options |= {"grammar": _grammar(self)}
         return Settings(options, {"multiplier": 0.0} | dry)
+
+
+def _grammar(flags: RunFlags) -> Grammar | None:
+    """What the answer must look like."""
+    from squall.text.grammar import Grammar
+
+    given = (flags.json_schema, flags.grammar, flags.regex)
+    if len(given) - given.count(None) > 1:
+        raise InvalidRequest("--json-schema, --grammar and --regex: give one of them")
+    if flags.json_schema is not None:
+        return Grammar("json_schema", read_text(flags.json_schema))
+    if flags.grammar is not None:
+        text = read_text(flags.grammar)
+        return Grammar("yacc" if re.search("^%%", text, re.MULTILINE) else "lark", text)
+    return None if flags.regex is None else Grammar("regex", flags.regex)
 
 
 def run(flags: RunFlags, selected: Selected) -> None:
@@ -123,28 +151,39 @@ def _converse(model: Model, flags: RunFlags) -> None:
         _answer_once(model, flags.settings, _prompt(model, text, flags.system, raw=flags.raw))
 
 
-def _prompt(model: Model, text: str, system: str | None, *, raw: bool) -> Prompt:
+def _prompt(model: Model, text: str, system: str | None, *, raw: bool) -> str | ChatPrompt:
     if raw:
         return text
     if not model.chat_template.sources:
         sys.stderr.write("note: this model has no chat template; it continues the text\n")
         return text
     first = [{"role": "system", "content": system}] if system is not None else []
-    return [*first, {"role": "user", "content": text}]
+    return model.chat_prompt([*first, {"role": "user", "content": text}])
 
 
-def _answer_once(model: Model, settings: Settings, prompt: Prompt) -> None:
+def _answer_once(model: Model, settings: Settings, prompt: str | ChatPrompt) -> None:
     with settings.answer(model, prompt) as generation:
-        show(generation)
+        show(generation, prompt, [])
     sys.stdout.write("\n")
     sys.stdout.flush()
     sys.stderr.write(f"{summary(generation)}\n")
 
 
-def show(generation: Generation) -> None:
-    """Write an answer to stdout as it comes."""
+def show(generation: Generation, prompt: str | ChatPrompt, said: list[str]) -> None:
+    """Write an answer as it comes, to stdout and `said`; the reasoning dim, on a terminal alone."""
+    from squall.text.answer import AnswerParser, Reasoned, Said
+
+    parser = AnswerParser() if isinstance(prompt, str) else prompt.parser()
+    gap = ""
     for piece in generation:
-        sys.stdout.write(piece.text)
+        for event in parser.push(piece.text, final=piece.finish_reason is not None):
+            if isinstance(event, Said):
+                said.append(event.text)
+                sys.stdout.write(gap + event.text)
+                gap = ""
+            elif isinstance(event, Reasoned) and sys.stdout.isatty():
+                sys.stdout.write(f"\x1b[2m{event.text}\x1b[0m")
+                gap = "\n\n"
         sys.stdout.flush()
 
 

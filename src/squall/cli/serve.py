@@ -13,7 +13,7 @@ import typer
 
 from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import ChatTemplate, ContextSize
+from squall.cli.options import ChatTemplate, ContextSize, DraftModel
 from squall.cli.selectors import Selected
 from squall.cli.toml_selector import TomlSelection
 from squall.errors import InvalidRequest
@@ -69,6 +69,7 @@ class ServeFlags(ModelFlags):
         float | None,
         typer.Option(metavar="SECONDS", min=0, help="Refuse what waits longer; by default never."),
     ] = None
+    draft: DraftModel = None
     context: ContextSize = None
     kv_tokens: Annotated[
         int | None,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,12 @@ class TomlSelection:
 
     def opening(self, others: Opening = DEFAULTS) -> Opening:
         """How to open the model; raises UnsupportedModel for what Squall does not do yet."""
-        for name, given in (("speculative", self.speculative), ("anymoe", self.anymoe)):
-            if given is not None:
-                raise UnsupportedModel(f"[{name}] is not supported yet; leave it out of the file")
+        if self.anymoe is not None:
+            raise UnsupportedModel("[anymoe] is not supported yet; leave it out of the file")
+        if self.speculative is not None:
+            draft, most = self.speculative
+            own = draft.opening(Opening(hub=others.hub, progress=others.progress))
+            others = replace(others, draft=own, draft_tokens=most)
         return self.model.opening(others)
 
 

@@ -1,20 +1,18 @@
 """A draft model: a small model with the same vocabulary, which guesses what a large one will draw.
 
-It has as many KV blocks as the large one, and a sequence's blocks are the same in both. What the
-draft has computed there may be less, and may be wrong after a guess that was; it knows, and begins
-where it has to.
+It has as many KV blocks as the large one, and a sequence's blocks are the same in both.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 
 from squall.engine.sampling import RowSampling, Sampled, sample_rows
 from squall.engine.scheduler import LEAST_ROWS, Pace
-from squall.engine.sequence import Chunk, batch_of
+from squall.engine.sequence import Chunk, Sequence, batch_of
 from squall.engine.speculation import Cost, Guessing
 from squall.executors import Executor, Floats
 
@@ -23,10 +21,7 @@ _Drawing = tuple[Guessing, RowSampling, int]
 
 
 class Draft:
-    """Guesses for several requests at a time, a step of the draft model for each one more.
-
-    vocab: as many ids the large model has. cost: of its steps of few rows.
-    """
+    """Guesses for several requests at a time. vocab: of the large model. cost: of small steps."""
 
     def __init__(self, executor: Executor, vocab: int) -> None:
         self.executor = executor
@@ -69,9 +64,9 @@ class Draft:
             self._keys.pop(block, None)
         while chunks:
             drawing = self._draw(self._step(chunks), drawing)
-            chunks = [_next(guessing) for guessing, _, _ in drawing]
+            chunks = [_next(guessing.sequence) for guessing, _, _ in drawing]
 
-    def _draw(self, logits: Floats, drawing: Sequence[_Drawing]) -> list[_Drawing]:
+    def _draw(self, logits: Floats, drawing: Collection[_Drawing]) -> list[_Drawing]:
         """A guess more for each; those that go on."""
         found = sample_rows(logits, [row for _, row, _ in drawing], pool=self.executor.pool)
         left = []
@@ -80,6 +75,7 @@ class Draft:
                 guessing.sequence.guesses.append(sampled.token)
                 more = len(guessing.sequence.guesses) < most
                 if more and (after := self._row(guessing, row)) is not None:
+                    guessing.guessed.append(sampled.token)
                     left.append((guessing, after, most))
         return left
 
@@ -116,21 +112,18 @@ class Draft:
         guessing.computed = min(found, len(sequence.tokens) - 1)
         return guessing.computed
 
-    def _step(self, chunks: Sequence[Chunk]) -> Floats:
+    def _step(self, chunks: Collection[Chunk]) -> Floats:
         batch = batch_of(chunks, self.executor.vocab)
-        called_s = time.perf_counter()
+        called_s, rows = time.perf_counter(), len(batch.tokens)
         logits = self.executor.step(batch)
         elapsed_s = time.perf_counter() - called_s
-        rows = len(batch.tokens)
         self._pace.observe(rows, elapsed_s)
         if rows <= len(chunks) * 2 or rows < LEAST_ROWS:
             self.cost.observe(rows, elapsed_s)
         return np.ascontiguousarray(logits[:, : self._vocab])
 
 
-def _next(guessing: Guessing) -> Chunk:
-    """The last guess, which is computed now."""
-    sequence = guessing.sequence
-    guessing.guessed.append(sequence.guesses[-1])
-    stop = len(sequence.tokens) + len(sequence.guesses)
-    return Chunk(sequence, stop - 1, stop, range(stop - 1, stop))
+def _next(of: Sequence) -> Chunk:
+    """Its last guess, to be computed."""
+    stop = len(of.tokens) + len(of.guesses)
+    return Chunk(of, stop - 1, stop, range(stop - 1, stop))

@@ -98,7 +98,7 @@ class Engine:
         self._text = text
         self._stop_ids = stop_ids
         self._scheduler = _scheduler(executor, config)
-        self._stepper = Stepper(self._scheduler, executor.vocab, speculation)
+        self._stepper = Stepper(self._scheduler, executor.vocab, speculation or Speculation(0))
         self._replies = self._stepper.replies
         # The lock guards what other threads touch: from here to `_death`.
         self._lock = threading.Condition()

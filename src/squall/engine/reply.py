@@ -40,6 +40,7 @@ class Reply:
         self.usage.dropped_tokens -= len(sequence.tokens)
         self.finish_reason: FinishReason | None = None
         self.max_tokens = max_tokens
+        self.stopped = ""  # the stop string that ended it
         self._stream = stream
         self._sink = sink
         self._stop_ids = stop_ids
@@ -65,6 +66,7 @@ class Reply:
 
     def start(self, chunk: Chunk) -> int:
         """A step is about to compute a chunk of it; if it is the first, how much was cached."""
+        self.usage.guessed_tokens += len(chunk.of.guesses)
         if self._started:
             return 0
         self._started = True
@@ -111,10 +113,7 @@ class Reply:
         return replace(self._row, banned=[*self._stop_ids] if early else (), allowed=allowed)
 
     def drafted(self, row: RowSampling | None, vocab: int) -> RowSampling:
-        """How a draft of so many ids draws its next guess. row: how it drew the last; None: none.
-
-        Raises what the request's own functions do.
-        """
+        """How a draft of so many ids draws its next guess. row: how it drew the last one."""
         guesses = self.sequence.guesses
         row = row or RowSampling(self._sampler.fork())
         row.state.extend(guesses[-1:])
@@ -141,7 +140,8 @@ class Reply:
         if not stopped:
             self._text += self._stream.push(token)
             finished = self._matcher is not None and self._matcher.finished
-            stopped = self._stream.stopped or finished
+            self.stopped = self._stream.stopped
+            stopped = bool(self.stopped) or finished
         if not stopped and usage.answer_tokens < self.max_tokens:
             return None
         self._text += self._stream.finish()

@@ -1,8 +1,7 @@
 """How many guesses an answer gets in a step, and which: looked up in its text, or of a draft model.
 
-A guess costs a row of the step, and saves a step if it is right. So one is made only where its
-chance is worth its time. Times and chances are as they were lately; they change how long an answer
-takes, and never what it is.
+A guess costs a row of a step, and saves a step if it is right, so it is made where that pays. Times
+and chances, as they were lately, change how long an answer takes, and never what it is.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class Lookup:
         self._ends: dict[int, dict[int, int]] = {length: {} for length in LENGTHS}
         self._known = 0
 
-    def find(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """The place after the latest of the longest matches, and its length; (0, 0): none."""
+    def find(self, tokens: Sequence[int], most: int) -> tuple[list[int], int]:
+        """What came after the longest match, its latest, and its length; ([], 0): none."""
         last = len(tokens)
         for end in range(self._known + 1, last):
             for length, ends in self._ends.items():
@@ -52,8 +51,9 @@ class Lookup:
         for length, ends in self._ends.items():
             end = ends.get(hash(tuple(tokens[last - length :])), 0)
             if end and (matched := _matched(tokens, end)) >= length:
-                return end, matched
-        return 0, 0
+                # Behind the last token it goes round.
+                return [tokens[end + i % (last - end)] for i in range(most)], matched
+        return [], 0
 
 
 def _matched(tokens: Sequence[int], end: int) -> int:
@@ -74,10 +74,14 @@ class Cost:
     USUAL = 0.1
 
     def __init__(self) -> None:
+        self.fixed = self.row = 0.0
         self._count = self._rows = self._seconds = self._products = self._squares = 0.0
 
     def __bool__(self) -> bool:
         return self._count > 0
+
+    def of(self, rows: int) -> float:
+        return self.fixed + self.row * rows
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step had so many rows and took so long."""
@@ -90,21 +94,9 @@ class Cost:
         self._seconds += (seconds - self._seconds) / self._count
         self._squares = self._squares * self.KEEP + away * (rows - self._rows)
         self._products = self._products * self.KEEP + away * (seconds - self._seconds)
-
-    @property
-    def row(self) -> float:
-        """Of one row more."""
         slope = (self._products + self.USUAL * self._seconds) / (self._squares + 1)
-        return min(max(slope, self._seconds / 200), self._seconds / max(self._rows, 1))
-
-    @property
-    def fixed(self) -> float:
-        """Of a step, whatever its rows."""
-        return self._seconds - self.row * self._rows
-
-    def of(self, rows: int) -> float:
-        """Of a step of so many rows."""
-        return self.fixed + self.row * rows
+        self.row = min(max(slope, self._seconds / 200), self._seconds / max(self._rows, 1))
+        self.fixed = self._seconds - self.row * self._rows
 
 
 NOTHING = Cost()
@@ -120,8 +112,7 @@ def share_out(
     """
     counts = [0] * len(odds)
     tokens, seconds, row = float(answers), step.of(answers), step.row + draft.row
-    depth = 0
-    while spare > 0:
+    for depth in range(spare):
         # More tokens a second than without it.
         worth = [
             i for i, found in enumerate(odds)
@@ -133,12 +124,7 @@ def share_out(
             break
         for i in worth:
             counts[i] += 1
-        tokens, seconds, spare, depth = (
-            tokens + gained,
-            seconds + cost,
-            spare - len(worth),
-            depth + 1,
-        )
+        tokens, seconds, spare = tokens + gained, seconds + cost, spare - len(worth)
     return counts
 
 
@@ -147,8 +133,8 @@ class Guessing:
     """What is known of one request's guesses.
 
     chances: of a guess to be right, by its kind. made: the kinds of those that are being verified.
-    tried_s: what tries took. at, matched: what was looked up. The rest is the draft's: how many
-        tokens it has computed into `blocks`, with what it guessed, which may have been wrong.
+    tried_s: what tries took. found, matched: what was looked up. The draft has `computed` so many
+        tokens into `blocks`, and what it `guessed` behind them; the first `stored` have keys.
     """
 
     reply: Reply
@@ -156,7 +142,7 @@ class Guessing:
     lookup: Lookup = field(default_factory=Lookup)
     made: deque[int] = field(default_factory=deque)
     tried_s: float = 0.0
-    at: int = 0
+    found: Sequence[int] = ()
     matched: int = 0
     blocks: object = None
     stored: int = 0
@@ -165,13 +151,7 @@ class Guessing:
 
     @property
     def sequence(self) -> Tokens:
-        """Its tokens."""
         return self.reply.sequence
-
-    def look_up(self, most: int) -> None:
-        """Guess what came after the match; where that is the end, the text goes round."""
-        tokens, at = self.sequence.tokens, self.at
-        self.sequence.guesses = [tokens[at + i % (len(tokens) - at)] for i in range(most)]
 
     def kind(self, guess: int) -> int:
         """Of its next guess but so many."""
@@ -189,10 +169,9 @@ class Guessing:
 
 
 class Speculation:
-    """Owns what is known of guesses. Everything is done on the engine's thread.
+    """Owns what is known of guesses, at most so many a request and step; the engine's thread calls.
 
-    most: so many guesses of a request a step. draft: the model that makes them; without one they
-        are looked up.
+    draft: the model that makes them; without one they are looked up.
     """
 
     def __init__(self, most: int = MOST_GUESSES, draft: Draft | None = None) -> None:
@@ -209,13 +188,10 @@ class Speculation:
     def guess(
         self, replies: Collection[Reply], answers: int, spare: int, reserve: Callable[..., int]
     ) -> None:
-        """Set guesses of some of the requests, at most `spare`, in a step of so many answers.
-
-        reserve: `Scheduler.reserve`.
-        """
-        if not self.cost:
+        """Set guesses of some requests, where the scheduler's `reserve` gives room."""
+        if not self.most or not self.cost:
             return
-        found = [guessing for reply in replies if self._may_guess(guessing := self._of(reply))]
+        found = [guessing for reply in replies if (guessing := self._of(reply)) is not None]
         asked = []
         for guessing, count in zip(found, self._counts(found, answers, spare), strict=True):
             if count and (most := reserve(guessing.sequence, count)):
@@ -224,7 +200,7 @@ class Speculation:
             self.draft.guess(asked)
         for guessing, most in asked:
             if self.draft is None:
-                guessing.look_up(most)
+                guessing.sequence.guesses = list(guessing.found[:most])
             guessing.made.extend(map(guessing.kind, range(len(guessing.sequence.guesses))))
 
     def told(self, number: int, *, right: bool) -> None:
@@ -233,24 +209,20 @@ class Speculation:
         if guessing is None or not guessing.made:
             return
         kind = guessing.made.popleft()
+        if not right:
+            guessing.made.clear()
         for chances, weight in ((guessing.chances, OWN), (self._chances, SHARED)):
             chance = chances[kind] + (right - chances[kind]) * weight
             chances[kind] = min(max(chance, LEAST_CHANCE), MOST_CHANCE)
 
-    def _of(self, reply: Reply) -> Guessing:
+    def _of(self, reply: Reply) -> Guessing | None:
+        """What is known of its guesses; None if there is nothing to guess now."""
         number = reply.sequence.number
-        found = self._guessing.get(number)
-        if found is None:
-            found = self._guessing[number] = Guessing(reply, list(self._chances))
-        return found
-
-    def _may_guess(self, guessing: Guessing) -> bool:
-        """Whether there is something to guess; without a draft model it is looked up."""
-        guessing.made.clear()
+        if (known := self._guessing.get(number)) is None:
+            known = self._guessing[number] = Guessing(reply, list(self._chances))
         if self.draft is None:
-            tokens = guessing.sequence.tokens
-            guessing.at, guessing.matched = guessing.lookup.find(tokens)
-        return guessing.reply.room > 0 and (self.draft is not None or guessing.matched > 0)
+            known.found, known.matched = known.lookup.find(reply.sequence.tokens, self.most)
+        return known if reply.room > 0 and (known.matched or self.draft) else None
 
     def _counts(self, found: Sequence[Guessing], answers: int, spare: int) -> list[int]:
         """How many guesses each gets: those that pay, and one where it is time to try again."""
@@ -263,7 +235,7 @@ class Speculation:
             if counts[i] or not left:
                 continue
             cost = step.row + (draft.price(guessing) if draft is not None else 0.0)
-            if guessing.reply.usage.answer_s * TRIES > guessing.tried_s + cost:
+            if guessing.reply.usage.answer_s * TRIES > (guessing.tried_s + cost) * answers:
                 guessing.tried_s += cost
                 counts[i], left = 1, left - 1
         return counts

@@ -51,9 +51,7 @@ class Stepper:
     for requests that have none of their own.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, vocab: int, speculation: Speculation | None = None
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, vocab: int, speculation: Speculation) -> None:
         self.replies: dict[int, Reply] = {}
         self.counts = Counts()
         self.service_s = 1.0
@@ -76,8 +74,7 @@ class Stepper:
         """The request leaves; its blocks are free at once."""
         self._scheduler.remove(reply.sequence)
         del self.replies[reply.sequence.number]
-        if self._speculation is not None:
-            self._speculation.forget(reply.sequence.number)
+        self._speculation.forget(reply.sequence.number)
         self.tell_end(reply, reason, error)
         if reason in ("stop", "length"):
             self.service_s += (reply.usage.running_s - self.service_s) / 8
@@ -102,6 +99,7 @@ class Stepper:
             return
         for chunk in chunks:
             self.counts.cached_tokens += self.replies[chunk.of.number].start(chunk)
+            self.counts.guessed_tokens += len(chunk.of.guesses)
         logits = self._compute(executor, chunks)
         due, at = [], 0
         for chunk in chunks:
@@ -124,14 +122,9 @@ class Stepper:
             most = self._scheduler.reserve(sequence, spare // left)
             sequence.guesses = self._propose(self.replies[sequence.number], most)
             spare -= len(sequence.guesses)
-        if self._speculation is not None:
-            found = (self.replies.get(sequence.number) for sequence in answers)
-            free = [reply for reply in found if reply and not reply.sequence.guesses]
-            self._speculation.guess(free, len(answers), spare, self._scheduler.reserve)
-        for sequence in answers:
-            if sequence.guesses:
-                self.counts.guessed_tokens += len(sequence.guesses)
-                self.replies[sequence.number].usage.guessed_tokens += len(sequence.guesses)
+        found = (self.replies.get(sequence.number) for sequence in answers)
+        free = [reply for reply in found if reply and not reply.sequence.guesses]
+        self._speculation.guess(free, len(answers), spare, self._scheduler.reserve)
 
     def _propose(self, reply: Reply, most: int) -> list[int]:
         try:
@@ -152,7 +145,7 @@ class Stepper:
         executor_s = time.perf_counter() - called_s
         self.counts.executor_s += executor_s
         self._scheduler.pace.observe(len(batch.tokens), executor_s)
-        if self._speculation is not None and all(map(_is_answer, chunks)):
+        if all(chunk.start == len(chunk.of.tokens) - 1 for chunk in chunks):
             self._speculation.cost.observe(len(batch.tokens), executor_s)
         for reply, preparing in prepared:
             if error := preparing.exception():
@@ -203,7 +196,7 @@ class Stepper:
                 raise sampled
             hoped = bool(reply.sequence.guesses)
             guessed = self._scheduler.append(reply.sequence, sampled.token)
-            if hoped and self._speculation is not None:
+            if hoped:
                 self._speculation.told(reply.sequence.number, right=guessed)
             reason = reply.push(sampled)
             self.counts.answer_tokens += 1
@@ -219,11 +212,6 @@ class Stepper:
             self.end(reply, reason)
             return False
         return guessed
-
-
-def _is_answer(chunk: Chunk) -> bool:
-    """Whether it has but one known token."""
-    return chunk.start == len(chunk.of.tokens) - 1
 
 
 def _sample(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall import _native
-from squall._native import ThreadPool
+from squall._native import ThreadPool as ThreadPool
 from squall.batch import Batch, Sequences
 from squall.errors import InvalidRequest
 from squall.program import Program

@@ -11,15 +11,12 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from squall.api.jobs import Job
-from squall.api.responses import Shape
+from squall.server.dialect import AnyJob, Dialect
 from squall.server.errors import to_api
 from squall.server.gate import Visit
 from squall.server.limits import ClientGone
 from squall.server.service import Served, Service
 
-KEEP_ALIVE = b": keep-alive\n\n"
-DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -27,8 +24,6 @@ STREAM_HEADERS = [
 ]
 # A dead engine tells its requests so; whoever was not told by then is told by the server.
 LAST_WORD_S = 1.0
-
-AnyJob = Job[Any, Any, Any]
 
 
 class Answer(Response):
@@ -39,17 +34,19 @@ class Answer(Response):
     """
 
     def __init__(
-        self, service: Service, served: Served, start: Callable[[], AnyJob], *, stream: bool
-    ) -> None:
+        self, service: Service, served: Served, start: Callable[[], AnyJob], dialect: Dialect,
+        *, stream: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._service = service
         self._served = served
         self._start = start
+        self._dialect = dialect
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visit: Visit = scope["state"]["visit"]
-        writer = Writer(scope, receive, send)
+        writer = Writer(scope, receive, send, self._dialect)
         run = asyncio.ensure_future(self._run(visit, writer))
         gone = asyncio.ensure_future(_gone(receive))
         dead = asyncio.ensure_future(self._served.dead.wait())
@@ -88,7 +85,7 @@ class Answer(Response):
             if self._stream:
                 await self._send_stream(job, writer)
             else:
-                text = (await job.response_async()).to_json()
+                text = await self._dialect.whole(job)
                 await writer.whole(Response(text, media_type="application/json"))
         except Exception as error:
             await writer.error(error)
@@ -103,16 +100,16 @@ class Answer(Response):
             while True:
                 await asyncio.wait({upcoming}, timeout=self._service.options.keep_alive_s)
                 if not upcoming.done():
-                    await writer.part(KEEP_ALIVE)
+                    await writer.part(self._dialect.silence)
                     continue
                 chunk = upcoming.result()
                 if chunk is None:
                     break
                 upcoming = asyncio.ensure_future(_next(chunks))
-                await writer.part(f"data: {chunk.to_json()}\n\n".encode())
+                await writer.part(self._dialect.part(job, chunk))
         finally:
             upcoming.cancel()
-        await writer.part(DONE, last=True)
+        await writer.part(self._dialect.end(job), last=True)
 
     def _note(self, job: AnyJob, visit: Visit) -> None:
         """Tell metrics and log what became of it."""
@@ -133,10 +130,11 @@ class Answer(Response):
 class Writer:
     """Sends one response: whole, as a stream, or an error in the place of either."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, dialect: Dialect) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
+        self._dialect = dialect
         self._started = False
 
     async def whole(self, response: Response) -> None:
@@ -156,9 +154,9 @@ class Writer:
         """An error response, or in the middle of a stream an event and the end."""
         told = to_api(error)
         if self._started:
-            await self.part(f"data: {told.body()}\n\n".encode(), last=True)
+            await self.part(self._dialect.failed(told), last=True)
         else:
-            await self.whole(told.response())
+            await self.whole(told.response(self._scope["path"]))
 
 
 async def _gone(receive: Receive) -> None:
@@ -167,7 +165,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _next(chunks: AsyncIterator[Shape]) -> Shape | None:
+async def _next(chunks: AsyncIterator[Any]) -> Any:
     return await anext(chunks, None)
 
 

@@ -44,7 +44,7 @@ def create_app(
     app = FastAPI(
         title="Squall",
         version=__version__,
-        description="An OpenAI-compatible API.",
+        description="OpenAI's API, and Anthropic's Messages.",
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere; ours needs no network
         redoc_url=None,
@@ -58,7 +58,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.options.origins,
-            allow_methods=["GET", "HEAD", "POST"],
+            allow_methods=["DELETE", "GET", "HEAD", "POST"],
             allow_headers=["*"],  # whatever a client's preflight asks for
             expose_headers=["X-Request-Id", "Retry-After", IGNORED],
         )
@@ -87,4 +87,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
             405, f"{request.method} is not for this path", "method_not_allowed", INVALID,
             headers=found.headers,
         )  # fmt: skip
-    return found.response()
+    return found.response(request.url.path)

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's error object, each with its HTTP status."""
+"""Errors as OpenAI's error object, or Anthropic's, each with its HTTP status."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ from squall.api.requests import NUMBERS
 LOGGER = logging.getLogger("squall.server")
 INVALID = "invalid_request_error"
 RETRY_S = 5  # a guess when another server will have taken this one's place
+MESSAGES = "/v1/messages"  # below this path errors are as Anthropic has them
+_ANTHROPIC = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error",
+}  # fmt: skip
 TAG = "~"  # marks which member of a union an error is about, which is no part of a field's name
 MOST_MESSAGE = 1000  # characters of what clients are told
 
@@ -33,17 +39,21 @@ class ApiError(Exception):
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def body(self) -> str:
-        """The JSON object."""
+    def body(self, path: str = "") -> str:
+        """The JSON object, in the shape that clients of the path know."""
         text = self.message
         if len(text) > MOST_MESSAGE:
             text = text[:MOST_MESSAGE] + " ..."
+        if path.startswith(MESSAGES):
+            kind = _ANTHROPIC.get(self.status, INVALID if self.status < 500 else "api_error")
+            return json.dumps({"type": "error", "error": {"type": kind, "message": text}})
         told = {"message": text, "type": self.type, "param": self.param, "code": self.code}
         return json.dumps({"error": told})
 
-    def response(self) -> Response:
+    def response(self, path: str) -> Response:
         """The whole answer."""
-        return Response(self.body(), self.status, {**self.headers}, media_type="application/json")
+        body, headers = self.body(path), {**self.headers}
+        return Response(body, self.status, headers, media_type="application/json")
 
 
 # The first that fits, so a subclass stands before its base: status, type, code.

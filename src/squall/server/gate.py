@@ -62,7 +62,7 @@ class Gate:
         except Exception as error:
             if visit.started:
                 raise
-            await to_api(error).response()(scope, receive, visit.sender(send))
+            await to_api(error).response(scope["path"])(scope, receive, visit.sender(send))
 
     def _check(self, visit: Visit, path: str, headers: Headers) -> None:
         options = self._service.options

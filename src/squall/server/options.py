@@ -39,6 +39,7 @@ class ServerOptions:
     header_s, body_s, write_s: how long a client may take to send its header, to send its body, and
         to take what is written to it. keep_alive_s: a comment for streams that are silent.
     drain_s: what running answers get to end after a first signal to stop.
+    kept_responses, kept_bytes: of /v1/responses, for clients that go on with them.
     stall_s: the engine is dead if no step ends for so long.
     """
 
@@ -54,6 +55,8 @@ class ServerOptions:
     throughput: bool = False
     body_bytes: int = 16 * MIB
     all_bodies_bytes: int = 256 * MIB
+    kept_responses: int = 1000
+    kept_bytes: int = 64 * MIB
     header_s: float = 10.0
     body_s: float = 60.0
     write_s: float = 60.0

@@ -13,15 +13,19 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from squall.api.chats import chat_prompt
 from squall.api.jobs import chat_ids, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest
 from squall.errors import InvalidRequest
 from squall.model import Model
-from squall.server.answer import Answer, AnyJob
-from squall.server.errors import ApiError
+from squall.server.answer import Answer
+from squall.server.anthropic_messages import CountBody, Messages, MessagesBody
+from squall.server.dialect import AnyJob, Completions, Dialect
+from squall.server.errors import MESSAGES, ApiError
 from squall.server.gate import Visit
 from squall.server.limits import check_encoding, check_values
 from squall.server.metrics import CONTENT_TYPE
+from squall.server.openai_responses import Responses, ResponsesBody
 from squall.server.schemas import (
     Body,
     ChatBody,
@@ -33,7 +37,10 @@ from squall.server.schemas import (
 )
 from squall.server.service import Served, Service
 
-BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, ReIsqBody)
+BODIES: tuple[type[Body], ...] = (
+    ChatBody, CompletionBody, ResponsesBody, MessagesBody, CountBody, TokenizeBody, DetokenizeBody,
+    ReIsqBody,
+)  # fmt: skip
 # The seed API has these; what they need is not there yet.
 NOT_YET = {"/activate_adapters": "adapters", "/v1/images/generations": "images"}
 OPENAPI_PATHS = ("/openapi.json", "/api-doc/openapi.json")
@@ -45,7 +52,7 @@ _Value = TypeVar("_Value")
 def add_routes(app: FastAPI, service: Service) -> None:
     """All routes of a server."""
     router = APIRouter()
-    for add in (_add_generation, _add_tokens, _add_models, _add_state, _add_not_yet):
+    for add in (_add_generation, _add_kept, _add_tokens, _add_models, _add_state, _add_not_yet):
         add(router, service)
     app.include_router(router)
     _add_documentation(app)
@@ -55,26 +62,52 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        return await _answer(service, request, ChatBody, start_chat, "chatcmpl")
+        return await _answer(service, request, ChatBody, start_chat, Dialect)
 
     @router.post("/v1/completions", openapi_extra=_takes(CompletionBody))
     async def completions(request: Request) -> Response:
         """What comes after a text, or after each of several."""
-        return await _answer(service, request, CompletionBody, start_completion, "cmpl")
+        return await _answer(service, request, CompletionBody, start_completion, Completions)
+
+    @router.post("/v1/responses", openapi_extra=_takes(ResponsesBody))
+    async def responses(request: Request) -> Response:
+        """OpenAI's Responses: the next items of a conversation."""
+        tell = partial(Responses, service.kept, _visit(request).tenant)
+        return await _answer(service, request, ResponsesBody, start_chat, tell)
+
+    @router.post(MESSAGES, openapi_extra=_takes(MessagesBody))
+    async def messages(request: Request) -> Response:
+        """Anthropic's Messages: the next message of a conversation."""
+        return await _answer(service, request, MessagesBody, start_chat, Messages)
 
 
 async def _answer(
     service: Service, request: Request, kind: type[GenerationBody],
-    begin: Callable[..., AnyJob], prefix: str,
+    begin: Callable[..., AnyJob], tell: Callable[..., Dialect],
 ) -> Response:  # fmt: skip
-    body, served = await _read(service, request, kind)
+    body, served = await _read(service, request, kind, generates=True)
     visit = _visit(request)
+    told = tell(body, served.name, visit.id)
 
     def start() -> AnyJob:
-        asked = body.request(**served.defaults)
-        return begin(served.model, asked, id=f"{prefix}-{visit.id}", tenant=visit.tenant)
+        asked = told.request(**served.defaults)
+        return begin(served.model, asked, id=told.id, tenant=visit.tenant)
 
-    return Answer(service, served, start, stream=bool(body.stream))
+    return Answer(service, served, start, told, stream=bool(body.stream))
+
+
+def _add_kept(router: APIRouter, service: Service) -> None:
+    @router.get("/v1/responses/{id}")
+    async def response(request: Request, id: str) -> Response:
+        """A response that was stored."""
+        told = service.kept.find(_visit(request).tenant, id)
+        return Response(told[0], media_type="application/json")
+
+    @router.delete("/v1/responses/{id}")
+    async def forget(request: Request, id: str) -> Response:
+        """Forget a response."""
+        service.kept.forget(_visit(request).tenant, id)
+        return JSONResponse({"id": id, "object": "response", "deleted": True})
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
@@ -85,13 +118,18 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         ids, most = await _work(service, partial(_ids, served.model, body)), served.model.context
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
 
-    def _ids(model: Model, body: TokenizeBody) -> list[int]:
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("give a prompt or messages, one of them")
-        if body.prompt is not None:
-            return model.encode(body.prompt, add_bos=body.add_special_tokens)
-        given = {k: v for k, v in body.given().items() if k in ("messages", "chat_template_kwargs")}
-        return chat_ids(model, ChatCompletionRequest(**given))
+    @router.post("/render", openapi_extra=_takes(ChatBody))
+    async def render(request: Request) -> Response:
+        """The prompt of a chat as the model reads it, as text and as token ids."""
+        body, served = await _read(service, request, ChatBody)
+        return JSONResponse(await _work(service, partial(_rendered, served.model, body)))
+
+    @router.post(f"{MESSAGES}/count_tokens", openapi_extra=_takes(CountBody))
+    async def count_tokens(request: Request) -> Response:
+        """How many tokens the prompt of a message would have."""
+        body, served = await _read(service, request, CountBody)
+        ids = await _work(service, lambda: chat_ids(served.model, body.request()))
+        return JSONResponse({"input_tokens": len(ids)})
 
     @router.post("/detokenize", openapi_extra=_takes(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
@@ -99,12 +137,30 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         body, served = await _read(service, request, DetokenizeBody)
         return JSONResponse({"prompt": await _work(service, partial(_text, served.model, body))})
 
-    def _text(model: Model, body: DetokenizeBody) -> str:
-        vocab = model.spec.vocab
-        wrong = next((id_ for id_ in body.tokens if not 0 <= id_ < vocab), None)
-        if wrong is not None:
-            raise InvalidRequest(f"token ids go from 0 to {vocab - 1}; found {wrong}")
-        return model.decode(body.tokens)
+
+def _ids(model: Model, body: TokenizeBody) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give a prompt or messages, one of them")
+    if body.prompt is not None:
+        return model.encode(body.prompt, add_bos=body.add_special_tokens)
+    given = body.given()
+    del given["add_special_tokens"]
+    return chat_ids(model, ChatCompletionRequest(**given))
+
+
+def _rendered(model: Model, body: ChatBody) -> dict[str, object]:
+    prompt = chat_prompt(model, ChatCompletionRequest(**body.given()))
+    ids = model.tokenizer.encode_pieces(prompt.pieces)
+    found = {"prompt": prompt.text, "prompt_token_ids": ids, "count": len(ids)}
+    return found | {"max_model_len": model.context}
+
+
+def _text(model: Model, body: DetokenizeBody) -> str:
+    vocab = model.spec.vocab
+    wrong = next((id_ for id_ in body.tokens if not 0 <= id_ < vocab), None)
+    if wrong is not None:
+        raise InvalidRequest(f"token ids go from 0 to {vocab - 1}; found {wrong}")
+    return model.decode(body.tokens)
 
 
 def _add_models(router: APIRouter, service: Service) -> None:
@@ -184,12 +240,13 @@ def _visit(request: Request) -> Visit:
     return visit
 
 
-async def _read(service: Service, request: Request, kind: type[_BodyT]) -> tuple[_BodyT, Served]:
+async def _read(
+    service: Service, request: Request, kind: type[_BodyT], *, generates: bool = False
+) -> tuple[_BodyT, Served]:
     """The body, checked, and the model that it is for; raises ApiError and others of `to_api`."""
     service.check_ready()
     service.check_room()
     visit, served = _visit(request), service.sole
-    generates = issubclass(kind, GenerationBody)
     if generates and served is not None:
         visit.enter(served)  # before anything is read: the others' model is in the body
     check_encoding(request.headers.get("content-encoding"))

@@ -8,24 +8,25 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from squall.api.requests import MOST_MESSAGES, ChatCompletionRequest, CompletionRequest
+from squall.api.messages import MOST_MESSAGES
+from squall.api.requests import ChatCompletionRequest, CompletionRequest
+from squall.api.structure import StructureFields
 from squall.engine.sampling import SamplingFields
 from squall.server.errors import TAG, ApiError
 
 # Fields of OpenAI's that change nothing here.
 HARMLESS = frozenset({
-    "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+    "metadata", "prediction", "prompt_cache_key", "prompt_cache_retention",
     "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
 # Fields that would change the answer, with the values that do not. Others are passed on if the
 # Python API knows the field, and refused if it does not: never silently without effect.
 _EMPTY = (
     "adapters", "allowed_token_ids", "bad_words", "documents", "functions", "images",
-    "logits_processors", "tools",
+    "logits_processors",
 )  # fmt: skip
 _NEVER = (
-    "audio", "chat_template", "grammar", "guided_choice", "guided_grammar", "guided_json",
-    "guided_regex", "json_schema", "prompt_logprobs", "structured_outputs", "web_search_options",
+    "audio", "chat_template", "prompt_logprobs", "structural_tag", "web_search_options",
 )  # fmt: skip
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(_EMPTY, ([],)),
@@ -34,14 +35,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
 }
-PASSED_ON = frozenset({"adapters", "grammar", "response_format", "suffix", "tool_choice", "tools"})
+PASSED_ON = frozenset({"adapters", "suffix"})
 MOST_ITEMS = 100_000  # of any list, before anything is done with it
 
 _BodyT = TypeVar("_BodyT", bound="Body")
@@ -62,12 +60,17 @@ _FEW = Field(max_length=MOST_ITEMS)
 _MESSAGES = Field(max_length=MOST_MESSAGES)
 Text = Annotated[str, Tag("~str")]
 Texts = Annotated[Text | Annotated[list[str], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)]
+Chosen = Annotated[Text | Annotated[dict[str, Any], Tag("~dict")], Discriminator(_shape, **_WRONG)]
 Prompts = Annotated[
     Text
     | Annotated[list[int], Field(max_length=10 * MOST_ITEMS), Tag("~listint")]
     | Annotated[list[str], _FEW, Tag("~liststr")]
     | Annotated[list[list[int]], _FEW, Tag("~listlist")],
     Discriminator(_prompt_shape, **_WRONG),
+]
+
+Parts = Annotated[
+    Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)
 ]
 
 
@@ -121,13 +124,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: (
-        Annotated[
-            Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")],
-            Discriminator(_shape, **_WRONG),
-        ]
-        | None
-    ) = None
+    content: Parts | None = None
 
 
 Conversation = Annotated[
@@ -135,7 +132,7 @@ Conversation = Annotated[
 ]
 
 
-class GenerationBody(Body, SamplingFields, frozen=True):
+class GenerationBody(Body, StructureFields, SamplingFields, frozen=True):
     """How an answer is made; docs/sampling.md tells what the numbers do."""
 
     asks: ClassVar[type[ChatCompletionRequest | CompletionRequest]]
@@ -148,6 +145,10 @@ class GenerationBody(Body, SamplingFields, frozen=True):
     logit_bias: dict[int, float] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], _FEW] | None = None
+    response_format: dict[str, Any] | None = None
+    grammar: Chosen | None = None
+    tools: Annotated[list[dict[str, Any]], _FEW] | None = None
+    tool_choice: Chosen | None = None
 
     def request(self, **defaults: Any) -> ChatCompletionRequest | CompletionRequest:
         """The same for the Python API, which checks the ranges."""
@@ -161,6 +162,8 @@ class ChatBody(GenerationBody, frozen=True):
 
     messages: Conversation
     max_completion_tokens: int | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -182,6 +185,9 @@ class TokenizeBody(Body, frozen=True):
 
     prompt: str | None = None
     messages: Conversation | None = None
+    tools: Annotated[list[dict[str, Any]], _FEW] | None = None
+    tool_choice: Chosen | None = None
+    reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
 

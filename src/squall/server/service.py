@@ -12,6 +12,7 @@ from typing import TypeVar
 from squall.errors import InvalidRequest, QueueFull
 from squall.model import Model
 from squall.server.errors import ApiError, stopped
+from squall.server.kept import Kept
 from squall.server.limits import Bodies
 from squall.server.log import Log
 from squall.server.metrics import Metrics
@@ -94,6 +95,7 @@ class Service:
         self.log = Log(options.log)
         self.metrics = Metrics({name: model.engine for name, model in models.items()})
         self.bodies = Bodies(options)
+        self.kept = Kept(options.kept_responses, options.kept_bytes)
         self.active = 0
         self.draining = False
         configs = [model.engine.config for model in models.values()]

@@ -10,14 +10,19 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from squall.errors import InvalidRequest, TemplateError
 from squall.files import parse_json, read_json, read_text
-from squall.text.tokenizer import Piece
+from squall.text.answer import AnswerParser
+from squall.text.reasoning import Reasoning, reasoning_of
+from squall.text.tokenizer import Piece, Tokenizer
+from squall.text.tool_formats import ToolFormat, tool_format
+from squall.text.tools import Tool
 from squall.text.vocabulary import Vocabulary, token_text
 
 MAX_SOURCE = 100_000  # characters
@@ -29,9 +34,36 @@ RESERVED = frozenset({
     "chat_template", "range", "dict", "cycler", "joiner", "namespace", "raise_exception",
     "strftime_now",
 })  # fmt: skip
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _REMEDY = "give one with --chat-template, or send a plain prompt instead of messages"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation as the model reads it; what its answer may have beside a text.
+
+    format: how calls look; None without tools.
+    """
+
+    pieces: Sequence[Piece]
+    format: ToolFormat | None
+    reasoning: Reasoning | None
+
+    @property
+    def text(self) -> str:
+        """The whole of it."""
+        return "".join(piece.text for piece in self.pieces)
+
+    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """The control tokens that an answer's text must show to be read."""
+        return frozenset().union(
+            *(part.shown(tokenizer) for part in (self.format, self.reasoning) if part)
+        )
+
+    def parser(self, names: Collection[str] = (), seed: str = "") -> AnswerParser:
+        """What reads one answer. names: of the tools that may be called."""
+        return AnswerParser(tools=self.format, names=names, reasoning=self.reasoning, seed=seed)
 
 
 class ChatTemplate:
@@ -112,10 +144,27 @@ class ChatTemplate:
             "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(messages)],
             "tools": _written(tools, "tools"),
         }
-        text = _rendered(self._source(with_tools=bool(tools)), variables)
+        text = _rendered(self.source(with_tools=bool(tools)), variables)
         return [Piece(*part) for part in parts(text)]
 
-    def _source(self, *, with_tools: bool) -> str:
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        tools: Sequence[Tool] = (),
+        kwargs: Mapping[str, object] = MappingProxyType({}),
+    ) -> ChatPrompt:
+        """The prompt with what it says of the answer; the template need not know tools."""
+        source = self.source(with_tools=bool(tools))
+        format_ = tool_format(source, tokenizer)
+        messages, given = format_.conversation(messages, tools)
+        pieces = self.render(messages, tools=given, kwargs=kwargs)
+        reasoning = reasoning_of(source, "".join(piece.text for piece in pieces))
+        return ChatPrompt(pieces, format_ if tools else None, reasoning)
+
+    def source(self, *, with_tools: bool) -> str:
+        """The template that is used for a chat."""
         name = "tool_use" if with_tools and "tool_use" in self.sources else "default"
         if not self.sources:
             raise TemplateError(f"the model has no chat template; {_REMEDY}")
@@ -196,7 +245,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"{where} must be an object with a role and a content")
     given = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((given[key] for key in _REASONING if key in given), None)
+    reasoning = next((given[key] for key in REASONING if key in given), None)
     if reasoning is not None:
         given = {"thinking": reasoning, **given, "reasoning_content": reasoning}
     made: dict[str, Any] = _written(given, where)

@@ -16,6 +16,14 @@ from squall.text.tool_formats import ToolFormat
 from squall.text.tools import Tool
 
 Message = dict[str, Any]
+_SYSTEM = """\
+You may call tools. Each is a JSON object with the schema of its parameters:
+<tools>
+{tools}
+</tools>
+To call one, write this and nothing after it, with arguments that fit its schema:
+{example}
+Results come in <tool_response></tool_response>."""
 
 
 def conversation(
@@ -28,70 +36,66 @@ def conversation(
     shown: list[Message] = []
     names: dict[str, str] = {}  # of the functions, by the ids of calls
     for i, message in enumerate(messages):
+        made = dict(message)
         if calls := message.get("tool_calls"):
             names |= {call.get("id", ""): call["function"]["name"] for call in calls}
-            shown += _calling(form, message, f"messages[{i}]")
+            made = _calling(form, message, f"messages[{i}]")
         elif message.get("role") == "tool":
             made = _result(form, message, names)
             if made["role"] == "user" and i and messages[i - 1].get("role") == "tool":
-                shown[-1]["content"] += "\n" + made["content"]  # many templates want roles in turn
-            else:
-                shown.append(made)
-        else:
-            shown.append(dict(message))
+                # Roles take turns in many templates.
+                made["content"] = f"{shown.pop()['content']}\n{made['content']}"
+        shown.append(made)
     given = [tool.shown() for tool in tools]
-    if form.join is None and form.template.calls:
-        shown = _one_at_a_time(shown)
     if not given or form.template.tools == "variable":
         return shown, given or None
-    _add_system(form, shown, given)
+    _add_system(form, shown, [tool["function"] for tool in given])
     return shown, None
 
 
-def _calling(form: ToolFormat, message: Mapping[str, Any], where: str) -> list[Message]:
+def _calling(form: ToolFormat, message: Mapping[str, Any], where: str) -> Message:
     """An assistant's message with calls; as text where the template does not know them."""
-    calls = [_call(form, call, where) for call in message["tool_calls"]]
-    made: Message = {**message, "content": message.get("content") or "", "tool_calls": calls}
-    if not form.template.calls:
-        del made["tool_calls"]
-        functions = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-        text = form.text([(name, json.dumps(a, ensure_ascii=False)) for name, a in functions])
-        made["content"] = "\n".join(filter(None, (made["content"], text)))
-    return [made]
+    made: Message = {**message, "content": message.get("content") or ""}
+    calls = [_call(form, call, where) for call in made.pop("tool_calls")]
+    if form.template.calls:
+        return {**made, "tool_calls": calls}
+    functions = [call["function"] for call in calls]
+    text = form.text([(function["name"], _json(function["arguments"])) for function in functions])
+    return {**made, "content": "\n".join(filter(None, (made["content"], text)))}
 
 
 def _call(form: ToolFormat, call: Mapping[str, Any], where: str) -> Message:
     name, given = call["function"]["name"], call["function"].get("arguments") or "{}"
     try:
         arguments = json.loads(given) if isinstance(given, str) else given
-        right = isinstance(arguments, Mapping)
     except (ValueError, RecursionError):
-        right = False
-    if not right:
+        arguments = None
+    if not isinstance(arguments, Mapping):
         raise InvalidRequest(
             f"{where} calls {str(name)[:80]!r} with arguments that are no JSON object; send them "
             "as the model wrote them, and no call that was cut"
         )
     if form.template.calls and not form.template.objects:
-        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        arguments = given if isinstance(given, str) else _json(given)
     made: Message = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return made | ({"id": _id(form, call["id"])} if "id" in call else {})
 
 
 def _result(form: ToolFormat, message: Mapping[str, Any], names: Mapping[str, str]) -> Message:
     """A result, with the name of the function; as a user's where the template does not know it."""
-    made = {**message, "role": form.template.results, "content": message.get("content") or ""}
-    if (call := message.get("tool_call_id")) is not None:
-        if call not in names:
-            raise InvalidRequest(
-                f"a message of role 'tool' has the tool_call_id {str(call)[:80]!r}, which no call "
-                "before it has; send the assistant's message with its tool_calls too"
-            )
-        made |= {"tool_call_id": _id(form, call), "name": message.get("name") or names[call]}
+    content, call = message.get("content") or "", message.get("tool_call_id")
     if form.template.results == "user":
-        text = f"<tool_response>\n{made['content']}\n</tool_response>"
-        return {"role": "user", "content": text}
-    return made
+        made: Message = {"content": f"<tool_response>\n{content}\n</tool_response>"}
+    else:
+        made = {**message, "content": content}
+    if call is not None and call not in names:
+        raise InvalidRequest(
+            f"a message of role 'tool' has the tool_call_id {str(call)[:80]!r}, which no call "
+            "before it has; send the assistant's message with its tool_calls too"
+        )
+    if call is not None and form.template.results != "user":
+        made |= {"tool_call_id": _id(form, call), "name": message.get("name") or names[call]}
+    return {**made, "role": form.template.results}
 
 
 def _id(form: ToolFormat, call: str) -> str:
@@ -100,21 +104,8 @@ def _id(form: ToolFormat, call: str) -> str:
     return hashlib.blake2b(call.encode("utf-8", "replace")).hexdigest()[:9]
 
 
-def _one_at_a_time(messages: Sequence[Message]) -> list[Message]:
-    """Each call with its result, for templates that refuse several calls in a message."""
-    results = {
-        message["tool_call_id"]: message for message in messages if "tool_call_id" in message
-    }
-    made: list[Message] = []
-    for message in messages:
-        calls = message.get("tool_calls") or ()
-        if len(calls) < 2:
-            made += [message] if message.get("tool_call_id") in (None, *results) else []
-            continue
-        for call in calls:
-            made.append({**message, "tool_calls": [call]})
-            made += filter(None, [results.pop(call.get("id"), None)])
-    return made
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _add_system(form: ToolFormat, shown: list[Message], tools: Sequence[Message]) -> None:
@@ -123,19 +114,11 @@ def _add_system(form: ToolFormat, shown: list[Message], tools: Sequence[Message]
     if not shown or (role == "system" and shown[0]["role"] != "system"):
         shown.insert(0, {"role": role, "content": ""})
     at = next((i for i, message in enumerate(shown) if message["role"] == role), 0)
-    message = shown[at] = dict(shown[at])
     if form.template.tools == "system":
-        message["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+        shown[at] |= {"tools": _json(tools)}
         return
-    example = form.text([("NAME", "{ARGUMENTS}")])
-    text = "\n".join((
-        "You may call tools. Each is a JSON object with the schema of its parameters:",
-        "<tools>",
-        *(json.dumps(tool["function"], ensure_ascii=False) for tool in tools),
-        "</tools>",
-        "To call one, write this and nothing after it, with arguments that fit its schema:",
-        example,
-        "Results come in <tool_response></tool_response>.",
-    ))  # fmt: skip
-    parts = (message["content"], text) if role == "system" else (text, message["content"])
-    message["content"] = "\n\n".join(filter(None, parts))
+    text = _SYSTEM.format(
+        tools="\n".join(map(_json, tools)), example=form.text([("NAME", "{ARGUMENTS}")])
+    )
+    before = [shown[at]["content"], text] if role == "system" else [text, shown[at]["content"]]
+    shown[at] |= {"content": "\n\n".join(filter(None, before))}

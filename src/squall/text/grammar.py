@@ -9,16 +9,19 @@ import json
 import math
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from squall.errors import InvalidCheckpoint, InvalidRequest, SamplingFailed
 from squall.files import parse_json, quote
+from squall.text.reasoning import Reasoning, control_id
 from squall.text.tokenizer import Tokenizer
 from squall.text.yacc import lark_of_yacc
 
@@ -66,7 +69,7 @@ class Grammar:
     value: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
             known = ", ".join(_KINDS)
             raise InvalidRequest(f"unknown kind of grammar {quote(str(self.kind))}; known: {known}")
         if not isinstance(self.value, str) or not (self.value or self.kind == "json_object"):
@@ -223,23 +226,36 @@ class Grammars:
         """`vocab`: how many ids the model can draw; what the tokenizer lacks never may be."""
         self._tokenizer = tokenizer
         self._vocab = vocab
-        self._lock = threading.Lock()  # one at a time, so that no grammar is compiled twice
-        self._compiled = lru_cache(maxsize=CACHED)(self._compile)
+        self._lock = threading.Lock()
+        # By kind, value and `after`; the latest used are the last.
+        self._kept: OrderedDict[tuple[Grammar, Reasoning | None], Future[Callable[[], Matcher]]]
+        self._kept = OrderedDict()
 
-    def compile(self, grammar: Grammar, *, after: str | None = None) -> Callable[[], Matcher]:
+    def compile(self, grammar: Grammar, *, after: Reasoning | None = None) -> Callable[[], Matcher]:
         """What starts a matcher for each answer; raises InvalidRequest for what it cannot enforce.
 
-        after: the answer begins with free text that ends with this, which may be a control
-        token's name, and only then with what the grammar says.
+        after: the answer may reason first, or must if the prompt has begun to.
         """
+        key, mine = (grammar, after), Future[Callable[[], Matcher]]()
         with self._lock:
-            return self._compiled(grammar, after)
+            kept = self._kept.setdefault(key, mine)
+            self._kept.move_to_end(key)
+            if len(self._kept) > CACHED:
+                self._kept.popitem(last=False)
+        if kept is mine:
+            try:
+                mine.set_result(self._compile(grammar, after))
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop(key, None)
+                mine.set_exception(error)
+        return kept.result()
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
         return _Vocabulary(self._tokenizer, self._vocab)
 
-    def _compile(self, grammar: Grammar, after: str | None) -> Callable[[], Matcher]:
+    def _compile(self, grammar: Grammar, after: Reasoning | None) -> Callable[[], Matcher]:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
@@ -252,7 +268,7 @@ class Grammars:
         source = grammar.lark()
         parts = [{"name": "answer", "lark_grammar": source}]
         if after is not None:
-            parts.insert(0, {"lark_grammar": self._free_text(after)})
+            parts.insert(0, {"lark_grammar": self._reasoned(after)})
         text = json.dumps({"grammars": parts})
         _deep(lambda: found.append(LLMatcher(library, text, log_level=0, limits=limits)))
         if not found or (error := found[0].get_error()):
@@ -264,15 +280,20 @@ class Grammars:
             raise InvalidRequest(f"no answer fits the {grammar.kind}: {failed}") from None
         return lambda: new(found[0].deep_copy())
 
-    def _free_text(self, after: str) -> str:
-        ids = self._tokenizer.encode(after, add_bos=False, specials=True)
-        control = len(ids) == 1 and self._tokenizer.is_special(ids[0])
-        # The token that opens the section may be a control token too.
-        others = {*self._vocabulary.special_token_ids} - self._vocabulary.stops - {*ids}
-        begin = f"<[{','.join(map(str, sorted(others)))}]>? " if others else ""
-        end = f" <[{ids[0]}]>" if control else ""
-        suffix = "" if control else f"[suffix={json.dumps(after)}]"
-        return f"start: {begin}text{end} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
+    def _reasoned(self, after: Reasoning) -> str:
+        """A section of free text, which must be there if the prompt has begun it, then the answer.
+
+        Its marks may be control tokens.
+        """
+        marks = [
+            (mark, control_id(self._tokenizer, mark)) for mark in (after.opening, after.closing)
+        ]
+        (opening, begin), (closing, end) = marks
+        first = json.dumps(opening) if begin is None else f"<[{begin}]>"
+        suffix = f"[suffix={json.dumps(closing)}]" if end is None else ""
+        last = "" if end is None else f"<[{end}]>"
+        start = "" if after.begun else rf"@answer | /[ \n]{{0,2}}/ {first} "
+        return f"start: {start}text {last} /\\n{{0,2}}/ @answer\ntext{suffix}: /(?s:.*)/"
 
 
 def _deep(work: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from squall.text.tokenizer import Tokenizer
@@ -14,6 +15,17 @@ MARKS = (
 )
 
 
+def control_id(tokenizer: Tokenizer, name: str) -> int | None:
+    """The id of a control token of that name, if there is one."""
+    ids = tokenizer.encode(name, add_bos=False, specials=True)
+    return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
+
+
+def control_ids(tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, int]:
+    """Those of the names that are control tokens, with their ids."""
+    return {name: i for name in names if (i := control_id(tokenizer, name)) is not None}
+
+
 @dataclass(frozen=True)
 class Reasoning:
     """What begins and ends such a section, and whether the prompt has begun one."""
@@ -24,9 +36,7 @@ class Reasoning:
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids of the marks that are control tokens, whose names an answer's text must show."""
-        marks = (self.opening, self.closing)
-        ids = [tokenizer.encode(mark, add_bos=False, specials=True) for mark in marks]
-        return frozenset(i[0] for i in ids if len(i) == 1 and tokenizer.is_special(i[0]))
+        return frozenset(control_ids(tokenizer, (self.opening, self.closing)).values())
 
 
 def reasoning_of(source: str, prompt: str) -> Reasoning | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from squall.errors import InvalidRequest
 from squall.text.tokenizer import Tokenizer
@@ -13,28 +13,36 @@ class TextStream:
     """Text that is safe to show after each token; all of it together is the decoded text.
 
     `at_start=False` says that the tokens go on with a text, so that a leading space is part of it.
+    shown: control tokens whose names are text here.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, at_start: bool = True
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        at_start: bool = True,
+        shown: Set[int] = frozenset(),
     ) -> None:
-        self.stopped = False
+        self.stopped = ""  # the stop string that has come
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [_Matcher(text) for text in stop]
         self._held = ""
         self._space = b""  # not a part of the text if it ends here
         self._at_start = at_start
+        self._shown = shown
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token; control tokens have none."""
+        """The text that became certain with this token; other control tokens have none."""
         if self.stopped:
             return ""
-        if self._tokenizer.is_special(token):
+        special = self._tokenizer.is_special(token)
+        if special and token not in self._shown:
             self._at_start = self._at_start or self._tokenizer.space_after_control
             return ""
         part = self._space + self._tokenizer.token_bytes(token, first=self._at_start)
-        self._at_start = False
+        self._at_start = special and self._tokenizer.space_after_control
         self._space = b" " if self._tokenizer.space_suffix and part.endswith(b" ") else b""
         return self._release(self._utf8.decode(part.removesuffix(self._space)))
 
@@ -55,8 +63,9 @@ class TextStream:
             # All matchers see each character, so the first stop string to be complete wins.
             done = [stop.length for stop in self._stops if stop.feed(text[end])]
             if done:
-                self.stopped, self._held = True, ""
-                return text[: end + 1 - max(done)]
+                start, self._held = end + 1 - max(done), ""
+                self.stopped = text[start : end + 1]
+                return text[:start]
         kept = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[kept:]
         return text[:kept]

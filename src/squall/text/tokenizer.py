@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol
 
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
@@ -155,6 +156,17 @@ class Tokenizer:
                 raise InvalidRequest(f"token id {token} is outside 0..{self.vocab_size - 1}")
             found = self._bytes[token, first] = self._codec.token_bytes(token, first=first)
         return found
+
+    def differs(self, other: Tokenizer) -> int | None:
+        """The first id that means another thing there; None: they are the same, but for padding."""
+        known = []
+        for one in (self, other):
+            named = [one._codec.token_bytes(i, first=False) for i in range(one.vocab_size)]
+            while named and named[-1] == b"[PAD%d]" % (len(named) - 1):
+                named.pop()
+            known.append([(name, one.is_special(i)) for i, name in enumerate(named)])
+        pairs = enumerate(zip_longest(*known))
+        return next((i for i, (here, there) in pairs if here != there), None)
 
     def is_special(self, token: int) -> bool:
         """Whether a token is a control token (or the unknown token): structure, not text."""

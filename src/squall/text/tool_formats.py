@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from squall.text.reasoning import Reasoning, control_ids
 from squall.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -26,23 +27,16 @@ MAX_SPACE = 16  # characters of white space that a mark swallows
 _MARK = re.compile(r"(<[|\uff5c][^<>]{1,40}[|\uff5c]>|\[/?[A-Z_]+\]|</?tool_call>)")
 _SPACE = rf"[ \t\r\n]{{0,{MAX_SPACE}}}"
 _ATOMS = {"$": f"({TOOL_NAME})", "~": "[A-Za-z0-9_-]{1,64}", "#": "[0-9]{1,4}"}
-_TERMINALS = {"~": "ID", "#": "NUMBER"}
 _RESULTS = re.compile(r"""['"]tool['"]""")
 _AS_TEXT = re.compile(r"""arguments['"\]]*\s*(?:\+|-?\}\})""")
 _AS_OBJECT = re.compile(r"""arguments['"\]]*\s*\|\s*(?:tojson|items)""")
 _NO_SYSTEM = re.compile("system role (is )?not supported", re.IGNORECASE)
-_LARK = r"""
-TEXT: /(?s:.*)/
-SPACE: /[ \n]{1,2}/
+_TERMINALS = r"""
+ANY: /(?s:.*)/
+SPACE: /[ \n]{1,8}/
 ID: /[A-Za-z0-9]{9}/
 NUMBER: /[0-9]{1,3}/
 """
-
-
-def control_id(tokenizer: Tokenizer, mark: str) -> int | None:
-    """The id of a control token of that name, if there is one."""
-    ids = tokenizer.encode(mark, add_bos=False, specials=True)
-    return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ class ToolFormat:
     """
 
     name: str
-    told_by: str  # a regex that the source of a chat template has
+    told_by: str  # a regex that the source of a chat template begins with
     opening: str  # from here on it is a call
     heads: tuple[str, ...]
     tails: tuple[str, ...]
@@ -115,30 +109,26 @@ class ToolFormat:
 
     def bind(self, source: str, tokenizer: Tokenizer) -> ToolFormat:
         """The row, knowing what a chat template and a vocabulary have of it."""
-        controls = {m: i for m in self.marks() if (i := control_id(tokenizer, m)) is not None}
-        tools = "variable" if re.search(r"\btools\b", source) else "text"
+        known = source if self.native else ""
+        tools = "variable" if re.search(r"\btools\b", known) else "text"
         template = Template(
-            tools="system" if "'tools' in message" in source else tools,
-            calls="tool_calls" in source,
-            results="tool" if _RESULTS.search(source) else self.results,
-            objects=not _AS_TEXT.search(source) or bool(_AS_OBJECT.search(source)),
+            tools="system" if "'tools' in message" in known else tools,
+            calls="tool_calls" in known,
+            results="tool" if _RESULTS.search(known) else self.results,
+            objects=not _AS_TEXT.search(known) or bool(_AS_OBJECT.search(known)),
+            system=not _NO_SYSTEM.search(source),
         )
-        template = replace(
-            template if self.native else Template(), system=not _NO_SYSTEM.search(source)
-        )
+        controls = control_ids(tokenizer, (*self.marks(), *self.answer))
         return replace(self, controls=controls, template=template)
 
     def marks(self) -> list[str]:
         """What may be control tokens."""
         parts = (self.opening, *self.leads, *self.heads, *self.tails, self.join or "")
-        return list(
-            dict.fromkeys(_MARK.findall("".join((*parts, *self.closings))) + [*self.answer])
-        )
+        return _MARK.findall("".join((*parts, *self.closings)))
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids of the control tokens whose names an answer's text must show."""
-        marks = self.controls.keys() - {*self.answer}
-        return frozenset(i for mark in marks if (i := control_id(tokenizer, mark)) is not None)
+        return frozenset(control_ids(tokenizer, self.marks()).values())
 
     def conversation(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
@@ -185,68 +175,84 @@ class ToolFormat:
 
     # What an answer is constrained with
 
-    def grammar(self, tools: Sequence[Tool], *, required: bool, parallel: bool) -> Grammar:
+    def grammar(
+        self,
+        tools: Sequence[Tool],
+        *,
+        required: bool,
+        parallel: bool,
+        reasoning: Reasoning | None = None,
+    ) -> Grammar:
         """Text until a call begins, then calls that are valid, and the end.
 
-        required: it begins with a call. parallel: several calls may follow each other.
+        required: it begins with a call. parallel: several calls may follow each other. reasoning:
+        what may come before, which is not in the grammar.
         """
         from squall.text.grammar import Grammar
 
-        return Grammar("lark", self.lark(tools, required=required, parallel=parallel))
+        rules = self._calls(tools, several=parallel and self.join is not None)
+        # What a section begins with is no text: marks of calls in a section mean nothing.
+        section = f" & ~/[ \\n]*{re.escape(reasoning.opening)}(?s:.*)/" if reasoning else ""
+        forced = ["SPACE? opened", *["SPACE? calls"] * self.bare]
+        starts = forced if required else self._starts(tools)
+        rules = [f"start: {' | '.join(starts)}", *rules, f"TEXT: ANY{section}", _TERMINALS]
+        return Grammar("lark", "\n".join(rules))
 
-    def lark(self, tools: Sequence[Tool], *, required: bool, parallel: bool) -> str:
-        """The same in llguidance's Lark."""
-        several = f" ({self._terms(self.join)} call)*" if parallel and self.join is not None else ""
-        lead, closing = self._terms(self.leads[0]), self._terms(self.closings[0])
-        space = "SPACE? " if self.leads[0][:1] == "[" else ""
+    def _calls(self, tools: Sequence[Tool], *, several: bool) -> list[str]:
+        texts = (self.opening, self.leads[0], self.closings[0], self.tails[0], self.join)
+        opening, lead, closing, tail, join = map(self._terms, texts)
+        space = "SPACE?" if lead else ""
+        # Where it is no control token it is told by all that has one form only.
+        begin = Pattern.of(
+            *(self.opening + lead.rstrip() for lead in self.leads if lead or not space)
+        )
         rules = [
-            f"start: {'SPACE? (opening calls' if required else 'TEXT | (begun calls'}",
-            f"opening: {self._terms(self.opening)}",
-            f"begun[lazy]: TEXT {json.dumps(self.opening, ensure_ascii=False)}",
-            f"calls: {space}{lead} call{several} {closing}",
-            "call: " + " | ".join(f"call{i}" for i in range(len(tools))),
+            f"begun[lazy]: TEXT /{begin.whole.pattern}/",
+            f"after: {space} calls",
+            f"opened: {opening} {space} {lead} calls",
+            f"calls: call{f' ({join} call)*' if several else ''} {closing}",
+            f"call: {' | '.join(f'call{i}' for i in range(len(tools)))}",
         ]
-        if self.opening in self.controls and not required:
-            rules[0] += " | TEXT opening calls"
-        if self.answer and not required and self.controls.keys() >= {*self.answer}:
-            rules[0] += f" | {' TEXT '.join(map(self._terms, self.answer))}"
         for i, tool in enumerate(tools):
-            tail = f"arguments{i} {self._terms(self.tails[0])}"
+            head = self.heads[0].replace("$", tool.name)
             rules.append(f"arguments{i}: %json {json.dumps(tool.schema())}")
-            rules.append(f"call{i}: {self._terms(self.heads[0].replace('$', tool.name))} {tail}")
+            rules.append(f"call{i}: {self._terms(head)} arguments{i} {tail}")
             if self.bare:
                 # Only with its name and key it is a call: answers may be JSON of the user's.
-                head = Pattern.of(" " + self.heads[0].replace("$", tool.name).rstrip())
-                rules.append(f"bare{i}[lazy]: /{head.whole.pattern}/")
-                rules[0] += f" | bare{i} SPACE? {tail}"
-        rules[0] += ")"
-        return "\n".join(rules) + _LARK
+                begin = Pattern.of(" " + head.rstrip())
+                rules.append(f"bare{i}[lazy]: /{begin.whole.pattern}/")
+        return rules
+
+    def _starts(self, tools: Sequence[Tool]) -> list[str]:
+        starts = ["TEXT", "begun after"]
+        if self.opening in self.controls:
+            starts.append("TEXT opened")
+        if self.answer and self.controls.keys() >= {*self.answer}:
+            starts.append(" TEXT ".join(map(self._terms, self.answer)))
+        tail = self._terms(self.tails[0])
+        return starts + [
+            f"bare{i} SPACE? arguments{i} {tail}" for i in range(len(tools) * self.bare)
+        ]
 
     def _terms(self, text: str | None) -> str:
         """A text of the row in Lark: literals, terminals and control tokens."""
-        return " ".join(
-            map(self._term, filter(None, re.split(f"([~#])|{_MARK.pattern}", text or "")))
-        )
-
-    def _term(self, part: str) -> str:
-        if part in self.controls:
-            return f"<[{self.controls[part]}]>"
-        return _TERMINALS.get(part) or json.dumps(part, ensure_ascii=False)
+        parts = filter(None, re.split(f"([~#])|{_MARK.pattern}", text or ""))
+        controls = {mark: f"<[{token}]>" for mark, token in self.controls.items()}
+        terms = {"~": "ID", "#": "NUMBER", **controls}
+        return " ".join(terms.get(part) or json.dumps(part, ensure_ascii=False) for part in parts)
 
 
-def _row(given: Mapping[str, Any]) -> ToolFormat:
-    texts = {k: v.replace("'", '"') for k, v in given.items() if isinstance(v, str)}
-    lists = {
-        k: tuple(t.replace("'", '"') for t in v) for k, v in given.items() if isinstance(v, list)
-    }
-    return ToolFormat(**{**given, **texts, **lists})
+def _rows() -> Iterator[ToolFormat]:
+    text = Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
+    for row in json.loads(text.replace("'", '\\"')):
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        yield ToolFormat(**fields)
 
 
-_ROWS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-FORMATS: tuple[ToolFormat, ...] = tuple(map(_row, _ROWS))  # the last is of our own
+FORMATS = tuple(_rows())  # the last is our own
 
 
 def tool_format(source: str, tokenizer: Tokenizer) -> ToolFormat:
     """How the models of a chat template write calls; our own way where it does not say."""
-    row = next(row for row in FORMATS if re.search(row.told_by, source, re.DOTALL))
+    row = next(row for row in FORMATS if re.match(row.told_by, source, re.DOTALL))
     return row.bind(source, tokenizer)

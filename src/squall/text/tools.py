@@ -16,15 +16,7 @@ from squall.text.tool_formats import ToolFormat as ToolFormat
 from squall.text.tool_formats import tool_format as tool_format
 
 MAX_SCHEMA = 100_000  # characters of a tool's parameters
-MAX_DESCRIPTION = 20_000
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
-# As chat templates write JSON, so that models find it again; what is between is then forced.
-_GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_OPEN = frozenset({
-    "additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf",
-    "oneOf", "if",
-})  # fmt: skip
-_ANY_OBJECT = '{"type": "object"}'
 
 
 @dataclass(frozen=True)
@@ -41,10 +33,8 @@ class Tool:
             raise InvalidRequest(
                 f"{str(self.name)[:80]!r} is no name of a tool; use 1 to 64 letters, digits and _.-"
             )
-        if not isinstance(self.description, str) or len(self.description) > MAX_DESCRIPTION:
-            raise self._wrong(
-                f"a description must be a text of at most {MAX_DESCRIPTION} characters"
-            )
+        if not isinstance(self.description, str):
+            raise self._wrong("the description must be a text")
         parameters = self.parameters
         if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
             raise self._wrong('parameters must be a JSON Schema with "type": "object"')
@@ -53,9 +43,7 @@ class Tool:
         except (TypeError, ValueError, RecursionError) as error:
             raise self._wrong(f"parameters are no JSON: {error}") from None
         if size > MAX_SCHEMA:
-            raise self._wrong(
-                f"parameters have {size} characters; at most {MAX_SCHEMA} are allowed"
-            )
+            raise self._wrong(f"parameters have {size} characters; at most {MAX_SCHEMA} may be")
 
     @classmethod
     def of(cls, given: object, where: str = "the tool") -> Tool:
@@ -87,13 +75,11 @@ class Tool:
     def schema(self) -> dict[str, Any]:
         """What a call's arguments are constrained to: the parameters, or any object."""
         schema: dict[str, Any] = {"type": "object", **self.parameters}
-        if not _OPEN & schema.keys():
-            schema["additionalProperties"] = False
-        if error := _unsupported(json.dumps(schema)):
-            if self.strict:
-                raise self._wrong(f"{error}; leave it out, or set strict to false")
-            schema = json.loads(_ANY_OBJECT)
-        return {**schema, "x-guidance": _GUIDANCE}
+        if not (error := _unsupported(json.dumps(schema))):
+            return schema
+        if self.strict:
+            raise self._wrong(f"{error}; leave it out, or set strict to false")
+        return {"type": "object"}
 
     def _wrong(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"tool {self.name!r}: {what}")
@@ -104,5 +90,11 @@ def _unsupported(schema: str) -> str:
     """What of a schema cannot be enforced; empty if all can."""
     from llguidance import LLMatcher
 
-    error = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))
-    return " ".join(str(error).split())[:300]
+    from squall.text.grammar import Grammar
+
+    try:
+        lark = Grammar("json_schema", schema).lark()
+    except InvalidRequest as limit:
+        return str(limit)
+    error = LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(lark))
+    return " ".join(str(error).partition("\n   1 |")[0].split())[:300]

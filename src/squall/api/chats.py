@@ -1,0 +1,125 @@
+"""A chat's prompt, what its answers must look like, and an answer taken apart again."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from operator import attrgetter
+
+from squall.api.messages import characters
+from squall.api.requests import ChatCompletionRequest
+from squall.api.responses import CalledFunction, Delta, ResponseMessage, ToolCall, ToolCallDelta
+from squall.api.structure import Structure, naming
+from squall.engine.request import Constraint, Piece
+from squall.errors import ContextLengthExceeded, InvalidRequest
+from squall.model import Model
+from squall.text.answer import (
+    AnswerParser,
+    CallArguments,
+    CallBegun,
+    CallEnded,
+    Reasoned,
+    Said,
+)
+from squall.text.chat import ChatPrompt
+from squall.text.grammar import Grammar
+
+# More than texts have, so that what cannot fit is refused before it is read.
+CHARACTERS_PER_TOKEN = 64
+
+
+def chat_prompt(model: Model, request: ChatCompletionRequest) -> ChatPrompt:
+    """The prompt of a chat, in the model's chat template."""
+    messages = [dict(message) for message in request.messages if not isinstance(message, str)]
+    check_characters(model, characters(messages))
+    kwargs, tools = request.template_kwargs, request.offer().tools
+    return model.chat_prompt(messages, tools=tools, template_kwargs=kwargs)
+
+
+def check_characters(model: Model, count: int) -> None:
+    """Raises ContextLengthExceeded for a prompt that is much too long."""
+    if count > CHARACTERS_PER_TOKEN * model.context:
+        raise ContextLengthExceeded(
+            f"a prompt of {count} characters cannot fit the context of {model.context} tokens"
+        )
+
+
+def constraint_of(model: Model, structure: Structure | None, prompt: object) -> Constraint | None:
+    """What its answers may be."""
+    if structure is None:
+        return None
+    with naming(structure.field):
+        return model.constraint(structure.grammar, prompt)
+
+
+def chat_structure(request: ChatCompletionRequest, prompt: ChatPrompt) -> Structure | None:
+    """What its answers must look like: whole calls of its tools, what was asked for, or either."""
+    offer, structure = request.offer(), request.structure()
+    if prompt.format is None:
+        return structure
+    required = offer.required or structure is not None
+    calls = prompt.format.grammar(offer.callable, required=required, parallel=offer.parallel)
+    if structure is None or offer.required:
+        return Structure("tools", calls)
+    field, answer = structure
+    if answer.kind not in ("json_schema", "json_object"):
+        raise InvalidRequest(f"{field} must be JSON if there are tools; leave one of them out")
+    json_ = answer.value or '{"type": "object"}'
+    rules = calls.value.removeprefix("start:")
+    either = f"start: calls_ | answer_\nanswer_: %json {json_}\ncalls_: {rules}"
+    return Structure(field, Grammar("lark", either))
+
+
+class ChatAnswer:
+    """One answer taken apart, as deltas; `news` came with the last piece.
+
+    empty: the content of deltas that have none.
+    """
+
+    def __init__(self, parser: AnswerParser, empty: str | None) -> None:
+        self.reasoning_tokens = 0
+        self.news: list[Delta] = []
+        self.called = False  # and the last call is whole
+        self._deltas: list[Delta] = []
+        self._empty = empty
+        self._parser = parser
+        self._pending = 0  # tokens of which it is not known yet whether they are reasoning
+
+    @property
+    def message(self) -> ResponseMessage:
+        """All that was said."""
+        made = (call for delta in self._deltas for call in delta.tool_calls)
+        calls: tuple[ToolCall, ...] = ()
+        for _, (first, *rest) in groupby(made, attrgetter("index")):
+            text = "".join(call.function.arguments for call in rest)
+            calls += (ToolCall(first.id or "", CalledFunction(first.function.name, text)),)
+        content = "".join(delta.content or "" for delta in self._deltas)
+        reasoning = "".join(delta.reasoning_content for delta in self._deltas)
+        return ResponseMessage(
+            content or self._empty, reasoning_content=reasoning, tool_calls=calls
+        )
+
+    def take(self, piece: Piece) -> None:
+        """Go on with what the engine says."""
+        self._pending += len(piece.ids)
+        self.news = []
+        for event in self._parser.push(piece.text, final=piece.finish_reason is not None):
+            if isinstance(event, Reasoned):
+                self.reasoning_tokens += self._pending
+            self._pending = 0
+            self.called = isinstance(event, CallEnded) or (self.called and isinstance(event, Said))
+            if not isinstance(event, CallEnded):
+                self.news.append(_delta(event, self._empty))
+        self._deltas += self.news
+
+
+def _delta(event: Reasoned | Said | CallBegun | CallArguments, empty: str | None) -> Delta:
+    match event:
+        case Said(text):
+            return Delta(content=text)
+        case Reasoned(text):
+            return Delta(content=empty, reasoning_content=text)
+        case CallBegun(index, id_, name):
+            call = ToolCallDelta(index, CalledFunction(name), id_, "function")
+        case CallArguments(index, text):
+            call = ToolCallDelta(index, CalledFunction(arguments=text))
+    return Delta(content=empty, tool_calls=(call,))

@@ -1,0 +1,93 @@
+"""What the endpoints for agents share: a chat put together from items, blocks and tools."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from squall.api.requests import ChatCompletionRequest
+from squall.engine.fields import shown
+from squall.errors import InvalidRequest
+from squall.server.schemas import GenerationBody
+
+Object = dict[str, Any]
+_KNOWN = ChatCompletionRequest.__dataclass_fields__.keys()
+_TOOL = {name: name for name in ("name", "description", "parameters", "strict")}
+_TOOL["input_schema"] = "parameters"
+_SYSTEM = ("system", "developer")
+
+
+class AgentBody(GenerationBody, frozen=True):
+    """A chat in other words; the fields that only chats have are good as well."""
+
+    tool_type: ClassVar[str]
+
+    n: Literal[1] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Object | None = None
+
+    def chat(self, said: list[Object], system: object, **fields: Any) -> ChatCompletionRequest:
+        """The same as a chat; fields that are None say nothing."""
+        if system:  # one with what follows, as templates have a place for one
+            more = said.pop(0) if said and said[0]["role"] in _SYSTEM else None
+            after = [{"type": "text", "text": "\n\n"}, *parts(more["content"])] if more else []
+            said = [{"role": "system", "content": [*parts(system), *after]}, *said]
+        tools = [self._tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools or ())]
+        fields |= {"messages": said, "tools": tools, "tool_choice": _choice(self.tool_choice)}
+        given = {name: value for name, value in self.given().items() if name in _KNOWN}
+        own = {name: value for name, value in fields.items() if value is not None}
+        return ChatCompletionRequest(**{**given, **own})
+
+    def _tool(self, tool: Object, where: str) -> Object:
+        if tool.get("type", "custom") != self.tool_type:
+            wrong = shown(tool.get("type"))
+            raise InvalidRequest(f"{where}.type is {wrong}; only {self.tool_type!r} is known")
+        given = {to: tool[name] for name, to in _TOOL.items() if tool.get(name) is not None}
+        return {"type": "function", "function": given}
+
+
+def parts(content: Any) -> list[Any]:
+    """A content as a list of parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def turn(said: list[Object], role: str, *, new: bool = False) -> Object:
+    """The message for what somebody does now; what one does in a row is one, unless it is new."""
+    if new or not said or said[-1]["role"] != role:
+        said.append({"role": role})
+    return said[-1]
+
+
+def say(said: list[Object], role: str, content: object, *, new: bool = False) -> None:
+    """Somebody says something."""
+    last = turn(said, role, new=new)
+    last["content"] = [*last.get("content", ()), *parts(content)]
+
+
+def call(said: list[Object], id: str, name: str, arguments: str) -> None:
+    """The assistant calls a tool."""
+    function = {"name": name, "arguments": arguments}
+    calls = turn(said, "assistant").setdefault("tool_calls", [])
+    calls.append({"id": id, "type": "function", "function": function})
+
+
+def response_format(given: Any) -> Any:
+    """The form of the answer as chats have it; they say what is wrong with others."""
+    match given:
+        case {"type": "json_schema", **schema}:
+            return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
+    return given
+
+
+def _choice(given: Any) -> Any:
+    match given:
+        case {"type": "auto" | "none" as choice}:
+            return choice
+        case {"type": "any"}:
+            return "required"
+        case {"type": "function" | "tool", "name": name}:
+            return {"type": "function", "function": {"name": name}}
+        case {"type": "allowed_tools", "tools": [*allowed], **rest}:
+            mode = {**rest, "tools": list(map(_choice, allowed))}
+            return {"type": "allowed_tools", "allowed_tools": mode}
+    return given
