@@ -259,8 +259,8 @@ class Grammars:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
-            max_items_in_row=10_000,  # an object may have so many optional properties
-            step_max_items=10_000,
+            max_items_in_row=5_000,  # an object may have so many optional properties
+            step_max_items=5_000,
             max_lexer_states=50_000,
             verbose_errors=False,
         )
