@@ -15,6 +15,7 @@ from drawing import Drawing
 
 from squall.errors import InvalidRequest, SamplingFailed
 from squall.text.grammar import MAX_DIGITS, Grammar, Grammars, Matcher
+from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
 
 AB = Grammar("regex", "ab+")
@@ -230,21 +231,30 @@ def test_numbers_and_white_space_end(grammars: Grammars, smollm: Tokenizer) -> N
     fed(grammars.compile(exact)(), smollm, str(10**40))
 
 
-@pytest.mark.parametrize("after", ["</think>", "<|im_start|>"])
-def test_after_reasoning(after: str, grammars: Grammars, smollm: Tokenizer) -> None:
-    """Free text, up to a text or a control token, and only then the grammar."""
-    mark = smollm.encode(after, add_bos=False, specials=True)
-    ends = smollm.encode("<|im_end|>", specials=True)
-    for before in ("", "<think>\nI may say {anything}.\n"):
-        matcher = fed(grammars.compile(AB, after=after)(), smollm, before)
-        assert not allows(matcher.allowed(())[0], ends[0])
-        for token in mark:
-            assert allows(matcher.allowed(())[0], token)
+@pytest.mark.parametrize("marks", [("<think>", "</think>"), ("<|im_start|>", "<|endoftext|>")])
+@pytest.mark.parametrize("begun", [True, False])
+def test_after_reasoning(
+    marks: tuple[str, str], begun: bool, grammars: Grammars, smollm: Tokenizer
+) -> None:
+    """Free text between marks, texts or control tokens, and only then the grammar."""
+    start = grammars.compile(AB, after=Reasoning(*marks, begun))
+    opening, closing = (smollm.encode(mark, add_bos=False, specials=True) for mark in marks)
+    end = smollm.encode("<|im_end|>", add_bos=False, specials=True)[0]
+    for thought in ("", "\nI may say {anything}.\n"):
+        matcher = start()
+        for token in (
+            *([] if begun else opening),
+            *smollm.encode(thought, add_bos=False),
+            *closing,
+        ):
+            mask = matcher.allowed(())[0]
+            assert allows(mask, token)
+            assert not allows(mask, end)
             matcher.accept(token)
         fed(matcher, smollm, "\n\nabb")
-        assert allows(matcher.allowed(())[0], ends[0])
-    opened = grammars.compile(AB, after=after)()
-    assert allows(opened.allowed(())[0], smollm.encode("<|im_start|>", specials=True)[0])
+        assert allows(matcher.allowed(())[0], end)
+    if not begun:
+        assert allows(fed(start(), smollm, "abb").allowed(())[0], end)
 
 
 def test_objects_that_list_properties_have_no_others(grammars: Grammars, smollm: Tokenizer) -> None:
