@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -255,6 +256,59 @@ def test_after_reasoning(
         assert allows(matcher.allowed(())[0], end)
     if not begun:
         assert allows(fed(start(), smollm, "abb").allowed(())[0], end)
+
+
+def sentencepiece(**changes: Any) -> Tokenizer:
+    pieces = [
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "ab",
+        "\u2581ab",
+        "b\u2581",
+        "\u00e9",
+        "\u2581\u00e9",
+        "x",
+    ]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    return Tokenizer.from_gguf(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))],
+            "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+        | changes
+    )
+
+
+def test_sentencepiece() -> None:
+    """Spaces belong to tokens, bytes stand for what has no piece, the byte 255 for nothing."""
+    tokenizer = sentencepiece()
+    grammars, drawing = Grammars(tokenizer, 320), Drawing(tokenizer)
+    start = grammars.compile(Grammar("regex", "(?:ab |\u00e9|日){2,5}x"))
+    for _ in range(20):
+        assert re.fullmatch("(?:ab |\u00e9|日){2,5}x", drawing.answer(start).decode())
+    assert not allows(grammars.compile(Grammar("regex", "(?s:.*)"))().allowed(())[0], 3 + 255)
+    forced = list(grammars.compile(Grammar("regex", "ab é日x[ab]"))().forced(20))
+    text = b"".join(map(tokenizer.token_bytes, forced)).decode()
+    assert "ab é日x".startswith(text)
+    assert len(text) > 3
+
+
+def test_the_executor_has_fewer_ids_than_the_tokenizer(smollm: Tokenizer) -> None:
+    grammars = Grammars(smollm, 1000)
+    assert grammars.compile(AB)().allowed(())[0].shape == (32,)
+
+
+def test_no_end_no_grammar() -> None:
+    tokenizer = sentencepiece(**{"tokenizer.ggml.eos_token_id": None})
+    assert not tokenizer.stop_ids
+    with pytest.raises(InvalidRequest, match="no token that ends"):
+        Grammars(tokenizer, 300).compile(AB)
 
 
 def test_objects_that_list_properties_have_no_others(grammars: Grammars, smollm: Tokenizer) -> None:

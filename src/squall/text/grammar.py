@@ -327,6 +327,8 @@ class _Vocabulary:
 
         self.words = -(-vocab // 32)
         self.stops = frozenset(i for i in tokenizer.stop_ids if i < vocab)
+        if not self.stops:
+            raise InvalidRequest("the model has no token that ends answers, so no grammar can end")
         known = range(min(vocab, tokenizer.vocab_size))
         special = {i for i in known if tokenizer.is_special(i)} | self.stops
         tokens = [tokenizer.token_bytes(i) for i in known]
