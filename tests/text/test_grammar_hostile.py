@@ -84,7 +84,7 @@ def test_hostile(name: str, shared: Shared) -> None:
     drawing = shared.drawing
     try:
         matcher = shared.grammars.compile(HOSTILE[name]())()
-        for _ in range(20):
+        for _ in range(5):
             found = drawing.texts(matcher).nonzero()[0]
             if matcher.finished or not found.size:
                 break

@@ -260,7 +260,7 @@ class Grammars:
 
         limits = LLParserLimits(
             max_items_in_row=5_000,  # an object may have so many optional properties
-            step_max_items=5_000,
+            step_max_items=20_000,
             max_lexer_states=50_000,
             verbose_errors=False,
         )
