@@ -46,6 +46,10 @@ class Drawing:
         bits = np.unpackbits(matcher.allowed(())[0].view(np.uint8), bitorder="little")
         return bits[: len(self._stops)].astype(bool)
 
+    def texts(self, matcher: Matcher) -> NDArray[np.bool_]:
+        """The same without ids that end it."""
+        return self.allowed(matcher) & ~self._stops
+
     def text(self, ids: list[int]) -> bytes:
         return b"".join(map(self.tokenizer.token_bytes, ids))
 

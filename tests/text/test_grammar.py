@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -231,34 +232,83 @@ def test_numbers_and_white_space_end(grammars: Grammars, smollm: Tokenizer) -> N
     fed(grammars.compile(exact)(), smollm, str(10**40))
 
 
-MARKS = [("<think>", "</think>"), ("<|im_start|>", "<repo_name>")]
-
-
-@pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize(("opening", "closing"), MARKS)
-def test_reasoning_comes_first(
-    opening: str, closing: str, begun: bool, grammars: Grammars, smollm: Tokenizer
+@pytest.mark.parametrize("marks", [("<think>", "</think>"), ("<|im_start|>", "<|endoftext|>")])
+@pytest.mark.parametrize("begun", [True, False])
+def test_after_reasoning(
+    marks: tuple[str, str], begun: bool, grammars: Grammars, smollm: Tokenizer
 ) -> None:
-    """Free text up to its closing mark, and only then the grammar; it is there if it has begun."""
-    after = Reasoning(opening, closing, begun)
-    end = smollm.encode("<|im_end|>", specials=True)[0]
-
-    def ids(text: str) -> list[int]:
-        return smollm.encode(text, add_bos=False, specials=True)
-
-    for text in ("", "I may say {anything}.\n"):
-        matcher = grammars.compile(AB, after=after)()
-        for token in ids(("" if begun else opening) + text + closing):
-            assert not allows(matcher.allowed(())[0], end)
-            assert allows(matcher.allowed(())[0], token)
+    """Free text between marks, texts or control tokens, and only then the grammar."""
+    start = grammars.compile(AB, after=Reasoning(*marks, begun))
+    opening, closing = (smollm.encode(mark, add_bos=False, specials=True) for mark in marks)
+    end = smollm.encode("<|im_end|>", add_bos=False, specials=True)[0]
+    for thought in ("", "\nI may say {anything}.\n"):
+        matcher = start()
+        for token in (
+            *([] if begun else opening),
+            *smollm.encode(thought, add_bos=False),
+            *closing,
+        ):
+            mask = matcher.allowed(())[0]
+            assert allows(mask, token)
+            assert not allows(mask, end)
             matcher.accept(token)
         fed(matcher, smollm, "\n\nabb")
         assert allows(matcher.allowed(())[0], end)
-    at_once = grammars.compile(AB, after=after)()
-    assert allows(at_once.allowed(())[0], ids("x")[0]) == begun
     if not begun:
-        fed(at_once, smollm, "abb")
-        assert allows(at_once.allowed(())[0], end)
+        assert allows(fed(start(), smollm, "abb").allowed(())[0], end)
+
+
+def sentencepiece(**changes: Any) -> Tokenizer:
+    pieces = [
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "ab",
+        "\u2581ab",
+        "b\u2581",
+        "\u00e9",
+        "\u2581\u00e9",
+        "x",
+    ]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    return Tokenizer.from_gguf(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))],
+            "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+        | changes
+    )
+
+
+def test_sentencepiece() -> None:
+    """Spaces belong to tokens, bytes stand for what has no piece, the byte 255 for nothing."""
+    tokenizer = sentencepiece()
+    grammars, drawing = Grammars(tokenizer, 320), Drawing(tokenizer)
+    start = grammars.compile(Grammar("regex", "(?:ab |\u00e9|日){2,5}x"))
+    for _ in range(20):
+        assert re.fullmatch("(?:ab |\u00e9|日){2,5}x", drawing.answer(start).decode())
+    assert not allows(grammars.compile(Grammar("regex", "(?s:.*)"))().allowed(())[0], 3 + 255)
+    forced = list(grammars.compile(Grammar("regex", "ab é日x[ab]"))().forced(20))
+    text = b"".join(map(tokenizer.token_bytes, forced)).decode()
+    assert "ab é日x".startswith(text)
+    assert len(text) > 3
+
+
+def test_the_executor_has_fewer_ids_than_the_tokenizer(smollm: Tokenizer) -> None:
+    grammars = Grammars(smollm, 1000)
+    assert grammars.compile(AB)().allowed(())[0].shape == (32,)
+
+
+def test_no_end_no_grammar() -> None:
+    tokenizer = sentencepiece(**{"tokenizer.ggml.eos_token_id": None})
+    assert not tokenizer.stop_ids
+    with pytest.raises(InvalidRequest, match="no token that ends"):
+        Grammars(tokenizer, 300).compile(AB)
 
 
 def test_objects_that_list_properties_have_no_others(grammars: Grammars, smollm: Tokenizer) -> None:

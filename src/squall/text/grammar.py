@@ -259,8 +259,8 @@ class Grammars:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
-            max_items_in_row=10_000,  # an object may have so many optional properties
-            step_max_items=10_000,
+            max_items_in_row=5_000,  # an object may have so many optional properties
+            step_max_items=20_000,
             max_lexer_states=50_000,
             verbose_errors=False,
         )
@@ -327,6 +327,8 @@ class _Vocabulary:
 
         self.words = -(-vocab // 32)
         self.stops = frozenset(i for i in tokenizer.stop_ids if i < vocab)
+        if not self.stops:
+            raise InvalidRequest("the model has no token that ends answers, so no grammar can end")
         known = range(min(vocab, tokenizer.vocab_size))
         special = {i for i in known if tokenizer.is_special(i)} | self.stops
         tokens = [tokenizer.token_bytes(i) for i in known]
