@@ -49,6 +49,7 @@ class ResponsesBody(AgentBody, frozen=True):
     metadata: Annotated[dict[str, str], Field(max_length=MOST_METADATA)] | None = None
     background: Literal[False] | None = None
     conversation: None = None
+    prompt: None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
 
     def after(self, items: list[Object], **defaults: Any) -> ChatCompletionRequest:
