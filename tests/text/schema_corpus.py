@@ -97,8 +97,8 @@ _STRING = _typed(
     {"pattern": "^(foo|bar)+"}, {"pattern": "^[A-Z]{2}\\d{2,5}$"}, {"pattern": "\\.py$"},
     {"pattern": "^#[0-9a-fA-F]{6}$"}, {"pattern": "^\\s*$", "maxLength": 4},
     {"pattern": "^[^\"]+$"}, {"pattern": "^é+$"}, {"pattern": "^(a|b){0,3}c?$"},
-    *({"format": name} for name in _FORMATS if name not in ("uri", "hostname")),
-    {"format": "ipv6"}, {"enum": ["a", "b", "ab"]}, {"enum": ["\"", "\\", "\n", "é", "\u2028", ""]},
+    *({"format": name} for name in _FORMATS if name not in ("uri", "hostname", "email")),
+    {"format": "email", "maxLength": 24}, {"format": "ipv6"}, {"enum": ["a", "b", "ab"]}, {"enum": ["\"", "\\", "\n", "é", "\u2028", ""]},
     {"const": "x y"}, {"description": "Say \"hello\" {now}.", "maxLength": 8},
     {"contentMediaType": "text/html", "maxLength": 9}, {"default": "z", "examples": ["q"]},
 )  # fmt: skip

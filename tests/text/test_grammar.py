@@ -15,6 +15,7 @@ from drawing import Drawing
 
 from squall.errors import InvalidRequest, SamplingFailed
 from squall.text.grammar import MAX_DIGITS, Grammar, Grammars, Matcher
+from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
 
 AB = Grammar("regex", "ab+")
@@ -145,7 +146,7 @@ def test_few_are_kept(smollm: Tokenizer) -> None:
     assert grammars.compile(Grammar("regex", "a{1}")) is not starts[0]
 
 
-def test_only_texts_and_ends(grammars: Grammars, smollm: Tokenizer, drawing: Drawing) -> None:
+def test_only_texts_and_ends(grammars: Grammars, smollm: Tokenizer) -> None:
     """No control token by its name, no id that the tokenizer lacks; where it may end, all ends."""
     matcher = grammars.compile(Grammar("regex", "(?s:.*)"))()
     mask = matcher.allowed(())[0]
@@ -192,10 +193,10 @@ def test_a_wrong_token_is_an_error(grammars: Grammars, smollm: Tokenizer) -> Non
         matcher.accept(smollm.encode("x", add_bos=False)[0])
 
 
-def test_a_limit_on_the_way_is_an_error(grammars: Grammars, drawing: Drawing) -> None:
+def test_a_limit_on_the_way_is_an_error(grammars: Grammars, smollm: Tokenizer) -> None:
     start = grammars.compile(Grammar("regex", "(\\w+\\s?){1,2000}"))
     with pytest.raises(SamplingFailed, match="too many expressions"):
-        drawing.answer(start, 10_000)
+        fed(start(), smollm, "word tomorrow " * 500)
 
 
 def test_forced(grammars: Grammars, smollm: Tokenizer) -> None:
@@ -230,21 +231,34 @@ def test_numbers_and_white_space_end(grammars: Grammars, smollm: Tokenizer) -> N
     fed(grammars.compile(exact)(), smollm, str(10**40))
 
 
-@pytest.mark.parametrize("after", ["</think>", "<|im_start|>"])
-def test_after_reasoning(after: str, grammars: Grammars, smollm: Tokenizer) -> None:
-    """Free text, up to a text or a control token, and only then the grammar."""
-    mark = smollm.encode(after, add_bos=False, specials=True)
-    ends = smollm.encode("<|im_end|>", specials=True)
-    for before in ("", "<think>\nI may say {anything}.\n"):
-        matcher = fed(grammars.compile(AB, after=after)(), smollm, before)
-        assert not allows(matcher.allowed(())[0], ends[0])
-        for token in mark:
+MARKS = [("<think>", "</think>"), ("<|im_start|>", "<repo_name>")]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("opening", "closing"), MARKS)
+def test_reasoning_comes_first(
+    opening: str, closing: str, begun: bool, grammars: Grammars, smollm: Tokenizer
+) -> None:
+    """Free text up to its closing mark, and only then the grammar; it is there if it has begun."""
+    after = Reasoning(opening, closing, begun)
+    end = smollm.encode("<|im_end|>", specials=True)[0]
+
+    def ids(text: str) -> list[int]:
+        return smollm.encode(text, add_bos=False, specials=True)
+
+    for text in ("", "I may say {anything}.\n"):
+        matcher = grammars.compile(AB, after=after)()
+        for token in ids(("" if begun else opening) + text + closing):
+            assert not allows(matcher.allowed(())[0], end)
             assert allows(matcher.allowed(())[0], token)
             matcher.accept(token)
         fed(matcher, smollm, "\n\nabb")
-        assert allows(matcher.allowed(())[0], ends[0])
-    opened = grammars.compile(AB, after=after)()
-    assert allows(opened.allowed(())[0], smollm.encode("<|im_start|>", specials=True)[0])
+        assert allows(matcher.allowed(())[0], end)
+    at_once = grammars.compile(AB, after=after)()
+    assert allows(at_once.allowed(())[0], ids("x")[0]) == begun
+    if not begun:
+        fed(at_once, smollm, "abb")
+        assert allows(at_once.allowed(())[0], end)
 
 
 def test_objects_that_list_properties_have_no_others(grammars: Grammars, smollm: Tokenizer) -> None:

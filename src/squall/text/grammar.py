@@ -54,6 +54,7 @@ _DATE = (
     rf"|(\d\d{_LEAP}|{_LEAP}00)-02-29)"
 )
 _LARK = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(%json\s*)')
+_EXCEPT = re.compile(r"\[\^|\\[ux]")
 _KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
 
@@ -184,7 +185,10 @@ def _json(schema: Any) -> str:
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]
     # The last word: what a client says there could turn off what is enforced.
-    return "%json " + json.dumps({**schema, "x-guidance": _OPTIONS})
+    options = dict(_OPTIONS)
+    if any(map(_EXCEPT.search, patterns)):  # llguidance takes an escaped quote for what is not one
+        options["json_allowed_escapes"] = "nrbtf"
+    return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
 def _nodes(value: Any, role: str, depth: int = 0) -> Iterator[tuple[dict[str, Any], str]]:
