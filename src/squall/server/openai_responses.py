@@ -64,7 +64,7 @@ class ResponsesBody(AgentBody, frozen=True):
             self.instructions,
             **defaults,
             max_tokens=self.max_output_tokens,
-            response_format=agents.response_format((self.text or {}).get("format")),
+            response_format=(self.text or {}).get("format"),
             reasoning_effort=(self.reasoning or {}).get("effort"),
         )
 
