@@ -92,4 +92,4 @@ def test_a_draft_tells_how_often_it_is_right(tmp_path: Path) -> None:
         assert report["answer_tokens"] == 40
         assert 0 <= report["accepted_tokens"] <= report["guessed_tokens"]
     out = CliRunner().invoke(app, ["bench", *SMALL[:-2], "-g", "90", "--draft", "ngram"]).stdout
-    assert re.search(r"[1-9]\d* guesses, \d+% right", out)
+    assert re.search(r"guesses right: \d+ of [1-9]", out)

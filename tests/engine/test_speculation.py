@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -366,3 +367,28 @@ def test_new_requests_begin_with_what_others_learned() -> None:
         guessed.append(generation.usage.guessed_tokens)
     assert guessed[-1] < guessed[0] / 2
     engine.close()
+
+
+@pytest.mark.parametrize("answers", [1, 4])
+def test_tries_take_a_hundredth_of_the_time(answers: int) -> None:
+    """However many wait for the steps that they make longer."""
+    tested = Speculation()
+    tested.cost = Steady(1.0, 0.1)
+    tested._chances = [0.01] * len(tested._chances)
+    replies = [
+        SimpleNamespace(
+            sequence=SimpleNamespace(tokens=[1, 2] * 9, guesses=[], number=i),
+            room=100, usage=SimpleNamespace(answer_s=0.0),
+        )
+        for i in range(answers)
+    ]  # fmt: skip
+    tried = 0
+    for _ in range(2000):
+        tested.guess(replies, answers, 60, lambda _, most: most)  # type: ignore[arg-type]
+        for reply in replies:
+            tried += len(reply.sequence.guesses)
+            if reply.sequence.guesses:
+                tested.told(reply.sequence.number, right=False)
+            reply.sequence.guesses = []
+            reply.usage.answer_s += 1.0
+    assert tried * 0.1 == pytest.approx(2000 / 100, rel=0.1)

@@ -45,7 +45,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 ABOVE: dict[str, set[str]] = {
     "model": set(MAY_IMPORT),
     "api": {"errors", "closing", "checkpoints", "engine", "quant", "text", "opening", "model"},
-    "tools": {"errors", "engine", "model", "text", "api"},
     "server": {"__version__", "errors", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api"},

@@ -1,4 +1,4 @@
-"""Every example runs and prints an answer; so does what docs/python-api.md shows."""
+"""Every example runs and prints an answer; so does what pages of docs/ show."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from project import ROOT
 
 from squall.embedded import find
 
-PAGE = (ROOT / "docs/python-api.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PAGES = {
+    name: "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL))
+    for name in ("docs/python-api.md", "docs/structured-output.md")
+}
 EXPECTED = {
     "chat": "Paris",
     "gguf": "",
@@ -45,14 +47,16 @@ def test_example_runs(path: Path) -> None:
         assert "e" not in out
 
 
-def test_python_api_page_runs() -> None:
-    assert "Paris" in run("-c", "\n".join(BLOCKS))
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(page: str) -> None:
+    assert "Paris" in run("-c", PAGES[page])
 
 
 def test_what_is_shown_passes_a_type_checker(tmp_path: Path) -> None:
-    """The examples, the README's code and that of docs/python-api.md, by mypy's strictest rules."""
+    """The examples, the README's code and that of pages, by mypy's strictest rules."""
     readme = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    texts = {f"readme_{i}": text for i, text in enumerate(readme)} | {"page": "\n".join(BLOCKS)}
+    texts = {f"readme_{i}": text for i, text in enumerate(readme)}
+    texts |= {f"page_{i}": text for i, text in enumerate(PAGES.values())}
     texts |= {path.stem: path.read_text() for path in (ROOT / "examples").glob("*.py")}
     for name, text in texts.items():
         (tmp_path / f"shown_{name}.py").write_text(text)

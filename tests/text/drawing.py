@@ -23,7 +23,7 @@ class Drawing:
         tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self._lengths = np.array([len(token) for token in tokens])
         self._stops = np.isin(np.arange(len(tokens)), [*tokenizer.stop_ids])
-        self._ends = np.array([token in (b'"', b"}", b"]", b"@") for token in tokens])
+        self._ends = np.array([token in (b'"', b"}", b"]", b")", b";") for token in tokens])
         self._signs = np.array([not token.isalnum() for token in tokens])
 
     def answer(self, start: Callable[[], Matcher], tokens: int = 40) -> bytes:
@@ -46,6 +46,10 @@ class Drawing:
         bits = np.unpackbits(matcher.allowed(())[0].view(np.uint8), bitorder="little")
         return bits[: len(self._stops)].astype(bool)
 
+    def texts(self, matcher: Matcher) -> NDArray[np.bool_]:
+        """The same without ids that end it."""
+        return self.allowed(matcher) & ~self._stops
+
     def text(self, ids: list[int]) -> bytes:
         return b"".join(map(self.tokenizer.token_bytes, ids))
 
@@ -54,6 +58,6 @@ class Drawing:
             texts = ends
         elif hurry:  # what is short nests least, and what is no word may end something
             texts = texts & (self._lengths == self._lengths[texts].min())
-            if (signs := texts & self._signs).any() and self.random.random() < 0.5:
+            if (signs := texts & self._signs).any() and self.random.random() < 0.3:
                 texts = signs
         return int(self.random.choice(np.flatnonzero(texts)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from drawing import Drawing
 
 from squall.errors import InvalidRequest, SamplingFailed
 from squall.text.grammar import MAX_DIGITS, Grammar, Grammars, Matcher
+from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
 
 AB = Grammar("regex", "ab+")
@@ -145,7 +147,7 @@ def test_few_are_kept(smollm: Tokenizer) -> None:
     assert grammars.compile(Grammar("regex", "a{1}")) is not starts[0]
 
 
-def test_only_texts_and_ends(grammars: Grammars, smollm: Tokenizer, drawing: Drawing) -> None:
+def test_only_texts_and_ends(grammars: Grammars, smollm: Tokenizer) -> None:
     """No control token by its name, no id that the tokenizer lacks; where it may end, all ends."""
     matcher = grammars.compile(Grammar("regex", "(?s:.*)"))()
     mask = matcher.allowed(())[0]
@@ -192,10 +194,10 @@ def test_a_wrong_token_is_an_error(grammars: Grammars, smollm: Tokenizer) -> Non
         matcher.accept(smollm.encode("x", add_bos=False)[0])
 
 
-def test_a_limit_on_the_way_is_an_error(grammars: Grammars, drawing: Drawing) -> None:
+def test_a_limit_on_the_way_is_an_error(grammars: Grammars, smollm: Tokenizer) -> None:
     start = grammars.compile(Grammar("regex", "(\\w+\\s?){1,2000}"))
     with pytest.raises(SamplingFailed, match="too many expressions"):
-        drawing.answer(start, 10_000)
+        fed(start(), smollm, "word tomorrow " * 500)
 
 
 def test_forced(grammars: Grammars, smollm: Tokenizer) -> None:
@@ -230,21 +232,83 @@ def test_numbers_and_white_space_end(grammars: Grammars, smollm: Tokenizer) -> N
     fed(grammars.compile(exact)(), smollm, str(10**40))
 
 
-@pytest.mark.parametrize("after", ["</think>", "<|im_start|>"])
-def test_after_reasoning(after: str, grammars: Grammars, smollm: Tokenizer) -> None:
-    """Free text, up to a text or a control token, and only then the grammar."""
-    mark = smollm.encode(after, add_bos=False, specials=True)
-    ends = smollm.encode("<|im_end|>", specials=True)
-    for before in ("", "<think>\nI may say {anything}.\n"):
-        matcher = fed(grammars.compile(AB, after=after)(), smollm, before)
-        assert not allows(matcher.allowed(())[0], ends[0])
-        for token in mark:
-            assert allows(matcher.allowed(())[0], token)
+@pytest.mark.parametrize("marks", [("<think>", "</think>"), ("<|im_start|>", "<|endoftext|>")])
+@pytest.mark.parametrize("begun", [True, False])
+def test_after_reasoning(
+    marks: tuple[str, str], begun: bool, grammars: Grammars, smollm: Tokenizer
+) -> None:
+    """Free text between marks, texts or control tokens, and only then the grammar."""
+    start = grammars.compile(AB, after=Reasoning(*marks, begun))
+    opening, closing = (smollm.encode(mark, add_bos=False, specials=True) for mark in marks)
+    end = smollm.encode("<|im_end|>", add_bos=False, specials=True)[0]
+    for thought in ("", "\nI may say {anything}.\n"):
+        matcher = start()
+        for token in (
+            *([] if begun else opening),
+            *smollm.encode(thought, add_bos=False),
+            *closing,
+        ):
+            mask = matcher.allowed(())[0]
+            assert allows(mask, token)
+            assert not allows(mask, end)
             matcher.accept(token)
         fed(matcher, smollm, "\n\nabb")
-        assert allows(matcher.allowed(())[0], ends[0])
-    opened = grammars.compile(AB, after=after)()
-    assert allows(opened.allowed(())[0], smollm.encode("<|im_start|>", specials=True)[0])
+        assert allows(matcher.allowed(())[0], end)
+    if not begun:
+        assert allows(fed(start(), smollm, "abb").allowed(())[0], end)
+
+
+def sentencepiece(**changes: Any) -> Tokenizer:
+    pieces = [
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "ab",
+        "\u2581ab",
+        "b\u2581",
+        "\u00e9",
+        "\u2581\u00e9",
+        "x",
+    ]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    return Tokenizer.from_gguf(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))],
+            "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+        | changes
+    )
+
+
+def test_sentencepiece() -> None:
+    """Spaces belong to tokens, bytes stand for what has no piece, the byte 255 for nothing."""
+    tokenizer = sentencepiece()
+    grammars, drawing = Grammars(tokenizer, 320), Drawing(tokenizer)
+    start = grammars.compile(Grammar("regex", "(?:ab |\u00e9|日){2,5}x"))
+    for _ in range(20):
+        assert re.fullmatch("(?:ab |\u00e9|日){2,5}x", drawing.answer(start).decode())
+    assert not allows(grammars.compile(Grammar("regex", "(?s:.*)"))().allowed(())[0], 3 + 255)
+    forced = list(grammars.compile(Grammar("regex", "ab é日x[ab]"))().forced(20))
+    text = b"".join(map(tokenizer.token_bytes, forced)).decode()
+    assert "ab é日x".startswith(text)
+    assert len(text) > 3
+
+
+def test_the_executor_has_fewer_ids_than_the_tokenizer(smollm: Tokenizer) -> None:
+    grammars = Grammars(smollm, 1000)
+    assert grammars.compile(AB)().allowed(())[0].shape == (32,)
+
+
+def test_no_end_no_grammar() -> None:
+    tokenizer = sentencepiece(**{"tokenizer.ggml.eos_token_id": None})
+    assert not tokenizer.stop_ids
+    with pytest.raises(InvalidRequest, match="no token that ends"):
+        Grammars(tokenizer, 300).compile(AB)
 
 
 def test_objects_that_list_properties_have_no_others(grammars: Grammars, smollm: Tokenizer) -> None:

@@ -57,7 +57,9 @@ def chat_structure(request: ChatCompletionRequest, prompt: ChatPrompt) -> Struct
     if prompt.format is None:
         return structure
     required = offer.required or structure is not None
-    calls = prompt.format.grammar(offer.callable, required=required, parallel=offer.parallel)
+    calls = prompt.format.grammar(
+        offer.callable, required=required, parallel=offer.parallel, reasoning=prompt.reasoning
+    )
     if structure is None or offer.required:
         return Structure("tools", calls)
     field, answer = structure

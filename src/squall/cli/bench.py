@@ -156,6 +156,9 @@ def _ask_model(flags: BenchFlags, selected: Selected, loads: list[Load]) -> list
 def _load_table(reports: list[Report]) -> Table:
     latencies = [f"{what} p{p}" for what in ("first", "next") for p in (50, 95, 99)]
     table = _table((), ("at a time", "requests", "errors", "tokens/s", *latencies))
+    guessed = [(report.accepted_tokens, report.guessed_tokens) for report in reports]
+    if any(all_ for _, all_ in guessed):
+        table.title = f"guesses right: {', '.join(f'{a} of {all_}' for a, all_ in guessed)}"
     table.caption = "milliseconds to a request's first text, and between texts"
     for report in reports:
         found = [*report.first_s.values(), *report.gap_s.values()]
@@ -166,9 +169,6 @@ def _load_table(reports: list[Report]) -> Table:
             f"{report.answer_tokens_per_second:.1f}",
             *(f"{1e3 * seconds:.1f}" for seconds in found),
         )
-        if report.guessed_tokens:
-            part = report.accepted_tokens / report.guessed_tokens
-            table.title = f"{report.guessed_tokens} guesses, {part:.0%} right"
         if report.first_error is not None:
             table.caption = f"an error: {report.first_error}"
     return table

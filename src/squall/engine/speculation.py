@@ -235,7 +235,7 @@ class Speculation:
             if counts[i] or not left:
                 continue
             cost = step.row + (draft.price(guessing) if draft is not None else 0.0)
-            if guessing.reply.usage.answer_s * TRIES > guessing.tried_s + cost:
+            if guessing.reply.usage.answer_s * TRIES > (guessing.tried_s + cost) * answers:
                 guessing.tried_s += cost
                 counts[i], left = 1, left - 1
         return counts

@@ -11,8 +11,6 @@ from squall.server.schemas import GenerationBody
 
 Object = dict[str, Any]
 _KNOWN = ChatCompletionRequest.__dataclass_fields__.keys()
-_TOOL = {name: name for name in ("name", "description", "parameters", "strict")}
-_TOOL["input_schema"] = "parameters"
 _SYSTEM = ("system", "developer")
 
 
@@ -33,7 +31,7 @@ class AgentBody(GenerationBody, frozen=True):
             after = [{"type": "text", "text": "\n\n"}, *parts(more["content"])] if more else []
             said = [{"role": "system", "content": [*parts(system), *after]}, *said]
         tools = [self._tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools or ())]
-        fields |= {"messages": said, "tools": tools, "tool_choice": _choice(self.tool_choice)}
+        fields |= {"messages": said, "tools": tools}
         given = {name: value for name, value in self.given().items() if name in _KNOWN}
         own = {name: value for name, value in fields.items() if value is not None}
         return ChatCompletionRequest(**{**given, **own})
@@ -42,8 +40,8 @@ class AgentBody(GenerationBody, frozen=True):
         if tool.get("type", "custom") != self.tool_type:
             wrong = shown(tool.get("type"))
             raise InvalidRequest(f"{where}.type is {wrong}; only {self.tool_type!r} is known")
-        given = {to: tool[name] for name, to in _TOOL.items() if tool.get(name) is not None}
-        return {"type": "function", "function": given}
+        parameters = tool.get("parameters", tool.get("input_schema"))
+        return {"type": "function", "function": {**tool, "parameters": parameters}}
 
 
 def parts(content: Any) -> list[Any]:
@@ -69,25 +67,3 @@ def call(said: list[Object], id: str, name: str, arguments: str) -> None:
     function = {"name": name, "arguments": arguments}
     calls = turn(said, "assistant").setdefault("tool_calls", [])
     calls.append({"id": id, "type": "function", "function": function})
-
-
-def response_format(given: Any) -> Any:
-    """The form of the answer as chats have it; they say what is wrong with others."""
-    match given:
-        case {"type": "json_schema", **schema}:
-            return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
-    return given
-
-
-def _choice(given: Any) -> Any:
-    match given:
-        case {"type": "auto" | "none" as choice}:
-            return choice
-        case {"type": "any"}:
-            return "required"
-        case {"type": "function" | "tool", "name": name}:
-            return {"type": "function", "function": {"name": name}}
-        case {"type": "allowed_tools", "tools": [*allowed], **rest}:
-            mode = {**rest, "tools": list(map(_choice, allowed))}
-            return {"type": "allowed_tools", "allowed_tools": mode}
-    return given

@@ -20,6 +20,7 @@ from squall.server.errors import MESSAGES
 from squall.server.schemas import Message, Parts
 
 _THINKS = {"enabled": {"enable_thinking": True}, "disabled": {"enable_thinking": False}}
+_CHOICES = {"any": "required", "tool": "function"}
 _REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 # Of each kind of section: the block's type, where a delta has its text, and the delta's type.
 _BLOCKS = {
@@ -48,16 +49,19 @@ class CountBody(AgentBody, frozen=True):
                 _add(said, message.role, block, f"messages[{i}].content")
         if said and said[-1]["role"] == "assistant":
             raise InvalidRequest("messages must not end with an assistant's; give a user's")
-        choice, output = self.tool_choice, self.output_config or {}
-        alone = isinstance(choice, dict) and choice.get("disable_parallel_tool_use")
+        choice, output, alone = self.tool_choice, self.output_config or {}, False
+        if isinstance(choice, dict):
+            alone, kind = choice.get("disable_parallel_tool_use") is True, choice.get("type")
+            choice = {**choice, "type": _CHOICES.get(str(kind), kind)}
         return self.chat(
             said,
             self.system,
             **defaults,
+            tool_choice=choice,
             parallel_tool_calls=False if alone else None,
             chat_template_kwargs=_THINKS.get(str((self.thinking or {}).get("type"))),
             reasoning_effort=output.get("effort"),
-            response_format=agents.response_format(output.get("format")),
+            response_format=output.get("format"),
             stop=self.stop_sequences,
         )
 

@@ -49,6 +49,7 @@ class ResponsesBody(AgentBody, frozen=True):
     metadata: Annotated[dict[str, str], Field(max_length=MOST_METADATA)] | None = None
     background: Literal[False] | None = None
     conversation: None = None
+    prompt: None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
 
     def after(self, items: list[Object], **defaults: Any) -> ChatCompletionRequest:
@@ -63,7 +64,7 @@ class ResponsesBody(AgentBody, frozen=True):
             self.instructions,
             **defaults,
             max_tokens=self.max_output_tokens,
-            response_format=agents.response_format((self.text or {}).get("format")),
+            response_format=(self.text or {}).get("format"),
             reasoning_effort=(self.reasoning or {}).get("effort"),
         )
 

@@ -54,6 +54,7 @@ _DATE = (
     rf"|(\d\d{_LEAP}|{_LEAP}00)-02-29)"
 )
 _LARK = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(%json\s*)')
+_EXCEPT = re.compile(r"\[\^|\\[ux]")
 _KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
 
@@ -184,7 +185,10 @@ def _json(schema: Any) -> str:
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]
     # The last word: what a client says there could turn off what is enforced.
-    return "%json " + json.dumps({**schema, "x-guidance": _OPTIONS})
+    options = dict(_OPTIONS)
+    if any(map(_EXCEPT.search, patterns)):  # llguidance takes an escaped quote for what is not one
+        options["json_allowed_escapes"] = "nrbtf"
+    return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
 def _nodes(value: Any, role: str, depth: int = 0) -> Iterator[tuple[dict[str, Any], str]]:
@@ -255,8 +259,8 @@ class Grammars:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
-            max_items_in_row=10_000,  # an object may have so many optional properties
-            step_max_items=10_000,
+            max_items_in_row=5_000,  # an object may have so many optional properties
+            step_max_items=20_000,
             max_lexer_states=50_000,
             verbose_errors=False,
         )
@@ -323,6 +327,8 @@ class _Vocabulary:
 
         self.words = -(-vocab // 32)
         self.stops = frozenset(i for i in tokenizer.stop_ids if i < vocab)
+        if not self.stops:
+            raise InvalidRequest("the model has no token that ends answers, so no grammar can end")
         known = range(min(vocab, tokenizer.vocab_size))
         special = {i for i in known if tokenizer.is_special(i)} | self.stops
         tokens = [tokenizer.token_bytes(i) for i in known]

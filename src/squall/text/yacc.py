@@ -48,12 +48,13 @@ def lark_of_yacc(source: str) -> str:
 
 
 def _tokens(source: str) -> Iterator[_Token]:
-    at = 0
-    while at < len(source):
+    at, marks = 0, 0
+    while at < len(source) and marks < 2:  # after the second, what is there is C
         found = _TOKEN.match(source, at)
         if found is None:
             raise _error(source, at, f"{source[at : at + 20]!r} is nothing that yacc has")
         kind = str(found.lastgroup)
+        marks += kind == "mark"
         if kind != "skip":
             yield kind, found[0], at
         at = found.end() if found[0] != "{" else _end_of_action(source, at)
