@@ -169,16 +169,17 @@ def test_prompts_are_read() -> None:
     assert completion(prompt=["a", "b"]).prompts == ["a", "b"]
 
 
-WORDS = (
+_WORDS = (
     "type function name json_schema schema text json_object regex value choice a+ tools mode auto "
     "allowed_tools required object properties arguments id role tool assistant content tool_calls "
     "parameters strict json grammar yacc lark"
-).split()
-STRANGE = (
+)
+_STRANGE = (
     "response_format json_schema grammar grammar_type structured_outputs guided_json guided_regex "
     "guided_choice guided_grammar tools tool_choice tool_schemas parallel_tool_calls "
     "reasoning_effort messages"
-).split()
+)
+WORDS, STRANGE = _WORDS.split(), _STRANGE.split()
 
 
 def _anything(rng: np.random.Generator, depth: int = 3) -> Any:
