@@ -1,12 +1,4 @@
-"""Python functions as tools: a model calls them, and goes on until it has an answer.
-
->>> from squall import Model, tools
->>> def add(a: int, b: int) -> int:
-...     '''The sum of two numbers.'''
-...     return a + b
->>> with Model.open() as model:
-...     print(tools.run(model, "What is 3 + 4?", [add]).answer)
-"""
+"""Python functions as tools: a model calls them, and goes on until it has an answer."""
 
 from __future__ import annotations
 

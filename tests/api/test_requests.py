@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 
 from squall import ChatCompletionRequest, CompletionRequest, InvalidRequest, ToolChoice
@@ -165,3 +167,34 @@ def test_prompts_are_read() -> None:
     assert completion(prompt=[1, 2]).prompts == [[1, 2]]
     assert completion(prompt=[[1, 2], [3]]).prompts == [[1, 2], [3]]
     assert completion(prompt=["a", "b"]).prompts == ["a", "b"]
+
+
+_WORDS = (
+    "type function name json_schema schema text json_object regex value choice a+ tools mode auto "
+    "allowed_tools required object properties arguments id role tool assistant content tool_calls "
+    "parameters strict json grammar yacc lark"
+)
+_STRANGE = (
+    "response_format json_schema grammar grammar_type structured_outputs guided_json guided_regex "
+    "guided_choice guided_grammar tools tool_choice tool_schemas parallel_tool_calls "
+    "reasoning_effort messages"
+)
+WORDS, STRANGE = _WORDS.split(), _STRANGE.split()
+
+
+def _anything(rng: np.random.Generator, depth: int = 3) -> Any:
+    kind = rng.integers(10 if depth else 6)
+    if kind < 3:
+        return (None, True, [0, -5, 10**30, 1.5, math.inf][rng.integers(5)])[kind]
+    if kind < 6:
+        return WORDS[rng.integers(len(WORDS))]
+    values = [_anything(rng, depth - 1) for _ in range(rng.integers(4))]
+    return values if kind < 8 else {WORDS[rng.integers(len(WORDS))]: value for value in values}
+
+
+def test_whatever_a_field_holds(rng: np.random.Generator) -> None:
+    """It is taken, or refused by name; nothing else goes wrong."""
+    for _ in range(2000):
+        fields = {STRANGE[i]: _anything(rng) for i in rng.integers(len(STRANGE), size=2)}
+        with suppress(InvalidRequest):
+            chat(**fields)

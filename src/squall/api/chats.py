@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from itertools import groupby
 from operator import attrgetter
 
-from squall.api.messages import characters
 from squall.api.requests import ChatCompletionRequest
 from squall.api.responses import CalledFunction, Delta, ResponseMessage, ToolCall, ToolCallDelta
 from squall.api.structure import Structure, naming
@@ -30,7 +30,7 @@ CHARACTERS_PER_TOKEN = 64
 def chat_prompt(model: Model, request: ChatCompletionRequest) -> ChatPrompt:
     """The prompt of a chat, in the model's chat template."""
     messages = [dict(message) for message in request.messages if not isinstance(message, str)]
-    check_characters(model, characters(messages))
+    check_characters(model, len(json.dumps(messages, ensure_ascii=False)))
     kwargs, tools = request.template_kwargs, request.offer().tools
     return model.chat_prompt(messages, tools=tools, template_kwargs=kwargs)
 

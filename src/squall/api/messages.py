@@ -27,19 +27,11 @@ def conversation(messages: Messages) -> list[dict[str, Any]]:
     """What templates are to see of messages as clients send them; a text is a user's."""
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
+    check(isinstance(messages, Sequence), "messages", messages, "a text or a list of messages")
     check_short("messages", messages, MOST_MESSAGES)
     if not len(messages):
         raise InvalidRequest("messages is empty; give at least one")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def characters(value: object) -> int:
-    """How long all texts in a message are together."""
-    if isinstance(value, Mapping):
-        return sum(map(characters, value.values()))
-    if isinstance(value, list):
-        return sum(map(characters, value))
-    return len(value) if isinstance(value, str) else 1
 
 
 def check_short(name: str, values: Sized, most: int, what: str = "entries") -> None:

@@ -103,7 +103,8 @@ def _grammar(value: Any) -> Grammar:
     return Grammar.json_schema(value)
 
 
-def _structured_outputs(value: Mapping[str, Any]) -> Grammar | None:
+def _structured_outputs(value: Any) -> Grammar | None:
+    check(isinstance(value, Mapping), "it", value, "an object")
     said = {k: v for k, v in value.items() if v not in (None, False) and k not in _HINTS}
     if not said:
         return None

@@ -74,9 +74,9 @@ def _chosen(choice: Any) -> tuple[str, list[str] | None]:
         # OpenAI's chats have an object within the object, its responses do not.
         about = choice.get(kind, choice)
         if kind == "function":
-            return "required", [about["name"]]
+            return "required", [str(about["name"])]
         if kind == "allowed_tools":
-            names = [tool.get("function", tool)["name"] for tool in about["tools"]]
+            names = [str(tool.get("function", tool)["name"]) for tool in about["tools"]]
             return _MODES[about.get("mode", "auto")], names
         return _MODES[kind], None
     except (KeyError, TypeError, AttributeError):
