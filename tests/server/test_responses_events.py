@@ -135,6 +135,7 @@ def test_a_failure_in_the_middle(after: int) -> None:
 
     data = events(asyncio.run(parts(responses())).decode())
     check_order(data)
+    assert [event["response"]["status"] for event in data[:2]] == ["in_progress"] * 2
     assert data[-1]["type"] == "response.failed"
     assert data[-1]["response"]["status"] == "failed"
     assert data[-1]["response"]["error"] == {"code": "server_error", "message": "gone"}

@@ -100,6 +100,26 @@ def test_row_5_whatever_the_cuts_the_events_are_the_same(
 
 
 @named
+def test_a_call_without_marks_may_be_the_answer(row: ToolFormat) -> None:
+    """As mistral.rs reads them, whatever the model; others of this kind are content."""
+    keys = ("parameters",) if row.bare else ("arguments", "parameters")
+    for key in keys:
+        text = f' {{"name": "get_weather",\n"{key}": {json.dumps(CALLS[0][1])}}}\n'
+        events = parse([text], row)
+        assert calls_of(events) == CALLS[:1]
+        assert content(events) == ""
+        assert parse(list(text), row) == events
+        for other in (text.replace("get_weather", "getter"), f"So:{text}", text.replace(key, "a")):
+            for pieces in ([other], list(other)):
+                assert content(parse(pieces, row, names=["get_weather"])) == other
+    after = parse([text.strip() + row.text(CALLED)], row)
+    assert [name for name, _ in calls_of(after)] == ["get_weather"] * (2 - row.bare)
+
+
+CALLED = [("get_weather", json.dumps(CALLS[0][1]))]
+
+
+@named
 def test_row_6_a_call_that_was_cut_has_not_ended(row: ToolFormat) -> None:
     """However short the answer was cut, streamed or not: a call is ended only with all of it."""
     text = answer(row, several(row))

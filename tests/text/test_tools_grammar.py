@@ -265,11 +265,12 @@ def test_one_call_where_several_are_not_wanted(
         assert check(text, row, ended=True) == ["route"]
 
 
+@named
 def test_an_answer_that_begins_like_a_bare_call_is_held_to_the_schema(
-    vocabulary: Vocabularies, random_: random.Random
+    row: ToolFormat, vocabulary: Vocabularies, random_: random.Random
 ) -> None:
-    words = vocabulary(["<|python_tag|>"])
-    (row,) = (bound(row, words) for row in FORMATS if row.bare)
+    words = vocabulary(row.marks())
+    row = bound(row, words)
     source = lark(row, TOOLS, required=False, parallel=True)
     for begin in ('{"name": "route", "parameters":', '{ "name" :"route" ,\n"parameters" : '):
         text, ended = draw(source, words, random_, begin=begin)

@@ -108,7 +108,7 @@ class Sections(Dialect, ABC):
         return _encoded([*nothing, *self._close(), *self.tell("end")])
 
     def failed(self, error: ApiError) -> bytes:
-        begin = [] if self.usage else self.tell("begin")
+        begin = [] if self.usage else list(self.tell("begin"))
         self.error, self.finish_reason = error, "error"
         return _encoded([*begin, *self._close(), *self.tell("failed")])
 

@@ -144,14 +144,16 @@ class AnswerParser:
         return self._go(self._gap, self._held.index(closing) + len(closing), self._answer)
 
     def _answer(self) -> bool:
-        if self._format.bare:
-            return self._begun(self._format.bare_first)
-        return self._go(self._content)
+        if self.tools is None:
+            return self._go(self._content)
+        self._format = self.tools.bared
+        return self._begun(self._format.bare_first)
 
     def _content(self) -> bool:
         if self.tools is None:
             self._tell(Said, len(self._held))
             return False
+        self._format = self.tools
         return self._until(self._format.opening, Said) and self._go(self._first)
 
     def _first(self) -> bool:

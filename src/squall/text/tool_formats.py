@@ -27,6 +27,7 @@ MAX_SPACE = 16  # characters of white space that a mark swallows
 _MARK = re.compile(r"(<[|\uff5c][^<>]{1,40}[|\uff5c]>|\[/?[A-Z_]+\]|</?tool_call>)")
 _SPACE = rf"[ \t\r\n]{{0,{MAX_SPACE}}}"
 _ATOMS = {"$": f"({TOOL_NAME})", "~": "[A-Za-z0-9_-]{1,64}", "#": "[0-9]{1,4}"}
+_BARE = tuple(f'{{"name": "$", "{key}": ' for key in ("arguments", "parameters"))
 _RESULTS = re.compile(r"""['"]tool['"]""")
 _AS_TEXT = re.compile(r"""arguments['"\]]*\s*(?:\+|-?\}\})""")
 _AS_OBJECT = re.compile(r"""arguments['"\]]*\s*\|\s*(?:tojson|items)""")
@@ -157,8 +158,17 @@ class ToolFormat:
         return Pattern.of(*(" " + self.opening + text for text in texts))
 
     @cached_property
+    def bared(self) -> ToolFormat:
+        """A call that is the whole answer and has no marks, as models write it that know none."""
+        if self.bare:
+            return self
+        return replace(
+            self, leads=("",), heads=_BARE, tails=("}",), join=None, closings=("",), bare=True
+        )
+
+    @cached_property
     def bare_first(self) -> Pattern:
-        """The same without the opening."""
+        """All up to its arguments."""
         return Pattern.of(*(" " + head for head in self.heads))
 
     @cached_property
@@ -217,10 +227,9 @@ class ToolFormat:
             head = self.heads[0].replace("$", tool.name)
             rules.append(f"arguments{i}: %json {json.dumps(tool.schema())}")
             rules.append(f"call{i}: {self._terms(head)} arguments{i} {tail}")
-            if self.bare:
-                # Only with its name and key it is a call: answers may be JSON of the user's.
-                begin = Pattern.of(" " + head.rstrip())
-                rules.append(f"bare{i}[lazy]: /{begin.whole.pattern}/")
+            # Only with its name and key it is a call: answers may be JSON of the user's.
+            heads = (" " + head.replace("$", tool.name).rstrip() for head in self.bared.heads)
+            rules.append(f"bare{i}[lazy]: /{Pattern.of(*heads).whole.pattern}/")
         return rules
 
     def _starts(self, tools: Sequence[Tool]) -> list[str]:
@@ -229,10 +238,8 @@ class ToolFormat:
             starts.append("TEXT opened")
         if self.answer and self.controls.keys() >= {*self.answer}:
             starts.append(" TEXT ".join(map(self._terms, self.answer)))
-        tail = self._terms(self.tails[0])
-        return starts + [
-            f"bare{i} SPACE? arguments{i} {tail}" for i in range(len(tools) * self.bare)
-        ]
+        tail = self._terms(self.bared.tails[0])
+        return starts + [f"bare{i} SPACE? arguments{i} {tail}" for i in range(len(tools))]
 
     def _terms(self, text: str | None) -> str:
         """A text of the row in Lark: literals, terminals and control tokens."""
