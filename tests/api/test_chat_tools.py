@@ -10,6 +10,7 @@ import pytest
 from scripted import Scripted, scripted
 
 from squall import ChatCompletionRequest, InvalidRequest, Model, Runner, ToolChoice
+from squall.api.jobs import start_chat
 
 ADD = {
     "type": "function",
@@ -164,6 +165,34 @@ def test_what_the_model_is_shown(model: Model, known: Scripted) -> None:
         assert "seven" in known.prompts[-1].rpartition('{"a": 3}')[2]
 
 
+def test_mistral_rs_programs(model: Model, known: Scripted) -> None:
+    """They have tools as JSON, and send calls and results back as plain contents."""
+    messages = [{"role": "user", "content": "one call"}]
+    runner = Runner(model)
+    request = ChatCompletionRequest(
+        model="any", messages=messages, max_tokens=256, presence_penalty=1.0, top_p=0.9,
+        temperature=0.1, tool_schemas=[json.dumps(ADD)], tool_choice=ToolChoice.Auto,
+    )  # fmt: skip
+    called = runner.send_chat_completion_request(request).choices[0].message.tool_calls[0].function
+    arguments = json.loads(called.arguments)
+    said = json.dumps({"name": called.name, "parameters": arguments})
+    messages += [
+        {"role": "assistant", "content": said},
+        {"role": "tool", "content": str(arguments["a"] + arguments["b"])},
+    ]
+    request = ChatCompletionRequest(
+        model="any", messages=messages, max_tokens=256, tool_schemas=[json.dumps(ADD)],
+        tool_choice=ToolChoice.Auto,
+    )  # fmt: skip
+    runner.send_chat_completion_request(request)
+    assert "7" in known.prompts[-1].rpartition(said)[2]
+    request = ChatCompletionRequest(
+        messages="A list.", max_tokens=16, grammar_type="regex", grammar="( - [a-z]*\n)+"
+    )
+    found = runner.send_chat_completion_request(request).choices[0].message.content or ""
+    assert found.startswith(" - ")
+
+
 @pytest.mark.usefixtures("known")
 def test_calls_or_json(model: Model) -> None:
     schema = {"type": "object", "properties": {"total": {"type": "integer"}}, "required": ["total"]}
@@ -187,6 +216,15 @@ def test_logprobs_of_calls_are_told_token_by_token(model: Model) -> None:
     chunks = [*Runner(model).stream_chat_completion_request(request)]
     parts = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
     assert tuple(entry for part in parts for entry in part) == whole.logprobs.content
+
+
+@pytest.mark.usefixtures("known")
+def test_calls_have_ids_of_their_own(model: Model) -> None:
+    """Also if requests have one id, as those of a trace may."""
+    request = ChatCompletionRequest(messages="two calls", tools=[ADD, MUL], n=2)
+    wholes = [start_chat(model, request, id="trace").response() for _ in range(2)]
+    calls = [call for w in wholes for c in w.choices for call in c.message.tool_calls]
+    assert len({call.id for call in calls}) == len(calls) == 8
 
 
 @pytest.mark.parametrize(
