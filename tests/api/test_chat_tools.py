@@ -11,6 +11,7 @@ from scripted import Scripted, scripted
 
 from squall import ChatCompletionRequest, InvalidRequest, Model, Runner, ToolChoice
 from squall.api.jobs import start_chat
+from squall.engine.request import Request
 
 ADD = {
     "type": "function",
@@ -191,6 +192,21 @@ def test_mistral_rs_programs(model: Model, known: Scripted) -> None:
     )
     found = runner.send_chat_completion_request(request).choices[0].message.content or ""
     assert found.startswith(" - ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [({}, False), ({"tools": [ADD]}, False), ({"guided_regex": " [a-z]+"}, True)],
+)
+def test_a_leading_space_is_kept_where_a_shape_asks_for_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], kept: bool
+) -> None:
+    asked: list[Request] = []
+    submit = model.engine.submit
+    monkeypatch.setattr(model.engine, "submit", lambda r, s: asked.append(r) or submit(r, s))
+    request = ChatCompletionRequest(messages="Hi", max_tokens=1, **fields)
+    Runner(model).send_chat_completion_request(request)
+    assert asked[0].continues is kept
 
 
 @pytest.mark.usefixtures("known")

@@ -47,6 +47,7 @@ def start_chat(
         _request(model, request, prompt, tenant),
         max_tokens=request.max_tokens,
         logprobs=request.top_logprobs or 0 if request.logprobs else None,
+        continues=request.structure() is not None,  # tools leave words as they are
     )
     job = ChatJob(model, request, id, prompt)
     job.submit(
