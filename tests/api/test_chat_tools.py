@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from scripted import Scripted, scripted
 from squall import ChatCompletionRequest, InvalidRequest, Model, Runner, ToolChoice
 from squall.api.jobs import start_chat
 from squall.engine.request import Request
+from squall.text.tools import Tool
 
+TEMPLATES = Path(__file__).parents[1] / "text/tool_templates"
 ADD = {
     "type": "function",
     "function": {
@@ -62,7 +66,7 @@ def ask(model: Model, text: str, **fields: Any) -> dict[str, Any]:
     streamed = joined(Runner(model).stream_chat_completion_request(request))
     for choice, other in zip(whole["choices"], streamed, strict=True):
         for number, made in enumerate(choice["message"].get("tool_calls", [])):
-            assert made["id"].startswith("call_")
+            assert re.fullmatch("call_[0-9a-f]{24}|[0-9A-Za-z]{9}", made["id"])
             made["id"] = other["message"]["tool_calls"][number]["id"] = None
         assert {k: v for k, v in choice.items() if k != "logprobs"} == other
     found: dict[str, Any] = whole["choices"][0] | {"usage": whole["usage"]}
@@ -192,6 +196,27 @@ def test_mistral_rs_programs(model: Model, known: Scripted) -> None:
     )
     found = runner.send_chat_completion_request(request).choices[0].message.content or ""
     assert found.startswith(" - ")
+
+
+@pytest.mark.parametrize("file", [*TEMPLATES.glob("*.jinja")], ids=lambda file: file.stem)
+def test_row_5_the_formats_of_models(
+    model: Model, monkeypatch: pytest.MonkeyPatch, file: Path
+) -> None:
+    monkeypatch.setattr(model, "chat_template", model.chat_template.replaced(str(file)))
+    tools = [Tool.of(ADD), Tool.of(MUL)]
+    prompt = model.chat_prompt([{"role": "user", "content": "one call"}], tools=tools)
+    assert prompt.format is not None
+    answer = prompt.format.text([("add", '{"a": 3, "b": 4}')])
+    thought = prompt.reasoning is not None and prompt.reasoning.begun
+    if prompt.reasoning is not None and thought:
+        answer = f"Hm.{prompt.reasoning.closing}\n\n{answer}"
+    with scripted(model, {"one call": answer}, marker=re.escape(prompt.text[-20:])):
+        for choice in ("auto", "required", ADD):
+            found = ask(model, "one call", tool_choice=choice)
+            assert calls_of(found) == [("add", {"a": 3, "b": 4})]
+            assert found["finish_reason"] == "tool_calls"
+            assert found["message"]["content"] is None
+            assert found["message"].get("reasoning_content") == ("Hm." if thought else None)
 
 
 @pytest.mark.parametrize(
