@@ -64,6 +64,12 @@ class Scripted:
         if not answer.startswith(said) or answer == said:
             assert tokenizer.eos is not None
             return tokenizer.eos
+        at = 0
+        for token in tokenizer.encode(answer.decode(), add_bos=False, specials=True):
+            if at == len(said):
+                return token
+            at += len(tokenizer.token_bytes(token))
+        # Other tokens were drawn for the same text.
         rest = answer[len(said) :].decode(errors="ignore")
         return tokenizer.encode(rest, add_bos=False, specials=True)[0]
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from scripted import Scripted, scripted
 
 from squall import ChatCompletionRequest, InvalidRequest, Model, Runner, ToolChoice
+from squall.api.jobs import start_chat
+from squall.engine.request import Request
+from squall.text.tools import Tool
 
+TEMPLATES = Path(__file__).parents[1] / "text/tool_templates"
 ADD = {
     "type": "function",
     "function": {
@@ -60,7 +66,7 @@ def ask(model: Model, text: str, **fields: Any) -> dict[str, Any]:
     streamed = joined(Runner(model).stream_chat_completion_request(request))
     for choice, other in zip(whole["choices"], streamed, strict=True):
         for number, made in enumerate(choice["message"].get("tool_calls", [])):
-            assert made["id"].startswith("call_")
+            assert re.fullmatch("call_[0-9a-f]{24}|[0-9A-Za-z]{9}", made["id"])
             made["id"] = other["message"]["tool_calls"][number]["id"] = None
         assert {k: v for k, v in choice.items() if k != "logprobs"} == other
     found: dict[str, Any] = whole["choices"][0] | {"usage": whole["usage"]}
@@ -164,6 +170,70 @@ def test_what_the_model_is_shown(model: Model, known: Scripted) -> None:
         assert "seven" in known.prompts[-1].rpartition('{"a": 3}')[2]
 
 
+def test_mistral_rs_programs(model: Model, known: Scripted) -> None:
+    """They have tools as JSON, and send calls and results back as plain contents."""
+    messages = [{"role": "user", "content": "one call"}]
+    runner = Runner(model)
+    request = ChatCompletionRequest(
+        model="any", messages=messages, max_tokens=256, presence_penalty=1.0, top_p=0.9,
+        temperature=0.1, tool_schemas=[json.dumps(ADD)], tool_choice=ToolChoice.Auto,
+    )  # fmt: skip
+    called = runner.send_chat_completion_request(request).choices[0].message.tool_calls[0].function
+    arguments = json.loads(called.arguments)
+    said = json.dumps({"name": called.name, "parameters": arguments})
+    messages += [
+        {"role": "assistant", "content": said},
+        {"role": "tool", "content": str(arguments["a"] + arguments["b"])},
+    ]
+    request = ChatCompletionRequest(
+        model="any", messages=messages, max_tokens=256, tool_schemas=[json.dumps(ADD)],
+        tool_choice=ToolChoice.Auto,
+    )  # fmt: skip
+    runner.send_chat_completion_request(request)
+    assert "7" in known.prompts[-1].rpartition(said)[2]
+    request = ChatCompletionRequest(
+        messages="A list.", max_tokens=16, grammar_type="regex", grammar="( - [a-z]*\n)+"
+    )
+    found = runner.send_chat_completion_request(request).choices[0].message.content or ""
+    assert found.startswith(" - ")
+
+
+@pytest.mark.parametrize("file", [*TEMPLATES.glob("*.jinja")], ids=lambda file: file.stem)
+def test_row_5_the_formats_of_models(
+    model: Model, monkeypatch: pytest.MonkeyPatch, file: Path
+) -> None:
+    monkeypatch.setattr(model, "chat_template", model.chat_template.replaced(str(file)))
+    tools = [Tool.of(ADD), Tool.of(MUL)]
+    prompt = model.chat_prompt([{"role": "user", "content": "one call"}], tools=tools)
+    assert prompt.format is not None
+    answer = prompt.format.text([("add", '{"a": 3, "b": 4}')])
+    thought = prompt.reasoning is not None and prompt.reasoning.begun
+    if prompt.reasoning is not None and thought:
+        answer = f"Hm.{prompt.reasoning.closing}\n\n{answer}"
+    with scripted(model, {"one call": answer}, marker=re.escape(prompt.text[-20:])):
+        for choice in ("auto", "required", ADD):
+            found = ask(model, "one call", tool_choice=choice)
+            assert calls_of(found) == [("add", {"a": 3, "b": 4})]
+            assert found["finish_reason"] == "tool_calls"
+            assert found["message"]["content"] is None
+            assert found["message"].get("reasoning_content") == ("Hm." if thought else None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [({}, False), ({"tools": [ADD]}, False), ({"guided_regex": " [a-z]+"}, True)],
+)
+def test_a_leading_space_is_kept_where_a_shape_asks_for_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], kept: bool
+) -> None:
+    asked: list[Request] = []
+    submit = model.engine.submit
+    monkeypatch.setattr(model.engine, "submit", lambda r, s: asked.append(r) or submit(r, s))
+    request = ChatCompletionRequest(messages="Hi", max_tokens=1, **fields)
+    Runner(model).send_chat_completion_request(request)
+    assert asked[0].continues is kept
+
+
 @pytest.mark.usefixtures("known")
 def test_calls_or_json(model: Model) -> None:
     schema = {"type": "object", "properties": {"total": {"type": "integer"}}, "required": ["total"]}
@@ -187,6 +257,15 @@ def test_logprobs_of_calls_are_told_token_by_token(model: Model) -> None:
     chunks = [*Runner(model).stream_chat_completion_request(request)]
     parts = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
     assert tuple(entry for part in parts for entry in part) == whole.logprobs.content
+
+
+@pytest.mark.usefixtures("known")
+def test_calls_have_ids_of_their_own(model: Model) -> None:
+    """Also if requests have one id, as those of a trace may."""
+    request = ChatCompletionRequest(messages="two calls", tools=[ADD, MUL], n=2)
+    wholes = [start_chat(model, request, id="trace").response() for _ in range(2)]
+    calls = [call for w in wholes for c in w.choices for call in c.message.tool_calls]
+    assert len({call.id for call in calls}) == len(calls) == 8
 
 
 @pytest.mark.parametrize(

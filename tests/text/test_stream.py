@@ -138,3 +138,12 @@ def test_failed_prefixes_are_flushed_at_once(smollm: Tokenizer) -> None:
 def test_a_stop_string_must_not_be_empty(smollm: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="empty"):
         TextStream(smollm, [""])
+
+
+def test_control_tokens_that_are_part_of_a_text(smollm: Tokenizer) -> None:
+    text = "<|im_start|>{<|im_end|>}<|im_start|>"
+    ids = smollm.encode(text, add_bos=False, specials=True)
+    (mark,) = smollm.encode("<|im_start|>", add_bos=False, specials=True)
+    made = TextStream(smollm, ["}<|im_"], shown={mark})
+    assert [made.push(token) for token in ids] == ["<|im_start|>", "{", "", "", ""]
+    assert made.stopped

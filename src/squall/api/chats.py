@@ -6,12 +6,12 @@ import json
 from itertools import groupby
 from operator import attrgetter
 
-from squall.api.requests import ChatCompletionRequest
+from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.api.responses import CalledFunction, Delta, ResponseMessage, ToolCall, ToolCallDelta
-from squall.api.structure import Structure, naming
-from squall.engine.request import Constraint, Piece
+from squall.api.structure import Structure
+from squall.engine.request import Piece
 from squall.errors import ContextLengthExceeded, InvalidRequest
-from squall.model import Model
+from squall.model import Model, Prompt
 from squall.text.answer import (
     AnswerParser,
     CallArguments,
@@ -43,26 +43,20 @@ def check_characters(model: Model, count: int) -> None:
         )
 
 
-def constraint_of(model: Model, structure: Structure | None, prompt: object) -> Constraint | None:
-    """What its answers may be."""
-    if structure is None:
-        return None
-    with naming(structure.field):
-        return model.constraint(structure.grammar, prompt)
-
-
-def chat_structure(request: ChatCompletionRequest, prompt: ChatPrompt) -> Structure | None:
+def structure(
+    request: ChatCompletionRequest | CompletionRequest, prompt: Prompt
+) -> Structure | None:
     """What its answers must look like: whole calls of its tools, what was asked for, or either."""
-    offer, structure = request.offer(), request.structure()
-    if prompt.format is None:
-        return structure
-    required = offer.required or structure is not None
-    calls = prompt.format.grammar(
-        offer.callable, required=required, parallel=offer.parallel, reasoning=prompt.reasoning
-    )
-    if structure is None or offer.required:
+    asked = request.structure()
+    form = prompt.format if isinstance(prompt, ChatPrompt) else None
+    if form is None or isinstance(request, CompletionRequest):
+        return asked
+    offer = request.offer()
+    required = offer.required or asked is not None
+    calls = form.grammar(offer.callable, required=required, parallel=offer.parallel)
+    if asked is None or offer.required:
         return Structure("tools", calls)
-    field, answer = structure
+    field, answer = asked
     if answer.kind not in ("json_schema", "json_object"):
         raise InvalidRequest(f"{field} must be JSON if there are tools; leave one of them out")
     json_ = answer.value or '{"type": "object"}'

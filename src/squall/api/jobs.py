@@ -14,17 +14,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from squall.api import responses
-from squall.api.chats import (
-    ChatAnswer,
-    chat_prompt,
-    chat_structure,
-    check_characters,
-    constraint_of,
-)
+from squall.api import chats, responses
 from squall.api.logprobs import Entry, PromptScores, Tokens, chat_logprobs, completion_logprobs
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
-from squall.api.structure import Structure
+from squall.api.structure import naming
 from squall.closing import Closing
 from squall.engine.generation import Mailbox
 from squall.engine.reply import Reply
@@ -49,11 +42,12 @@ def start_chat(
     Raises InvalidRequest, ContextLengthExceeded, TemplateError, QueueFull or EngineStopped.
     """
     _check_count(model, request.n)
-    prompt = chat_prompt(model, request)
+    prompt = chats.chat_prompt(model, request)
     asked = replace(
-        _request(model, request, prompt, chat_structure(request, prompt), tenant),
+        _request(model, request, prompt, tenant),
         max_tokens=request.max_tokens,
         logprobs=request.top_logprobs or 0 if request.logprobs else None,
+        continues=request.structure() is not None,  # tools leave words as they are
     )
     job = ChatJob(model, request, id, prompt)
     job.submit(
@@ -65,7 +59,7 @@ def start_chat(
 
 def chat_ids(model: Model, request: ChatCompletionRequest) -> list[int]:
     """The prompt of a chat, in the model's chat template."""
-    return model.tokenizer.encode_pieces(chat_prompt(model, request).pieces)
+    return model.tokenizer.encode_pieces(chats.chat_prompt(model, request).pieces)
 
 
 def start_completion(
@@ -75,8 +69,8 @@ def start_completion(
     _check_count(model, len(request.prompts) * request.candidates)
     answers: list[tuple[Request, _Choice]] = []
     for number, prompt in enumerate(request.prompts):
-        check_characters(model, len(prompt))
-        asked = _request(model, request, prompt, request.structure(), tenant)
+        chats.check_characters(model, len(prompt))
+        asked = _request(model, request, prompt, tenant)
         answers += [
             _completion(model, request, one, number)
             for one in _drawn_apart(asked, request.candidates)
@@ -90,6 +84,7 @@ class _Choice:
     """One answer, as far as it is known; it begins with the prompt if that is echoed."""
 
     answer: Reply
+    new: str  # the end of the text
 
     def __init__(
         self, prompt: int, tokens: Tokens, text: str = "", scores: PromptScores | None = None
@@ -106,7 +101,8 @@ class _Choice:
         if self._scores is not None:
             self.tokens.add_prompt(self._scores)
             self._scores = None
-        self.text += piece.text
+        self.new = piece.text
+        self.text += self.new
         self.tokens.take(piece, len(self.text))
         reason = piece.finish_reason
         self.finish_reason = "canceled" if reason == "cancelled" else reason
@@ -172,7 +168,7 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
         """Parts as they come; closing the iterator cancels the job."""
         with self:
             while self._open:
-                yield from self._chunks(*self._take(*self._mail.get()))
+                yield from self._chunks(self._take(*self._mail.get()))
             if self.request.include_usage:
                 yield self._chunk(usage=self.usage)
 
@@ -180,7 +176,7 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
         """Parts as they come; closing the iterator cancels the job."""
         with self:
             while self._open:
-                for chunk in self._chunks(*self._take(*await self._mail.get_async())):
+                for chunk in self._chunks(self._take(*await self._mail.get_async())):
                     yield chunk
             if self.request.include_usage:
                 yield self._chunk(usage=self.usage)
@@ -225,18 +221,18 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
             ),
         )
 
-    def _take(self, index: int, piece: Piece) -> tuple[int, str]:
+    def _take(self, index: int, piece: Piece) -> int:
         self._open -= piece.finish_reason is not None
         if piece.error is not None:
             raise piece.error
         self._choices[index].take(piece)
-        return index, piece.text
+        return index
 
     def _reasoning_tokens(self) -> int:
         return 0
 
-    def _chunks(self, index: int, text: str) -> Iterator[Part]:
-        for part in self._parts(index, self._choices[index], text):
+    def _chunks(self, index: int) -> Iterator[Part]:
+        for part in self._parts(index, self._choices[index]):
             yield self._chunk(part)
 
     def __del__(self) -> None:
@@ -257,8 +253,8 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
         """All answers, complete."""
 
     @abstractmethod
-    def _parts(self, index: int, choice: _Choice, text: str) -> Iterator[Any]:
-        """What is new of a choice, of which `text` is; the finish_reason comes in the last."""
+    def _parts(self, index: int, choice: _Choice) -> Iterator[Any]:
+        """What is new of a choice; the finish_reason comes in the last."""
 
 
 _Chat = Job[
@@ -280,16 +276,15 @@ class ChatJob(_Chat):
         names = [tool.name for tool in request.offer().callable]
         # Where there may be calls instead of a content, it may be null.
         self._empty = None if names else ""
-        parsers = (prompt.parser(names, f"{self.id} {number}") for number in range(request.n))
-        self._said = [ChatAnswer(parser, self._empty) for parser in parsers]
+        self._said = [chats.ChatAnswer(prompt.parser(names), self._empty) for _ in range(request.n)]
 
-    def _take(self, index: int, piece: Piece) -> tuple[int, str]:
-        taken = super()._take(index, piece)
+    def _take(self, index: int, piece: Piece) -> int:
+        super()._take(index, piece)
         said, choice = self._said[index], self._choices[index]
         said.take(piece)
         if choice.finish_reason == "stop" and said.called:
             choice.finish_reason = "tool_calls"
-        return taken
+        return index
 
     def _reasoning_tokens(self) -> int:
         return sum(said.reasoning_tokens for said in self._said)
@@ -300,12 +295,7 @@ class ChatJob(_Chat):
             message = self._said[index].message
             yield responses.Choice(choice.finish_reason, index, message, logprobs)
 
-    def _parts(
-        self,
-        index: int,
-        choice: _Choice,
-        text: str,  # noqa: ARG002
-    ) -> Iterator[responses.ChunkChoice]:
+    def _parts(self, index: int, choice: _Choice) -> Iterator[responses.ChunkChoice]:
         empty = responses.Delta(content=self._empty)
         if choice.is_first():
             yield responses.ChunkChoice(None, index, replace(empty, role="assistant"), None)
@@ -345,10 +335,8 @@ class CompletionJob(
             found += sorted(group, key=lambda choice: -choice.tokens.mean)[:best]
         return found
 
-    def _parts(
-        self, index: int, choice: _Choice, text: str
-    ) -> Iterator[responses.CompletionChoice]:
-        text = choice.text if choice.is_first() else text
+    def _parts(self, index: int, choice: _Choice) -> Iterator[responses.CompletionChoice]:
+        text = choice.text if choice.is_first() else choice.new
         news = choice.news()
         if text or news:
             yield responses.CompletionChoice(None, index, text, self._logprobs(news))
@@ -362,11 +350,7 @@ class CompletionJob(
 
 
 def _request(
-    model: Model,
-    request: ChatCompletionRequest | CompletionRequest,
-    prompt: Prompt,
-    structure: Structure | None,
-    tenant: str,
+    model: Model, request: ChatCompletionRequest | CompletionRequest, prompt: Prompt, tenant: str
 ) -> Request:
     """What all answers to a prompt have in common."""
     asked_for, dry = request.arguments()
@@ -376,9 +360,13 @@ def _request(
         dry=model.dry(**dry) if "multiplier" in dry else None,
         logits_processors=request.logits_processors,
     )
+    structure, constraint = chats.structure(request, prompt), None
+    if structure is not None:
+        with naming(structure.field):
+            constraint = model.constraint(structure.grammar, prompt)
     asked = model.request(
         prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids,
-        constraint=constraint_of(model, structure, prompt),
+        constraint=constraint,
     )  # fmt: skip
     scope, truncate = CacheScope(tenant), request.truncate_sequence
     return replace(asked, scope=scope, truncate=truncate, ignore_eos=request.ignore_eos)
