@@ -124,7 +124,7 @@ def test_importing_stays_light() -> None:
     assert found.stdout.strip() == "False"
 
 
-def test_compiled_once(smollm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_9_a_grammar_is_compiled_once(smollm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many threads ask for it; what failed is no obstacle."""
     grammars = Grammars(smollm, smollm.vocab_size)
     with pytest.raises(InvalidRequest):
@@ -211,7 +211,7 @@ def test_forced(grammars: Grammars, smollm: Tokenizer) -> None:
     assert list(grammars.compile(Grammar("regex", "é[ab]"))().forced(4)) == smollm.encode("é")
 
 
-def test_numbers_and_white_space_end(grammars: Grammars, smollm: Tokenizer) -> None:
+def test_row_9_numbers_and_white_space_end(grammars: Grammars, smollm: Tokenizer) -> None:
     """However much a model likes digits or spaces."""
     digit, space = smollm.encode("7", add_bos=False)[0], smollm.encode(" ", add_bos=False)[0]
     for schema in ({}, {"type": "number"}, {"type": "array"}, {"type": "object"}):

@@ -69,7 +69,7 @@ def test_all_schemas(model: Model) -> None:
         fit(model, SCHEMAS[first : first + 8], temperature=1)
 
 
-def test_what_has_no_bound_ends(model: Model) -> None:
+def test_row_9_what_has_no_bound_ends(model: Model) -> None:
     """Greedily, where models without such care go on with digits or spaces until they are cut."""
     prompts = ["Hello", "Tell me about a person.", "What is 1/3?"]
     schemas = [{}, {"type": "number"}, {"type": "string"}, {"type": "array"}, {"type": "object"}]
