@@ -2,7 +2,8 @@
 
     python bench/stalls.py --arrival prompt --repeat 3
 
-Eight streams run; then comes a prompt of 6,000 tokens, or a body that is made to be slow to read.
+Eight streams run; then comes a prompt of 6,000 tokens, a JSON schema of 100 kB, or a body that is
+made to be slow to read.
 Gaps between the tokens of a stream are reported in ms, before it came and from then on until it is
 answered, with the prompt's time to its first token. The model is the default one, on a real server.
 """
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import re
+import secrets
 import subprocess
 import sys
 import threading
@@ -36,9 +38,31 @@ def _many(item: bytes, count: int) -> bytes:
 
 MESSAGE, PART = b'{"role":"","content":""}', b'{"type":"text","text":""}'
 CHAT, PROMPT = b'{"messages":%s,"max_tokens":1}', b'{"prompt":%s,"max_tokens":1}'
+
+
+def schema(properties: int = 900) -> dict[str, Any]:
+    """A JSON schema of about 100 kB that no server has seen."""
+    names = [f"field_{secrets.token_hex(4)}" for _ in range(properties)]
+    described = {"description": "What is in this field, as people would say it to each other."}
+    kinds = ({"type": "string", "maxLength": 40}, {"type": "integer"}, {"enum": ["a", "b", "c"]})
+    fields = {name: kinds[i % 3] | described for i, name in enumerate(names)}
+    return {"type": "object", "properties": fields, "required": names[:9]}
+
+
 ARRIVALS: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: PROMPT % b'"x"',
     "prompt": lambda: _bytes({"prompt": [1000 + 7 * i for i in range(6000)], "max_tokens": 1}),
+    "schema": lambda: _bytes(
+        {
+            "messages": "x",
+            "max_tokens": 1,
+            "seed": 1,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": schema()},
+            },
+        }
+    ),
     # Too long, too many, or as many as may be.
     "characters": lambda: CHAT % (b'"' + b"x" * (2**24 - 100) + b'"'),
     "words": lambda: _bytes({"messages": (WORDS * 6000)[:520_000]}),

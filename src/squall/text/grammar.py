@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +41,7 @@ MAX_DIGITS = 20  # in a row, where a number could go on for ever
 CACHED = 64
 _STACK_BYTES = 512 << 20  # of address space: compiling recurses into each rule
 _STACK = threading.Lock()
+_NICE = 5
 # Models may go on with white space for ever: a space, or a new line and its indentation.
 _OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
 _OTHERS = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
@@ -297,11 +300,17 @@ class Grammars:
 
 
 def _deep(work: Callable[[], None]) -> None:
-    """Run it where recursion has room."""
+    """Run it where recursion has room, and so that running answers keep their pace."""
+
+    def lowered() -> None:
+        if sys.platform == "linux":  # where threads have priorities of their own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        work()
+
     with _STACK:
         before = threading.stack_size(_STACK_BYTES)
         try:
-            thread = threading.Thread(target=work, name="squall-grammar", daemon=True)
+            thread = threading.Thread(target=lowered, name="squall-grammar", daemon=True)
             thread.start()
         finally:
             threading.stack_size(before)
