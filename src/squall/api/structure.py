@@ -12,9 +12,8 @@ from squall.engine.fields import check, shown
 from squall.errors import InvalidRequest
 from squall.text.grammar import Grammar
 
-# vLLM's names of kinds, and its hints to engines that are not here.
+# vLLM's names of kinds; it has hints, too.
 _VLLM = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark"}
-_HINTS = {"disable_any_whitespace", "disable_additional_properties", "disable_fallback"}
 
 
 class Structure(NamedTuple):
@@ -105,7 +104,8 @@ def _grammar(value: Any) -> Grammar:
 
 def _structured_outputs(value: Any) -> Grammar | None:
     check(isinstance(value, Mapping), "it", value, "an object")
-    said = {k: v for k, v in value.items() if v not in (None, False) and k not in _HINTS}
+    hints = [name for name in value if str(name).startswith("disable_")]
+    said = {k: v for k, v in value.items() if v not in (None, False) and k not in hints}
     if not said:
         return None
     (name, part), *others = said.items()

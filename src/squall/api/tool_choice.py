@@ -36,7 +36,7 @@ def offer(tools: Any, schemas: Any, choice: Any, parallel: bool | None = None) -
         raise InvalidRequest("tools and tool_schemas say the same; give one of them")
     known = _known("tool_schemas", schemas) if schemas else _known("tools", tools or ())
     mode, named = _chosen(choice)
-    missing = [name for name in named or () if name not in list(known)]  # hashable or not
+    missing = [name for name in named or () if name not in known]
     if missing or (mode == "required" and not known):
         have = ", ".join(known) or "none"
         raise InvalidRequest(f"tool_choice is {shown(choice)}; it must be among tools: {have}")
