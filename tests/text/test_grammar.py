@@ -124,7 +124,9 @@ def test_importing_stays_light() -> None:
     assert found.stdout.strip() == "False"
 
 
-def test_row_9_a_grammar_is_compiled_once(smollm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_9_a_grammar_is_compiled_once(
+    smollm: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many threads ask for it; what failed is no obstacle."""
     grammars = Grammars(smollm, smollm.vocab_size)
     with pytest.raises(InvalidRequest):
