@@ -118,7 +118,7 @@ class Model(Closing):
         )
         pool = thread_pool(opening.threads)
         executor = _executor(prepared[0], opening, size, limits, pool)
-        most, draft = opening.draft_tokens or MOST_GUESSES, None
+        most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
         if small is not None:
             draft = Draft(_executor(prepared[1], small, size, limits, pool), executor.vocab)
         speculation = None if opening.draft is None else Speculation(most, draft)

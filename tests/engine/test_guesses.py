@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -23,6 +25,7 @@ from engine_requests import (
 from fake_executor import VOCAB, FakeExecutor, Silent, expected
 from invariants import check_scheduler
 
+from squall.engine import reply
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.request import Piece, Request, Scoring
@@ -335,6 +338,12 @@ def test_a_bad_matcher_ends_its_own_request(engine: Engine, name: str, result: A
     stays = Generation(engine, wanted)
     with pytest.raises((SamplingFailed, ArithmeticError, TypeError, ValueError)):
         Generation(engine, request([2], constraint=lambda: BadMatcher(name, result))).read()
+    early = request(
+        [2], constraint=lambda: BadMatcher(name, result), sampling=Sampling(min_tokens=5),
+        stop_ids=frozenset({5}),
+    )  # fmt: skip
+    with pytest.raises((SamplingFailed, ArithmeticError, TypeError, ValueError)):
+        Generation(engine, early).read()
     none = request([2], constraint=lambda: Follows(lambda _: range(VOCAB)))
     with pytest.raises(SamplingFailed, match="no token"):
         Generation(engine, none).read()
@@ -342,6 +351,46 @@ def test_a_bad_matcher_ends_its_own_request(engine: Engine, name: str, result: A
     assert stays.ids == alone(wanted)
     settle(engine)
     assert idle(engine)
+
+
+def test_masks_must_be_of_each_guess(engine: Engine) -> None:
+    """Otherwise what follows a guess would be free."""
+
+    class Short(Follows):
+        def allowed(self, _: Sequence[int]) -> list[np.ndarray]:
+            return super().allowed(())
+
+    wanted = request([2], max_tokens=9, constraint=lambda: Short(lambda _: (1,)))
+    Generation(engine, wanted).read()
+    with pytest.raises(SamplingFailed, match="1 masks for 2 guesses"):
+        Generation(engine, replace(wanted, proposer=lambda *_: [3, 4])).read()
+
+
+def test_slow_masks_end_their_own_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All wait for them. Time that others take, or now and then a slow one, is not held against."""
+    monkeypatch.setattr(reply, "MASKS_S", 0.05)
+    slow = {3: 0.03, 20: 0.03}
+
+    def burn(seconds: float) -> tuple[()]:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+        return ()
+
+    stays = [
+        request([1], max_tokens=60),
+        request(
+            [2], max_tokens=40, constraint=lambda: Follows(lambda i: burn(slow.get(len(i), 0)))
+        ),
+        request([3], max_tokens=9, constraint=lambda: Follows(lambda _: time.sleep(0.02) or ())),
+    ]
+    generations = [Generation(engine, one) for one in stays]
+    leaves = request([4], max_tokens=60, constraint=lambda: Follows(lambda _: burn(0.03)))
+    with pytest.raises(SamplingFailed, match="takes too long"):
+        Generation(engine, leaves).read()
+    for generation, one in zip(generations, stays, strict=True):
+        generation.read()
+        assert generation.ids == alone(one)
 
 
 # ---- what goes wrong for one request ----
@@ -399,16 +448,16 @@ def test_one_error_ends_one_request(
 def test_a_draw_that_raises_ends_its_own_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from squall.engine import stepping
+    from squall.engine import sampling
 
-    sample_rows = stepping.sample_rows
+    sample_rows = sampling.sample_rows
 
     def broken(logits: Any, rows: Any, **options: Any) -> Any:
         if any(row.top_logprobs == 7 for row in rows):
             raise MemoryError
         return sample_rows(logits, rows, **options)
 
-    monkeypatch.setattr(stepping, "sample_rows", broken)
+    monkeypatch.setattr(sampling, "sample_rows", broken)
     wanted = request([1], max_tokens=60)
     stays = Generation(engine, wanted)
     with pytest.raises(MemoryError):

@@ -11,7 +11,17 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from engine_requests import Numbers, any_request, idle, odd, other_parity, request, settle, told
+from engine_requests import (
+    Numbers,
+    alone,
+    any_request,
+    idle,
+    odd,
+    other_parity,
+    request,
+    settle,
+    told,
+)
 from fake_executor import VOCAB, FakeExecutor, expected
 from numpy.typing import NDArray
 
@@ -237,6 +247,53 @@ def test_a_bad_breaker_ends_its_own_request() -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_draft_that_fails_is_left(steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Answers go on without it, and the log says why."""
+    engine = engine_of(FakeExecutor(), "perfect", max_seqs=2)
+    step, left = drafter(engine).step, iter(range(steps))
+
+    def fails(batch: Any) -> Any:
+        if next(left, None) is None:
+            raise MemoryError("no more")
+        return step(batch)
+
+    drafter(engine).step = fails  # type: ignore[method-assign]
+    wanted = [request([i], max_tokens=60) for i in range(4)]
+    generations = [Generation(engine, one) for one in wanted]
+    for generation, one in zip(generations, wanted, strict=True):
+        generation.read()
+        assert generation.ids == alone(one)
+    assert [record.message for record in caplog.records] == [
+        "the draft model failed; answers go on without it"
+    ]
+    settle(engine)
+    assert idle(engine)
+    engine.close()
+
+
+def test_masks_that_are_none_do_not_end_a_draft() -> None:
+    class Bad:
+        finished = False
+
+        def allowed(self, guesses: Sequence[int]) -> list[Any]:
+            return [np.zeros(1, np.uint32)] * (1 + len(guesses))
+
+        def forced(self, most: int) -> list[int]:  # noqa: ARG002
+            return []
+
+        def accept(self, _: int) -> None: ...
+
+    engine = engine_of(FakeExecutor(), "perfect", max_seqs=2)
+    stays = Generation(engine, request([1], max_tokens=60))
+    with pytest.raises(ValueError, match="mask"):
+        Generation(engine, request([2], max_tokens=60, constraint=Bad)).read()
+    stays.read()
+    assert stays.ids == alone(request([1], max_tokens=60))
+    assert stays.usage.accepted_tokens > 30
+    engine.close()
+
+
 # ---- what is looked up ----
 
 
@@ -273,6 +330,14 @@ def test_what_is_looked_up_did_follow(tokens: list[int], most: int) -> None:
     # Every repeat of two tokens is a match.
     pairs = [tuple(tokens[i - 2 : i]) for i in range(2, len(tokens) + 1)]
     assert (matched > 0) == (bool(pairs) and pairs[-1] in pairs[:-1])
+
+
+def test_a_long_prompt_is_learned_in_parts() -> None:
+    """So that no step waits for long."""
+    text, lookup, parts = list(range(5000)), Lookup(), 0
+    while lookup.find([*text, 4900, 4901], 2) != ([4902, 4903], 2):
+        parts += 1
+    assert parts == 4
 
 
 # ---- how many ----

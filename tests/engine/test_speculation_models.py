@@ -153,6 +153,7 @@ def test_another_vocabulary_is_refused(files: dict[str, Path]) -> None:
     [
         ({"draft": 3}, "draft is 3; it must be a Opening or the path of its file"),
         ({"draft_tokens": "8"}, "draft_tokens is '8'; it must be a whole number"),
+        ({"draft_tokens": 0}, "draft_tokens is 0; it must be at least 1"),
         ({"draft": "nowhere.gguf"}, "nowhere.gguf"),
     ],
 )

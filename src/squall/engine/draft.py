@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from squall.engine.sampling import RowSampling, Sampled, sample_rows
+from squall.engine.sampling import RowSampling, Sampled, sample_each
 from squall.engine.scheduler import LEAST_ROWS, Pace
 from squall.engine.sequence import Chunk, Sequence, batch_of
 from squall.engine.speculation import Cost, Guessing
@@ -68,7 +68,7 @@ class Draft:
 
     def _draw(self, logits: Floats, drawing: Collection[_Drawing]) -> list[_Drawing]:
         """A guess more for each; those that go on."""
-        found = sample_rows(logits, [row for _, row, _ in drawing], pool=self.executor.pool)
+        found = sample_each(logits, [row for _, row, _ in drawing], self.executor.pool)
         left = []
         for (guessing, row, most), sampled in zip(drawing, found, strict=True):
             if isinstance(sampled, Sampled):

@@ -13,9 +13,12 @@ import numpy as np
 from squall.engine.request import FinishReason, Logits, Piece, Usage
 from squall.engine.sampling import Mask, RowSampling, Sampled, SamplerState
 from squall.engine.sequence import Chunk, Sequence
+from squall.errors import SamplingFailed
 from squall.text.stream import TextStream
 
 Sink = Callable[[Piece], None]
+# Of a thread: what a mask of a matcher may take, and by how much all together may exceed that.
+MASK_S, MASKS_S = 0.005, 1.0
 
 
 class Reply:
@@ -49,6 +52,7 @@ class Reply:
         self._row = RowSampling(self._sampler, (), request.logprobs)
         self._matcher = None if request.constraint is None else request.constraint()
         self._allowed: list[Mask] = []  # what the matcher has prepared, a draw each, the last first
+        self._over_s = 0.0  # what the matcher took beyond its share
         self._text = ""
         self._ids: list[int] = []
         self._logprobs: list[Sampled] = []
@@ -99,8 +103,23 @@ class Reply:
 
     def prepare(self) -> None:
         """Ask the matcher what may come next, and after the guesses. Any thread may."""
-        assert self._matcher is not None
-        self._allowed = [*(self._matcher.allowed(self.sequence.guesses) or ())][::-1]
+        self._allowed = self._masks(self.sequence.guesses)[::-1]
+
+    def _masks(self, guesses: list[int]) -> list[Mask]:
+        """What may come next, and after each guess; []: anything."""
+        if self._matcher is None:
+            return []
+        began_s = time.thread_time()
+        found = self._matcher.allowed(guesses)
+        # Others wait for it.
+        over_s = self._over_s + time.thread_time() - began_s - MASK_S * (1 + len(guesses))
+        self._over_s = max(over_s, 0.0)
+        if over_s > MASKS_S:
+            raise SamplingFailed("what may come next takes too long to find; simplify the grammar")
+        masks = [np.ascontiguousarray(mask, np.uint32) for mask in found or ()]
+        if masks and len(masks) <= len(guesses):
+            raise SamplingFailed(f"{len(masks)} masks for {len(guesses)} guesses")
+        return masks
 
     def row(self) -> RowSampling:
         """How its next token is drawn."""
@@ -117,7 +136,7 @@ class Reply:
         guesses = self.sequence.guesses
         row = row or RowSampling(self._sampler.fork())
         row.state.extend(guesses[-1:])
-        allowed = self._matcher and self._matcher.allowed(guesses)
+        allowed = self._masks(guesses)
         early = self.usage.answer_tokens + len(guesses) < self.request.sampling.min_tokens
         mask = allowed[-1][: -(-vocab // 32)] if allowed else None
         return replace(row, banned=[*self._stop_ids] if early else (), allowed=mask)

@@ -298,6 +298,18 @@ def sample_rows(
     ]
 
 
+def sample_each(
+    logits: Floats, rows: Sequence[RowSampling], pool: _native.ThreadPool | None
+) -> list[Sampled | Exception]:
+    """The same, where a row may be wrong too."""
+    try:
+        return [*sample_rows(logits, rows, pool=pool)]
+    except Exception as error:
+        if len(rows) == 1:
+            return [error]
+        return [sample_each(logits[i : i + 1], rows[i : i + 1], pool)[0] for i in range(len(rows))]
+
+
 def _result(
     row: RowSampling, token: int, logprob: float, top: Sequence[tuple[int, float]]
 ) -> Sampled | SamplingFailed:

@@ -6,6 +6,7 @@ and chances, as they were lately, change how long an answer takes, and never wha
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
     from squall.engine.draft import Draft
     from squall.engine.reply import Reply
 
+LOGGER = logging.getLogger("squall.engine")
 MOST_GUESSES = 32
 # Lengths of ends of the text that are looked up, and up to where a match is followed.
 LENGTHS = (8, 4, 2)
 LONGEST = 32
+# So many tokens are learned at a time, as others wait.
+AT_ONCE = 1024
 # Chances at the start: of a draft's guess, and of a looked up one by the bits of how many tokens
 # matched before it.
 DRAFT, MOST_BITS = 0, 5
@@ -42,12 +46,13 @@ class Lookup:
     def find(self, tokens: Sequence[int], most: int) -> tuple[list[int], int]:
         """What came after the longest match, its latest, and its length; ([], 0): none."""
         last = len(tokens)
-        for end in range(self._known + 1, last):
+        known = min(last, self._known + AT_ONCE)
+        for end in range(self._known + 1, known):
             for length, ends in self._ends.items():
                 if end >= length:
                     # A hash instead of tokens takes less memory, and matches are looked at anyway.
                     ends[hash(tuple(tokens[end - length : end]))] = end
-        self._known = last - 1
+        self._known = known - 1
         for length, ends in self._ends.items():
             end = ends.get(hash(tuple(tokens[last - length :])), 0)
             if end and (matched := _matched(tokens, end)) >= length:
@@ -196,8 +201,12 @@ class Speculation:
         for guessing, count in zip(found, self._counts(found, answers, spare), strict=True):
             if count and (most := reserve(guessing.sequence, count)):
                 asked.append((guessing, most))
-        if self.draft is not None:
-            self.draft.guess(asked)
+        try:
+            if self.draft is not None:
+                self.draft.guess(asked)
+        except Exception:
+            LOGGER.exception("the draft model failed; answers go on without it")
+            self.most = 0
         for guessing, most in asked:
             if self.draft is None:
                 guessing.sequence.guesses = list(guessing.found[:most])

@@ -8,15 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from squall._native import ThreadPool
 from squall.engine.reply import Reply
 from squall.engine.request import FinishReason, Logits
-from squall.engine.sampling import RowSampling, Sampled, sample_rows
+from squall.engine.sampling import Sampled, sample_each
 from squall.engine.scheduler import Scheduler
 from squall.engine.sequence import Chunk, Sequence, batch_of
 from squall.engine.speculation import Speculation
 from squall.errors import SamplingFailed
-from squall.executors import Executor
+from squall.executors import Executor, ThreadPool
 
 
 @dataclass(slots=True)
@@ -149,7 +148,9 @@ class Stepper:
             self._speculation.cost.observe(len(batch.tokens), executor_s)
         for reply, preparing in prepared:
             if error := preparing.exception():
-                self.end(reply, "error", SamplingFailed(f"the constraint failed: {error!r}"))
+                if not isinstance(error, SamplingFailed):
+                    error = SamplingFailed(f"the constraint failed: {error!r}")
+                self.end(reply, "error", error)
         return logits
 
     def _advance(self, chunk: Chunk, rows: Logits) -> bool:
@@ -181,7 +182,7 @@ class Stepper:
             rows = [at for _, at in due]
             chosen = logits[rows] if len(rows) < len(logits) else logits
             called_s = time.perf_counter()
-            found = _sample(chosen, [reply.row() for reply, _ in due], pool)
+            found = sample_each(chosen, [reply.row() for reply, _ in due], pool)
             self.counts.sampling_s += time.perf_counter() - called_s
             due = [
                 (reply, at + 1)
@@ -212,15 +213,3 @@ class Stepper:
             self.end(reply, reason)
             return False
         return guessed
-
-
-def _sample(
-    logits: Logits, rows: list[RowSampling], pool: ThreadPool | None
-) -> list[Sampled | Exception]:
-    """A token for each row, or the error that concerns this row alone."""
-    try:
-        return [*sample_rows(logits, rows, pool=pool)]
-    except Exception as error:
-        if len(rows) == 1:
-            return [error]
-        return [_sample(logits[i : i + 1], rows[i : i + 1], pool)[0] for i in range(len(rows))]

@@ -399,14 +399,7 @@ class Matcher:
         """Ids that will follow, most likely, since the grammar leaves no choice of text."""
         if most < 1 or self.finished:
             return ()
-        if ids := self._inner.compute_ff_tokens():
-            return ids[:most]
-        row = self._next()
-        places = np.flatnonzero(row)
-        bits = int(row[places[0]])
-        token = int(places[0]) * 32 + bits.bit_length() - 1
-        alone = len(places) == 1 and bits.bit_count() == 1
-        return (token,) if alone and token not in self._vocabulary.stops else ()
+        return self._inner.compute_ff_tokens()[:most]
 
     def accept(self, token: int) -> None:
         """Goes on after `token`, which was drawn."""
