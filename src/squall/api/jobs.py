@@ -280,8 +280,8 @@ class ChatJob(_Chat):
         names = [tool.name for tool in request.offer().callable]
         # Where there may be calls instead of a content, it may be null.
         self._empty = None if names else ""
-        parsers = (prompt.parser(names, f"{self.id} {number}") for number in range(request.n))
-        self._said = [ChatAnswer(parser, self._empty) for parser in parsers]
+        # Ids of calls are new also where a client gives many requests one id.
+        self._said = [ChatAnswer(prompt.parser(names), self._empty) for _ in range(request.n)]
 
     def _take(self, index: int, piece: Piece) -> tuple[int, str]:
         taken = super()._take(index, piece)

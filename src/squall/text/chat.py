@@ -61,9 +61,9 @@ class ChatPrompt:
             *(part.shown(tokenizer) for part in (self.format, self.reasoning) if part)
         )
 
-    def parser(self, names: Collection[str] = (), seed: str = "") -> AnswerParser:
+    def parser(self, names: Collection[str] = ()) -> AnswerParser:
         """What reads one answer. names: of the tools that may be called."""
-        return AnswerParser(tools=self.format, names=names, reasoning=self.reasoning, seed=seed)
+        return AnswerParser(tools=self.format, names=names, reasoning=self.reasoning)
 
 
 class ChatTemplate:
