@@ -149,7 +149,7 @@ def test_fields_that_are_accepted(claude: anthropic.Anthropic, fields: dict[str,
                     }
                 ]
             },
-            None,
+            "messages[0].content",
         ),
         ({"messages": [*QUESTION, {"role": "assistant", "content": "The"}]}, "messages"),
         ({"messages": QUESTION * 5000}, "messages"),

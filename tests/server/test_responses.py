@@ -244,17 +244,27 @@ def test_fields_that_are_accepted(client: openai.OpenAI, fields: dict[str, Any])
         ({"input": [{"role": "user"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": 5}]}, "input[0]"),
         ({"input": [{"role": 5, "content": "x"}]}, "input[0]"),
-        ({"input": [{"role": "user", "content": [5]}]}, None),
+        ({"input": [{"role": "user", "content": [5]}]}, "input[0].content"),
         (
-            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-            None,
+            {
+                "input": [
+                    {"role": "user", "content": "x"},
+                    {"type": "reasoning", "summary": []},
+                    {"role": "user", "content": [{"type": "input_image", "image_url": "x"}]},
+                ],
+                "instructions": "Look.",
+            },
+            "input[2].content",
         ),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": [{"type": ["x"], "role": "user", "content": "x"}]}, "input[0]"),
         ({"input": [{"type": "function_call", "call_id": "a"}]}, "input[0]"),
         ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": 5}]}, None),
         ({"input": [{"type": "function_call_output", "call_id": 5, "output": "x"}]}, "input[0]"),
-        ({"input": [{"type": "function_call_output", "call_id": "a", "output": 5}]}, None),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "a", "output": 5}]},
+            "input[0].output",
+        ),
         ({"input": [{"type": "computer_call"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": "x"}] * 5000}, "messages"),
         ({"instructions": 5}, "instructions"),
@@ -322,6 +332,17 @@ def test_unknown_fields_are_told(http: httpx.Client, model: Model) -> None:
     with in_thread(model, strict_fields=True) as running:
         response = httpx.post(running.url + PATH, json=body)
     assert response.json()["error"]["code"] == "unknown_parameter"
+
+
+def test_what_items_have_besides_their_text_is_not_kept(running: Running) -> None:
+    last = None
+    for _ in range(3):
+        junk = {"type": "reasoning", "summary": ["x" * 100] * 1000}
+        text = {"type": "input_text", "text": "Hi", "more": ["x" * 100] * 1000}
+        items = [{"role": "user", "content": [text]}, junk]
+        body = {"input": items, "previous_response_id": last, "max_output_tokens": 1}
+        last = httpx.post(running.url + PATH, json=body).json()["id"]
+        assert 0 < running.service.kept._bytes < 5000
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -34,7 +34,7 @@ ORDER = re.compile(
 def responses(**fields: Any) -> Responses:
     body = ResponsesBody.parse(json.dumps(ASKED | fields).encode())
     told = Responses(Kept(10, 10**6), "", body, "m", "id")
-    told._items = b"[]"
+    told._said = b"[]"
     told.hex, told.id, told.created = "h", "resp_h", 1
     return told
 

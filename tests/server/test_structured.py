@@ -195,6 +195,13 @@ def _accumulated(chunks: list[Any]) -> dict[str, Any]:
     return {"finish_reason": found["finish_reason"], "index": 0, "message": message}
 
 
+def test_ids_of_calls_are_new_even_if_the_request_has_one(known: httpx.Client) -> None:
+    body = {"messages": QUESTION, "tools": TOOLS, "tool_choice": "required", "max_tokens": 64}
+    seen = [known.post(CHAT, json=body, headers={"X-Request-Id": "mine"}).json() for _ in "ab"]
+    first, second = (found["choices"][0]["message"]["tool_calls"][0]["id"] for found in seen)
+    assert first != second
+
+
 def test_a_result_is_answered(known: httpx.Client) -> None:
     client = openai.OpenAI(base_url=f"{known.base_url}/v1", api_key="any", max_retries=0)
     with client:

@@ -276,6 +276,7 @@ class ChatJob(_Chat):
         names = [tool.name for tool in request.offer().callable]
         # Where there may be calls instead of a content, it may be null.
         self._empty = None if names else ""
+        # Ids of calls are new also where a client gives many requests one id.
         self._said = [chats.ChatAnswer(prompt.parser(names), self._empty) for _ in range(request.n)]
 
     def _take(self, index: int, piece: Piece) -> int:

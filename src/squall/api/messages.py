@@ -49,7 +49,10 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if role == "assistant" and content is None:
         # So do clients that send back what they got: a refusal, or an answer without a text.
         content = message.get("refusal") or ""
-    checked: dict[str, Any] = {"role": ROLES.get(role, role), "content": _content(content, where)}
+    checked: dict[str, Any] = {
+        "role": ROLES.get(role, role),
+        "content": text_of(content, f"{where}.content"),
+    }
     if calls := message.get("tool_calls"):
         checked["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     return checked | {name: text for name in _TEXTS if isinstance(text := message.get(name), str)}
@@ -73,21 +76,20 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return found
 
 
-def _content(content: object, where: str) -> str:
+def text_of(content: object, where: str) -> str:
+    """The text of a content, or of its parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise InvalidRequest(f"{where}.content must be a text, or a list of text parts")
-    check_short(f"{where}.content", content, MOST_PARTS)
+        raise InvalidRequest(f"{where} must be a text, or a list of text parts")
+    check_short(where, content, MOST_PARTS)
     found = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str) or kind not in TEXT_PARTS:
-            raise InvalidRequest(
-                f"{where}.content has a part of type {shown(kind)}; only 'text' is known"
-            )
+            raise InvalidRequest(f"{where} has a part of type {shown(kind)}; only 'text' is known")
         text = part.get(TEXT_PARTS[kind])
         if not isinstance(text, str):
-            raise InvalidRequest(f"{where}.content has a part of type {kind!r} without a text")
+            raise InvalidRequest(f"{where} has a part of type {kind!r} without a text")
         found.append(text)
     return "".join(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from squall.api.messages import text_of
 from squall.api.requests import ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
@@ -28,8 +29,8 @@ class AgentBody(GenerationBody, frozen=True):
         """The same as a chat; fields that are None say nothing."""
         if system:  # one with what follows, as templates have a place for one
             more = said.pop(0) if said and said[0]["role"] in _SYSTEM else None
-            after = [{"type": "text", "text": "\n\n"}, *parts(more["content"])] if more else []
-            said = [{"role": "system", "content": [*parts(system), *after]}, *said]
+            texts = [text_of(system, "system"), *([more["content"]] if more else [])]
+            said = [{"role": "system", "content": "\n\n".join(texts)}, *said]
         tools = [self._tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools or ())]
         fields |= {"messages": said, "tools": tools}
         given = {name: value for name, value in self.given().items() if name in _KNOWN}
@@ -44,11 +45,6 @@ class AgentBody(GenerationBody, frozen=True):
         return {"type": "function", "function": {**tool, "parameters": parameters}}
 
 
-def parts(content: Any) -> list[Any]:
-    """A content as a list of parts."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 def turn(said: list[Object], role: str, *, new: bool = False) -> Object:
     """The message for what somebody does now; what one does in a row is one, unless it is new."""
     if new or not said or said[-1]["role"] != role:
@@ -56,10 +52,10 @@ def turn(said: list[Object], role: str, *, new: bool = False) -> Object:
     return said[-1]
 
 
-def say(said: list[Object], role: str, content: object, *, new: bool = False) -> None:
+def say(said: list[Object], role: str, text: str, *, new: bool = False) -> None:
     """Somebody says something."""
     last = turn(said, role, new=new)
-    last["content"] = [*last.get("content", ()), *parts(content)]
+    last["content"] = last.get("content", "") + text
 
 
 def call(said: list[Object], id: str, name: str, arguments: str) -> None:

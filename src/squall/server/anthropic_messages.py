@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic_core import from_json
 
-from squall.api.messages import MOST_MESSAGES
+from squall.api.messages import MOST_MESSAGES, text_of
 from squall.api.requests import ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
@@ -45,7 +45,9 @@ class CountBody(AgentBody, frozen=True):
         """The same as a chat."""
         said: list[Object] = []
         for i, message in enumerate(self.messages):
-            for block in [None] if message.content is None else agents.parts(message.content):
+            content = message.content
+            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for block in [None] if blocks is None else blocks:
                 _add(said, message.role, block, f"messages[{i}].content")
         if said and said[-1]["role"] == "assistant":
             raise InvalidRequest("messages must not end with an assistant's; give a user's")
@@ -74,8 +76,8 @@ class MessagesBody(CountBody, frozen=True):
 
 def _add(said: list[Object], role: str, block: Any, where: str) -> None:
     match block:
-        case {"type": "text"}:
-            agents.say(said, role, [block])
+        case {"type": "text", "text": str(text)}:
+            agents.say(said, role, text)
         case {"type": "thinking", "thinking": str(text)}:
             agents.turn(said, "assistant")["reasoning_content"] = text
         case {"type": "redacted_thinking"}:
@@ -83,10 +85,9 @@ def _add(said: list[Object], role: str, block: Any, where: str) -> None:
         case {"type": "tool_use", "id": str(id), "name": str(name), "input": dict(arguments)}:
             agents.call(said, id, name, json.dumps(arguments, ensure_ascii=False))
         case {"type": "tool_result", "tool_use_id": str(id)}:
-            content = block.get("content") or ""
-            if block.get("is_error") is True and isinstance(content, str | list):
-                content = [{"type": "text", "text": "error: "}, *agents.parts(content)]
-            said.append({"role": "tool", "tool_call_id": id, "content": content})
+            text = text_of(block.get("content") or "", where)
+            text = "error: " + text if block.get("is_error") is True else text
+            said.append({"role": "tool", "tool_call_id": id, "content": text})
         case _:
             known = "complete blocks of text, thinking, tool_use or tool_result"
             raise InvalidRequest(f"{where} has {shown(block)}; it must have {known}")

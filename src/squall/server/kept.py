@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from squall.server.errors import ApiError
 
-Told = tuple[bytes, bytes]  # a response, and the items up to and with it, as JSON
+Told = tuple[bytes, bytes]  # a response, and the messages it answers, as JSON
 
 
 class Kept:

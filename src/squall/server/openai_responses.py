@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from squall.api.messages import text_of
 from squall.api.requests import ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
@@ -52,11 +53,8 @@ class ResponsesBody(AgentBody, frozen=True):
     prompt: None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
 
-    def after(self, items: list[Object], **defaults: Any) -> ChatCompletionRequest:
-        """What follows all these items, as a chat."""
-        said: list[Object] = []
-        for i, item in enumerate(items, len(self.input) - len(items)):
-            _add(said, item, f"input[{i}]")
+    def after(self, said: list[Object], **defaults: Any) -> ChatCompletionRequest:
+        """What follows all this, as a chat."""
         if self.truncation is not None:
             defaults["truncate_sequence"] = self.truncation == "auto"
         return self.chat(
@@ -74,7 +72,8 @@ def _add(said: list[Object], item: Object, where: str) -> None:
         case {"type": "function_call", "call_id": str(id), "name": str(name)}:
             agents.call(said, id, name, item.get("arguments", ""))
         case {"type": "function_call_output", "call_id": str(id), "output": output}:
-            said.append({"role": "tool", "tool_call_id": id, "content": output})
+            text = text_of(output, f"{where}.output")
+            said.append({"role": "tool", "tool_call_id": id, "content": text})
         case {"type": "reasoning", "content": [{"text": str(text)}, *_]}:
             agents.turn(said, "assistant")["reasoning_content"] = text
         case {"type": "reasoning"}:  # of another server, which has not told it
@@ -82,7 +81,7 @@ def _add(said: list[Object], item: Object, where: str) -> None:
         case {"role": str(role), "content": str() | [*_] as content, **rest} if (
             rest.get("type", "message") == "message"
         ):
-            agents.say(said, role, content, new=role != "assistant")
+            agents.say(said, role, text_of(content, f"{where}.content"), new=role != "assistant")
         case _:
             known = "a complete message, function_call, function_call_output or reasoning"
             raise InvalidRequest(f"{where} is {shown(item)}; it must be {known}")
@@ -97,16 +96,20 @@ class Responses(Sections):
     def __init__(self, kept: Kept, tenant: str, body: ResponsesBody, *others: str) -> None:
         super().__init__(body, *others)
         name, id = "previous_response_id", body.previous_response_id
-        self._previous = kept.find(tenant, id, name)[1] if id else b"[]"
+        self._previous = kept.find(tenant, id, name) if id else (b'{"output": []}', b"[]")
         self._keep = partial(kept.keep, tenant, self.id)
         self._number = 0
 
     def request(self, **defaults: Any) -> ChatCompletionRequest:
-        given, items = self.body.input, json.loads(self._previous)
-        items += [{"role": "user", "content": given}] if isinstance(given, str) else given
+        given, (response, before) = self.body.input, map(json.loads, self._previous)
+        for item in response["output"]:
+            _add(before, item, "previous_response_id")
+        items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        for i, item in enumerate(items):
+            _add(before, item, f"input[{i}]")
         # Without the instructions, which are for one answer; here, beside the event loop.
-        self._items = json.dumps(items).encode()
-        return self.body.after(items, **defaults)
+        self._said = json.dumps(before).encode()
+        return self.body.after(before, **defaults)
 
     def tell(self, what: str, new: str = "") -> Iterator[Event]:
         if what == "begin":
@@ -115,9 +118,7 @@ class Responses(Sections):
         elif what in ("end", "failed"):
             response = self.told()
             if what == "end" and self.body.store is not False:
-                lists = (self._items[1:-1], json.dumps(response["output"]).encode()[1:-1])
-                items = b"[" + b",".join(filter(None, lists)) + b"]"
-                self._keep((json.dumps(response).encode(), items))
+                self._keep((json.dumps(response).encode(), self._said))
             yield self._event(response["status"], response=response)
         else:
             yield from self._section_events(self.sections[-1], what, new)
