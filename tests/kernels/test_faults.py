@@ -120,7 +120,7 @@ def _work(name: str, x: NDArray[np.float32]) -> bytes:
         return state.adjusted(x[0], []).tobytes()
     if name == "sample":
         state = _native.SamplerState(_options(temperature=0.7, top_p=0.9, seed=2), 0)
-        return repr(_native.sample(x, [(0, state, None, [], 5)], None)).encode()
+        return repr(_native.sample(x, [(0, state, None, [], None, 5)], None)).encode()
     blocks, _ = _native.quantize(name, x)
     return blocks.tobytes() + _native.pack(name, blocks, *x.shape).dequantize().tobytes()
 
@@ -218,5 +218,5 @@ def test_any_allowed_option_gives_a_token(temperature: float, rng: np.random.Gen
     ):
         state = _native.SamplerState(_options(temperature=temperature, **values), 0)
         state.extend([1, 2, 3] * 50, b"")
-        ((token, _, _),) = _native.sample(logits, [(0, state, None, [], 2**31 - 1)], None)
+        ((token, _, _),) = _native.sample(logits, [(0, state, None, [], None, 2**31 - 1)], None)
         assert 0 <= token < 300

@@ -73,7 +73,8 @@ def test_q8_1_is_q8_0_with_its_sum(rng: np.random.Generator) -> None:
     summed = FORMATS["q8_1"].quantize(x.reshape(-1)).view(FORMATS["q8_1"].layout)
     np.testing.assert_array_equal(summed["codes"], plain["codes"])
     np.testing.assert_array_equal(summed["scale"], plain["scale"])
-    expected = np.abs(x).reshape(-1, 32).max(axis=1) / np.float32(127) * plain["codes"].sum(axis=1)
+    sums = plain["codes"].sum(axis=1).astype(np.float32)
+    expected = np.abs(x).reshape(-1, 32).max(axis=1) / np.float32(127) * sums
     np.testing.assert_array_equal(summed["sum"], expected.astype(np.float16))
 
 
