@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
@@ -289,6 +290,11 @@ class Grammars:
                     self._kept.pop(key, None)
                 mine.set_exception(error)
         return kept.result()
+
+    def warm(self) -> None:
+        """Prepare what the first would wait for: a second, of a large vocabulary."""
+        with suppress(InvalidRequest):
+            _ = self._vocabulary
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
