@@ -113,6 +113,17 @@ def test_formats_that_the_standard_lacks_say_nothing(name: str, grammars: Gramma
     grammars.compile(Grammar.json_schema(schema))
 
 
+@pytest.mark.parametrize("names", ["properties", "patternProperties"])
+def test_a_name_is_known_however_it_is_written(names: str, smollm: Tokenizer) -> None:
+    schema = {"type": "object", names: {"a": {"type": "integer"}},
+              "additionalProperties": {"type": "null"}}  # fmt: skip
+    matcher = Grammars(smollm, smollm.vocab_size).compile(Grammar.json_schema(schema))()
+    *before, escape = smollm.encode('{"\\u', add_bos=False)
+    for token in before:
+        matcher.accept(token)
+    assert not matcher.allowed(())[0][escape // 32] >> (escape % 32) & 1  # as in "\u0061"
+
+
 def test_from_python() -> None:
     class Person(pydantic.BaseModel):
         name: str

@@ -10,7 +10,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ _STACK = threading.Lock()
 _OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
 _OTHERS = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
 _PARTS = {"allOf", "anyOf", "oneOf", "$ref"}
+_NAMED = {"properties", "patternProperties"}
 _OWN = {"pattern", "properties", "items", "prefixItems", *_OTHERS}
 # Those of the standard; all others only describe, as for "password".
 _FORMATS = frozenset({
@@ -202,10 +203,17 @@ def _json(schema: Any) -> str:
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]
     # The last word: what a client says there could turn off what is enforced.
-    options = dict(_OPTIONS)
-    if any(map(_EXCEPT.search, patterns)):  # llguidance takes an escaped quote for what is not one
-        options["json_allowed_escapes"] = "nrbtf"
-    return "%json " + json.dumps({**schema, "x-guidance": options})
+    return "%json " + json.dumps({**schema, "x-guidance": _options(schemas, patterns)})
+
+
+def _options(schemas: Iterable[Mapping[str, Any]], patterns: Iterable[str]) -> Mapping[str, str]:
+    """How llguidance reads it; which escapes there may be, of those that it can understand."""
+    if any(map(_EXCEPT.search, patterns)):  # an escaped quote is read as what is not one
+        return _OPTIONS | {"json_allowed_escapes": "nrbtf"}
+    # Names could be written in other ways, with a value of another kind.
+    if any(n.get("additionalProperties") is not False and n.keys() & _NAMED for n in schemas):
+        return _OPTIONS | {"json_allowed_escapes": 'nrbtf"\\'}
+    return _OPTIONS
 
 
 def _nodes(value: Any, role: str, depth: int = 0) -> Iterator[tuple[dict[str, Any], str]]:
