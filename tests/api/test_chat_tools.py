@@ -284,6 +284,7 @@ def test_calls_have_ids_of_their_own(model: Model) -> None:
         ({"tools": [ADD] * 200}, "tools has 200"),
         ({"tools": 5}, "tools"),
         ({"tool_schemas": ["{"]}, r"tool_schemas\[0\].*JSON"),
+        ({"tool_schemas": ["1" * 5000]}, r"tool_schemas\[0\].*JSON"),
         ({"reasoning_effort": "most"}, "reasoning_effort"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, r"messages\[0\].tool_calls"),
         ({"messages": [{"role": "assistant", "tool_calls": 5}]}, r"messages\[0\].tool_calls"),
@@ -347,8 +348,9 @@ def test_who_does_not_reason_answers_at_once(model: Model) -> None:
 def test_efforts_are_variables_for_the_template(model: Model, thinking: Scripted) -> None:
     ask(model, "Hm", tools=None, reasoning_effort="none")
     assert thinking.prompts[-1].endswith("<think>\n\n</think>\n\n")
-    request = ChatCompletionRequest(messages="Hm", reasoning_effort="low")
-    assert request.template_kwargs == {"reasoning_effort": "low"}
+    for effort in ("low", "xhigh", "max"):
+        request = ChatCompletionRequest(messages="Hm", reasoning_effort=effort)
+        assert request.template_kwargs == {"reasoning_effort": effort}
     given = {"enable_thinking": True}
     request = ChatCompletionRequest(
         messages="Hm", reasoning_effort="none", chat_template_kwargs=given

@@ -45,6 +45,13 @@ class Report(BaseModel):
     degrees: Literal[10, 20]
 
 
+def test_no_request_waits_for_the_vocabulary(model: Model) -> None:
+    """Nor do those beside it."""
+    vars(model).pop("grammars", None)
+    with in_thread(model):
+        assert "_vocabulary" in vars(model.grammars)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_row_8_status_200_means_that_the_answer_fits(

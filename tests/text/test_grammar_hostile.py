@@ -29,6 +29,10 @@ def schema(value: Any) -> Grammar:
 DEFS = {f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}}
         for i in range(3000)} | {"d3000": {}}  # fmt: skip
 TWICE = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)} | {"d60": {}}
+PATTERNS = [{"type": "string", "pattern": f"(a|b|c)*{'[ab]' * i}"} for i in range(40)]
+NAMED = {f"d{i}": {"$anchor": f"a{i}", **PATTERNS[i]} for i in range(40)}
+LINKED = {f"d{i}": {"$ref": f"#/default/d{i + 1}", **PATTERNS[i]} for i in range(39)}
+SEARCHES = [f"/(?s:.*){p['pattern']}(?s:.*)/" for p in PATTERNS]
 HOSTILE = {
     "groups": lambda: Grammar("regex", "(" * 2000 + "a" + ")" * 2000),
     "repeats": lambda: Grammar("regex", "a{1,1000000}"),
@@ -68,6 +72,13 @@ HOSTILE = {
     "huge multiple": lambda: schema({"type": "number", "multipleOf": 1e300}),
     "patterns": lambda: schema({"properties": {f"p{i}": {"pattern": "a?" * 2000 + "a" * 90}
                                               for i in range(60)}}),
+    "patterns of one text": lambda: schema({"allOf": PATTERNS}),
+    "patterns by anchors": lambda: schema({"allOf": [{"$ref": f"#a{i}"} for i in range(40)],
+                                           "$defs": NAMED}),
+    "patterns by references": lambda: schema({"$ref": "#/default/d0",
+                                              "default": LINKED | {"d39": {}}}),
+    "conjunction": lambda: Grammar("lark", f"start: T\nT: {' & '.join(SEARCHES)}"),
+    "no disjunction": lambda: Grammar("lark", f"start: T\nT: ~(~{' | ~'.join(SEARCHES)})"),
     "names": lambda: schema({"patternProperties": {"(" * 50_000: {}}}),
     "long lists": lambda: schema({"type": "array", "minItems": 100_000}),
     "long texts": lambda: schema({"type": "string", "minLength": 10**6, "maxLength": 10**8}),

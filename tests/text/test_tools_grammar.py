@@ -291,6 +291,16 @@ def test_the_trigger_lies_in_tokens_and_across_them(vocabulary: Vocabularies) ->
             assert fits is (not wrong or at < len("A<tool_call>"))
 
 
+def test_a_schema_of_many_references_is_enforced() -> None:
+    """Of so many levels that they need much of a stack."""
+    definitions = {
+        f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(1500)
+    }
+    properties = {"a": {"$ref": "#/$defs/d0"}}
+    schema = {"properties": properties, "$defs": definitions | {"d1500": {}}}
+    assert Tool("f", parameters=schema).schema()["properties"] == properties
+
+
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [

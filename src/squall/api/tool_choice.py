@@ -56,9 +56,10 @@ def _known(field: str, given: Any) -> dict[str, Tool]:
     for i, item in enumerate(given):
         with naming(f"{field}[{i}]"):
             try:
-                tool = Tool.of(json.loads(item) if isinstance(item, str) else item)
-            except (json.JSONDecodeError, RecursionError) as error:
+                made = json.loads(item) if isinstance(item, str) else item
+            except (ValueError, RecursionError) as error:
                 raise InvalidRequest(f"it is no JSON: {error}") from None
+            tool = Tool.of(made)
             if tool.name in found:
                 raise InvalidRequest(f"another one is named {tool.name!r}, too")
         found[tool.name] = tool

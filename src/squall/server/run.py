@@ -114,6 +114,8 @@ class Server(uvicorn.Server):
         self._ending: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for served in self.service.models.values():
+            served.model.grammars.warm()
         await super().startup(sockets)
         # What is there by now stays; looking for garbage in it would stop everything for 50 ms.
         gc.collect()

@@ -12,8 +12,9 @@ import re
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
@@ -35,6 +36,7 @@ Kind = Literal["regex", "yacc", "lark", "json_schema", "json_object", "choice"]
 MAX_BYTES = 256 << 10
 MAX_REGEX = 4096  # characters of a pattern: compiling may take the square of them
 MAX_PATTERNS = 32 << 10  # characters of all patterns of a JSON schema
+MAX_JOINED = 12  # patterns that one text must match: each takes some four times as long
 MAX_MULTIPLE = 100_000  # states of a number that must be a multiple
 MAX_DEPTH = 100  # levels of a JSON schema
 MAX_DIGITS = 20  # in a row, where a number could go on for ever
@@ -46,6 +48,14 @@ _NICE = 5
 _OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,32})?"}
 _OTHERS = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
 _PARTS = {"allOf", "anyOf", "oneOf", "$ref"}
+_NAMED = {"properties", "patternProperties"}
+_OWN = {"pattern", "properties", "items", "prefixItems", *_OTHERS}
+# Those of the standard; all others only describe, as for "password".
+_FORMATS = frozenset({
+    "date-time", "time", "date", "duration", "email", "idn-email", "hostname", "idn-hostname",
+    "ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template",
+    "json-pointer", "relative-json-pointer", "regex",
+})  # fmt: skip
 _ROLES = {
     **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), "names"),
     **dict.fromkeys(("const", "default", "enum", "examples"), "data"),
@@ -56,7 +66,7 @@ _DATE = (
     r"^(([1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])-(0[13-9]|1[0-2]|02-[01]|02-2[0-8])"
     rf"|(\d\d{_LEAP}|{_LEAP}00)-02-29)"
 )
-_LARK = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(%json\s*)')
+_LARK = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?://|#)[^\n]*|/(?:[^/\\\n]|\\.)+/|(%json\s*)|[&~]')
 _EXCEPT = re.compile(r"\[\^|\\[ux]")
 _KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
@@ -101,6 +111,14 @@ class Grammar:
         """The same in llguidance's Lark, with the rule `start`."""
         return _KINDS[self.kind](self.value)
 
+    def unsupported(self) -> str:
+        """What of it cannot be enforced; empty if all can."""
+        from llguidance import LLMatcher
+
+        source, found = LLMatcher.grammar_from_lark(self.lark()), list[str]()
+        _deep(lambda: found.append(LLMatcher.validate_grammar(source)))
+        return _told(found[0])
+
 
 def _dumped(value: object) -> str:
     try:
@@ -127,8 +145,9 @@ def _of_regex(value: str) -> str:
 
 def _of_lark(value: str) -> str:
     """The source, with limits and options in its schemas."""
-    done, at = [], 0
+    done, at, joined = [], 0, 0
     for found in _LARK.finditer(value):
+        joined += found[0] in "&~" and found.start() >= at
         if not found[1] or found.start() < at:
             continue
         try:
@@ -137,6 +156,8 @@ def _of_lark(value: str) -> str:
             raise InvalidRequest("the Lark has a %json that JSON does not follow") from None
         done += [value[at : found.start()], _json(_parsed(value[found.end() : end]))]
         at = end
+    if joined > MAX_JOINED:
+        raise InvalidRequest(f"the Lark has {joined} of & and ~; the limit is {MAX_JOINED}")
     return "".join(done) + value[at:]
 
 
@@ -165,33 +186,37 @@ def _json(schema: Any) -> str:
     if schema is False or not isinstance(schema, dict | bool):
         raise InvalidRequest("a JSON schema must be an object, or true")
     schema = {} if schema is True else schema
-    nodes = [node for node, _ in _nodes(schema, "schema")]
-    patterns = [p for node in nodes if isinstance(p := node.get("pattern"), str)]
-    patterns += [p for node in nodes for p in _object(node.get("patternProperties"))]
-    if len(max(patterns, key=len, default="")) > MAX_REGEX or len("".join(patterns)) > MAX_PATTERNS:
-        raise InvalidRequest(
-            f"a pattern may have {MAX_REGEX} characters, those of a JSON schema {MAX_PATTERNS}"
-        )
+    every = [*_nodes(schema, "schema")]
+    nodes, schemas = [node for node, _ in every], [n for n, role in every if role == "schema"]
+    patterns = _patterns(nodes)
     multiples = [Decimal(str(m)) for n in nodes if type(m := n.get("multipleOf")) in (int, float)]
     if not _common(multiples) <= MAX_MULTIPLE:
         raise InvalidRequest(
             "the least common multiple of all multipleOf, with as many decimals as any of them "
             f"has, may be {MAX_MULTIPLE}"
         )
-    schemas = [node for node, role in _nodes(schema, "schema") if role == "schema"]
     open_ = any("allOf" in n or ("properties" in n and n.keys() & _PARTS) for n in schemas)
     for node in schemas:
         if "properties" in node and not open_ and not node.keys() & _OTHERS:
             node["additionalProperties"] = False
         if node.get("format") in ("date", "date-time"):
             node.setdefault("pattern", _DATE)
+        elif isinstance(format_ := node.get("format"), str) and format_ not in _FORMATS:
+            del node["format"]
         if node.get("uniqueItems") is False:
             del node["uniqueItems"]
     # The last word: what a client says there could turn off what is enforced.
-    options = dict(_OPTIONS)
-    if any(map(_EXCEPT.search, patterns)):  # llguidance takes an escaped quote for what is not one
-        options["json_allowed_escapes"] = "nrbtf"
-    return "%json " + json.dumps({**schema, "x-guidance": options})
+    return "%json " + json.dumps({**schema, "x-guidance": _options(schemas, patterns)})
+
+
+def _options(schemas: Iterable[Mapping[str, Any]], patterns: Iterable[str]) -> Mapping[str, str]:
+    """How llguidance reads it; which escapes there may be, of those that it can understand."""
+    if any(map(_EXCEPT.search, patterns)):  # an escaped quote is read as what is not one
+        return _OPTIONS | {"json_allowed_escapes": "nrbtf"}
+    # Names could be written in other ways, with a value of another kind.
+    if any(n.get("additionalProperties") is not False and n.keys() & _NAMED for n in schemas):
+        return _OPTIONS | {"json_allowed_escapes": 'nrbtf"\\'}
+    return _OPTIONS
 
 
 def _nodes(value: Any, role: str, depth: int = 0) -> Iterator[tuple[dict[str, Any], str]]:
@@ -208,6 +233,29 @@ def _nodes(value: Any, role: str, depth: int = 0) -> Iterator[tuple[dict[str, An
     elif isinstance(value, list):
         for inner in value:
             yield from _nodes(inner, role, depth + 1)
+
+
+def _patterns(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All patterns, unless they would take too long."""
+    patterns = [p for node in nodes if isinstance(p := node.get("pattern"), str)]
+    patterns += [p for node in nodes for p in _object(node.get("patternProperties"))]
+    if len(max(patterns, key=len, default="")) > MAX_REGEX or len("".join(patterns)) > MAX_PATTERNS:
+        raise InvalidRequest(
+            f"a pattern may have {MAX_REGEX} characters, those of a JSON schema {MAX_PATTERNS}"
+        )
+    joined = min(len({*patterns}), 1 + sum(max(0, _applied(node) - 1) for node in nodes))
+    if joined > MAX_JOINED:
+        raise InvalidRequest(
+            f"{joined} patterns may apply to one text, by allOf and $ref; the limit is {MAX_JOINED}"
+        )
+    return patterns
+
+
+def _applied(node: Mapping[str, Any]) -> int:
+    """How many schemas must hold at once."""
+    several = node.get("allOf")
+    more = len(several) - 1 if isinstance(several, list) else 0
+    return more + len(node.keys() & _PARTS) + (not node.keys().isdisjoint(_OWN))
 
 
 def _object(value: Any) -> Mapping[str, Any]:
@@ -253,6 +301,11 @@ class Grammars:
                     self._kept.pop(key, None)
                 mine.set_exception(error)
         return kept.result()
+
+    def warm(self) -> None:
+        """Prepare what the first would wait for: a second, of a large vocabulary."""
+        with suppress(InvalidRequest):
+            _ = self._vocabulary
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:

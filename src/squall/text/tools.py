@@ -88,13 +88,9 @@ class Tool:
 @lru_cache(maxsize=256)
 def _unsupported(schema: str) -> str:
     """What of a schema cannot be enforced; empty if all can."""
-    from llguidance import LLMatcher
-
     from squall.text.grammar import Grammar
 
     try:
-        lark = Grammar("json_schema", schema).lark()
+        return Grammar("json_schema", schema).unsupported()
     except InvalidRequest as limit:
         return str(limit)
-    error = LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(lark))
-    return " ".join(str(error).partition("\n   1 |")[0].split())[:300]
