@@ -368,7 +368,7 @@ def test_masks_must_be_of_each_guess(engine: Engine) -> None:
 
 def test_slow_masks_end_their_own_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """All wait for them. Time that others take, or now and then a slow one, is not held against."""
-    monkeypatch.setattr(reply, "MASKS_S", 0.05)
+    monkeypatch.setattr(reply, "OVER_S", 0.05)
     slow = {3: 0.03, 20: 0.03}
 
     def burn(seconds: float) -> tuple[()]:
@@ -385,9 +385,15 @@ def test_slow_masks_end_their_own_request(engine: Engine, monkeypatch: pytest.Mo
         request([3], max_tokens=9, constraint=lambda: Follows(lambda _: time.sleep(0.02) or ())),
     ]
     generations = [Generation(engine, one) for one in stays]
-    leaves = request([4], max_tokens=60, constraint=lambda: Follows(lambda _: burn(0.03)))
-    with pytest.raises(SamplingFailed, match="takes too long"):
-        Generation(engine, leaves).read()
+
+    class Slow(Follows):
+        def accept(self, token: int) -> None:
+            super().accept(token)
+            burn(0.03)
+
+    for matcher in (lambda: Follows(lambda _: burn(0.03)), lambda: Slow(lambda _: ())):
+        with pytest.raises(SamplingFailed, match="takes too long"):
+            Generation(engine, request([4], max_tokens=60, constraint=matcher)).read()
     for generation, one in zip(generations, stays, strict=True):
         generation.read()
         assert generation.ids == alone(one)
