@@ -18,6 +18,7 @@ from engine_requests import (
     alone,
     any_request,
     idle,
+    other_parity,
     request,
     settle,
     told,
@@ -470,6 +471,25 @@ def test_a_draw_that_raises_ends_its_own_request(
         Generation(engine, request([2], logprobs=7)).read()
     stays.read()
     assert stays.ids == alone(wanted)
+
+
+def test_a_sink_may_close_the_engine_while_a_step_is_planned(executor: FakeExecutor) -> None:
+    """Then the others are cancelled, after the step."""
+    died: list[BaseException] = []
+    engine = Engine(executor, EngineConfig(max_seqs=4), text=Numbers, on_death=died.append)
+    executor.hold()
+    stays = Generation(engine, request([1], max_tokens=60, constraint=other_parity))
+
+    def sink(piece: Piece) -> None:
+        if piece.error is not None:
+            engine.close()
+
+    engine.submit(request([2], max_tokens=60, proposer=lambda *_: 1 / 0), sink)
+    executor.let()
+    stays.read()
+    assert stays.finish_reason == "cancelled"
+    assert not died
+    engine.close()
 
 
 def test_an_end_is_told_once(engine: Engine) -> None:
