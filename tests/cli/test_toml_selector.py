@@ -121,6 +121,8 @@ def test_row_40_a_draft_model(tmp_path: Path) -> None:
     opening = found.opening(Opening(hub=hub, context=64))
     assert (opening.path, opening.context, opening.draft_tokens) == ("m", 64, 5)
     assert opening.of_draft == Opening(tmp_path / "f.gguf", hub=hub)
+    with pytest.raises(InvalidRequest, match="give one"):
+        found.opening(Opening(draft="ngram"))
 
 
 WRONG = {

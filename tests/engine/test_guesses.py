@@ -18,6 +18,7 @@ from engine_requests import (
     alone,
     any_request,
     idle,
+    other_parity,
     request,
     settle,
     told,
@@ -368,7 +369,7 @@ def test_masks_must_be_of_each_guess(engine: Engine) -> None:
 
 def test_slow_masks_end_their_own_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """All wait for them. Time that others take, or now and then a slow one, is not held against."""
-    monkeypatch.setattr(reply, "MASKS_S", 0.05)
+    monkeypatch.setattr(reply, "OVER_S", 0.05)
     slow = {3: 0.03, 20: 0.03}
 
     def burn(seconds: float) -> tuple[()]:
@@ -385,9 +386,15 @@ def test_slow_masks_end_their_own_request(engine: Engine, monkeypatch: pytest.Mo
         request([3], max_tokens=9, constraint=lambda: Follows(lambda _: time.sleep(0.02) or ())),
     ]
     generations = [Generation(engine, one) for one in stays]
-    leaves = request([4], max_tokens=60, constraint=lambda: Follows(lambda _: burn(0.03)))
-    with pytest.raises(SamplingFailed, match="takes too long"):
-        Generation(engine, leaves).read()
+
+    class Slow(Follows):
+        def accept(self, token: int) -> None:
+            super().accept(token)
+            burn(0.03)
+
+    for matcher in (lambda: Follows(lambda _: burn(0.03)), lambda: Slow(lambda _: ())):
+        with pytest.raises(SamplingFailed, match="takes too long"):
+            Generation(engine, request([4], max_tokens=60, constraint=matcher)).read()
     for generation, one in zip(generations, stays, strict=True):
         generation.read()
         assert generation.ids == alone(one)
@@ -464,6 +471,25 @@ def test_a_draw_that_raises_ends_its_own_request(
         Generation(engine, request([2], logprobs=7)).read()
     stays.read()
     assert stays.ids == alone(wanted)
+
+
+def test_a_sink_may_close_the_engine_while_a_step_is_planned(executor: FakeExecutor) -> None:
+    """Then the others are cancelled, after the step."""
+    died: list[BaseException] = []
+    engine = Engine(executor, EngineConfig(max_seqs=4), text=Numbers, on_death=died.append)
+    executor.hold()
+    stays = Generation(engine, request([1], max_tokens=60, constraint=other_parity))
+
+    def sink(piece: Piece) -> None:
+        if piece.error is not None:
+            engine.close()
+
+    engine.submit(request([2], max_tokens=60, proposer=lambda *_: 1 / 0), sink)
+    executor.let()
+    stays.read()
+    assert stays.finish_reason == "cancelled"
+    assert not died
+    engine.close()
 
 
 def test_an_end_is_told_once(engine: Engine) -> None:

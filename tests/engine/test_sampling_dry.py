@@ -57,8 +57,7 @@ def test_tokens_one_by_one_are_the_same(ids: list[int], data: st.DataObject) -> 
     state = SamplerState(Sampling(**options), ids[:cut], prompt_length=min(cut, 5))
     for id_ in ids[cut:]:
         state.append(id_)
-    assert len(state) == len(ids)
-    assert state.generated == len(ids) - min(cut, 5)
+    assert state.native.length == len(ids)
     at_once = capture(LOGITS, options, ids, prompt=min(cut, 5))
     assert state.native.adjusted(LOGITS, []).tobytes() == at_once.tobytes()
 

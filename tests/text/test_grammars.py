@@ -225,11 +225,27 @@ def test_forced(grammars: Grammars, smollm: Tokenizer) -> None:
     ids = matcher.forced(8)
     assert b"".join(map(smollm.token_bytes, ids)) == b"temperature_unit"
     assert list(matcher.forced(1)) == list(ids[:1])
-    assert matcher._row is None  # masks are made later, while the executor runs
+    assert not matcher._rows  # masks are made later, while the executor runs
     for token in ids:
         assert allows(matcher.allowed(())[0], token)
         matcher.accept(token)
     assert list(grammars.compile(Grammar("regex", "é[ab]"))().forced(4)) == smollm.encode("é")
+
+
+def test_masks_are_made_once(
+    grammars: Grammars, smollm: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often they are asked for, as drafts do with each guess more."""
+    matcher = grammars.compile(Grammar("regex", "[a-z ]+"))()
+    masks, made = matcher._mask, []
+    monkeypatch.setattr(matcher, "_mask", lambda digits: made.append(digits) or masks(digits))
+    guesses = smollm.encode("the sea and the moon", add_bos=False)
+    for end in range(len(guesses) + 1):
+        rows = matcher.allowed(guesses[:end])
+    assert len(rows) == len(made) == len(guesses) + 1
+    for guess, row in zip(guesses, rows, strict=False):
+        assert np.array_equal(matcher.allowed(())[0], row)
+        matcher.accept(guess)
 
 
 def test_row_9_numbers_and_white_space_end(grammars: Grammars, smollm: Tokenizer) -> None:

@@ -71,6 +71,8 @@ class TomlSelection:
         if self.anymoe is not None:
             raise UnsupportedModel("[anymoe] is not supported yet; leave it out of the file")
         if self.speculative is not None:
+            if others.draft is not None:
+                raise InvalidRequest("--draft and [speculative] each name a draft; give one")
             draft, most = self.speculative
             own = draft.opening(Opening(hub=others.hub, progress=others.progress))
             others = replace(others, draft=own, draft_tokens=most)

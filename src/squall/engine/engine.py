@@ -211,7 +211,9 @@ class Engine:
             self._draining = self._closing = True
             thread = self._thread
             self._lock.notify_all()
-        if thread is not None and thread is not threading.current_thread():
+        if thread is threading.current_thread():
+            return  # it is in a step
+        if thread is not None:
             thread.join()
         self._stepper.close()
 

@@ -17,8 +17,8 @@ from squall.errors import SamplingFailed
 from squall.text.stream import TextStream
 
 Sink = Callable[[Piece], None]
-# Of a thread: what a mask of a matcher may take, and by how much all together may exceed that.
-MASK_S, MASKS_S = 0.005, 1.0
+# The share of a matcher for each mask, and how far it may be over; seconds that its thread worked.
+MASK_S, OVER_S = 0.005, 0.5
 
 
 class Reply:
@@ -109,17 +109,19 @@ class Reply:
         """What may come next, and after each guess; []: anything."""
         if self._matcher is None:
             return []
-        began_s = time.thread_time()
+        began_s = time.thread_time() + MASK_S * (1 + len(guesses))
         found = self._matcher.allowed(guesses)
-        # Others wait for it.
-        over_s = self._over_s + time.thread_time() - began_s - MASK_S * (1 + len(guesses))
-        self._over_s = max(over_s, 0.0)
-        if over_s > MASKS_S:
-            raise SamplingFailed("what may come next takes too long to find; simplify the grammar")
+        self._took(time.thread_time() - began_s)
         masks = [np.ascontiguousarray(mask, np.uint32) for mask in found or ()]
         if masks and len(masks) <= len(guesses):
             raise SamplingFailed(f"{len(masks)} masks for {len(guesses)} guesses")
         return masks
+
+    def _took(self, seconds: float) -> None:
+        """The matcher took so long beyond its share, while others waited."""
+        self._over_s = max(self._over_s + seconds, 0.0)
+        if self._over_s > OVER_S:
+            raise SamplingFailed("what may come next takes too long to find; simplify the grammar")
 
     def row(self) -> RowSampling:
         """How its next token is drawn."""
@@ -155,7 +157,9 @@ class Reply:
             self._logprobs.append(sampled)
         stopped = token in self._stop_ids
         if self._matcher is not None:
+            began_s = time.thread_time()
             self._matcher.accept(token)
+            self._took(time.thread_time() - began_s)
         if not stopped:
             self._text += self._stream.push(token)
             finished = self._matcher is not None and self._matcher.finished

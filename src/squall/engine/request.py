@@ -129,11 +129,6 @@ class Request:
     constraint: Constraint | None = None
     shown: frozenset[int] = frozenset()
 
-    @property
-    def guessable(self) -> bool:
-        """Whether somebody may know how it goes on."""
-        return self.proposer is not None or self.constraint is not None
-
     def __post_init__(self) -> None:
         # Copies, so that nobody can change what was checked.
         object.__setattr__(self, "ids", _ids("ids", self.ids))

@@ -190,27 +190,19 @@ class SamplerState:
     Ids outside the vocabulary, such as placeholders of images, are allowed.
     """
 
-    __slots__ = ("_breakers", "_tail", "_texts", "native", "prompt_length", "sampling")
+    __slots__ = ("_breakers", "_tail", "_texts", "native", "sampling")
 
     def __init__(
         self, sampling: Sampling, ids: Sequence[int], *, prompt_length: int | None = None
     ) -> None:
         self.sampling = sampling
-        self.prompt_length = len(ids) if prompt_length is None else prompt_length
-        self.native = _native.SamplerState(_options(sampling), self.prompt_length)
+        prompt = len(ids) if prompt_length is None else prompt_length
+        self.native = _native.SamplerState(_options(sampling), prompt)
         dry = sampling.dry
         self._breakers = dry.breakers if dry is not None and dry.multiplier > 0 else None
         self._texts = [text.encode() for text in self._breakers.texts] if self._breakers else []
         self._tail = b""
         self.extend(ids)
-
-    def __len__(self) -> int:
-        return self.native.length
-
-    @property
-    def generated(self) -> int:
-        """How many tokens came after the prompt."""
-        return len(self) - self.prompt_length
 
     def fork(self) -> SamplerState:
         """The same, to go on by itself, without the request's own processors."""

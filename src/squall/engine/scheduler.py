@@ -11,6 +11,7 @@ from array import array
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from squall.engine.prefix_cache import PrefixCache
 from squall.engine.sequence import Chunk, Sequence
@@ -20,6 +21,7 @@ ALONE_S = 0.5
 FIRST_ROWS = 64
 LEAST_ROWS = 16
 MOST_ROWS = 2**31
+_NUMBER = attrgetter("number")
 
 # (sequences that get a row each, rows left) -> sets guesses of some, at most so many together and
 # where `Scheduler.reserve` gave room; it may remove sequences.
@@ -84,7 +86,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """A new or preempted request waits for its turn."""
-        insort(self.waiting, sequence, key=_number)
+        insort(self.waiting, sequence, key=_NUMBER)
         self.waiting_tokens += len(sequence.tokens)
 
     def remove(self, sequence: Sequence) -> None:
@@ -227,7 +229,7 @@ class Scheduler:
             if not self._take_blocks(sequence, found):
                 return
             self._unqueue(sequence)
-            insort(self.running, sequence, key=_number)
+            insort(self.running, sequence, key=_NUMBER)
 
     def _take_blocks(self, sequence: Sequence, found: list[int]) -> bool:
         """Blocks for all tokens, `found` among them, if that leaves each running request one."""
@@ -273,7 +275,3 @@ class Scheduler:
     def _unqueue(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         self.waiting_tokens -= len(sequence.tokens)
-
-
-def _number(sequence: Sequence) -> int:
-    return sequence.number

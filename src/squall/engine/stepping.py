@@ -116,7 +116,7 @@ class Stepper:
 
     def _guess(self, answers: list[Sequence], spare: int) -> None:
         """Set what must follow or its request says may, and then what pays."""
-        asking = [sequence for sequence in answers if sequence.request.guessable]
+        asking = [one for one in answers if one.request.proposer or one.request.constraint]
         for left, sequence in zip(range(len(asking), 0, -1), asking, strict=True):
             most = self._scheduler.reserve(sequence, spare // left)
             sequence.guesses = self._propose(self.replies[sequence.number], most)

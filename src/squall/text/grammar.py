@@ -427,7 +427,7 @@ class Matcher:
         self._numbers = numbers
         self._inner = inner
         self._digits = 0  # that the text ends with
-        self._row: NDArray[np.uint32] | None = None  # what may come next
+        self._rows: dict[tuple[int, ...], NDArray[np.uint32]] = {}  # what may come after guesses
 
     @property
     def finished(self) -> bool:
@@ -436,13 +436,13 @@ class Matcher:
 
     def allowed(self, guesses: Sequence[int]) -> Sequence[NDArray[np.uint32]]:
         """Bits of the ids that may be drawn next, and after each guess."""
-        rows = [self._next()]
         digits = self._digits
-        for guess in guesses:
+        rows = [self._row((), digits)]
+        for i, guess in enumerate(guesses, 1):
             if guess in self._vocabulary.stops or not self._inner.try_consume_tokens([guess]):
                 break
             digits = self._run(digits, guess)
-            rows.append(self._mask(digits))
+            rows.append(self._row(tuple(guesses[:i]), digits))
         if len(rows) > 1 and not self._inner.rollback(len(rows) - 1):
             raise self._failed()
         # After a guess that cannot come nothing can.
@@ -460,12 +460,12 @@ class Matcher:
             return
         if not self._inner.consume_token(token):
             raise self._failed()
-        self._digits, self._row = self._run(self._digits, token), None
+        self._digits, self._rows = self._run(self._digits, token), {}
 
-    def _next(self) -> NDArray[np.uint32]:
-        if self._row is None:
-            self._row = self._mask(self._digits)
-        return self._row
+    def _row(self, guesses: tuple[int, ...], digits: int) -> NDArray[np.uint32]:
+        if guesses not in self._rows:
+            self._rows[guesses] = self._mask(digits)
+        return self._rows[guesses]
 
     def _mask(self, digits: int) -> NDArray[np.uint32]:
         row = np.zeros(self._vocabulary.words, np.uint32)
