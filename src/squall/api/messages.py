@@ -49,7 +49,8 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if role == "assistant" and content is None:
         # So do clients that send back what they got: a refusal, or an answer without a text.
         content = message.get("refusal") or ""
-    checked: dict[str, Any] = {"role": ROLES.get(role, role), "content": text_of(content, f"{where}.content")}
+    text = text_of(content, f"{where}.content")
+    checked: dict[str, Any] = {"role": ROLES.get(role, role), "content": text}
     if calls := message.get("tool_calls"):
         checked["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     return checked | {name: text for name in _TEXTS if isinstance(text := message.get(name), str)}
@@ -84,9 +85,7 @@ def text_of(content: object, where: str) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str) or kind not in TEXT_PARTS:
-            raise InvalidRequest(
-                f"{where} has a part of type {shown(kind)}; only 'text' is known"
-            )
+            raise InvalidRequest(f"{where} has a part of type {shown(kind)}; only 'text' is known")
         text = part.get(TEXT_PARTS[kind])
         if not isinstance(text, str):
             raise InvalidRequest(f"{where} has a part of type {kind!r} without a text")

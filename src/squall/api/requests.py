@@ -28,7 +28,7 @@ MOST_TEMPLATE_KWARGS = 16_384  # characters, as JSON
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 NOT_YET = ("adapters", "suffix")
-EFFORTS = ("none", "minimal", "low", "medium", "high")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
 OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
 
