@@ -198,10 +198,13 @@ class Model(Closing):
         *,
         tools: Sequence[Tool] = (),
         template_kwargs: Mapping[str, object] | None = None,
+        continues: bool = False,
     ) -> ChatPrompt:
         """A conversation in the chat template; it tells how answers reason and call tools, too."""
-        kwargs = template_kwargs or {}
-        return self.chat_template.prompt(messages, self.tokenizer, tools=tools, kwargs=kwargs)
+        kwargs, tokenizer = template_kwargs or {}, self.tokenizer
+        return self.chat_template.prompt(
+            messages, tokenizer, tools=tools, kwargs=kwargs, continues=continues
+        )
 
     def constraint(self, grammar: Grammar | type | Mapping[str, Any], prompt: object) -> Constraint:
         """What an answer to `prompt` may be, once it has reasoned."""
@@ -316,7 +319,7 @@ class Model(Closing):
             max_tokens=max_tokens,
             stop=_check_stop(stop),
             stop_ids=frozenset(self._check_stop_ids(stop_ids)),
-            continues=constraint is not None or chat is None,
+            continues=constraint is not None or chat is None or chat.ends_in_content,
             constraint=constraint,
             shown=frozenset() if chat is None else chat.shown(self.tokenizer),
         )

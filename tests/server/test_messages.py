@@ -78,6 +78,25 @@ def test_which_stop_string_came(claude: anthropic.Anthropic, stream: bool) -> No
     assert text_of(found).endswith(" is")
 
 
+def test_an_answer_that_the_client_has_begun(
+    claude: anthropic.Anthropic, client: openai.OpenAI
+) -> None:
+    whole = text_of(claude.messages.create(messages=QUESTION, **GREEDY))
+    begun = whole[: whole.index(" France")]
+    messages: Any = [*QUESTION, {"role": "assistant", "content": begun}]
+    assert begun + text_of(claude.messages.create(messages=messages, **GREEDY)) == whole
+    asked: Any = {"model": "small", "messages": messages, "temperature": 0, "max_tokens": 24}
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    for stream in (False, True):
+        found: Any = client.chat.completions.create(extra_body=fields, stream=stream, **asked)
+        parts = [c.choices[0].delta for c in found] if stream else [found.choices[0].message]
+        assert begun + "".join(part.content for part in parts) == whole
+    with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+        client.chat.completions.create(
+            extra_body=fields, model="small", messages=QUESTION, max_tokens=1
+        )
+
+
 def test_blocks_are_messages_of_a_chat(claude: anthropic.Anthropic, client: openai.OpenAI) -> None:
     messages: Any = [
         {
@@ -152,7 +171,19 @@ def test_fields_that_are_accepted(claude: anthropic.Anthropic, fields: dict[str,
             },
             "messages[0].content",
         ),
-        ({"messages": [*QUESTION, {"role": "assistant", "content": "The"}]}, "messages"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": ""}]}, "go on with"),
+        (
+            {
+                "messages": [
+                    *QUESTION,
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}],
+                    },
+                ]
+            },
+            "continue_final_message",
+        ),
         ({"messages": QUESTION * 5000}, "messages"),
         ({"system": 5}, "system"),
         ({"system": [5]}, "system"),
