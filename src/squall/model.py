@@ -313,13 +313,14 @@ class Model(Closing):
         read = self._read(prompt)
         chat = read if isinstance(read, ChatPrompt) else None
         ids = read if chat is None else self.tokenizer.encode_pieces(chat.pieces)
+        in_text = chat is None or any(piece.content for piece in chat.pieces[-1:])
         return Request(
             ids=self._check_ids(ids),
             sampling=sampling,
             max_tokens=max_tokens,
             stop=_check_stop(stop),
             stop_ids=frozenset(self._check_stop_ids(stop_ids)),
-            continues=constraint is not None or chat is None or chat.ends_in_content,
+            continues=constraint is not None or in_text,
             constraint=constraint,
             shown=frozenset() if chat is None else chat.shown(self.tokenizer),
         )

@@ -114,7 +114,7 @@ def test_going_on_with_the_last_message(
             messages, chat_template=TEMPLATES[name], tokenize=False, continue_final_message=True
         )
         assert ours.text == theirs, text
-        assert (ours.ends_in_content, ours.reasoning) == (True, None)
+        assert (ours.pieces[-1].content, ours.reasoning) == (True, None)
 
 
 def test_a_last_message_without_a_text_to_go_on_with(smollm_metadata: dict[str, Any]) -> None:

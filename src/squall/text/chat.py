@@ -55,11 +55,6 @@ class ChatPrompt:
         """The whole of it."""
         return "".join(piece.text for piece in self.pieces)
 
-    @property
-    def ends_in_content(self) -> bool:
-        """Whether the answer goes on with what a message says."""
-        return any(piece.content for piece in self.pieces[-1:])
-
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The control tokens that an answer's text must show to be read."""
         return frozenset().union(
@@ -161,20 +156,15 @@ class ChatTemplate:
         kwargs: Mapping[str, object] = MappingProxyType({}),
         continues: bool = False,
     ) -> ChatPrompt:
-        """The prompt with what it says of the answer; the template need not know tools.
-
-        continues: the answer goes on with the text of the last message.
-        """
+        """The prompt with what it says of the answer, which may go on with the last message."""
         source = self.source(with_tools=bool(tools))
         format_ = tool_format(source, tokenizer)
         messages, given = format_.conversation(messages, tools)
-        pieces = self.render(
-            messages, add_generation_prompt=not continues, tools=given, kwargs=kwargs
-        )
+        new = not continues
+        pieces = self.render(messages, add_generation_prompt=new, tools=given, kwargs=kwargs)
         if continues:
-            pieces, reasoning = _open_ended(pieces, str(messages[-1]["content"])), None
-        else:
-            reasoning = reasoning_of(source, "".join(piece.text for piece in pieces))
+            pieces, source = _open_ended(pieces, str(messages[-1]["content"])), ""
+        reasoning = reasoning_of(source, "".join(piece.text for piece in pieces))
         return ChatPrompt(pieces, format_ if tools else None, reasoning)
 
     def source(self, *, with_tools: bool) -> str:
@@ -198,9 +188,9 @@ def _open_ended(pieces: Sequence[Piece], text: str) -> list[Piece]:
     last = max((i for i, piece in enumerate(pieces) if piece.content), default=0)
     if not text.strip().endswith(pieces[last].text):
         raise TemplateError("the prompt does not end with a text of the last message to go on with")
-    space = text[len(text.rstrip()) :]
-    kept = space if "".join(piece.text for piece in pieces[last + 1 :]).startswith(space) else ""
-    return [*pieces[:last], Piece(pieces[last].text + kept, content=True)]
+    space, rest = text[len(text.rstrip()) :], "".join(piece.text for piece in pieces[last + 1 :])
+    kept = pieces[last].text + space * rest.startswith(space)
+    return [*pieces[:last], Piece(kept, content=True)]
 
 
 def _jinja_files(folder: Path) -> dict[str, str]:
