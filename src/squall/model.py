@@ -198,10 +198,13 @@ class Model(Closing):
         *,
         tools: Sequence[Tool] = (),
         template_kwargs: Mapping[str, object] | None = None,
+        continues: bool = False,
     ) -> ChatPrompt:
         """A conversation in the chat template; it tells how answers reason and call tools, too."""
-        kwargs = template_kwargs or {}
-        return self.chat_template.prompt(messages, self.tokenizer, tools=tools, kwargs=kwargs)
+        kwargs, tokenizer = template_kwargs or {}, self.tokenizer
+        return self.chat_template.prompt(
+            messages, tokenizer, tools=tools, kwargs=kwargs, continues=continues
+        )
 
     def constraint(self, grammar: Grammar | type | Mapping[str, Any], prompt: object) -> Constraint:
         """What an answer to `prompt` may be, once it has reasoned."""
@@ -310,13 +313,14 @@ class Model(Closing):
         read = self._read(prompt)
         chat = read if isinstance(read, ChatPrompt) else None
         ids = read if chat is None else self.tokenizer.encode_pieces(chat.pieces)
+        in_text = chat is None or any(piece.content for piece in chat.pieces[-1:])
         return Request(
             ids=self._check_ids(ids),
             sampling=sampling,
             max_tokens=max_tokens,
             stop=_check_stop(stop),
             stop_ids=frozenset(self._check_stop_ids(stop_ids)),
-            continues=constraint is not None or chat is None,
+            continues=constraint is not None or in_text,
             constraint=constraint,
             shown=frozenset() if chat is None else chat.shown(self.tokenizer),
         )

@@ -70,6 +70,8 @@ def run(
 def _tool(name: str, given: Any) -> tuple[dict[str, Any], Callable[[str], Any]]:
     """What the model is told of a function, and what calls it with arguments as JSON."""
     schema, function = given if isinstance(given, tuple) else (None, given)
+    if inspect.iscoroutinefunction(function):
+        raise InvalidRequest(f"{name} is async; give a function that has its result when it ends")
     told = {"name": name, "description": inspect.getdoc(function) or ""}
     if schema is not None:
         return told | {"parameters": schema}, lambda text: function(**json.loads(text))
@@ -85,6 +87,7 @@ def _result(function: Callable[[str], Any], arguments: str) -> str:
     """What the model is told of a call."""
     try:
         result = function(arguments)
-        return result if isinstance(result, str) else to_json(result, fallback=str).decode()
+        text = result if isinstance(result, str) else to_json(result, fallback=str).decode()
+        return text.encode(errors="replace").decode()  # names of files may be no Unicode
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:MOST_ERROR]

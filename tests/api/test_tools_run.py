@@ -92,6 +92,19 @@ def test_functions_with_schemas_of_their_own(model: Model) -> None:
         assert tools.run(runner, "Well?", {"look": (schema, see)}).answer == "Done."
 
 
+def test_results_that_are_no_unicode(model: Model) -> None:
+    found, _ = run(model, {"a?b": "Done.", "Well?": call("look")}, {"look": lambda: "a\udcffb"})
+    assert found.answer == "Done."
+
+
+def test_functions_that_would_have_to_be_awaited(model: Model) -> None:
+    async def later() -> int:
+        return 1
+
+    with pytest.raises(InvalidRequest, match="later is async"):
+        tools.run(model, "Well?", [later])
+
+
 def test_a_signature_that_cannot_be_told(model: Model) -> None:
     def odd(where: Scripted) -> None: ...
 

@@ -78,6 +78,25 @@ def test_which_stop_string_came(claude: anthropic.Anthropic, stream: bool) -> No
     assert text_of(found).endswith(" is")
 
 
+def test_an_answer_that_the_client_has_begun(
+    claude: anthropic.Anthropic, client: openai.OpenAI
+) -> None:
+    whole = text_of(claude.messages.create(messages=QUESTION, **GREEDY))
+    begun = whole[: whole.index(" France")]
+    messages: Any = [*QUESTION, {"role": "assistant", "content": begun}]
+    assert begun + text_of(claude.messages.create(messages=messages, **GREEDY)) == whole
+    asked: Any = {"model": "small", "messages": messages, "temperature": 0, "max_tokens": 24}
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    for stream in (False, True):
+        found: Any = client.chat.completions.create(extra_body=fields, stream=stream, **asked)
+        parts = [c.choices[0].delta for c in found] if stream else [found.choices[0].message]
+        assert begun + "".join(part.content for part in parts) == whole
+    with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+        client.chat.completions.create(
+            extra_body=fields, model="small", messages=QUESTION, max_tokens=1
+        )
+
+
 def test_blocks_are_messages_of_a_chat(claude: anthropic.Anthropic, client: openai.OpenAI) -> None:
     messages: Any = [
         {
@@ -113,6 +132,7 @@ def test_blocks_are_messages_of_a_chat(claude: anthropic.Anthropic, client: open
         {"thinking": {"type": "enabled", "budget_tokens": 1024}},
         {"thinking": {"type": "disabled"}, "tools": []},
         {"output_config": {"effort": "low"}},
+        {"output_config": {"effort": "max"}, "thinking": {"type": "adaptive"}},
         {"extra_headers": {"anthropic-version": "2099-01-01", "anthropic-beta": "x"}},
         {"extra_body": {"top_k": 5, "top_p": 0.9, "temperature": 0.5, "seed": 3}},
     ],
@@ -151,7 +171,19 @@ def test_fields_that_are_accepted(claude: anthropic.Anthropic, fields: dict[str,
             },
             "messages[0].content",
         ),
-        ({"messages": [*QUESTION, {"role": "assistant", "content": "The"}]}, "messages"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": ""}]}, "go on with"),
+        (
+            {
+                "messages": [
+                    *QUESTION,
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}],
+                    },
+                ]
+            },
+            "continue_final_message",
+        ),
         ({"messages": QUESTION * 5000}, "messages"),
         ({"system": 5}, "system"),
         ({"system": [5]}, "system"),
@@ -159,7 +191,13 @@ def test_fields_that_are_accepted(claude: anthropic.Anthropic, fields: dict[str,
         ({"top_p": 2}, "top_p"),
         ({"stop_sequences": "x"}, "stop_sequences"),
         ({"stop_sequences": ["a"] * 100}, "stop"),
-        ({"tools": [{"type": "web_search_20250305", "name": "x"}]}, "tools[0].type"),
+        (
+            {
+                "tools": [{"type": "web_search_20250305", "name": "web_search"}],
+                "tool_choice": {"type": "tool", "name": "web_search"},
+            },
+            "tool_choice",
+        ),
         ({"tools": [{"name": "f", "input_schema": 5}]}, None),
         ({"tools": [5]}, "tools"),
         ({"tool_choice": {"type": "some"}}, None),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import httpx
 import jsonschema
 import openai
 import pydantic
@@ -59,6 +60,32 @@ def known(model: Model) -> Iterator[Scripted]:
 def running(known: Scripted, model: Model) -> Iterator[Running]:  # noqa: ARG001
     with in_thread(model) as found:
         yield found
+
+
+OTHERS: Any = [
+    {"type": "web_search", "external_web_access": False}, {"type": "local_shell"},
+    {"type": "custom", "name": "apply_patch", "format": {"type": "text"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "others", "answer"),
+    [
+        ("responses", {"input": QUESTION, "tools": OPENAI}, OTHERS, "output"),
+        (
+            "messages", {"messages": [{"role": "user", "content": QUESTION}], "tools": ANTHROPIC},
+            [{"type": "web_search_20250305", "name": "web_search"}], "content",
+        ),
+    ],
+)  # fmt: skip
+def test_tools_of_other_kinds_are_ignored_and_told(
+    running: Running, path: str, asked: dict[str, Any], others: list[Any], answer: str
+) -> None:
+    """Coding agents send them to whatever server there is."""
+    body = asked | {"tools": [*others, *asked["tools"]], "max_tokens": 64}
+    found = httpx.post(f"{running.url}/v1/{path}", json=body)
+    assert found.headers["x-squall-ignored"] == ", ".join(f"tools.{o['type']}" for o in others)
+    assert [item["name"] for item in found.json()[answer]] == ["add"]
 
 
 @pytest.fixture

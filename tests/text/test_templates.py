@@ -102,6 +102,31 @@ def test_bytes_equal_transformers(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_going_on_with_the_last_message(
+    name: str, oracle: PreTrainedTokenizerFast, smollm_metadata: dict[str, Any]
+) -> None:
+    tokenizer = Tokenizer.from_gguf(smollm_metadata)
+    template = ChatTemplate(TEMPLATES[name], bos="<s>", eos="</s>")
+    for text in ("The", "Well, [x] <|y|> ", "  {\n", "Hi", "Hi.\n\n", "<|im_end|>"):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+        ours = template.prompt(messages, tokenizer, continues=True)
+        theirs = oracle.apply_chat_template(
+            messages, chat_template=TEMPLATES[name], tokenize=False, continue_final_message=True
+        )
+        assert ours.text == theirs, text
+        assert (ours.pieces[-1].content, ours.reasoning) == (True, None)
+
+
+def test_a_last_message_without_a_text_to_go_on_with(smollm_metadata: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_gguf(smollm_metadata)
+    template = ChatTemplate(TEMPLATES["chatml"])
+    for text in ("", " \n"):
+        messages: Messages = [USER, {"role": "assistant", "content": text}]
+        with pytest.raises(TemplateError, match="go on with"):
+            template.prompt(messages, tokenizer, continues=True)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_messages_never_hold_control_tokens(name: str, smollm_metadata: dict[str, Any]) -> None:
     tokens = [*smollm_metadata["tokenizer.ggml.tokens"], *CONTROLS[5:]]
     types = [*smollm_metadata["tokenizer.ggml.token_type"], *[3] * len(CONTROLS[5:])]

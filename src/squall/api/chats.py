@@ -32,7 +32,8 @@ def chat_prompt(model: Model, request: ChatCompletionRequest) -> ChatPrompt:
     messages = [dict(message) for message in request.messages if not isinstance(message, str)]
     check_characters(model, len(json.dumps(messages, ensure_ascii=False)))
     kwargs, tools = request.template_kwargs, request.offer().tools
-    return model.chat_prompt(messages, tools=tools, template_kwargs=kwargs)
+    continues = request.continue_final_message
+    return model.chat_prompt(messages, tools=tools, template_kwargs=kwargs, continues=continues)
 
 
 def check_characters(model: Model, count: int) -> None:

@@ -49,10 +49,8 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if role == "assistant" and content is None:
         # So do clients that send back what they got: a refusal, or an answer without a text.
         content = message.get("refusal") or ""
-    checked: dict[str, Any] = {
-        "role": ROLES.get(role, role),
-        "content": text_of(content, f"{where}.content"),
-    }
+    content = text_of(content, f"{where}.content")
+    checked: dict[str, Any] = {"role": ROLES.get(role, role), "content": content}
     if calls := message.get("tool_calls"):
         checked["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     return checked | {name: text for name in _TEXTS if isinstance(text := message.get(name), str)}

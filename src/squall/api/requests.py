@@ -131,6 +131,7 @@ class ChatCompletionRequest(_Request):
     parallel_tool_calls: whether an answer may have several calls.
     reasoning_effort: how long to think, for templates that know it; "none" is not at all.
     logprobs, top_logprobs: tell each token's log-probability, and so many of the likeliest.
+    continue_final_message: go on with the text of the last message, which is the assistant's.
     chat_template_kwargs: more variables for the chat template, such as `enable_thinking`.
     """
 
@@ -139,6 +140,7 @@ class ChatCompletionRequest(_Request):
     reasoning_effort: str | None = None
     logprobs: bool = False
     top_logprobs: int | None = whole("Of so many of the likeliest.", most=MOST_TOP_LOGPROBS)
+    continue_final_message: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
 
     def offer(self) -> Offer:
@@ -157,6 +159,10 @@ class ChatCompletionRequest(_Request):
         super()._check()
         self._set("messages", tuple(conversation(self.messages)))
         self.offer()
+        last: Any = self.messages[-1]
+        if self.continue_final_message and (last["role"] != "assistant" or "tool_calls" in last):
+            needed = "a last message of the assistant's, without calls"
+            raise InvalidRequest(f"continue_final_message needs {needed}")
         right = self.reasoning_effort in (None, *EFFORTS)
         check(right, "reasoning_effort", self.reasoning_effort, f"one of {', '.join(EFFORTS)}")
         if self.top_logprobs and not self.logprobs:

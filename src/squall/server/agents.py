@@ -6,8 +6,6 @@ from typing import Any, ClassVar, Literal
 
 from squall.api.messages import text_of
 from squall.api.requests import ChatCompletionRequest
-from squall.engine.fields import shown
-from squall.errors import InvalidRequest
 from squall.server.schemas import GenerationBody
 
 Object = dict[str, Any]
@@ -25,24 +23,31 @@ class AgentBody(GenerationBody, frozen=True):
     reasoning_effort: str | None = None
     chat_template_kwargs: Object | None = None
 
+    @property
+    def ignored(self) -> list[str]:
+        """Also tools that are none of the client's functions, which agents send whoever answers."""
+        others = (str(tool["type"]) for tool in self.tools or () if self._is_other(tool))
+        return [*super().ignored, *(f"tools.{kind}" for kind in others)]
+
     def chat(self, said: list[Object], system: object, **fields: Any) -> ChatCompletionRequest:
         """The same as a chat; fields that are None say nothing."""
         if system:  # one with what follows, as templates have a place for one
             more = said.pop(0) if said and said[0]["role"] in _SYSTEM else None
             texts = [text_of(system, "system"), *([more["content"]] if more else [])]
             said = [{"role": "system", "content": "\n\n".join(texts)}, *said]
-        tools = [self._tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools or ())]
+        tools = [_tool(tool) for tool in self.tools or () if not self._is_other(tool)]
         fields |= {"messages": said, "tools": tools}
         given = {name: value for name, value in self.given().items() if name in _KNOWN}
         own = {name: value for name, value in fields.items() if value is not None}
         return ChatCompletionRequest(**{**given, **own})
 
-    def _tool(self, tool: Object, where: str) -> Object:
-        if tool.get("type", "custom") != self.tool_type:
-            wrong = shown(tool.get("type"))
-            raise InvalidRequest(f"{where}.type is {wrong}; only {self.tool_type!r} is known")
-        parameters = tool.get("parameters", tool.get("input_schema"))
-        return {"type": "function", "function": {**tool, "parameters": parameters}}
+    def _is_other(self, tool: Object) -> bool:
+        return tool.get("type") not in (None, self.tool_type)
+
+
+def _tool(tool: Object) -> Object:
+    parameters = tool.get("parameters", tool.get("input_schema"))
+    return {"type": "function", "function": {**tool, "parameters": parameters}}
 
 
 def turn(said: list[Object], role: str, *, new: bool = False) -> Object:

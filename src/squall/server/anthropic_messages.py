@@ -49,8 +49,6 @@ class CountBody(AgentBody, frozen=True):
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
             for block in [None] if blocks is None else blocks:
                 _add(said, message.role, block, f"messages[{i}].content")
-        if said and said[-1]["role"] == "assistant":
-            raise InvalidRequest("messages must not end with an assistant's; give a user's")
         choice, output, alone = self.tool_choice, self.output_config or {}, False
         if isinstance(choice, dict):
             alone, kind = choice.get("disable_parallel_tool_use") is True, choice.get("type")
@@ -65,6 +63,7 @@ class CountBody(AgentBody, frozen=True):
             reasoning_effort=output.get("effort"),
             response_format=output.get("format"),
             stop=self.stop_sequences,
+            continue_final_message=bool(said) and said[-1]["role"] == "assistant",
         )
 
 

@@ -85,8 +85,11 @@ class Body(BaseModel, frozen=True):
     def parse(cls: type[_BodyT], data: bytes) -> _BodyT:
         """A body from its JSON. Raises ValidationError, and ApiError for what is not supported."""
         body = cls.model_validate_json(data.removeprefix(codecs.BOM_UTF8))
+        goes_on = getattr(body, "continue_final_message", None)
         for name, value in (body.model_extra or {}).items():
             if name not in NEUTRAL or name in PASSED_ON or value is None:
+                continue
+            if goes_on and name == "add_generation_prompt":  # of a new message
                 continue
             if value not in NEUTRAL[name]:
                 raise ApiError(
@@ -166,6 +169,7 @@ class ChatBody(GenerationBody, frozen=True):
     reasoning_effort: str | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -188,6 +192,7 @@ class TokenizeBody(Body, frozen=True):
     tools: Annotated[list[dict[str, Any]], _FEW] | None = None
     tool_choice: Chosen | None = None
     reasoning_effort: str | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
 

@@ -154,12 +154,16 @@ class ChatTemplate:
         *,
         tools: Sequence[Tool] = (),
         kwargs: Mapping[str, object] = MappingProxyType({}),
+        continues: bool = False,
     ) -> ChatPrompt:
-        """The prompt with what it says of the answer; the template need not know tools."""
+        """The prompt with what it says of the answer, which may go on with the last message."""
         source = self.source(with_tools=bool(tools))
         format_ = tool_format(source, tokenizer)
         messages, given = format_.conversation(messages, tools)
-        pieces = self.render(messages, tools=given, kwargs=kwargs)
+        new = not continues
+        pieces = self.render(messages, add_generation_prompt=new, tools=given, kwargs=kwargs)
+        if continues:
+            pieces, source = _open_ended(pieces, str(messages[-1]["content"])), ""
         reasoning = reasoning_of(source, "".join(piece.text for piece in pieces))
         return ChatPrompt(pieces, format_ if tools else None, reasoning)
 
@@ -177,6 +181,16 @@ class ChatTemplate:
                 f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed"
             )
         return source
+
+
+def _open_ended(pieces: Sequence[Piece], text: str) -> list[Piece]:
+    """The prompt without what the template has after the last message's text."""
+    last = max((i for i, piece in enumerate(pieces) if piece.content), default=0)
+    if not text.strip().endswith(pieces[last].text):
+        raise TemplateError("the prompt does not end with a text of the last message to go on with")
+    space, rest = text[len(text.rstrip()) :], "".join(piece.text for piece in pieces[last + 1 :])
+    kept = pieces[last].text + space * rest.startswith(space)
+    return [*pieces[:last], Piece(kept, content=True)]
 
 
 def _jinja_files(folder: Path) -> dict[str, str]:
