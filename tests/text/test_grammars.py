@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,11 @@ def test_from_python() -> None:
     assert Grammar.json_schema('{"a": 1}').value == '{"a": 1}'
     for wrong in ({"a": {1}}, {"a": float("nan")}, object()):
         with pytest.raises(InvalidRequest, match="not JSON"):
+            Grammar.json_schema(wrong)  # type: ignore[arg-type]
+    for made, kind in ((list[int], "array"), (dict[str, Person], "object"), (int, "integer")):
+        assert json.loads(Grammar.json_schema(made).value)["type"] == kind
+    for wrong in (Grammars, list[Grammars], Callable[[int], int]):
+        with pytest.raises(InvalidRequest, match="has no JSON schema"):
             Grammar.json_schema(wrong)  # type: ignore[arg-type]
 
 

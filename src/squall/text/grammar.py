@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_origin
 
 import numpy as np
 
@@ -95,11 +95,14 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str | type) -> Grammar:
-        """A JSON schema: an object, its JSON text, or a class that pydantic can describe."""
-        if isinstance(schema, type):
-            from pydantic import TypeAdapter
+        """A JSON schema: an object, its JSON text, or a type that pydantic can describe."""
+        if isinstance(schema, type) or get_origin(schema):
+            from pydantic import PydanticUserError, TypeAdapter
 
-            schema = TypeAdapter(schema).json_schema()
+            try:
+                schema = TypeAdapter(cast("Any", schema)).json_schema()
+            except PydanticUserError as error:
+                raise InvalidRequest(f"{schema} has no JSON schema: {error.message}") from None
         return cls("json_schema", schema if isinstance(schema, str) else _dumped(schema))
 
     @classmethod
