@@ -93,7 +93,7 @@ def _typed(kind: str, *many: Schema) -> list[Schema]:
 _STRING = _typed(
     "string",
     {}, {"minLength": 3}, {"maxLength": 5}, {"minLength": 2, "maxLength": 2}, {"maxLength": 0},
-    {"pattern": "^[a-z]+$"}, {"pattern": "^\\d{3}-\\d{4}$"}, {"pattern": "b"},
+    {"pattern": "^[a-z]+$"}, {"pattern": "^\\d{3}-\\d{4}$"}, {"pattern": "[0-9a-f]"},
     {"pattern": "^(foo|bar)+"}, {"pattern": "^[A-Z]{2}\\d{2,5}$"}, {"pattern": "^[a-z]*\\.py$"},
     {"pattern": "^#[0-9a-fA-F]{6}$"}, {"pattern": "^\\s*$", "maxLength": 4},
     {"pattern": "^[^\"]+$"}, {"pattern": "^é+$"}, {"pattern": "^(a|b){0,3}c?$"},

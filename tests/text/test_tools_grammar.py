@@ -319,6 +319,19 @@ def test_a_strict_schema_that_cannot_be_enforced_is_refused(
     lark(FORMATS[0], [Tool("f", parameters=schema)], required=True, parallel=True)
 
 
+def test_without_strict_the_rest_of_a_schema_holds() -> None:
+    items = {"type": "array", "items": {"type": "integer"}, "maxItems": 3}
+    properties = {"a": {**items, "uniqueItems": True, "contains": {}}, "not": {"type": "null"}}
+    schema = {"type": "object", "properties": properties, "required": ["a"]}
+    wanted = schema | {"properties": {"a": items, "not": {"type": "null"}}}
+    assert Tool("f", parameters=schema).schema() == wanted
+    assert properties["a"]["uniqueItems"]
+    assert Tool("f", parameters={"properties": {"a": {"type": "objet"}}}).schema() == ANY
+
+
+ANY = {"type": "object"}
+
+
 def test_row_7_random_schemas_whatever_their_descriptions_say(
     vocabulary: Vocabularies, random_: random.Random, nightly: bool
 ) -> None:

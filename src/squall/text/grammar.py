@@ -238,6 +238,15 @@ def _nodes(value: Any, role: str, depth: int = 0) -> Iterator[tuple[dict[str, An
             yield from _nodes(inner, role, depth + 1)
 
 
+def without(schema: Mapping[str, Any], keywords: Iterable[str]) -> dict[str, Any]:
+    """A schema that does not have these keywords, wherever they are."""
+    found: dict[str, Any] = json.loads(json.dumps(schema))
+    for node, role in _nodes(found, "schema"):
+        for keyword in keywords if role == "schema" else ():
+            node.pop(keyword, None)
+    return found
+
+
 def _patterns(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     """All patterns, unless they would take too long."""
     patterns = [p for node in nodes if isinstance(p := node.get("pattern"), str)]

@@ -73,13 +73,16 @@ class Tool:
         return {"type": "function", "function": function}
 
     def schema(self) -> dict[str, Any]:
-        """What a call's arguments are constrained to: the parameters, or any object."""
+        """What a call's arguments are constrained to: the parameters, as far as they can be."""
+        from squall.text.grammar import without
+
         schema: dict[str, Any] = {"type": "object", **self.parameters}
-        if not (error := _unsupported(json.dumps(schema))):
-            return schema
-        if self.strict:
-            raise self._wrong(f"{error}; leave it out, or set strict to false")
-        return {"type": "object"}
+        while error := _unsupported(json.dumps(schema)):
+            if self.strict:
+                raise self._wrong(f"{error}; leave it out, or set strict to false")
+            fewer = without(schema, re.findall(r'"([$\w]+)"', error))
+            schema = {"type": "object"} if fewer == schema else fewer
+        return schema
 
     def _wrong(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"tool {self.name!r}: {what}")
