@@ -375,7 +375,7 @@ void test_options() {
   rejects("a top_p of 0", [](SamplingOptions& o) { o.top_p = 0; });
 }
 
-// Sizes around a block, every filter, tokens outside of the vocabulary.
+// Sizes around a block, every filter, tokens outside of the vocabulary; masks without a spare word.
 void test_sampler_sizes() {
   SamplingOptions all{0.7, 3, 0.9, 0.01, 5, 0.5, 0.5, 1.1, 1.0, 1.75, 1};
   all.bias = {{2, 1.0}, {5000, 1.0}, {-1, 1.0}};
@@ -385,12 +385,20 @@ void test_sampler_sizes() {
   ThreadPool pool(2);
   for (const size_t vocab : {2, 63, 64, 65, 1000}) {
     const std::vector<float> logits = floats(vocab, 3.0f);
+    std::vector<uint32_t> masks[] = {{}, std::vector<uint32_t>((vocab + 31) / 32, 0xaaaaaaaau)};
+    if (vocab > 200) std::fill_n(&masks[1][2], 4, 0u);  // whole blocks
     std::vector<SamplerRow> rows;
     for (const SamplerState* state : {&full, &free})
-      for (const int top : {-1, 0, 20}) rows.push_back({*state, logits, {}, banned, top});
+      for (const auto& allowed : masks)
+        for (const int top : {-1, 0, 20})
+          rows.push_back({*state, logits, {}, banned, allowed, top});
     const std::vector<Choice> choices = choose(rows, &pool);
-    for (size_t i = 0; i < rows.size(); ++i)
-      expect(choices[i].token > 0 && choices[i].token == choose(rows[i]).token, "a row alone");
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int32_t token = choices[i].token;
+      expect(token > 0 && token == choose(rows[i]).token, "a row alone");
+      if (!rows[i].allowed.empty())
+        expect(rows[i].allowed[static_cast<size_t>(token) / 32] >> token % 32 & 1, "a mask");
+    }
   }
 }
 
