@@ -54,11 +54,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("model", nargs="?", help="by default the default model")
     parser.add_argument("--draft", default="ngram", help="a model's file, or ngram")
+    parser.add_argument("--weights", default="packed", help="f32: of the model, not of the draft")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=["copy", "prose", "noise"])
     arguments = parser.parse_args()
-    options: dict[str, Any] = {"context": 2048, "kv_tokens": 4096}
+    options: dict[str, Any] = {"context": 2048, "kv_tokens": 4096, "weights": arguments.weights}
     with (
         Model.open(arguments.model, **options) as plain,
         Model.open(arguments.model, draft=arguments.draft, **options) as guessing,

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_origin
@@ -80,6 +80,7 @@ class Grammar:
 
     kind: Kind
     value: str = ""
+    _lark: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in _KINDS:
@@ -91,7 +92,7 @@ class Grammar:
         limit = MAX_REGEX if self.kind == "regex" else MAX_BYTES
         if size > limit:
             raise InvalidRequest(f"the {self.kind} has {size} bytes; the limit is {limit}")
-        self.lark()
+        object.__setattr__(self, "_lark", _KINDS[self.kind](self.value))
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str | type) -> Grammar:
@@ -112,7 +113,7 @@ class Grammar:
 
     def lark(self) -> str:
         """The same in llguidance's Lark, with the rule `start`."""
-        return _KINDS[self.kind](self.value)
+        return self._lark
 
     def unsupported(self) -> str:
         """What of it cannot be enforced; empty if all can."""
