@@ -55,7 +55,7 @@ def test_metrics_count(running: Running) -> None:
         blocks = [after[f"squall_kv_blocks,{state}"] for state in ("used", "cached", "free")]
         assert sum(blocks) == running.model.engine.stats().blocks
         assert after["squall_engine_alive"] == 1
-        assert after["squall_guessed_tokens_total"] == after["squall_accepted_tokens_total"] == 0
+        assert news["squall_guessed_tokens_total"] == news["squall_accepted_tokens_total"] == 0
         assert {"squall_preemptions_total", "squall_step_seconds_total,executor"} <= after.keys()
 
 
