@@ -99,14 +99,7 @@ class _Runner:
         )
         self._seed = seed
         self._owns = not isinstance(which, Model)
-        if isinstance(which, Model):
-            self.model = which
-            if chat_template is not None:
-                self.model.set_chat_template(chat_template)
-        elif which is not None and not isinstance(which, Selection):
-            raise InvalidRequest(f"which is {which!r:.99}; it must be a Which, or a Model")
-        else:
-            self.model = Model.open_with(others if which is None else which.opening(others))
+        self.model = _model(which, others)
 
     def tokenize_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; add_special_tokens: after the BOS token, if the model has one."""
@@ -143,6 +136,17 @@ class _Runner:
 
     def _seeded(self, request: Asked) -> Asked:
         return replace(request, seed=self._seed) if request.seed is None else request
+
+
+def _model(which: Selection | Model | None, others: Opening) -> Model:
+    """One that is open, or is opened now."""
+    if isinstance(which, Model):
+        if others.chat_template is not None:
+            which.set_chat_template(others.chat_template)
+        return which
+    if which is not None and not isinstance(which, Selection):
+        raise InvalidRequest(f"which is {which!r:.99}; it must be a Which, or a Model")
+    return Model.open_with(others if which is None else which.opening(others))
 
 
 # `| Any` below, since the type of an answer depends on a field of the request: who sends `stream`

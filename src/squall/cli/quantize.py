@@ -66,12 +66,7 @@ def quantize(
 
     check_one(model, file, folder)
     path = model or file or folder
-    if output.suffix not in _ENDINGS:
-        raise InvalidRequest(f"{output} must end in {' or '.join(_ENDINGS)}")
-    if path is None:
-        raise InvalidRequest("which model? Name a folder, a GGUF file or a model of the hub")
-    if isq is None and topology is None:
-        raise InvalidRequest("what to quantize to? Give --isq, --topology or both")
+    _check(output, path, topology if isq is None else isq)
     outputs = {out: Plan.of(name).isq for out, name in _outputs(output, isq).items()}
     with progress("fetching") as shown:
         opening = Opening(path, topology=topology, experts_only=experts_only, progress=shown)
@@ -86,6 +81,15 @@ def quantize(
                 progress=shown,
             )  # fmt: skip
         _report(out, written, as_json=as_json)
+
+
+def _check(output: Path, path: object, types: object) -> None:
+    if output.suffix not in _ENDINGS:
+        raise InvalidRequest(f"{output} must end in {' or '.join(_ENDINGS)}")
+    if path is None:
+        raise InvalidRequest("which model? Name a folder, a GGUF file or a model of the hub")
+    if types is None:
+        raise InvalidRequest("what to quantize to? Give --isq, --topology or both")
 
 
 def _warn_of_loss(checkpoint: Checkpoint) -> None:
