@@ -176,6 +176,18 @@ def connect(port: int, data: bytes = b"") -> socket.socket:
     return found
 
 
+def leave_in_the_middle(running: Running, path: str, body: Any) -> None:
+    """Ask, get some tokens, and go; nothing is computed or kept for it then."""
+    running.held.hold()
+    leaving = connect(running.port, post_bytes(path, body))
+    until(lambda: running.model.engine.stats().running == 1)
+    running.held.let(3)
+    leaving.close()
+    until(lambda: running.service.active == 0)
+    running.held.let()
+    until(running.quiet, 2)
+
+
 def read_until(connection: socket.socket, wanted: bytes) -> bytes:
     """What comes, up to `wanted` or the end."""
     found = b""

@@ -10,7 +10,15 @@ import anthropic
 import httpx
 import openai
 import pytest
-from servers import Process, connect, events, in_thread, post_bytes, read_until, until
+from servers import (
+    Process,
+    connect,
+    events,
+    in_thread,
+    leave_in_the_middle,
+    post_bytes,
+    read_until,
+)
 
 from squall import Model
 
@@ -265,15 +273,8 @@ def test_pings_while_there_is_nothing_to_tell(model: Model) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_row_1_a_client_that_leaves(model: Model, stream: bool) -> None:
     with in_thread(model) as running:
-        running.held.hold()
         body = {"messages": QUESTION, "max_tokens": 500, "stream": stream, "ignore_eos": True}
-        leaving = connect(running.port, post_bytes(PATH, body))
-        until(lambda: running.model.engine.stats().running == 1)
-        running.held.let(3)
-        leaving.close()
-        until(lambda: running.service.active == 0)
-        running.held.let()
-        until(running.quiet, 2)
+        leave_in_the_middle(running, PATH, body)
 
 
 def test_row_s13_the_engine_dies_in_the_middle() -> None:

@@ -9,7 +9,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from servers import Running, connect, events, in_thread, post_bytes, read_until, until
+from servers import (
+    Running,
+    connect,
+    events,
+    in_thread,
+    leave_in_the_middle,
+    post_bytes,
+    read_until,
+)
 
 from squall import Model
 
@@ -347,15 +355,8 @@ def test_what_items_have_besides_their_text_is_not_kept(running: Running) -> Non
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_row_1_a_client_that_leaves(running: Running, stream: bool) -> None:
-    running.held.hold()
     body = {"input": "Hi!", "max_output_tokens": 500, "stream": stream, "ignore_eos": True}
-    leaving = connect(running.port, post_bytes(PATH, body))
-    until(lambda: running.model.engine.stats().running == 1)
-    running.held.let(3)
-    leaving.close()
-    until(lambda: running.service.active == 0)
-    running.held.let()
-    until(running.quiet, 2)
+    leave_in_the_middle(running, PATH, body)
     assert running.service.kept._bytes == 0
 
 
