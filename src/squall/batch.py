@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
+Mixture = tuple[tuple[object, float], ...]
+"""Adapters of an executor, each with its weight, in the order in which they are added."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +35,17 @@ class Batch(Sequences):
     spans: [2, rows]. The first position that a row sees, and one past the last; by default it sees
         itself and what is before it.
     rotary: [axes, rows]. Positions for the rotary embedding, by default the same.
+    mixture: [rows]. Which of the `mixtures` each row has; negative: none, which is the default.
+    prompts: [sequences]. How many tokens of a sequence are its prompt.
     """
 
     tokens: Int32
     outputs: Int32
     spans: Int32 | None = None
     rotary: Int32 | None = None
+    mixture: Int32 | None = None
+    mixtures: tuple[Mixture, ...] = ()
+    prompts: Int32 | None = None
 
     def indices(self) -> dict[str, Int32]:
         """What a run of the decoder's program is given, by name."""
@@ -47,4 +54,10 @@ class Batch(Sequences):
             spans = np.zeros((2, len(self.positions)), np.int32)
             np.add(self.positions, 1, out=spans[1])
         rotary = self.positions if self.rotary is None else self.rotary
-        return {"tokens": self.tokens, "rotary": rotary, "spans": spans, "outputs": self.outputs}
+        mixture = self.mixture
+        if mixture is None:
+            mixture = np.full(len(self.positions), -1, np.int32)
+        return {
+            "tokens": self.tokens, "rotary": rotary, "spans": spans, "outputs": self.outputs,
+            "mixture": mixture, "mixture.outputs": mixture[self.outputs],
+        }  # fmt: skip

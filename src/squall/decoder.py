@@ -36,9 +36,12 @@ SPANS = Index("spans", axes=2)
 OUTPUTS = Index("outputs", rows="outputs")
 
 
-def compile(decoder: Decoder, names: Names, *, context: int) -> Program:
-    """The program of `decoder` with the weights of `names`, for up to `context` tokens."""
-    return _Compiler(decoder, names, context, roles(decoder)).program()
+def compile(decoder: Decoder, names: Names, *, context: int, whole: bool = False) -> Program:
+    """The program of `decoder` with the weights of `names`, for up to `context` tokens.
+
+    whole: the last layer is computed for all rows, not only those whose logits are wanted.
+    """
+    return _Compiler(decoder, names, context, roles(decoder), whole).program()
 
 
 @dataclass
@@ -47,6 +50,7 @@ class _Compiler:
     names: Names
     context: int
     shapes: Shapes
+    whole: bool
     builder: Builder = field(default_factory=Builder)
     angles: dict[tuple[tuple[float, ...], float], Value] = field(default_factory=dict)
 
@@ -57,6 +61,7 @@ class _Compiler:
         for index, layer in enumerate(d.layers):
             x = self.layer(x, f"layers.{index}", index, layer)
         x = self.norm(x, "norm", d.norm)
+        x = self.outputs(x) if self.whole else x
         head = replace(table, role="head") if d.tied else self.matrix("head")
         name = "logits" if d.logit_softcap is None else "head"
         out = b.value(name, d.vocab, "outputs")
@@ -74,7 +79,9 @@ class _Compiler:
         pre, post = HAS_PRE_NORM[layer.wiring], HAS_POST_NORM[layer.wiring]
         h = self.norm(x, f"{first}.norm", norm) if pre else x
         heads, bias = self.attention(h, first, index, layer.attention), layer.attention.out_bias
-        if index == len(self.decoder.layers) - 1:  # other rows were only for its keys and values
+        if (
+            index == len(self.decoder.layers) - 1 and not self.whole
+        ):  # other rows were only for its keys and values
             heads, x = self.outputs(heads), self.outputs(x)
             h = self.outputs(h) if layer.wiring == "parallel" else h
         if post:

@@ -77,6 +77,26 @@ class Vector:
     offset: float = 0.0
 
 
+Site = tuple[str, int]
+"""One matrix that adapters may add to: its role, and which expert; a dense weight has expert 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """What each row adds to every weight of an op: the sum of w_i * scale_i * B_i @ A_i.
+
+    x: what the A_i multiply; ids, where the weight is a table. mixture: which of the run's mixtures
+        of adapters a row has, (adapter, w) in order; negative: none.
+    scalings: w_i is multiplied by column `column + i` of it; `columns` has one for each of the op's
+        `sites`.
+    """
+
+    x: Value | Index
+    mixture: Index
+    scalings: Value | None = None
+    columns: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Embed:
     """out = table[index] * scale"""
@@ -85,6 +105,7 @@ class Embed:
     index: Index
     table: Matrix
     scale: float = 1.0
+    adapters: Adapters | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +149,7 @@ class Linear:
     activation: Activation | None = None
     scale: float = 1.0
     residual: Value | None = None
+    adapters: Adapters | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +163,7 @@ class GatedLinear:
     activation: Activation
     gate_bias: Vector | None = None
     up_bias: Vector | None = None
+    adapters: Adapters | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +225,7 @@ class MixtureOfExperts:
     jitter: float | None = None
     scale: float = 1.0
     residual: Value | None = None
+    adapters: Adapters | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,15 +362,26 @@ class Program:
         return "\n".join(_line(number, op) for number, op in enumerate(self.ops))
 
 
+def matrices(op: Op) -> tuple[Matrix, ...]:
+    """The matrices of an op, in order of its fields."""
+    return tuple(_parts(op, (Matrix,)))
+
+
+def sites(op: Op) -> tuple[Site, ...]:
+    """Where adapters may add to an op: its matrices in order, of experts one by one."""
+    return tuple((m.role, expert) for m in matrices(op) for expert in range(m.experts))
+
+
 def _fields_of(ops: Sequence[Op], kinds: tuple[type[T], ...]) -> list[T]:
     """The distinct things of these kinds that the ops name beside their outputs."""
-    found: dict[T, None] = {}
-    for op in ops:
-        for field in fields(op):
-            item = getattr(op, field.name)
-            if field.name != "out" and isinstance(item, kinds):
-                found.setdefault(item)
-    return list(found)
+    return list(dict.fromkeys(item for op in ops for item in _parts(op, kinds)))
+
+
+def _parts(op: Op | Adapters, kinds: tuple[type[T], ...]) -> list[T]:
+    items = [getattr(op, field.name) for field in fields(op) if field.name != "out"]
+    found = [item for item in items if isinstance(item, kinds)]
+    more = [_parts(item, kinds) for item in items if isinstance(item, Adapters)]
+    return [*found, *(part for parts in more for part in parts)]
 
 
 def _line(number: int, op: Op) -> str:
@@ -361,6 +396,8 @@ def _line(number: int, op: Op) -> str:
             case Matrix():
                 experts = f"{item.experts}x" if item.experts > 1 else ""
                 text = f"{item.slices[0].tensor}[{experts}{item.rows},{item.cols}]"
+            case Adapters():
+                text = item.mixture.name
             case Vector():
                 text = f"{item.slices[0].tensor}[{item.size}]"
             case tuple() | bytes():

@@ -42,6 +42,22 @@ class Stored:
     factors: NDArray[np.float32] | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """What an adapter adds to a matrix [rows, cols] of a decoder: scale * b @ a; and to its bias.
+
+    a: [rank, cols]; of a table instead its columns, [cols, rank]. b: [rows, rank]. Both are floats.
+        Without a, b is [rows, cols], and without b, a table's a is; rank is then as wide.
+    bias: [rows], added to the product with x.
+    """
+
+    a: Stored | None
+    b: Stored | None
+    rank: int
+    scale: float = 1.0
+    bias: NDArray[np.float32] | None = None
+
+
 # (tensor, first row, one past the last) -> format and bytes
 Read = Callable[[Tensor, int, int], tuple[str, NDArray[np.uint8]]]
 
@@ -184,7 +200,7 @@ class _Arranger:
         if orders <= {b""}:
             return op
         if isinstance(op, Linear | GatedLinear) and len(orders) == 1:
-            return replace(op, x=self._input(op.x, *orders))
+            return replace(op, x=self._input(op.x, *orders))  # not what adapters multiply
         disordered = {name: w for name, w in weights.items() if self._orders(w) != {b""}}
         return replace(op, **{n: replace(w, restored=True) for n, w in disordered.items()})
 

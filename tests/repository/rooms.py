@@ -25,10 +25,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"errors", "files", "spec", "roles", "program", "checkpoints"},
     "weights": {"errors", "program", "checkpoints", "quant"},
     "executors": {"errors", "program", "batch", "quant", "weights", "_native"},
+    "adapters": {
+        "errors", "files", "spec", "roles", "program", "batch", "checkpoints", "recipes", "quant",
+        "weights", "decoder", "executors",
+    },
     "text": {"errors", "files"},
     "convert": {
         "errors", "files", "spec", "roles", "program", "checkpoints", "recipes", "quant", "text",
-        "weights", "_native",
+        "weights", "adapters", "_native",
     },
     "engine": {
         "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",

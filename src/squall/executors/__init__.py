@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from squall import _native
 from squall._native import ThreadPool as ThreadPool
-from squall.batch import Batch, Sequences
+from squall.batch import Batch, Mixture, Sequences
 from squall.errors import InvalidRequest
-from squall.program import Program
+from squall.program import Program, Site
 from squall.quant import FormatTotal, Plan
-from squall.weights import Progress, WeightStore
+from squall.weights import Progress, Term, WeightStore
 
 CacheType = Literal["f16", "f32", "q8_0"]
 Floats = NDArray[np.float32]
@@ -53,6 +53,13 @@ class Phase:
     fmas: int
 
 
+class Adapter(Protocol):
+    """An adapter as an executor has it, for `Batch.mixtures`; freed with its last owner."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Executor(Protocol):
     """Runs a program: one call a step.
 
@@ -79,12 +86,22 @@ class Executor(Protocol):
     def pool(self) -> ThreadPool | None: ...
 
     def run(
-        self, inputs: Mapping[str, NDArray[np.generic]], sequences: Sequences | None = None
+        self,
+        inputs: Mapping[str, NDArray[np.generic]],
+        sequences: Sequences | None = None,
+        mixtures: Sequence[Mixture] = (),
     ) -> dict[str, Floats]:
         """The program's outputs, by name, [rows, width].
 
         inputs: its indices (int32) and inputs (float32), by name. sequences: of cached attention;
-            K and V are in the caches afterwards.
+            K and V are in the caches afterwards. mixtures: of adapters, which rows name.
+        """
+        ...
+
+    def adapter(self, terms: Mapping[Site, Term]) -> Adapter:
+        """An adapter for this executor's runs; may be made while one runs.
+
+        Raises InvalidRequest for a site that the program has not, or that has another shape.
         """
         ...
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from squall import _native
 from squall import program as p
-from squall.batch import Batch, Int32, Sequences
+from squall.batch import Batch, Int32, Mixture, Sequences
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.executors import Floats, Limits, Phase, thread_pool
+from squall.executors import Adapter, Floats, Limits, Phase, thread_pool
 from squall.quant import FormatTotal, Plan
-from squall.weights import Progress, Weight, WeightStore
+from squall.weights import Progress, Term, Weight, WeightStore
 
 _NO_SEQUENCES = Sequences(
     positions=np.empty(0, np.int32),
@@ -191,8 +191,15 @@ class NativeExecutor:
         self._ids = {value.name: ids[value] for value in program.values}
         return executor
 
+    def adapter(self, terms: Mapping[p.Site, Term]) -> Adapter:
+        """See `Executor`."""
+        raise NotImplementedError(terms)
+
     def run(
-        self, inputs: Mapping[str, NDArray[np.generic]], sequences: Sequences | None = None
+        self,
+        inputs: Mapping[str, NDArray[np.generic]],
+        sequences: Sequences | None = None,
+        mixtures: Sequence[Mixture] = (),  # noqa: ARG002
     ) -> dict[str, Floats]:
         """See `Executor`. Raises InvalidRequest for what is missing, misshapen or out of range."""
         rows: dict[str, int] = {}

@@ -1,0 +1,1 @@
+"""Adapters: edits of one model in place of copies of it."""
