@@ -228,7 +228,7 @@ class Executor {
   // The adapters of a weight; null: none.
   struct Added {
     LowRank* sums = nullptr;
-    size_t value = kNone;  // stands for a(x)
+    std::vector<size_t> reads;  // what stands for a(x), and scalings
   };
   // An attention's rows: those of one space with the same spans, cached or not.
   struct Sight {
