@@ -394,7 +394,7 @@ void Executor::run_experts(const Mixture& m) {
   const size_t experts = op.gate.size();
   std::vector<GatedLinearOp> gated;
   for (size_t e = 0; e < experts; ++e)
-    gated.push_back({m.inner, m.gathered, op.gate[e], op.up[e], {}, {}, op.activation, {}});
+    gated.push_back({m.inner, m.gathered, op.gate[e], op.up[e], {}, {}, op.activation});
   const auto adapted = [&](size_t first, size_t x) {
     return adapt(op.adapters, first, experts, x, x, m.routing.get());
   };
@@ -822,12 +822,12 @@ double linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
   in.quant = reinterpret_cast<QuantGroup*>(groups.data());
   std::copy(x.begin(), x.end(), in.data);
 
-  const Inputs inputs{{rows}, {}, {}, {}, {}, {}, 0, {}};
+  const Inputs inputs{{rows}, {}, {}, {}, {}, {}, 0};
   const Step step{inputs, {}};
   const auto quantize = row_phase(in, pool.threads(), [&](const Step&, size_t r) {
     in.quantize(kernels, r, 0, in.width, in.row(r));
   });
-  LinearOp op{0, 0, TilePtr(TilePtr(), &tile), {}, Activation::kNone, 1.0f, kNone, {}};
+  LinearOp op{0, 0, TilePtr(TilePtr(), &tile), {}};
   LinearPhase multiply(kernels, pool.threads(), std::move(op), in, to, nullptr, nullptr);
   const size_t totals[] = {tile.is_integer() ? quantize->tasks(step) : 0, multiply.tasks(step)};
   int64_t best = INT64_MAX;
