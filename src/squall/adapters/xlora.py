@@ -223,7 +223,7 @@ class XLoraExecutor(Executor):
     programs: those of the parts. store: has the classifier's checkpoint as CLASSIFIER.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         parts: Parts,
         programs: tuple[Program, Program],

@@ -126,6 +126,11 @@ class Engine:
             raise InvalidRequest(f"the prompt has the id {largest}; the model's go to {most}")
         dropped, settles = self._dropped(request), self.executor.settles
         sequence = _sequence(request, next(self._numbers), dropped, settles)
+        most = self._scheduler.limits.rows - self._scheduler.limits.requests
+        if request.whole and sequence.prompt > most:
+            raise InvalidRequest(
+                f"the prompt has {sequence.prompt} tokens; a step has room for {most}"
+            )
         room = self.capacity - len(sequence.tokens)
         reply = Reply(
             sequence,
