@@ -116,6 +116,8 @@ def default_isa() -> str:
 class NativeExecutor:
     """Runs a program on the CPU; see `Executor`, and `open` for the arguments."""
 
+    settles: int | None = None
+
     def __init__(
         self,
         program: p.Program,
