@@ -86,7 +86,8 @@ def save_adapter(model: Any, folder: Path, tokens: list[int], **config: Any) -> 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = get_peft_model(model, LoraConfig(**config)).eval()
+        # The configuration becomes PEFT's, which edits it.
+        adapted = get_peft_model(model, LoraConfig(**copy.deepcopy(config))).eval()
         torch.manual_seed(7)
         with torch.no_grad():
             for name, weight in adapted.named_parameters():

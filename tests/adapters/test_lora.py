@@ -10,17 +10,22 @@ import tiny
 from harness import distance
 from peft_models import CASES, adapt, beside, merged
 
+from squall.errors import InvalidRequest
+
 TOLERANCE = 1e-4
 MODULES = [
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "dense", "gate_proj", "up_proj",
     "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj", "embed_tokens", "lm_head",
 ]  # fmt: skip
+OUT_BIASES = {f"model.layers.0.self_attn.{name}.bias" for name in ("o_proj", "dense")} | {
+    "blk.0.attn_output.bias"
+}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"]
 EVERYTHING = {
     "r": 4,
     "lora_alpha": 8,
     "target_modules": MODULES,
-    "rank_pattern": {r"layers\.[12]\..*(q|qkv|up|gate_up)_proj": 7, "lm_head": 2, "fc2": 3},
+    "rank_pattern": {r"layers\.[12]\..*\.(q|qkv|up)_proj": 7, "lm_head": 2, "fc2": 3},
     "alpha_pattern": {"layers.1.self_attn.v_proj": 3, "down_proj": 12, "self_attn.dense": 1},
     "use_rslora": True,
 }
@@ -32,7 +37,11 @@ def check(case: tiny.Case, path: Path, kind: str, **config: Any) -> None:
     model = adapt(case, path, kind, **config)
     lora = model.read()
     assert distance(model.plain, model.logits) > 0.05
-    assert distance(merged(model, (lora, 1.0)), model.logits) < TOLERANCE
+    if config.get("lora_bias") and model.checkpoint.tensors.keys().isdisjoint(OUT_BIASES):
+        with pytest.raises(InvalidRequest, match="keep it beside"):
+            merged(model, (lora, 1.0))
+    else:
+        assert distance(merged(model, (lora, 1.0)), model.logits) < TOLERANCE
     if not lora.vectors:
         assert distance(beside(model, (lora, 1.0)), model.logits) < TOLERANCE
 
@@ -48,7 +57,7 @@ def test_gguf_bases(case: tiny.Case, tmp_path: Path) -> None:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "regex": {"target_modules": r".*layers\.[02]\.(self_attn|mlp)\.\w+"},
+    "regex": {"target_modules": r".*layers\.[02]\.(self_attn|mlp)\.(\w+_proj|dense|fc[12])"},
     "all-linear": {"target_modules": "all-linear"},
     "layers": {"layers_to_transform": [0, 2]},
     "one layer": {"layers_to_transform": 1, "layers_pattern": "layers"},

@@ -160,7 +160,11 @@ class Config:
             return False
         if self.modules == "all-linear":
             return module.rpartition(".")[2] not in _EMBEDDINGS
-        return _named(self.modules, module) and self._in_layers(module)
+        if isinstance(self.modules, str):
+            return _named(self.modules, module)
+        # A whole path that is named is adapted in any layer.
+        whole = module in self.modules
+        return whole or (_named(self.modules, module) and self._in_layers(module))
 
     def saves(self, module: str, kind: str) -> bool:
         """Whether PEFT takes a module's weight or bias from the adapter's file."""
@@ -171,7 +175,7 @@ class Config:
         return embedding or trained or any(module.endswith(name) for name in self.saved)
 
     def _in_layers(self, module: str) -> bool:
-        if isinstance(self.modules, str) or not self.layers:
+        if not self.layers:
             return True
         for name in self.layer_lists or (r"[^.]*",):
             if match := re.match(_LAYER.format(name), module):
