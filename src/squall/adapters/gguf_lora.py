@@ -15,7 +15,10 @@ from squall.recipes.modules import gguf_architecture
 
 MAX_ALPHA = 1e6
 _KIND = {"general.type": "adapter", "adapter.type": "lora"}
-_KEYS = {"adapter.type", "adapter.lora.alpha"}
+_KEYS = {
+    "adapter.type",
+    *(f"adapter.lora.{key}" for key in ("alpha", "task_name", "prompt_prefix")),
+}
 _ENDS = (".lora_a", ".lora_b")
 
 

@@ -76,7 +76,7 @@ class Parts:
         """
         readings = list(self.target.readings(module))
         if not readings:
-            raise self._unknown(a.name)
+            raise self.unknown(a.name)
         rank = b.array.shape[-1]
         shapes = [self._shapes(places, rank) for places in readings]
         if not 1 <= rank <= MAX_RANK or (a.array.shape, b.array.shape) not in shapes:
@@ -113,7 +113,7 @@ class Parts:
             if found.shape == (size if kind == "weight" else size[:1]):
                 break
         else:
-            raise self._unknown(tensor.name, found.shape)
+            raise self.unknown(tensor.name, found.shape)
         for site, start, stop in places:
             rows = found[self._rows(site, start, stop)]
             if kind == "weight":
@@ -169,7 +169,7 @@ class Parts:
         order = self.target.order(site[0], paired=self.paired)
         return slice(start, stop) if order is None else start + order
 
-    def _unknown(self, name: str, shape: tuple[int, ...] | None = None) -> UnsupportedModel:
+    def unknown(self, name: str, shape: tuple[int, ...] | None = None) -> UnsupportedModel:
         given = "" if shape is None else f" of shape {shape}"
         return UnsupportedModel(
             f"the adapter's tensor {quote(name)}{given} belongs to nothing in the base model; is "

@@ -247,14 +247,17 @@ def _adapted(key: tuple[str, int], pair: Mapping[str, Floats], config: Config, p
             "see its target_modules, target_parameters, exclude_modules, modules_to_save and "
             "layers_to_transform"
         )
-    experts = len({site[1] for site, _, _ in parts.target.sites(name)})
-    if experts * rank not in a.array.shape[:1] or b.array.shape[1:] != a.array.shape[:1]:
+    places = parts.target.sites(name)
+    if not places:
+        raise parts.unknown(a.name)
+    experts = len({site[1] for site, _, _ in places})
+    if a.array.ndim != 2 or not len(a.array) == experts * rank == b.array.size // len(b.array):
         raise InvalidCheckpoint(
             f"tensors {quote(a.name)} and {quote(b.name)} have shapes {a.array.shape} and "
             f"{b.array.shape}; by {CONFIG} their rank is {rank}"
             + (f", of each of {experts} experts" if experts > 1 else "")
         )
-    if (TABLE, 0) in (site for site, _, _ in parts.target.sites(name)):
+    if places[0][0][0] == TABLE:
         a = replace(a, array=a.array.T)
     rows = len(b.array)
     a = replace(a, array=a.array.reshape(experts, -1, a.array.shape[-1]))
