@@ -89,9 +89,10 @@ class Parts:
         if norm is not None:
             role, start = norm
             base = target.vector(role, 0)
-            change = self.vectors.setdefault(role, np.zeros_like(base))[start:][: found.size]
-            change += found.reshape(-1) - base[start:][: found.size]
-            change += np.float32(target.norm_offset(as_gguf=self.as_gguf))
+            change = self.vectors.setdefault(role, np.zeros_like(base))
+            offset = np.float32(target.norm_offset(as_gguf=self.as_gguf))
+            own = slice(start, start + found.size)
+            change[own] = found.reshape(-1) + offset - base[own]
             return
         wanted = (p for p in target.readings(module) if self._size(p, kind) == found.shape)
         places = next(wanted, ())
