@@ -76,8 +76,8 @@ class Parts:
             raise self.misfit(module, a.shape[1:], b.shape[1:])
         for site, start, stop in places:
             expert, rows = site[1] if len(b) > 1 else 0, self._rows(site, start, stop)
-            term = Term(_stored(a[expert]), _stored(b[expert][rows]), rank, scale)
-            self._terms[site] = term
+            up = b[expert] if site[0] == TABLE else b[expert][rows]
+            self._terms[site] = Term(_stored(a[expert]), _stored(up), rank, scale)
             if bias is not None:
                 self._bias(site, _float32(bias)[rows] * np.float32(scale))
 
