@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def _selection(given: object, section: str, tokenizer: str | None) -> Selection:
     kind = next((k for k in kinds if _is_ggml(k) == _names_ggml(values)), kinds[0])
     for key, value in values.items():
         values[key] = _value(section, key, value)
-    if tokenizer is not None and "tokenizer_json" in {item.name for item in _fields(kind)}:
+    if tokenizer is not None and "tokenizer_json" in {item.name for item in fields(kind)}:
         values["tokenizer_json"] = tokenizer
     return kind(**values)
 
@@ -174,16 +174,12 @@ def _anymoe(given: Mapping[str, Any]) -> AnyMoeConfig:
     return AnyMoeConfig(**config, **{key: given[key] for key in outer & given.keys()})
 
 
-def _fields(kind: type[Selection]) -> tuple[Field[Any], ...]:
-    return fields(kind)  # type: ignore[arg-type]
-
-
 def _allowed(kind: type[Selection]) -> set[str]:
-    return {item.name for item in _fields(kind)} - {"tokenizer_json"}
+    return {item.name for item in fields(kind)} - {"tokenizer_json"}
 
 
 def _required(kind: type[Selection]) -> set[str]:
-    return {item.name for item in _fields(kind) if item.default is MISSING}
+    return {item.name for item in fields(kind) if item.default is MISSING}
 
 
 def _table(given: object, what: str) -> dict[str, Any]:
