@@ -34,12 +34,20 @@ using NewMatrix = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 template <class T>
 using NewVector = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
 using MaybeId = std::optional<size_t>;
+using TileRef = std::shared_ptr<Tile>;
+// x, index of mixtures, scalings, columns, number of the first weight
+using MaybeAdapters = std::optional<std::tuple<size_t, size_t, MaybeId, std::vector<int>, size_t>>;
 
 std::span<const int32_t> span(const Ints& a) { return {a.data(), a.size()}; }
 Vector vector(const std::optional<Floats>& a) {
   return a ? Vector(a->data(), a->data() + a->size()) : Vector();
 }
 size_t id(const MaybeId& v) { return v.value_or(kNone); }
+std::optional<AdaptersOp> adapters_of(const MaybeAdapters& a) {
+  if (!a) return std::nullopt;
+  const auto& [x, mixture, scalings, columns, site] = *a;
+  return AdaptersOp{x, mixture, id(scalings), columns, site};
+}
 
 NewMatrix new_matrix(size_t rows, size_t cols) {
   auto* data = new float[product({rows, cols})];
@@ -271,9 +279,11 @@ using Numbers = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 
 void run(Executor& self, std::vector<size_t> rows, const std::vector<Numbers>& indices,
          const std::vector<Matrix>& values, const Ints& positions, const Ints& bounds,
-         const IntTable& tables, const std::vector<OutMatrix>& outputs) {
+         const IntTable& tables, const std::vector<OutMatrix>& outputs,
+         const std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>& mixtures) {
   Inputs in{std::move(rows), {}, {}, span(positions), span(bounds), {tables.data(), tables.size()},
-            tables.shape(1)};
+            tables.shape(1), {}};
+  for (const auto& mixture : mixtures) in.mixtures.emplace_back(mixture.begin(), mixture.end());
   for (const Numbers& index : indices) in.indices.emplace_back(index.data(), index.size());
   const auto check = [&](const std::vector<size_t>& ids, const auto& matrices) {
     if (ids.size() != matrices.size()) throw nb::value_error("a run needs all values and outputs");
@@ -298,10 +308,11 @@ void bind_ops(nb::class_<Executor>& c) {
       .def("input", &Executor::input, "out"_a)
       .def(
           "embed",
-          [](Executor& e, size_t out, size_t index, std::shared_ptr<Tile> table, float scale) {
-            e.embed(out, index, std::move(table), scale);
+          [](Executor& e, size_t out, size_t index, TileRef table, float scale,
+             const MaybeAdapters& adapters) {
+            e.embed(out, index, std::move(table), scale, adapters_of(adapters));
           },
-          "out"_a, "index"_a, "table"_a, "scale"_a)
+          "out"_a, "index"_a, "table"_a, "scale"_a, "adapters"_a.none() = nb::none())
       .def("rope_angles", &Executor::rope_angles, "out"_a, "positions"_a, "frequencies"_a, "axes"_a,
            "magnitude"_a)
       .def(
@@ -313,24 +324,24 @@ void bind_ops(nb::class_<Executor>& c) {
           "out"_a, "x"_a, "weight"_a, "bias"_a.none(), "rms"_a, "eps"_a, "group"_a)
       .def(
           "linear",
-          [](Executor& e, size_t out, size_t x, std::shared_ptr<Tile> weight,
-             const std::optional<Floats>& bias, const std::optional<std::string>& act, float scale,
-             MaybeId residual) {
+          [](Executor& e, size_t out, size_t x, TileRef weight, const std::optional<Floats>& bias,
+             const std::optional<std::string>& act, float scale, MaybeId residual,
+             const MaybeAdapters& adapters) {
             e.linear({out, x, std::move(weight), vector(bias), activation_named(act), scale,
-                      id(residual)});
+                      id(residual), adapters_of(adapters)});
           },
           "out"_a, "x"_a, "weight"_a, "bias"_a.none(), "activation"_a.none(), "scale"_a,
-          "residual"_a.none())
+          "residual"_a.none(), "adapters"_a.none() = nb::none())
       .def(
           "gated_linear",
-          [](Executor& e, size_t out, size_t x, std::shared_ptr<Tile> gate,
-             std::shared_ptr<Tile> up, const std::optional<Floats>& gate_bias,
-             const std::optional<Floats>& up_bias, const std::string& act) {
+          [](Executor& e, size_t out, size_t x, TileRef gate, TileRef up,
+             const std::optional<Floats>& gate_bias, const std::optional<Floats>& up_bias,
+             const std::string& act, const MaybeAdapters& adapters) {
             e.gated_linear({out, x, std::move(gate), std::move(up), vector(gate_bias),
-                            vector(up_bias), activation_named(act)});
+                            vector(up_bias), activation_named(act), adapters_of(adapters)});
           },
           "out"_a, "x"_a, "gate"_a, "up"_a, "gate_bias"_a.none(), "up_bias"_a.none(),
-          "activation"_a)
+          "activation"_a, "adapters"_a.none() = nb::none())
       .def(
           "rotate",
           [](Executor& e, size_t out, size_t x, size_t angles, size_t heads, size_t head_dim,
@@ -348,19 +359,20 @@ void bind_ops(nb::class_<Executor>& c) {
           "head_dim"_a, "scale"_a, "window"_a.none(), "softcap"_a.none())
       .def(
           "mixture_of_experts",
-          [](Executor& e, size_t out, size_t x, std::shared_ptr<Tile> router,
-             const std::vector<std::shared_ptr<Tile>>& gate,
-             const std::vector<std::shared_ptr<Tile>>& up,
-             const std::vector<std::shared_ptr<Tile>>& down, size_t top_k, const std::string& act,
-             bool normalize, std::optional<float> jitter, float scale, MaybeId residual) {
+          [](Executor& e, size_t out, size_t x, TileRef router, const std::vector<TileRef>& gate,
+             const std::vector<TileRef>& up, const std::vector<TileRef>& down, size_t top_k,
+             const std::string& act, bool normalize, std::optional<float> jitter, float scale,
+             MaybeId residual, const MaybeAdapters& adapters) {
             const auto all = [](const auto& tiles) {
               return std::vector<TilePtr>(tiles.begin(), tiles.end());
             };
             e.mixture_of_experts({out, x, std::move(router), all(gate), all(up), all(down), top_k,
-                                  activation_named(act), normalize, jitter, scale, id(residual)});
+                                  activation_named(act), normalize, jitter, scale, id(residual),
+                                  adapters_of(adapters)});
           },
           "out"_a, "x"_a, "router"_a, "gate"_a, "up"_a, "down"_a, "top_k"_a, "activation"_a,
-          "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none())
+          "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none(),
+          "adapters"_a.none() = nb::none())
       .def("add", &Executor::add, "out"_a, "a"_a, "b"_a, "scale"_a)
       .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
       .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a, "index"_a)
@@ -391,7 +403,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<size_t>(), "threads"_a)
       .def_prop_ro("threads", &ThreadPool::threads);
 
-  nb::class_<Arena>(m, "Arena").def(nb::init<>());
+  nb::class_<Arena>(m, "Arena").def(nb::init<size_t>(), "chunk"_a = size_t{64} << 20);
 
   using Options = SamplingOptions;
   nb::class_<Options>(m, "SamplingOptions")
@@ -447,6 +459,16 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear, "x"_a, "tile"_a, "isa"_a, "threads"_a);
   m.def("timed_linear", &timed_linear, "x"_a, "tile"_a, "isa"_a, "threads"_a, "passes"_a);
 
+  nb::class_<Adapter>(m, "Adapter")
+      .def(nb::init<>())
+      .def(
+          "add",
+          [](Adapter& self, size_t site, const std::shared_ptr<Tile>& a,
+             const std::shared_ptr<Tile>& b, float scale,
+             const std::optional<Floats>& bias) { self.add(site, {a, b, scale, vector(bias)}); },
+          "site"_a, "a"_a.none(), "b"_a.none(), "scale"_a, "bias"_a.none())
+      .def_prop_ro("nbytes", &Adapter::nbytes);
+
   nb::class_<Executor> executor(m, "Executor");
   executor.def(
       "__init__",
@@ -460,7 +482,8 @@ NB_MODULE(_native, m) {
   bind_ops(executor);
   executor.def("plan", &Executor::plan, "outputs"_a)
       .def("run", &run, "rows"_a, "indices"_a, "values"_a, "positions"_a, "bounds"_a,
-           "block_tables"_a, "outputs"_a)
+           "block_tables"_a, "outputs"_a,
+           "mixtures"_a = std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>{})
       .def(
           "read",
           [](const Executor& e, size_t value) {

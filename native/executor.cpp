@@ -23,6 +23,10 @@ void expect(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
+bool meets(const std::vector<size_t>& a, const std::vector<size_t>& b) {
+  return std::find_first_of(a.begin(), a.end(), b.begin(), b.end()) != a.end();
+}
+
 // A weight's format and shape, as profiles tell them.
 std::string described(const Tile& w) {
   return std::string(info(w.format()).name) + " " + std::to_string(w.rows()) + "x" +
@@ -100,6 +104,32 @@ void Executor::read(Phase& phase, size_t x, const Tile& weight) {
   (weight.is_integer() ? buffers_[x]->wants_quant : buffers_[x]->wants_float) = true;
 }
 
+Executor::Added Executor::adapt(const std::optional<AdaptersOp>& op, size_t first, size_t experts,
+                                size_t rows, size_t x, const Routing* routing) {
+  if (!op) return {};
+  Index& mixture = indices_.at(op->mixture);
+  const Buffer& to = *buffers_.at(rows);
+  expect(mixture.space == to.space && (op->columns.empty() == (op->scalings == kNone)),
+         "adapters are chosen by other rows, or scaled without scalings");
+  mixture.mixtures = true;
+  const Buffer* scalings = op->scalings == kNone ? nullptr : &floats(op->scalings);
+  expect(
+      scalings == nullptr || (scalings->space == to.space && op->columns.size() >= first + experts),
+      "scalings are of other rows, or lack a column");
+  low_ranks_.push_back(std::make_unique<LowRank>(
+      kernels_, *op, first, experts, to, x == kNone ? nullptr : &floats(x), scalings, routing));
+  auto phase = std::make_unique<DownPhase>(*low_ranks_.back(), pool_->threads());
+  if (x != kNone) phase->reads.push_back(x);
+  if (scalings != nullptr) phase->reads.push_back(op->scalings);
+  const size_t value = add_value(1, to.space, false);
+  phase->writes = {value};
+  phase->name = "adapters";
+  const auto writes = [&](const auto& before) { return meets(before->writes, phase->reads); };
+  const auto last = std::find_if(phases_.rbegin(), phases_.rend(), writes);
+  phases_.insert(last.base(), std::move(phase));
+  return {low_ranks_.back().get(), value};
+}
+
 void Executor::input(size_t out) {
   const Buffer& to = *buffers_.at(out);
   auto phase =
@@ -111,19 +141,30 @@ void Executor::input(size_t out) {
   inputs_.push_back(out);
 }
 
-void Executor::embed(size_t out, size_t index, TilePtr table, float scale) {
+void Executor::embed(size_t out, size_t index, TilePtr table, float scale,
+                     const std::optional<AdaptersOp>& adapters) {
   const Buffer& to = *buffers_.at(out);
   expect(to.width == table->cols(), "the embedding's width differs from its table's");
   expect(indices_.at(index).space == to.space, "an embedding's index is of other rows");
   indices_[index].limit = std::min(indices_[index].limit, table->rows());
   const uint64_t row_bytes = table->nbytes() / table->rows();
-  auto phase =
-      row_phase(to, pool_->threads(), [&to, index, table, scale](const Step& step, size_t r) {
+  const Added added = adapt(adapters, 0, 1, out, kNone);
+  auto phase = row_phase(
+      to, pool_->threads(), [&to, index, table, scale, added](const Step& step, size_t r) {
         float* row = to.row(r);
         table->dequantize_row(static_cast<size_t>(step.inputs.indices[index][r]), row);
+        if (added.sums != nullptr && added.sums->active())
+          for (size_t i = 0; i < to.width; i += kLanes) {
+            const size_t n = std::min(kLanes, to.width - i);
+            alignas(64) float lanes[kLanes] = {};
+            std::copy_n(row + i, n, lanes);
+            added.sums->add(step, i / kLanes, 1, r, 1, lanes);
+            std::copy_n(lanes, n, row + i);
+          }
         if (scale != 1.0f)
           for (size_t i = 0; i < to.width; ++i) row[i] *= scale;
       });
+  if (added.sums != nullptr) phase->reads = {added.value};
   phase->writes = {out};
   phase->row_work.bytes = row_bytes;
   add_phase("embed", std::move(phase));
@@ -187,9 +228,11 @@ void Executor::linear(LinearOp op) {
   expect(residual == nullptr || residual->width == to.width, "a residual differs in width");
   const size_t out = op.out, in = op.x, rest = op.residual;
   const TilePtr weight = op.weight;
+  const Added added = adapt(op.adapters, 0, 1, out, op.adapters ? op.adapters->x : kNone);
   auto phase = std::make_unique<LinearPhase>(kernels_, pool_->threads(), std::move(op),
-                                             *buffers_[in], to, residual);
+                                             *buffers_[in], to, residual, added.sums);
   read(*phase, in, *weight);
+  if (added.sums != nullptr) phase->reads.push_back(added.value);
   if (rest != kNone) phase->reads.push_back(rest);
   phase->writes = {out};
   add_phase("linear " + described(*weight), std::move(phase));
@@ -203,10 +246,15 @@ void Executor::gated_linear(GatedLinearOp op) {
          "a gated linear's bias does not fit");
   const size_t out = op.out, in = op.x;
   const TilePtr gate = op.gate, up = op.up;
-  auto phase = std::make_unique<GatedLinearPhase>(kernels_, pool_->threads(), std::move(op),
-                                                  *buffers_[in], to);
+  const size_t x = op.adapters ? op.adapters->x : kNone;
+  const Added to_gate = adapt(op.adapters, 0, 1, out, x), to_up = adapt(op.adapters, 1, 1, out, x);
+  auto phase =
+      std::make_unique<GatedLinearPhase>(kernels_, pool_->threads(), std::move(op), *buffers_[in],
+                                         to, GatedAdded{to_gate.sums, to_up.sums});
   read(*phase, in, *gate);
   read(*phase, in, *up);
+  if (to_gate.sums != nullptr)
+    phase->reads.insert(phase->reads.end(), {to_gate.value, to_up.value});
   phase->writes = {out};
   phase->quantizes = true;
   add_phase("gated linear " + described(*gate), std::move(phase));
@@ -314,7 +362,7 @@ void Executor::mixture_of_experts(MoeOp op) {
 void Executor::route(const Mixture& m) {
   const MoeOp& op = m.op;
   const size_t scores = add_value(op.router->rows(), buffers_[op.x]->space, false);
-  linear({scores, op.x, op.router, {}, Activation::kNone, 1.0f, kNone});
+  linear({scores, op.x, op.router, {}, Activation::kNone, 1.0f, kNone, op.adapters});
   auto choose =
       std::make_unique<RoutePhase>(kernels_, *m.routing, floats(scores), op.normalize, op.jitter);
   choose->reads = {scores};
@@ -337,38 +385,51 @@ void Executor::route(const Mixture& m) {
 void Executor::run_experts(const Mixture& m) {
   const MoeOp& op = m.op;
   const Buffer &in = *buffers_[m.gathered], &mid = *buffers_[m.inner], &last = *buffers_[m.outer];
+  const size_t experts = op.gate.size();
   std::vector<GatedLinearOp> gated;
-  for (size_t e = 0; e < op.gate.size(); ++e)
-    gated.push_back({m.inner, m.gathered, op.gate[e], op.up[e], {}, {}, op.activation});
+  for (size_t e = 0; e < experts; ++e)
+    gated.push_back({m.inner, m.gathered, op.gate[e], op.up[e], {}, {}, op.activation, {}});
+  const auto adapted = [&](size_t first, size_t x) {
+    return adapt(op.adapters, first, experts, x, x, m.routing.get());
+  };
+  const Added to_gate = adapted(1, m.gathered), to_up = adapted(1 + experts, m.gathered);
   auto up = expert_phase(
       *m.routing, {op.gate, op.up}, pool_->threads(),
-      [&k = kernels_, &in, &mid, gated](size_t e, const TileRange& tiles, size_t row, size_t rows) {
-        gated_block(k, gated[e], in, mid, tiles, row, rows);
+      [&k = kernels_, &in, &mid, gated, added = GatedAdded{to_gate.sums, to_up.sums}](
+          const Step& step, size_t e, const TileRange& tiles, size_t row, size_t rows) {
+        gated_block(k, gated[e], in, mid, step, added, tiles, row, rows);
       });
-  auto down = expert_phase(*m.routing, {op.down}, pool_->threads(),
-                           [&k = kernels_, &mid, &last, weights = op.down](
-                               size_t e, const TileRange& tiles, size_t row, size_t rows) {
-                             alignas(64) float acc[kProductsAtOnce * kLanes];
-                             matmul(k, *weights[e], tiles, mid, row, rows, acc);
-                             for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
-                               const size_t column = tile * kLanes;
-                               k.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, nullptr,
-                                        Activation::kNone, 1.0f, nullptr, last.row(row) + column,
-                                        last.width, std::min(kLanes, last.width - column));
-                             }
-                           });
+  up->writes = {m.inner};
+  up->quantizes = true;
+  for (size_t e = 0; e < experts; ++e) {
+    read(*up, m.gathered, *op.gate[e]);
+    read(*up, m.gathered, *op.up[e]);
+  }
+  if (op.adapters) up->reads.insert(up->reads.end(), {to_gate.value, to_up.value});
+  add_phase("moe gated linear " + described(*op.gate[0]), std::move(up));
+  const Added to_down = adapted(1 + 2 * experts, m.inner);
+  auto down = expert_phase(
+      *m.routing, {op.down}, pool_->threads(),
+      [&k = kernels_, &mid, &last, weights = op.down, added = to_down.sums](
+          const Step& step, size_t e, const TileRange& tiles, size_t row, size_t rows) {
+        alignas(64) float acc[kProductsAtOnce * kLanes];
+        matmul(k, *weights[e], tiles, mid, row, rows, acc);
+        if (added != nullptr) added->add(step, tiles.begin, tiles.count(), row, rows, acc);
+        for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
+          const size_t column = tile * kLanes;
+          k.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, nullptr, Activation::kNone,
+                   1.0f, nullptr, last.row(row) + column, last.width,
+                   std::min(kLanes, last.width - column));
+        }
+      });
   for (size_t e = 0; e < op.gate.size(); ++e) {
     expect(op.gate[e]->rows() == mid.width && op.up[e]->rows() == mid.width &&
                op.down[e]->rows() == last.width,
            "the experts differ in shape");
-    read(*up, m.gathered, *op.gate[e]);
-    read(*up, m.gathered, *op.up[e]);
     read(*down, m.inner, *op.down[e]);
   }
-  up->writes = {m.inner};
-  up->quantizes = true;
+  if (op.adapters) down->reads.push_back(to_down.value);
   down->writes = {m.outer};
-  add_phase("moe gated linear " + described(*op.gate[0]), std::move(up));
   add_phase("moe linear " + described(*op.down[0]), std::move(down));
 }
 
@@ -468,14 +529,6 @@ void Executor::plan(const std::vector<size_t>& outputs) {
   split_->memory = std::make_unique<Memory>(split_->floats * sizeof(float));
   split_->done = std::vector<std::atomic<size_t>>(AttendPhase::few_tasks(pool_->threads()));
 }
-
-namespace {
-
-bool meets(const std::vector<size_t>& a, const std::vector<size_t>& b) {
-  return std::find_first_of(a.begin(), a.end(), b.begin(), b.end()) != a.end();
-}
-
-}  // namespace
 
 void Executor::add_quantize_phases() {
   std::vector<std::unique_ptr<Phase>> phases;
@@ -588,6 +641,12 @@ void Executor::check(const Inputs& in) const {
 void Executor::check_index(const Inputs& in, size_t index) const {
   const Index& i = indices_[index];
   expect(in.indices[index].size() == i.axes * in.rows[i.space], "an index differs from its rows");
+  if (i.mixtures) {
+    for (const int32_t x : in.indices[index])
+      expect(x < static_cast<int64_t>(in.mixtures.size()),
+             "a row names adapters that are not there");
+    return;
+  }
   const size_t limit = i.into == kNone ? i.limit : std::min(i.limit, in.rows[i.into]);
   for (const int32_t x : in.indices[index])
     expect(below(x, limit), i.into == kNone ? "a token id is outside the vocabulary"
@@ -665,6 +724,7 @@ void Executor::run(const Inputs& inputs, const std::vector<float*>& to) {
   check(inputs);
   Step step{inputs, {}};
   for (const Sight& sight : sights_) step.views.push_back(view(inputs, sight));
+  for (const auto& sums : low_ranks_) sums->prepare(step);
   split_->clear();
   run_groups(step);
   rows_seen_ = inputs.rows;
@@ -756,13 +816,13 @@ double linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
   in.quant = reinterpret_cast<QuantGroup*>(groups.data());
   std::copy(x.begin(), x.end(), in.data);
 
-  const Inputs inputs{{rows}, {}, {}, {}, {}, {}, 0};
+  const Inputs inputs{{rows}, {}, {}, {}, {}, {}, 0, {}};
   const Step step{inputs, {}};
   const auto quantize = row_phase(in, pool.threads(), [&](const Step&, size_t r) {
     in.quantize(kernels, r, 0, in.width, in.row(r));
   });
-  LinearOp op{0, 0, TilePtr(TilePtr(), &tile), {}};
-  LinearPhase multiply(kernels, pool.threads(), std::move(op), in, to, nullptr);
+  LinearOp op{0, 0, TilePtr(TilePtr(), &tile), {}, Activation::kNone, 1.0f, kNone, {}};
+  LinearPhase multiply(kernels, pool.threads(), std::move(op), in, to, nullptr, nullptr);
   const size_t totals[] = {tile.is_integer() ? quantize->tasks(step) : 0, multiply.tasks(step)};
   int64_t best = INT64_MAX;
   for (size_t pass = 0; pass < passes; ++pass) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "low_rank.h"
 #include "profile.h"
 #include "thread_pool.h"
 #include "tile.h"
@@ -24,6 +25,7 @@ struct Inputs {
   std::vector<const float*> values;               // [rows][width]
   std::span<const int32_t> positions, bounds, block_tables;
   size_t table_width = 0;
+  std::vector<Mixture> mixtures;  // of adapters, which indices name
 
   size_t sequences() const { return bounds.empty() ? 0 : bounds.size() - 1; }
 };
@@ -104,7 +106,6 @@ struct KvCache {
   std::unique_ptr<Memory> memory;  // once the program is planned
 };
 
-using TilePtr = std::shared_ptr<const Tile>;
 using Vector = std::vector<float>;
 constexpr size_t kNone = SIZE_MAX;
 
@@ -117,12 +118,14 @@ struct LinearOp {
   Activation activation = Activation::kNone;
   float scale = 1.0f;
   size_t residual = kNone;
+  std::optional<AdaptersOp> adapters;
 };
 struct GatedLinearOp {
   size_t out, x;
   TilePtr gate, up;
   Vector gate_bias, up_bias;
   Activation activation;
+  std::optional<AdaptersOp> adapters;
 };
 struct NormalizeOp {
   size_t out, x;
@@ -154,9 +157,9 @@ struct MoeOp {
   std::optional<float> jitter;  // of SparseMixer
   float scale;
   size_t residual;
+  std::optional<AdaptersOp> adapters;
 };
 
-struct Routing;
 struct SplitSums;
 
 class Executor {
@@ -170,7 +173,8 @@ class Executor {
 
   // The rows of `out` come with the run.
   void input(size_t out);
-  void embed(size_t out, size_t index, TilePtr table, float scale);
+  void embed(size_t out, size_t index, TilePtr table, float scale,
+             const std::optional<AdaptersOp>& adapters);
   // Frequency i turns with axis axes[i] of `positions`.
   void rope_angles(size_t out, size_t positions, Vector frequencies, std::vector<size_t> axes,
                    float magnitude);
@@ -219,6 +223,12 @@ class Executor {
   // rows the space `into` has.
   struct Index {
     size_t space, axes, limit = SIZE_MAX, into = kNone;
+    bool mixtures = false;  // chooses mixtures of adapters, or negative: none
+  };
+  // The adapters of a weight; null: none.
+  struct Added {
+    LowRank* sums = nullptr;
+    size_t value = kNone;  // stands for a(x)
   };
   // An attention's rows: those of one space with the same spans, cached or not.
   struct Sight {
@@ -233,6 +243,10 @@ class Executor {
   size_t sight_of(const AttendOp& op);
   View view(const Inputs& inputs, const Sight& sight) const;
   void add_phase(std::string name, std::unique_ptr<Phase> phase);
+  // Adds a phase for a(x) as soon as x is there. first: of the op's weights; rows: a value of its
+  // rows; x: the floats that it multiplies, kNone for a table.
+  Added adapt(const std::optional<AdaptersOp>& op, size_t first, size_t experts, size_t rows,
+              size_t x, const Routing* routing = nullptr);
   // The value, which someone is going to read as it is.
   const Buffer& floats(size_t id);
   // Float or int8 reading of `x`, whichever the weight wants.
@@ -261,6 +275,7 @@ class Executor {
   std::vector<int32_t> own_blocks_;  // its block table: 0, 1, ...
   std::unique_ptr<SplitSums> split_;
   std::vector<std::unique_ptr<Phase>> phases_;
+  std::vector<std::unique_ptr<LowRank>> low_ranks_;
   std::vector<std::vector<Phase*>> groups_;
   std::unique_ptr<Memory> arena_;
   mutable std::mutex mutex_;

@@ -127,27 +127,29 @@ class TilePhase : public Phase {
 class LinearPhase final : public TilePhase {
  public:
   LinearPhase(const Kernels& k, size_t threads, LinearOp op, const Buffer& x, const Buffer& out,
-              const Buffer* residual)
+              const Buffer* residual, const LowRank* added)
       : TilePhase(*op.weight, threads),
         k_(k),
         op_(std::move(op)),
         x_(x),
         out_(out),
-        residual_(residual) {}
+        residual_(residual),
+        added_(added) {}
 
   size_t tasks(const Step& step) const override { return tasks_for(step.rows_of(out_)); }
   void run(const Step& step, size_t task) override {
     blocks(task, step.rows_of(out_),
-           [&](const TileRange& tiles, size_t row, size_t rows) { block(tiles, row, rows); });
+           [&](const TileRange& tiles, size_t row, size_t rows) { block(step, tiles, row, rows); });
   }
   Work work(const Step& step) const override {
     return linear_work(*op_.weight, step.rows_of(out_));
   }
 
  private:
-  void block(const TileRange& tiles, size_t row, size_t rows) const {
+  void block(const Step& step, const TileRange& tiles, size_t row, size_t rows) const {
     alignas(64) float acc[kProductsAtOnce * kLanes];
     matmul(k_, *op_.weight, tiles, x_, row, rows, acc);
+    if (added_ != nullptr) added_->add(step, tiles.begin, tiles.count(), row, rows, acc);
     for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const size_t column = tile * kLanes, n = std::min(kLanes, out_.width - column);
       k_.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, at(op_.bias, column),
@@ -161,17 +163,28 @@ class LinearPhase final : public TilePhase {
   LinearOp op_;
   const Buffer &x_, &out_;
   const Buffer* residual_;
+  const LowRank* added_;
+};
+
+// What adapters add to a gated linear; null: nothing.
+struct GatedAdded {
+  const LowRank *gate = nullptr, *up = nullptr;
 };
 
 // All gate tiles, then all up tiles: each is read as one stream.
 inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer& x,
-                        const Buffer& out, const TileRange& tiles, size_t row, size_t rows) {
+                        const Buffer& out, const Step& step, const GatedAdded& added,
+                        const TileRange& tiles, size_t row, size_t rows) {
   constexpr size_t kSums = kProductsAtOnce * kLanes;
   auto* const gate =
       static_cast<float*>(thread_memory((2 * kSums + kMostRowsAtOnce * kGroup) * sizeof(float)));
   float *const up = gate + kSums, *const pair = up + kSums;  // two tiles' columns: a group
   matmul(k, *op.gate, tiles, x, row, rows, gate);
   matmul(k, *op.up, tiles, x, row, rows, up);
+  if (added.gate != nullptr) {
+    added.gate->add(step, tiles.begin, tiles.count(), row, rows, gate);
+    added.up->add(step, tiles.begin, tiles.count(), row, rows, up);
+  }
   for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
     const size_t acc = (tile - tiles.begin) * rows * kLanes;
@@ -189,13 +202,13 @@ inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer&
 class GatedLinearPhase final : public TilePhase {
  public:
   GatedLinearPhase(const Kernels& k, size_t threads, GatedLinearOp op, const Buffer& x,
-                   const Buffer& out)
-      : TilePhase(*op.gate, threads), k_(k), op_(std::move(op)), x_(x), out_(out) {}
+                   const Buffer& out, const GatedAdded& added)
+      : TilePhase(*op.gate, threads), k_(k), op_(std::move(op)), x_(x), out_(out), added_(added) {}
 
   size_t tasks(const Step& step) const override { return tasks_for(step.rows_of(out_)); }
   void run(const Step& step, size_t task) override {
     blocks(task, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
-      gated_block(k_, op_, x_, out_, tiles, row, rows);
+      gated_block(k_, op_, x_, out_, step, added_, tiles, row, rows);
     });
   }
   Work work(const Step& step) const override {
@@ -207,6 +220,27 @@ class GatedLinearPhase final : public TilePhase {
   const Kernels& k_;
   GatedLinearOp op_;
   const Buffer &x_, &out_;
+  GatedAdded added_;
+};
+
+// a(x) of a weight's adapters, where rows have some.
+class DownPhase final : public Phase {
+ public:
+  DownPhase(LowRank& sums, size_t threads) : sums_(sums), threads_(threads) {}
+  size_t tasks(const Step& step) const override {
+    return sums_.active() ? ceil_div(step.rows_of(sums_.rows()), rows_a_task(step)) : 0;
+  }
+  void run(const Step& step, size_t task) override {
+    const size_t rows = step.rows_of(sums_.rows()), many = rows_a_task(step);
+    sums_.down(step, task * many, std::min(rows, (task + 1) * many));
+  }
+
+ private:
+  size_t rows_a_task(const Step& step) const {
+    return std::clamp(step.rows_of(sums_.rows()) / (threads_ * 4), size_t{1}, size_t{64});
+  }
+  LowRank& sums_;
+  size_t threads_;
 };
 
 // ---- attention ----
@@ -527,7 +561,7 @@ class RoutePhase final : public Phase {
   std::optional<float> jitter_;
 };
 
-// Tile tasks for each expert in turn; fn(expert, tiles, first pair, pairs). weights: one or
+// Tile tasks for each expert in turn; fn(step, expert, tiles, first pair, pairs). weights: one or
 // two of every expert, [weights][experts].
 template <class Fn>
 class ExpertPhase final : public TilePhase {
@@ -539,10 +573,12 @@ class ExpertPhase final : public TilePhase {
         weights_(std::move(weights)),
         fn_(std::move(fn)) {}
   size_t tasks(const Step&) const override { return routing_.experts * tasks_for(1); }
-  void run(const Step&, size_t task) override {
+  void run(const Step& step, size_t task) override {
     const size_t expert = task / tasks_for(1), first = routing_.begin[expert];
     blocks(range(task % tasks_for(1)), first, routing_.begin[expert + 1],
-           [&](const TileRange& tiles, size_t row, size_t rows) { fn_(expert, tiles, row, rows); });
+           [&](const TileRange& tiles, size_t row, size_t rows) {
+             fn_(step, expert, tiles, row, rows);
+           });
   }
   Work work(const Step&) const override {
     Work all;

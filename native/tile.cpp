@@ -45,10 +45,10 @@ void* thread_memory(size_t bytes) {
 }
 
 std::shared_ptr<uint8_t> Arena::take(size_t bytes) {
-  constexpr size_t kChunk = size_t{64} << 20, kAlign = 4096;
+  constexpr size_t kAlign = 4096;
   bytes = (bytes + kAlign - 1) / kAlign * kAlign;
   if (memory_ == nullptr || memory_->bytes() - used_ < bytes) {
-    memory_ = std::make_shared<Memory>(std::max(bytes, kChunk));
+    memory_ = std::make_shared<Memory>(std::max(bytes, chunk_));
     used_ = 0;
   }
   used_ += bytes;

@@ -34,9 +34,12 @@ class Memory {
 // decode waits for the address translation. Parts keep their memory alive. Not thread-safe.
 class Arena {
  public:
+  // chunk: bytes that it asks for at a time, at least.
+  explicit Arena(size_t chunk = size_t{64} << 20) : chunk_(chunk) {}
   std::shared_ptr<uint8_t> take(size_t bytes);
 
  private:
+  size_t chunk_;
   std::shared_ptr<Memory> memory_;
   size_t used_ = 0;
 };

@@ -46,8 +46,10 @@ class Stored:
 class Term:
     """What an adapter adds to a matrix [rows, cols] of a decoder: scale * b @ a; and to its bias.
 
-    a: [rank, cols]; of a table instead its columns, [cols, rank]. b: [rows, rank]. Both are floats.
-        Without a, b is [rows, cols], and without b, a table's a is; rank is then as wide.
+    a: [rank, cols]. b: [rows, rank]. Both are floats; without a, b is [rows, cols].
+    Of a table of embeddings, [rows, cols]: a is [rows, rank], b is [cols, rank], and they add
+        scale * a @ b.T; without b, a is [rows, cols].
+    rank: where one of the two is missing, as wide as the other.
     bias: [rows], added to the product with x.
     """
 

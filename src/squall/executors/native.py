@@ -184,7 +184,8 @@ class NativeExecutor:
             executor.cache(cache.kv_heads, cache.head_dim)
         for value in program.inputs:
             executor.input(ids[value])
-        lowering = _Lowering(executor, tiles, ids)
+        self._sites = _sites(program)
+        lowering = _Lowering(executor, tiles, ids, self._sites)
         for op in program.ops:
             _lower(op, lowering)
         executor.plan([ids[value] for value in program.outputs])
@@ -193,13 +194,34 @@ class NativeExecutor:
 
     def adapter(self, terms: Mapping[p.Site, Term]) -> Adapter:
         """See `Executor`."""
-        raise NotImplementedError(terms)
+        stored = [part for term in terms.values() for part in (term.a, term.b) if part is not None]
+        made = _native.Adapter()
+        arena = _native.Arena(sum(part.data.nbytes for part in stored) + 8192 * len(stored))
+        for site, term in terms.items():
+            if site not in self._sites:
+                raise InvalidRequest(f"the model has no weight {site[0]} for adapters to change")
+            number, matrix, table = self._sites[site]
+            rank, rows, cols = term.rank, matrix.rows, matrix.cols
+            shapes = ((rows, rank), (cols, rank)) if table else ((rank, cols), (rows, rank))
+            if None in (term.a, term.b) and (rank != cols or (term.a is None) == table):
+                raise InvalidRequest(f"an adapter lacks a part of what it adds to {site[0]}")
+            try:
+                a, b = (
+                    None
+                    if part is None
+                    else _native.pack(part.format, part.data, *shape, arena=arena)
+                    for part, shape in zip((term.a, term.b), shapes, strict=True)
+                )
+                made.add(number, a, b, term.scale, term.bias)
+            except ValueError as error:
+                raise InvalidRequest(f"an adapter does not fit {site[0]}: {error}") from None
+        return made
 
     def run(
         self,
         inputs: Mapping[str, NDArray[np.generic]],
         sequences: Sequences | None = None,
-        mixtures: Sequence[Mixture] = (),  # noqa: ARG002
+        mixtures: Sequence[Mixture] = (),
     ) -> dict[str, Floats]:
         """See `Executor`. Raises InvalidRequest for what is missing, misshapen or out of range."""
         rows: dict[str, int] = {}
@@ -220,6 +242,7 @@ class NativeExecutor:
             self._native.run(
                 [rows[space] for space in self._spaces], indices, values,
                 at.positions, at.bounds, at.block_tables, list(outputs.values()),
+                mixtures,  # type: ignore[arg-type]  # of adapters made here
             )  # fmt: skip
         except KeyError as error:
             raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
@@ -229,7 +252,7 @@ class NativeExecutor:
 
     def step(self, batch: Batch) -> Floats:
         """See `Executor`."""
-        return self.run(batch.indices(), batch)["logits"]
+        return self.run(batch.indices(), batch, batch.mixtures)["logits"]
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         """See `Executor`."""
@@ -248,6 +271,24 @@ class NativeExecutor:
 # ---- ops ----
 
 
+# The core's number of each weight that adapters may change, the weight, and whether it is a table.
+_Sites = Mapping[p.Site, tuple[int, p.Matrix, bool]]
+_Given = tuple[int, int, int | None, tuple[int, ...], int] | None
+
+
+def _sites(program: p.Program) -> _Sites:
+    found: dict[p.Site, tuple[int, p.Matrix, bool]] = {}
+    number = 0
+    for op in program.ops:
+        if getattr(op, "adapters", None) is None:
+            continue
+        for matrix in p.matrices(op):
+            for expert in range(matrix.experts):
+                found[matrix.role, expert] = (number, matrix, isinstance(op, p.Embed))
+                number += 1
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class _Lowering:
     """What ops become calls of, the weights, and the core's numbers of values and indices."""
@@ -255,6 +296,14 @@ class _Lowering:
     core: _native.Executor
     weights: Tiles
     ids: Mapping[p.Value | p.Index | None, int]
+    sites: _Sites
+
+    def adapters(self, op: p.Embed | p.Linear | p.GatedLinear | p.MixtureOfExperts) -> _Given:
+        """What rows add to the weights of an op, as the core is told."""
+        if (a := op.adapters) is None:
+            return None
+        scalings, first = self.ids.get(a.scalings), self.sites[p.sites(op)[0]][0]
+        return self[a.x], self[a.mixture], scalings, a.columns, first
 
     def __getitem__(self, item: p.Value | p.Index) -> int:
         return self.ids[item]
@@ -268,7 +317,8 @@ def _lower(op: p.Op, to: _Lowering) -> None:  # noqa: ARG001
 
 @_lower.register
 def _(op: p.Embed, to: _Lowering) -> None:
-    to.core.embed(to[op.out], to[op.index], to.weights.tile(op.table), op.scale)
+    table, adapters = to.weights.tile(op.table), to.adapters(op)
+    to.core.embed(to[op.out], to[op.index], table, op.scale, adapters)
 
 
 @_lower.register
@@ -289,15 +339,17 @@ def _(op: p.Normalize, to: _Lowering) -> None:
 def _(op: p.Linear, to: _Lowering) -> None:
     weight, bias = to.weights.tile(op.weight), to.weights.vector(op.bias)
     to.core.linear(
-        to[op.out], to[op.x], weight, bias, op.activation, op.scale, to.ids.get(op.residual)
-    )
+        to[op.out], to[op.x], weight, bias, op.activation, op.scale, to.ids.get(op.residual),
+        to.adapters(op),
+    )  # fmt: skip
 
 
 @_lower.register
 def _(op: p.GatedLinear, to: _Lowering) -> None:
     gate, up = to.weights.tile(op.gate), to.weights.tile(op.up)
     biases = to.weights.vector(op.gate_bias), to.weights.vector(op.up_bias)
-    to.core.gated_linear(to[op.out], to[op.x], gate, up, *biases, op.activation)
+    adapters = to.adapters(op)
+    to.core.gated_linear(to[op.out], to[op.x], gate, up, *biases, op.activation, adapters)
 
 
 @_lower.register
@@ -319,7 +371,7 @@ def _(op: p.MixtureOfExperts, to: _Lowering) -> None:
     to.core.mixture_of_experts(
         to[op.out], to[op.x], to.weights.tile(op.router), tiles(op.gate), tiles(op.up),
         tiles(op.down), op.top_k, op.activation, op.normalize, op.jitter, op.scale,
-        to.ids.get(op.residual),
+        to.ids.get(op.residual), to.adapters(op),
     )  # fmt: skip
 
 
