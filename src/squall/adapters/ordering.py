@@ -113,8 +113,8 @@ def _last(id: str) -> str:
 
 def _get(given: Any, key: str, kind: type[_Kind]) -> _Kind | None:
     value = given.get(key) if isinstance(given, dict) else given
-    if value is None or isinstance(value, kind):
+    if isinstance(given, dict) and (value is None or isinstance(value, kind)):
         return value
     raise InvalidCheckpoint(
-        f"{key} in the ordering file is {value!r:.99}; it must be {kind.__name__}"
+        f"{key} in the ordering file is {value!r:.99}; it must be a {kind.__name__}"
     )

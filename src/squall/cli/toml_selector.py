@@ -31,7 +31,7 @@ from squall.api.which import (
     Which,
 )
 from squall.cli.options import read_text
-from squall.errors import InvalidRequest, UnsupportedModel
+from squall.errors import InvalidRequest
 from squall.opening import DEFAULTS, Opening
 
 if sys.version_info >= (3, 11):
@@ -68,8 +68,7 @@ class TomlSelection:
 
     def opening(self, others: Opening = DEFAULTS) -> Opening:
         """How to open the model; raises UnsupportedModel for what Squall does not do yet."""
-        if self.anymoe is not None:
-            raise UnsupportedModel("[anymoe] is not supported yet; leave it out of the file")
+        others = replace(others, anymoe=self.anymoe)
         if self.speculative is not None:
             if others.draft is not None:
                 raise InvalidRequest("--draft and [speculative] each name a draft; give one")
