@@ -11,17 +11,18 @@ from pathlib import Path
 from project import ROOT, modules
 
 BUDGETS = {
+    "src/squall/adapters": 1600,
     "src/squall/api": 2030,
     "src/squall/checkpoints": 3200,
     "src/squall/cli": 2200,
     "src/squall/convert": 900,
-    "src/squall/engine": 2710,
+    "src/squall/engine": 2760,
     "src/squall/executors": 700,
     "src/squall/quant": 1150,
     "src/squall/recipes": 2100,
     "src/squall/server": 2500,
     "src/squall/text": 3400,
-    "native": 7700,
+    "native": 8150,
 }
 P95_LINES = 40
 MOST_LINES = 75

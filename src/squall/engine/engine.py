@@ -125,6 +125,11 @@ class Engine:
         if largest > most:
             raise InvalidRequest(f"the prompt has the id {largest}; the model's go to {most}")
         sequence = _sequence(request, next(self._numbers), self._dropped(request))
+        most = self._scheduler.limits.rows - self._scheduler.limits.requests
+        if request.whole and sequence.prompt > most:
+            raise InvalidRequest(
+                f"the prompt has {sequence.prompt} tokens; a step has room for {most}"
+            )
         room = self.capacity - len(sequence.tokens)
         reply = Reply(
             sequence,

@@ -38,7 +38,7 @@ class PrefixCache:
 
         A span counts in the block where it begins; what comes before may be found without it.
         """
-        if not self.enabled:
+        if not self.enabled or sequence.request.whole:
             return
         size, keys, tokens = self.block_size, sequence.keys, sequence.tokens
         for start in range(len(keys) * size, len(tokens) - size + 1, size):

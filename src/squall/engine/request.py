@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from squall.batch import Mixture
 from squall.engine.fields import Number, check_fields, shown, whole
 from squall.engine.sampling import MOST_TOP_LOGPROBS, Mask, Sampled, Sampling
 from squall.errors import InvalidRequest
@@ -61,7 +62,7 @@ def _check(right: bool, name: str, value: object, allowed: str) -> None:
 class CacheScope:
     """Requests reuse each other's cached prefixes only where all of this is equal.
 
-    tenant: whose request it is. adapter: name and version.
+    tenant: whose request it is. adapter: what the adapters are, whatever their names.
     """
 
     tenant: str = ""
@@ -110,6 +111,8 @@ class Request:
     continues: the answer goes on with a text, so a leading space belongs to it.
     proposer: guesses how it goes on. constraint: starts what says how it may.
     shown: control tokens whose names are part of the text; others have none.
+    adapters: of the executor, each with its weight; `scope` has to tell them from others.
+    whole: the prompt is computed in one step, and nothing of it is used by others.
     """
 
     ids: Sequence[int]
@@ -128,6 +131,8 @@ class Request:
     proposer: Proposer | None = None
     constraint: Constraint | None = None
     shown: frozenset[int] = frozenset()
+    adapters: Mixture = ()
+    whole: bool = False
 
     def __post_init__(self) -> None:
         # Copies, so that nobody can change what was checked.

@@ -163,20 +163,24 @@ class Scheduler:
         # Every running sequence may have one output; the rest is for those that want several.
         outputs = limits.outputs - len(self.running)
         rows = self.pace.rows(min(limits.rows, limits.prompt_rows), alone=not answers)
-        rows = min(rows, limits.rows - answers)
+        free = limits.rows - answers
         for sequence in more:
             # The oldest gets half, so that it is done soon; the next gets half of the rest.
-            share = rows if sequence is more[-1] else max(rows // 2, LEAST_ROWS)
-            if rows:
-                chunk = self._chunk(sequence, min(share, rows), outputs)
+            share = min(rows, rows if sequence is more[-1] else max(rows // 2, LEAST_ROWS), free)
+            if sequence.request.whole and not sequence.computed:
+                share = sequence.prompt if sequence.prompt <= free else 0
+            if share:
+                chunk = self._chunk(sequence, share, outputs)
                 chunks.append(chunk)
-                rows -= chunk.stop - chunk.start
+                rows = max(rows - (chunk.stop - chunk.start), 0)
+                free -= chunk.stop - chunk.start
                 outputs -= max(len(chunk.outputs) - 1, 0)
         return chunks
 
     def _chunk(self, sequence: Sequence, rows: int, outputs: int) -> Chunk:
         """A chunk of at most `rows`, with at most `outputs` beside the sequence's own one."""
-        start, chunk = sequence.computed, sequence.request.chunk
+        start, whole = sequence.computed, sequence.request.whole and not sequence.computed
+        chunk = rows if whole else sequence.request.chunk
         stop = min(start + rows, len(sequence.tokens), start + (chunk or rows))
         first = max(start, sequence.scored)
         if first >= stop:

@@ -96,6 +96,8 @@ class Stepper:
         chunks = [chunk for chunk in chunks if chunk.of.number in self.replies]
         if not chunks:
             return
+        # Rows of the same adapters lie together, so that these are read once.
+        chunks.sort(key=lambda chunk: hash(chunk.of.request.adapters))
         for chunk in chunks:
             self.counts.cached_tokens += self.replies[chunk.of.number].start(chunk)
             self.counts.guessed_tokens += len(chunk.of.guesses)
