@@ -282,7 +282,7 @@ void run(Executor& self, std::vector<size_t> rows, const std::vector<Numbers>& i
          const IntTable& tables, const std::vector<OutMatrix>& outputs,
          const std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>& mixtures) {
   Inputs in{std::move(rows), {}, {}, span(positions), span(bounds), {tables.data(), tables.size()},
-            tables.shape(1), {}};
+            tables.shape(1)};
   for (const auto& mixture : mixtures) in.mixtures.emplace_back(mixture.begin(), mixture.end());
   for (const Numbers& index : indices) in.indices.emplace_back(index.data(), index.size());
   const auto check = [&](const std::vector<size_t>& ids, const auto& matrices) {
@@ -373,8 +373,8 @@ void bind_ops(nb::class_<Executor>& c) {
                                   vector(biases.at(2)), vector(biases.at(3)), id(shared)});
           },
           "out"_a, "x"_a, "router"_a, "gate"_a, "up"_a, "down"_a, "top_k"_a, "activation"_a,
-          "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none(),
-          "adapters"_a.none() = nb::none(), "biases"_a, "shared"_a.none())
+          "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none(), "adapters"_a.none(),
+          "biases"_a, "shared"_a.none())
       .def("add", &Executor::add, "out"_a, "a"_a, "b"_a, "scale"_a)
       .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
       .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a, "index"_a)

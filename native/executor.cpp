@@ -27,6 +27,10 @@ bool meets(const std::vector<size_t>& a, const std::vector<size_t>& b) {
   return std::find_first_of(a.begin(), a.end(), b.begin(), b.end()) != a.end();
 }
 
+void join(std::vector<size_t>& to, const std::vector<size_t>& more) {
+  to.insert(to.end(), more.begin(), more.end());
+}
+
 constexpr const char* kUnlikeExperts = "the experts differ in shape";
 
 // The values of one of several that follow each other; nothing of nothing.
@@ -136,7 +140,9 @@ Executor::Added Executor::adapt(const std::optional<AdaptersOp>& op, size_t firs
   const auto writes = [&](const auto& before) { return meets(before->writes, phase->reads); };
   const auto last = std::find_if(phases_.rbegin(), phases_.rend(), writes);
   phases_.insert(last.base(), std::move(phase));
-  return {low_ranks_.back().get(), value};
+  std::vector<size_t> reads = {value};
+  if (scalings != nullptr) reads.push_back(op->scalings);
+  return {low_ranks_.back().get(), std::move(reads)};
 }
 
 void Executor::input(size_t out) {
@@ -158,22 +164,23 @@ void Executor::embed(size_t out, size_t index, TilePtr table, float scale,
   indices_[index].limit = std::min(indices_[index].limit, table->rows());
   const uint64_t row_bytes = table->nbytes() / table->rows();
   const Added added = adapt(adapters, 0, 1, out, kNone);
-  auto phase = row_phase(
-      to, pool_->threads(), [&to, index, table, scale, added](const Step& step, size_t r) {
-        float* row = to.row(r);
-        table->dequantize_row(static_cast<size_t>(step.inputs.indices[index][r]), row);
-        if (added.sums != nullptr && added.sums->active())
-          for (size_t i = 0; i < to.width; i += kLanes) {
-            const size_t n = std::min(kLanes, to.width - i);
-            alignas(64) float lanes[kLanes] = {};
-            std::copy_n(row + i, n, lanes);
-            added.sums->add(step, i / kLanes, 1, r, 1, lanes);
-            std::copy_n(lanes, n, row + i);
-          }
-        if (scale != 1.0f)
-          for (size_t i = 0; i < to.width; ++i) row[i] *= scale;
-      });
-  if (added.sums != nullptr) phase->reads = {added.value};
+  auto phase =
+      row_phase(to, pool_->threads(),
+                [&to, index, table, scale, sums = added.sums](const Step& step, size_t r) {
+                  float* row = to.row(r);
+                  table->dequantize_row(static_cast<size_t>(step.inputs.indices[index][r]), row);
+                  if (sums != nullptr && sums->active())
+                    for (size_t i = 0; i < to.width; i += kLanes) {
+                      const size_t n = std::min(kLanes, to.width - i);
+                      alignas(64) float lanes[kLanes] = {};
+                      std::copy_n(row + i, n, lanes);
+                      sums->add(step, i / kLanes, 1, r, 1, lanes);
+                      std::copy_n(lanes, n, row + i);
+                    }
+                  if (scale != 1.0f)
+                    for (size_t i = 0; i < to.width; ++i) row[i] *= scale;
+                });
+  phase->reads = added.reads;
   phase->writes = {out};
   phase->row_work.bytes = row_bytes;
   add_phase("embed", std::move(phase));
@@ -241,7 +248,7 @@ void Executor::linear(LinearOp op) {
   auto phase = std::make_unique<LinearPhase>(kernels_, pool_->threads(), std::move(op),
                                              *buffers_[in], to, residual, added.sums);
   read(*phase, in, *weight);
-  if (added.sums != nullptr) phase->reads.push_back(added.value);
+  join(phase->reads, added.reads);
   if (rest != kNone) phase->reads.push_back(rest);
   phase->writes = {out};
   add_phase("linear " + described(*weight), std::move(phase));
@@ -262,8 +269,7 @@ void Executor::gated_linear(GatedLinearOp op) {
                                          to, GatedAdded{to_gate.sums, to_up.sums});
   read(*phase, in, *gate);
   read(*phase, in, *up);
-  if (to_gate.sums != nullptr)
-    phase->reads.insert(phase->reads.end(), {to_gate.value, to_up.value});
+  for (const Added* added : {&to_gate, &to_up}) join(phase->reads, added->reads);
   phase->writes = {out};
   phase->quantizes = true;
   add_phase("gated linear " + described(*gate), std::move(phase));
@@ -436,7 +442,7 @@ void Executor::run_experts(const Mixture& m) {
       read(*up, m.gathered, *op.gate[e]);
       read(*up, m.gathered, *op.up[e]);
     }
-    if (op.adapters) up->reads.insert(up->reads.end(), {to_gate.value, to_up.value});
+    for (const Added* added : {&to_gate, &to_up}) join(up->reads, added->reads);
     add_phase("moe gated linear " + described(*op.gate[0]), std::move(up));
   }
   const size_t first = 1 + op.gate.size() + experts;
@@ -462,7 +468,7 @@ void Executor::expert_linear(const Mixture& m, const std::vector<TilePtr>& weigh
     expect(weight->rows() == to.width, kUnlikeExperts);
     read(*phase, x, *weight);
   }
-  if (added.sums != nullptr) phase->reads.push_back(added.value);
+  join(phase->reads, added.reads);
   phase->writes = {out};
   add_phase("moe linear " + described(*weights[0]), std::move(phase));
 }
@@ -855,12 +861,12 @@ double linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
   in.quant = reinterpret_cast<QuantGroup*>(groups.data());
   std::copy(x.begin(), x.end(), in.data);
 
-  const Inputs inputs{{rows}, {}, {}, {}, {}, {}, 0, {}};
+  const Inputs inputs{{rows}, {}, {}, {}, {}, {}, 0};
   const Step step{inputs, {}};
   const auto quantize = row_phase(in, pool.threads(), [&](const Step&, size_t r) {
     in.quantize(kernels, r, 0, in.width, in.row(r));
   });
-  LinearOp op{0, 0, TilePtr(TilePtr(), &tile), {}, Activation::kNone, 1.0f, kNone, {}};
+  LinearOp op{0, 0, TilePtr(TilePtr(), &tile), {}};
   LinearPhase multiply(kernels, pool.threads(), std::move(op), in, to, nullptr, nullptr);
   const size_t totals[] = {tile.is_integer() ? quantize->tasks(step) : 0, multiply.tasks(step)};
   int64_t best = INT64_MAX;
