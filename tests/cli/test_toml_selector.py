@@ -35,6 +35,8 @@ MODELS: dict[str, tuple[str, Selection]] = {
     "ggml": (f'{FILE}"f.bin"\ngqa = 8', Which.GGML("d", "f.bin", gqa=8)),
     "ggml by its name": (f'{FILE}"f.bin"', Which.GGML("d", "f.bin")),
     "x-lora": (f'model_id = "m"{XLORA}', Which.XLora("x", "o", model_id="m")),
+    "lora of its ordering file": (LORA, Which.Lora("a", "o")),
+    "lora without one": ('adapters_model_id = "a"', Which.Lora("a")),
     "lora": (f'model_id = "m"{LORA}', Which.Lora("a", "o", model_id="m")),
     "x-lora-gguf": (f'{FILE}"f.gguf"{XLORA}', Which.XLoraGGUF("d", "f.gguf", "x", "o")),
     "lora-gguf": (f'{FILE}"f.gguf"{LORA}', Which.LoraGGUF("d", "f.gguf", "a", "o")),
@@ -50,11 +52,7 @@ def read(folder: Path, text: str) -> TomlSelection:
 
 @pytest.mark.parametrize(("text", "wanted"), MODELS.values(), ids=MODELS.keys())
 def test_models(text: str, wanted: Selection, tmp_path: Path) -> None:
-    found = read(tmp_path, f"[model]\n{text}\n")
-    assert found == TomlSelection(wanted)
-    if "lora" in text:
-        with pytest.raises(UnsupportedModel, match="not supported yet"):
-            found.opening()
+    assert read(tmp_path, f"[model]\n{text}\n") == TomlSelection(wanted)
 
 
 def test_vision_is_told_by_its_architecture(tmp_path: Path) -> None:
@@ -101,8 +99,7 @@ def test_speculative_and_anymoe(tmp_path: Path) -> None:
     assert found.anymoe == AnyMoeConfig(
         64, "d.json", "model.layers", "mlp", ["a", "b"], adapter, [0, 2], epochs=3
     )
-    with pytest.raises(UnsupportedModel, match=r"\[anymoe\] is not supported yet"):
-        found.opening()
+    assert found.opening().anymoe == found.anymoe
 
 
 def test_row_40_a_draft_model(tmp_path: Path) -> None:

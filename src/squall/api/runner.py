@@ -19,6 +19,8 @@ from squall.errors import InvalidRequest, UnsupportedModel
 from squall.model import Model
 from squall.opening import Opening
 
+_OF_FLOATS = (Which.Plain, Which.Lora, Which.XLora)
+
 
 class _Runner:
     """Opens a model, which `close` or leaving a `with` block frees.
@@ -38,6 +40,8 @@ class _Runner:
 
     which_draft: a smaller model with the same vocabulary, which makes at most `speculative_gamma`
     guesses a step (docs/speculation.md).
+
+    anymoe_config: experts made of other models (docs/anymoe.md).
 
     no_paged_attn is accepted and changes nothing. Arguments whose feature is not there yet raise
     InvalidRequest.
@@ -67,14 +71,12 @@ class _Runner:
         context: int | None = None,
         threads: int | None = None,
     ) -> None:
-        later = {
-            "num_device_layers": num_device_layers, "anymoe_config": anymoe_config,
-        }  # fmt: skip
-        for name, value in later.items():
-            if value is not None:
-                raise InvalidRequest(f"{name} is not supported yet; leave it out")
-        if in_situ_quant is not None and not isinstance(which, Which.Plain):
-            raise InvalidRequest("in_situ_quant: only Which.Plain can be quantized; leave it out")
+        if num_device_layers is not None:
+            raise InvalidRequest("num_device_layers is not supported yet; leave it out")
+        if in_situ_quant is not None and not isinstance(which, _OF_FLOATS):
+            raise InvalidRequest("in_situ_quant: only folders of floats can be quantized; no file")
+        if anymoe_config is not None and isinstance(which, Model):
+            raise InvalidRequest("anymoe_config: the model is open already; give a Which")
         hub = Hub(token_source=token_source)
         others = Opening(
             context=context,
@@ -86,6 +88,7 @@ class _Runner:
                 block_size=pa_blk_size or KvSize().block_size,
             ),
             isq=in_situ_quant,
+            anymoe=anymoe_config,
             engine=EngineConfig(
                 max_seqs=max_seqs,
                 no_kv_cache=no_kv_cache,

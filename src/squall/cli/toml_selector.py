@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from squall.api.which import (
     Which,
 )
 from squall.cli.options import read_text
-from squall.errors import InvalidRequest, UnsupportedModel
+from squall.errors import InvalidRequest
 from squall.opening import DEFAULTS, Opening
 
 if sys.version_info >= (3, 11):
@@ -68,8 +68,7 @@ class TomlSelection:
 
     def opening(self, others: Opening = DEFAULTS) -> Opening:
         """How to open the model; raises UnsupportedModel for what Squall does not do yet."""
-        if self.anymoe is not None:
-            raise UnsupportedModel("[anymoe] is not supported yet; leave it out of the file")
+        others = replace(others, anymoe=self.anymoe)
         if self.speculative is not None:
             if others.draft is not None:
                 raise InvalidRequest("--draft and [speculative] each name a draft; give one")
@@ -123,7 +122,7 @@ def _selection(given: object, section: str, tokenizer: str | None) -> Selection:
     kind = next((k for k in kinds if _is_ggml(k) == _names_ggml(values)), kinds[0])
     for key, value in values.items():
         values[key] = _value(section, key, value)
-    if tokenizer is not None and "tokenizer_json" in {item.name for item in _fields(kind)}:
+    if tokenizer is not None and "tokenizer_json" in {item.name for item in fields(kind)}:
         values["tokenizer_json"] = tokenizer
     return kind(**values)
 
@@ -174,16 +173,12 @@ def _anymoe(given: Mapping[str, Any]) -> AnyMoeConfig:
     return AnyMoeConfig(**config, **{key: given[key] for key in outer & given.keys()})
 
 
-def _fields(kind: type[Selection]) -> tuple[Field[Any], ...]:
-    return fields(kind)  # type: ignore[arg-type]
-
-
 def _allowed(kind: type[Selection]) -> set[str]:
-    return {item.name for item in _fields(kind)} - {"tokenizer_json"}
+    return {item.name for item in fields(kind)} - {"tokenizer_json"}
 
 
 def _required(kind: type[Selection]) -> set[str]:
-    return {item.name for item in _fields(kind) if item.default is MISSING}
+    return {item.name for item in fields(kind) if item.default is MISSING}
 
 
 def _table(given: object, what: str) -> dict[str, Any]:
