@@ -282,7 +282,7 @@ void run(Executor& self, std::vector<size_t> rows, const std::vector<Numbers>& i
          const IntTable& tables, const std::vector<OutMatrix>& outputs,
          const std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>& mixtures) {
   Inputs in{std::move(rows), {}, {}, span(positions), span(bounds), {tables.data(), tables.size()},
-            tables.shape(1), {}};
+            tables.shape(1)};
   for (const auto& mixture : mixtures) in.mixtures.emplace_back(mixture.begin(), mixture.end());
   for (const Numbers& index : indices) in.indices.emplace_back(index.data(), index.size());
   const auto check = [&](const std::vector<size_t>& ids, const auto& matrices) {

@@ -27,6 +27,10 @@ bool meets(const std::vector<size_t>& a, const std::vector<size_t>& b) {
   return std::find_first_of(a.begin(), a.end(), b.begin(), b.end()) != a.end();
 }
 
+void join(std::vector<size_t>& to, const std::vector<size_t>& more) {
+  to.insert(to.end(), more.begin(), more.end());
+}
+
 // A weight's format and shape, as profiles tell them.
 std::string described(const Tile& w) {
   return std::string(info(w.format()).name) + " " + std::to_string(w.rows()) + "x" +
@@ -127,7 +131,9 @@ Executor::Added Executor::adapt(const std::optional<AdaptersOp>& op, size_t firs
   const auto writes = [&](const auto& before) { return meets(before->writes, phase->reads); };
   const auto last = std::find_if(phases_.rbegin(), phases_.rend(), writes);
   phases_.insert(last.base(), std::move(phase));
-  return {low_ranks_.back().get(), value};
+  std::vector<size_t> reads = {value};
+  if (scalings != nullptr) reads.push_back(op->scalings);
+  return {low_ranks_.back().get(), std::move(reads)};
 }
 
 void Executor::input(size_t out) {
@@ -149,22 +155,23 @@ void Executor::embed(size_t out, size_t index, TilePtr table, float scale,
   indices_[index].limit = std::min(indices_[index].limit, table->rows());
   const uint64_t row_bytes = table->nbytes() / table->rows();
   const Added added = adapt(adapters, 0, 1, out, kNone);
-  auto phase = row_phase(
-      to, pool_->threads(), [&to, index, table, scale, added](const Step& step, size_t r) {
-        float* row = to.row(r);
-        table->dequantize_row(static_cast<size_t>(step.inputs.indices[index][r]), row);
-        if (added.sums != nullptr && added.sums->active())
-          for (size_t i = 0; i < to.width; i += kLanes) {
-            const size_t n = std::min(kLanes, to.width - i);
-            alignas(64) float lanes[kLanes] = {};
-            std::copy_n(row + i, n, lanes);
-            added.sums->add(step, i / kLanes, 1, r, 1, lanes);
-            std::copy_n(lanes, n, row + i);
-          }
-        if (scale != 1.0f)
-          for (size_t i = 0; i < to.width; ++i) row[i] *= scale;
-      });
-  if (added.sums != nullptr) phase->reads = {added.value};
+  auto phase =
+      row_phase(to, pool_->threads(),
+                [&to, index, table, scale, sums = added.sums](const Step& step, size_t r) {
+                  float* row = to.row(r);
+                  table->dequantize_row(static_cast<size_t>(step.inputs.indices[index][r]), row);
+                  if (sums != nullptr && sums->active())
+                    for (size_t i = 0; i < to.width; i += kLanes) {
+                      const size_t n = std::min(kLanes, to.width - i);
+                      alignas(64) float lanes[kLanes] = {};
+                      std::copy_n(row + i, n, lanes);
+                      sums->add(step, i / kLanes, 1, r, 1, lanes);
+                      std::copy_n(lanes, n, row + i);
+                    }
+                  if (scale != 1.0f)
+                    for (size_t i = 0; i < to.width; ++i) row[i] *= scale;
+                });
+  phase->reads = added.reads;
   phase->writes = {out};
   phase->row_work.bytes = row_bytes;
   add_phase("embed", std::move(phase));
@@ -232,7 +239,7 @@ void Executor::linear(LinearOp op) {
   auto phase = std::make_unique<LinearPhase>(kernels_, pool_->threads(), std::move(op),
                                              *buffers_[in], to, residual, added.sums);
   read(*phase, in, *weight);
-  if (added.sums != nullptr) phase->reads.push_back(added.value);
+  join(phase->reads, added.reads);
   if (rest != kNone) phase->reads.push_back(rest);
   phase->writes = {out};
   add_phase("linear " + described(*weight), std::move(phase));
@@ -253,8 +260,7 @@ void Executor::gated_linear(GatedLinearOp op) {
                                          to, GatedAdded{to_gate.sums, to_up.sums});
   read(*phase, in, *gate);
   read(*phase, in, *up);
-  if (to_gate.sums != nullptr)
-    phase->reads.insert(phase->reads.end(), {to_gate.value, to_up.value});
+  for (const Added* added : {&to_gate, &to_up}) join(phase->reads, added->reads);
   phase->writes = {out};
   phase->quantizes = true;
   add_phase("gated linear " + described(*gate), std::move(phase));
@@ -388,7 +394,7 @@ void Executor::run_experts(const Mixture& m) {
   const size_t experts = op.gate.size();
   std::vector<GatedLinearOp> gated;
   for (size_t e = 0; e < experts; ++e)
-    gated.push_back({m.inner, m.gathered, op.gate[e], op.up[e], {}, {}, op.activation, {}});
+    gated.push_back({m.inner, m.gathered, op.gate[e], op.up[e], {}, {}, op.activation});
   const auto adapted = [&](size_t first, size_t x) {
     return adapt(op.adapters, first, experts, x, x, m.routing.get());
   };
@@ -405,7 +411,7 @@ void Executor::run_experts(const Mixture& m) {
     read(*up, m.gathered, *op.gate[e]);
     read(*up, m.gathered, *op.up[e]);
   }
-  if (op.adapters) up->reads.insert(up->reads.end(), {to_gate.value, to_up.value});
+  for (const Added* added : {&to_gate, &to_up}) join(up->reads, added->reads);
   add_phase("moe gated linear " + described(*op.gate[0]), std::move(up));
   const Added to_down = adapted(1 + 2 * experts, m.inner);
   auto down = expert_phase(
@@ -428,7 +434,7 @@ void Executor::run_experts(const Mixture& m) {
            "the experts differ in shape");
     read(*down, m.inner, *op.down[e]);
   }
-  if (op.adapters) down->reads.push_back(to_down.value);
+  join(down->reads, to_down.reads);
   down->writes = {m.outer};
   add_phase("moe linear " + described(*op.down[0]), std::move(down));
 }
@@ -816,12 +822,12 @@ double linear_alone(const Kernels& kernels, ThreadPool& pool, const Tile& tile,
   in.quant = reinterpret_cast<QuantGroup*>(groups.data());
   std::copy(x.begin(), x.end(), in.data);
 
-  const Inputs inputs{{rows}, {}, {}, {}, {}, {}, 0, {}};
+  const Inputs inputs{{rows}, {}, {}, {}, {}, {}, 0};
   const Step step{inputs, {}};
   const auto quantize = row_phase(in, pool.threads(), [&](const Step&, size_t r) {
     in.quantize(kernels, r, 0, in.width, in.row(r));
   });
-  LinearOp op{0, 0, TilePtr(TilePtr(), &tile), {}, Activation::kNone, 1.0f, kNone, {}};
+  LinearOp op{0, 0, TilePtr(TilePtr(), &tile), {}};
   LinearPhase multiply(kernels, pool.threads(), std::move(op), in, to, nullptr, nullptr);
   const size_t totals[] = {tile.is_integer() ? quantize->tasks(step) : 0, multiply.tasks(step)};
   int64_t best = INT64_MAX;

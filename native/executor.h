@@ -25,7 +25,7 @@ struct Inputs {
   std::vector<const float*> values;               // [rows][width]
   std::span<const int32_t> positions, bounds, block_tables;
   size_t table_width = 0;
-  std::vector<Mixture> mixtures;  // of adapters, which indices name
+  std::vector<Mixture> mixtures = {};  // of adapters, which indices name
 
   size_t sequences() const { return bounds.empty() ? 0 : bounds.size() - 1; }
 };
@@ -118,14 +118,14 @@ struct LinearOp {
   Activation activation = Activation::kNone;
   float scale = 1.0f;
   size_t residual = kNone;
-  std::optional<AdaptersOp> adapters;
+  std::optional<AdaptersOp> adapters = {};
 };
 struct GatedLinearOp {
   size_t out, x;
   TilePtr gate, up;
   Vector gate_bias, up_bias;
   Activation activation;
-  std::optional<AdaptersOp> adapters;
+  std::optional<AdaptersOp> adapters = {};
 };
 struct NormalizeOp {
   size_t out, x;
@@ -157,7 +157,7 @@ struct MoeOp {
   std::optional<float> jitter;  // of SparseMixer
   float scale;
   size_t residual;
-  std::optional<AdaptersOp> adapters;
+  std::optional<AdaptersOp> adapters = {};
 };
 
 struct SplitSums;
@@ -228,7 +228,7 @@ class Executor {
   // The adapters of a weight; null: none.
   struct Added {
     LowRank* sums = nullptr;
-    size_t value = kNone;  // stands for a(x)
+    std::vector<size_t> reads;  // what stands for a(x), and scalings
   };
   // An attention's rows: those of one space with the same spans, cached or not.
   struct Sight {

@@ -2,6 +2,7 @@
 
 SquallError
 ├── ModelNotFound        no such file, folder or embedded model
+│   └── UnknownAdapter   no adapter has this name
 ├── InvalidCheckpoint    a model file is malformed, truncated or inconsistent
 ├── UnsupportedModel     well-formed, but an architecture, field or number format we do not run
 ├── InvalidRequest       a caller's argument is out of range
@@ -20,6 +21,10 @@ class SquallError(Exception):
 
 class ModelNotFound(SquallError):
     """No such file, folder or embedded model."""
+
+
+class UnknownAdapter(ModelNotFound):
+    """No adapter has this name."""
 
 
 class InvalidCheckpoint(SquallError):
