@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +9,7 @@ import typer
 
 from squall.cli.flags import HELP
 from squall.cli.inspect import inspect
-from squall.cli.opening import named_adapters
-from squall.cli.options import Json, Threads, progress
-from squall.errors import InvalidRequest
-from squall.opening import Opening
+from squall.cli.options import Json, Threads
 
 app = typer.Typer(
     name="adapters", help="List, show and merge LoRA adapters.", context_settings=HELP
@@ -34,11 +30,13 @@ def show(
         for file in sorted([*path.glob(CONFIG), *path.glob(f"*/{CONFIG}")]):
             config = read_json(file) or {}
             size = sum(w.stat().st_size for w in file.parent.glob("adapter_model.*"))
-            found.append({
-                "path": str(file.parent),
-                **{key: config.get(key) for key in _COLUMNS},
-                "bytes": size,
-            })
+            found.append(
+                {
+                    "path": str(file.parent),
+                    **{key: config.get(key) for key in _COLUMNS},
+                    "bytes": size,
+                }
+            )
     if as_json:
         typer.echo(json.dumps(found))
         return
