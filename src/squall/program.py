@@ -70,11 +70,15 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """A float32 weight `[size]`; `offset` is added to every element at load."""
+    """A float32 weight `[size]`; `offset` is added to every element at load.
+
+    role: what it is in the decoder, such as `layers.3.attention.q.bias`.
+    """
 
     slices: tuple[Slice, ...]
     size: int
     offset: float = 0.0
+    role: str = ""
 
 
 Site = tuple[str, int]

@@ -1,0 +1,204 @@
+"""X-LoRA against PEFT's own model of it: logits and scalings, of a prompt and of an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from harness import BLOCK, BLOCKS, distance, make_batch
+from xlora_models import MODULES, PROMPT, Made, case, make, tokens_of
+
+from squall import executors
+from squall.adapters.target import Target
+from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor, place
+from squall.checkpoints import open_checkpoint
+from squall.errors import SquallError
+from squall.executors import Limits
+from squall.recipes import load
+from squall.weights import WeightStore
+
+DEEP = {"xlora_depth": 3, "xlora_size": 24}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layerwise": {"layerwise_scalings": True},
+    "deep": DEEP,
+    "deep-layerwise": DEEP | {"layerwise_scalings": True, "top_k_lora": 2},
+    "linear": DEEP | {"enable_relu_and_dropout": False, "use_bias": False},
+    "top-1": {"top_k_lora": 1, "layerwise_scalings": True},
+    "no-softmax": {"enable_softmax": False},
+    "temperature": {"softmax_temperature": 0.3, "global_scaling_weight": 1.7},
+    "passing": {"scaling_pass_value": 0.5, "layerwise_scalings": True},
+}
+# What else each key may be, where it matters.
+MUTATIONS: list[tuple[str, str, Any]] = [
+    ("deep", "enable_relu_and_dropout", False),
+    ("linear", "enable_relu_and_dropout", True),
+    ("plain", "enable_softmax", False),
+    ("no-softmax", "enable_softmax", True),
+    ("plain", "softmax_temperature", 0.9),
+    ("layerwise", "top_k_lora", 2),
+    ("top-1", "top_k_lora", 3),
+    ("plain", "scaling_pass_value", 0.1),
+    ("passing", "scaling_pass_value", 0.0),
+    ("passing", "global_scaling_weight", 0.9),
+    ("plain", "adapters", ["1", "0", "2"]),
+]
+REFUSED: list[tuple[str, str, Any]] = [
+    ("deep", "xlora_depth", 2),
+    ("deep", "xlora_size", 25),
+    ("deep", "xlora_size", None),
+    ("plain", "layerwise_scalings", True),
+    ("layerwise", "layerwise_scalings", False),
+    ("plain", "use_bias", False),
+    ("linear", "use_bias", True),
+    ("plain", "hidden_size", 64),
+    ("plain", "hidden_size", None),
+    ("plain", "adapters", []),
+    ("plain", "adapters", ["0", "1"]),
+    ("plain", "adapters", ["0", "1", "3"]),
+    ("plain", "adapters", {"0": 1}),
+    ("plain", "enable_softmax_topk", True),
+    ("plain", "softmax_temperature", 0),
+    ("plain", "softmax_temperature", "1"),
+    ("plain", "top_k_lora", 0),
+    ("plain", "global_scaling_weight", float("nan")),
+    ("plain", "enable_softmax", 1),
+]
+NEAR = 1e-4
+Open = Callable[..., XLoraExecutor]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]:
+    """A model with X-LoRA of a kind in CONFIGS, made once."""
+    root, done = tmp_path_factory.mktemp("xlora"), dict[tuple[str, str], Made]()
+
+    def get(name: str, config: str) -> Made:
+        if (name, config) not in done:
+            model, folder = tiny.build(case(name)), root / name / config
+            if not (base := root / name / "base").exists():
+                model.save_pretrained(base)
+            done[name, config] = make(model, MODULES[name], folder, **CONFIGS[config])
+        return done[name, config]
+
+    return get
+
+
+def opened(base: Path, folder: Path, **options: Any) -> XLoraExecutor:
+    """The executor, with exact weights; options: of XLora, and of the store."""
+    xlora = {key: options.pop(key) for key in ("order", "tgt_non_granular_index") if key in options}
+    checkpoint = open_checkpoint(base)
+    recipe = load(checkpoint)
+    parts = Parts.read(XLora(folder, **xlora), Target.of(checkpoint, recipe))
+    given = {"exact": True} | options
+    store = WeightStore(checkpoint, others={CLASSIFIER: parts.classifier}, **given)
+    limits = Limits(blocks=BLOCKS, block_size=BLOCK, kv_dtype="f32" if store.exact else "f16")
+    pool = executors.thread_pool(1)
+    return XLoraExecutor(parts, parts.programs(recipe, tiny.CONTEXT), store, limits, pool=pool)
+
+
+def answered(
+    executor: XLoraExecutor, tokens: Sequence[int], steps: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and scalings of a prompt, and of what follows token by token."""
+    logits, scalings, start = [], [], 0
+    for length in steps or [PROMPT, *[1] * (len(tokens) - PROMPT)]:
+        batch = make_batch([(tokens[start : start + length], start, 1)])
+        batch = replace(batch, prompts=np.array([PROMPT], np.int32))
+        scalings.append(executor.scalings(batch))
+        logits.append(executor.step(batch).copy())
+        start += length
+    return np.concatenate(logits), np.concatenate(scalings)
+
+
+def check(executor: XLoraExecutor, made: Made, frozen_from: int | None = None) -> None:
+    tokens = tokens_of(made.model)
+    logits, scalings = made.run(tokens, frozen_from)
+    found, weighed = answered(executor, tokens)
+    if weighed.shape != scalings.shape:  # one for all modules
+        scalings = scalings[:, : weighed.shape[1]]
+    assert distance(weighed, scalings) < NEAR
+    assert distance(found, logits) < NEAR
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", MODULES)
+def test_logits_and_scalings_are_pefts(name: str, config: str, made: Any) -> None:
+    one = made(name, config)
+    check(opened(one.folder.parent / "base", one.folder), one)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("name", MODULES)
+def test_scalings_settle(name: str, k: int, made: Any) -> None:
+    one = made(name, "layerwise")
+    executor = opened(one.folder.parent / "base", one.folder, tgt_non_granular_index=k)
+    check(executor, one, PROMPT + k - 1)
+
+
+def changed(folder: Path, to: Path, key: str, value: Any) -> Path:
+    """The same folder with another value in xlora_config.json."""
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).symlink_to(path)
+    config = json.loads((folder / "xlora_config.json").read_text()) | {key: value}
+    (to / "xlora_config.json").unlink()
+    (to / "xlora_config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize(("config", "key", "value"), MUTATIONS)
+def test_keys_matter(config: str, key: str, value: Any, made: Any, tmp_path: Path) -> None:
+    one = made("llama", config)
+    folder = changed(one.folder, tmp_path / "changed", key, value)
+    tokens = tokens_of(one.model)
+    executor = opened(one.folder.parent / "base", folder)
+    found, _ = answered(executor, tokens, [len(tokens)])
+    assert distance(found, one.run(tokens)[0]) > 10 * NEAR
+
+
+@pytest.mark.parametrize(("config", "key", "value"), REFUSED)
+def test_what_does_not_fit_is_refused(
+    config: str, key: str, value: Any, made: Any, tmp_path: Path
+) -> None:
+    one = made("llama", config)
+    folder = changed(one.folder, tmp_path / "changed", key, value)
+    with pytest.raises(SquallError):
+        opened(one.folder.parent / "base", folder)
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 1.0])
+def test_answers_settle_after_a_number_of_tokens(count: Any) -> None:
+    with pytest.raises(SquallError, match="at least 1"):
+        XLora("somewhere", tgt_non_granular_index=count)
+
+
+def test_an_ordering_file_orders(made: Any, tmp_path: Path) -> None:
+    one = made("phi3", "layerwise")
+    config = json.loads((one.folder / "xlora_config.json").read_text())
+    paths = {name: str(one.folder / name) for name in reversed(config["adapters"])}
+    folder = changed(one.folder, tmp_path / "changed", "adapters", paths)
+    for name in paths:
+        (folder / name).unlink()
+    modules = [name for name, _ in one.model.named_modules() if name.endswith("_proj")]
+    modules = sorted({name.partition(".model.")[2].partition("model.")[2] for name in modules})
+    layers = {f"model.{name}": number for number, name in enumerate(sorted(modules, key=place))}
+    order = tmp_path / "order.json"
+    base = folder.parent / "base"
+    base.symlink_to(one.folder.parent / "base")
+    given = {"order": ["0", "1", "2"], "base_model_id": "tiny", "layers": layers}
+    order.write_text(json.dumps(given))
+    check(opened(base, folder, order=order), one)
+    for wrong in ({"order": ["0", "1"]}, {"layers": {}}, {"base_model_id": "other"}):
+        order.write_text(json.dumps(given | wrong))
+        if wrong == {"layers": {}}:
+            check(opened(base, folder, order=order), one)
+            continue
+        with pytest.raises(SquallError):
+            opened(base, folder, order=order)
