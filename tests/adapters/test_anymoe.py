@@ -26,12 +26,12 @@ from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound
 from squall.executors import Executor, Limits
 from squall.weights import WeightStore
 
-EXPERT_OF = {"poem": 0, "sum": 1, "code": 2}
-WORDS = {
-    "poem": ["write a poem of the sea", "a verse on autumn", "rhyme of the moon, in two lines"],
-    "sum": ["17 + 25", "what is 9 * 8?", "add 3, 4 and 5"],
-    "code": ["sort a list in python", "def f(x):", "fix this loop"],
-}
+# Each expert's prompts have letters of their own, so that gates learn fast.
+TEXTS = [
+    ("abba babbaab aab", 0), ("bab abab", 0), ("aaaabbbb ba", 0),
+    ("1 + 12 = 112", 1), ("21 * 2 + 11", 1), ("2 + 1221", 1),
+    ("xyz.zyx(z)", 2), ("zz(xy, yx).x", 2), ("y.z(x)", 2),
+]  # fmt: skip
 EPOCHS, BATCH, LR = 12, 4, 0.02
 BY_NAME = {case.name: case for case in CASES}
 NAMES = [
@@ -55,7 +55,7 @@ def encode(prompt: str) -> list[int]:
     return [1, *(3 + ord(c) for c in prompt)]
 
 
-EXAMPLES = [(encode(text), EXPERT_OF[kind]) for kind, texts in WORDS.items() for text in texts]
+EXAMPLES = [(encode(text), expert) for text, expert in TEXTS]
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Tiny:
     folder: Path
 
     def config(self, **changes: Any) -> AnyMoe:
-        rows = [{"prompt": t, "expert": EXPERT_OF[k]} for k, texts in WORDS.items() for t in texts]
+        rows = [{"prompt": text, "expert": expert} for text, expert in TEXTS]
         dataset = self.folder / "rows.json"
         dataset.write_text(json.dumps({"rows": rows}))
         hidden = self.model.config.hidden_size
