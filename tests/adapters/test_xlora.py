@@ -11,17 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from harness import BLOCK, BLOCKS, distance, make_batch
-from xlora_models import MODULES, PROMPT, Made, case, make, tokens_of
+from harness import distance, make_batch
+from xlora_models import MODULES, PROMPT, Made, case, make, opened, tokens_of
 
-from squall import executors
-from squall.adapters.target import Target
-from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor, place
-from squall.checkpoints import open_checkpoint
+from squall.adapters.xlora import XLora, XLoraExecutor, place
 from squall.errors import SquallError
-from squall.executors import Limits
-from squall.recipes import load
-from squall.weights import WeightStore
 
 DEEP = {"xlora_depth": 3, "xlora_size": 24}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -88,19 +82,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]
         return done[name, config]
 
     return get
-
-
-def opened(base: Path, folder: Path, **options: Any) -> XLoraExecutor:
-    """The executor, with exact weights; options: of XLora, and of the store."""
-    xlora = {key: options.pop(key) for key in ("order", "tgt_non_granular_index") if key in options}
-    checkpoint = open_checkpoint(base)
-    recipe = load(checkpoint)
-    parts = Parts.read(XLora(folder, **xlora), Target.of(checkpoint, recipe))
-    given = {"exact": True} | options
-    store = WeightStore(checkpoint, others={CLASSIFIER: parts.classifier}, **given)
-    limits = Limits(blocks=BLOCKS, block_size=BLOCK, kv_dtype="f32" if store.exact else "f16")
-    pool = executors.thread_pool(1)
-    return XLoraExecutor(parts, parts.programs(recipe, tiny.CONTEXT), store, limits, pool=pool)
 
 
 def answered(
