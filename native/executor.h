@@ -150,7 +150,7 @@ struct AttendOp {
 struct MoeOp {
   size_t out, x;
   TilePtr router;
-  std::vector<TilePtr> gate, up, down;  // an expert each
+  std::vector<TilePtr> gate, up, down;  // an expert each; no gates: the activation is of up
   size_t top_k;
   Activation activation;
   bool normalize;
@@ -158,6 +158,9 @@ struct MoeOp {
   float scale;
   size_t residual;
   std::optional<AdaptersOp> adapters = {};
+  // Of experts one after another; empty: none.
+  Vector router_bias = {}, gate_bias = {}, up_bias = {}, down_bias = {};
+  size_t shared = kNone;  // index: the first of the rows that have one expert together
 };
 
 struct SplitSums;
@@ -218,12 +221,16 @@ class Executor {
   };
   void route(const Mixture& m);
   void run_experts(const Mixture& m);
+  // A linear of every expert. first: of the op's weights.
+  void expert_linear(const Mixture& m, const std::vector<TilePtr>& weights, const Vector& biases,
+                     Activation activation, size_t x, size_t out, size_t first);
   void combine(const Mixture& m);
   // Whole numbers that come with a run; those that choose rows are below `limit`, or below how many
   // rows the space `into` has.
   struct Index {
     size_t space, axes, limit = SIZE_MAX, into = kNone;
     bool mixtures = false;  // chooses mixtures of adapters, or negative: none
+    bool shared = false;    // names the first of a group's rows
   };
   // The adapters of a weight; null: none.
   struct Added {

@@ -373,10 +373,12 @@ def _(op: p.Attend, to: _Lowering) -> None:
 @_lower.register
 def _(op: p.MixtureOfExperts, to: _Lowering) -> None:
     tiles = to.weights.tiles
+    gates = [] if op.gate is None else tiles(op.gate)
+    biases = (op.router_bias, op.gate_bias, op.up_bias, op.down_bias)
     to.core.mixture_of_experts(
-        to[op.out], to[op.x], to.weights.tile(op.router), tiles(op.gate), tiles(op.up),
-        tiles(op.down), op.top_k, op.activation, op.normalize, op.jitter, op.scale,
-        to.ids.get(op.residual), to.adapters(op),
+        to[op.out], to[op.x], to.weights.tile(op.router), gates, tiles(op.up), tiles(op.down),
+        op.top_k, op.activation, op.normalize, op.jitter, op.scale, to.ids.get(op.residual),
+        to.adapters(op), [to.weights.vector(bias) for bias in biases], to.ids.get(op.shared),
     )  # fmt: skip
 
 
