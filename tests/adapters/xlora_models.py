@@ -130,7 +130,7 @@ def case(name: str) -> tiny.Case:
 def opened(base: Path, folder: Path, **options: Any) -> XLoraExecutor:
     """The executor, with exact weights; options: of XLora, and of the store."""
     xlora = {key: options.pop(key) for key in ("order", "tgt_non_granular_index") if key in options}
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_checkpoint(base, gqa=options.pop("gqa", 1))
     recipe = load(checkpoint)
     parts = Parts.read(XLora(folder, **xlora), Target.of(checkpoint, recipe))
     given = {"exact": True} | options
