@@ -49,7 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 ABOVE: dict[str, set[str]] = {
     "model": set(MAY_IMPORT),
     "api": {
-        "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening", "model",
+        "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
+        "model",
     },
     "server": {"__version__", "errors", "adapters", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
