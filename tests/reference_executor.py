@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.batch import Batch, Sequences
+from squall.batch import Batch, Mixture, Sequences
 from squall.checkpoints.base import Checkpoint
 from squall.program import (
     Add,
@@ -25,11 +25,15 @@ from squall.program import (
     Program,
     RopeAngles,
     Rotate,
+    Site,
     Slice,
     Softcap,
     Value,
     Vector,
+    sites,
 )
+from squall.quant import FORMATS
+from squall.weights import Stored, Term
 
 Array = NDArray[np.float32]
 
@@ -58,6 +62,22 @@ def sparse_mixer(
     return scores
 
 
+def floats(stored: Stored) -> Array:
+    values = FORMATS[stored.format].dequantize(stored.data)
+    assert stored.factors is None
+    return values
+
+
+def added(term: Term, x: Array, rows: int, table: bool) -> Array:
+    """What an adapter adds to one row of a product, or of a table."""
+    wide = x if term.a is None else floats(term.a).reshape(-1, term.rank if table else len(x))
+    if term.a is not None:
+        wide = wide[x] if table else wide @ x
+    y = wide if term.b is None else floats(term.b).reshape(rows, -1) @ wide
+    y = np.float32(term.scale) * y
+    return y if term.bias is None else y + term.bias
+
+
 ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
     None: lambda x: x,
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -80,15 +100,17 @@ class ReferenceExecutor:
         blocks: int,
         block_size: int = 16,
         keep: Sequence[str] = (),
+        others: Mapping[str, Checkpoint] | None = None,
         **_unused: Any,
     ) -> None:
         self.program = program
-        self.checkpoint = checkpoint
+        self.checkpoints = {"": checkpoint} | dict(others or {})
         self.block_size = block_size
         self.keep = frozenset(keep)
         self.values: dict[str, Array] = {}
         self.indices: dict[str, NDArray[np.int32]] = {}
         self.sequences: Sequences | None = None
+        self.mixtures: Sequence[Mixture] = ()
         self.weights = {w: self._load(w) for w in program.weights()}
         shapes = [(blocks * block_size, c.kv_heads, c.head_dim) for c in program.caches]
         self.k = [np.zeros(shape, np.float32) for shape in shapes]
@@ -96,13 +118,20 @@ class ReferenceExecutor:
 
     def step(self, batch: Batch) -> Array:
         """The logits of the rows of `batch.outputs`."""
-        return self.run(batch.indices(), batch)["logits"]
+        return self.run(batch.indices(), batch, batch.mixtures)["logits"]
+
+    def adapter(self, terms: Mapping[Site, Term]) -> Mapping[Site, Term]:
+        """For mixtures."""
+        return terms
 
     def run(
-        self, inputs: dict[str, NDArray[Any]], sequences: Sequences | None = None
+        self,
+        inputs: dict[str, NDArray[Any]],
+        sequences: Sequences | None = None,
+        mixtures: Sequence[Mixture] = (),
     ) -> dict[str, Array]:
         """The outputs by name."""
-        program, self.sequences = self.program, sequences
+        program, self.sequences, self.mixtures = self.program, sequences, mixtures
         self.indices = {index.name: inputs[index.name] for index in program.indices}
         self.values = {value.name: inputs[value.name] for value in program.inputs}
         rows = {index.rows: inputs[index.name].shape[-1] for index in program.indices}
@@ -127,7 +156,7 @@ class ReferenceExecutor:
         return data.reshape(weight.experts, weight.rows, weight.cols)
 
     def _slice(self, part: Slice, weight: Matrix | Vector) -> Array:
-        data = self.checkpoint.tensors[part.tensor].to_float32()
+        data = self.checkpoints[part.source].tensors[part.tensor].to_float32()
         data = data.reshape((-1, weight.cols) if isinstance(weight, Matrix) else -1)
         return data[part.start : part.stop]
 
@@ -141,8 +170,32 @@ class ReferenceExecutor:
     def bias(self, weight: Vector | None) -> Array | float:
         return 0.0 if weight is None else self.weights[weight]
 
+    def product(
+        self, op: Any, weight: Matrix, x: Array, expert: int = 0, row: int | None = None
+    ) -> Array:
+        """x @ weight.T, or rows of a table, and what adapters add; row: the only one x has."""
+        table, w = isinstance(op, Embed), self.weights[weight][expert]
+        y = w[x] if table else x @ w.T
+        if (adapters := op.adapters) is None:
+            return y
+        at, site = slice(None) if row is None else slice(row, row + 1), (weight.role, expert)
+        column = adapters.columns[sites(op).index(site)] if adapters.columns else -1
+        y, inputs = np.atleast_2d(y).copy(), x if table else np.atleast_2d(x)
+        for i, mixture in enumerate(self.indices[adapters.mixture.name][at]):
+            for number, (adapter, factor) in enumerate(
+                self.mixtures[mixture] if mixture >= 0 else ()
+            ):
+                if adapters.scalings is not None:
+                    if column < 0:
+                        continue
+                    factor = factor * self.of(adapters.scalings)[at][i, column + number]
+                if term := adapter.get(site):
+                    y[i] += np.float32(factor) * added(term, inputs[i], y.shape[1], table)
+        return y if row is None else y[0]
+
     def embed(self, op: Embed) -> Array:
-        return self.matrix(op.table)[self.indices[op.index.name]] * np.float32(op.scale)
+        ids = self.indices[op.index.name]
+        return self.product(op, op.table, ids) * np.float32(op.scale)
 
     def rope_angles(self, op: RopeAngles) -> Array:
         positions = np.atleast_2d(self.indices[op.positions.name]).astype(np.float64)
@@ -162,14 +215,16 @@ class ReferenceExecutor:
         return 0.0 if weight is None else np.tile(self.weights[weight], width // weight.size)
 
     def linear(self, op: Linear) -> Array:
-        y = self.of(op.x) @ self.matrix(op.weight).T + self.bias(op.bias)
+        y = self.product(op, op.weight, self.of(op.x)) + self.bias(op.bias)
         y = ACTIVATIONS[op.activation](y) * np.float32(op.scale)
         return y if op.residual is None else self.of(op.residual) + y
 
     def gated_linear(self, op: GatedLinear) -> Array:
         x = self.of(op.x)
-        gate = x @ self.matrix(op.gate).T + self.bias(op.gate_bias)
-        return ACTIVATIONS[op.activation](gate) * (x @ self.matrix(op.up).T + self.bias(op.up_bias))
+        gate = self.product(op, op.gate, x) + self.bias(op.gate_bias)
+        return ACTIVATIONS[op.activation](gate) * (
+            self.product(op, op.up, x) + self.bias(op.up_bias)
+        )
 
     def rotate(self, op: Rotate) -> Array:
         rows, dims = self.of(op.x), op.angles.width
@@ -227,18 +282,36 @@ class ReferenceExecutor:
 
     def mixture(self, op: MixtureOfExperts) -> Array:
         x = self.of(op.x)
-        gate, up, down = (self.weights[w] for w in (op.gate, op.up, op.down))
-        logits = (x @ self.matrix(op.router).T).astype(np.float64)
-        chosen = np.argsort(-logits, axis=1, kind="stable")[:, : op.top_k]
-        scores = softmax(logits) if op.jitter is None else sparse_mixer(logits, chosen, op.jitter)
+        logits = self.product(op, op.router, x) + self.bias(op.router_bias)
+        logits = logits.astype(np.float64)
+        scores = softmax(logits)
+        if op.shared is not None:
+            shared = self.indices[op.shared.name]
+            scores = np.array([scores[shared == number].mean(axis=0) for number in shared])
+        ranked = logits if op.shared is None else scores
+        chosen = np.argsort(-ranked, axis=1, kind="stable")[:, : op.top_k]
+        scores = scores if op.jitter is None else sparse_mixer(logits, chosen, op.jitter)
         out = np.zeros_like(x)
         for row, experts in enumerate(chosen):
             total = scores[row, experts].sum() if op.normalize else 1.0
             for e in experts:
-                inner = ACTIVATIONS[op.activation](gate[e] @ x[row]) * (up[e] @ x[row])
-                out[row] += np.float32(scores[row, e] / total) * (down[e] @ inner)
+                share = 1.0 if op.shared is not None else scores[row, e] / total
+                out[row] += np.float32(share) * self.expert(op, e, row)
         out *= np.float32(op.scale)
         return out if op.residual is None else self.of(op.residual) + out
+
+    def expert(self, op: MixtureOfExperts, e: int, row: int) -> Array:
+        def part(weight: Matrix, bias: Vector | None, x: Array) -> Array:
+            added = 0.0 if bias is None else self.weights[bias].reshape(weight.experts, -1)[e]
+            return self.product(op, weight, x, e, row) + added
+
+        x, activation = self.of(op.x)[row], ACTIVATIONS[op.activation]
+        inner = part(op.up, op.up_bias, x)
+        if op.gate is None:
+            inner = activation(inner)
+        else:
+            inner = activation(part(op.gate, op.gate_bias, x)) * inner
+        return part(op.down, op.down_bias, inner)
 
     def add(self, op: Add) -> Array:
         return self.of(op.a) + np.float32(op.scale) * self.of(op.b)

@@ -187,7 +187,7 @@ struct Twins {
     const size_t tokens = e->add_index(0, 1), spans = e->add_index(0, 2);
     const size_t outputs = e->add_index(1, 1);
     const size_t x = value(kHidden);
-    e->embed(x, tokens, table, 1.0f);
+    e->embed(x, tokens, table, 1.0f, {});
     std::vector<AttendOp> ops;
     for (size_t i = first ? 0 : 1; i < (second ? 2u : 1u); ++i) {
       e->add_cache(2, kDim);

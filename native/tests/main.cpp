@@ -159,13 +159,34 @@ struct Model {
   TilePtr router = tile_of(floats(4 * kHidden), 4);
   std::vector<TilePtr> gates, ups, downs;
   Vector norm = floats(kHidden), head_norm = floats(kDim), bias = floats(kHidden);
+  std::vector<std::shared_ptr<Adapter>> adapters;
 
   Model() {
+    for (int i = 0; i < 2; ++i) adapters.push_back(adapter(3 + 15 * i));
     for (int e = 0; e < 4; ++e) {
       gates.push_back(tile(Format::kQ8_0, 32, kHidden));
       ups.push_back(tile(Format::kQ8_0, 32, kHidden));
       downs.push_back(tile(Format::kQ8_0, kHidden, 32));
     }
+  }
+
+  // Of the weights in `executor`: a table, a linear, a gated one, a router, gates, ups and downs.
+  static std::shared_ptr<Adapter> adapter(size_t rank) {
+    auto made = std::make_shared<Adapter>();
+    const auto add = [&](size_t site, size_t rows, size_t cols) {
+      made->add(site, {tile_of(floats(rank * cols, 0.1f), rank),
+                       tile_of(floats(rows * rank, 0.1f), rows), 0.5f, floats(rows)});
+    };
+    made->add(0, {tile_of(floats(kVocab * rank, 0.1f), kVocab),
+                  tile_of(floats(kHidden * rank, 0.1f), kHidden),
+                  0.5f,
+                  {}});
+    add(1, kHidden, kHeads * kDim);
+    for (size_t part = 2; part < 4; ++part) add(part, 96, kHidden);
+    add(4, 4, kHidden);
+    for (size_t part = 5; part < 13; ++part) add(part, 32, kHidden);
+    for (size_t part = 13; part < 17; ++part) add(part, kHidden, 32);
+    return made;
   }
 
   std::unique_ptr<Executor> executor(std::string_view isa, size_t threads, CacheType cache) const {
@@ -174,9 +195,13 @@ struct Model {
     const auto value = [&](size_t width) { return e->add_value(width, 0, false); };
     const size_t tokens = e->add_index(0, 1), rotary = e->add_index(0, 1);
     const size_t spans = e->add_index(0, 2), outputs = e->add_index(1, 1);
+    const size_t mixture = e->add_index(0, 1);
+    const auto adapted = [&](size_t in, size_t site) {
+      return AdaptersOp{in, mixture, kNone, {}, site};
+    };
     e->add_cache(kKvHeads, kDim);
     const size_t x = value(kHidden), angles = value(16), n = value(kHidden);
-    e->embed(x, tokens, table, 1.5f);
+    e->embed(x, tokens, table, 1.5f, adapted(tokens, 0));
     e->rope_angles(angles, rotary, floats_of(8), std::vector<size_t>(8), 1.1f);
     e->normalize({n, x, norm, bias, false, 1e-5f, kHidden});
     const size_t query = value(kHeads * kDim), key = value(kKvHeads * kDim);
@@ -190,13 +215,13 @@ struct Model {
     e->rotate({key2, key, angles, kKvHeads, kDim, true});
     const size_t seen = value(kHeads * kDim), y = value(kHidden);
     e->attend({seen, query2, key2, val, spans, 0, kHeads, kKvHeads, kDim, 0.2f, 19, 30.0f});
-    e->linear({y, seen, o, bias, Activation::kGelu, 0.5f, x});
+    e->linear({y, seen, o, bias, Activation::kGelu, 0.5f, x, adapted(seen, 1)});
     const size_t inner = value(96), z = value(kHidden), mixed = value(kHidden),
                  sum = value(kHidden);
-    e->gated_linear({inner, y, gate, up, {}, {}, Activation::kSilu});
+    e->gated_linear({inner, y, gate, up, {}, {}, Activation::kSilu, adapted(y, 2)});
     e->linear({z, inner, down, {}, Activation::kRelu, 1.0f, y});
-    e->mixture_of_experts(
-        {mixed, z, router, gates, ups, downs, 2, Activation::kGeluTanh, true, 0.01f, 0.5f, z});
+    e->mixture_of_experts({mixed, z, router, gates, ups, downs, 2, Activation::kGeluTanh, true,
+                           0.01f, 0.5f, z, adapted(z, 4)});
     e->add(sum, mixed, y, 0.25f);
     const size_t wanted = e->add_value(kHidden, 1, false), raw = e->add_value(kVocab, 1, false);
     const size_t logits = e->add_value(kVocab, 1, false);
@@ -216,12 +241,17 @@ struct Model {
 
 // Arrays of one step of one sequence, whose blocks are not in order.
 struct Arrays {
-  std::vector<int32_t> tokens, positions, spans, bounds, table{5, 2, 7, 0}, outputs;
+  std::vector<int32_t> tokens, positions, spans, bounds, table{5, 2, 7, 0}, outputs, mixture;
+  std::vector<Mixture> mixtures;
 
-  Arrays(size_t begin, size_t end) : bounds{0, static_cast<int32_t>(end - begin)} {
+  Arrays(const Model& model, size_t begin, size_t end)
+      : bounds{0, static_cast<int32_t>(end - begin)},
+        mixtures{{{model.adapters[0], 1.0f}},
+                 {{model.adapters[1], 0.3f}, {model.adapters[0], 0.5f}}} {
     for (size_t p = begin; p < end; ++p) {
       tokens.push_back(static_cast<int32_t>(p * 7 % kVocab));
       positions.push_back(static_cast<int32_t>(p));
+      mixture.push_back(static_cast<int32_t>(p / 3 % 3) - 1);
     }
     spans.assign(end - begin, 0);
     for (const int32_t p : positions) spans.push_back(p + 1);
@@ -229,20 +259,21 @@ struct Arrays {
   }
   Inputs inputs() const {
     return {{tokens.size(), outputs.size()},
-            {tokens, positions, spans, outputs},
+            {tokens, positions, spans, outputs, mixture},
             {},
             positions,
             bounds,
             table,
-            table.size()};
+            table.size(),
+            mixtures};
   }
 };
 
-std::vector<float> last_logits(Executor& e, const std::vector<size_t>& cuts) {
+std::vector<float> last_logits(const Model& model, Executor& e, const std::vector<size_t>& cuts) {
   std::vector<float> logits(kVocab);
   size_t begin = 0;
   for (const size_t end : cuts) {
-    e.run(Arrays(begin, end).inputs(), {logits.data()});
+    e.run(Arrays(model, begin, end).inputs(), {logits.data()});
     begin = end;
   }
   return logits;
@@ -261,13 +292,14 @@ void test_program(const Model& model, std::string_view isa) {
   test_peaks(*find_kernels(isa, CacheType::kF16));
   for (const CacheType cache : {CacheType::kF16, CacheType::kF32, CacheType::kQ8_0}) {
     const auto one = model.executor(isa, 1, cache), three = model.executor(isa, 3, cache);
-    const std::vector<float> whole = last_logits(*one, {50});
+    const std::vector<float> whole = last_logits(model, *one, {50});
     for (const float x : whole) expect(std::isfinite(x), "logits are finite");
     const std::string where = " on " + std::string(isa);
-    expect(whole == last_logits(*three, {50}), "threads change nothing" + where);
-    expect(whole == last_logits(*three, {1, 2, 18, 25, 49, 50}), "steps change nothing" + where);
+    expect(whole == last_logits(model, *three, {50}), "threads change nothing" + where);
+    expect(whole == last_logits(model, *three, {1, 2, 18, 25, 49, 50}),
+           "steps change nothing" + where);
     on_small_stack(
-        [&] { expect(whole == last_logits(*one, {50}), "stacks change nothing" + where); });
+        [&] { expect(whole == last_logits(model, *one, {50}), "stacks change nothing" + where); });
   }
 }
 
@@ -275,7 +307,7 @@ void test_rejected(const Model& model) {
   const auto e = model.executor("scalar", 1, CacheType::kF16);
   std::vector<float> logits(kVocab * 2);
   const auto rejects = [&](const char* what, const std::function<void(Arrays&)>& spoil) {
-    Arrays arrays(0, 20);
+    Arrays arrays(model, 0, 20);
     spoil(arrays);
     expect_rejected([&] { e->run(arrays.inputs(), {logits.data()}); }, what);
   };
@@ -295,7 +327,9 @@ void test_rejected(const Model& model) {
   rejects("too many outputs", [](Arrays& a) { a.outputs.assign(9, 0); });
   rejects("a missing span", [](Arrays& a) { a.spans.pop_back(); });
   rejects("a missing position", [](Arrays& a) { a.positions.pop_back(); });
-  rejects("no rows", [](Arrays& a) { a = Arrays(0, 0); });
+  rejects("a row with adapters that are not there", [](Arrays& a) { a.mixture[3] = 2; });
+  rejects("a missing row of adapters", [](Arrays& a) { a.mixture.pop_back(); });
+  rejects("no rows", [&](Arrays& a) { a = Arrays(model, 0, 0); });
 }
 
 // ---- threads, sampling ----

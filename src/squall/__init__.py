@@ -27,6 +27,7 @@ from squall.errors import (
 )
 
 if TYPE_CHECKING:
+    from squall.api.anymoe import AnyMoeConfig, AnyMoeExpertType
     from squall.api.requests import ChatCompletionRequest, CompletionRequest
     from squall.api.responses import (
         ChatCompletionChunkResponse,
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from squall.api.runner import AsyncRunner, Runner
     from squall.api.tool_choice import ToolChoice
     from squall.api.which import (
-        AnyMoeConfig,
-        AnyMoeExpertType,
         Architecture,
         DiffusionArchitecture,
         ImageGenerationResponseFormat,
@@ -70,12 +69,13 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULES = {
+    "squall.api.anymoe": "AnyMoeConfig AnyMoeExpertType",
     "squall.api.requests": "ChatCompletionRequest CompletionRequest",
     "squall.api.responses": "ChatCompletionChunkResponse ChatCompletionResponse "
     "CompletionChunkResponse CompletionResponse",
     "squall.api.runner": "AsyncRunner Runner",
     "squall.api.tool_choice": "ToolChoice",
-    "squall.api.which": "AnyMoeConfig AnyMoeExpertType Architecture DiffusionArchitecture "
+    "squall.api.which": "Architecture DiffusionArchitecture "
     "ImageGenerationResponseFormat IsqOrganization ModelDType VisionArchitecture Which",
     "squall.engine.engine": "EngineConfig",
     "squall.engine.generation": "Generation",

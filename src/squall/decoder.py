@@ -188,4 +188,4 @@ class _Compiler:
         return Matrix(self.names[f"{role}.weight"], rows, cols, math.prod(experts), role)
 
     def vector(self, role: str, *, offset: float = 0.0) -> Vector:
-        return Vector(self.names[role], self.shapes[role][0], offset)
+        return Vector(self.names[role], self.shapes[role][0], offset, role)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,17 @@ from squall.adapters.edits import adaptable
 from squall.adapters.shelf import Adapters, Shelf
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.closing import Closing
-from squall.engine import memory
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
-from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
+from squall.engine.memory import (
+    KvSize,
+    available_bytes,
+    choose_context,
+    choose_kv_tokens,
+    token_bytes,
+)
 from squall.engine.request import CacheScope, Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
 from squall.engine.speculation import MOST_GUESSES, Speculation
@@ -32,7 +37,7 @@ from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_thre
 from squall.locate import locate, locate_uqff
 from squall.opening import Opening
 from squall.program import Program
-from squall.quant import FormatTotal, Plan, Topology
+from squall.quant import FORMATS, FormatTotal, Plan, Topology
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatPrompt, ChatTemplate
@@ -44,7 +49,7 @@ from squall.text.tools import Tool
 from squall.weights import Progress, WeightStore
 
 if TYPE_CHECKING:
-    from squall.adapters import lora
+    from squall.adapters.lora import Lora
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
@@ -52,6 +57,8 @@ Prepared = tuple[Checkpoint, Recipe, Plan]
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
+# Tokens of the context by default where a prompt is one step, for which there are buffers.
+LONGEST_STEP = 2048
 # Of the free memory, for the weights of adapters.
 ADAPTER_SHARE = 0.25
 _NO_PROMPT = (
@@ -94,6 +101,7 @@ class Model(Closing):
         program: Program,
         tokenizer: Tokenizer,
         engine: Engine,
+        adapters: Shelf,
     ) -> None:
         self.defaults = GenerationDefaults.from_folder(checkpoint.path)
         self.checkpoint = checkpoint
@@ -102,7 +110,7 @@ class Model(Closing):
         self.program = program
         self.tokenizer = tokenizer
         self._engine: Engine | None = engine
-        self._adapters: Shelf | None = _shelf(checkpoint, recipe, engine.executor)
+        self._adapters: Shelf | None = adapters
 
     @classmethod
     def open_with(cls, opening: Opening) -> Model:
@@ -126,14 +134,22 @@ class Model(Closing):
             block_size=kv.block_size,
             kv_dtype=opening.kv_dtype,
         )
-        pool = thread_pool(opening.threads)
-        executor = _executor(prepared[0], opening, size, limits, pool)
+        space, own = _Room(size, limits, thread_pool(opening.threads)), prepared[0]
+        merged = _merged(own, opening)
+        if opening.xlora:
+            executor = _xlora(own, opening, space)
+        elif opening.anymoe:
+            encode = partial(_as_chat, template or _template(checkpoint), tokenizer)
+            executor = _anymoe(own, opening, space, encode)
+        else:
+            executor = _executor(own, opening, space, merged)
+        adapters = _shelf(own, opening, executor, merged)
         most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
         if small is not None:
-            draft = Draft(_executor(prepared[1], small, size, limits, pool), executor.vocab)
+            draft = Draft(_executor(prepared[1], small, space), executor.vocab)
         speculation = None if opening.draft is None else Speculation(most, draft)
         answering = _engine(executor, engine, tokenizer, speculation)
-        model = cls(checkpoint, recipe, executor.program, tokenizer, answering)
+        model = cls(checkpoint, recipe, executor.program, tokenizer, answering, adapters)
         if template:
             model.chat_template = template
         return model
@@ -454,32 +470,123 @@ def _sizes(
     models: Sequence[Prepared], opening: Opening, kv: KvSize, max_seqs: int
 ) -> tuple[int, int]:
     """Tokens of the context, and of the KV cache, which several models share."""
-    each = [token_bytes(recipe.decoder, opening.kv_dtype) for _, recipe, _ in models]
+    caches = [*models, *models[:1]] if opening.xlora else models
+    each = [token_bytes(recipe.decoder, opening.kv_dtype) for _, recipe, _ in caches]
     weights = [checkpoint.size_bytes for checkpoint, _, _ in models]
     memory = {"bytes_per_token": sum(each), "weight_bytes": sum(weights)}
-    size = choose_context(opening.context, trained=models[0][1].decoder.context, **memory)
+    trained, wanted = models[0][1].decoder.context, opening.context
+    if wanted is None and opening.anymoe:
+        wanted = min(trained, LONGEST_STEP)
+    size = choose_context(wanted, trained=trained, **memory)
     room = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, **memory)
     return (min(size, room) if opening.context is None else size), room
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What executors of one engine have in common."""
+
+    context: int
+    limits: Limits
+    pool: ThreadPool
+
+
+def _store(model: Prepared, opening: Opening, **parts: Any) -> WeightStore:
+    checkpoint, _, plan = model
+    return WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32", **parts)
+
+
 def _executor(
-    model: Prepared, opening: Opening, context: int, limits: Limits, pool: ThreadPool
+    model: Prepared, opening: Opening, room: _Room, merged: Sequence[tuple[Lora, float]] = ()
 ) -> Executor:
-    checkpoint, recipe, plan = model
-    size = min(context, recipe.decoder.context)
+    """One of the model with some adapters in its weights; rows may have others."""
+    recipe, parts = model[1], {}
+    if merged:
+        from squall.adapters.lora import merged_terms, merged_vectors
+
+        parts = {"merged": merged_terms(merged), "vectors": merged_vectors(merged)}
+    size = min(room.context, recipe.decoder.context)
     program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=size))
-    store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-    return executors.open(program, store, limits, pool=pool, progress=opening.progress)
+    store, progress = _store(model, opening, **parts), opening.progress
+    return executors.open(program, store, room.limits, pool=room.pool, progress=progress)
 
 
-def _shelf(checkpoint: Checkpoint, recipe: Recipe, executor: Executor) -> Shelf:
-    def read(path: str) -> lora.Lora:
-        from squall.adapters import lora
+def _xlora(model: Prepared, opening: Opening, room: _Room) -> Executor:
+    from squall.adapters.target import Target
+    from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor
 
-        return lora.read(path, lora.Target.of(checkpoint, recipe))
+    parts = Parts.read(cast(XLora, opening.xlora), Target.of(*model[:2]), opening.hub)
+    store = _store(model, opening, others={CLASSIFIER: parts.classifier})
+    programs, progress = parts.programs(model[1], room.context), opening.progress
+    made = XLoraExecutor(parts, programs, store, room.limits, pool=room.pool, progress=progress)
+    return cast(Executor, made)
 
-    limit = None if (free := memory.available_bytes()) is None else int(free * ADAPTER_SHARE)
-    return Shelf(read, executor.adapter, limit_bytes=limit)
+
+def _anymoe(
+    model: Prepared, opening: Opening, room: _Room, encode: Callable[[str], Sequence[int]]
+) -> Executor:
+    from squall.adapters.anymoe import AnyMoe, Experts
+    from squall.adapters.anymoe_training import open_experts
+
+    experts = Experts(cast(AnyMoe, opening.anymoe), model[1], opening.hub)
+    store = _store(model, opening, others=experts.others, merged=experts.merged)
+    # A prompt is one step.
+    rows = {**room.limits.rows, "tokens": max(room.context, MAX_ROWS)}
+    return open_experts(
+        experts, store, replace(room.limits, rows=rows), context=room.context, encode=encode,
+        pool=room.pool, progress=opening.progress, trained=opening.progress,
+    )  # fmt: skip
+
+
+def _as_chat(template: ChatTemplate, tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of what a user says."""
+    prompt = template.prompt([{"role": "user", "content": text}], tokenizer)
+    return tokenizer.encode_pieces(prompt.pieces)
+
+
+def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:
+    from squall.adapters.lora import read
+    from squall.adapters.target import Target
+
+    return read(path, Target.of(*model[:2]), hub=opening.hub)
+
+
+def _merged(model: Prepared, opening: Opening) -> list[tuple[Lora, float]]:
+    """The adapters that become part of the weights, and what each weighs."""
+    checkpoint, merge = model[0], opening.merge
+    if merge is None:
+        stored = (tensor.format for tensor in checkpoint.tensors.values())
+        merge = not checkpoint.quantization and all(FORMATS[name].block == 1 for name in stored)
+    active = opening.active or {}
+    return [
+        (_read_adapter(model, opening, path), active.get(name, 1.0))
+        for name, path in (opening.adapters or {}).items()
+        if merge
+    ]
+
+
+def _shelf(
+    model: Prepared, opening: Opening, executor: Executor, merged: Sequence[object]
+) -> Shelf:
+    """The adapters that requests may have; at first those of the opening."""
+    limit, free = opening.adapter_bytes, available_bytes()
+    if limit is None and free is not None:
+        limit = int(free * ADAPTER_SHARE)
+    alone = opening.xlora or opening.anymoe
+
+    def refuse(_: object) -> NoReturn:
+        raise InvalidRequest("a model with X-LoRA or AnyMoE takes no adapters beside its own")
+
+    make = refuse if alone else executor.adapter
+    shelf = Shelf(partial(_read_adapter, model, opening), make, limit_bytes=limit)
+    adapters = {} if merged else opening.adapters or {}
+    for number, (name, path) in enumerate(adapters.items(), start=1):
+        shelf.load(name, path)
+        if opening.progress is not None:
+            opening.progress(number, len(adapters))
+    if not merged:
+        shelf.activate(opening.active or {})
+    return shelf
 
 
 def _engine(

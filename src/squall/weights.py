@@ -23,6 +23,7 @@ from squall.program import (
     MixtureOfExperts,
     Op,
     Program,
+    Site,
     Slice,
     Value,
     Vector,
@@ -30,6 +31,7 @@ from squall.program import (
 from squall.quant import FORMATS, Plan
 
 Progress = Callable[[int, int], None]
+Floats = NDArray[np.float32]
 Weight = Matrix | Vector
 
 
@@ -69,6 +71,8 @@ class WeightStore:
 
     plan: what is quantized, and to what. exact: everything becomes float32, for comparisons.
     others: more checkpoints, by the `source` that slices name.
+    merged: terms of linears that are added to float matrices and their biases. vectors: what is
+        added to other vectors, by role.
     layouts: what executors made of the weights, by kind, which others on this store share.
     """
 
@@ -79,11 +83,15 @@ class WeightStore:
         plan: Plan | None = None,
         exact: bool = False,
         others: Mapping[str, Checkpoint] = MappingProxyType({}),
+        merged: Mapping[Site, tuple[Term, ...]] = MappingProxyType({}),
+        vectors: Mapping[str, Floats] = MappingProxyType({}),
     ) -> None:
         self.plan = plan or Plan()
         self.exact = exact
         self.checkpoints = {"": checkpoint, **others}
+        self.merged, self.vectors = merged, vectors
         self.layouts: dict[type, object] = {}
+        self._changed = {role for role, _ in merged}
         if self.plan.quantizes and checkpoint.quantization:
             raise InvalidRequest(
                 f"the weights are quantized already ({checkpoint.quantization}); "
@@ -91,26 +99,33 @@ class WeightStore:
             )
 
     def replanned(self, plan: Plan) -> WeightStore:
-        """The same checkpoints with another plan."""
+        """The same weights with another plan."""
         others = {source: found for source, found in self.checkpoints.items() if source}
-        return WeightStore(self.checkpoints[""], plan=plan, exact=self.exact, others=others)
+        return WeightStore(
+            self.checkpoints[""], plan=plan, exact=self.exact, others=others, merged=self.merged,
+            vectors=self.vectors,
+        )  # fmt: skip
 
     def key(self, weight: Weight) -> object:
         """Equal for weights that become the same, whatever their roles."""
         if isinstance(weight, Vector):
             return weight
         stored = "f16" if weight.restored else self._tensor(weight.slices[0]).format
-        return replace(weight, role=""), self.target(weight, stored)
+        role = weight.role if weight.role in self._changed else ""
+        return replace(weight, role=role), self.target(weight, stored)
 
     def target(self, weight: Matrix, stored: str) -> str:
         """The number format that rows of a matrix become; experts may be stored in several."""
         return "f32" if self.exact else self.plan.target(weight.role, stored, weight.cols)
 
     def rows(self, weight: Matrix, expert: int) -> Stored:
-        """One expert's rows as they are stored; a dense weight has one expert."""
+        """One expert's rows as they are stored, or merged; a dense weight has one expert."""
         first = expert * weight.rows
         read = self._restored if weight.restored else as_ordered
-        return gather(self._tensor, weight.slices, first, first + weight.rows, weight.cols, read)
+        found = gather(self._tensor, weight.slices, first, first + weight.rows, weight.cols, read)
+        terms = self.merged.get((weight.role, expert), ())
+        terms = tuple(term for term in terms if term.b is not None and term.b.data.any())
+        return self._merged(weight, found, terms) if terms else found
 
     def vector(self, weight: Vector) -> NDArray[np.float32]:
         """The values, with the offset."""
@@ -119,6 +134,10 @@ class WeightStore:
             for part in weight.slices
         ]
         vector = np.ascontiguousarray(np.concatenate(parts) + np.float32(weight.offset))
+        if weight.role in self.vectors:
+            vector += self.vectors[weight.role]
+        for term in self.merged.get((weight.role.removesuffix(".bias"), 0), ()):
+            vector += 0 if term.bias is None else term.bias
         if vector.size != weight.size:
             raise InvalidCheckpoint(
                 f"{weight.slices[0].tensor} has {vector.size} values, not {weight.size}"
@@ -148,7 +167,37 @@ class WeightStore:
         Where an op multiplies its input by several weights that do not agree on an order, these
         are `restored` instead.
         """
+        for op in program.ops:
+            for matrix, bias in _biases(op):
+                terms = self.merged.get((matrix.role, 0), ())
+                if bias is None and any(term.bias is not None for term in terms):
+                    raise InvalidRequest(
+                        f"an adapter has a bias for {matrix.role}, where the model has none, and "
+                        "cannot be merged; keep it beside the model"
+                    )
         return _Arranger(self._tensor, program).program()
+
+    def _merged(self, weight: Matrix, found: Stored, terms: Sequence[Term]) -> Stored:
+        """Rows with what terms add, in their format or the plan's; f32 for it to be quantized."""
+        if found.format not in _MERGEABLE:
+            raise InvalidRequest(
+                f"the weights of {weight.role} are quantized ({found.format}), and adapters are "
+                "merged into floats: keep them beside the model, or merge them into the model "
+                "that it was made of"
+            )
+        target = self.target(weight, found.format)
+        format = FORMATS[target if target in _MERGEABLE else "f32"]
+        size, step = len(found.data) // weight.rows, max(_RUN_VALUES // weight.cols, 1)
+        parts = []
+        for start in range(0, weight.rows, step):
+            stop = min(start + step, weight.rows)
+            factors = None if found.factors is None else found.factors[start:stop]
+            rows = Stored(found.format, found.data[start * size : stop * size], factors)
+            sums = values(rows, weight.cols)
+            for term in terms:
+                sums += product(term, weight.cols, start, stop)
+            parts.append(format.quantize(sums.reshape(-1)))
+        return Stored(format.name, np.concatenate(parts), None)
 
     def _tensor(self, part: Slice) -> Tensor:
         return self.checkpoints[part.source].tensors[part.tensor]
@@ -183,6 +232,20 @@ _MULTIPLIED: Mapping[type, tuple[str, ...]] = {
 }
 
 
+_MERGEABLE = ("f32", "f16", "bf16")
+_RUN_VALUES = 1 << 22
+
+
+def _biases(op: Op) -> tuple[tuple[Matrix, Vector | None], ...]:
+    match op:
+        case Linear():
+            return ((op.weight, op.bias),)
+        case GatedLinear():
+            return (op.gate, op.gate_bias), (op.up, op.up_bias)
+        case _:
+            return ()
+
+
 class _Arranger:
     def __init__(self, tensor: Callable[[Slice], Tensor], program: Program) -> None:
         self._tensor = tensor
@@ -197,7 +260,8 @@ class _Arranger:
         return replace(self._program, ops=tuple(self._ops), values=tuple(self._values))
 
     def _arranged(self, op: Op) -> Op:
-        weights = {name: getattr(op, name) for name in _MULTIPLIED.get(type(op), ())}
+        names = _MULTIPLIED.get(type(op), ())
+        weights = {name: w for name in names if (w := getattr(op, name)) is not None}
         orders = self._orders(*weights.values())
         if orders <= {b""}:
             return op
@@ -221,6 +285,21 @@ class _Arranger:
             self._ops.append(GatherColumns(out, x, order))
             self._gathered[x, order] = out
         return self._gathered[x, order]
+
+
+def values(rows: Stored, cols: int) -> NDArray[np.float32]:
+    """The values of rows, [rows, cols]."""
+    found = FORMATS[rows.format].dequantize(rows.data).reshape(-1, cols)
+    return found if rows.factors is None else found * rows.factors[:, None]
+
+
+def product(term: Term, cols: int, start: int = 0, stop: int | None = None) -> Floats:
+    """What a term adds to rows of a linear's matrix."""
+    assert term.b is not None
+    size = FORMATS[term.b.format].row_bytes(term.rank)
+    part = term.b.data[start * size : None if stop is None else stop * size]
+    b = values(replace(term.b, data=part), term.rank) * np.float32(term.scale)
+    return b if term.a is None else np.matmul(b, values(term.a, cols), dtype=np.float32)
 
 
 def as_ordered(tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.uint8]]:

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",
     },
     "embedded": {"errors"},
-    "opening": {"errors", "checkpoints", "engine", "executors", "quant"},
+    "opening": {"errors", "adapters", "checkpoints", "engine", "executors", "quant"},
     "locate": {"errors", "embedded", "checkpoints"},
     "measure": {
         "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "weights", "executors",

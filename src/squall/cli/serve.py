@@ -69,6 +69,9 @@ class ServeFlags(ModelFlags):
         float | None,
         typer.Option(metavar="SECONDS", min=0, help="Refuse what waits longer; by default never."),
     ] = None
+    adapter_memory: Annotated[
+        int | None, typer.Option(min=1, help="MiB for adapters; the unused longest make room.")
+    ] = None
     draft: DraftModel = None
     context: ContextSize = None
     kv_tokens: Annotated[
@@ -133,6 +136,11 @@ class ServeFlags(ModelFlags):
         bool, typer.Option("--no-paged-attn", help="Accepted; the CPU's KV cache is always paged.")
     ] = False
 
+    @property
+    def adapts_all(self) -> bool:
+        """See `ModelFlags`."""
+        return self.interactive_mode
+
     def check(self) -> None:
         """Raises InvalidRequest for what would be silently without effect."""
         if self.num_device_layers not in (None, "0", "0:0"):
@@ -155,7 +163,8 @@ class ServeFlags(ModelFlags):
             bytes=None if self.kv_memory is None else self.kv_memory << 20,
             block_size=self.kv_block,
         )
-        return self.open(selected, Opening(kv=kv, engine=config))
+        memory = None if self.adapter_memory is None else self.adapter_memory << 20
+        return self.open(selected, Opening(kv=kv, engine=config, adapter_bytes=memory))
 
     def options(self) -> ServerOptions:
         """What the server allows."""

@@ -14,7 +14,7 @@ from squall.errors import InvalidCheckpoint
 from squall.program import Slice
 from squall.quant import FORMATS, Plan
 from squall.recipes import Recipe
-from squall.weights import Progress, Stored, gather
+from squall.weights import Progress, Stored, gather, values
 
 Importance = Mapping[str, NDArray[np.float32]]
 """Name in a GGUF file, without `.weight` -> weights of its columns' errors, [experts, cols]."""
@@ -145,12 +145,6 @@ class Work:
     recipe: Recipe
     plan: Plan
     importance: Importance
-
-
-def values(rows: Stored, cols: int) -> NDArray[np.float32]:
-    """The values of rows, [rows, cols]."""
-    found = FORMATS[rows.format].dequantize(rows.data).reshape(-1, cols)
-    return found if rows.factors is None else found * rows.factors[:, None]
 
 
 def count_error(

@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.uqff import DTYPES, FP8, GGML, HQQ, PLAIN, RESIDUAL, VERSION
 from squall.checkpoints.uqff_hqq import fits, split
-from squall.convert.files import Chunks, Item, Part, copy_of, replacing, write_safetensors
-from squall.convert.matrices import Matrix, Work, count_error, values
+from squall.checkpoints.writing import Chunks, Item, Part, copy_of, replacing, write_safetensors
+from squall.convert.matrices import Matrix, Work, count_error
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.quant import FORMATS
 from squall.quant.hqq import GROUP
 from squall.recipes.gguf_parts import NAMING
 from squall.recipes.linears import Linear, linears
 from squall.roles import roles
+from squall.weights import values
 
 BESIDE = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",

@@ -18,7 +18,7 @@ from itertools import count
 from squall.engine.fields import check_fields, real, whole
 from squall.engine.prefix_cache import PrefixCache
 from squall.engine.reply import Reply, Sink
-from squall.engine.request import Request
+from squall.engine.request import Request, Span
 from squall.engine.scheduler import Limits, Scheduler
 from squall.engine.sequence import Sequence
 from squall.engine.speculation import Speculation
@@ -124,7 +124,8 @@ class Engine:
         most, largest = self.executor.vocab - 1, max(request.ids)
         if largest > most:
             raise InvalidRequest(f"the prompt has the id {largest}; the model's go to {most}")
-        sequence = _sequence(request, next(self._numbers), self._dropped(request))
+        dropped, settles = self._dropped(request), self.executor.settles
+        sequence = _sequence(request, next(self._numbers), dropped, settles)
         most = self._scheduler.limits.rows - self._scheduler.limits.requests
         if request.whole and sequence.prompt > most:
             raise InvalidRequest(
@@ -364,14 +365,17 @@ def _scheduler(executor: Executor, config: EngineConfig) -> Scheduler:
     return Scheduler(cache, limits)
 
 
-def _sequence(request: Request, number: int, dropped: int) -> Sequence:
+def _sequence(request: Request, number: int, dropped: int, settles: int | None) -> Sequence:
     """The tokens of the prompt behind those that are dropped."""
     ids = list(request.ids[dropped:])
     # The first token whose logits are wanted.
     scored = len(ids) - 1 if request.scoring is None else min(request.scoring.start, len(ids) - 1)
     spans = (span for span in request.spans if span.start >= dropped)
     moved = (replace(span, start=span.start - dropped, stop=span.stop - dropped) for span in spans)
-    return Sequence(request, number, ids, scored, tuple(moved))
+    # A prefix that others may reuse ends where it depends on the end of this prompt.
+    last = () if settles is None else (len(ids) + settles - 1,)
+    settled = (Span(at, at + 1, b"settled") for at in last)
+    return Sequence(request, number, ids, scored, (*moved, *settled))
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

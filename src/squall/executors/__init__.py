@@ -66,6 +66,7 @@ class Executor(Protocol):
     pool: its threads, which others may share between runs. max_rows: tokens of a step. vocab: how
         wide the logits are.
     plan, formats: what the weights became.
+    settles: from so many tokens of an answer on, K and V depend on where the prompt ended.
     """
 
     program: Program
@@ -81,6 +82,7 @@ class Executor(Protocol):
     formats: tuple[FormatTotal, ...]
     weight_bytes: int
     kv_bytes: int
+    settles: int | None
 
     @property
     def pool(self) -> ThreadPool | None: ...

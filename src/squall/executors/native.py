@@ -116,6 +116,8 @@ def default_isa() -> str:
 class NativeExecutor:
     """Runs a program on the CPU; see `Executor`, and `open` for the arguments."""
 
+    settles: int | None = None
+
     def __init__(
         self,
         program: p.Program,
@@ -203,8 +205,11 @@ class NativeExecutor:
             number, matrix, table = self._sites[site]
             rank, rows, cols = term.rank, matrix.rows, matrix.cols
             shapes = ((rows, rank), (cols, rank)) if table else ((rank, cols), (rows, rank))
-            if None in (term.a, term.b) and (rank != cols or (term.a is None) == table):
-                raise InvalidRequest(f"an adapter lacks a part of what it adds to {site[0]}")
+            lacks = None in (term.a, term.b) and (rank != cols or (term.a is None) == table)
+            if lacks or (term.bias is not None and term.bias.shape != (rows,)):
+                raise InvalidRequest(
+                    f"an adapter lacks a part of what it adds to {site[0]}, or one does not fit"
+                )
             try:
                 a, b = (
                     None
@@ -368,10 +373,12 @@ def _(op: p.Attend, to: _Lowering) -> None:
 @_lower.register
 def _(op: p.MixtureOfExperts, to: _Lowering) -> None:
     tiles = to.weights.tiles
+    gates = [] if op.gate is None else tiles(op.gate)
+    biases = (op.router_bias, op.gate_bias, op.up_bias, op.down_bias)
     to.core.mixture_of_experts(
-        to[op.out], to[op.x], to.weights.tile(op.router), tiles(op.gate), tiles(op.up),
-        tiles(op.down), op.top_k, op.activation, op.normalize, op.jitter, op.scale,
-        to.ids.get(op.residual), to.adapters(op),
+        to[op.out], to[op.x], to.weights.tile(op.router), gates, tiles(op.up), tiles(op.down),
+        op.top_k, op.activation, op.normalize, op.jitter, op.scale, to.ids.get(op.residual),
+        to.adapters(op), [to.weights.vector(bias) for bias in biases], to.ids.get(op.shared),
     )  # fmt: skip
 
 

@@ -111,8 +111,8 @@ class Plan:
     def target(self, role: str, stored: str, cols: int) -> str:
         """The format for rows of `cols` values, now `stored`, of a role as `layers.3.attention.q`.
 
-        Embeddings, norms, biases and the router of a mixture of experts stay as they are, and so
-        does what has no rows of whole blocks, not even of a replacement's.
+        Embeddings, norms, biases, classifiers and the router of a mixture of experts stay as they
+        are, and so does what has no rows of whole blocks, not even of a replacement's.
         """
         wanted = self._wanted(role)
         found = None if wanted is None else fitting(wanted, cols)
@@ -121,7 +121,7 @@ class Plan:
         return stored if self.dtype == "auto" or FORMATS[stored].block > 1 else self.dtype
 
     def _wanted(self, role: str) -> str | None:
-        if role == "embed" or role.endswith(".router"):
+        if role in ("embed", "classifier") or role.endswith(".router"):
             return None
         layer = _LAYER.match(role)
         if self.experts_only and layer and ".experts." not in role:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -46,6 +46,21 @@ class Naming:
         assert match is not None
         layer, stem, kind = match.groups()
         return "" if layer is None else self.layer.format(layer), stem, kind
+
+    def meanings(self, name: str) -> Iterator[tuple[tuple[str, ...], int | None]]:
+        """What a name without `.weight` may mean: roles, and which piece of them."""
+        before, _, after = self.layer.partition("{}")
+        match = re.match(rf"{re.escape(before)}(\d{{1,5}}){re.escape(after)}", name)
+        layer, rest = (f"layers.{int(match[1])}.", name[match.end() :]) if match else ("", name)
+        number = re.search(r"(?<=\.)\d{1,5}(?=\.|$)", rest)
+        piece = number and rest[: number.start()] + "{}" + rest[number.end() :]
+        found: list[tuple[str, ...]] = [(stem,) for stem, own in self.stems.items() if own == rest]
+        found += [stems for own, stems in self.fused.items() if own == rest]
+        for stems in found:
+            yield tuple(f"{layer}{stem}" for stem in stems), None
+        for stem, own in self.pieces.items():
+            if number is not None and own == piece:
+                yield (f"{layer}{stem}",), int(number[0])
 
 
 def locate(

@@ -1,0 +1,96 @@
+"""LoRA adapters: read from a folder of PEFT, a GGUF file or the hub, for a base; and merged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from squall.adapters.gguf_lora import read_file
+from squall.adapters.parts import Parts, as_linear
+from squall.adapters.peft import read_folder
+from squall.adapters.target import Target
+from squall.checkpoints.hub import Hub, is_id
+from squall.errors import InvalidCheckpoint, ModelNotFound
+from squall.program import Site
+from squall.weights import Term
+
+Weighted = Iterable[tuple["Lora", float]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lora:
+    """An adapter as a base takes it.
+
+    terms: one a weight. vectors: what is added to norms, by their roles; only merged adapters
+        can have them.
+    digest: of what changes results, whatever its names and paths.
+    rank, alpha: those that modules have unless patterns say otherwise; 0: the file does not say.
+    base: the model that it says it is made for. modules: what it adapts, by the file's names.
+    """
+
+    terms: Mapping[Site, Term]
+    vectors: Mapping[str, NDArray[np.float32]]
+    digest: str
+    rank: int
+    alpha: float
+    base: str
+    modules: tuple[str, ...]
+    nbytes: int
+    path: Path
+
+
+def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None) -> Lora:
+    """The adapter in a folder of PEFT or in a file: GGUF, or the weights of such a folder.
+
+    What is not here is looked for in the hub, as `owner/name`, or `owner/name:file` for GGUF.
+    """
+    chosen = Path(path).expanduser()
+    if not chosen.exists():
+        if not is_id(str(path)):
+            raise ModelNotFound(
+                f"there is no adapter {str(path)!r}; name a folder with adapter_config.json, a "
+                "GGUF file, or an adapter of the hub as owner/name"
+            )
+        chosen = (hub or Hub()).fetch(str(path))
+    if chosen.suffix == ".gguf":
+        parts = Parts(target, paired=True)
+        alpha, modules = read_file(chosen, parts)
+        rank, base = 0, ""
+    else:
+        parts = Parts(target)
+        folder, weights = (chosen, None) if chosen.is_dir() else (chosen.parent, chosen)
+        config, modules = read_folder(folder, weights, parts)
+        rank, alpha, base = config.rank, config.alpha, config.base
+    terms = parts.terms()
+    if not terms and not parts.vectors:
+        raise InvalidCheckpoint(f"the adapter {str(path)!r} changes nothing")
+    stored = (part for term in terms.values() for part in (term.a, term.b) if part is not None)
+    return Lora(
+        terms, parts.vectors, parts.digest(terms), rank, alpha, base, modules,
+        sum(part.data.nbytes for part in stored), chosen,
+    )  # fmt: skip
+
+
+def merged_terms(loras: Weighted) -> dict[Site, tuple[Term, ...]]:
+    """What a weight store adds to matrices, and to their biases, for adapters with weights."""
+    found: dict[Site, tuple[Term, ...]] = {}
+    for lora, weight in loras:
+        for site, term in lora.terms.items():
+            bias = None if term.bias is None else term.bias * np.float32(weight)
+            own = replace(as_linear(site, term), scale=term.scale * weight, bias=bias)
+            found[site] = (*found.get(site, ()), own)
+    return found
+
+
+def merged_vectors(loras: Weighted) -> dict[str, NDArray[np.float32]]:
+    """The same for norms."""
+    found: dict[str, NDArray[np.float32]] = {}
+    for lora, weight in loras:
+        for role, change in lora.vectors.items():
+            found[role] = found.get(role, np.float32(0)) + change * np.float32(weight)
+    return found
