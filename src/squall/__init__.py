@@ -22,6 +22,7 @@ from squall.errors import (
     SamplingFailed,
     SquallError,
     TemplateError,
+    UnknownAdapter,
     UnsupportedModel,
 )
 
@@ -63,8 +64,8 @@ __all__ = [
     "Generation", "Grammar", "ImageGenerationResponseFormat", "InvalidCheckpoint", "InvalidRequest",
     "IsqOrganization", "KvSize", "Message", "Model", "ModelDType", "ModelNotFound", "Opening",
     "OutOfMemory", "Piece", "QueueFull", "Runner", "SamplingFailed", "SquallError",
-    "TemplateError", "ToolChoice", "UnsupportedModel", "Usage", "VisionArchitecture", "Which",
-    "__version__",
+    "TemplateError", "ToolChoice", "UnknownAdapter", "UnsupportedModel", "Usage",
+    "VisionArchitecture", "Which", "__version__",
 ]  # fmt: skip
 
 _MODULES = {

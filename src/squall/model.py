@@ -15,21 +15,16 @@ from numpy.typing import NDArray
 
 from squall import convert, decoder, executors, recipes
 from squall.adapters.edits import adaptable
-from squall.adapters.shelf import Shelf
+from squall.adapters.shelf import Adapters, Shelf
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.closing import Closing
+from squall.engine import memory
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
-from squall.engine.memory import (
-    KvSize,
-    available_bytes,
-    choose_context,
-    choose_kv_tokens,
-    token_bytes,
-)
-from squall.engine.request import Constraint, Request, Scoring
+from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
+from squall.engine.request import CacheScope, Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest
@@ -65,6 +60,7 @@ _NO_PROMPT = (
     "a prompt is text, a list of token ids, or a list of messages "
     "such as {'role': 'user', 'content': 'Hi'}"
 )
+_CLOSED = "the model is closed; open it again"
 GREEDY = Sampling(temperature=0, seed=0)
 
 _Options = ParamSpec("_Options")
@@ -109,7 +105,8 @@ class Model(Closing):
         self.program = program
         self.tokenizer = tokenizer
         self._engine: Engine | None = engine
-        self._adapters = adapters
+        self._adapters: Shelf | None = adapters
+        self._whole = any(getattr(op, "shared", None) is not None for op in program.ops)
 
     @classmethod
     def open_with(cls, opening: Opening) -> Model:
@@ -164,14 +161,14 @@ class Model(Closing):
     def engine(self) -> Engine:
         """What answers requests; for servers and for statistics."""
         if self._engine is None:
-            raise InvalidRequest("the model is closed; open it again")
+            raise InvalidRequest(_CLOSED)
         return self._engine
 
     @property
     def adapters(self) -> Shelf:
         """LoRA adapters beside the weights, by name."""
-        if self._engine is None:
-            raise InvalidRequest("the model is closed; open it again")
+        if self._adapters is None:
+            raise InvalidRequest(_CLOSED)
         return self._adapters
 
     @property
@@ -252,7 +249,9 @@ class Model(Closing):
         except TypeError:
             raise InvalidRequest(f"{ids!r:.99} are no token ids, which are whole numbers") from None
 
-    def logits(self, ids: Sequence[int], *, chunk: int = MAX_OUTPUTS) -> NDArray[np.float32]:
+    def logits(
+        self, ids: Sequence[int], *, chunk: int = MAX_OUTPUTS, adapters: Adapters | None = None
+    ) -> NDArray[np.float32]:
         """Logits `[tokens, vocab]`, row i after token i, computed `chunk` tokens a step."""
         checked = self._check_ids(ids)
         if not isinstance(chunk, int) or not 1 <= chunk <= MAX_ROWS:
@@ -262,10 +261,12 @@ class Model(Closing):
         def take(first: int, rows: NDArray[np.float32]) -> None:
             logits[first : first + len(rows)] = rows
 
-        self._score(checked, Scoring(take), chunk=chunk)
+        self._score(checked, adapters, scoring=Scoring(take), chunk=chunk)
         return logits
 
-    def log_probabilities(self, ids: Sequence[int], *, start: int = 1) -> NDArray[np.float64]:
+    def log_probabilities(
+        self, ids: Sequence[int], *, start: int = 1, adapters: Adapters | None = None
+    ) -> NDArray[np.float64]:
         """log p(ids[i] | ids[:i]) for `i` from `start` (at least 1) to the last."""
         checked = self._check_ids(ids)
         if not isinstance(start, int) or not 1 <= start <= len(checked):
@@ -278,7 +279,7 @@ class Model(Closing):
             found[at : at + len(rows)] = _log_softmax_at(rows, wanted)
 
         if len(found):
-            self._score(checked[:-1], Scoring(take, start - 1))
+            self._score(checked[:-1], adapters, scoring=Scoring(take, start - 1))
         return found
 
     def generate(  # noqa: PLR0913
@@ -303,6 +304,7 @@ class Model(Closing):
         logits_processors: Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
         grammar: Grammar | type | Mapping[str, Any] | None = None,
+        adapters: Adapters | None = None,
     ) -> Generation:
         """Continue a text, token ids, or a conversation (messages of `role` and `content`).
 
@@ -318,6 +320,7 @@ class Model(Closing):
         dry: made by `dry`. The other penalties, biases and processors: docs/sampling.md.
         logprobs: pieces tell each token's log-probability, and those of so many likeliest tokens.
         grammar: what the answer must look like; a pydantic class or a JSON schema mean its JSON.
+        adapters: names of `Model.adapters`, or names with weights; None: those that are active.
         """
         given = locals()
         names = Sampling.__dataclass_fields__
@@ -325,12 +328,13 @@ class Model(Closing):
         read = self._read(prompt)
         constraint = None if grammar is None else self.constraint(grammar, read)
         request = self.request(
-            read, sampling, max_tokens, stop=stop, stop_ids=stop_ids, constraint=constraint
-        )
+            read, sampling, max_tokens, stop=stop, stop_ids=stop_ids, constraint=constraint,
+            adapters=adapters,
+        )  # fmt: skip
         request = replace(request, ignore_eos=ignore_eos, logprobs=logprobs)
         return Generation(self.engine, request)
 
-    def request(
+    def request(  # noqa: PLR0913
         self,
         prompt: Prompt,
         sampling: Sampling,
@@ -339,6 +343,7 @@ class Model(Closing):
         stop: str | Sequence[str] = (),
         stop_ids: Iterable[int] = (),
         constraint: Constraint | None = None,
+        adapters: Adapters | None = None,
     ) -> Request:
         """What `generate` asks of the engine, checked against this model."""
         sampling.check_ids(self.spec.vocab)
@@ -346,6 +351,7 @@ class Model(Closing):
         chat = read if isinstance(read, ChatPrompt) else None
         ids = read if chat is None else self.tokenizer.encode_pieces(chat.pieces)
         in_text = chat is None or any(piece.content for piece in chat.pieces[-1:])
+        mixture, digest = self.adapters.choose(adapters)
         return Request(
             ids=self._check_ids(ids),
             sampling=sampling,
@@ -355,6 +361,8 @@ class Model(Closing):
             continues=constraint is not None or in_text,
             constraint=constraint,
             shown=frozenset() if chat is None else chat.shown(self.tokenizer),
+            adapters=mixture,
+            scope=CacheScope(adapter=digest),
         )
 
     def dry(
@@ -374,7 +382,7 @@ class Model(Closing):
         """End all answers, and free weights and cache. A closed model cannot be used."""
         if self._engine is not None:
             self._engine.close()
-            self._engine = None
+            self._engine = self._adapters = None
 
     def _read(self, prompt: Prompt) -> Sequence[int] | ChatPrompt:
         """The prompt as ids, or as a chat in the template."""
@@ -409,9 +417,9 @@ class Model(Closing):
             raise InvalidRequest(wrong)
         return self._check_ids(given, wrong) if (given := list(ids)) else given
 
-    def _score(self, ids: list[int], scoring: Scoring, *, chunk: int | None = None) -> None:
-        request = Request(ids=ids, sampling=GREEDY, max_tokens=0, scoring=scoring, chunk=chunk)
-        Generation(self.engine, request).read()
+    def _score(self, ids: list[int], adapters: Adapters | None, **scoring: Any) -> None:
+        request = self.request(ids, GREEDY, adapters=adapters)
+        Generation(self.engine, replace(request, max_tokens=0, **scoring)).read()
 
 
 def open_tokenizer(
@@ -519,7 +527,7 @@ def _anymoe(
     experts = Experts(cast(AnyMoe, opening.anymoe), model[1], opening.hub)
     store = _store(model, opening, others=experts.others, merged=experts.merged)
     # A prompt is one step.
-    rows = {**room.limits.rows, "tokens": max(room.context, MAX_ROWS)}
+    rows = {**room.limits.rows, "tokens": room.context + MAX_ROWS}
     return open_experts(
         experts, store, replace(room.limits, rows=rows), context=room.context, encode=encode,
         pool=room.pool, progress=opening.progress, trained=opening.progress,
@@ -557,7 +565,7 @@ def _shelf(
     model: Prepared, opening: Opening, executor: Executor, merged: Sequence[object]
 ) -> Shelf:
     """The adapters that requests may have; at first those of the opening."""
-    limit, free = opening.adapter_bytes, available_bytes()
+    limit, free = opening.adapter_bytes, memory.available_bytes()
     if limit is None and free is not None:
         limit = int(free * ADAPTER_SHARE)
     alone = opening.xlora or opening.anymoe

@@ -125,9 +125,9 @@ class _Runner:
         """Not there yet."""
         raise UnsupportedModel("images need a diffusion model; none is supported yet")
 
-    def activate_adapters(self, adapter_names: Sequence[str]) -> NoReturn:  # noqa: ARG002
-        """Not there yet."""
-        raise UnsupportedModel("this model has no adapters; none are supported yet")
+    def activate_adapters(self, adapter_names: Sequence[str]) -> None:
+        """Adapters for requests that name none; raises UnknownAdapter."""
+        self.model.adapters.activate(adapter_names)
 
     def close(self) -> None:
         """End all answers, and free the model; one that was given stays open."""
