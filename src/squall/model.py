@@ -18,12 +18,17 @@ from squall.adapters.edits import adaptable
 from squall.adapters.shelf import Adapters, Shelf
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.closing import Closing
-from squall.engine import memory
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
-from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
+from squall.engine.memory import (
+    KvSize,
+    available_bytes,
+    choose_context,
+    choose_kv_tokens,
+    token_bytes,
+)
 from squall.engine.request import CacheScope, Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
 from squall.engine.speculation import MOST_GUESSES, Speculation
@@ -550,6 +555,8 @@ def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str
 def _merged(model: Prepared, opening: Opening) -> list[tuple[Lora, float]]:
     """The adapters that become part of the weights, and what each weighs."""
     checkpoint, merge = model[0], opening.merge
+    if merge and not opening.adapters:
+        raise InvalidRequest("merge: there is nothing to merge; name adapters")
     if merge is None:
         stored = (tensor.format for tensor in checkpoint.tensors.values())
         merge = not checkpoint.quantization and all(FORMATS[name].block == 1 for name in stored)
@@ -565,7 +572,7 @@ def _shelf(
     model: Prepared, opening: Opening, executor: Executor, merged: Sequence[object]
 ) -> Shelf:
     """The adapters that requests may have; at first those of the opening."""
-    limit, free = opening.adapter_bytes, memory.available_bytes()
+    limit, free = opening.adapter_bytes, available_bytes()
     if limit is None and free is not None:
         limit = int(free * ADAPTER_SHARE)
     alone = opening.xlora or opening.anymoe

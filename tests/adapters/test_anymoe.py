@@ -12,17 +12,16 @@ import anymoe_torch as reference
 import numpy as np
 import pytest
 import torch
-from anymoe_torch import ALPHA, EXPERTS, RANK
+from anymoe_torch import EXPERTS
 from harness import make_batch
 from numpy.typing import NDArray
 from tiny import CASES, Case
 
 from squall import recipes
-from squall.adapters.anymoe import AnyMoe, Experts, FineTuned, LoraAdapter
+from squall.adapters.anymoe import AnyMoe, Experts, FineTuned
 from squall.adapters.anymoe_training import beginning, open_experts
 from squall.batch import Batch
 from squall.checkpoints import open_checkpoint
-from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound
 from squall.executors import Executor, Limits
 from squall.weights import WeightStore
 
