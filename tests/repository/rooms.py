@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ABOVE: dict[str, set[str]] = {
     "model": set(MAY_IMPORT),
     "api": {
-        "errors", "closing", "adapters", "checkpoints", "engine", "quant", "text", "opening",
+        "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model",
     },
     "server": {"__version__", "errors", "adapters", "engine", "model", "api"},
