@@ -21,7 +21,7 @@ from squall.adapters.ordering import Ordering, place_of
 from squall.adapters.target import Target
 from squall.batch import Batch
 from squall.checkpoints.base import Checkpoint
-from squall.checkpoints.hub import Hub
+from squall.checkpoints.hub import Hub, is_id
 from squall.checkpoints.safetensors import open_part
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
 from squall.executors import Floats, Limits, Phase, ThreadPool
@@ -39,12 +39,11 @@ _WEIGHTS = ("xlora_classifier.safetensors", "adapter_model.safetensors")
 # PEFT counts what is between the linears, too.
 _LINEAR = re.compile(r"(.*\.)?((inner|layers)\.(?P<number>\d{1,4})|last)\.(?P<part>weight|bias)")
 _LAST = 1 << 24
-# The modules of a layer in the order in which transformers' classes have those they have.
-_MODULES = (
-    "embed_tokens", "q_proj", "k_proj", "v_proj", "dense", "o_proj", "qkv_proj", "gate",
-    "gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "down_proj", "fc2", "c_proj", "w1", "w2",
-    "w3", "lm_head",
-)  # fmt: skip
+# The modules of a layer, in the order in which transformers' classes have those that they have.
+_MODULES = """
+    embed_tokens q_proj k_proj v_proj dense o_proj qkv_proj gate gate_proj up_proj gate_up_proj
+    fc1 c_fc down_proj fc2 c_proj w1 w2 w3 lm_head
+    """.split()  # noqa: SIM905
 
 _Size = Annotated[int, Field(ge=1, le=1 << 24)]
 _Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -136,7 +135,7 @@ def read_classifier(folder: Path, config: XLoraConfig, outputs: int) -> Checkpoi
     widths = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), outputs]
     wanted: dict[str, tuple[int, ...]] = {}
     for number, (cols, rows) in enumerate(pairwise(widths)):
-        wanted[f"{number}.weight"] = rows, cols
+        wanted |= {f"{number}.weight": (rows, cols)}
         wanted |= {f"{number}.bias": (rows,)} if config.use_bias else {}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != wanted:
@@ -175,8 +174,10 @@ class Parts:
     @classmethod
     def read(cls, xlora: XLora, target: Target, hub: Hub | None = None) -> Parts:
         """Those of a folder, for a base."""
-        folder, ordering = Path(xlora.path).expanduser(), Ordering.read(xlora.order)
-        config = XLoraConfig.read(folder)
+        folder = Path(xlora.path).expanduser()
+        if not folder.is_dir() and is_id(str(xlora.path)):
+            folder = (hub or Hub()).fetch(str(xlora.path))
+        config, ordering = XLoraConfig.read(folder), Ordering.read(xlora.order)
         ordering.check_base(config.base_model_id)
         if config.hidden_size != (hidden := target.decoder.hidden):
             raise InvalidRequest(
@@ -237,7 +238,9 @@ class Parts:
 def _path(folder: Path, name: str, config: XLoraConfig) -> str:
     """Where an adapter is: by its name in the folder, or where the configuration says."""
     given = config.adapters[name]
-    return given if given and not (folder / name).is_dir() else place_of(name, str(folder))
+    if not given or (folder / name).is_dir():
+        return place_of(name, str(folder))
+    return str(folder / given) if (folder / given).exists() else given
 
 
 class XLoraExecutor:
@@ -256,7 +259,7 @@ class XLoraExecutor:
         pool: ThreadPool | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._parts, self._programs = parts, programs
+        self._parts, self._programs, self._limits = parts, programs, limits
         self._open = partial(executors.open, limits=limits, pool=pool or executors.thread_pool())
         self.settles = parts.settles
         # What settled, by the block of the row that it is of.
@@ -295,22 +298,18 @@ class XLoraExecutor:
     def scalings(self, batch: Batch) -> Floats:
         """[rows, width], by the first pass, or of the row at which they settled."""
         if self.settles is None or batch.prompts is None:
-            return self._computed(batch)
+            return self._parts.config.scalings(self._run(0, batch))
         lengths, positions = np.diff(batch.bounds), batch.positions
         last = np.repeat(batch.prompts + (self.settles - 1), lengths)
         early, late = positions <= last, positions >= last
         found = np.empty((len(last), self._parts.width), np.float32)
         if early.any():
-            found[early] = self._computed(_only(batch, early))
+            found[early] = self.scalings(_only(batch, early))
         sequence = np.repeat(np.arange(len(lengths)), lengths)[late]
-        blocks = batch.block_tables[sequence, last[late] // self._second.block_size]
-        own = early[late]
-        self._settled[blocks[own]] = found[early & late]
+        blocks = batch.block_tables[sequence, last[late] // self._limits.block_size]
+        self._settled[blocks[early[late]]] = found[early & late]
         found[late] = self._settled[blocks]
         return found
-
-    def _computed(self, batch: Batch) -> Floats:
-        return self._parts.config.scalings(self._run(0, batch))
 
     def _run(self, number: int, batch: Batch, **inputs: Floats) -> Floats:
         """The only output of a pass, all rows of which have all adapters."""
@@ -322,8 +321,11 @@ class XLoraExecutor:
 
 
 def _only(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
-    """These rows of a batch, without outputs."""
+    """These rows of a batch, which nobody wants outputs of; they are before scalings settle."""
     bounds = np.concatenate([[0], np.cumsum(rows)])[batch.bounds].astype(np.int32)
-    none, tokens = np.empty(0, np.int32), batch.tokens[rows]
-    positions = batch.positions[rows]
-    return replace(batch, tokens=tokens, positions=positions, bounds=bounds, outputs=none)
+    tokens, positions = batch.tokens[rows], batch.positions[rows]
+    none = np.empty(0, np.int32)
+    return Batch(
+        tokens=tokens, positions=positions, bounds=bounds, block_tables=batch.block_tables,
+        outputs=none,
+    )  # fmt: skip
