@@ -26,7 +26,7 @@ from squall.checkpoints.safetensors import open_part
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
 from squall.executors import Executor, Floats, Limits, Phase, ThreadPool
 from squall.files import quote, read_json
-from squall.program import Linear, Matrix, Program, Site, Slice, Value, Vector, sites
+from squall.program import Builder, Linear, Matrix, Program, Site, Slice, Vector, sites
 from squall.quant import Plan
 from squall.recipes import Recipe
 from squall.weights import Progress, Term, WeightStore
@@ -220,23 +220,19 @@ class Parts:
 
     def _classified(self, program: Program) -> Program:
         """The program with the classifier of its output as its output."""
-        (x,), ops, values = program.outputs, list(program.ops), list(program.values)
+        (x,), builder = program.outputs, Builder()
+        builder.ops, builder.values = list(program.ops), list(program.values)
         for number in range(self.config.xlora_depth):
             rows, cols = self.classifier.tensors[f"{number}.weight"].shape
             weight, bias = (
                 (Slice(f"{number}.{part}", 0, rows, CLASSIFIER),) for part in ("weight", "bias")
             )
+            matrix = Matrix(weight, rows, cols, role=CLASSIFIER)
+            vector = Vector(bias, rows) if self.config.use_bias else None
             relu = self.config.enable_relu_and_dropout and number < self.config.xlora_depth - 1
-            out = Value(len(program.values) + number, f"{CLASSIFIER}.{number}", rows)
-            ops.append(
-                Linear(
-                    out, x, Matrix(weight, rows, cols, role=CLASSIFIER),
-                    Vector(bias, rows) if self.config.use_bias else None, "relu" if relu else None,
-                )
-            )  # fmt: skip
-            values.append(out)
-            x = out
-        return replace(program, ops=tuple(ops), values=tuple(values), outputs=(x,))
+            out = builder.value(f"{CLASSIFIER}.{number}", rows)
+            x = builder.emit(Linear(out, x, matrix, vector, "relu" if relu else None))
+        return builder.build(x, caches=program.caches, context=program.context)
 
 
 def _path(folder: Path, name: str, config: XLoraConfig) -> str:
@@ -332,11 +328,9 @@ def _run(
 
 
 def _only(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
-    """These rows of a batch, which nobody wants outputs of; they are before scalings settle."""
+    """These rows of a batch, before scalings settle; nobody wants outputs of them."""
     bounds = np.concatenate([[0], np.cumsum(rows)])[batch.bounds].astype(np.int32)
-    tokens, positions = batch.tokens[rows], batch.positions[rows]
-    none = np.empty(0, np.int32)
-    return Batch(
-        tokens=tokens, positions=positions, bounds=bounds, block_tables=batch.block_tables,
-        outputs=none,
+    return replace(
+        batch, tokens=batch.tokens[rows], positions=batch.positions[rows], bounds=bounds,
+        outputs=np.empty(0, np.int32), prompts=None,
     )  # fmt: skip
