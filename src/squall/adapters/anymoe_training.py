@@ -97,10 +97,10 @@ class Forward:
         pool: ThreadPool | None = None, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         gated = [op for op in program.ops if isinstance(op, MixtureOfExperts) and op.shared]
-        ops = [_trained(op) for op in program.ops[: program.ops.index(gated[-1])]]
-        outputs = tuple(op.x for op in gated)
         self._names = [(op.x.name, op.router.role) for op in gated]
-        program = replace(program, ops=tuple(ops), outputs=outputs, caches=())
+        first, _ = program.cut(gated[-1].x.name)
+        ops, outputs = tuple(map(_trained, first.ops)), tuple(op.x for op in gated)
+        program = replace(first, ops=ops, outputs=outputs, caches=())
         limits = Limits(rows={"tokens": rows})
         self._executor = executors.open(program, store, limits, pool=pool, progress=progress)
 
