@@ -68,8 +68,8 @@ def adapted(model: Any, modules: Sequence[str], path: Path, prefix: str, seed: i
     for i, layer in enumerate(found.model.layers):
         for module in modules:
             weight = getattr(layer.mlp, module).weight
-            a = torch.randn(RANK, weight.shape[1], generator=generator) * 0.3
-            b = torch.randn(weight.shape[0], RANK, generator=generator) * 0.3
+            a = torch.randn(RANK, weight.shape[1], generator=generator) * 0.15
+            b = torch.randn(weight.shape[0], RANK, generator=generator) * 0.15
             weight.data += (b @ a) * (ALPHA / RANK)
             name = f"{prefix}model.layers.{i}.mlp.{module}"
             tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}

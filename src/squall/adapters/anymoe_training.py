@@ -73,7 +73,7 @@ def read(experts: Experts, encode: Encode, longest: int) -> list[Example]:
 
 def _example(where: str, row: Any, experts: int, encode: Encode, longest: int) -> Example:
     match row:
-        case {"prompt": str(prompt), "expert": int(expert), **others}:
+        case {"prompt": str(prompt), "expert": int(expert), **others} if type(expert) is int:
             ids = encode(prompt)
         case _:
             raise InvalidRequest(f"{where} must have a prompt, text, and an expert, a number")
