@@ -43,10 +43,10 @@ Vector vector(const std::optional<Floats>& a) {
   return a ? Vector(a->data(), a->data() + a->size()) : Vector();
 }
 size_t id(const MaybeId& v) { return v.value_or(kNone); }
-std::optional<AdaptersOp> adapters_of(const MaybeAdapters& a) {
-  if (!a) return std::nullopt;
+AdaptersOp adapters_of(const MaybeAdapters& a) {
+  if (!a) return {};
   const auto& [x, mixture, scalings, columns, site] = *a;
-  return AdaptersOp{x, mixture, id(scalings), columns, site};
+  return {x, mixture, id(scalings), columns, site};
 }
 
 NewMatrix new_matrix(size_t rows, size_t cols) {

@@ -117,23 +117,23 @@ void Executor::read(Phase& phase, size_t x, const Tile& weight) {
   (weight.is_integer() ? buffers_[x]->wants_quant : buffers_[x]->wants_float) = true;
 }
 
-Executor::Added Executor::adapt(const std::optional<AdaptersOp>& op, size_t first, size_t experts,
-                                size_t rows, size_t x, const Routing* routing) {
-  if (!op) return {};
-  Index& mixture = indices_.at(op->mixture);
+Executor::Added Executor::adapt(const AdaptersOp& op, size_t first, size_t experts, size_t rows,
+                                size_t x, const Routing* routing) {
+  if (!op.any()) return {};
+  Index& mixture = indices_.at(op.mixture);
   const Buffer& to = *buffers_.at(rows);
-  expect(mixture.space == to.space && (op->columns.empty() == (op->scalings == kNone)),
+  expect(mixture.space == to.space && (op.columns.empty() == (op.scalings == kNone)),
          "adapters are chosen by other rows, or scaled without scalings");
   mixture.mixtures = true;
-  const Buffer* scalings = op->scalings == kNone ? nullptr : &floats(op->scalings);
+  const Buffer* scalings = op.scalings == kNone ? nullptr : &floats(op.scalings);
   expect(
-      scalings == nullptr || (scalings->space == to.space && op->columns.size() >= first + experts),
+      scalings == nullptr || (scalings->space == to.space && op.columns.size() >= first + experts),
       "scalings are of other rows, or lack a column");
   low_ranks_.push_back(std::make_unique<LowRank>(
-      kernels_, *op, first, experts, to, x == kNone ? nullptr : &floats(x), scalings, routing));
+      kernels_, op, first, experts, to, x == kNone ? nullptr : &floats(x), scalings, routing));
   auto phase = std::make_unique<DownPhase>(*low_ranks_.back(), pool_->threads());
   if (x != kNone) phase->reads.push_back(x);
-  if (scalings != nullptr) phase->reads.push_back(op->scalings);
+  if (scalings != nullptr) phase->reads.push_back(op.scalings);
   const size_t value = add_value(1, to.space, false);
   phase->writes = {value};
   phase->name = "adapters";
@@ -141,7 +141,7 @@ Executor::Added Executor::adapt(const std::optional<AdaptersOp>& op, size_t firs
   const auto last = std::find_if(phases_.rbegin(), phases_.rend(), writes);
   phases_.insert(last.base(), std::move(phase));
   std::vector<size_t> reads = {value};
-  if (scalings != nullptr) reads.push_back(op->scalings);
+  if (scalings != nullptr) reads.push_back(op.scalings);
   return {low_ranks_.back().get(), std::move(reads)};
 }
 
@@ -157,7 +157,7 @@ void Executor::input(size_t out) {
 }
 
 void Executor::embed(size_t out, size_t index, TilePtr table, float scale,
-                     const std::optional<AdaptersOp>& adapters) {
+                     const AdaptersOp& adapters) {
   const Buffer& to = *buffers_.at(out);
   expect(to.width == table->cols(), "the embedding's width differs from its table's");
   expect(indices_.at(index).space == to.space, "an embedding's index is of other rows");
@@ -244,7 +244,7 @@ void Executor::linear(LinearOp op) {
   expect(residual == nullptr || residual->width == to.width, "a residual differs in width");
   const size_t out = op.out, in = op.x, rest = op.residual;
   const TilePtr weight = op.weight;
-  const Added added = adapt(op.adapters, 0, 1, out, op.adapters ? op.adapters->x : kNone);
+  const Added added = adapt(op.adapters, 0, 1, out, op.adapters.x);
   auto phase = std::make_unique<LinearPhase>(kernels_, pool_->threads(), std::move(op),
                                              *buffers_[in], to, residual, added.sums);
   read(*phase, in, *weight);
@@ -262,7 +262,7 @@ void Executor::gated_linear(GatedLinearOp op) {
          "a gated linear's bias does not fit");
   const size_t out = op.out, in = op.x;
   const TilePtr gate = op.gate, up = op.up;
-  const size_t x = op.adapters ? op.adapters->x : kNone;
+  const size_t x = op.adapters.x;
   const Added to_gate = adapt(op.adapters, 0, 1, out, x), to_up = adapt(op.adapters, 1, 1, out, x);
   auto phase =
       std::make_unique<GatedLinearPhase>(kernels_, pool_->threads(), std::move(op), *buffers_[in],

@@ -41,6 +41,14 @@ _CLASSES = {
     "xlora": "squall.adapters.xlora:XLora",
     "anymoe": "squall.adapters.anymoe:AnyMoe",
 }
+# Pairs that cannot be, and what to do.
+_APART = {
+    ("xlora", "anymoe"): "choose one",
+    ("xlora", "adapters"): "X-LoRA has its own",
+    ("anymoe", "adapters"): "merge them into a model first: squall adapters merge",
+    ("merge", "write_uqff"): "merge first, with squall adapters merge, and quantize that",
+}
+_OF_ADAPTERS = ("adapters", "xlora", "anymoe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,15 @@ class Opening:
             if not right and not isinstance(value, resolve_name(place)):
                 what = f"a {place.partition(':')[2]}{' or the path of its file' * path}"
                 raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
+
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        for (one, other), remedy in _APART.items():
+            if getattr(self, one) and getattr(self, other):
+                raise InvalidRequest(f"{one} and {other} cannot go together: {remedy}")
+        if isinstance(self.draft, Opening) and any(getattr(self.draft, n) for n in _OF_ADAPTERS):
+            raise InvalidRequest("a draft has no adapters; merge them: squall adapters merge")
 
     @property
     def of_draft(self) -> Opening | None:

@@ -99,7 +99,7 @@ def test_where_adapters_are(tmp_path: Path) -> None:
         "adapter_2": f"{root}/my_adapter_2",
         "law": f"{tmp_path}/math",
     }
-    with pytest.raises(ModelNotFound, match="3 folders in .* have 'adapter' in their names"):
+    with pytest.raises(ModelNotFound, match=r"3 folders in .* have 'adapter' in their names"):
         Ordering(("adapter",)).places(root)
     with pytest.raises(ModelNotFound, match="there: 'adapter_1', 'adapter_10', 'my_adapter_2'"):
         Ordering(("code",)).places(root)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import tiny
-from harness import BLOCK, BLOCKS, distance, make_batch
-from xlora_models import MODULES, PROMPT, Made, case, make, tokens_of
+from convert import convert
+from gguf.quants import dequantize, quantize
+from harness import distance, make_batch
+from test_ggml import QUANTS, old_file
+from xlora_models import MODULES, PROMPT, Made, case, make, opened, tokens_of
 
+from reference_executor import ReferenceExecutor
 from squall import executors
-from squall.adapters.target import Target
-from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor, place
-from squall.checkpoints import open_checkpoint
+from squall.adapters.xlora import XLora, XLoraConfig, XLoraExecutor, place
 from squall.errors import SquallError
 from squall.executors import Limits
-from squall.recipes import load
+from squall.program import Program
+from squall.quant import Plan
 from squall.weights import WeightStore
 
 DEEP = {"xlora_depth": 3, "xlora_size": 24}
@@ -88,19 +93,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]
         return done[name, config]
 
     return get
-
-
-def opened(base: Path, folder: Path, **options: Any) -> XLoraExecutor:
-    """The executor, with exact weights; options: of XLora, and of the store."""
-    xlora = {key: options.pop(key) for key in ("order", "tgt_non_granular_index") if key in options}
-    checkpoint = open_checkpoint(base)
-    recipe = load(checkpoint)
-    parts = Parts.read(XLora(folder, **xlora), Target.of(checkpoint, recipe))
-    given = {"exact": True} | options
-    store = WeightStore(checkpoint, others={CLASSIFIER: parts.classifier}, **given)
-    limits = Limits(blocks=BLOCKS, block_size=BLOCK, kv_dtype="f32" if store.exact else "f16")
-    pool = executors.thread_pool(1)
-    return XLoraExecutor(parts, parts.programs(recipe, tiny.CONTEXT), store, limits, pool=pool)
 
 
 def answered(
@@ -202,3 +194,116 @@ def test_an_ordering_file_orders(made: Any, tmp_path: Path) -> None:
             continue
         with pytest.raises(SquallError):
             opened(base, folder, order=order)
+
+
+@pytest.fixture
+def quantizing(monkeypatch: pytest.MonkeyPatch) -> QUANTS:
+    """The matrices of GGUF files that are written become this."""
+    add, kind = gguf.GGUFWriter.add_tensor, QUANTS.Q4_0
+
+    def quantized(self: Any, name: str, values: np.ndarray) -> None:
+        matrix = values.ndim == 2
+        add(self, name, quantize(values, kind) if matrix else values, raw_dtype=matrix and kind)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", quantized)
+    return kind
+
+
+def dequantize_all(model: Any, kind: QUANTS) -> Any:
+    """The model with the values that the matrices of a quantized file stand for."""
+    import torch
+
+    for weight in model.state_dict().values():
+        if weight.ndim == 2:
+            weight.copy_(torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind)))
+    return model
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_on_gguf(name: str, quantizing: QUANTS, tmp_path: Path) -> None:
+    model, base = tiny.build(case(name)), tmp_path / "base.gguf"
+    convert(model, name, base)
+    dequantize_all(model, quantizing)
+    one = make(model, MODULES[name], tmp_path / "mixed", **CONFIGS["deep-layerwise"])
+    exact = opened(base, one.folder)
+    assert {total.format for total in opened(base, one.folder, exact=False).formats} == {"q4_0"}
+    check(exact, one)
+
+
+def test_on_ggml(tmp_path: Path) -> None:
+    model = tiny.build(case("llama"))
+    old = {"rms_norm_eps": 1e-5, "intermediate_size": 256}
+    model = tiny.build(replace(case("llama"), config=case("llama").config | old))
+    convert(model, "llama", tmp_path / "base.gguf")
+    base = old_file(tmp_path / "base.bin", (model, tmp_path / "base.gguf"), QUANTS.Q8_0)
+    dequantize_all(model, QUANTS.Q8_0)
+    one = make(model, MODULES["llama"], tmp_path / "mixed", **CONFIGS["layerwise"])
+    check(opened(base, one.folder, gqa=2), one)
+
+
+def test_on_weights_quantized_at_load(made: Any) -> None:
+    one = made("llama", "layerwise")
+    executor = opened(one.folder.parent / "base", one.folder, exact=False)
+    tokens = tokens_of(one.model)
+    logits, scalings = answered(executor, tokens, [len(tokens)])
+    weights, caches = executor.weight_bytes, executor.kv_bytes
+    for isq, near in (("Q8_0", 0.1), (None, 0.0)):
+        executor.requantize(Plan.of(isq))
+        found, weighed = answered(executor, tokens, [len(tokens)])
+        assert near / 100 <= distance(found, logits) <= near
+        assert near / 100 <= distance(weighed, scalings) <= near
+        assert (executor.weight_bytes < weights / 2) == (isq is not None)
+        assert executor.plan == Plan.of(isq)
+        assert executor.kv_bytes == caches
+
+
+def test_a_profile_is_of_both_passes(made: Any) -> None:
+    one = made("phi3", "deep")
+    executor, tokens = opened(one.folder.parent / "base", one.folder), tokens_of(one.model)
+    phases = executor.profile(lambda: answered(executor, tokens, [len(tokens)]))
+    names = [phase.name for phase in phases]
+    assert len(names) > len(set(names))
+    assert sum(phase.fmas for phase in phases) > 0
+
+
+@pytest.mark.parametrize("each", tiny.CASES, ids=str)
+def test_modules_have_the_order_of_transformers(each: tiny.Case) -> None:
+    import torch
+
+    wanted = [name for name, module in tiny.build(each).named_modules()
+              if isinstance(module, torch.nn.Linear | torch.nn.Embedding)]  # fmt: skip
+    assert sorted(sorted(wanted), key=place) == wanted
+
+
+@pytest.mark.parametrize("config", ["deep-layerwise", "passing"])
+def test_the_reference_agrees(config: str, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reference(program: Program, store: WeightStore, limits: Limits, **_: Any) -> Any:
+        checkpoint, others = store.checkpoints[""], store.checkpoints
+        made = ReferenceExecutor(program, checkpoint, blocks=limits.blocks, others=others)
+        made.kv_bytes = 0
+        return made
+
+    monkeypatch.setattr(executors, "open", reference)
+    one = made("phi3", config)
+    check(opened(one.folder.parent / "base", one.folder), one)
+
+
+def test_no_row_depends_on_others() -> None:
+    rng = np.random.default_rng(2)
+    for adapters, layers, top in itertools.product((1, 2, 3, 9, 33), (1, 7), (None, 2)):
+        names = dict.fromkeys(map(str, range(adapters)), "")
+        config = XLoraConfig(hidden_size=1, adapters=names, top_k_lora=top)
+        logits = rng.normal(0, 9, (67, adapters * layers)).astype(np.float32)
+        whole = config.scalings(logits)
+        for start, stop in ((0, 1), (1, 2), (3, 16), (17, 67)):
+            assert config.scalings(logits[start:stop]).tobytes() == whole[start:stop].tobytes()
+
+
+def test_pefts_own_files(made: Any, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    one = made("llama", "deep")
+    one.model.peft_config["default"].save_pretrained(tmp_path)
+    # What PEFT saves lacks those parts whose numbers are names of adapters.
+    save_file(one.model.state_dict(), tmp_path / "adapter_model.safetensors")
+    check(opened(one.folder.parent / "base", tmp_path), one)

@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import tiny
+from harness import BLOCK, BLOCKS
 from numpy.typing import NDArray
+
+from squall import executors
+from squall.adapters.target import Target
+from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor
+from squall.checkpoints import open_checkpoint
+from squall.executors import Limits
+from squall.recipes import load
+from squall.weights import WeightStore
 
 PROMPT, ANSWER = 24, 32
 ADAPTERS = ("0", "1", "2")
@@ -116,3 +125,16 @@ def tokens_of(model: Any, count: int = PROMPT + ANSWER) -> list[int]:
 
 def case(name: str) -> tiny.Case:
     return next(case for case in tiny.CASES if case.name == name)
+
+
+def opened(base: Path, folder: Path, **options: Any) -> XLoraExecutor:
+    """The executor, with exact weights; options: of XLora, and of the store."""
+    xlora = {key: options.pop(key) for key in ("order", "tgt_non_granular_index") if key in options}
+    checkpoint = open_checkpoint(base, gqa=options.pop("gqa", 1))
+    recipe = load(checkpoint)
+    parts = Parts.read(XLora(folder, **xlora), Target.of(checkpoint, recipe))
+    given = {"exact": True} | options
+    store = WeightStore(checkpoint, others={CLASSIFIER: parts.classifier}, **given)
+    limits = Limits(blocks=BLOCKS, block_size=BLOCK, kv_dtype="f32" if store.exact else "f16")
+    pool = executors.thread_pool(1)
+    return XLoraExecutor(parts, parts.programs(recipe, tiny.CONTEXT), store, limits, pool=pool)

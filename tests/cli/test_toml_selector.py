@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from squall.api.anymoe import AnyMoeConfig, AnyMoeExpertType
 from squall.api.which import (
-    AnyMoeConfig,
-    AnyMoeExpertType,
     IsqOrganization,
     ModelDType,
     Selection,
@@ -80,8 +79,7 @@ def test_speculative_and_anymoe(tmp_path: Path) -> None:
         [speculative]
         gamma = 5
         [speculative.draft_model]
-        quantized_model_id = "d"
-        quantized_filename = "f.gguf"
+        model_id = "d"
         [anymoe]
         dataset_json = "d.json"
         prefix = "model.layers"
@@ -94,7 +92,7 @@ def test_speculative_and_anymoe(tmp_path: Path) -> None:
         expert_type = {lora_adapter = {rank = 8, alpha = 16.0, target_modules = ["up_proj"]}}
         """,
     )
-    assert found.speculative == (Which.GGUF("d", "f.gguf"), 5)
+    assert found.speculative == (Which.Plain("d"), 5)
     adapter = AnyMoeExpertType.LoraAdapter(8, 16.0, ["up_proj"])
     assert found.anymoe == AnyMoeConfig(
         64, "d.json", "model.layers", "mlp", ["a", "b"], adapter, [0, 2], epochs=3

@@ -48,11 +48,21 @@ MAY_IMPORT: dict[str, set[str]] = {
 # From here on what users meet: the model, what is asked of it, its server and its commands.
 ABOVE: dict[str, set[str]] = {
     "model": set(MAY_IMPORT),
-    "api": {"errors", "adapters", "closing", "checkpoints", "engine", "quant", "text", "opening", "model"},
+    "api": {
+        "errors",
+        "adapters",
+        "closing",
+        "checkpoints",
+        "engine",
+        "quant",
+        "text",
+        "opening",
+        "model",
+    },
     "server": {"__version__", "errors", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api"},
-}
+}  # fmt: skip
 TOP = {"cli", "__init__", "__main__"}
 
 PAGE = ROOT / "docs/design.md"

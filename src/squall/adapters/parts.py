@@ -117,9 +117,11 @@ class Parts:
         if norm is not None and len(shape) == 1:
             role, start = norm
             base = self.target.values(role)
-            change = self.vectors.setdefault(role, np.zeros(base.size, np.float32))
             found += np.float32(self.target.norm_offset(paired=self.paired))
-            change[start : start + found.size] = found - base[start : start + found.size]
+            found -= base[start : start + found.size]
+            if found.any():
+                whole = self.vectors.setdefault(role, np.zeros_like(base))
+                whole[start : start + found.size] = found
             return
         module, _, kind = name.rpartition(".")
         places = self.target.sites(module) if kind == "bias" else ()

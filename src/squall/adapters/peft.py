@@ -160,7 +160,11 @@ class Config:
             return False
         if self.modules == "all-linear":
             return module.rpartition(".")[2] not in _EMBEDDINGS
-        return _named(self.modules, module) and self._in_layers(module)
+        if isinstance(self.modules, str):
+            return _named(self.modules, module)
+        # A whole path that is named is adapted in any layer.
+        whole = module in self.modules
+        return whole or (_named(self.modules, module) and self._in_layers(module))
 
     def saves(self, module: str, kind: str) -> bool:
         """Whether PEFT takes a module's weight or bias from the adapter's file."""
@@ -171,7 +175,7 @@ class Config:
         return embedding or trained or any(module.endswith(name) for name in self.saved)
 
     def _in_layers(self, module: str) -> bool:
-        if isinstance(self.modules, str) or not self.layers:
+        if not self.layers:
             return True
         for name in self.layer_lists or (r"[^.]*",):
             if match := re.match(_LAYER.format(name), module):
@@ -225,7 +229,7 @@ def _whole(path: str, tensor: Tensor, config: Config, parts: Parts) -> None:
 def _adapted(key: tuple[str, int], pair: Mapping[str, Floats], config: Config, parts: Parts) -> str:
     """Add a pair of matrices; returns the module, or the parameter of one, that they adapt."""
     module, depth = key
-    parameter = _parameter(module, depth, config)
+    parameter = _parameter(module, depth, config, parts)
     name = module if parameter is None else f"{module}.{parameter}"
     if pair.keys() != {"A", "B", "Bbias"} - (set() if config.lora_bias else {"Bbias"}):
         given = ", ".join(quote(tensor.name) for tensor in pair.values())
@@ -240,27 +244,30 @@ def _adapted(key: tuple[str, int], pair: Mapping[str, Floats], config: Config, p
             "see its target_modules, target_parameters, exclude_modules, modules_to_save and "
             "layers_to_transform"
         )
-    place = name.removesuffix(".weight")
-    experts = len({site[1] for site, _, _ in parts.target.sites(place)})
+    experts = len({site[1] for site, _, _ in parts.target.sites(name)})
     if experts * rank not in a.array.shape[:1] or b.array.shape[1:] != a.array.shape[:1]:
         raise InvalidCheckpoint(
             f"tensors {quote(a.name)} and {quote(b.name)} have shapes {a.array.shape} and "
             f"{b.array.shape}; by {CONFIG} their rank is {rank}"
             + (f", of each of {experts} experts" if experts > 1 else "")
         )
-    if (TABLE, 0) in (site for site, _, _ in parts.target.sites(place)):
+    if (TABLE, 0) in (site for site, _, _ in parts.target.sites(name)):
         a = replace(a, array=a.array.T)
     rows = len(b.array)
     a = replace(a, array=a.array.reshape(experts, -1, a.array.shape[-1]))
     b = replace(b, array=b.array.reshape(rows, rank, experts).transpose(2, 0, 1))
-    parts.low_rank(place, a, b, config.scale(name), pair.get("Bbias"))
+    parts.low_rank(name, a, b, config.scale(name), pair.get("Bbias"))
     return name
 
 
-def _parameter(module: str, depth: int, config: Config) -> str | None:
+def _parameter(module: str, depth: int, config: Config, parts: Parts) -> str | None:
     """Of several adapted parameters of a module the first is wrapped first, innermost."""
     known = (*PARAMETERS, "weight")
-    found = [name for name in known if _named(config.parameters, f"{module}.{name}")]
+    found = [
+        name
+        for name in known
+        if _named(config.parameters, f"{module}.{name}") and parts.target.sites(f"{module}.{name}")
+    ]
     return found[-1 - depth] if depth < len(found) else None
 
 

@@ -73,7 +73,8 @@ class Target:
         for (role, *more), piece in self._meanings(module):
             whole = self.shapes.get(f"{role}.{kind}", ())
             start = (piece or 0) * size
-            if len(whole) == 1 and not more and (whole == (size,) or piece is not None):
+            norm = not more and len(whole) == len(self.shapes.get(f"{role}.weight", ())) == 1
+            if norm and (whole == (size,) or piece is not None):
                 return (f"{role}.{kind}", start) if start + size <= whole[0] else None
         return None
 
@@ -127,6 +128,6 @@ class Target:
 
     def _meanings(self, module: str) -> Iterator[tuple[tuple[str, ...], int | None]]:
         # Models that see have their language model in a part of that name, or have had.
-        name = module.replace("language_model.", "")
+        name = module.replace("language_model.", "").removesuffix(".weight")
         for naming in self.namings:
             yield from naming.meanings(name)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from squall.api import responses
 from squall.api.jobs import Asked, ChatJob, CompletionJob, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
-from squall.api.which import AnyMoeConfig, ImageGenerationResponseFormat, Selection, Which
+from squall.api.which import ImageGenerationResponseFormat, Selection, Which
 from squall.checkpoints.hub import Hub
 from squall.closing import Closing
 from squall.engine.engine import EngineConfig
@@ -18,6 +18,9 @@ from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.model import Model
 from squall.opening import Opening
+
+if TYPE_CHECKING:
+    from squall.adapters.anymoe import AnyMoe
 
 _OF_FLOATS = (Which.Plain, Which.Lora, Which.XLora)
 
@@ -59,7 +62,7 @@ class _Runner:
         chat_template: str | None = None,
         num_device_layers: Sequence[str] | None = None,
         in_situ_quant: str | None = None,
-        anymoe_config: AnyMoeConfig | None = None,
+        anymoe_config: AnyMoe | None = None,
         pa_gpu_mem: int | float | None = None,
         pa_gpu_mem_usage: float | None = None,
         pa_ctxt_len: int | None = None,
@@ -122,9 +125,9 @@ class _Runner:
         """Not there yet."""
         raise UnsupportedModel("images need a diffusion model; none is supported yet")
 
-    def activate_adapters(self, adapter_names: Sequence[str]) -> NoReturn:  # noqa: ARG002
-        """Not there yet."""
-        raise UnsupportedModel("this model has no adapters; none are supported yet")
+    def activate_adapters(self, adapter_names: Sequence[str]) -> None:
+        """Adapters for requests that name none; raises UnknownAdapter."""
+        self.model.adapters.activate(adapter_names)
 
     def close(self) -> None:
         """End all answers, and free the model; one that was given stays open."""

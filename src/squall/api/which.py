@@ -25,41 +25,6 @@ ModelDType = Enum("ModelDType", "Auto BF16 F16 F32")
 ImageGenerationResponseFormat = Enum("ImageGenerationResponseFormat", "Url B64Json")
 
 
-class AnyMoeExpertType:
-    """What the experts of AnyMoE are."""
-
-    @dataclass(frozen=True)
-    class FineTuned:
-        """Whole feed-forward layers."""
-
-    @dataclass(frozen=True)
-    class LoraAdapter:
-        """Adapters of the model's own layers."""
-
-        rank: int
-        alpha: float
-        target_modules: Sequence[str]
-
-
-@dataclass(frozen=True)
-class AnyMoeConfig:
-    """How AnyMoE makes experts of models."""
-
-    hidden_size: int
-    dataset_json: str
-    prefix: str
-    mlp: str
-    model_ids: Sequence[str]
-    expert_type: AnyMoeExpertType.FineTuned | AnyMoeExpertType.LoraAdapter
-    layers: Sequence[int] = ()
-    lr: float = 1e-3
-    epochs: int = 100
-    batch_size: int = 4
-    gate_model_id: str | None = None
-    training: bool = True
-    loss_csv_path: str | None = None
-
-
 @dataclass(frozen=True)
 class Selection:
     """A kind of model; some kinds are not there yet."""

@@ -19,11 +19,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from squall.api.which import (
-    AnyMoeConfig,
-    AnyMoeExpertType,
     IsqOrganization,
     ModelDType,
     Selection,
@@ -38,6 +36,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    from squall.adapters.anymoe import AnyMoe
 
 # The most special first; the first that has all keys, and all of whose required keys are there.
 _KINDS: tuple[type[Selection], ...] = (
@@ -63,7 +64,7 @@ class TomlSelection:
 
     model: Selection
     speculative: tuple[Selection, int] | None = None
-    anymoe: AnyMoeConfig | None = None
+    anymoe: AnyMoe | None = None
     no_kv_cache: bool = False
 
     def opening(self, others: Opening = DEFAULTS) -> Opening:
@@ -156,21 +157,22 @@ def _value(section: str, key: str, value: object) -> object:
     return value
 
 
-def _anymoe(given: Mapping[str, Any]) -> AnyMoeConfig:
+def _anymoe(given: Mapping[str, Any]) -> AnyMoe:
+    from squall.adapters.anymoe import AnyMoe, FineTuned, LoraAdapter
+
     config = dict(_table(given.get("config", {}), "[anymoe.config]"))
     outer = {"dataset_json", "prefix", "mlp", "model_ids", "layers"}
     _check_keys(given, "[anymoe]", outer | {"config"}, (outer - {"layers"}) | {"config"})
-    inner = {item.name for item in fields(AnyMoeConfig)} - outer
+    inner = {item.name for item in fields(AnyMoe)} - outer
     _check_keys(config, "[anymoe.config]", inner, {"hidden_size", "expert_type"})
-    expert, types = config["expert_type"], AnyMoeExpertType
-    if expert == "fine_tuned":
-        config["expert_type"] = types.FineTuned()
+    if (expert := config["expert_type"]) == "fine_tuned":
+        config["expert_type"] = FineTuned()
     else:
         adapter = _table(_table(expert, "expert_type").get("lora_adapter"), "lora_adapter")
-        names = {item.name for item in fields(types.LoraAdapter)}
+        names = {item.name for item in fields(LoraAdapter)}
         _check_keys(adapter, "lora_adapter", names, names)
-        config["expert_type"] = types.LoraAdapter(**adapter)
-    return AnyMoeConfig(**config, **{key: given[key] for key in outer & given.keys()})
+        config["expert_type"] = LoraAdapter(**adapter)
+    return AnyMoe(**config, **{key: given[key] for key in outer & given.keys()})
 
 
 def _allowed(kind: type[Selection]) -> set[str]:
