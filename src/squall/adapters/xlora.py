@@ -258,7 +258,7 @@ class XLoraExecutor:
     ) -> None:
         self._parts, self._programs = parts, programs
         self._open = partial(executors.open, limits=limits, pool=pool or executors.thread_pool())
-        self.settles = parts.settles
+        self.settles, self.whole = parts.settles, False
         # What settled, by the block of the row that it is of.
         self._settled = np.empty((limits.blocks, parts.width), np.float32)
         self._load(store, progress)
