@@ -6,43 +6,45 @@ import copy
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
-import anymoe_torch as reference
+import anymoe_models as models
 import numpy as np
 import pytest
 import torch
-from anymoe_torch import ALPHA, EXPERTS, RANK
+from anymoe_models import (
+    ALPHA,
+    BATCH,
+    EPOCHS,
+    EXAMPLES,
+    EXPERTS,
+    LR,
+    RANK,
+    ROWS,
+    Mixture,
+    Tiny,
+    made,
+)
 from convert import convert
 from harness import distance, make_batch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from tiny import CASES, Case
 
 from squall import recipes
-from squall.adapters.anymoe import AnyMoe, Experts, FineTuned, LoraAdapter
-from squall.adapters.anymoe_training import beginning, open_experts, write_losses
+from squall.adapters.anymoe import AnyMoe, LoraAdapter
+from squall.adapters.anymoe_training import beginning, write_losses
 from squall.batch import Batch
 from squall.checkpoints import open_checkpoint
 from squall.checkpoints.safetensors import open_part
 from squall.convert import write
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound
-from squall.executors import Executor, Limits
+from squall.executors import Executor
 from squall.quant import Plan
-from squall.weights import WeightStore
 
-# Each expert's prompts have letters of their own, so that gates learn fast.
-TEXTS = [
-    ("abba babbaab aab", 0), ("bab abab", 0), ("aaaabbbb ba", 0),
-    ("1 + 12 = 112", 1), ("21 * 2 + 11", 1), ("2 + 1221", 1),
-    ("xyz.zyx(z)", 2), ("zz(xy, yx).x", 2), ("y.z(x)", 2),
-]  # fmt: skip
-EPOCHS, BATCH, LR = 12, 4, 0.02
-BY_NAME = {case.name: case for case in CASES}
 NAMES = [
     "llama-biased-tied",
     "mistral",
@@ -55,53 +57,9 @@ NAMES = [
     "granite",
     "olmo2",
 ]
-ROWS = 64
+
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-def encode(prompt: str) -> list[int]:
-    return [1, *(3 + ord(c) for c in prompt)]
-
-
-EXAMPLES = [(encode(text), expert) for text, expert in TEXTS]
-
-
-@dataclass
-class Tiny:
-    """A model with experts, in torch and as files."""
-
-    case: Case
-    model: Any
-    experts: Sequence[Any]
-    paths: Sequence[Path]
-    folder: Path
-
-    def config(self, **changes: Any) -> AnyMoe:
-        rows = [{"prompt": text, "expert": expert} for text, expert in TEXTS]
-        dataset = self.folder / "rows.json"
-        dataset.write_text(json.dumps({"rows": rows}))
-        hidden = self.model.config.hidden_size
-        given: dict[str, Any] = {
-            "prefix": "model.layers", "mlp": "mlp", "model_ids": [str(p) for p in self.paths[1:]],
-            "expert_type": FineTuned(), "lr": LR, "epochs": EPOCHS, "batch_size": BATCH,
-            "gate_model_id": str(self.folder / "gates"),
-            "loss_csv_path": str(self.folder / "losses" / "losses.csv"),
-        }  # fmt: skip
-        return AnyMoe(hidden, str(dataset), **(given | changes))
-
-    def open(self, config: AnyMoe, **options: Any) -> Executor:
-        checkpoint = open_checkpoint(self.paths[0])
-        experts = Experts(config, recipes.load(checkpoint))
-        store = WeightStore(checkpoint, others=experts.others, merged=experts.merged)
-        limits = Limits(rows={"tokens": ROWS, "outputs": ROWS}, blocks=16, kv_dtype="f32")
-        return open_experts(experts, store, limits, context=ROWS, encode=encode, **options)
-
-
-def made(name: str, folder: Path) -> Tiny:
-    case = BY_NAME[name]
-    models, paths = reference.build(case, folder)
-    return Tiny(case, models[0], models[1:], paths, folder)
 
 
 def batches() -> list[list[tuple[list[int], int]]]:
@@ -114,12 +72,10 @@ def batches() -> list[list[tuple[list[int], int]]]:
     return found
 
 
-def in_torch(
-    tiny: Tiny, layers: Sequence[int]
-) -> tuple[list[reference.Mixture], list[list[float]]]:
+def in_torch(tiny: Tiny, layers: Sequence[int]) -> tuple[list[Mixture], list[list[float]]]:
     gates = beginning(len(layers), EXPERTS, tiny.model.config.hidden_size)
-    mixtures = reference.with_experts(tiny.model, tiny.experts, gates, layers)
-    return mixtures, reference.train(tiny.model, mixtures, batches(), LR)
+    mixtures = models.with_experts(tiny.model, tiny.experts, gates, layers)
+    return mixtures, models.train(tiny.model, mixtures, batches(), LR)
 
 
 def losses_of(config: AnyMoe) -> tuple[list[str], NDArray[np.float64]]:
@@ -135,7 +91,7 @@ def with_prompt(batch: Batch, *prompts: int) -> Batch:
 def check_like_torch(
     tiny: Tiny,
     executor: Executor,
-    mixtures: Sequence[reference.Mixture],
+    mixtures: Sequence[Mixture],
     answers: int = 7,
     near: float = 1e-4,
 ) -> None:
@@ -183,7 +139,7 @@ def test_experts_of_lora_adapters_are_like_in_torch(
     tiny = made(name, tmp_path)
     tiny.paths = [tiny.paths[0], *(tmp_path / f"adapter{i}" for i in range(1, EXPERTS))]
     tiny.experts = [
-        reference.adapted(tiny.model, modules, path, prefix, seed)
+        models.adapted(tiny.model, modules, path, prefix, seed)
         for seed, path in enumerate(tiny.paths[1:])
     ]
     config = tiny.config(expert_type=LoraAdapter(RANK, ALPHA, modules))
@@ -303,7 +259,7 @@ def test_what_cannot_be_is_refused(
 def test_adapters_that_are_refused(
     small: Tiny, modules: list[str], rank: int, error: type[Exception], text: str, tmp_path: Path
 ) -> None:
-    reference.adapted(small.model, ["up_proj"], tmp_path / "adapter", "", 0)
+    models.adapted(small.model, ["up_proj"], tmp_path / "adapter", "", 0)
     tiny = replace(small, folder=tmp_path)
     tiny.paths = [small.paths[0], tmp_path / "adapter"]
     with pytest.raises(error, match=text):
