@@ -43,10 +43,10 @@ Vector vector(const std::optional<Floats>& a) {
   return a ? Vector(a->data(), a->data() + a->size()) : Vector();
 }
 size_t id(const MaybeId& v) { return v.value_or(kNone); }
-std::optional<AdaptersOp> adapters_of(const MaybeAdapters& a) {
-  if (!a) return std::nullopt;
+AdaptersOp adapters_of(const MaybeAdapters& a) {
+  if (!a) return {};
   const auto& [x, mixture, scalings, columns, site] = *a;
-  return AdaptersOp{x, mixture, id(scalings), columns, site};
+  return {x, mixture, id(scalings), columns, site};
 }
 
 NewMatrix new_matrix(size_t rows, size_t cols) {
@@ -362,17 +362,19 @@ void bind_ops(nb::class_<Executor>& c) {
           [](Executor& e, size_t out, size_t x, TileRef router, const std::vector<TileRef>& gate,
              const std::vector<TileRef>& up, const std::vector<TileRef>& down, size_t top_k,
              const std::string& act, bool normalize, std::optional<float> jitter, float scale,
-             MaybeId residual, const MaybeAdapters& adapters) {
+             MaybeId residual, const MaybeAdapters& adapters,
+             const std::vector<std::optional<Floats>>& biases, MaybeId shared) {
             const auto all = [](const auto& tiles) {
               return std::vector<TilePtr>(tiles.begin(), tiles.end());
             };
             e.mixture_of_experts({out, x, std::move(router), all(gate), all(up), all(down), top_k,
                                   activation_named(act), normalize, jitter, scale, id(residual),
-                                  adapters_of(adapters)});
+                                  adapters_of(adapters), vector(biases.at(0)), vector(biases.at(1)),
+                                  vector(biases.at(2)), vector(biases.at(3)), id(shared)});
           },
           "out"_a, "x"_a, "router"_a, "gate"_a, "up"_a, "down"_a, "top_k"_a, "activation"_a,
-          "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none(),
-          "adapters"_a.none() = nb::none())
+          "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none(), "adapters"_a.none(),
+          "biases"_a, "shared"_a.none())
       .def("add", &Executor::add, "out"_a, "a"_a, "b"_a, "scale"_a)
       .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
       .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a, "index"_a)

@@ -31,6 +31,15 @@ void join(std::vector<size_t>& to, const std::vector<size_t>& more) {
   to.insert(to.end(), more.begin(), more.end());
 }
 
+constexpr const char* kUnlikeExperts = "the experts differ in shape";
+
+// The values of one of several that follow each other; nothing of nothing.
+Vector part(const Vector& all, size_t index, size_t parts) {
+  const auto size = static_cast<ptrdiff_t>(all.size() / parts);
+  const auto begin = all.begin() + static_cast<ptrdiff_t>(index) * size;
+  return {begin, begin + size};
+}
+
 // A weight's format and shape, as profiles tell them.
 std::string described(const Tile& w) {
   return std::string(info(w.format()).name) + " " + std::to_string(w.rows()) + "x" +
@@ -108,23 +117,23 @@ void Executor::read(Phase& phase, size_t x, const Tile& weight) {
   (weight.is_integer() ? buffers_[x]->wants_quant : buffers_[x]->wants_float) = true;
 }
 
-Executor::Added Executor::adapt(const std::optional<AdaptersOp>& op, size_t first, size_t experts,
-                                size_t rows, size_t x, const Routing* routing) {
-  if (!op) return {};
-  Index& mixture = indices_.at(op->mixture);
+Executor::Added Executor::adapt(const AdaptersOp& op, size_t first, size_t experts, size_t rows,
+                                size_t x, const Routing* routing) {
+  if (!op.any()) return {};
+  Index& mixture = indices_.at(op.mixture);
   const Buffer& to = *buffers_.at(rows);
-  expect(mixture.space == to.space && (op->columns.empty() == (op->scalings == kNone)),
+  expect(mixture.space == to.space && (op.columns.empty() == (op.scalings == kNone)),
          "adapters are chosen by other rows, or scaled without scalings");
   mixture.mixtures = true;
-  const Buffer* scalings = op->scalings == kNone ? nullptr : &floats(op->scalings);
+  const Buffer* scalings = op.scalings == kNone ? nullptr : &floats(op.scalings);
   expect(
-      scalings == nullptr || (scalings->space == to.space && op->columns.size() >= first + experts),
+      scalings == nullptr || (scalings->space == to.space && op.columns.size() >= first + experts),
       "scalings are of other rows, or lack a column");
   low_ranks_.push_back(std::make_unique<LowRank>(
-      kernels_, *op, first, experts, to, x == kNone ? nullptr : &floats(x), scalings, routing));
+      kernels_, op, first, experts, to, x == kNone ? nullptr : &floats(x), scalings, routing));
   auto phase = std::make_unique<DownPhase>(*low_ranks_.back(), pool_->threads());
   if (x != kNone) phase->reads.push_back(x);
-  if (scalings != nullptr) phase->reads.push_back(op->scalings);
+  if (scalings != nullptr) phase->reads.push_back(op.scalings);
   const size_t value = add_value(1, to.space, false);
   phase->writes = {value};
   phase->name = "adapters";
@@ -132,7 +141,8 @@ Executor::Added Executor::adapt(const std::optional<AdaptersOp>& op, size_t firs
   const auto last = std::find_if(phases_.rbegin(), phases_.rend(), writes);
   phases_.insert(last.base(), std::move(phase));
   std::vector<size_t> reads = {value};
-  if (scalings != nullptr) reads.push_back(op->scalings);
+  if (x != kNone) reads.push_back(x);  // by terms without an `a`
+  if (scalings != nullptr) reads.push_back(op.scalings);
   return {low_ranks_.back().get(), std::move(reads)};
 }
 
@@ -148,7 +158,7 @@ void Executor::input(size_t out) {
 }
 
 void Executor::embed(size_t out, size_t index, TilePtr table, float scale,
-                     const std::optional<AdaptersOp>& adapters) {
+                     const AdaptersOp& adapters) {
   const Buffer& to = *buffers_.at(out);
   expect(to.width == table->cols(), "the embedding's width differs from its table's");
   expect(indices_.at(index).space == to.space, "an embedding's index is of other rows");
@@ -235,7 +245,7 @@ void Executor::linear(LinearOp op) {
   expect(residual == nullptr || residual->width == to.width, "a residual differs in width");
   const size_t out = op.out, in = op.x, rest = op.residual;
   const TilePtr weight = op.weight;
-  const Added added = adapt(op.adapters, 0, 1, out, op.adapters ? op.adapters->x : kNone);
+  const Added added = adapt(op.adapters, 0, 1, out, op.adapters.x);
   auto phase = std::make_unique<LinearPhase>(kernels_, pool_->threads(), std::move(op),
                                              *buffers_[in], to, residual, added.sums);
   read(*phase, in, *weight);
@@ -253,7 +263,7 @@ void Executor::gated_linear(GatedLinearOp op) {
          "a gated linear's bias does not fit");
   const size_t out = op.out, in = op.x;
   const TilePtr gate = op.gate, up = op.up;
-  const size_t x = op.adapters ? op.adapters->x : kNone;
+  const size_t x = op.adapters.x;
   const Added to_gate = adapt(op.adapters, 0, 1, out, x), to_up = adapt(op.adapters, 1, 1, out, x);
   auto phase =
       std::make_unique<GatedLinearPhase>(kernels_, pool_->threads(), std::move(op), *buffers_[in],
@@ -349,15 +359,26 @@ void Executor::attend(AttendOp op) {
 }
 
 void Executor::mixture_of_experts(MoeOp op) {
-  const size_t experts = op.gate.size(), hidden = buffers_[op.x]->width;
-  expect(op.top_k > 0 && op.top_k <= experts && op.up.size() == experts &&
+  const size_t experts = op.up.size(), hidden = buffers_[op.x]->width;
+  expect(op.top_k > 0 && op.top_k <= experts && (op.gate.empty() || op.gate.size() == experts) &&
              op.down.size() == experts && op.router->rows() == experts,
          "a mixture's experts do not fit");
-  const size_t space = buffers_[op.x]->space;
+  const size_t space = buffers_[op.x]->space, width = op.up[0]->rows();
+  const auto fits = [&](const Vector& biases, size_t size) {
+    return biases.empty() || biases.size() == product({experts, size});
+  };
+  expect(fits(op.router_bias, 1) && fits(op.gate_bias, width) && fits(op.up_bias, width) &&
+             fits(op.down_bias, hidden),
+         "a mixture's biases do not fit");
+  if (op.shared != kNone) {
+    expect(indices_.at(op.shared).space == space && op.top_k == 1,
+           "rows that share are other rows, or have several experts");
+    indices_[op.shared].shared = true;
+  }
   Mixture m{op, std::make_shared<Routing>(limits_.rows[space], experts, op.top_k)};
   m.routed = add_value(1, space, false);
   m.gathered = add_value(hidden, space, false, op.top_k);
-  m.inner = add_value(op.gate[0]->rows(), space, false, op.top_k);
+  m.inner = add_value(width, space, false, op.top_k);
   m.outer = add_value(hidden, space, false, op.top_k);
   route(m);
   run_experts(m);
@@ -368,9 +389,9 @@ void Executor::mixture_of_experts(MoeOp op) {
 void Executor::route(const Mixture& m) {
   const MoeOp& op = m.op;
   const size_t scores = add_value(op.router->rows(), buffers_[op.x]->space, false);
-  linear({scores, op.x, op.router, {}, Activation::kNone, 1.0f, kNone, op.adapters});
-  auto choose =
-      std::make_unique<RoutePhase>(kernels_, *m.routing, floats(scores), op.normalize, op.jitter);
+  linear({scores, op.x, op.router, op.router_bias, Activation::kNone, 1.0f, kNone, op.adapters});
+  auto choose = std::make_unique<RoutePhase>(kernels_, *m.routing, floats(scores), op.normalize,
+                                             op.jitter, op.shared);
   choose->reads = {scores};
   choose->writes = {m.routed};
   add_phase("moe choose", std::move(choose));
@@ -390,53 +411,67 @@ void Executor::route(const Mixture& m) {
 
 void Executor::run_experts(const Mixture& m) {
   const MoeOp& op = m.op;
-  const Buffer &in = *buffers_[m.gathered], &mid = *buffers_[m.inner], &last = *buffers_[m.outer];
-  const size_t experts = op.gate.size();
-  std::vector<GatedLinearOp> gated;
+  const Buffer &in = *buffers_[m.gathered], &mid = *buffers_[m.inner];
+  const size_t experts = op.up.size();
+  if (op.gate.empty()) {
+    expert_linear(m, op.up, op.up_bias, op.activation, m.gathered, m.inner, 1);
+  } else {
+    std::vector<GatedLinearOp> gated;
+    for (size_t e = 0; e < experts; ++e)
+      gated.push_back({m.inner,
+                       m.gathered,
+                       op.gate[e],
+                       op.up[e],
+                       part(op.gate_bias, e, experts),
+                       part(op.up_bias, e, experts),
+                       op.activation,
+                       {}});
+    const auto adapted = [&](size_t first) {
+      return adapt(op.adapters, first, experts, m.gathered, m.gathered, m.routing.get());
+    };
+    const Added to_gate = adapted(1), to_up = adapted(1 + experts);
+    auto up = expert_phase(
+        *m.routing, {op.gate, op.up}, pool_->threads(),
+        [&k = kernels_, &in, &mid, gated, added = GatedAdded{to_gate.sums, to_up.sums}](
+            const Step& step, size_t e, const TileRange& tiles, size_t row, size_t rows) {
+          gated_block(k, gated[e], in, mid, step, added, tiles, row, rows);
+        });
+    up->writes = {m.inner};
+    up->quantizes = true;
+    for (size_t e = 0; e < experts; ++e) {
+      expect(op.gate[e]->rows() == mid.width && op.up[e]->rows() == mid.width, kUnlikeExperts);
+      read(*up, m.gathered, *op.gate[e]);
+      read(*up, m.gathered, *op.up[e]);
+    }
+    for (const Added* added : {&to_gate, &to_up}) join(up->reads, added->reads);
+    add_phase("moe gated linear " + described(*op.gate[0]), std::move(up));
+  }
+  const size_t first = 1 + op.gate.size() + experts;
+  expert_linear(m, op.down, op.down_bias, Activation::kNone, m.inner, m.outer, first);
+}
+
+void Executor::expert_linear(const Mixture& m, const std::vector<TilePtr>& weights,
+                             const Vector& biases, Activation activation, size_t x, size_t out,
+                             size_t first) {
+  const size_t experts = weights.size();
+  const Buffer &from = *buffers_[x], &to = *buffers_[out];
+  const Added added = adapt(m.op.adapters, first, experts, x, x, m.routing.get());
+  std::vector<LinearOp> linears;
   for (size_t e = 0; e < experts; ++e)
-    gated.push_back({m.inner, m.gathered, op.gate[e], op.up[e], {}, {}, op.activation});
-  const auto adapted = [&](size_t first, size_t x) {
-    return adapt(op.adapters, first, experts, x, x, m.routing.get());
-  };
-  const Added to_gate = adapted(1, m.gathered), to_up = adapted(1 + experts, m.gathered);
-  auto up = expert_phase(
-      *m.routing, {op.gate, op.up}, pool_->threads(),
-      [&k = kernels_, &in, &mid, gated, added = GatedAdded{to_gate.sums, to_up.sums}](
+    linears.push_back({out, x, weights[e], part(biases, e, experts), activation, 1.0f, kNone, {}});
+  auto phase = expert_phase(
+      *m.routing, {weights}, pool_->threads(),
+      [&k = kernels_, &from, &to, linears, sums = added.sums](
           const Step& step, size_t e, const TileRange& tiles, size_t row, size_t rows) {
-        gated_block(k, gated[e], in, mid, step, added, tiles, row, rows);
+        linear_block(k, linears[e], from, to, nullptr, step, sums, tiles, row, rows);
       });
-  up->writes = {m.inner};
-  up->quantizes = true;
-  for (size_t e = 0; e < experts; ++e) {
-    read(*up, m.gathered, *op.gate[e]);
-    read(*up, m.gathered, *op.up[e]);
+  for (const TilePtr& weight : weights) {
+    expect(weight->rows() == to.width, kUnlikeExperts);
+    read(*phase, x, *weight);
   }
-  for (const Added* added : {&to_gate, &to_up}) join(up->reads, added->reads);
-  add_phase("moe gated linear " + described(*op.gate[0]), std::move(up));
-  const Added to_down = adapted(1 + 2 * experts, m.inner);
-  auto down = expert_phase(
-      *m.routing, {op.down}, pool_->threads(),
-      [&k = kernels_, &mid, &last, weights = op.down, added = to_down.sums](
-          const Step& step, size_t e, const TileRange& tiles, size_t row, size_t rows) {
-        alignas(64) float acc[kProductsAtOnce * kLanes];
-        matmul(k, *weights[e], tiles, mid, row, rows, acc);
-        if (added != nullptr) added->add(step, tiles.begin, tiles.count(), row, rows, acc);
-        for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
-          const size_t column = tile * kLanes;
-          k.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, nullptr, Activation::kNone,
-                   1.0f, nullptr, last.row(row) + column, last.width,
-                   std::min(kLanes, last.width - column));
-        }
-      });
-  for (size_t e = 0; e < op.gate.size(); ++e) {
-    expect(op.gate[e]->rows() == mid.width && op.up[e]->rows() == mid.width &&
-               op.down[e]->rows() == last.width,
-           "the experts differ in shape");
-    read(*down, m.inner, *op.down[e]);
-  }
-  join(down->reads, to_down.reads);
-  down->writes = {m.outer};
-  add_phase("moe linear " + described(*op.down[0]), std::move(down));
+  join(phase->reads, added.reads);
+  phase->writes = {out};
+  add_phase("moe linear " + described(*weights[0]), std::move(phase));
 }
 
 // A row's experts, summed in order of score.
@@ -652,6 +687,11 @@ void Executor::check_index(const Inputs& in, size_t index) const {
       expect(x < static_cast<int64_t>(in.mixtures.size()),
              "a row names adapters that are not there");
     return;
+  }
+  for (size_t row = 0; i.shared && row < in.indices[index].size(); ++row) {
+    const int32_t first = in.indices[index][row];
+    expect(below(first, row + 1) && in.indices[index][static_cast<size_t>(first)] == first,
+           "rows that share must name the first of them");
   }
   const size_t limit = i.into == kNone ? i.limit : std::min(i.limit, in.rows[i.into]);
   for (const int32_t x : in.indices[index])

@@ -107,7 +107,6 @@ struct KvCache {
 };
 
 using Vector = std::vector<float>;
-constexpr size_t kNone = SIZE_MAX;
 
 // ---- ops, as squall.program defines them; values by number, kNone when absent ----
 
@@ -118,14 +117,14 @@ struct LinearOp {
   Activation activation = Activation::kNone;
   float scale = 1.0f;
   size_t residual = kNone;
-  std::optional<AdaptersOp> adapters = {};
+  AdaptersOp adapters = {};
 };
 struct GatedLinearOp {
   size_t out, x;
   TilePtr gate, up;
   Vector gate_bias, up_bias;
   Activation activation;
-  std::optional<AdaptersOp> adapters = {};
+  AdaptersOp adapters = {};
 };
 struct NormalizeOp {
   size_t out, x;
@@ -150,14 +149,17 @@ struct AttendOp {
 struct MoeOp {
   size_t out, x;
   TilePtr router;
-  std::vector<TilePtr> gate, up, down;  // an expert each
+  std::vector<TilePtr> gate, up, down;  // an expert each; no gates: the activation is of up
   size_t top_k;
   Activation activation;
   bool normalize;
   std::optional<float> jitter;  // of SparseMixer
   float scale;
   size_t residual;
-  std::optional<AdaptersOp> adapters = {};
+  AdaptersOp adapters = {};
+  // Of experts one after another; empty: none.
+  Vector router_bias = {}, gate_bias = {}, up_bias = {}, down_bias = {};
+  size_t shared = kNone;  // index: the first of the rows that have one expert together
 };
 
 struct SplitSums;
@@ -173,8 +175,7 @@ class Executor {
 
   // The rows of `out` come with the run.
   void input(size_t out);
-  void embed(size_t out, size_t index, TilePtr table, float scale,
-             const std::optional<AdaptersOp>& adapters);
+  void embed(size_t out, size_t index, TilePtr table, float scale, const AdaptersOp& adapters);
   // Frequency i turns with axis axes[i] of `positions`.
   void rope_angles(size_t out, size_t positions, Vector frequencies, std::vector<size_t> axes,
                    float magnitude);
@@ -218,12 +219,16 @@ class Executor {
   };
   void route(const Mixture& m);
   void run_experts(const Mixture& m);
+  // A linear of every expert. first: of the op's weights.
+  void expert_linear(const Mixture& m, const std::vector<TilePtr>& weights, const Vector& biases,
+                     Activation activation, size_t x, size_t out, size_t first);
   void combine(const Mixture& m);
   // Whole numbers that come with a run; those that choose rows are below `limit`, or below how many
   // rows the space `into` has.
   struct Index {
     size_t space, axes, limit = SIZE_MAX, into = kNone;
     bool mixtures = false;  // chooses mixtures of adapters, or negative: none
+    bool shared = false;    // names the first of a group's rows
   };
   // The adapters of a weight; null: none.
   struct Added {
@@ -245,8 +250,8 @@ class Executor {
   void add_phase(std::string name, std::unique_ptr<Phase> phase);
   // Adds a phase for a(x) as soon as x is there. first: of the op's weights; rows: a value of its
   // rows; x: the floats that it multiplies, kNone for a table.
-  Added adapt(const std::optional<AdaptersOp>& op, size_t first, size_t experts, size_t rows,
-              size_t x, const Routing* routing = nullptr);
+  Added adapt(const AdaptersOp& op, size_t first, size_t experts, size_t rows, size_t x,
+              const Routing* routing = nullptr);
   // The value, which someone is going to read as it is.
   const Buffer& floats(size_t id);
   // Float or int8 reading of `x`, whichever the weight wants.

@@ -36,13 +36,17 @@ class Adapter {
 
 using Mixture = std::vector<std::pair<std::shared_ptr<const Adapter>, float>>;
 
+constexpr size_t kNone = SIZE_MAX;
+
 // As squall.program.Adapters; indices and values by number.
 struct AdaptersOp {
-  size_t x;                  // a value, or for a table an index
-  size_t mixture;            // an index
-  size_t scalings;           // a value, SIZE_MAX: none
-  std::vector<int> columns;  // of each weight of the op; negative: nothing is added
-  size_t site;               // the number of the first
+  size_t x = kNone;               // a value, or for a table an index
+  size_t mixture = kNone;         // an index; kNone: no adapters
+  size_t scalings = kNone;        // a value, kNone: none
+  std::vector<int> columns = {};  // of each weight of the op; negative: nothing is added
+  size_t site = 0;                // the number of the first
+
+  bool any() const { return mixture != kNone; }
 };
 
 struct Buffer;

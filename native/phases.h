@@ -124,6 +124,20 @@ class TilePhase : public Phase {
   size_t tiles_, threads_, tiles_a_task_, rows_at_once_;
 };
 
+inline void linear_block(const Kernels& k, const LinearOp& op, const Buffer& x, const Buffer& out,
+                         const Buffer* residual, const Step& step, const LowRank* added,
+                         const TileRange& tiles, size_t row, size_t rows) {
+  alignas(64) float acc[kProductsAtOnce * kLanes];
+  matmul(k, *op.weight, tiles, x, row, rows, acc);
+  if (added != nullptr) added->add(step, tiles.begin, tiles.count(), row, rows, acc);
+  for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
+    k.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, at(op.bias, column), op.activation,
+             op.scale, residual != nullptr ? residual->row(row) + column : nullptr,
+             out.row(row) + column, out.width, n);
+  }
+}
+
 class LinearPhase final : public TilePhase {
  public:
   LinearPhase(const Kernels& k, size_t threads, LinearOp op, const Buffer& x, const Buffer& out,
@@ -138,27 +152,15 @@ class LinearPhase final : public TilePhase {
 
   size_t tasks(const Step& step) const override { return tasks_for(step.rows_of(out_)); }
   void run(const Step& step, size_t task) override {
-    blocks(task, step.rows_of(out_),
-           [&](const TileRange& tiles, size_t row, size_t rows) { block(step, tiles, row, rows); });
+    blocks(task, step.rows_of(out_), [&](const TileRange& tiles, size_t row, size_t rows) {
+      linear_block(k_, op_, x_, out_, residual_, step, added_, tiles, row, rows);
+    });
   }
   Work work(const Step& step) const override {
     return linear_work(*op_.weight, step.rows_of(out_));
   }
 
  private:
-  void block(const Step& step, const TileRange& tiles, size_t row, size_t rows) const {
-    alignas(64) float acc[kProductsAtOnce * kLanes];
-    matmul(k_, *op_.weight, tiles, x_, row, rows, acc);
-    if (added_ != nullptr) added_->add(step, tiles.begin, tiles.count(), row, rows, acc);
-    for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      const size_t column = tile * kLanes, n = std::min(kLanes, out_.width - column);
-      k_.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, at(op_.bias, column),
-                op_.activation, op_.scale,
-                residual_ != nullptr ? residual_->row(row) + column : nullptr,
-                out_.row(row) + column, out_.width, n);
-    }
-  }
-
   const Kernels& k_;
   LinearOp op_;
   const Buffer &x_, &out_;
@@ -521,11 +523,25 @@ struct Routing {
 class RoutePhase final : public Phase {
  public:
   RoutePhase(const Kernels& k, Routing& routing, const Buffer& scores, bool normalize,
-             std::optional<float> jitter)
-      : k_(k), routing_(routing), scores_(scores), normalize_(normalize), jitter_(jitter) {}
+             std::optional<float> jitter, size_t shared)
+      : k_(k),
+        routing_(routing),
+        scores_(scores),
+        normalize_(normalize),
+        jitter_(jitter),
+        shared_(shared) {}
   size_t tasks(const Step&) const override { return 1; }
   void run(const Step& step, size_t) override {
     const size_t rows = step.rows_of(scores_);
+    if (shared_ != kNone)
+      choose_together(step.inputs.indices[shared_]);
+    else
+      choose(rows);
+    routing_.sort(rows);
+  }
+
+ private:
+  void choose(size_t rows) {
     for (size_t r = 0; r < rows; ++r) {
       float* y = scores_.row(r);
       if (jitter_) {
@@ -538,10 +554,20 @@ class RoutePhase final : public Phase {
       routing_.choose(r, y, normalize_,
                       [y](const int32_t*, size_t, size_t winner) { return y[winner]; });
     }
-    routing_.sort(rows);
   }
 
- private:
+  // Rows add their scores to those of the first of them, in order.
+  void choose_together(std::span<const int32_t> shared) {
+    const auto first = [&](size_t r) { return scores_.row(static_cast<size_t>(shared[r])); };
+    for (size_t r = 0; r < shared.size(); ++r) {
+      float* y = scores_.row(r);
+      k_.softmax(y, scores_.width);
+      if (first(r) != y) k_.add_scaled(first(r), y, 1.0f, scores_.width, first(r));
+    }
+    for (size_t r = 0; r < shared.size(); ++r)
+      routing_.choose(r, first(r), false, [](const int32_t*, size_t, size_t) { return 1.0f; });
+  }
+
   // The winner's part of a softmax over what is near it and not chosen before it.
   float near_share(const float* y, const int32_t* chosen, size_t count, size_t winner) {
     float* near = routing_.near.data();
@@ -559,6 +585,7 @@ class RoutePhase final : public Phase {
   const Buffer& scores_;
   bool normalize_;
   std::optional<float> jitter_;
+  size_t shared_;
 };
 
 // Tile tasks for each expert in turn; fn(step, expert, tiles, first pair, pairs). weights: one or

@@ -92,6 +92,8 @@ ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
 class ReferenceExecutor:
     """Float32 values, float64 where sums are long; the interface of `NativeExecutor`."""
 
+    kv_bytes = 0
+
     def __init__(
         self,
         program: Program,
@@ -282,18 +284,36 @@ class ReferenceExecutor:
 
     def mixture(self, op: MixtureOfExperts) -> Array:
         x = self.of(op.x)
-        logits = self.product(op, op.router, x).astype(np.float64)
-        chosen = np.argsort(-logits, axis=1, kind="stable")[:, : op.top_k]
-        scores = softmax(logits) if op.jitter is None else sparse_mixer(logits, chosen, op.jitter)
+        logits = self.product(op, op.router, x) + self.bias(op.router_bias)
+        logits = logits.astype(np.float64)
+        scores = softmax(logits)
+        if op.shared is not None:
+            shared = self.indices[op.shared.name]
+            scores = np.array([scores[shared == number].mean(axis=0) for number in shared])
+        ranked = logits if op.shared is None else scores
+        chosen = np.argsort(-ranked, axis=1, kind="stable")[:, : op.top_k]
+        scores = scores if op.jitter is None else sparse_mixer(logits, chosen, op.jitter)
         out = np.zeros_like(x)
         for row, experts in enumerate(chosen):
             total = scores[row, experts].sum() if op.normalize else 1.0
             for e in experts:
-                gate, up = (self.product(op, w, x[row], e, row) for w in (op.gate, op.up))
-                down = self.product(op, op.down, ACTIVATIONS[op.activation](gate) * up, e, row)
-                out[row] += np.float32(scores[row, e] / total) * down
+                share = 1.0 if op.shared is not None else scores[row, e] / total
+                out[row] += np.float32(share) * self.expert(op, e, row)
         out *= np.float32(op.scale)
         return out if op.residual is None else self.of(op.residual) + out
+
+    def expert(self, op: MixtureOfExperts, e: int, row: int) -> Array:
+        def part(weight: Matrix, bias: Vector | None, x: Array) -> Array:
+            added = 0.0 if bias is None else self.weights[bias].reshape(weight.experts, -1)[e]
+            return self.product(op, weight, x, e, row) + added
+
+        x, activation = self.of(op.x)[row], ACTIVATIONS[op.activation]
+        inner = part(op.up, op.up_bias, x)
+        if op.gate is None:
+            inner = activation(inner)
+        else:
+            inner = activation(part(op.gate, op.gate_bias, x)) * inner
+        return part(op.down, op.down_bias, inner)
 
     def add(self, op: Add) -> Array:
         return self.of(op.a) + np.float32(op.scale) * self.of(op.b)

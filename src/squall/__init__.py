@@ -22,10 +22,12 @@ from squall.errors import (
     SamplingFailed,
     SquallError,
     TemplateError,
+    UnknownAdapter,
     UnsupportedModel,
 )
 
 if TYPE_CHECKING:
+    from squall.api.anymoe import AnyMoeConfig, AnyMoeExpertType
     from squall.api.requests import ChatCompletionRequest, CompletionRequest
     from squall.api.responses import (
         ChatCompletionChunkResponse,
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from squall.api.runner import AsyncRunner, Runner
     from squall.api.tool_choice import ToolChoice
     from squall.api.which import (
-        AnyMoeConfig,
-        AnyMoeExpertType,
         Architecture,
         DiffusionArchitecture,
         ImageGenerationResponseFormat,
@@ -64,17 +64,18 @@ __all__ = [
     "Generation", "Grammar", "ImageGenerationResponseFormat", "InvalidCheckpoint", "InvalidRequest",
     "IsqOrganization", "KvSize", "Message", "Model", "ModelDType", "ModelNotFound", "Opening",
     "OutOfMemory", "Piece", "QueueFull", "Runner", "SamplingFailed", "SquallError",
-    "TemplateError", "ToolChoice", "UnsupportedModel", "Usage", "VisionArchitecture", "Which",
-    "__version__",
+    "TemplateError", "ToolChoice", "UnknownAdapter", "UnsupportedModel", "Usage",
+    "VisionArchitecture", "Which", "__version__",
 ]  # fmt: skip
 
 _MODULES = {
+    "squall.api.anymoe": "AnyMoeConfig AnyMoeExpertType",
     "squall.api.requests": "ChatCompletionRequest CompletionRequest",
     "squall.api.responses": "ChatCompletionChunkResponse ChatCompletionResponse "
     "CompletionChunkResponse CompletionResponse",
     "squall.api.runner": "AsyncRunner Runner",
     "squall.api.tool_choice": "ToolChoice",
-    "squall.api.which": "AnyMoeConfig AnyMoeExpertType Architecture DiffusionArchitecture "
+    "squall.api.which": "Architecture DiffusionArchitecture "
     "ImageGenerationResponseFormat IsqOrganization ModelDType VisionArchitecture Which",
     "squall.engine.engine": "EngineConfig",
     "squall.engine.generation": "Generation",

@@ -59,5 +59,14 @@ class Batch(Sequences):
             mixture = np.full(len(self.positions), -1, np.int32)
         return {
             "tokens": self.tokens, "rotary": rotary, "spans": spans, "outputs": self.outputs,
-            "mixture": mixture, "mixture.outputs": mixture[self.outputs],
+            "mixture": mixture, "mixture.outputs": mixture[self.outputs], "shared": self._shared(),
         }  # fmt: skip
+
+    def _shared(self) -> Int32:
+        """Of each row the first of its prompt that is in this step; of an answer's, itself."""
+        shared = np.arange(len(self.positions), dtype=np.int32)
+        if self.prompts is None:
+            return shared
+        rows = np.diff(self.bounds)
+        firsts, prompts = np.repeat(self.bounds[:-1], rows), np.repeat(self.prompts, rows)
+        return np.where(self.positions < prompts, firsts, shared)

@@ -5,23 +5,31 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall import convert, decoder, executors, recipes
+from squall.adapters.edits import adaptable
+from squall.adapters.shelf import Adapters, Shelf
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
 from squall.closing import Closing
 from squall.engine.defaults import GenerationDefaults
 from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
-from squall.engine.memory import KvSize, choose_context, choose_kv_tokens, token_bytes
-from squall.engine.request import Constraint, Request, Scoring
+from squall.engine.memory import (
+    KvSize,
+    available_bytes,
+    choose_context,
+    choose_kv_tokens,
+    token_bytes,
+)
+from squall.engine.request import CacheScope, Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest
@@ -29,7 +37,7 @@ from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_thre
 from squall.locate import locate, locate_uqff
 from squall.opening import Opening
 from squall.program import Program
-from squall.quant import FormatTotal, Plan, Topology
+from squall.quant import FORMATS, FormatTotal, Plan, Topology
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatPrompt, ChatTemplate
@@ -40,16 +48,24 @@ from squall.text.tokenizer import Tokenizer
 from squall.text.tools import Tool
 from squall.weights import Progress, WeightStore
 
+if TYPE_CHECKING:
+    from squall.adapters.lora import Lora
+
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
 Prepared = tuple[Checkpoint, Recipe, Plan]
 
 MAX_ROWS = 512
 MAX_OUTPUTS = 64
+# Tokens of the context by default where a prompt is one step, for which there are buffers.
+LONGEST_STEP = 2048
+# Of the free memory, for the weights of adapters.
+ADAPTER_SHARE = 0.25
 _NO_PROMPT = (
     "a prompt is text, a list of token ids, or a list of messages "
     "such as {'role': 'user', 'content': 'Hi'}"
 )
+_CLOSED = "the model is closed; open it again"
 GREEDY = Sampling(temperature=0, seed=0)
 
 _Options = ParamSpec("_Options")
@@ -85,6 +101,7 @@ class Model(Closing):
         program: Program,
         tokenizer: Tokenizer,
         engine: Engine,
+        adapters: Shelf,
     ) -> None:
         self.defaults = GenerationDefaults.from_folder(checkpoint.path)
         self.checkpoint = checkpoint
@@ -93,6 +110,8 @@ class Model(Closing):
         self.program = program
         self.tokenizer = tokenizer
         self._engine: Engine | None = engine
+        self._adapters: Shelf | None = adapters
+        self._whole = any(getattr(op, "shared", None) is not None for op in program.ops)
 
     @classmethod
     def open_with(cls, opening: Opening) -> Model:
@@ -116,14 +135,22 @@ class Model(Closing):
             block_size=kv.block_size,
             kv_dtype=opening.kv_dtype,
         )
-        pool = thread_pool(opening.threads)
-        executor = _executor(prepared[0], opening, size, limits, pool)
+        space, own = _Room(size, limits, thread_pool(opening.threads)), prepared[0]
+        merged = _merged(own, opening)
+        if opening.xlora:
+            executor = _xlora(own, opening, space)
+        elif opening.anymoe:
+            encode = partial(_as_chat, template or _template(checkpoint), tokenizer)
+            executor = _anymoe(own, opening, space, encode)
+        else:
+            executor = _executor(own, opening, space, merged)
+        adapters = _shelf(own, opening, executor, merged)
         most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
         if small is not None:
-            draft = Draft(_executor(prepared[1], small, size, limits, pool), executor.vocab)
+            draft = Draft(_executor(prepared[1], small, space), executor.vocab)
         speculation = None if opening.draft is None else Speculation(most, draft)
         answering = _engine(executor, engine, tokenizer, speculation)
-        model = cls(checkpoint, recipe, executor.program, tokenizer, answering)
+        model = cls(checkpoint, recipe, executor.program, tokenizer, answering, adapters)
         if template:
             model.chat_template = template
         return model
@@ -139,8 +166,15 @@ class Model(Closing):
     def engine(self) -> Engine:
         """What answers requests; for servers and for statistics."""
         if self._engine is None:
-            raise InvalidRequest("the model is closed; open it again")
+            raise InvalidRequest(_CLOSED)
         return self._engine
+
+    @property
+    def adapters(self) -> Shelf:
+        """LoRA adapters beside the weights, by name."""
+        if self._adapters is None:
+            raise InvalidRequest(_CLOSED)
+        return self._adapters
 
     @property
     def executor(self) -> Executor:
@@ -220,7 +254,9 @@ class Model(Closing):
         except TypeError:
             raise InvalidRequest(f"{ids!r:.99} are no token ids, which are whole numbers") from None
 
-    def logits(self, ids: Sequence[int], *, chunk: int = MAX_OUTPUTS) -> NDArray[np.float32]:
+    def logits(
+        self, ids: Sequence[int], *, chunk: int = MAX_OUTPUTS, adapters: Adapters | None = None
+    ) -> NDArray[np.float32]:
         """Logits `[tokens, vocab]`, row i after token i, computed `chunk` tokens a step."""
         checked = self._check_ids(ids)
         if not isinstance(chunk, int) or not 1 <= chunk <= MAX_ROWS:
@@ -230,10 +266,12 @@ class Model(Closing):
         def take(first: int, rows: NDArray[np.float32]) -> None:
             logits[first : first + len(rows)] = rows
 
-        self._score(checked, Scoring(take), chunk=chunk)
+        self._score(checked, adapters, scoring=Scoring(take), chunk=chunk)
         return logits
 
-    def log_probabilities(self, ids: Sequence[int], *, start: int = 1) -> NDArray[np.float64]:
+    def log_probabilities(
+        self, ids: Sequence[int], *, start: int = 1, adapters: Adapters | None = None
+    ) -> NDArray[np.float64]:
         """log p(ids[i] | ids[:i]) for `i` from `start` (at least 1) to the last."""
         checked = self._check_ids(ids)
         if not isinstance(start, int) or not 1 <= start <= len(checked):
@@ -246,7 +284,7 @@ class Model(Closing):
             found[at : at + len(rows)] = _log_softmax_at(rows, wanted)
 
         if len(found):
-            self._score(checked[:-1], Scoring(take, start - 1))
+            self._score(checked[:-1], adapters, scoring=Scoring(take, start - 1))
         return found
 
     def generate(  # noqa: PLR0913
@@ -271,6 +309,7 @@ class Model(Closing):
         logits_processors: Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
         grammar: Grammar | type | Mapping[str, Any] | None = None,
+        adapters: Adapters | None = None,
     ) -> Generation:
         """Continue a text, token ids, or a conversation (messages of `role` and `content`).
 
@@ -286,6 +325,7 @@ class Model(Closing):
         dry: made by `dry`. The other penalties, biases and processors: docs/sampling.md.
         logprobs: pieces tell each token's log-probability, and those of so many likeliest tokens.
         grammar: what the answer must look like; a pydantic class or a JSON schema mean its JSON.
+        adapters: names of `Model.adapters`, or names with weights; None: those that are active.
         """
         given = locals()
         names = Sampling.__dataclass_fields__
@@ -293,12 +333,13 @@ class Model(Closing):
         read = self._read(prompt)
         constraint = None if grammar is None else self.constraint(grammar, read)
         request = self.request(
-            read, sampling, max_tokens, stop=stop, stop_ids=stop_ids, constraint=constraint
-        )
+            read, sampling, max_tokens, stop=stop, stop_ids=stop_ids, constraint=constraint,
+            adapters=adapters,
+        )  # fmt: skip
         request = replace(request, ignore_eos=ignore_eos, logprobs=logprobs)
         return Generation(self.engine, request)
 
-    def request(
+    def request(  # noqa: PLR0913
         self,
         prompt: Prompt,
         sampling: Sampling,
@@ -307,6 +348,7 @@ class Model(Closing):
         stop: str | Sequence[str] = (),
         stop_ids: Iterable[int] = (),
         constraint: Constraint | None = None,
+        adapters: Adapters | None = None,
     ) -> Request:
         """What `generate` asks of the engine, checked against this model."""
         sampling.check_ids(self.spec.vocab)
@@ -314,6 +356,7 @@ class Model(Closing):
         chat = read if isinstance(read, ChatPrompt) else None
         ids = read if chat is None else self.tokenizer.encode_pieces(chat.pieces)
         in_text = chat is None or any(piece.content for piece in chat.pieces[-1:])
+        mixture, digest = self.adapters.choose(adapters)
         return Request(
             ids=self._check_ids(ids),
             sampling=sampling,
@@ -323,6 +366,8 @@ class Model(Closing):
             continues=constraint is not None or in_text,
             constraint=constraint,
             shown=frozenset() if chat is None else chat.shown(self.tokenizer),
+            adapters=mixture,
+            scope=CacheScope(adapter=digest),
         )
 
     def dry(
@@ -342,7 +387,7 @@ class Model(Closing):
         """End all answers, and free weights and cache. A closed model cannot be used."""
         if self._engine is not None:
             self._engine.close()
-            self._engine = None
+            self._engine = self._adapters = None
 
     def _read(self, prompt: Prompt) -> Sequence[int] | ChatPrompt:
         """The prompt as ids, or as a chat in the template."""
@@ -377,9 +422,9 @@ class Model(Closing):
             raise InvalidRequest(wrong)
         return self._check_ids(given, wrong) if (given := list(ids)) else given
 
-    def _score(self, ids: list[int], scoring: Scoring, *, chunk: int | None = None) -> None:
-        request = Request(ids=ids, sampling=GREEDY, max_tokens=0, scoring=scoring, chunk=chunk)
-        Generation(self.engine, request).read()
+    def _score(self, ids: list[int], adapters: Adapters | None, **scoring: Any) -> None:
+        request = self.request(ids, GREEDY, adapters=adapters)
+        Generation(self.engine, replace(request, max_tokens=0, **scoring)).read()
 
 
 def open_tokenizer(
@@ -426,22 +471,126 @@ def _sizes(
     models: Sequence[Prepared], opening: Opening, kv: KvSize, max_seqs: int
 ) -> tuple[int, int]:
     """Tokens of the context, and of the KV cache, which several models share."""
-    each = [token_bytes(recipe.decoder, opening.kv_dtype) for _, recipe, _ in models]
+    caches = [*models, *models[:1]] if opening.xlora else models
+    each = [token_bytes(recipe.decoder, opening.kv_dtype) for _, recipe, _ in caches]
     weights = [checkpoint.size_bytes for checkpoint, _, _ in models]
     memory = {"bytes_per_token": sum(each), "weight_bytes": sum(weights)}
-    size = choose_context(opening.context, trained=models[0][1].decoder.context, **memory)
+    trained, wanted = models[0][1].decoder.context, opening.context
+    if wanted is None and opening.anymoe:
+        wanted = min(trained, LONGEST_STEP)
+    size = choose_context(wanted, trained=trained, **memory)
     room = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, **memory)
     return (min(size, room) if opening.context is None else size), room
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What executors of one engine have in common."""
+
+    context: int
+    limits: Limits
+    pool: ThreadPool
+
+
+def _store(model: Prepared, opening: Opening, **parts: Any) -> WeightStore:
+    checkpoint, _, plan = model
+    return WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32", **parts)
+
+
 def _executor(
-    model: Prepared, opening: Opening, context: int, limits: Limits, pool: ThreadPool
+    model: Prepared, opening: Opening, room: _Room, merged: Sequence[tuple[Lora, float]] = ()
 ) -> Executor:
-    checkpoint, recipe, plan = model
-    size = min(context, recipe.decoder.context)
-    program = decoder.compile(recipe.decoder, recipe.names, context=size)
-    store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-    return executors.open(program, store, limits, pool=pool, progress=opening.progress)
+    """One of the model with some adapters in its weights; rows may have others."""
+    recipe, parts = model[1], {}
+    if merged:
+        from squall.adapters.lora import merged_terms, merged_vectors
+
+        parts = {"merged": merged_terms(merged), "vectors": merged_vectors(merged)}
+    size = min(room.context, recipe.decoder.context)
+    program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=size))
+    store, progress = _store(model, opening, **parts), opening.progress
+    return executors.open(program, store, room.limits, pool=room.pool, progress=progress)
+
+
+def _xlora(model: Prepared, opening: Opening, room: _Room) -> Executor:
+    from squall.adapters.target import Target
+    from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor
+
+    parts = Parts.read(cast(XLora, opening.xlora), Target.of(*model[:2]), opening.hub)
+    store = _store(model, opening, others={CLASSIFIER: parts.classifier})
+    programs, progress = parts.programs(model[1], room.context), opening.progress
+    made = XLoraExecutor(parts, programs, store, room.limits, pool=room.pool, progress=progress)
+    return cast(Executor, made)
+
+
+def _anymoe(
+    model: Prepared, opening: Opening, room: _Room, encode: Callable[[str], Sequence[int]]
+) -> Executor:
+    from squall.adapters.anymoe import AnyMoe, Experts
+    from squall.adapters.anymoe_training import open_experts
+
+    experts = Experts(cast(AnyMoe, opening.anymoe), model[1], opening.hub)
+    store = _store(model, opening, others=experts.others, merged=experts.merged)
+    # A prompt is one step, beside a row of each other request.
+    most = room.context + (opening.engine or EngineConfig()).max_seqs
+    rows = {**room.limits.rows, "tokens": max(most, MAX_ROWS)}
+    return open_experts(
+        experts, store, replace(room.limits, rows=rows), context=room.context, encode=encode,
+        pool=room.pool, progress=opening.progress, trained=opening.progress,
+    )  # fmt: skip
+
+
+def _as_chat(template: ChatTemplate, tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of what a user says."""
+    prompt = template.prompt([{"role": "user", "content": text}], tokenizer)
+    return tokenizer.encode_pieces(prompt.pieces)
+
+
+def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:
+    from squall.adapters.lora import read
+    from squall.adapters.target import Target
+
+    return read(path, Target.of(*model[:2]), hub=opening.hub)
+
+
+def _merged(model: Prepared, opening: Opening) -> list[tuple[Lora, float]]:
+    """The adapters that become part of the weights, and what each weighs."""
+    checkpoint, merge = model[0], opening.merge
+    if merge and not opening.adapters:
+        raise InvalidRequest("merge: there is nothing to merge; name adapters")
+    if merge is None:
+        stored = (tensor.format for tensor in checkpoint.tensors.values())
+        merge = not checkpoint.quantization and all(FORMATS[name].block == 1 for name in stored)
+    active = opening.active or {}
+    return [
+        (_read_adapter(model, opening, path), active.get(name, 1.0))
+        for name, path in (opening.adapters or {}).items()
+        if merge
+    ]
+
+
+def _shelf(
+    model: Prepared, opening: Opening, executor: Executor, merged: Sequence[object]
+) -> Shelf:
+    """The adapters that requests may have; at first those of the opening."""
+    limit, free = opening.adapter_bytes, available_bytes()
+    if limit is None and free is not None:
+        limit = int(free * ADAPTER_SHARE)
+    alone = opening.xlora or opening.anymoe
+
+    def refuse(_: object) -> NoReturn:
+        raise InvalidRequest("a model with X-LoRA or AnyMoE takes no adapters beside its own")
+
+    make = refuse if alone else executor.adapter
+    shelf = Shelf(partial(_read_adapter, model, opening), make, limit_bytes=limit)
+    adapters = {} if merged else opening.adapters or {}
+    for number, (name, path) in enumerate(adapters.items(), start=1):
+        shelf.load(name, path)
+        if opening.progress is not None:
+            opening.progress(number, len(adapters))
+    if not merged:
+        shelf.activate(opening.active or {})
+    return shelf
 
 
 def _engine(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Literal, get_args
@@ -12,6 +12,8 @@ from squall.errors import InvalidRequest
 from squall.quant.isq import Dtype
 
 if TYPE_CHECKING:
+    from squall.adapters.anymoe import AnyMoe
+    from squall.adapters.xlora import XLora
     from squall.checkpoints.hub import Hub
     from squall.engine.engine import EngineConfig
     from squall.engine.memory import KvSize
@@ -23,7 +25,7 @@ KvDtype = Literal["f16", "f32", "q8_0"]
 
 _CHOICES = {"weights": get_args(Weights), "kv_dtype": get_args(KvDtype)}
 _KINDS = {
-    (int, "a whole number"): "context threads kv_tokens draft_tokens gqa",
+    (int, "a whole number"): "context threads kv_tokens draft_tokens gqa adapter_bytes",
     (str, "text"): "architecture chat_template",
     (str | os.PathLike, "a path"): "path tokenizer_json write_uqff from_uqff",
 }
@@ -34,7 +36,19 @@ _CLASSES = {
     "hub": "squall.checkpoints.hub:Hub",
     "topology": "squall.quant:Topology",
     "draft": "squall.opening:Opening",
+    "adapters": "collections.abc:Mapping",
+    "active": "collections.abc:Mapping",
+    "xlora": "squall.adapters.xlora:XLora",
+    "anymoe": "squall.adapters.anymoe:AnyMoe",
 }
+# Pairs that cannot be, and what to do.
+_APART = {
+    ("xlora", "anymoe"): "choose one",
+    ("xlora", "adapters"): "X-LoRA has its own",
+    ("anymoe", "adapters"): "merge them into a model first: squall adapters merge",
+    ("merge", "write_uqff"): "merge first, with squall adapters merge, and quantize that",
+}
+_OF_ADAPTERS = ("adapters", "xlora", "anymoe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +77,14 @@ class Opening:
     gqa: query heads to a KV head, which files from before GGUF do not say.
     write_uqff: write the quantized weights to this new UQFF file, and open that.
     from_uqff: open this UQFF file, or the one of this name in the model's folder.
+    adapters: LoRA adapters by name: folders as PEFT writes them, models of the hub, or GGUF files.
+        Requests choose among them; `Model.adapters` has more to do with them.
+    active: those that requests get that choose none, and the weight of each.
+    merge: add all `adapters` to the weights while these are read, so that no request can choose
+        them or leave them out; None: if the weights are floats.
+    adapter_bytes: so much memory for adapters; those that were not used for longest make room.
+    xlora: adapters that the model itself weighs, token by token (X-LoRA).
+    anymoe: experts made of other models or adapters, and gates between them (AnyMoE).
     progress: called with (bytes loaded, bytes in all).
     """
 
@@ -88,6 +110,12 @@ class Opening:
     gqa: int = 1
     write_uqff: Path | None = None
     from_uqff: Path | None = None
+    adapters: Mapping[str, Path] | None = None
+    active: Mapping[str, float] | None = None
+    merge: bool | None = False
+    adapter_bytes: int | None = None
+    xlora: XLora | None = None
+    anymoe: AnyMoe | None = None
     progress: Callable[[int, int], None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +135,15 @@ class Opening:
             if not right and not isinstance(value, resolve_name(place)):
                 what = f"a {place.partition(':')[2]}{' or the path of its file' * path}"
                 raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
+
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        for (one, other), remedy in _APART.items():
+            if getattr(self, one) and getattr(self, other):
+                raise InvalidRequest(f"{one} and {other} cannot go together: {remedy}")
+        if isinstance(self.draft, Opening) and any(getattr(self.draft, n) for n in _OF_ADAPTERS):
+            raise InvalidRequest("a draft has no adapters; merge them: squall adapters merge")
 
     @property
     def of_draft(self) -> Opening | None:

@@ -210,8 +210,12 @@ class Attend:
 class MixtureOfExperts:
     """out = residual + scale * sum of score_e * down_e(activation(gate_e(x)) * up_e(x))
 
-    The sum is over the `top_k` largest scores of softmax(x @ router.T), the lower index first among
-    equals; `normalize` divides them by their sum.
+    The sum is over the `top_k` largest scores of softmax(router(x)), the lower index first among
+    equals; `normalize` divides them by their sum. Without a gate an expert is
+    down_e(activation(up_e(x))). Biases of experts are one after another.
+
+    shared: rows with the same number, that of the first of them, have one expert together: the best
+        by the mean of their scores, which then counts as 1.
 
     With a `jitter` an expert's score is instead its part of a softmax over those logits y not yet
     chosen that are near the best of them, m: (m - y) / max(|y|, m) <= 2 * jitter.
@@ -220,7 +224,7 @@ class MixtureOfExperts:
     out: Value
     x: Value
     router: Matrix
-    gate: Matrix
+    gate: Matrix | None
     up: Matrix
     down: Matrix
     top_k: int
@@ -230,6 +234,11 @@ class MixtureOfExperts:
     scale: float = 1.0
     residual: Value | None = None
     adapters: Adapters | None = None
+    router_bias: Vector | None = None
+    gate_bias: Vector | None = None
+    up_bias: Vector | None = None
+    down_bias: Vector | None = None
+    shared: Index | None = None
 
 
 @dataclass(frozen=True, slots=True)

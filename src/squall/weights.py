@@ -242,7 +242,8 @@ class _Arranger:
         return replace(self._program, ops=tuple(self._ops), values=tuple(self._values))
 
     def _arranged(self, op: Op) -> Op:
-        weights = {name: getattr(op, name) for name in _MULTIPLIED.get(type(op), ())}
+        names = _MULTIPLIED.get(type(op), ())
+        weights = {name: w for name in names if (w := getattr(op, name)) is not None}
         orders = self._orders(*weights.values())
         if orders <= {b""}:
             return op

@@ -147,7 +147,7 @@ def test_weights() -> None:
     wrong += [{"a": number} for number in (math.nan, math.inf, -math.inf, 1e9, 10**400)]
     wrong += [[f"{i}" for i in range(17)]]
     for given in wrong:
-        with pytest.raises(InvalidRequest, match="adapters has|adapters is"):
+        with pytest.raises(InvalidRequest, match=r"^adapters (has|is)"):
             weights_of(given)
 
 
@@ -212,7 +212,7 @@ def test_dropped_weights_are_the_same_ones_again_or_an_error(
     del files.contents["/a"]
     if becomes is not None:
         files.contents["/a"] = becomes
-    with pytest.raises(UnknownAdapter, match="'a' were dropped.*load it again") as caught:
+    with pytest.raises(UnknownAdapter, match=r"'a' were dropped.*load it again") as caught:
         found.choose("a")
     assert "/a" not in str(caught.value)  # nobody's business but the server's
     assert found.list() == before
@@ -229,7 +229,7 @@ def test_too_large_for_the_limit(files: Files) -> None:
     with pytest.raises(OutOfMemory, match="remove some that are pinned"):
         files.shelf(limit_bytes=SIZE - 1).load("a", "/a")
     found.load("c", "/d", pinned=True)
-    with pytest.raises(OutOfMemory, match=f"takes {SIZE} bytes, and 0 of the {2 * SIZE}"):
+    with pytest.raises(OutOfMemory, match=f"takes {SIZE} bytes, and there is room for 0"):
         found.load("b", "/e")
     assert [i.digest for i in before[:2]] == [i.digest for i in found.list()[:2]]
 

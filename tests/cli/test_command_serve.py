@@ -10,7 +10,7 @@ from command import squall
 
 from squall import InvalidRequest
 from squall.api.which import IsqOrganization, ModelDType, Which
-from squall.cli.selectors import NOT_YET, ggml, gguf, plain
+from squall.cli.selectors import NOT_YET, SELECTORS
 from squall.load import percentiles
 
 SERVER = "from squall.cli import server; server()"
@@ -61,19 +61,26 @@ def test_a_wrong_word_or_flag() -> None:
 
 
 def test_gguf_files() -> None:
+    gguf = SELECTORS["gguf"]
     assert gguf() is None
-    assert gguf("folder") == "folder"
-    assert gguf("folder", "a.gguf b.gguf") == Which.GGUF("folder", "a.gguf")
+    assert gguf(quantized_model_id="folder", quantized_filename=None) == "folder"
+    assert gguf(quantized_model_id="folder", quantized_filename="a.gguf b.gguf") == Which.GGUF(
+        "folder", "a.gguf"
+    )
     assert gguf(quantized_filename="a.gguf") == Which.GGUF(".", "a.gguf")
 
 
 def test_folders_and_old_files() -> None:
-    assert plain("a/b", arch="llama", dtype="BF16", organization="moqe") == Which.Plain(
+    plain = SELECTORS["plain"]
+    given = {"model_id": "a/b", "arch": "llama", "dtype": "BF16", "organization": "moqe"}
+    assert plain(**given) == Which.Plain(
         "a/b", "llama", organization=IsqOrganization.MoQE, dtype=ModelDType.BF16
     )
-    with pytest.raises(InvalidRequest, match="--dtype is 'f8'"):
-        plain("a/b", dtype="f8")
-    assert ggml("a", "b.bin", gqa=8) == Which.GGML("a", "b.bin", gqa=8)
+    with pytest.raises(InvalidRequest, match="--dtype is 'f8'; it must be one of auto, bf16"):
+        plain(model_id="a/b", dtype="f8")
+    assert SELECTORS["ggml"](
+        quantized_model_id="a", quantized_filename="b.bin", gqa=8
+    ) == Which.GGML("a", "b.bin", gqa=8)
 
 
 def test_percentiles() -> None:

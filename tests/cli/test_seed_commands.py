@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from tiny_models import TEMPLATE, write_folder, write_gguf
+from tiny_models import TEMPLATE, write_adapter, write_folder, write_gguf, write_xlora
 from typer.testing import CliRunner, Result
 
 from squall.cli.serve import server
@@ -24,6 +24,8 @@ from squall.server.app import create_app
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
+ZEPHYR, ORDER = "HuggingFaceH4/zephyr-7b-beta", "orderings/xlora-paper-ordering.json"
+ZEPHYR_GGUF = "-m TheBloke/zephyr-7B-beta-GGUF -f zephyr-7b-beta.Q5_0.gguf"
 PHI3, PHI_MOE = "microsoft/Phi-3.5-mini-instruct", "microsoft/Phi-3.5-MoE-instruct"
 GGUF = "-m bartowski/Phi-3.5-mini-instruct-GGUF -f Phi-3.5-mini-instruct-Q4_K_M.gguf"
 CHATS = [
@@ -38,6 +40,8 @@ CHATS = [
     f"-i --isq HQQ8 plain -m {PHI_MOE} -o moqe",
     f"--isq Q4K -s 5 -i plain -m {PHI3} -w phi3.5-mini-instruct-q4k.uqff",
     "-i toml -f toml-selectors/plain.toml",
+    "-i toml -f toml-selectors/anymoe_lora.toml",
+    "-i toml -f toml-selectors/lora.toml",
 ]
 SERVERS = [
     "--port 1234 plain -m . -a mistral",
@@ -51,21 +55,19 @@ SERVERS = [
     "-m TheBloke/zephyr-7B-beta-GGUF -f zephyr-7b-beta.Q5_0.gguf",
     f"--port 1234 --throughput --max-seqs 2 --no-kv-cache --prefix-cache-n 0 plain -m {PHI3}",
     f"--port 1234 --pa-ctxt-len 512 --pa-blk-size 32 --no-paged-attn -n 0 plain -m {PHI3}",
+    f"--port 1234 x-lora -o {ORDER} -x lamm-mit/x-lora",
+    f"--port 1234 x-lora -o {ORDER} -x lamm-mit/x-lora -m {ZEPHYR} -a mistral "
+    "--tgt-non-granular-index 2",
+    f"--port 1234 lora -m {ZEPHYR} -o {ORDER} -a lamm-mit/x-lora --arch mistral",
+    f"--port 1234 --isq Q8_0 lora -o {ORDER} -a lamm-mit/x-lora",
+    f"--port 1234 x-lora-gguf -o {ORDER} -t {ZEPHYR} {ZEPHYR_GGUF} -x lamm-mit/x-lora",
+    f"--port 1234 lora-gguf -o {ORDER} {ZEPHYR_GGUF} -a lamm-mit/x-lora",
 ]
 NOT_YET = {
     "-i vision-plain -m lamm-mit/Cephalo-Llama-3.2-11B-Vision-Instruct-128k -a vllama": "vision",
     "--port 1234 vision-plain -m microsoft/Phi-3.5-vision-instruct -a phi3v": "vision models",
     "--port 1234 diffusion-plain -m black-forest-labs/FLUX.1-schnell -a flux": "diffusion models",
     "-i diffusion-plain -m black-forest-labs/FLUX.1-schnell -a flux": "diffusion models",
-    "-i toml -f toml-selectors/anymoe_lora.toml": "anymoe",
-    "-i toml -f toml-selectors/lora.toml": "Lora",
-    "--port 1234 x-lora -o orderings/xlora-paper-ordering.json -x lamm-mit/x-lora": "X-LoRA",
-    "--port 1234 lora -m HuggingFaceH4/zephyr-7b-beta -o o.json -a lamm-mit/x-lora": "LoRA",
-    "--port 1234 x-lora-gguf -o o.json -t HuggingFaceH4/zephyr-7b-beta "
-    "-m TheBloke/zephyr-7B-beta-GGUF -f z.gguf -x lamm-mit/x-lora": "X-LoRA",
-    "--port 1234 lora-gguf -o o.json -m TheBloke/zephyr-7B-beta-GGUF -f z.gguf -a x/y": "LoRA",
-    "--port 1234 x-lora-ggml -o o.json -m a/b -f z.bin -x c/d": "X-LoRA",
-    "--port 1234 lora-ggml -o o.json -m a/b -f z.bin -a c/d": "LoRA",
 }
 FILES = {
     "toml-selectors/gguf.toml": """
@@ -86,6 +88,8 @@ FILES = {
         adapters_model_id = "lamm-mit/x-lora"
         order = "orderings/xlora-paper-ordering.json"
         """,
+    ORDER: f'{{"base_model_id": "{ZEPHYR}", "order": ["adapter_1", "adapter_2"]}}',
+    "examples/amoe.json": '{"rows": [{"prompt": "a", "expert": 0}, {"prompt": "b", "expert": 1}]}',
     "toml-selectors/anymoe_lora.toml": """
         [model]
         model_id = "HuggingFaceH4/zephyr-7b-beta"
@@ -97,8 +101,9 @@ FILES = {
         model_ids = ["typeof/zephyr-7b-beta-lora"]
         layers = [0, 1]
         [anymoe.config]
-        hidden_size = 4096
-        expert_type = { lora_adapter = { rank = 64, alpha = 16, target_modules = ["up_proj"] } }
+        hidden_size = 64
+        epochs = 2
+        expert_type = { lora_adapter = { rank = 4, alpha = 16, target_modules = ["up_proj"] } }
         """,
     "topologies/isq.yml": "0-1:\n  isq: Q3K\n1-2:\n  isq: Q8_0\n",
     "templates/own.json": f'{{"chat_template": {TEMPLATE.strip()!r}}}'.replace("'", '"'),
@@ -112,13 +117,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     phi3 = write_folder(root / PHI3, "Phi3ForCausalLM")
     (root / "microsoft/Phi-3-mini-128k-instruct").symlink_to(phi3)
     write_folder(root / PHI_MOE, "PhimoeForCausalLM", num_local_experts=4)
-    zephyr = write_folder(root / "HuggingFaceH4/zephyr-7b-beta", "MistralForCausalLM")
+    zephyr = write_folder(root / ZEPHYR, "MistralForCausalLM")
     (root / "here").symlink_to(zephyr)
     name = "Phi-3.5-mini-instruct-Q4_K_M.gguf"
     file = write_gguf(root / "bartowski/Phi-3.5-mini-instruct-GGUF" / name, phi3)
     (root / "path/to/files").mkdir(parents=True)
     (root / "path/to/files" / name).symlink_to(file)
     write_gguf(root / "TheBloke/zephyr-7B-beta-GGUF/zephyr-7b-beta.Q5_0.gguf", zephyr)
+    write_xlora(root / "lamm-mit/x-lora", zephyr, ["adapter_1", "adapter_2"], ZEPHYR)
+    write_adapter(root / "typeof/zephyr-7b-beta-lora", zephyr, target_modules=["up_proj"])
     for path, text in FILES.items():
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_text(text)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from squall.api.anymoe import AnyMoeConfig, AnyMoeExpertType
 from squall.api.which import (
-    AnyMoeConfig,
-    AnyMoeExpertType,
     IsqOrganization,
     ModelDType,
     Selection,
@@ -35,6 +34,8 @@ MODELS: dict[str, tuple[str, Selection]] = {
     "ggml": (f'{FILE}"f.bin"\ngqa = 8', Which.GGML("d", "f.bin", gqa=8)),
     "ggml by its name": (f'{FILE}"f.bin"', Which.GGML("d", "f.bin")),
     "x-lora": (f'model_id = "m"{XLORA}', Which.XLora("x", "o", model_id="m")),
+    "lora of its ordering file": (LORA, Which.Lora("a", "o")),
+    "lora without one": ('adapters_model_id = "a"', Which.Lora("a")),
     "lora": (f'model_id = "m"{LORA}', Which.Lora("a", "o", model_id="m")),
     "x-lora-gguf": (f'{FILE}"f.gguf"{XLORA}', Which.XLoraGGUF("d", "f.gguf", "x", "o")),
     "lora-gguf": (f'{FILE}"f.gguf"{LORA}', Which.LoraGGUF("d", "f.gguf", "a", "o")),
@@ -50,11 +51,7 @@ def read(folder: Path, text: str) -> TomlSelection:
 
 @pytest.mark.parametrize(("text", "wanted"), MODELS.values(), ids=MODELS.keys())
 def test_models(text: str, wanted: Selection, tmp_path: Path) -> None:
-    found = read(tmp_path, f"[model]\n{text}\n")
-    assert found == TomlSelection(wanted)
-    if "lora" in text:
-        with pytest.raises(UnsupportedModel, match="not supported yet"):
-            found.opening()
+    assert read(tmp_path, f"[model]\n{text}\n") == TomlSelection(wanted)
 
 
 def test_vision_is_told_by_its_architecture(tmp_path: Path) -> None:
@@ -82,8 +79,7 @@ def test_speculative_and_anymoe(tmp_path: Path) -> None:
         [speculative]
         gamma = 5
         [speculative.draft_model]
-        quantized_model_id = "d"
-        quantized_filename = "f.gguf"
+        model_id = "d"
         [anymoe]
         dataset_json = "d.json"
         prefix = "model.layers"
@@ -96,13 +92,12 @@ def test_speculative_and_anymoe(tmp_path: Path) -> None:
         expert_type = {lora_adapter = {rank = 8, alpha = 16.0, target_modules = ["up_proj"]}}
         """,
     )
-    assert found.speculative == (Which.GGUF("d", "f.gguf"), 5)
+    assert found.speculative == (Which.Plain("d"), 5)
     adapter = AnyMoeExpertType.LoraAdapter(8, 16.0, ["up_proj"])
     assert found.anymoe == AnyMoeConfig(
         64, "d.json", "model.layers", "mlp", ["a", "b"], adapter, [0, 2], epochs=3
     )
-    with pytest.raises(UnsupportedModel, match=r"\[anymoe\] is not supported yet"):
-        found.opening()
+    assert found.opening().anymoe == found.anymoe
 
 
 def test_row_40_a_draft_model(tmp_path: Path) -> None:

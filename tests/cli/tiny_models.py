@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,40 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=library, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
     ).save_pretrained(folder)
+
+
+def write_adapter(folder: Path, base: Path, seed: int = 1, rank: int = 4, **config: Any) -> Path:
+    """A LoRA adapter for the model of a folder, as PEFT writes it, that changes answers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    given: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "up_proj"]} | config
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, lora_alpha=2 * rank, **given)
+    )
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_xlora(folder: Path, base: Path, names: list[str], base_id: str, **config: Any) -> Path:
+    """An X-LoRA model in mistral.rs's files: adapters in folders, a classifier of one linear."""
+    import torch
+    from safetensors.torch import save_file
+
+    for number, name in enumerate(names):
+        write_adapter(folder / name, base, number)
+    size = json.loads((base / "config.json").read_text())["hidden_size"]
+    known = {"hidden_size": size, "base_model_id": base_id, "adapters": names} | config
+    (folder / "xlora_config.json").write_text(json.dumps(known))
+    torch.manual_seed(3)
+    weights = {"last.weight": torch.randn(len(names), size), "last.bias": torch.randn(len(names))}
+    save_file(weights, folder / "xlora_classifier.safetensors")
+    return folder
 
 
 def write_gguf(path: Path, folder: Path) -> Path:

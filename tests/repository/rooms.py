@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",
     },
     "embedded": {"errors"},
-    "opening": {"errors", "checkpoints", "engine", "executors", "quant"},
+    "opening": {"errors", "adapters", "checkpoints", "engine", "executors", "quant"},
     "locate": {"errors", "embedded", "checkpoints"},
     "measure": {
         "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "weights", "executors",
@@ -48,11 +48,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 # From here on what users meet: the model, what is asked of it, its server and its commands.
 ABOVE: dict[str, set[str]] = {
     "model": set(MAY_IMPORT),
-    "api": {"errors", "closing", "checkpoints", "engine", "quant", "text", "opening", "model"},
-    "server": {"__version__", "errors", "engine", "model", "api"},
+    "api": {
+        "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
+        "model",
+    },
+    "server": {"__version__", "errors", "adapters", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api"},
-}
+}  # fmt: skip
 TOP = {"cli", "__init__", "__main__"}
 
 PAGE = ROOT / "docs/design.md"

@@ -20,7 +20,7 @@ BUDGETS = {
     "src/squall/executors": 700,
     "src/squall/quant": 1150,
     "src/squall/recipes": 2100,
-    "src/squall/server": 2500,
+    "src/squall/server": 2650,
     "src/squall/text": 3400,
     "native": 8150,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ ROUTES = {
     ("POST", "/detokenize"), ("POST", "/render"), ("POST", "/v1/responses"),
     ("GET", "/v1/responses/x"), ("DELETE", "/v1/responses/x"), ("POST", "/v1/messages"),
     ("POST", "/v1/messages/count_tokens"), ("POST", "/re_isq"), ("POST", "/activate_adapters"),
-    ("POST", "/v1/images/generations"), ("GET", "/v1/nothing"),
+    ("POST", "/v1/images/generations"), ("GET", "/v1/nothing"), ("GET", "/v1/adapters"),
+    ("POST", "/v1/adapters"), ("DELETE", "/v1/adapters/x"), ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"),
 }  # fmt: skip
 
 
@@ -74,9 +77,7 @@ def test_row_s8_no_route_is_forgotten(running: Running) -> None:
             yield from paths(getattr(getattr(route, "original_router", None), "routes", ()))
 
     app: Any = running.server.config.app
-    found = {
-        path.replace("{model_id:path}", "x").replace("{id}", "x") for path in paths(app.routes)
-    }
+    found = {re.sub(r"\{\w+(:path)?\}", "x", path) for path in paths(app.routes)}
     assert found == {path for _, path in ROUTES} - {"/v1/nothing"}
     assert frozenset({"/", "/health", "/docs"}) == OPEN_PATHS
 

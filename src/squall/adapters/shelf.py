@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import numbers
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from squall.batch import Mixture
 from squall.errors import InvalidRequest, OutOfMemory, SquallError, UnknownAdapter
@@ -25,13 +27,12 @@ Adapters = str | Sequence[str] | Mapping[str, float]
 """What a request asks for: a name, names, or names with weights."""
 
 MOST_NAMES = 1024
-MOST_CHARACTERS = 200  # of a name
 MOST_MIXED = 16
 MOST_WEIGHT = 1000
-_FORMS = "a name, a list of names, or names with weights such as {'name': 0.5}"
+_NAME = re.compile(r"(?=\S).{1,200}(?<=\S)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Info:
     """What is known of an adapter.
 
@@ -45,29 +46,27 @@ class Info:
     rank: int
     nbytes: int
     pinned: bool
-    loaded: bool
-    active: bool
+    loaded: bool = True
+    active: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
+class Chosen(NamedTuple):
     """Adapters of a request. digest: of their contents and weights, whatever their names."""
 
     mixture: Mixture = ()
     digest: str = ""
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False)
 class _Version:
     """What a name stands for. handle: None while it is dropped. used: when, in order."""
 
-    path: str
-    pinned: bool
-    digest: str
-    rank: int
-    nbytes: int
+    info: Info
     handle: Adapter | None
-    used: int = 0
+    used: int
+
+
+_Found = tuple[_Version, Adapter]
 
 
 class Shelf:
@@ -76,6 +75,7 @@ class Shelf:
     read: from a path. make: from weights, what the executor takes.
     limit_bytes: of weights in memory. Those that were not used for longest are dropped, and read
         again when they are used. A request keeps what it began with.
+    used: there was an adapter once, so names in requests may be meant for one.
     """
 
     def __init__(
@@ -86,21 +86,16 @@ class Shelf:
         limit_bytes: int | None = None,
     ) -> None:
         self.limit_bytes = limit_bytes
+        self.used = False
         self._read = read
         self._make = make
         self._clock = count(1)
         # Guards what follows, for moments: files are read without it.
         self._lock = threading.Lock()
         self._reserved = {"default"}
-        self._used = False
         self._versions: dict[str, _Version] = {}
-        self._active: Mapping[str, float] = {}
-        self._loading: dict[tuple[object, ...], Future[tuple[_Version, Adapter]]] = {}
-
-    @property
-    def used(self) -> bool:
-        """Whether there ever was an adapter, so that names of requests may be meant for one."""
-        return self._used
+        self._active: dict[str, float] = {}
+        self._loading: dict[tuple[object, ...], Future[_Found]] = {}
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -113,7 +108,7 @@ class Shelf:
     def list(self) -> tuple[Info, ...]:
         """All adapters."""
         with self._lock:
-            return tuple(self._info(name, found) for name, found in self._versions.items())
+            return tuple(map(self._info, self._versions.values()))
 
     def reserve(self, name: str) -> None:
         """`name` is the model's own. Raises InvalidRequest if an adapter has it."""
@@ -127,13 +122,17 @@ class Shelf:
 
         Raises InvalidRequest for a name that cannot be, and whatever reading a file can.
         """
-        self._check_name(name)
-        given = os.fspath(path)
-        version, _ = self._once(
-            ("load", name, given, pinned), lambda: self._put(name, given, pinned)
-        )
+        if not (isinstance(name, str) and name.isprintable() and _NAME.fullmatch(name)):
+            raise InvalidRequest(
+                f"the adapter's name is {name!r:.250}; it must be a text of 1 to 200 printable "
+                "characters, no space first or last"
+            )
         with self._lock:
-            return self._info(name, version)
+            self._check_free(name)
+        given = os.fspath(path)
+        version, _ = self._once((name, given, pinned), lambda: self._put(name, given, pinned))
+        with self._lock:
+            return self._info(version)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Raises UnknownAdapter."""
@@ -159,21 +158,19 @@ class Shelf:
         if not weights:
             return Chosen()
         found = [(*self._take(name), weight) for name, weight in weights.items()]
-        known = repr([(version.digest, weight) for version, _, weight in found])
+        known = repr([(version.info.digest, weight) for version, _, weight in found])
         digest = hashlib.sha256(known.encode()).hexdigest()
         return Chosen(tuple((handle, weight) for _, handle, weight in found), digest)
 
-    def _take(self, name: str) -> tuple[_Version, Adapter]:
+    def _take(self, name: str) -> _Found:
         with self._lock:
             version = self._find(name)
             version.used = next(self._clock)
             if version.handle is not None:
                 return version, version.handle
-        return self._once(("again", version), lambda: self._again(name, version))
+        return self._once((version,), lambda: self._again(version))
 
-    def _once(
-        self, key: tuple[object, ...], load: Callable[[], tuple[_Version, Adapter]]
-    ) -> tuple[_Version, Adapter]:
+    def _once(self, key: tuple[object, ...], load: Callable[[], _Found]) -> _Found:
         """What `load` finds, or what another thread finds that is at the same."""
         with self._lock:
             loading = self._loading.get(key)
@@ -188,43 +185,32 @@ class Shelf:
                 del self._loading[key]
         return loading.result()
 
-    def _put(self, name: str, path: str, pinned: bool) -> tuple[_Version, Adapter]:
+    def _put(self, name: str, path: str, pinned: bool) -> _Found:
         lora = self._read(path)
         if lora.vectors:
-            raise InvalidRequest(
-                f"the adapter {path!r:.200} changes {next(iter(lora.vectors))}, which cannot be "
-                "kept beside the model; merge it"
-            )
+            what = f"the adapter {path!r:.200} changes {next(iter(lora.vectors))}"
+            raise InvalidRequest(f"{what}, which cannot be kept beside the model; merge it")
         handle = self._make(lora.terms)
-        version = _Version(
-            path=path,
-            pinned=pinned,
-            digest=lora.digest,
-            rank=lora.rank,
-            nbytes=handle.nbytes,
-            handle=handle,
-            used=next(self._clock),
-        )
+        info = Info(name, path, lora.digest, lora.rank, handle.nbytes, pinned)
+        version = _Version(info, handle, next(self._clock))
         with self._lock:
             self._check_free(name)
             self._drop({**self._versions, name: version}, version)
             self._versions[name] = version
-            self._used = True
+            self.used = True
         return version, handle
 
-    def _again(self, name: str, version: _Version) -> tuple[_Version, Adapter]:
+    def _again(self, version: _Version) -> _Found:
         if version.handle is not None:
             return version, version.handle
-        lora, why = None, None
-        try:
-            lora = self._read(version.path)
-        except SquallError as error:
-            why = error
-        if lora is None or lora.digest != version.digest:
+        lora, info = None, version.info
+        with suppress(SquallError):
+            lora = self._read(info.path)
+        if lora is None or lora.digest != info.digest:
             raise UnknownAdapter(
-                f"the weights of adapter {name!r:.200} were dropped, and its files are not what "
+                f"the weights of adapter {info.name!r} were dropped, and its files are not what "
                 "they were; load it again"
-            ) from why
+            )
         handle = self._make(lora.terms)
         with self._lock:
             if version in self._versions.values():
@@ -237,46 +223,25 @@ class Shelf:
         if self.limit_bytes is None:
             return
         others = [v for v in versions.values() if v.handle is not None and v is not new]
-        free = self.limit_bytes - new.nbytes - sum(v.nbytes for v in others if v.pinned)
-        if free < 0:
-            raise OutOfMemory(
-                f"the adapter takes {new.nbytes} bytes, and {max(free + new.nbytes, 0)} of the "
-                f"{self.limit_bytes} for adapters are free; remove some that are pinned, or allow "
-                "more"
-            )
+        room = self.limit_bytes - sum(v.info.nbytes for v in others if v.info.pinned)
+        if (free := room - new.info.nbytes) < 0:
+            takes = f"the adapter takes {new.info.nbytes} bytes, and there is room for {room}"
+            raise OutOfMemory(f"{takes}; remove some that are pinned")
         for version in sorted(others, key=lambda v: -v.used):
-            if not version.pinned:
-                free -= version.nbytes
+            if not version.info.pinned:
+                free -= version.info.nbytes
                 if free < 0:
                     version.handle = None
 
-    def _info(self, name: str, version: _Version) -> Info:
-        return Info(
-            name=name,
-            path=version.path,
-            digest=version.digest,
-            rank=version.rank,
-            nbytes=version.nbytes,
-            pinned=version.pinned,
-            loaded=version.handle is not None,
-            active=name in self._active,
-        )
+    def _info(self, version: _Version) -> Info:
+        active = version.info.name in self._active
+        return replace(version.info, loaded=version.handle is not None, active=active)
 
     def _find(self, name: str) -> _Version:
         if name not in self._versions:
             known = ", ".join(map(repr, self._versions)) or "none"
             raise UnknownAdapter(f"there is no adapter {name!r:.200}; there are {known:.500}")
         return self._versions[name]
-
-    def _check_name(self, name: object) -> None:
-        right = isinstance(name, str) and name.isprintable() and name == name.strip() and name
-        if not right or len(str(name)) > MOST_CHARACTERS:
-            raise InvalidRequest(
-                f"the adapter's name is {name!r:.250}; it must be a text of 1 to {MOST_CHARACTERS} "
-                "printable characters, no space first or last"
-            )
-        with self._lock:
-            self._check_free(str(name))
 
     def _check_free(self, name: str) -> None:
         if name in self._reserved:
@@ -290,28 +255,19 @@ def weights_of(adapters: object) -> dict[str, float]:
 
     A name alone has the weight 1; those with the weight 0 are left out.
     """
-    items: Mapping[object, object]
-    if isinstance(adapters, str):
-        items = {adapters: 1.0}
-    elif isinstance(adapters, Mapping):
-        items = adapters
-    elif isinstance(adapters, Sequence) and all(isinstance(name, str) for name in adapters):
-        items = dict.fromkeys(adapters, 1.0)
-    else:
-        raise InvalidRequest(f"adapters is {adapters!r:.100}; it must be {_FORMS}")
-    found: dict[str, float] = {}
-    for name, weight in items.items():
-        if not isinstance(name, str):
-            raise InvalidRequest(f"adapters has the name {name!r:.100}; it must be {_FORMS}")
-        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-            raise InvalidRequest(f"adapters has {weight!r:.100} for {name!r:.200}; give a number")
-        if not abs(weight) <= MOST_WEIGHT:  # NaN is not
-            raise InvalidRequest(
-                f"adapters has the weight {weight!r:.100} for {name!r:.200}; it must be between "
-                f"-{MOST_WEIGHT} and {MOST_WEIGHT}"
-            )
-        if weight:
-            found[name] = float(weight)
-    if len(found) > MOST_MIXED:
-        raise InvalidRequest(f"adapters has {len(found)} names; at most {MOST_MIXED} go together")
-    return found
+    given: object = (adapters,) if isinstance(adapters, str) else adapters
+    if isinstance(given, Sequence) and all(isinstance(name, str) for name in given):
+        given = dict.fromkeys(given, 1.0)
+    if not (isinstance(given, Mapping) and all(isinstance(name, str) for name in given)):
+        raise InvalidRequest(
+            f"adapters is {adapters!r:.100}; it must be a name, a list of names, or names with "
+            "weights such as {'name': 0.5}"
+        )
+    for name, weight in given.items():
+        right = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+        if not (right and abs(weight) <= MOST_WEIGHT):  # NaN is not
+            allowed = f"a number from -{MOST_WEIGHT} to {MOST_WEIGHT}"
+            raise InvalidRequest(f"adapters has {weight!r:.99} for {name!r:.200}; give {allowed}")
+    if len(given) > MOST_MIXED:
+        raise InvalidRequest(f"adapters has {len(given)} names; at most {MOST_MIXED} go together")
+    return {name: float(weight) for name, weight in given.items() if weight}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,14 +15,18 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from squall import decoder, executors
+from squall.adapters import lora
 from squall.adapters.edits import SCALINGS, adaptable
-from squall.batch import Batch, Mixture, Sequences
+from squall.adapters.ordering import Ordering, place_of
+from squall.adapters.target import Target
+from squall.batch import Batch, Mixture
 from squall.checkpoints.base import Checkpoint
+from squall.checkpoints.hub import Hub, is_id
 from squall.checkpoints.safetensors import open_part
-from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound
-from squall.executors import Adapter, Executor, Floats, Limits, Phase, ThreadPool
+from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
+from squall.executors import Executor, Floats, Limits, Phase, ThreadPool
 from squall.files import quote, read_json
-from squall.program import Linear, Matrix, Program, Site, Slice, Value, Vector, sites
+from squall.program import Builder, Linear, Matrix, Program, Site, Slice, Vector, sites
 from squall.quant import Plan
 from squall.recipes import Recipe
 from squall.weights import Progress, Term, WeightStore
@@ -32,13 +37,13 @@ CLASSIFIER = "classifier"
 _CONFIGS = ("xlora_config.json", "adapter_config.json")
 _WEIGHTS = ("xlora_classifier.safetensors", "adapter_model.safetensors")
 # PEFT counts what is between the linears, too.
-_LINEAR = re.compile(r"(.*\.)?((inner|layers)\.(?P<number>\d{1,4})|last)\.weight")
-# The modules of a layer in the order in which transformers' classes have those they have.
-_MODULES = (
-    "embed_tokens", "q_proj", "k_proj", "v_proj", "dense", "o_proj", "qkv_proj", "gate",
-    "gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "down_proj", "fc2", "c_proj", "w1", "w2",
-    "w3", "lm_head",
-)  # fmt: skip
+_LINEAR = re.compile(r"(.*\.)?((inner|layers)\.(?P<number>\d{1,4})|last)\.(?P<part>weight|bias)")
+_LAST = 1 << 24
+# The modules of a layer, in the order in which transformers' classes have those that they have.
+_MODULES = """
+    embed_tokens q_proj k_proj v_proj dense o_proj qkv_proj gate gate_proj up_proj gate_up_proj
+    fc1 c_fc down_proj fc2 c_proj w1 w2 w3 lm_head
+    """.split()  # noqa: SIM905
 
 _Size = Annotated[int, Field(ge=1, le=1 << 24)]
 _Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -70,7 +75,7 @@ class XLoraConfig(BaseModel):
 
     hidden_size: _Size
     adapters: Annotated[dict[str, str], Field(min_length=1, max_length=1024)]
-    base_model_id: str = ""
+    base_model_id: str | None = None
     layerwise_scalings: bool = False
     xlora_depth: Annotated[int, Field(ge=1, le=64)] = 1
     xlora_size: _Size = 1
@@ -86,21 +91,20 @@ class XLoraConfig(BaseModel):
     @classmethod
     def read(cls, folder: Path) -> XLoraConfig:
         """That of a folder."""
-        ours, pefts = (read_json(folder / name) for name in _CONFIGS)
-        if ours is None and (pefts is None or pefts.get("peft_type") != "XLORA"):
-            raise ModelNotFound(f"{str(folder)!r} has no {' or '.join(_CONFIGS)} of X-LoRA")
-        if ours is None:
-            base = pefts.pop("base_model_name_or_path", None)
-            ours = {"base_model_id": base, "enable_relu_and_dropout": True} | pefts
-        if isinstance(names := ours.get("adapters"), list):
-            ours["adapters"] = {str(name): "" for name in names}
+        peft = read_json(folder / _CONFIGS[1]) or {}
+        base = {"base_model_id": peft.get("base_model_name_or_path")}
+        if (given := read_json(folder / _CONFIGS[0])) is None:
+            if peft.get("peft_type") != "XLORA":
+                raise ModelNotFound(f"{str(folder)!r} has no {' or '.join(_CONFIGS)} of X-LoRA")
+            given = base | {"enable_relu_and_dropout": True} | peft
+        if isinstance(names := given.get("adapters"), list):
+            given["adapters"] = {str(name): "" for name in names}
         try:
-            return cls.model_validate({k: v for k, v in ours.items() if v is not None})
+            return cls.model_validate({k: v for k, v in given.items() if v is not None})
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            shown = f"{quote(key)} is {first['input']!r:.99}; {first['msg']}"
-            raise InvalidCheckpoint(f"the configuration of X-LoRA: {shown}") from None
+            what = f"{'.'.join(map(str, first['loc']))} is {first['input']!r:.99}: {first['msg']}"
+            raise InvalidCheckpoint(f"the configuration of X-LoRA: {what}") from None
 
     def scalings(self, logits: Floats) -> Floats:
         """What the adapters weigh, [rows, layers * adapters]. No row depends on another."""
@@ -111,70 +115,46 @@ class XLoraConfig(BaseModel):
             # Added up one by one: the order of `sum` may depend on how many rows there are.
             x = x / np.cumsum(x, axis=-1)[..., -1:]
         if self.top_k_lora is not None:
-            x = x.copy()
             others = np.argsort(-x, axis=-1, kind="stable")[..., self.top_k_lora :]
             np.put_along_axis(x, others, 0, axis=-1)
-        return np.ascontiguousarray(x.reshape(logits.shape))
+        return x.reshape(logits.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Classifier:
-    """Linears one after another; `names` of their weights in the checkpoint."""
-
-    checkpoint: Checkpoint
-    names: tuple[str, ...]
-    relu: bool
-
-    @classmethod
-    def read(cls, folder: Path, config: XLoraConfig, outputs: int) -> Classifier:
-        """That of a folder, which is to have so many outputs."""
-        path = next((path for name in _WEIGHTS if (path := folder / name).exists()), None)
-        if path is None:
-            raise ModelNotFound(f"{str(folder)!r} has no {_WEIGHTS[0]}")
-        tensors = {tensor.name: tensor for tensor in open_part(path).tensors()}
-        found = [match for name in tensors if (match := _LINEAR.fullmatch(name))]
-        found.sort(key=lambda match: int(match["number"] or 10**4))
-        names = tuple(match.string for match in found)
-        cols = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1)]
-        wanted = list(zip([*cols[1:], outputs], cols, strict=True))
-        shapes = [tensors[name].shape for name in names]
-        biases = [tensors[bias].shape for bias in map(_bias, names) if bias in tensors]
-        if shapes != wanted or biases != [(rows,) for rows, _ in wanted] * config.use_bias:
-            raise InvalidCheckpoint(
-                f"{quote(path.name)} has weights of shapes {shapes} and biases {biases}; its "
-                f"configuration wants {wanted} {'with' if config.use_bias else 'without'} biases"
-            )
-        for name in names:
-            tensors[name].check_format()
-        checkpoint = Checkpoint(path, {}, tensors, path.stat().st_size)
-        return cls(checkpoint, names, config.enable_relu_and_dropout)
-
-    def after(self, program: Program) -> Program:
-        """The program with the classifier of its output as its output."""
-        (x,), ops, values = program.outputs, list(program.ops), list(program.values)
-        for number, name in enumerate(self.names):
-            rows, cols = self.checkpoint.tensors[name].shape
-            weight = Matrix((Slice(name, 0, rows, CLASSIFIER),), rows, cols, role=CLASSIFIER)
-            biased = _bias(name) in self.checkpoint.tensors
-            bias = Vector((Slice(_bias(name), 0, rows, CLASSIFIER),), rows) if biased else None
-            relu = self.relu and name != self.names[-1]
-            out = Value(len(program.values) + number, f"{CLASSIFIER}.{number}", rows)
-            ops.append(Linear(out, x, weight, bias, "relu" if relu else None))
-            values.append(out)
-            x = out
-        return replace(program, ops=tuple(ops), values=tuple(values), outputs=(x,))
-
-
-def _bias(weight: str) -> str:
-    return weight.removesuffix("weight") + "bias"
+def read_classifier(folder: Path, config: XLoraConfig, outputs: int) -> Checkpoint:
+    """Linears, one after another: 0.weight, 0.bias, 1.weight and so on. outputs: of the last."""
+    path = next((path for name in _WEIGHTS if (path := folder / name).exists()), None)
+    if path is None:
+        raise ModelNotFound(f"{str(folder)!r} has no {_WEIGHTS[0]}")
+    given = {tensor.name: tensor for tensor in open_part(path).tensors()}
+    matches = [match for name in given if (match := _LINEAR.fullmatch(name))]
+    numbers = sorted({int(match["number"] or _LAST) for match in matches})
+    tensors = {}
+    for match in matches:
+        number = numbers.index(int(match["number"] or _LAST))
+        tensors[f"{number}.{match['part']}"] = given[match.string]
+    widths = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), outputs]
+    wanted: dict[str, tuple[int, ...]] = {}
+    for number, (cols, rows) in enumerate(pairwise(widths)):
+        wanted |= {f"{number}.weight": (rows, cols)}
+        wanted |= {f"{number}.bias": (rows,)} if config.use_bias else {}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != wanted:
+        raise InvalidCheckpoint(
+            f"{quote(path.name)} has a classifier of {found}; its configuration says {wanted}"
+        )
+    for tensor in tensors.values():
+        tensor.check_format()
+    return Checkpoint(path, {}, tensors, path.stat().st_size)
 
 
 def place(module: str) -> tuple[int, ...]:
     """Sorts paths of modules as transformers' models have them."""
     kind = module.rpartition(".")[2]
-    rank = _MODULES.index(kind) if kind in _MODULES else len(_MODULES)
+    if kind not in _MODULES:
+        raise UnsupportedModel(f"which layer of X-LoRA {quote(module)} is, an ordering file tells")
+    rank = _MODULES.index(kind)
     numbers = [int(number) for number in re.findall(r"\.(\d+)\.", module)]
-    layer, expert = [*(numbers or [-1 if rank == 0 else 1 << 24]), -1][:2]
+    layer, expert = [*(numbers or [-1 if rank == 0 else _LAST]), -1][:2]
     return layer, expert, rank
 
 
@@ -187,11 +167,48 @@ class Parts:
     """
 
     config: XLoraConfig
-    classifier: Classifier
+    classifier: Checkpoint
     adapters: tuple[Mapping[Site, Term], ...]
     columns: Mapping[Site, int]
     width: int
     settles: int | None = None
+
+    @classmethod
+    def read(cls, xlora: XLora, target: Target, hub: Hub | None = None) -> Parts:
+        """Those of a folder, for a base."""
+        folder = Path(xlora.path).expanduser()
+        if not folder.is_dir() and is_id(str(xlora.path)):
+            folder = (hub or Hub()).fetch(str(xlora.path))
+        config, ordering = XLoraConfig.read(folder), Ordering.read(xlora.order)
+        ordering.check_base(config.base_model_id)
+        if config.hidden_size != (hidden := target.decoder.hidden):
+            raise InvalidRequest(
+                f"X-LoRA is for a hidden_size of {config.hidden_size}, the model has {hidden}"
+            )
+        names = ordering.order or tuple(config.adapters)
+        if set(names) != set(config.adapters):
+            raise InvalidRequest(
+                f"the ordering file orders {', '.join(names)}; X-LoRA has the adapters "
+                f"{', '.join(config.adapters)}"
+            )
+        loras = [lora.read(_path(folder, name, config), target, hub=hub) for name in names]
+        modules = {module for one in loras for module in one.modules}
+        layers = ordering.layers if config.layerwise_scalings else dict.fromkeys(modules, 0)
+        layers = layers or {module: i for i, module in enumerate(sorted(modules, key=place))}
+        if missing := sorted(modules - layers.keys()):
+            raise InvalidRequest(f"the ordering file has no index for the layer {missing[0]}")
+        columns = {
+            site: layers[module] * len(names)
+            for module in modules
+            for site, *_ in target.sites(module)
+        }
+        for name, one in zip(names, loras, strict=True):
+            if one.vectors or not one.terms.keys() <= columns.keys():
+                raise UnsupportedModel(f"the adapter {name} of X-LoRA changes more than linears")
+        width = (max(layers.values()) + 1) * len(names)
+        classifier = read_classifier(folder, config, width)
+        adapters = tuple(one.terms for one in loras)
+        return cls(config, classifier, adapters, columns, width, xlora.tgt_non_granular_index)
 
     def programs(self, recipe: Recipe, context: int) -> tuple[Program, Program]:
         """The first pass, which tells logits of scalings, and the second."""
@@ -199,25 +216,34 @@ class Parts:
         first, _ = build(whole=True).cut("norm")
         if self.config.scaling_pass_value:
             first = adaptable(first)
-        return self.classifier.after(first), adaptable(build(), self.columns, self.width)
+        return self._classified(first), adaptable(build(), self.columns, self.width)
+
+    def _classified(self, program: Program) -> Program:
+        """The program with the classifier of its output as its output."""
+        (x,), builder = program.outputs, Builder()
+        builder.ops, builder.values = list(program.ops), list(program.values)
+        for number in range(self.config.xlora_depth):
+            rows, cols = self.classifier.tensors[f"{number}.weight"].shape
+            weight, bias = (
+                (Slice(f"{number}.{part}", 0, rows, CLASSIFIER),) for part in ("weight", "bias")
+            )
+            matrix = Matrix(weight, rows, cols, role=CLASSIFIER)
+            vector = Vector(bias, rows) if self.config.use_bias else None
+            relu = self.config.enable_relu_and_dropout and number < self.config.xlora_depth - 1
+            out = builder.value(f"{CLASSIFIER}.{number}", rows)
+            x = builder.emit(Linear(out, x, matrix, vector, "relu" if relu else None))
+        return builder.build(x, caches=program.caches, context=program.context)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """An executor, and the adapters of all its rows."""
-
-    executor: Executor
-    mixture: Mixture
-
-    def run(self, batch: Batch, **inputs: Floats) -> Floats:
-        """Its only output."""
-        mixture = np.zeros(len(batch.tokens), np.int32)
-        batch = replace(batch, mixture=mixture, mixtures=(self.mixture,))
-        (found,) = self.executor.run({**batch.indices(), **inputs}, batch, batch.mixtures).values()
-        return found
+def _path(folder: Path, name: str, config: XLoraConfig) -> str:
+    """Where an adapter is: by its name in the folder, or where the configuration says."""
+    given = config.adapters[name]
+    if not given or (folder / name).is_dir():
+        return place_of(name, str(folder))
+    return str(folder / given) if (folder / given).exists() else given
 
 
-class XLoraExecutor(Executor):
+class XLoraExecutor:
     """Two executors on one store, each with a KV cache; what is not said here is the second's.
 
     programs: those of the parts. store: has the classifier's checkpoint as CLASSIFIER.
@@ -233,71 +259,26 @@ class XLoraExecutor(Executor):
         pool: ThreadPool | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._parts, self._programs = parts, programs
+        self._config, self._programs, self.settles = parts.config, programs, parts.settles
         self._open = partial(executors.open, limits=limits, pool=pool or executors.thread_pool())
-        self.settles = parts.settles
+        self.whole = False
         # What settled, by the block of the row that it is of.
         self._settled = np.empty((limits.blocks, parts.width), np.float32)
         self._load(store, progress)
-
-    def _load(self, store: WeightStore, progress: Progress | None) -> None:
-        config, passes = self._parts.config, []
-        weight = config.global_scaling_weight
-        for program, each in zip(
-            self._programs, (weight * config.scaling_pass_value, weight), strict=True
-        ):
-            executor = self._open(program, store, progress=progress)
-            terms = _there(program, self._parts.adapters if each else ())
-            passes.append(_Pass(executor, tuple((executor.adapter(t), each) for t in terms)))
-        self._first, self._second = passes
-        self._store = store
-        self.kv_bytes = sum(one.executor.kv_bytes for one in passes)
+        weight = parts.config.global_scaling_weight
+        self._mixtures = (
+            _mixture(self._first, parts.adapters, weight * parts.config.scaling_pass_value),
+            _mixture(self._second, parts.adapters, weight),
+        )
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._second.executor, name)
+        return getattr(self._second, name)
 
-    @property
-    def pool(self) -> ThreadPool | None:
-        """See `Executor`."""
-        return self._second.executor.pool
-
-    def step(self, batch: Batch) -> Floats:
-        """See `Executor`."""
-        return self._second.run(batch, **{SCALINGS: self.scalings(batch)})
-
-    def scalings(self, batch: Batch) -> Floats:
-        """[rows, width], by the first pass, or what it was when it settled."""
-        if self.settles is None or batch.prompts is None:
-            return self._computed(batch)
-        lengths, positions = np.diff(batch.bounds), batch.positions
-        last = np.repeat(batch.prompts + (self.settles - 1), lengths)
-        late, found = positions > last, np.empty((len(last), self._parts.width), np.float32)
-        if not late.all():
-            found[~late] = self._computed(_rows(batch, ~late))
-        sequence = np.repeat(np.arange(len(lengths)), lengths)
-        for rows, settle in ((positions == last, True), (late, False)):
-            at = batch.block_tables[sequence[rows], last[rows] // self.block_size]
-            if settle:
-                self._settled[at] = found[rows]
-            else:
-                found[rows] = self._settled[at]
-        return found
-
-    def _computed(self, batch: Batch) -> Floats:
-        return self._parts.config.scalings(self._first.run(batch))
-
-    def run(
-        self,
-        inputs: Mapping[str, NDArray[np.generic]],
-        sequences: Sequences | None = None,
-        mixtures: Sequence[Mixture] = (),
-    ) -> dict[str, Floats]:
-        """The second pass alone, with scalings as an input."""
-        return self._second.executor.run(inputs, sequences, mixtures)
-
-    def adapter(self, terms: Mapping[Site, Term]) -> Adapter:
-        """One of the second pass."""
-        return self._second.executor.adapter(terms)
+    def _load(self, store: WeightStore, progress: Progress | None) -> None:
+        second = self._open(self._programs[1], store, progress=progress)
+        first = self._open(self._programs[0], store)
+        self._first, self._second, self._store = first, second, store
+        self.kv_bytes = first.kv_bytes + second.kv_bytes
 
     def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
         """See `Executor`."""
@@ -305,30 +286,52 @@ class XLoraExecutor(Executor):
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         """Of both passes."""
-        first, second = self._first.executor, self._second.executor
         found: list[Phase] = []
-        return first.profile(lambda: found.extend(second.profile(act))) + found
+        return self._first.profile(lambda: found.extend(self._second.profile(act))) + found
 
-    def value(self, name: str) -> Floats:
-        """Of the second pass."""
-        return self._second.executor.value(name)
+    def step(self, batch: Batch) -> Floats:
+        """See `Executor`."""
+        scalings = {SCALINGS: self.scalings(batch)}
+        return _run(self._second, self._mixtures[1], batch, scalings)
+
+    def scalings(self, batch: Batch) -> Floats:
+        """[rows, width], by the first pass, or of the row at which they settled."""
+        if self.settles is None or batch.prompts is None:
+            return self._config.scalings(_run(self._first, self._mixtures[0], batch, {}))
+        lengths, positions = np.diff(batch.bounds), batch.positions
+        last = np.repeat(batch.prompts + (self.settles - 1), lengths)
+        early, late = positions <= last, positions >= last
+        found = np.empty((len(last), self._settled.shape[1]), np.float32)
+        if early.any():
+            found[early] = self.scalings(_only(batch, early))
+        sequence = np.repeat(np.arange(len(lengths)), lengths)[late]
+        blocks = batch.block_tables[sequence, last[late] // self._second.block_size]
+        self._settled[blocks[early[late]]] = found[early & late]
+        found[late] = self._settled[blocks]
+        return found
 
 
-def _there(
-    program: Program, adapters: Iterable[Mapping[Site, Term]]
-) -> Iterator[Mapping[Site, Term]]:
-    """Of each adapter the terms that the program has a place for."""
-    places = {site for op in program.ops for site in sites(op)}
-    for terms in adapters:
-        yield {site: term for site, term in terms.items() if site in places}
+def _mixture(executor: Executor, adapters: Iterable[Mapping[Site, Term]], weight: float) -> Mixture:
+    """All adapters, as far as the program has places for them."""
+    places = {site for op in executor.program.ops for site in sites(op)}
+    there = ({site: terms[site] for site in terms.keys() & places} for terms in adapters)
+    return tuple((executor.adapter(terms), weight) for terms in there) if weight else ()
 
 
-def _rows(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
-    """These rows of a batch, without outputs."""
-    bounds = np.concatenate([[0], np.cumsum(rows)])[batch.bounds]
-    axes = {"spans": batch.spans, "rotary": batch.rotary}
+def _run(
+    executor: Executor, mixture: Mixture, batch: Batch, inputs: Mapping[str, Floats]
+) -> Floats:
+    """The only output, where all rows have all adapters."""
+    every = np.zeros(len(batch.tokens), np.int32)
+    batch = replace(batch, mixture=every, mixtures=(mixture,))
+    (found,) = executor.run({**batch.indices(), **inputs}, batch, batch.mixtures).values()
+    return found
+
+
+def _only(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
+    """These rows of a batch, before scalings settle; nobody wants outputs of them."""
+    bounds = np.concatenate([[0], np.cumsum(rows)])[batch.bounds].astype(np.int32)
     return replace(
-        batch, tokens=batch.tokens[rows], positions=batch.positions[rows],
-        bounds=bounds.astype(np.int32), outputs=np.empty(0, np.int32),
-        **{name: None if found is None else found[..., rows] for name, found in axes.items()},
+        batch, tokens=batch.tokens[rows], positions=batch.positions[rows], bounds=bounds,
+        outputs=np.empty(0, np.int32), prompts=None,
     )  # fmt: skip

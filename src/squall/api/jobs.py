@@ -21,7 +21,7 @@ from squall.api.structure import naming
 from squall.closing import Closing
 from squall.engine.generation import Mailbox
 from squall.engine.reply import Reply
-from squall.engine.request import CacheScope, Piece, Request, Scoring
+from squall.engine.request import Piece, Request, Scoring
 from squall.engine.sampling import Sampling
 from squall.errors import InvalidRequest
 from squall.model import Model, Prompt
@@ -367,9 +367,9 @@ def _request(
             constraint = model.constraint(structure.grammar, prompt)
     asked = model.request(
         prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids,
-        constraint=constraint,
+        constraint=constraint, adapters=request.adapters,
     )  # fmt: skip
-    scope, truncate = CacheScope(tenant), request.truncate_sequence
+    scope, truncate = replace(asked.scope, tenant=tenant), request.truncate_sequence
     return replace(asked, scope=scope, truncate=truncate, ignore_eos=request.ignore_eos)
 
 

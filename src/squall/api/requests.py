@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar
 
+from squall.adapters.shelf import Adapters, weights_of
 from squall.api.messages import Messages, check_short, conversation
 from squall.api.structure import StructureFields
 from squall.api.tool_choice import Offer, ToolChoice, offer
@@ -27,7 +28,7 @@ MOST_PROCESSORS = 16
 MOST_TEMPLATE_KWARGS = 16_384  # characters, as JSON
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-NOT_YET = ("adapters", "suffix")
+NOT_YET = ("suffix",)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
 OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
@@ -43,6 +44,7 @@ class _Request(StructureFields, SamplingFields):
     temperature, top_p: 1 unless given. `top_k` 0, -1 or None is off. Ranges: docs/sampling.md.
     seed: by default random. Choice 0 of several is what a single choice would be.
     min_tokens: nothing ends the answer before. ignore_eos: the model's end tokens never do.
+    adapters: of the model, by name, a list or with weights; None: those that are active, []: none.
     truncate_sequence: drop the beginning of a prompt that is too long instead of refusing it.
     user: not used.
     """
@@ -59,7 +61,7 @@ class _Request(StructureFields, SamplingFields):
     stream: bool = False
     stream_options: Mapping[str, bool] | None = None
     user: str | None = None
-    adapters: Sequence[str] | None = None
+    adapters: Adapters | None = None
     tool_schemas: Sequence[str] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: ToolChoice | str | Mapping[str, Any] | None = None
@@ -107,6 +109,8 @@ class _Request(StructureFields, SamplingFields):
             values = getattr(self, name)
             check(isinstance(values, Sequence), name, values, "a list")
             check_short(name, values, most)
+        if self.adapters is not None:
+            weights_of(self.adapters)
         self.structure()
 
     def _accept(self, name: str, other: str, value: object) -> None:

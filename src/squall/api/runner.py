@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from squall.api import responses
 from squall.api.jobs import Asked, ChatJob, CompletionJob, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
-from squall.api.which import AnyMoeConfig, ImageGenerationResponseFormat, Selection, Which
+from squall.api.which import ImageGenerationResponseFormat, Selection, Which
 from squall.checkpoints.hub import Hub
 from squall.closing import Closing
 from squall.engine.engine import EngineConfig
@@ -18,6 +18,11 @@ from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.model import Model
 from squall.opening import Opening
+
+if TYPE_CHECKING:
+    from squall.adapters.anymoe import AnyMoe
+
+_OF_FLOATS = (Which.Plain, Which.Lora, Which.XLora)
 
 
 class _Runner:
@@ -39,6 +44,8 @@ class _Runner:
     which_draft: a smaller model with the same vocabulary, which makes at most `speculative_gamma`
     guesses a step (docs/speculation.md).
 
+    anymoe_config: experts made of other models (docs/anymoe.md).
+
     no_paged_attn is accepted and changes nothing. Arguments whose feature is not there yet raise
     InvalidRequest.
     """
@@ -55,7 +62,7 @@ class _Runner:
         chat_template: str | None = None,
         num_device_layers: Sequence[str] | None = None,
         in_situ_quant: str | None = None,
-        anymoe_config: AnyMoeConfig | None = None,
+        anymoe_config: AnyMoe | None = None,
         pa_gpu_mem: int | float | None = None,
         pa_gpu_mem_usage: float | None = None,
         pa_ctxt_len: int | None = None,
@@ -67,14 +74,12 @@ class _Runner:
         context: int | None = None,
         threads: int | None = None,
     ) -> None:
-        later = {
-            "num_device_layers": num_device_layers, "anymoe_config": anymoe_config,
-        }  # fmt: skip
-        for name, value in later.items():
-            if value is not None:
-                raise InvalidRequest(f"{name} is not supported yet; leave it out")
-        if in_situ_quant is not None and not isinstance(which, Which.Plain):
-            raise InvalidRequest("in_situ_quant: only Which.Plain can be quantized; leave it out")
+        if num_device_layers is not None:
+            raise InvalidRequest("num_device_layers is not supported yet; leave it out")
+        if in_situ_quant is not None and not isinstance(which, _OF_FLOATS):
+            raise InvalidRequest("in_situ_quant: only folders of floats can be quantized; no file")
+        if anymoe_config is not None and isinstance(which, Model):
+            raise InvalidRequest("anymoe_config: the model is open already; give a Which")
         hub = Hub(token_source=token_source)
         others = Opening(
             context=context,
@@ -86,6 +91,7 @@ class _Runner:
                 block_size=pa_blk_size or KvSize().block_size,
             ),
             isq=in_situ_quant,
+            anymoe=anymoe_config,
             engine=EngineConfig(
                 max_seqs=max_seqs,
                 no_kv_cache=no_kv_cache,
@@ -119,9 +125,9 @@ class _Runner:
         """Not there yet."""
         raise UnsupportedModel("images need a diffusion model; none is supported yet")
 
-    def activate_adapters(self, adapter_names: Sequence[str]) -> NoReturn:  # noqa: ARG002
-        """Not there yet."""
-        raise UnsupportedModel("this model has no adapters; none are supported yet")
+    def activate_adapters(self, adapter_names: Sequence[str]) -> None:
+        """Adapters for requests that name none; raises UnknownAdapter."""
+        self.model.adapters.activate(adapter_names)
 
     def close(self) -> None:
         """End all answers, and free the model; one that was given stays open."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import cast
+from typing import Any, ClassVar, cast
 
+from squall.adapters.ordering import Ordering
 from squall.checkpoints.hub import is_id
 from squall.errors import InvalidRequest, ModelNotFound, UnsupportedModel
 from squall.opening import DEFAULTS, Opening
@@ -24,41 +25,7 @@ ModelDType = Enum("ModelDType", "Auto BF16 F16 F32")
 ImageGenerationResponseFormat = Enum("ImageGenerationResponseFormat", "Url B64Json")
 
 
-class AnyMoeExpertType:
-    """What the experts of AnyMoE are."""
-
-    @dataclass(frozen=True)
-    class FineTuned:
-        """Whole feed-forward layers."""
-
-    @dataclass(frozen=True)
-    class LoraAdapter:
-        """Adapters of the model's own layers."""
-
-        rank: int
-        alpha: float
-        target_modules: Sequence[str]
-
-
 @dataclass(frozen=True)
-class AnyMoeConfig:
-    """How AnyMoE makes experts of models."""
-
-    hidden_size: int
-    dataset_json: str
-    prefix: str
-    mlp: str
-    model_ids: Sequence[str]
-    expert_type: AnyMoeExpertType.FineTuned | AnyMoeExpertType.LoraAdapter
-    layers: Sequence[int] = ()
-    lr: float = 1e-3
-    epochs: int = 100
-    batch_size: int = 4
-    gate_model_id: str | None = None
-    training: bool = True
-    loss_csv_path: str | None = None
-
-
 class Selection:
     """A kind of model; some kinds are not there yet."""
 
@@ -68,7 +35,7 @@ class Selection:
         Raises UnsupportedModel for a kind that is not there yet.
         """
         name = type(self).__name__
-        raise UnsupportedModel(f"Which.{name} is not supported yet; Plain, GGUF and GGML are")
+        raise UnsupportedModel(f"Which.{name} is not supported yet; models of text are")
 
 
 def _name(of: Enum | str) -> str:
@@ -91,6 +58,66 @@ def _file_of(model: str, names: Sequence[str]) -> str | Path:
     if missing:
         raise ModelNotFound(f"{', '.join(missing)} is not in {model!r}")
     return Path(model, names[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdapterFields:
+    """What kinds with adapters have beside, or unlike, those without."""
+
+    xlora_model_id: str
+    adapters_model_id: str
+    order: str | None = None
+    model_id: str | None = None
+    tgt_non_granular_index: int | None = None
+
+
+class _Adapted(Selection):
+    """A kind with adapters. Where model_id is missing, the ordering file names the model.
+
+    Plain adapters become part of float weights; beside others, and if there are some to preload,
+    they are kept apart and may be activated.
+    """
+
+    plain: ClassVar[type[Selection]]
+
+    def opening(self, others: Opening = DEFAULTS) -> Opening:
+        """See `Selection`."""
+        given = {item.name: getattr(self, item.name) for item in fields(self)}
+        ordering = Ordering.read(given["order"])
+        ordering.check_base(given.get("model_id") or given.get("tok_model_id"))
+        if "model_id" in given and given["model_id"] is None:
+            given["model_id"] = ordering.base_model_id
+            if ordering.base_model_id is None:
+                raise InvalidRequest("which model? Give model_id, or base_model_id in the order")
+        names = [item.name for item in fields(self.plain)]
+        kind = self.plain(**{name: given[name] for name in names if name in given})
+        opening = kind.opening(others)
+        if "xlora_model_id" in given:
+            from squall.adapters.xlora import XLora
+
+            most = given.get("tgt_non_granular_index")
+            return replace(opening, xlora=XLora(given["xlora_model_id"], given["order"], most))
+        adapters = ordering.places(given["adapters_model_id"])
+        active = {name: 1.0 for name in adapters if name not in ordering.preload}
+        apart = ordering.preload or others.adapters
+        return replace(
+            opening,
+            adapters={**(others.adapters or {}), **adapters},
+            active={**(others.active or {}), **active},
+            merge=others.merge or (False if apart else None),
+        )
+
+
+def _adapted(plain: type[Selection], name: str, order: str) -> type[Any]:
+    """The kind `name`: some fields of `plain`, and those of adapters, in this order."""
+    known = {item.name: item for of in (plain, _AdapterFields) for item in fields(of)}
+    listed = [
+        (word, known[word].type, field(default=known[word].default)) for word in order.split()
+    ]
+    made = make_dataclass(name, listed, bases=(_Adapted,), namespace={"plain": plain}, frozen=True)
+    made.__module__, made.__qualname__ = __name__, f"Which.{name}"
+    made.__doc__ = f"{plain.__name__} with adapters{' that it weighs' * name.startswith('X')}."
+    return made
 
 
 class Which:
@@ -124,35 +151,6 @@ class Which:
             )
 
     @dataclass(frozen=True)
-    class XLora(Selection):
-        """Unquantized text models with adapters that they weigh themselves."""
-
-        xlora_model_id: str
-        order: str
-        arch: Architecture | None = None
-        model_id: str | None = None
-        tokenizer_json: str | None = None
-        tgt_non_granular_index: int | None = None
-        topology: str | None = None
-        write_uqff: str | None = None
-        from_uqff: str | None = None
-        dtype: ModelDType = ModelDType.Auto
-
-    @dataclass(frozen=True)
-    class Lora(Selection):
-        """Unquantized text models with adapters."""
-
-        adapters_model_id: str
-        order: str
-        arch: Architecture | None = None
-        model_id: str | None = None
-        tokenizer_json: str | None = None
-        topology: str | None = None
-        write_uqff: str | None = None
-        from_uqff: str | None = None
-        dtype: ModelDType = ModelDType.Auto
-
-    @dataclass(frozen=True)
     class GGUF(Selection):
         """A GGUF file, or a split one.
 
@@ -177,31 +175,6 @@ class Which:
             return replace(others, path=_file_of(self.quantized_model_id, names))
 
     @dataclass(frozen=True)
-    class XLoraGGUF(Selection):
-        """A GGUF file with adapters that the model weighs itself."""
-
-        quantized_model_id: str
-        quantized_filename: Files
-        xlora_model_id: str
-        order: str
-        tok_model_id: str | None = None
-        tgt_non_granular_index: int | None = None
-        topology: str | None = None
-        dtype: ModelDType = ModelDType.Auto
-
-    @dataclass(frozen=True)
-    class LoraGGUF(Selection):
-        """A GGUF file with adapters."""
-
-        quantized_model_id: str
-        quantized_filename: Files
-        adapters_model_id: str
-        order: str
-        tok_model_id: str | None = None
-        topology: str | None = None
-        dtype: ModelDType = ModelDType.Auto
-
-    @dataclass(frozen=True)
     class GGML(Selection):
         """A file of GGUF's predecessor."""
 
@@ -219,34 +192,34 @@ class Which:
             path = _file_of(self.quantized_model_id, [self.quantized_filename])
             return replace(others, path=path, gqa=self.gqa, tokenizer_json=self.tokenizer_json)
 
-    @dataclass(frozen=True)
-    class XLoraGGML(Selection):
-        """A GGML file with adapters that the model weighs itself."""
-
-        quantized_model_id: str
-        quantized_filename: str
-        xlora_model_id: str
-        order: str
-        tok_model_id: str | None = None
-        tgt_non_granular_index: int | None = None
-        tokenizer_json: str | None = None
-        gqa: int = 1
-        topology: str | None = None
-        dtype: ModelDType = ModelDType.Auto
-
-    @dataclass(frozen=True)
-    class LoraGGML(Selection):
-        """A GGML file with adapters."""
-
-        quantized_model_id: str
-        quantized_filename: str
-        adapters_model_id: str
-        order: str
-        tok_model_id: str | None = None
-        tokenizer_json: str | None = None
-        gqa: int = 1
-        topology: str | None = None
-        dtype: ModelDType = ModelDType.Auto
+    Lora = _adapted(
+        Plain, "Lora",
+        "adapters_model_id order arch model_id tokenizer_json topology write_uqff from_uqff dtype",
+    )  # fmt: skip
+    XLora = _adapted(
+        Plain, "XLora",
+        "xlora_model_id order arch model_id tokenizer_json tgt_non_granular_index topology "
+        "write_uqff from_uqff dtype",
+    )  # fmt: skip
+    LoraGGUF = _adapted(
+        GGUF, "LoraGGUF",
+        "quantized_model_id quantized_filename adapters_model_id order tok_model_id topology dtype",
+    )  # fmt: skip
+    XLoraGGUF = _adapted(
+        GGUF, "XLoraGGUF",
+        "quantized_model_id quantized_filename xlora_model_id order tok_model_id "
+        "tgt_non_granular_index topology dtype",
+    )  # fmt: skip
+    LoraGGML = _adapted(
+        GGML, "LoraGGML",
+        "quantized_model_id quantized_filename adapters_model_id order tok_model_id "
+        "tokenizer_json gqa topology dtype",
+    )  # fmt: skip
+    XLoraGGML = _adapted(
+        GGML, "XLoraGGML",
+        "quantized_model_id quantized_filename xlora_model_id order tok_model_id "
+        "tgt_non_granular_index tokenizer_json gqa topology dtype",
+    )  # fmt: skip
 
     @dataclass(frozen=True)
     class VisionPlain(Selection):

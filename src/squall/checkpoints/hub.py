@@ -33,6 +33,11 @@ _CONFIGURATION = re.compile(
     r"|additional_chat_templates/[A-Za-z0-9_-]+\.jinja"
 )
 _GGUF = re.compile(rf"({_PART}/)?{_PART}\.gguf")
+# What adapters have, one or in folders several, what weighs them (X-LoRA), and gates of AnyMoE.
+_ADAPTERS = re.compile(
+    rf"({_PART}/)?(adapter_config\.json|adapter_model\.(safetensors|bin)|gate\.safetensors"
+    r"|xlora_config\.json|xlora_classifier\.safetensors)"
+)
 # The first kind that a repository has is fetched.
 _WEIGHTS = (
     re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"),
@@ -175,6 +180,8 @@ def choose(names: Collection[str], file: str) -> tuple[list[str], str | None]:
     found = [name for name in first if name == file] or [
         name for name in first if file.lower() in name.lower()
     ]
+    if not found and (adapters := _adapters(names, file)):
+        return adapters
     if len(found) != 1:
         raise ModelNotFound(
             f"it has {len(found)} GGUF models" + (f" named {file[:100]!r}" if file else "")
@@ -182,6 +189,18 @@ def choose(names: Collection[str], file: str) -> tuple[list[str], str | None]:
                ", and no model.safetensors or pytorch_model.bin")
         )  # fmt: skip
     return [part for part in _parts(found[0]) if part in names], found[0]
+
+
+def _adapters(names: Collection[str], file: str) -> tuple[list[str], str | None] | None:
+    """The files of adapters, or of one, and its folder: that whose name has `file`."""
+    found = sorted(name for name in names if _ADAPTERS.fullmatch(name) and ".." not in name)
+    folders = sorted({name.rpartition("/")[0] for name in found})
+    chosen = [folder for folder in folders if file in folder]
+    if not file or not chosen:
+        root = [name for name in found if not file or "/" not in name]
+        return (root, None) if root else None
+    folder = file if file in chosen else chosen[0]
+    return [name for name in found if name.startswith(f"{folder}/")], folder
 
 
 def folder_weights(names: Collection[str]) -> list[str]:

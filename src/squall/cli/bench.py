@@ -105,6 +105,8 @@ def _opened(flags: BenchFlags, selected: Selected) -> Bench:
         opening = flags.opening(selected, Opening(progress=shown))
         if opening.write_uqff is not None:
             raise InvalidRequest("--write-uqff: bench writes no files; squall quantize does")
+        if opening.adapters or opening.xlora or opening.anymoe:
+            raise InvalidRequest("adapters are measured with requests: give -c 1 too")
         return Bench(
             prepare(opening), plan,
             threads=opening.threads, weights=opening.weights, progress=shown,

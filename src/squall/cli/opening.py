@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from squall.checkpoints.hub import Hub
 from squall.cli.options import (
+    AdapterPaths,
     File,
     Folder,
     Isq,
     KvDtypeOption,
+    Merge,
     Offline,
     Revision,
     Threads,
@@ -45,6 +50,13 @@ class ModelFlags:
     revision: Revision = "main"
     token_source: TokenSource = "cache"
     offline: Offline = False
+    adapter: AdapterPaths = None
+    merge: Merge = False
+
+    @property
+    def adapts_all(self) -> bool:
+        """Whether adapters are for whatever is asked, and not chosen by requests."""
+        return True
 
     def open(self, selected: Selected, others: Opening = DEFAULTS) -> Model:
         """The model, with `others` where no flag says more; a terminal is told how far it is."""
@@ -65,6 +77,14 @@ class ModelFlags:
             if (value := vars(self).get(option.name)) is not None
         }
         hub = Hub(self.revision, self.token_source, self.offline)
+        if self.adapter:
+            weighted = named_adapters(self.adapter)
+            given["adapters"] = {name: path for name, (path, _) in weighted.items()}
+            weights = {name: weight for name, (_, weight) in weighted.items()}
+            if self.adapts_all or self.merge:
+                given["active"] = weights
+            elif set(weights.values()) != {1.0}:
+                raise InvalidRequest("--adapter: requests choose the weights; leave them out")
         opening = self._chosen(selected, replace(others, hub=hub, **given))
         as_stored = opening.isq is None and opening.topology is None
         return opening if as_stored or opening.from_uqff is not None else _of_floats(opening)
@@ -80,6 +100,22 @@ def check_one(*names: object) -> None:
     """Raises InvalidRequest where several names of a model are given."""
     if sum(name is not None for name in names) > 1:
         raise InvalidRequest("-f, -m and a kind each name a model; give one of them")
+
+
+_ADAPTER = re.compile(r"(?:([^=/]+)=)?(.+?)(?:@(-?\d+(?:\.\d+)?))?")
+
+
+def named_adapters(given: Iterable[str]) -> dict[str, tuple[str, float]]:
+    """The path and weight of each, from PATH, NAME=PATH, or one of these with @WEIGHT."""
+    found: dict[str, tuple[str, float]] = {}
+    for text in given:
+        match = None if os.path.exists(text) else _ADAPTER.fullmatch(text)
+        name, path, weight = match.groups() if match else (None, text, None)
+        name = name or os.path.basename(path.rstrip("/")).removesuffix(".gguf")
+        if not name or name in found:
+            raise InvalidRequest(f"--adapter {text}: give it a name of its own, as NAME=PATH")
+        found[name] = path, float(weight or 1)
+    return found
 
 
 def _of_floats(opening: Opening) -> Opening:

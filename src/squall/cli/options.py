@@ -77,6 +77,17 @@ TopologyFile = Annotated[
     Path | None, typer.Option("--topology", help="A YAML file: quantization by layer.")
 ]
 
+AdapterPaths = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="[NAME=]PATH[@WEIGHT]",
+        help="A LoRA adapter: a folder, owner/name, or a GGUF file; several may be given.",
+    ),
+]  # fmt: skip
+Merge = Annotated[
+    bool, typer.Option("--merge", help="Make the adapters part of the weights, which are floats.")
+]
+
 
 def read_text(path: Path) -> str:
     """The content of a text file."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -12,107 +15,81 @@ from squall.api.which import IsqOrganization, ModelDType, Selection, Which
 from squall.cli.toml_selector import TomlSelection, read_toml
 from squall.errors import InvalidRequest
 
-_Value = TypeVar("_Value")
 Selected = Selection | TomlSelection | str | None
-_Text = Annotated[str | None, typer.Option(hidden=True)]
 
 # Words whose models cannot be opened yet, and what they are for.
-NOT_YET = {
-    "x-lora": "X-LoRA adapters",
-    "lora": "LoRA adapters",
-    "x-lora-gguf": "X-LoRA adapters",
-    "lora-gguf": "LoRA adapters",
-    "x-lora-ggml": "X-LoRA adapters",
-    "lora-ggml": "LoRA adapters",
-    "vision-plain": "vision models",
-    "diffusion-plain": "diffusion models",
+NOT_YET = {"vision-plain": "vision models", "diffusion-plain": "diffusion models"}
+_CHOICES: dict[str, type[Enum]] = {"dtype": ModelDType, "organization": IsqOrganization}
+# The fields of kinds as flags: letter and help; where two have one letter, the first has it.
+_FLAGS: dict[str, tuple[str, str]] = {
+    "model_id": ("m", "A folder, or owner/name."),
+    "quantized_model_id": ("m", "A folder, or owner/name."),
+    "quantized_filename": ("f", "Its file; of a split one any part."),
+    "tok_model_id": ("t", "Accepted; the file has its tokenizer."),
+    "tokenizer_json": ("t", "In place of the model's own."),
+    "adapters_model_id": ("a", "A folder with adapters, or owner/name."),
+    "xlora_model_id": ("x", "A folder with an X-LoRA model, or owner/name."),
+    "order": ("o", "An ordering file: which adapters, and in which order."),
+    "tgt_non_granular_index": ("", "After so many tokens of an answer, scalings stay as they are."),
+    "arch": ("a", "In place of what config.json says."),
+    "dtype": ("d", "Of weights that are not quantized: auto, bf16, f16, f32."),
+    "topology": ("", "A YAML file: quantization by layer."),
+    "organization": ("o", "default, or moqe: experts only."),
+    "write_uqff": ("w", "Write what --isq makes to this file."),
+    "from_uqff": ("f", "A UQFF file, as in the model's folder."),
+    "gqa": ("g", "Query heads that share a KV head."),
 }
-DTYPES = {str(dtype.name).lower(): dtype for dtype in ModelDType}
-ORGANIZATIONS = {str(kind.name).lower(): kind for kind in IsqOrganization}
 
 
-def plain(
-    model_id: Annotated[str, typer.Option("-m", "--model-id", help="A folder, or owner/name.")],
-    tokenizer_json: Annotated[
-        str | None, typer.Option("-t", "--tokenizer-json", help="In place of the model's own.")
-    ] = None,
-    arch: Annotated[
-        str | None, typer.Option("-a", "--arch", help="In place of what config.json says.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option("-d", "--dtype", help="Of weights that are not quantized.")
-    ] = "auto",
-    topology: Annotated[
-        str | None, typer.Option("--topology", help="A YAML file: quantization by layer.")
-    ] = None,
-    organization: Annotated[
-        str, typer.Option("-o", "--organization", help="default, or moqe: experts only.")
-    ] = "default",
-    write_uqff: Annotated[
-        str | None, typer.Option("-w", "--write-uqff", help="Write what --isq makes to this file.")
-    ] = None,
-    from_uqff: Annotated[
-        str | None, typer.Option("-f", "--from-uqff", help="A UQFF file, as in the model's folder.")
-    ] = None,
-) -> Selected:
-    """A folder of transformers, or a model of the hub."""
-    return Which.Plain(
-        model_id,
-        arch,
-        tokenizer_json,
-        topology,
-        _one_of(ORGANIZATIONS, "--organization", organization),
-        write_uqff,
-        from_uqff,
-        dtype=_one_of(DTYPES, "--dtype", dtype),
+def _selector(
+    kind: type[Any], doc: str, optional: frozenset[str] = frozenset()
+) -> Callable[..., Selected]:
+    """A function from the fields of a kind, as flags, to the selection."""
+
+    def select(**given: Any) -> Selected:
+        found = {name: _value(name, value) for name, value in given.items() if value is not None}
+        if optional and "quantized_filename" not in found:
+            return found.get("quantized_model_id")
+        return kind(**dict.fromkeys(optional, ".") | found)  # type: ignore[no-any-return]
+
+    names = {item.name: item for item in fields(kind)}
+    as_stored = "quantized_filename" in names
+    letters: set[str] = set()
+    listed = []
+    for name in [name for name in _FLAGS if name in names and not (as_stored and name == "dtype")]:
+        letter, help = _FLAGS[name]
+        flags = [f"-{letter}"] * bool(letter and letter not in letters)
+        letters.add(letter)
+        option = typer.Option(
+            *flags, f"--{name.replace('_', '-')}", help=help, min=1 if name == "gqa" else None,
+            hidden=as_stored and name == "topology",
+        )  # fmt: skip
+        needed = names[name].default is MISSING and name not in optional
+        text: Any = int if name in ("gqa", "tgt_non_granular_index") else str
+        default = inspect.Parameter.empty if needed else None
+        listed.append(_parameter(name, text if needed else text | None, option, default))
+    select.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+    select.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
+    select.__doc__ = doc
+    return select
+
+
+def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
 
 
-def gguf(
-    quantized_model_id: Annotated[
-        str | None, typer.Option("-m", "--quantized-model-id", help="A folder, or owner/name.")
-    ] = None,
-    quantized_filename: Annotated[
-        str | None,
-        typer.Option("-f", "--quantized-filename", help="Its GGUF file; of a split one any part."),
-    ] = None,
-    tok_model_id: Annotated[
-        str | None,
-        typer.Option("-t", "--tok-model-id", help="Accepted; the file has its tokenizer."),
-    ] = None,
-    topology: _Text = None,
-) -> Selected:
-    """A GGUF file. With neither -m nor -f, the default model."""
-    # The parts of a split file are named with spaces between; they know of each other.
-    name = (quantized_filename or "").split(" ")[0]
-    if not name:
-        return quantized_model_id
-    return Which.GGUF(quantized_model_id or ".", name, tok_model_id, topology)
-
-
-def ggml(
-    quantized_model_id: Annotated[
-        str, typer.Option("-m", "--quantized-model-id", help="A folder, or owner/name.")
-    ],
-    quantized_filename: Annotated[
-        str, typer.Option("-f", "--quantized-filename", help="Its GGML file.")
-    ],
-    tok_model_id: Annotated[
-        str | None,
-        typer.Option("-t", "--tok-model-id", help="Accepted; the file has its tokenizer."),
-    ] = None,
-    tokenizer_json: Annotated[
-        str | None, typer.Option("--tokenizer-json", help="In place of the file's own.")
-    ] = None,
-    gqa: Annotated[
-        int, typer.Option("-g", "--gqa", min=1, help="Query heads that share a KV head.")
-    ] = 1,
-    topology: _Text = None,
-) -> Selected:
-    """A LLaMA file from before GGUF."""
-    return Which.GGML(
-        quantized_model_id, quantized_filename, tok_model_id, tokenizer_json, gqa, topology
-    )
+def _value(name: str, given: Any) -> Any:
+    if name == "quantized_filename":
+        return given.split(" ")[0]  # the parts of a split file know of each other
+    if name not in _CHOICES:
+        return given
+    known = {str(key).lower(): member for key, member in _CHOICES[name].__members__.items()}
+    if given.lower() not in known:
+        raise InvalidRequest(f"--{name} is {given!r}; it must be one of {', '.join(known)}")
+    return known[given.lower()]
 
 
 def toml(
@@ -124,29 +101,30 @@ def toml(
     return read_toml(file)
 
 
-def _one_of(known: Mapping[str, _Value], flag: str, given: str) -> _Value:
-    if given.lower() not in known:
-        raise InvalidRequest(f"{flag} is {given!r}; it must be one of {', '.join(known)}")
-    return known[given.lower()]
-
-
 def _not_yet(word: str, what: str) -> Callable[..., Selected]:
     def select(
         arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     ) -> Selected:
         del arguments
         raise InvalidRequest(
-            f"{word}: {what} are not supported yet; plain, gguf, ggml and toml are"
+            f"{word}: {what} are not supported yet; models of text are: plain, gguf, ggml..."
         )
 
     select.__doc__ = f"Not supported yet: {what}."
     return select
 
 
+_FILE = frozenset(("quantized_model_id", "quantized_filename"))
 SELECTORS: dict[str, Callable[..., Any]] = {
-    "plain": plain,
-    "gguf": gguf,
-    "ggml": ggml,
+    "plain": _selector(Which.Plain, "A folder of transformers, or a model of the hub."),
+    "gguf": _selector(Which.GGUF, "A GGUF file. With neither -m nor -f, the default model.", _FILE),
+    "ggml": _selector(Which.GGML, "A LLaMA file from before GGUF."),
     "toml": toml,
+    "lora": _selector(Which.Lora, "A folder of transformers, with LoRA adapters."),
+    "lora-gguf": _selector(Which.LoraGGUF, "A GGUF file, with LoRA adapters."),
+    "lora-ggml": _selector(Which.LoraGGML, "A LLaMA file from before GGUF, with LoRA adapters."),
+    "x-lora": _selector(Which.XLora, "A folder of transformers, with X-LoRA."),
+    "x-lora-gguf": _selector(Which.XLoraGGUF, "A GGUF file, with X-LoRA."),
+    "x-lora-ggml": _selector(Which.XLoraGGML, "A LLaMA file from before GGUF, with X-LoRA."),
     **{word: _not_yet(word, what) for word, what in NOT_YET.items()},
 }

@@ -69,6 +69,15 @@ class ServeFlags(ModelFlags):
         float | None,
         typer.Option(metavar="SECONDS", min=0, help="Refuse what waits longer; by default never."),
     ] = None
+    adapter_folder: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER", help="Clients may load adapters from here, and remove some."
+        ),
+    ] = None
+    adapter_memory: Annotated[
+        int | None, typer.Option(min=1, help="MiB for adapters; the unused longest make room.")
+    ] = None
     draft: DraftModel = None
     context: ContextSize = None
     kv_tokens: Annotated[
@@ -133,6 +142,11 @@ class ServeFlags(ModelFlags):
         bool, typer.Option("--no-paged-attn", help="Accepted; the CPU's KV cache is always paged.")
     ] = False
 
+    @property
+    def adapts_all(self) -> bool:
+        """See `ModelFlags`."""
+        return self.interactive_mode
+
     def check(self) -> None:
         """Raises InvalidRequest for what would be silently without effect."""
         if self.num_device_layers not in (None, "0", "0:0"):
@@ -155,7 +169,8 @@ class ServeFlags(ModelFlags):
             bytes=None if self.kv_memory is None else self.kv_memory << 20,
             block_size=self.kv_block,
         )
-        return self.open(selected, Opening(kv=kv, engine=config))
+        memory = None if self.adapter_memory is None else self.adapter_memory << 20
+        return self.open(selected, Opening(kv=kv, engine=config, adapter_bytes=memory))
 
     def options(self) -> ServerOptions:
         """What the server allows."""
@@ -166,6 +181,7 @@ class ServeFlags(ModelFlags):
         return ServerOptions(
             model_id=self.served_model_name,
             strict_fields=self.strict_fields,
+            adapter_folders=tuple(self.adapter_folder or ()),
             api_keys=tuple(self.api_key or ()),
             origins=tuple(self.cors or ()),
             hosts=None if hosts is None else frozenset(hosts),

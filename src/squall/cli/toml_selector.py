@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from squall.api.which import (
-    AnyMoeConfig,
-    AnyMoeExpertType,
     IsqOrganization,
     ModelDType,
     Selection,
@@ -31,13 +29,16 @@ from squall.api.which import (
     Which,
 )
 from squall.cli.options import read_text
-from squall.errors import InvalidRequest, UnsupportedModel
+from squall.errors import InvalidRequest
 from squall.opening import DEFAULTS, Opening
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    from squall.adapters.anymoe import AnyMoe
 
 # The most special first; the first that has all keys, and all of whose required keys are there.
 _KINDS: tuple[type[Selection], ...] = (
@@ -63,13 +64,12 @@ class TomlSelection:
 
     model: Selection
     speculative: tuple[Selection, int] | None = None
-    anymoe: AnyMoeConfig | None = None
+    anymoe: AnyMoe | None = None
     no_kv_cache: bool = False
 
     def opening(self, others: Opening = DEFAULTS) -> Opening:
         """How to open the model; raises UnsupportedModel for what Squall does not do yet."""
-        if self.anymoe is not None:
-            raise UnsupportedModel("[anymoe] is not supported yet; leave it out of the file")
+        others = replace(others, anymoe=self.anymoe)
         if self.speculative is not None:
             if others.draft is not None:
                 raise InvalidRequest("--draft and [speculative] each name a draft; give one")
@@ -123,7 +123,7 @@ def _selection(given: object, section: str, tokenizer: str | None) -> Selection:
     kind = next((k for k in kinds if _is_ggml(k) == _names_ggml(values)), kinds[0])
     for key, value in values.items():
         values[key] = _value(section, key, value)
-    if tokenizer is not None and "tokenizer_json" in {item.name for item in _fields(kind)}:
+    if tokenizer is not None and "tokenizer_json" in {item.name for item in fields(kind)}:
         values["tokenizer_json"] = tokenizer
     return kind(**values)
 
@@ -157,33 +157,30 @@ def _value(section: str, key: str, value: object) -> object:
     return value
 
 
-def _anymoe(given: Mapping[str, Any]) -> AnyMoeConfig:
+def _anymoe(given: Mapping[str, Any]) -> AnyMoe:
+    from squall.adapters.anymoe import AnyMoe, FineTuned, LoraAdapter
+
     config = dict(_table(given.get("config", {}), "[anymoe.config]"))
     outer = {"dataset_json", "prefix", "mlp", "model_ids", "layers"}
     _check_keys(given, "[anymoe]", outer | {"config"}, (outer - {"layers"}) | {"config"})
-    inner = {item.name for item in fields(AnyMoeConfig)} - outer
+    inner = {item.name for item in fields(AnyMoe)} - outer
     _check_keys(config, "[anymoe.config]", inner, {"hidden_size", "expert_type"})
-    expert, types = config["expert_type"], AnyMoeExpertType
-    if expert == "fine_tuned":
-        config["expert_type"] = types.FineTuned()
+    if (expert := config["expert_type"]) == "fine_tuned":
+        config["expert_type"] = FineTuned()
     else:
         adapter = _table(_table(expert, "expert_type").get("lora_adapter"), "lora_adapter")
-        names = {item.name for item in fields(types.LoraAdapter)}
+        names = {item.name for item in fields(LoraAdapter)}
         _check_keys(adapter, "lora_adapter", names, names)
-        config["expert_type"] = types.LoraAdapter(**adapter)
-    return AnyMoeConfig(**config, **{key: given[key] for key in outer & given.keys()})
-
-
-def _fields(kind: type[Selection]) -> tuple[Field[Any], ...]:
-    return fields(kind)  # type: ignore[arg-type]
+        config["expert_type"] = LoraAdapter(**adapter)
+    return AnyMoe(**config, **{key: given[key] for key in outer & given.keys()})
 
 
 def _allowed(kind: type[Selection]) -> set[str]:
-    return {item.name for item in _fields(kind)} - {"tokenizer_json"}
+    return {item.name for item in fields(kind)} - {"tokenizer_json"}
 
 
 def _required(kind: type[Selection]) -> set[str]:
-    return {item.name for item in _fields(kind) if item.default is MISSING}
+    return {item.name for item in fields(kind) if item.default is MISSING}
 
 
 def _table(given: object, what: str) -> dict[str, Any]:

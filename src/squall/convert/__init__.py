@@ -6,7 +6,7 @@ from pathlib import Path
 
 from squall import _native
 from squall.checkpoints import UQFF, Checkpoint
-from squall.convert.files import exists
+from squall.checkpoints.writing import exists
 from squall.convert.gguf import write_gguf
 from squall.convert.imatrix import read_imatrix
 from squall.convert.matrices import Importance, Quantizer, Work, Written

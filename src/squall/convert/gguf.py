@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints.gguf_header import DEFAULT_ALIGNMENT, NUMBERS
-from squall.convert.files import Item, Part, copy_of, replacing, write_parts
+from squall.checkpoints.writing import Item, Part, copy_of, replacing, write_parts
 from squall.convert.matrices import Matrix, Work
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.program import Slice

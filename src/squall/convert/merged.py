@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from squall.adapters.lora import Lora, merged_terms, merged_vectors
 from squall.checkpoints.base import ByteTensor, Checkpoint, Field, Tensor
 from squall.checkpoints.folder import CONFIG
-from squall.convert.files import Item, Part, exists, write_safetensors
+from squall.checkpoints.writing import Item, Part, exists, write_safetensors
 from squall.errors import InvalidRequest
 from squall.files import MAX_JSON_BYTES
 from squall.program import Matrix, Names, Slice, Vector

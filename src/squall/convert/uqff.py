@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.uqff import DTYPES, FP8, GGML, HQQ, PLAIN, RESIDUAL, VERSION
 from squall.checkpoints.uqff_hqq import fits, split
-from squall.convert.files import Chunks, Item, Part, copy_of, replacing, write_safetensors
+from squall.checkpoints.writing import Chunks, Item, Part, copy_of, replacing, write_safetensors
 from squall.convert.matrices import Matrix, Work, count_error
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.quant import FORMATS

@@ -138,6 +138,7 @@ class NativeExecutor:
         self.pool = pool or thread_pool()
         self.threads = self.pool.threads
         self._indices, self._spaces = program.indices, program.spaces
+        self.whole = any(index.name == "shared" for index in self._indices)
         self._kept = frozenset(keep)
         if missing := self._kept - {value.name for value in program.values}:
             raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
@@ -373,10 +374,12 @@ def _(op: p.Attend, to: _Lowering) -> None:
 @_lower.register
 def _(op: p.MixtureOfExperts, to: _Lowering) -> None:
     tiles = to.weights.tiles
+    gates = [] if op.gate is None else tiles(op.gate)
+    biases = (op.router_bias, op.gate_bias, op.up_bias, op.down_bias)
     to.core.mixture_of_experts(
-        to[op.out], to[op.x], to.weights.tile(op.router), tiles(op.gate), tiles(op.up),
-        tiles(op.down), op.top_k, op.activation, op.normalize, op.jitter, op.scale,
-        to.ids.get(op.residual), to.adapters(op),
+        to[op.out], to[op.x], to.weights.tile(op.router), gates, tiles(op.up), tiles(op.down),
+        op.top_k, op.activation, op.normalize, op.jitter, op.scale, to.ids.get(op.residual),
+        to.adapters(op), [to.weights.vector(bias) for bias in biases], to.ids.get(op.shared),
     )  # fmt: skip
 
 

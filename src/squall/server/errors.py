@@ -61,6 +61,8 @@ _KINDS: dict[type[errors.SquallError], tuple[int, str, str | None]] = {
     errors.ContextLengthExceeded: (400, INVALID, "context_length_exceeded"),
     errors.TemplateError: (400, INVALID, "template_error"),
     errors.InvalidRequest: (400, INVALID, "invalid_value"),
+    errors.InvalidCheckpoint: (400, INVALID, "invalid_checkpoint"),
+    errors.UnsupportedModel: (400, INVALID, "unsupported_model"),
     errors.ModelNotFound: (404, INVALID, "model_not_found"),
     errors.QueueFull: (429, "rate_limit_error", "rate_limit_exceeded"),
     errors.EngineStopped: (503, "server_error", "engine_stopped"),
@@ -111,7 +113,8 @@ def _invalid(error: ValidationError) -> ApiError:
     for part in first["loc"]:
         if str(part).startswith(TAG) or part == "[key]":
             continue
-        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else part
+        name = str(part)[:100]  # which a client may have given
+        where += f"[{name}]" if isinstance(part, int) else f".{name}" if where else name
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     message = f"{where}: {first['msg']}" if where else first["msg"]
     if where in NUMBERS:

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from squall.api.responses import Usage
-from squall.engine.engine import Engine
+from squall.model import Model
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -23,6 +23,8 @@ _GAUGES = {
     "engine_alive": ("0 after an error in a step", ""),
     "engine_stalled_seconds": ("Since a step should have ended", ""),
     "kv_blocks": ("Blocks of KV cache", "state"),
+    "adapters": ("Adapters, with their weights in memory or without", "state"),
+    "adapter_bytes": ("Of adapters' weights in memory", ""),
 }
 _COUNTERS = {
     "prompt_tokens": ("Prompt tokens computed", ""),
@@ -37,14 +39,14 @@ _COUNTERS = {
 }
 
 
-class _EngineCollector(Collector):
-    """Reads the engines' own counts when asked."""
+class _ModelCollector(Collector):
+    """Reads the models' own counts when asked."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self._engines = engines
+    def __init__(self, models: Mapping[str, Model]) -> None:
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        found = {name: _values(engine) for name, engine in self._engines.items()}
+        found = {name: _values(model) for name, model in self._models.items()}
         for kind, families in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for name, (what, label) in families.items():
                 family = kind(f"squall_{name}", what, labels=["model", label][: 1 + bool(label)])
@@ -54,8 +56,10 @@ class _EngineCollector(Collector):
                 yield family
 
 
-def _values(engine: Engine) -> dict[str, dict[str, float]]:
+def _values(model: Model) -> dict[str, dict[str, float]]:
     """Of each family, by the values of its label."""
+    engine, adapters = model.engine, model.adapters.list()
+    loaded = [info for info in adapters if info.loaded]
     stats = engine.stats()
     counts = stats.counts
     other_s = counts.step_s - counts.executor_s - counts.sampling_s
@@ -66,6 +70,8 @@ def _values(engine: Engine) -> dict[str, dict[str, float]]:
         "engine_alive": {"": int(engine.alive)},
         "engine_stalled_seconds": {"": stats.stalled_s},
         "kv_blocks": {"used": stats.blocks_used, "cached": stats.blocks_cached, "free": free},
+        "adapters": {"loaded": len(loaded), "dropped": len(adapters) - len(loaded)},
+        "adapter_bytes": {"": sum(info.nbytes for info in loaded)},
         "prompt_tokens": {"": counts.prompt_tokens},
         "prefix_hit_tokens": {"": counts.cached_tokens},
         "answer_tokens": {"": counts.answer_tokens},
@@ -83,9 +89,9 @@ def _values(engine: Engine) -> dict[str, dict[str, float]]:
 class Metrics:
     """Counts of one server; nothing is shared with others in the process."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, models: Mapping[str, Model]) -> None:
         self._registry = registry = CollectorRegistry()
-        registry.register(_EngineCollector(engines))
+        registry.register(_ModelCollector(models))
         self.responses = Counter(
             "squall_http_responses", "Responses", ["path", "status"], registry=registry
         )

@@ -25,7 +25,9 @@ class ServerOptions:
     """What a server allows.
 
     model_id: the name for clients of a model that is given without one; by default its file's.
-    any_model: where one model is served, answer whatever the name of the model in a request is.
+    any_model: where one model is served, answer whatever the name of the model in a request is,
+        as long as there are no adapters, for which it could be meant.
+    adapter_folders: clients may have adapters loaded from here, and removed; none: they may not.
     strict_fields: fields that nobody knows are errors; otherwise they are ignored, and told.
     api_keys: one of them is asked for, unless there are none. Each has its own prefix cache.
     origins: web pages of these origins may use the server; "*" is all of them.
@@ -45,6 +47,7 @@ class ServerOptions:
 
     model_id: str | None = None
     any_model: bool = True
+    adapter_folders: tuple[Path, ...] = ()
     strict_fields: bool = False
     api_keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from html import escape
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from squall.adapters.shelf import Info
 from squall.api.chats import chat_prompt
 from squall.api.jobs import chat_ids, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest
@@ -27,22 +29,24 @@ from squall.server.limits import check_encoding, check_values
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.openai_responses import Responses, ResponsesBody
 from squall.server.schemas import (
+    ActivateBody,
+    AdapterBody,
     Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     GenerationBody,
+    LoadBody,
     ReIsqBody,
     TokenizeBody,
+    UnloadBody,
 )
 from squall.server.service import Served, Service
 
 BODIES: tuple[type[Body], ...] = (
     ChatBody, CompletionBody, ResponsesBody, MessagesBody, CountBody, TokenizeBody, DetokenizeBody,
-    ReIsqBody,
+    ReIsqBody, ActivateBody, AdapterBody, LoadBody, UnloadBody,
 )  # fmt: skip
-# The seed API has these; what they need is not there yet.
-NOT_YET = {"/activate_adapters": "adapters", "/v1/images/generations": "images"}
 OPENAPI_PATHS = ("/openapi.json", "/api-doc/openapi.json")
 
 _BodyT = TypeVar("_BodyT", bound=Body)
@@ -52,7 +56,7 @@ _Value = TypeVar("_Value")
 def add_routes(app: FastAPI, service: Service) -> None:
     """All routes of a server."""
     router = APIRouter()
-    for add in (_add_generation, _add_kept, _add_tokens, _add_models, _add_state, _add_not_yet):
+    for add in (_add_generation, _add_kept, _add_tokens, _add_models, _add_adapters, _add_state):
         add(router, service)
     app.include_router(router)
     _add_documentation(app)
@@ -87,10 +91,11 @@ async def _answer(
 ) -> Response:  # fmt: skip
     body, served = await _read(service, request, kind, generates=True)
     visit = _visit(request)
-    told = tell(body, served.name, visit.id)
+    defaults = served.asked(body)
+    told = tell(body, defaults["model"], visit.id)
 
     def start() -> AnyJob:
-        asked = told.request(**served.defaults)
+        asked = told.request(**defaults)
         return begin(served.model, asked, id=told.id, tenant=visit.tenant)
 
     return Answer(service, served, start, told, stream=bool(body.stream))
@@ -171,16 +176,86 @@ def _add_models(router: APIRouter, service: Service) -> None:
         await _work(service, partial(served.model.re_isq, body.ggml_type))
         return JSONResponse({"ggml_type": body.ggml_type})
 
+    @router.post("/v1/images/generations", include_in_schema=False)
+    async def images() -> Response:
+        """Not there yet."""
+        raise ApiError(501, "images: not supported yet", "not_supported")
+
     @router.get("/v1/models")
     async def models() -> Response:
         """The models that are served."""
-        data = [served.card for served in service.models.values()]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse({"object": "list", "data": [*service.cards.values()]})
 
     @router.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         """One model."""
-        return JSONResponse(service.named(model_id).card)
+        if model_id not in service.cards:
+            raise service.unknown(model_id)
+        return JSONResponse(service.cards[model_id])
+
+
+def _add_adapters(router: APIRouter, service: Service) -> None:
+    @router.get("/v1/adapters")
+    async def adapters() -> Response:
+        """The adapters that there are."""
+        found = [(s, info) for s in service.models.values() for info in s.model.adapters.list()]
+        return JSONResponse({"object": "list", "data": [_told(*each) for each in found]})
+
+    @router.post("/v1/adapters", openapi_extra=_takes(AdapterBody))
+    async def load(request: Request) -> Response:
+        """Load an adapter, or replace it; answers that are under way keep what they began with."""
+        body, served = await _read(service, request, AdapterBody)
+        info = await _put(service, served, body.name, body.path, pinned=body.pinned)
+        return JSONResponse(_told(served, info))
+
+    @router.delete("/v1/adapters/{name:path}")
+    async def forget(name: str) -> Response:
+        """Remove an adapter; answers that are under way keep it."""
+        _remove(service, name)
+        return JSONResponse({"name": name, "object": "adapter", "deleted": True})
+
+    @router.post("/v1/load_lora_adapter", openapi_extra=_takes(LoadBody))
+    async def load_lora(request: Request) -> Response:
+        """Load an adapter, as vLLM has it."""
+        body, served = await _read(service, request, LoadBody)
+        name = body.lora_name
+        if name in served.model.adapters and not body.load_inplace:
+            why = f"the adapter {name!r:.200} is loaded already; load_inplace replaces it"
+            raise ApiError(400, why, "invalid_value", param="lora_name")
+        await _put(service, served, name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter", openapi_extra=_takes(UnloadBody))
+    async def unload_lora(request: Request) -> Response:
+        """Remove an adapter, as vLLM has it."""
+        body, _ = await _read(service, request, UnloadBody)
+        _remove(service, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    @router.post("/activate_adapters", openapi_extra=_takes(ActivateBody))
+    async def activate(request: Request) -> Response:
+        """The adapters of requests that name none."""
+        body, served = await _read(service, request, ActivateBody)
+        served.model.adapters.activate(body.adapter_names)
+        return JSONResponse({"adapter_names": body.adapter_names})
+
+
+async def _put(
+    service: Service, served: Served, name: str, path: str, *, pinned: bool = False
+) -> Info:
+    load, where = served.model.adapters.load, service.adapter_path(path)
+    # Not among the few threads for requests, which must not wait for files.
+    return await asyncio.to_thread(load, name, where, pinned=pinned)
+
+
+def _remove(service: Service, name: str) -> None:
+    if not service.options.adapter_folders:
+        raise service.not_allowed
+    service.having(name).model.adapters.remove(name)
+
+
+def _told(served: Served, adapter: Info) -> dict[str, Any]:
+    return {"object": "adapter", "model": served.name, **asdict(adapter)}
 
 
 def _add_state(router: APIRouter, service: Service) -> None:
@@ -195,14 +270,6 @@ def _add_state(router: APIRouter, service: Service) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
-
-
-def _add_not_yet(router: APIRouter, service: Service) -> None:  # noqa: ARG001
-    async def refused(request: Request) -> Response:
-        raise ApiError(501, f"{NOT_YET[request.scope['path']]}: not supported yet", "not_supported")
-
-    for path in NOT_YET:
-        router.post(path, include_in_schema=False)(refused)
 
 
 def _add_documentation(app: FastAPI) -> None:

@@ -22,7 +22,7 @@ HARMLESS = frozenset({
 # Fields that would change the answer, with the values that do not. Others are passed on if the
 # Python API knows the field, and refused if it does not: never silently without effect.
 _EMPTY = (
-    "adapters", "allowed_token_ids", "bad_words", "documents", "functions", "images",
+    "allowed_token_ids", "bad_words", "documents", "functions", "images",
     "logits_processors",
 )  # fmt: skip
 _NEVER = (
@@ -39,7 +39,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "verbosity": ("medium",),
 }
-PASSED_ON = frozenset({"adapters", "suffix"})
+PASSED_ON = frozenset({"suffix"})
 MOST_ITEMS = 100_000  # of any list, before anything is done with it
 
 _BodyT = TypeVar("_BodyT", bound="Body")
@@ -61,6 +61,12 @@ _MESSAGES = Field(max_length=MOST_MESSAGES)
 Text = Annotated[str, Tag("~str")]
 Texts = Annotated[Text | Annotated[list[str], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)]
 Chosen = Annotated[Text | Annotated[dict[str, Any], Tag("~dict")], Discriminator(_shape, **_WRONG)]
+Adapters = Annotated[
+    Text
+    | Annotated[list[str], _FEW, Tag("~list")]
+    | Annotated[dict[str, float], _FEW, Tag("~dict")],
+    Discriminator(_shape, **_WRONG),
+]
 Prompts = Annotated[
     Text
     | Annotated[list[int], Field(max_length=10 * MOST_ITEMS), Tag("~listint")]
@@ -69,6 +75,7 @@ Prompts = Annotated[
     Discriminator(_prompt_shape, **_WRONG),
 ]
 
+Path_ = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 Parts = Annotated[
     Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)
 ]
@@ -152,6 +159,7 @@ class GenerationBody(Body, StructureFields, SamplingFields, frozen=True):
     grammar: Chosen | None = None
     tools: Annotated[list[dict[str, Any]], _FEW] | None = None
     tool_choice: Chosen | None = None
+    adapters: Adapters | None = None
 
     def request(self, **defaults: Any) -> ChatCompletionRequest | CompletionRequest:
         """The same for the Python API, which checks the ranges."""
@@ -201,6 +209,34 @@ class ReIsqBody(Body, frozen=True):
     """POST /re_isq: other weights, of a type that --isq knows."""
 
     ggml_type: Annotated[str, Field(max_length=40)]
+
+
+class ActivateBody(Body, frozen=True):
+    """POST /activate_adapters: for requests that name none."""
+
+    adapter_names: Annotated[list[str], _FEW]
+
+
+class AdapterBody(Body, frozen=True):
+    """POST /v1/adapters: load one, or replace it; what is pinned stays in memory."""
+
+    name: str
+    path: Path_
+    pinned: bool = False
+
+
+class LoadBody(Body, frozen=True):
+    """POST /v1/load_lora_adapter, vLLM's; load_inplace: replace it if it is there."""
+
+    lora_name: str
+    lora_path: Path_
+    load_inplace: bool = False
+
+
+class UnloadBody(Body, frozen=True):
+    """POST /v1/unload_lora_adapter, vLLM's."""
+
+    lora_name: str
 
 
 class DetokenizeBody(Body, frozen=True):

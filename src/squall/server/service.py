@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, product
+from pathlib import Path
 from typing import TypeVar
 
-from squall.errors import InvalidRequest, QueueFull
+from squall.errors import InvalidRequest, ModelNotFound, QueueFull
 from squall.model import Model
 from squall.server.errors import ApiError, stopped
 from squall.server.kept import Kept
@@ -17,6 +20,7 @@ from squall.server.limits import Bodies
 from squall.server.log import Log
 from squall.server.metrics import Metrics
 from squall.server.options import ServerOptions
+from squall.server.schemas import GenerationBody
 
 # Requests are parsed, rendered and tokenized by so many threads; more would only fight for the GIL.
 WORKERS = 2
@@ -48,15 +52,31 @@ class Served:
         self.failed = False
 
     @property
-    def card(self) -> dict[str, object]:
-        """What clients are told of it."""
-        return {
+    def cards(self) -> dict[str, dict[str, object]]:
+        """What clients are told of it and of its adapters, by the names that requests may give."""
+        card = {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "local",
+            "root": self.name,
+            "parent": None,
             "max_model_len": self.model.context,
         }
+        cards = {self.name: card}
+        for info in self.model.adapters.list():
+            cards[info.name] = card | {"id": info.name, "root": info.path, "parent": self.name}
+        return cards
+
+    def asked(self, body: GenerationBody) -> dict[str, object]:
+        """What holds for a request unless it says otherwise. Raises ApiError."""
+        name = body.model
+        if name in (None, "default", self.name) or not self.model.adapters.used:
+            return self.defaults
+        if body.adapters is not None:
+            what = f"adapters is for the model {self.name!r:.99}, and {name!r:.99} is one of them"
+            raise InvalidRequest(f"{what}; leave one of the fields out")
+        return self.defaults | {"model": name, "adapters": name}
 
     def die(self, reason: str, *, failed: bool = True) -> None:
         """Every request for it ends with an error."""
@@ -91,9 +111,11 @@ class Service:
         if not models:
             raise InvalidRequest("there is no model to serve; give one at least")
         self.options = options
+        for model, name in product(models.values(), models):
+            model.adapters.reserve(name)
         self.models = {name: Served(name, model, options) for name, model in models.items()}
         self.log = Log(options.log)
-        self.metrics = Metrics({name: model.engine for name, model in models.items()})
+        self.metrics = Metrics(models)
         self.bodies = Bodies(options)
         self.kept = Kept(options.kept_responses, options.kept_bytes)
         self.active = 0
@@ -126,21 +148,54 @@ class Service:
 
     def find(self, name: str | None) -> Served:
         """The model that a request is for. Raises ApiError."""
-        if name in (None, "default") and name not in self.models:
+        if name in self.models:
+            return self.models[name]
+        if name in (None, "default"):
             return next(iter(self.models.values()))
-        if name not in self.models and self.sole is not None and self.options.any_model:
-            return self.sole
-        return self.named(name or "")
+        sole, options = self.sole, self.options
+        named = not options.any_model or options.adapter_folders
+        if sole is None or named or sole.model.adapters.used:
+            return self.having(name)
+        return sole
 
-    def named(self, name: str) -> Served:
-        """The model of this name. Raises ApiError."""
-        if name not in self.models:
-            known = ", ".join(map(repr, self.models))
-            raise ApiError(
-                404, f"there is no model {name!r:.200}; this server has {known:.500}",
-                "model_not_found", param="model",
-            )  # fmt: skip
-        return self.models[name]
+    def having(self, name: str) -> Served:
+        """The model that has this adapter. Raises ApiError."""
+        for served in self.models.values():
+            if name in served.model.adapters:
+                return served
+        raise self.unknown(name)
+
+    @property
+    def cards(self) -> dict[str, dict[str, object]]:
+        """The cards of all models."""
+        return dict(chain.from_iterable(s.cards.items() for s in self.models.values()))
+
+    def unknown(self, name: str) -> ApiError:
+        """No model and no adapter has this name."""
+        known = ", ".join(map(repr, self.cards))
+        return ApiError(
+            404, f"there is no model {name!r:.200}; this server has {known:.500}",
+            "model_not_found", param="model",
+        )  # fmt: skip
+
+    def adapter_path(self, path: str) -> str:
+        """Where `path` is in the allowed folders. Raises ApiError, and ModelNotFound."""
+        folders = [folder.resolve() for folder in self.options.adapter_folders]
+        places = [(Path(os.path.realpath(folder / path)), folder) for folder in folders]
+        allowed = [place for place, folder in places if place.is_relative_to(folder)]
+        if not allowed:
+            raise self.not_allowed
+        if found := next(filter(os.path.exists, allowed), None):
+            return str(found)
+        raise ModelNotFound(f"there is no adapter at {path!r:.200}; give its folder or file")
+
+    @property
+    def not_allowed(self) -> ApiError:
+        """Clients may not change which adapters there are."""
+        return ApiError(
+            403, "adapters come only from folders that the server was started with: "
+            "--adapter-folder FOLDER", "adapter_not_allowed",
+        )  # fmt: skip
 
     def check_ready(self) -> None:
         """Raises ApiError if nothing new can be answered."""
