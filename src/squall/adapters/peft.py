@@ -177,24 +177,23 @@ def _adapt(module: str, depth: int, pair: Mapping[str, Array], config: Config, p
     known = (f"{module}.{name}" for name in PARAMETERS)
     wrapped = [p for p in known if _named(config.target_parameters, p) and target.sites(p)]
     name = wrapped[-1 - depth] if depth < len(wrapped) else module
-    if pair.keys() != {"A", "B", "bias"} - (set() if config.lora_bias else {"bias"}):
-        raise InvalidCheckpoint(
-            f"the adapter has {sorted(pair)} of {quote(module)}; there must be lora_A and lora_B, "
-            f"and a bias if lora_bias is true in {CONFIG}"
-        )
     if name == module and (depth or not config.adapts(module)):
         raise UnsupportedModel(
             f"the adapter has tensors of {quote(module)}, which {CONFIG} does not adapt: see its "
             "target_modules, target_parameters, exclude_modules, modules_to_save and "
             "layers_to_transform"
         )
-    places, rank, a, b = target.sites(name), config.rank(name), pair["A"], pair["B"]
+    places, rank = target.sites(name), config.rank(name)
     experts = max(len({expert for (_, expert), _, _ in places}), 1)
-    if not a.ndim == b.ndim == 2 or not len(a) == b.shape[1] == experts * rank:
+    shapes = {part: array.shape for part, array in pair.items() if part != "bias"}
+    ranks = {part: (*shape, 0)[part == "B"] for part, shape in shapes.items() if len(shape) == 2}
+    if ranks != dict.fromkeys("AB", rank * experts) or ("bias" in pair) != config.lora_bias:
         raise InvalidCheckpoint(
-            f"the adapter has tensors of {quote(name)} of shapes {a.shape} and {b.shape}; by "
-            f"{CONFIG} their rank is {rank}, of each of {experts} experts"
+            f"the adapter has of {quote(name)} tensors lora_* of shapes {shapes}; by {CONFIG} "
+            f"there are A and B of rank {rank}, for each of {experts} experts, and lora_bias is "
+            f"{config.lora_bias}"
         )
+    a, b = pair["A"], pair["B"]
     a = a.T if places and places[0][0][0] == TABLE else a
     a = a.reshape(experts, -1, a.shape[1])
     b = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
