@@ -16,7 +16,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 from squall.adapters.parts import MAX_RANK, TABLE, Array, Parts, array_of
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.pickle import open_pickle
-from squall.checkpoints.safetensors import open_part
+from squall.checkpoints.safetensors import MAX_NAME_CHARS, open_part
 from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
 from squall.files import quote, read_json
 from squall.recipes.modules import PARAMETERS
@@ -137,7 +137,7 @@ def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Confi
     config, tensors = Config.read(folder), tensors_of(folder, weights)
     pairs: dict[tuple[str, int], dict[str, Array]] = {}
     for name, tensor in tensors.items():
-        path = name.removeprefix("base_model.model.")
+        path = name.removeprefix("base_model.model.") if len(name) <= MAX_NAME_CHARS else ""
         if match := _LORA.fullmatch(path):
             pair = pairs.setdefault((match[1], match[2].count(".")), {})
             part = "bias" if match[4] == "bias" else match[3]
@@ -188,10 +188,10 @@ def _adapt(module: str, depth: int, pair: Mapping[str, Array], config: Config, p
     shapes = {part: array.shape for part, array in pair.items() if part != "bias"}
     ranks = {part: (*shape, 0)[part == "B"] for part, shape in shapes.items() if len(shape) == 2}
     if ranks != dict.fromkeys("AB", rank * experts) or ("bias" in pair) != config.lora_bias:
+        given = ", ".join(f"lora_{part} {array.shape}" for part, array in pair.items())
         raise InvalidCheckpoint(
-            f"the adapter has of {quote(name)} tensors lora_* of shapes {shapes}; by {CONFIG} "
-            f"there are A and B of rank {rank}, for each of {experts} experts, and lora_bias is "
-            f"{config.lora_bias}"
+            f"the adapter has of {quote(name)}: {given}; by {CONFIG} it has lora_A and lora_B of "
+            f"rank {rank}, for each of {experts} experts, and lora_bias is {config.lora_bias}"
         )
     a, b = pair["A"], pair["B"]
     a = a.T if places and places[0][0][0] == TABLE else a
