@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,16 +21,13 @@ from squall.files import quote, read_json
 from squall.recipes.modules import PARAMETERS
 
 CONFIG = "adapter_config.json"
+MAX_PATTERNS = 64
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# What says how the adapter was begun, trained or saved, not what it does.
-_HARMLESS = frozenset(
-    """
-    auto_mapping corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode
-    lora_dropout lora_ga_config loftq_config megatron_core peft_version qalora_group_size revision
-    runtime_config task_type velora_config
-    """.split()  # noqa: SIM905
+# Keys of PEFT's variants of LoRA; some others are only of how an adapter was begun or trained.
+_VARIANTS = re.compile(
+    r"use_.*|(?!corda|eva|lora_ga|loftq|runtime|velora).*_config|.*_(tokens|indices|replication)"
 )
-_VARIANTS = re.compile(r"use_.*|.*_config|.*_(tokens|indices|replication)")
+_PLAIN = re.compile(r"\^?([\w.]+)\$?")
 _LORA = re.compile(
     r"(.+?)((?:\.base_layer)*)\.lora_(?:embedding_)?([AB])(?:\.(?!weight$|bias$)[^.]+)?"
     r"(?:\.(weight|bias))?"
@@ -40,7 +36,6 @@ _SAVED = re.compile(
     r"(.+?)(\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?\.(weight|bias)"
 )
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-_LOG = logging.getLogger("squall")
 
 T = TypeVar("T")
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
@@ -63,7 +58,7 @@ class Config(BaseModel):
     use_rslora: bool = False
     target_modules: Pattern | Patterns = []
     exclude_modules: Pattern | Patterns = []
-    modules_to_save: Patterns = []
+    modules_to_save: Annotated[list[Pattern], Field(max_length=MAX_PATTERNS)] = []
     target_parameters: Patterns = []
     layers_to_transform: Layer | list[Layer] = []
     layers_pattern: Pattern | Patterns = []
@@ -86,14 +81,15 @@ class Config(BaseModel):
             raise InvalidCheckpoint(
                 f"{CONFIG}: {quote(where)} is {repr(first['input'])[:99]}: {first['msg']}"
             ) from None
-        more = {k for k, v in (config.model_extra or {}).items() if v and k not in _HARMLESS}
+        more = (key for key, value in (config.model_extra or {}).items() if value)
         if variants := sorted(filter(_VARIANTS.fullmatch, more)):
             raise UnsupportedModel(
                 f"{CONFIG} has {', '.join(map(quote, variants[:6]))}, which Squall cannot follow; "
                 "ignoring it could change the results"
             )
-        if more:
-            _LOG.warning("%s has keys that mean nothing here: %s", CONFIG, sorted(more)[:20])
+        patterns = (*config.rank_pattern, *config.alpha_pattern)
+        if sum(_PLAIN.fullmatch(pattern) is None for pattern in patterns) > MAX_PATTERNS:
+            raise UnsupportedModel(f"{CONFIG} has over {MAX_PATTERNS} patterns that are no names")
         return config
 
     def rank(self, module: str) -> int:
@@ -221,8 +217,8 @@ def _of(patterns: Mapping[str, T], module: str, default: T) -> T:
 
 
 def _ends(pattern: str, module: str) -> bool:
-    if re.fullmatch(r"[\w.]+", pattern):
-        return f".{module}".endswith(f".{pattern}")
+    if plain := _PLAIN.fullmatch(pattern):
+        return module == plain[1] or (pattern[0] != "^" and module.endswith(f".{plain[1]}"))
     return _matches(rf"(?:.*\.)?(?:{pattern})", module)
 
 
@@ -236,7 +232,7 @@ def _matches(pattern: str, text: str) -> bool:
     return _validator(pattern).isinstance_python(text)
 
 
-@lru_cache(64)
+@lru_cache(2 * MAX_PATTERNS)
 def _validator(pattern: str) -> SchemaValidator:
     """Of whole texts. By an engine that takes linear time: the pattern is a stranger's."""
     try:
