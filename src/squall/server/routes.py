@@ -189,9 +189,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         """One model."""
-        if model_id not in service.cards:
-            raise service.unknown(model_id)
-        return JSONResponse(service.cards[model_id])
+        return JSONResponse(service.card(model_id))
 
 
 def _add_adapters(router: APIRouter, service: Service) -> None:
