@@ -1,4 +1,4 @@
-"""LoRA against PEFT in float32, on tiny models of every architecture: merged, and beside the base."""
+"""LoRA against PEFT in float32, on tiny models of every architecture: merged, and beside them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def small(model: Model, executor: FakeExecutor) -> Iterator[Model]:
     """Two answers run, three wait, on an executor that waits when it is told to."""
     engine = Engine(executor, EngineConfig(max_seqs=2, max_queue=3), text=Silent)
     recipe = load(model.checkpoint)
-    with Model(model.checkpoint, recipe, model.program, model.tokenizer, engine) as opened:
+    parts = recipe, model.program, model.tokenizer, engine, model.adapters
+    with Model(model.checkpoint, *parts) as opened:
         yield opened
         executor.let()
 
