@@ -160,15 +160,17 @@ class Shelf:
         asked = None if adapters is None else weights_of(adapters)
         with self._lock:
             weights = self._active if asked is None else asked
-            versions = [self._find(name) for name in weights]
-            for version in versions:
-                version.used = next(self._clock)
-        if not versions:
+            found = [(self._find(name), weight) for name, weight in weights.items()]
+        found = [(version, weight) for version, weight in found if weight]
+        if not found:
             return Chosen()
-        handles = [v.handle or self._once((v,), partial(self._again, v)) for v in versions]
-        known = [(v.info.digest, weights[v.info.name]) for v in versions]
-        digest = hashlib.sha256(repr(known).encode()).hexdigest()
-        return Chosen(tuple(zip(handles, weights.values(), strict=True)), digest)
+        known = repr([(version.info.digest, weight) for version, weight in found])
+        mixture = tuple((self._handle(version), weight) for version, weight in found)
+        return Chosen(mixture, hashlib.sha256(known.encode()).hexdigest())
+
+    def _handle(self, version: _Version) -> Adapter:
+        version.used = next(self._clock)
+        return version.handle or self._once((version,), partial(self._again, version))
 
     def _once(self, key: tuple[object, ...], load: Callable[[], _T]) -> _T:
         """What `load` finds, or what another thread finds that is at the same."""
@@ -254,7 +256,7 @@ class Shelf:
 def weights_of(adapters: object) -> dict[str, float]:
     """Adapters with their weights, each once, in order. Raises InvalidRequest.
 
-    A name alone has the weight 1; those with the weight 0 are left out.
+    A name alone has the weight 1.
     """
     given: object = (adapters,) if isinstance(adapters, str) else adapters
     if isinstance(given, Sequence) and all(isinstance(name, str) for name in given):
@@ -266,7 +268,7 @@ def weights_of(adapters: object) -> dict[str, float]:
             f"weights from -{MOST_WEIGHT} to {MOST_WEIGHT}, such as {{'name': 0.5}}; at most "
             f"{MOST_MIXED} names"
         )
-    return {name: float(weight) for name, weight in items if weight}
+    return {name: float(weight) for name, weight in items}
 
 
 def _is_weight(name: object, weight: Any) -> bool:

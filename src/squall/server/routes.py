@@ -241,9 +241,11 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
 async def _put(
     service: Service, served: Served, name: str, path: str, *, pinned: bool = False
 ) -> Info:
-    load, where = served.model.adapters.load, service.adapter_path(path)
+    def load() -> Info:
+        return served.model.adapters.load(name, service.adapter_path(path), pinned=pinned)
+
     # Not among the few threads for requests, which must not wait for files.
-    return await asyncio.to_thread(load, name, where, pinned=pinned)
+    return await asyncio.to_thread(load)
 
 
 def _remove(service: Service, name: str) -> None:

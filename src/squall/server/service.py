@@ -69,7 +69,7 @@ class Served:
         return cards
 
     def asked(self, body: GenerationBody) -> dict[str, object]:
-        """What holds for a request unless it says otherwise. Raises ApiError."""
+        """What holds for a request unless it says otherwise. Raises InvalidRequest."""
         name = body.model
         if name in (None, "default", self.name) or not self.model.adapters.used:
             return self.defaults
