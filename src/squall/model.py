@@ -531,8 +531,9 @@ def _anymoe(
 
     experts = Experts(cast(AnyMoe, opening.anymoe), model[1], opening.hub)
     store = _store(model, opening, others=experts.others, merged=experts.merged)
-    # A prompt is one step.
-    rows = {**room.limits.rows, "tokens": room.context + MAX_ROWS}
+    # A prompt is one step, beside a row of each other request.
+    most = room.context + (opening.engine or EngineConfig()).max_seqs
+    rows = {**room.limits.rows, "tokens": max(most, MAX_ROWS)}
     return open_experts(
         experts, store, replace(room.limits, rows=rows), context=room.context, encode=encode,
         pool=room.pool, progress=opening.progress, trained=opening.progress,
