@@ -24,7 +24,7 @@ from squall.program import Matrix, Names, Slice, Vector
 from squall.quant import FORMATS
 from squall.recipes import Recipe
 from squall.roles import Shapes, roles
-from squall.weights import Progress, WeightStore, no_bias
+from squall.weights import Progress, WeightStore
 
 WEIGHTS = "model.safetensors"
 _BESIDE = (".json", ".jinja", ".model", ".txt")
@@ -175,8 +175,6 @@ def _spans(
 def _set_vector(
     role: str, shapes: Shapes, names: Names, store: WeightStore, tensors: dict[str, Tensor]
 ) -> None:
-    if role not in names:
-        raise no_bias(role)
     values, at = store.vector(Vector(names[role], shapes[role][0], role=role)), 0
     for part in names[role]:
         t, size = tensors[part.tensor], part.stop - part.start
