@@ -102,7 +102,7 @@ def save_adapter(model: Any, folder: Path, tokens: list[int], **config: Any) -> 
 
 
 def write_gguf_lora(model: Adapted, case: tiny.Case, path: Path, alpha: float) -> None:
-    """The adapter as llama.cpp's converter writes it: names, rows of q and k, norms with their 1."""
+    """The adapter as llama.cpp's converter writes it: names, rows of q and k, norms."""
     import gguf
     from convert import NAMES, OWN_POST_NORM, PERMUTED, POST_NORM, UNIT_OFFSET, _permute
     from safetensors.torch import load_file

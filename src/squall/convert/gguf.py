@@ -83,7 +83,7 @@ class _Job(Work):
             name = self._fused_name(role) if group else NAMING.name(role)
             slices = tuple(part for member in group or [role] for part in self._slices(member))
             if len(whole) == 1:
-                yield _float_item(name, self._vector(role, slices, whole[0]))
+                yield _float_item(name, self._vector(role, slices))
             else:
                 yield self._matrix(role, name, slices, whole)
 
@@ -145,7 +145,7 @@ class _Job(Work):
         )
         return Item(name, format, shape, Part(matrix.nbytes, self.quantizer.chunks(matrix)))
 
-    def _vector(self, role: str, slices: tuple[Slice, ...], size: int) -> NDArray[np.float32]:
+    def _vector(self, role: str, slices: tuple[Slice, ...]) -> NDArray[np.float32]:
         tensors = self.quantizer.checkpoint.tensors
         parts = [tensors[p.tensor].to_float32().reshape(-1)[p.start : p.stop] for p in slices]
         order, values = self._order(role), np.concatenate(parts)
