@@ -185,7 +185,7 @@ class Config:
 
 def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Config, tuple[str, ...]]:
     """What the folder says, and the modules that it adapts; their terms go to `parts`."""
-    config, tensors = Config.read(folder), _tensors(folder, weights)
+    config, tensors = Config.read(folder), tensors_of(folder, weights)
     pairs: dict[tuple[str, int], dict[str, Floats]] = {}
     for name, tensor in tensors.items():
         path = name.removeprefix("base_model.model.")
@@ -202,7 +202,8 @@ def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Confi
     return config, tuple(sorted(modules))
 
 
-def _tensors(folder: Path, weights: Path | None) -> Mapping[str, Tensor]:
+def tensors_of(folder: Path, weights: Path | None = None) -> Mapping[str, Tensor]:
+    """Those of an adapter; weights: the file that they are in."""
     there = [folder / name for name in WEIGHTS] if weights is None else [weights]
     for path in there:
         if path.is_file():
