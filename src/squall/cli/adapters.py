@@ -58,7 +58,7 @@ app.command(name="inspect")(inspect)
 @app.command()
 def merge(
     base: Annotated[str, typer.Argument(help="A folder of floats, or a model of the hub.")],
-    adapters: Annotated[list[str], typer.Argument(metavar="PATH[@WEIGHT]...")],
+    adapters: Annotated[list[str], typer.Argument(metavar="PATH[@WEIGHT]")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder, .gguf or .uqff.")],
     isq: Annotated[str | None, typer.Option(help="What to quantize a file to: Q4K...")] = None,
     threads: Threads = None,

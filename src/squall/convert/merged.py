@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.adapters.lora import Lora, merged_terms, merged_vectors
-from squall.adapters.target import Target
 from squall.checkpoints.base import ByteTensor, Checkpoint, Field, Tensor
 from squall.checkpoints.folder import CONFIG
 from squall.checkpoints.writing import Item, Part, exists, write_safetensors
@@ -24,6 +23,9 @@ from squall.program import Matrix, Slice, Vector
 from squall.quant import FORMATS
 from squall.recipes import Recipe
 from squall.weights import Progress, WeightStore
+
+if TYPE_CHECKING:
+    from squall.adapters.lora import Lora
 
 WEIGHTS = "model.safetensors"
 _BESIDE = (".json", ".jinja", ".model", ".txt")
@@ -56,6 +58,10 @@ def merged(
 
     A head that shares the table of embeddings gets a tensor of its own if one of the two changes.
     """
+    # Slow to import.
+    from squall.adapters.lora import merged_terms, merged_vectors
+    from squall.adapters.target import Target
+
     terms, vectors = merged_terms(loras), merged_vectors(loras)
     store = WeightStore(checkpoint, merged=terms, vectors=vectors)
     target, (part,) = Target.of(checkpoint, recipe), recipe.parts
