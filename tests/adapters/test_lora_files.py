@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import tiny
@@ -62,6 +63,15 @@ def test_gguf_adapters(case: tiny.Case, kind: str, tmp_path: Path) -> None:
     lora = model.read(path)
     assert distance(merged(model, (lora, 1.0)), model.logits) < TOLERANCE
     assert lora.alpha == 6.0
+
+
+def test_gguf_adapters_that_are_quantized(model: Adapted, tmp_path: Path) -> None:
+    path, kind = tmp_path / "a.gguf", gguf.GGMLQuantizationType.Q8_0
+    write_gguf_lora(model, CASES["llama-2"], path, 8.0, kind)
+    exact, found = model.read(), model.read(path)
+    assert found.terms.keys() == exact.terms.keys()
+    assert {term.a.format for term in found.terms.values()} == {"f32"}
+    assert 1e-4 < distance(beside(model, (found, 1.0)), model.logits) < 0.1
 
 
 def test_pickles(model: Adapted) -> None:

@@ -147,8 +147,9 @@ def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Confi
                 f"the adapter's tensor {quote(name)} is no part of a LoRA, and {CONFIG} does not "
                 "say by modules_to_save or bias that it is saved"
             )
-        if match[2] != ".original_module":  # the base's own, of what is saved
-            parts.whole(f"{match[1]}.{match[3]}", array_of(tensor))
+        if match[2] != ".original_module":  # of what is saved, and not in use
+            trained = match[2] != ".base_layer" or match[3] == "bias"
+            parts.whole(f"{match[1]}.{match[3]}", array_of(tensor), trained=trained)
     modules = [_adapt(*key, pair, config, parts) for key, pair in pairs.items()]
     _check_complete(modules, config, parts)
     return config, tuple(sorted(modules))
