@@ -37,7 +37,7 @@ from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_thre
 from squall.locate import locate, locate_uqff
 from squall.opening import Opening
 from squall.program import Program
-from squall.quant import FORMATS, FormatTotal, Plan, Topology
+from squall.quant import FormatTotal, Plan, Topology
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatPrompt, ChatTemplate
@@ -559,8 +559,8 @@ def _merged(model: Prepared, opening: Opening) -> list[tuple[Lora, float]]:
     if merge and not opening.adapters:
         raise InvalidRequest("merge: there is nothing to merge; name adapters")
     if merge is None:
-        stored = (tensor.format for tensor in checkpoint.tensors.values())
-        merge = not checkpoint.quantization and all(FORMATS[name].block == 1 for name in stored)
+        stored = {tensor.format for tensor in checkpoint.tensors.values()}
+        merge = not checkpoint.quantization and stored <= {"f32", "f16", "bf16"}
     active = opening.active or {}
     return [
         (_read_adapter(model, opening, path), active.get(name, 1.0))
