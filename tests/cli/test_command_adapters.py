@@ -75,6 +75,9 @@ def test_run() -> None:
     assert answer("base --adapter adapters/law@0") == plain
     both = answer("base --adapter adapters/law@0.5 --adapter b=adapters/sql@2")
     assert both not in (plain, law)
+    done = invoke("run base --adapter ./none Hello")
+    assert "there is no adapter './none'" in str(done.exception)
+    assert "is the prompt" not in str(done.exception)
     done = invoke("run base --merge Hello")
     assert "nothing to merge" in str(done.exception)
 
