@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from squall import decoder
+from squall.adapters.peft import tensors_of
 from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.hub import Hub, is_id
-from squall.checkpoints.pickle import open_pickle
-from squall.checkpoints.safetensors import open_part
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
 from squall.program import (
     GatedLinear,
@@ -26,9 +24,9 @@ from squall.program import (
     Slice,
     Value,
     Vector,
-)  # fmt: skip
+)
 from squall.recipes import Recipe
-from squall.recipes.config_names import CODE_MLP, NUMBERED_MLP, USUAL
+from squall.recipes.modules import namings
 from squall.recipes.names import locate
 from squall.roles import roles
 from squall.spec import Mlp
@@ -36,16 +34,8 @@ from squall.weights import Stored, Term
 
 SHARED = Index("shared")
 GATES = "gates"  # their source in a weight store
-CONTEXT = 2048  # by default: all of a prompt is in one step, for which there are buffers
 MAX_EXPERTS = 256
 _PARTS = ("gate", "up", "down")
-_NAMINGS = (USUAL, NUMBERED_MLP, CODE_MLP)
-# A module with weights of LoRA -> whose rows they are of.
-_MODULES = {"gate_up_proj": ("gate", "up")} | {
-    naming.stems[f"feed_forward.{part}"].removeprefix("mlp."): (part,)
-    for naming in _NAMINGS
-    for part in _PARTS
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +96,9 @@ class Experts:
 
     def __init__(self, config: AnyMoe, recipe: Recipe, hub: Hub | None = None) -> None:
         self.config, self.recipe, self._hub = config, recipe, hub or Hub()
-        self.count = len(config.model_ids) + 1
-        self.layers = _layers(config, recipe)
-        blocks = (f"layers.{layer}.feed_forward" for layer in self.layers)
-        stems = {f"{block}.{part}" for block, part in itertools.product(blocks, _PARTS)}
+        self.count, self.layers = len(config.model_ids) + 1, _layers(config, recipe)
+        self._naming = replace(namings(recipe.architecture)[0], layer="model.layers.{}.")
+        stems = {f"layers.{layer}.feed_forward.{part}" for layer in self.layers for part in _PARTS}
         shapes = roles(recipe.decoder)
         self._shapes = {role: shapes[role] for role in shapes if role.rpartition(".")[0] in stems}
         self._slices = {role: recipe.names[role] for role in self._shapes}
@@ -123,18 +112,17 @@ class Experts:
         spec, names = self.recipe.decoder, self.recipe.names
         own = decoder.compile(spec, names, context=context, whole=True)
         ups = {f"layers.{layer}.feed_forward.up" for layer in self.layers}
-        inner = {
-            op.out: op.x
-            for op in own.ops
-            if isinstance(op, Linear | GatedLinear) and op.out.name in ups
-        }
+        upper = [
+            op for op in own.ops if isinstance(op, Linear | GatedLinear) and op.out.name in ups
+        ]
+        inner = {op.out: op.x for op in upper}
         ops = [
             self._mixture(op, inner[op.x]) if isinstance(op, Linear) and op.x in inner else op
             for op in own.ops
             if op.out not in inner
         ]
-        values = [value for value in own.values if value not in inner]
-        return replace(own, ops=tuple(ops), values=tuple(values))
+        values = tuple(value for value in own.values if value not in inner)
+        return replace(own, ops=tuple(ops), values=values)
 
     def gates(self) -> Checkpoint:
         """Those that are stored."""
@@ -142,7 +130,7 @@ class Experts:
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
             raise ModelNotFound(f"AnyMoE: {folder} has {len(files)} safetensors files, not 1")
-        tensors = {tensor.name: tensor for tensor in open_part(files[0]).tensors()}
+        tensors = tensors_of(folder, files[0])
         for layer in self.layers:
             weight, bias = gate_names(layer)
             _tensor(tensors, weight, (self.count, self.config.hidden_size))
@@ -154,51 +142,38 @@ class Experts:
         layer = int(block.split(".")[1])
         weight, bias = (Slice(name, 0, count, GATES) for name in gate_names(layer))
         router = Matrix((weight,), count, x.width, role=f"{block}.router")
-        gate, up, last = (self._matrix(f"{block}.{part}") for part in _PARTS)
-        biases = [self._vector(f"{block}.{part}") for part in _PARTS]
-        assert up is not None
-        assert last is not None
+        matrices, biases = dict[str, Matrix](), dict[str, Vector]()
+        for part in _PARTS:
+            stem = f"{block}.{part}"
+            if (slices := self._slices.get(f"{stem}.weight")) is not None:
+                rows, cols = self._shapes[f"{stem}.weight"]
+                matrices[part] = Matrix(slices, rows, cols, count, _of_experts(stem))
+            if (slices := self._slices.get(f"{stem}.bias")) is not None:
+                biases[part] = Vector(slices, rows * count)
         return MixtureOfExperts(
-            down.out, x, router, gate, up, last, 1,
+            down.out, x, router, matrices.get("gate"), matrices["up"], matrices["down"], 1,
             self.recipe.decoder.layers[layer].feed_forward.activation, normalize=False,
             scale=down.scale, residual=down.residual, router_bias=Vector((bias,), count),
-            gate_bias=biases[0], up_bias=biases[1], down_bias=biases[2], shared=SHARED,
+            gate_bias=biases.get("gate"), up_bias=biases.get("up"), down_bias=biases.get("down"),
+            shared=SHARED,
         )  # fmt: skip
-
-    def _matrix(self, stem: str) -> Matrix | None:
-        role = f"{stem}.weight"
-        if role not in self._slices:
-            return None
-        rows, cols = self._shapes[role]
-        return Matrix(self._slices[role], rows, cols, self.count, _of_experts(stem))
-
-    def _vector(self, stem: str) -> Vector | None:
-        role = f"{stem}.bias"
-        if role not in self._slices:
-            return None
-        return Vector(self._slices[role], self._shapes[role][0] * self.count)
 
     def _path(self, model: str) -> Path:
         path = Path(model).expanduser()
-        if path.exists() or not is_id(model):
-            return path
-        return self._hub.fetch(model)
+        return path if path.exists() or not is_id(model) else self._hub.fetch(model)
 
     def _add(self, number: int, model: str) -> None:
         """Where the weights of one expert are."""
-        kind, source = self.config.expert_type, f"expert {number}"
+        kind, source, path = self.config.expert_type, f"expert {number}", self._path(model)
         try:
             if isinstance(kind, LoraAdapter):
                 found = self.recipe.names
-                tensors = self._usual(_of_adapter(self._path(model)))
-                for stem, term in self._terms(kind, tensors):
+                for stem, term in self._terms(kind, self._usual(tensors_of(path))):
                     self.merged[_of_experts(stem), number] = (term,)
             else:
-                checkpoint = open_checkpoint(self._path(model))
+                checkpoint = open_checkpoint(path)
                 tensors = self._usual(checkpoint.tensors)
-                down = f"layers.{self.layers[0]}.feed_forward.down.weight"
-                naming = next((n for n in _NAMINGS if n.name(down) in tensors), USUAL)
-                (places,) = locate([(self._shapes, naming)], tensors, read=set(tensors))
+                (places,) = locate([(self._shapes, self._naming)], tensors, read=set(tensors))
                 self.others[source] = replace(checkpoint, tensors=tensors)
                 found = {
                     role: tuple(replace(part, source=source) for part in parts)
@@ -210,33 +185,30 @@ class Experts:
         self._slices = {role: parts + found[role] for role, parts in self._slices.items()}
 
     def _usual(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of feed-forwards, as transformers usually calls them."""
+        """The tensors of feed-forwards, as transformers calls them."""
         prefix, mlp = re.escape(self.config.prefix), re.escape(self.config.mlp)
         start = re.compile(rf"(?:base_model\.model\.)?{prefix}\.(\d+)\.{mlp}\.")
-        return {
-            start.sub(r"model.layers.\1.mlp.", name): tensor
-            for name, tensor in tensors.items()
-            if start.match(name)
-        }
+        names = {name: start.sub(r"model.layers.\1.mlp.", name) for name in tensors}
+        return {new: tensors[name] for name, new in names.items() if start.match(name)}
 
     def _terms(
         self, lora: LoraAdapter, tensors: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Term]]:
         """What an adapter adds to matrices, which are named without `.weight`."""
-        for layer, module in itertools.product(self.layers, lora.target_modules):
-            stems = [f"layers.{layer}.feed_forward.{part}" for part in _MODULES.get(module, ())]
-            shapes = [self._shapes[f"{s}.weight"] for s in stems if f"{s}.weight" in self._shapes]
-            if not stems or len(shapes) < len(stems):
-                known = ", ".join(_MODULES)
-                raise InvalidRequest(f"AnyMoE: its MLPs have no {module!r}; known: {known}")
-            name, rows = f"model.layers.{layer}.mlp.{module}", sum(shape[0] for shape in shapes)
-            a = _tensor(tensors, f"{name}.lora_A.weight", (lora.rank, shapes[0][1]))
-            b = _tensor(tensors, f"{name}.lora_B.weight", (rows, lora.rank))
-            start, scale = 0, lora.alpha / lora.rank
+        modules = [f"{n}.mlp.{target}" for n in self.layers for target in lora.target_modules]
+        for module in (f"model.layers.{module}" for module in modules):
+            stems, _ = next(self._naming.meanings(module), ((), None))
+            shapes = [self._shapes.get(f"{stem}.weight", (0, 0)) for stem in stems]
+            rows, cols = sum(shape[0] for shape in shapes), max(shapes, default=(0, 0))[1]
+            if not rows:
+                raise InvalidRequest(f"AnyMoE: the model has no {module} to adapt")
+            a = _tensor(tensors, f"{module}.lora_A.weight", (lora.rank, cols))
+            b = _tensor(tensors, f"{module}.lora_B.weight", (rows, lora.rank))
+            start = 0
             for stem, (count, _) in zip(stems, shapes, strict=True):
-                of_b = Stored(b.format, b.row_data(start, start + count), None)
-                yield stem, Term(Stored(a.format, a.data, None), of_b, lora.rank, scale)
-                start += count
+                of_b = Stored(b.format, b.row_data(start, start := start + count), None)
+                of_a, scale = Stored(a.format, a.data, None), lora.alpha / lora.rank
+                yield stem, Term(of_a, of_b, lora.rank, scale)
 
 
 def gate_names(layer: int) -> tuple[str, str]:
@@ -259,16 +231,6 @@ def _layers(config: AnyMoe, recipe: Recipe) -> tuple[int, ...]:
 
 def _of_experts(role: str) -> str:
     return role.replace("feed_forward.", "feed_forward.experts.")
-
-
-def _of_adapter(folder: Path) -> Mapping[str, Tensor]:
-    path = folder / "adapter_model.safetensors"
-    tensors = (
-        open_part(path).tensors()
-        if path.is_file()
-        else open_pickle(path.with_suffix(".bin")).values()
-    )
-    return {tensor.name: tensor for tensor in tensors}
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:

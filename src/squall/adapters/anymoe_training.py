@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from squall import executors
 from squall.adapters.anymoe import GATES, AnyMoe, Experts, gate_names
 from squall.checkpoints import Checkpoint
 from squall.checkpoints.base import ByteTensor
-from squall.checkpoints.writing import Item, copy_of, replacing, write_safetensors
+from squall.checkpoints.writing import Item, copy_of, make_folder, replacing, write_safetensors
 from squall.errors import ContextLengthExceeded, InvalidRequest
 from squall.executors import Executor, Floats, Limits, ThreadPool
 from squall.files import read_json
@@ -28,7 +27,6 @@ Example = tuple[Sequence[int], int]
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-GATE_FILE = "gate.safetensors"
 _ZEROS = "zeros"  # routers, to which the gates are added
 
 
@@ -63,27 +61,24 @@ def open_experts(  # noqa: PLR0913
 
 def read(experts: Experts, encode: Encode, longest: int) -> list[Example]:
     """The examples of a file: {"rows": [{"prompt": "...", "expert": 1}, ...]}."""
-    path = Path(experts.config.dataset_json).expanduser()
+    path, found = Path(experts.config.dataset_json).expanduser(), []
     rows = (read_json(path) or {}).get("rows")
     if not isinstance(rows, list) or not rows:
         raise InvalidRequest(f'AnyMoE: dataset_json {path} is no file with {{"rows": [...]}}')
-    return [_example(f"AnyMoE: row {i} of {path.name}", row, experts.count, encode, longest)
-            for i, row in enumerate(rows)]  # fmt: skip
-
-
-def _example(where: str, row: Any, experts: int, encode: Encode, longest: int) -> Example:
-    match row:
-        case {"prompt": str(prompt), "expert": int(expert), **others} if type(expert) is int:
-            ids = encode(prompt)
-        case _:
-            raise InvalidRequest(f"{where} must have a prompt, text, and an expert, a number")
-    if any(others.values()):
-        raise InvalidRequest(f"{where} has more than a prompt and an expert; images are unknown")
-    if not 0 <= expert < experts:
-        raise InvalidRequest(f"{where} has expert {expert}; there are 0 to {experts - 1}")
-    if not 0 < len(ids) <= longest:
-        raise ContextLengthExceeded(f"{where} has {len(ids)} tokens; 1 to {longest} may be")
-    return ids, expert
+    for number, row in enumerate(rows):
+        where = f"AnyMoE: row {number} of {path.name}"
+        match row:
+            case {"prompt": str(prompt), "expert": int(expert), **others} if type(expert) is int:
+                found.append((encode(prompt), expert))
+            case _:
+                raise InvalidRequest(f"{where} must have a prompt, text, and an expert, a number")
+        if any(others.values()):
+            raise InvalidRequest(f"{where} has more than a prompt and an expert, such as images")
+        if not 0 <= expert < experts.count:
+            raise InvalidRequest(f"{where} has expert {expert}; there are 0 to {experts.count - 1}")
+        if not 0 < (tokens := len(found[-1][0])) <= longest:
+            raise ContextLengthExceeded(f"{where} has {tokens} tokens; 1 to {longest} may be")
+    return found
 
 
 class Forward:
@@ -114,10 +109,10 @@ class Forward:
         }  # fmt: skip
         terms = {}
         # Nothing is given to the last gate's experts.
-        for (_, role), gate in zip(self._names[:-1], gates.astype(np.float32), strict=False):
-            weight = np.ascontiguousarray(gate[:, :-1])
+        for (_, role), gate in zip(self._names[:-1], gates, strict=False):
+            weight, bias = _floats(gate)
             stored = Stored("f32", weight.reshape(-1).view(np.uint8), None)
-            terms[role, 0] = Term(None, stored, weight.shape[1], bias=gate[:, -1].copy())
+            terms[role, 0] = Term(None, stored, weight.shape[1], bias=bias)
         inputs = {name: index.astype(np.int32) for name, index in indices.items()}
         mixture = ((self._executor.adapter(terms), 1.0),)
         found = self._executor.run(inputs, mixtures=[mixture])
@@ -197,27 +192,28 @@ def _written(
 ) -> Checkpoint:
     """Trained gates, in the files that they are to be in."""
     config, tensors = experts.config, dict[str, Floats]()
-    folder, csv = (
-        None if path is None else Path(path).expanduser()
-        for path in (config.gate_model_id, config.loss_csv_path)
-    )
-    try:  # before the work, which could be in vain
-        for needed in filter(None, (folder, csv and csv.parent)):
-            needed.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidRequest(f"AnyMoE: cannot make {error.filename}: {error.strerror}") from None
+    file = config.gate_model_id and Path(config.gate_model_id, "gate.safetensors").expanduser()
+    csv = config.loss_csv_path and Path(config.loss_csv_path).expanduser()
+    for path in (file, csv):
+        if path:  # before the work, which could be in vain
+            make_folder(path.parent)
     gates = beginning(len(experts.layers), experts.count, config.hidden_size)
     losses = train(config, gates, examples, forward, progress)
-    for layer, gate in zip(experts.layers, gates.astype(np.float32), strict=True):
-        weight, bias = gate_names(layer)
-        tensors |= {weight: np.ascontiguousarray(gate[:, :-1]), bias: gate[:, -1].copy()}
+    for layer, gate in zip(experts.layers, gates, strict=True):
+        tensors |= zip(gate_names(layer), _floats(gate), strict=True)
     checkpoint = _checkpoint(tensors)
-    if folder is not None:
+    if file:
         items = [Item(t.name, t.format, t.shape, copy_of(t)) for t in checkpoint.tensors.values()]
-        write_safetensors(folder / GATE_FILE, items, force=True)
-    if csv is not None:
+        write_safetensors(file, items, force=True)
+    if csv:
         write_losses(csv, losses)
     return checkpoint
+
+
+def _floats(gate: Doubles) -> tuple[Floats, Floats]:
+    """Weight and bias."""
+    found = gate.astype(np.float32)
+    return np.ascontiguousarray(found[:, :-1]), found[:, -1].copy()
 
 
 def _checkpoint(arrays: dict[str, Floats]) -> Checkpoint:

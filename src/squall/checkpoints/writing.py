@@ -59,6 +59,14 @@ def replacing(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """And those that it is in, where they are not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"cannot make {path}: {error.strerror}") from None
+
+
 def copy_of(tensor: Tensor) -> Part:
     """The bytes of a tensor, read when they are written."""
 

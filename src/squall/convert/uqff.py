@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.uqff import DTYPES, FP8, GGML, HQQ, PLAIN, RESIDUAL, VERSION
 from squall.checkpoints.uqff_hqq import fits, split
-from squall.checkpoints.writing import Chunks, Item, Part, copy_of, replacing, write_safetensors
+from squall.checkpoints.writing import (
+    Chunks,
+    Item,
+    Part,
+    copy_of,
+    make_folder,
+    replacing,
+    write_safetensors,
+)  # fmt: skip
 from squall.convert.matrices import Matrix, Work, count_error
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.quant import FORMATS
@@ -42,10 +50,7 @@ def write_uqff(work: Work, path: Path, *, force: bool) -> None:
         )
     job = _Job(work.quantizer, work.recipe, work.plan, work.importance)
     items = [job.item(i, linear) for i, linear in enumerate(job.linears)]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidRequest(f"cannot make {path.parent}: {error.strerror}") from None
+    make_folder(path.parent)
     for name in BESIDE:
         source = checkpoint.path / name
         if source.is_file() and source.resolve() != path.with_name(name).resolve():

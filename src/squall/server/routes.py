@@ -189,9 +189,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         """One model."""
-        if model_id not in service.cards:
-            raise service.unknown(model_id)
-        return JSONResponse(service.cards[model_id])
+        return JSONResponse(service.card(model_id))
 
 
 def _add_adapters(router: APIRouter, service: Service) -> None:
@@ -243,9 +241,11 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
 async def _put(
     service: Service, served: Served, name: str, path: str, *, pinned: bool = False
 ) -> Info:
-    load, where = served.model.adapters.load, service.adapter_path(path)
+    def load() -> Info:
+        return served.model.adapters.load(name, service.adapter_path(path), pinned=pinned)
+
     # Not among the few threads for requests, which must not wait for files.
-    return await asyncio.to_thread(load, name, where, pinned=pinned)
+    return await asyncio.to_thread(load)
 
 
 def _remove(service: Service, name: str) -> None:

@@ -59,14 +59,11 @@ _WRONG = {"custom_error_type": "type", "custom_error_message": "has the wrong ty
 _FEW = Field(max_length=MOST_ITEMS)
 _MESSAGES = Field(max_length=MOST_MESSAGES)
 Text = Annotated[str, Tag("~str")]
-Texts = Annotated[Text | Annotated[list[str], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)]
+_Texts = Annotated[list[str], _FEW, Tag("~list")]
+Texts = Annotated[Text | _Texts, Discriminator(_shape, **_WRONG)]
 Chosen = Annotated[Text | Annotated[dict[str, Any], Tag("~dict")], Discriminator(_shape, **_WRONG)]
-Adapters = Annotated[
-    Text
-    | Annotated[list[str], _FEW, Tag("~list")]
-    | Annotated[dict[str, float], _FEW, Tag("~dict")],
-    Discriminator(_shape, **_WRONG),
-]
+_Weights = Annotated[dict[str, float], _FEW, Tag("~dict")]
+Adapters = Annotated[Text | _Texts | _Weights, Discriminator(_shape, **_WRONG)]
 Prompts = Annotated[
     Text
     | Annotated[list[int], Field(max_length=10 * MOST_ITEMS), Tag("~listint")]
