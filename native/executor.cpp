@@ -141,6 +141,7 @@ Executor::Added Executor::adapt(const AdaptersOp& op, size_t first, size_t exper
   const auto last = std::find_if(phases_.rbegin(), phases_.rend(), writes);
   phases_.insert(last.base(), std::move(phase));
   std::vector<size_t> reads = {value};
+  if (x != kNone) reads.push_back(x);  // by terms without an `a`
   if (scalings != nullptr) reads.push_back(op.scalings);
   return {low_ranks_.back().get(), std::move(reads)};
 }

@@ -92,6 +92,8 @@ ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
 class ReferenceExecutor:
     """Float32 values, float64 where sums are long; the interface of `NativeExecutor`."""
 
+    kv_bytes = 0
+
     def __init__(
         self,
         program: Program,

@@ -27,6 +27,7 @@ from squall.errors import (
 )
 
 if TYPE_CHECKING:
+    from squall.adapters.xlora import XLora
     from squall.api.anymoe import AnyMoeConfig, AnyMoeExpertType
     from squall.api.requests import ChatCompletionRequest, CompletionRequest
     from squall.api.responses import (
@@ -65,10 +66,11 @@ __all__ = [
     "IsqOrganization", "KvSize", "Message", "Model", "ModelDType", "ModelNotFound", "Opening",
     "OutOfMemory", "Piece", "QueueFull", "Runner", "SamplingFailed", "SquallError",
     "TemplateError", "ToolChoice", "UnknownAdapter", "UnsupportedModel", "Usage",
-    "VisionArchitecture", "Which", "__version__",
+    "VisionArchitecture", "Which", "XLora", "__version__",
 ]  # fmt: skip
 
 _MODULES = {
+    "squall.adapters.xlora": "XLora",
     "squall.api.anymoe": "AnyMoeConfig AnyMoeExpertType",
     "squall.api.requests": "ChatCompletionRequest CompletionRequest",
     "squall.api.responses": "ChatCompletionChunkResponse ChatCompletionResponse "

@@ -85,7 +85,7 @@ class Opening:
     adapter_bytes: so much memory for adapters; those that were not used for longest make room.
     xlora: adapters that the model itself weighs, token by token (X-LoRA).
     anymoe: experts made of other models or adapters, and gates between them (AnyMoE).
-    progress: called with (bytes loaded, bytes in all).
+    progress: called with (done, in all): bytes loaded; then adapters, or steps of a training.
     """
 
     path: Path | None = None

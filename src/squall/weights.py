@@ -167,14 +167,6 @@ class WeightStore:
         Where an op multiplies its input by several weights that do not agree on an order, these
         are `restored` instead.
         """
-        for op in program.ops:
-            for matrix, bias in _biases(op):
-                terms = self.merged.get((matrix.role, 0), ())
-                if bias is None and any(term.bias is not None for term in terms):
-                    raise InvalidRequest(
-                        f"an adapter has a bias for {matrix.role}, where the model has none, and "
-                        "cannot be merged; keep it beside the model"
-                    )
         return _Arranger(self._tensor, program).program()
 
     def _merged(self, weight: Matrix, found: Stored, terms: Sequence[Term]) -> Stored:
@@ -234,16 +226,6 @@ _MULTIPLIED: Mapping[type, tuple[str, ...]] = {
 
 _MERGEABLE = ("f32", "f16", "bf16")
 _RUN_VALUES = 1 << 22
-
-
-def _biases(op: Op) -> tuple[tuple[Matrix, Vector | None], ...]:
-    match op:
-        case Linear():
-            return ((op.weight, op.bias),)
-        case GatedLinear():
-            return (op.gate, op.gate_bias), (op.up, op.up_bias)
-        case _:
-            return ()
 
 
 class _Arranger:

@@ -46,7 +46,7 @@ class Files:
         assert self.held.wait(10)
         if path not in self.contents:
             raise ModelNotFound(f"there is no {path}")
-        return Read(self.contents[path], self.vectors)
+        return Read(path, self.contents[path], self.vectors)
 
     def shelf(self, **options: Any) -> Shelf:
         return Shelf(self.read, lambda terms: Handle(str(terms)), **options)
@@ -57,7 +57,8 @@ class Read:
 
     rank = 4
 
-    def __init__(self, content: str, vectors: dict[str, Any]) -> None:
+    def __init__(self, path: str, content: str, vectors: dict[str, Any]) -> None:
+        self.path = path
         self.terms, self.digest, self.vectors = content, f"digest of {content}", vectors
 
 
@@ -141,13 +142,13 @@ def test_names(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights() -> None:
     assert weights_of("a") == {"a": 1.0}
     assert list(weights_of(["b", "a", "b"]).items()) == [("b", 1.0), ("a", 1.0)]
-    assert list(weights_of({"b": 2, "a": -0.5, "none": 0}).items()) == [("b", 2.0), ("a", -0.5)]
+    assert list(weights_of({"b": 2, "a": -0.5}).items()) == [("b", 2.0), ("a", -0.5)]
     assert weights_of([]) == weights_of({}) == {}
     wrong: list[Any] = [5, [5], b"a", {5: 1.0}, {"a": "1"}, {"a": True}, {"a": None}, [["a"]]]
     wrong += [{"a": number} for number in (math.nan, math.inf, -math.inf, 1e9, 10**400)]
     wrong += [[f"{i}" for i in range(17)]]
     for given in wrong:
-        with pytest.raises(InvalidRequest, match=r"^adapters (has|is)"):
+        with pytest.raises(InvalidRequest, match=r"^adapters is"):
             weights_of(given)
 
 
@@ -158,7 +159,9 @@ def test_digests_tell_contents_and_weights_apart_and_no_names(files: Files) -> N
     found.load("again", "/a")
     assert found.choose("a").digest == found.choose(["again"]).digest
     assert found.choose("a").digest == found.choose({"a": 1, "b": 0}).digest
-    assert found.choose([]) == found.choose() == Chosen((), "")
+    assert found.choose([]) == found.choose() == found.choose({"a": 0.0}) == Chosen((), "")
+    with pytest.raises(UnknownAdapter):
+        found.choose({"a": 1, "gone": 0})
     asked: list[Any] = ["a", "b", ["a", "b"], ["b", "a"], {"a": 0.5}, {"a": 0.5, "b": 1}, "c"]
     digests = [found.choose(adapters).digest for adapters in asked]
     assert len({*digests, ""}) == len(asked) + 1

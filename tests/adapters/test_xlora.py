@@ -275,17 +275,45 @@ def test_modules_have_the_order_of_transformers(each: tiny.Case) -> None:
     assert sorted(sorted(wanted), key=place) == wanted
 
 
+def test_unknown_modules_have_no_order() -> None:
+    with pytest.raises(SquallError, match="ordering file"):
+        place("model.layers.0.self_attn.W_pack")
+
+
+def reference(program: Program, store: WeightStore, limits: Limits, **_: Any) -> Any:
+    checkpoint, others = store.checkpoints[""], store.checkpoints
+    return ReferenceExecutor(program, checkpoint, blocks=limits.blocks, others=others)
+
+
 @pytest.mark.parametrize("config", ["deep-layerwise", "passing"])
 def test_the_reference_agrees(config: str, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def reference(program: Program, store: WeightStore, limits: Limits, **_: Any) -> Any:
-        checkpoint, others = store.checkpoints[""], store.checkpoints
-        made = ReferenceExecutor(program, checkpoint, blocks=limits.blocks, others=others)
-        made.kv_bytes = 0
-        return made
-
     monkeypatch.setattr(executors, "open", reference)
     one = made("phi3", config)
     check(opened(one.folder.parent / "base", one.folder), one)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("passing", [0.0, 0.5])
+def test_the_head_is_adapted(
+    passing: float, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's X-LoRA knows no heads; the reference does. The first pass has none."""
+    from peft import LoraConfig, get_peft_model
+
+    one = made("llama", "plain")
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    head = get_peft_model(tiny.build(case("llama")), config)
+    head.save_pretrained(tmp_path / "head", save_embedding_layers=False)
+    paths = {"0": "", "1": str(tmp_path / "head"), "2": "2"}
+    folder = changed(one.folder, tmp_path / "changed", "adapters", paths)
+    (folder / "1").unlink()
+    folder = changed(folder, tmp_path / "passing", "scaling_pass_value", passing)
+    base, tokens = one.folder.parent / "base", tokens_of(one.model)
+    found = answered(opened(base, folder), tokens)
+    monkeypatch.setattr(executors, "open", reference)
+    wanted = answered(opened(base, folder), tokens)
+    assert all(distance(a, b) < NEAR for a, b in zip(found, wanted, strict=True))
+    assert distance(found[0], one.run(tokens)[0]) > 10 * NEAR
 
 
 def test_no_row_depends_on_others() -> None:

@@ -31,7 +31,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"r": 6, "lora_alpha": 6, "rank_pattern": {"down_proj": 3}},
 )
 MODULES = {
-    "llama": ("q_proj k_proj v_proj o_proj", "gate_proj down_proj", "q_proj up_proj down_proj"),
+    "llama": ("q_proj k_proj v_proj o_proj", "gate_proj down_proj", "q_proj up_proj embed_tokens"),
     "phi3": ("qkv_proj o_proj", "gate_up_proj", "o_proj down_proj"),
 }
 Float32 = NDArray[np.float32]
@@ -92,7 +92,7 @@ def _make(model: Any, modules: Sequence[str], folder: Path, config: dict[str, An
             for name, weight in adapted.named_parameters():
                 if "lora_" in name:
                     weight.normal_(0.0, 0.5 * weight.shape[1] ** -0.5)
-        adapted.save_pretrained(path)
+        adapted.save_pretrained(path, save_embedding_layers=False)
         model = adapted.unload()
     model.config.use_cache = False
     hidden = model.config.hidden_size

@@ -42,6 +42,14 @@ GGUFS = {"m-Q4_K_M.gguf": b"q4", "m-Q8_0.gguf": b"q8", "README.md": b"no"} | {
 }
 
 
+ADAPTERS = {
+    f"{folder}{name}": f"{folder}{name}".encode()
+    for folder in ("adapter_1/", "adapter_10/", "my_law/")
+    for name in ("adapter_config.json", "adapter_model.safetensors")
+} | {"xlora_config.json": b"x", "xlora_classifier.safetensors": b"c", "README.md": b"no"}
+ADAPTER = {"adapter_config.json": b"c", "adapter_model.bin": b"w", "training_args.bin": b"no"}
+
+
 @dataclass
 class Repository:
     files: dict[str, bytes]
@@ -156,7 +164,8 @@ def _library_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    state = Server({"o/folder": Repository(FOLDER), "o/ggufs": Repository(GGUFS)})
+    repositories = {"folder": FOLDER, "ggufs": GGUFS, "adapters": ADAPTERS, "adapter": ADAPTER}
+    state = Server({f"o/{name}": Repository(files) for name, files in repositories.items()})
     handler = type("Bound", (Handler,), {"server_state": state})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as made:
         thread = threading.Thread(target=made.serve_forever, args=(0.01,))
@@ -206,6 +215,29 @@ def test_one_gguf_file(file: str, server: Server) -> None:
     assert found.name == "m-Q8_0.gguf"
     assert found.read_bytes() == b"q8"
     assert server.downloads() == ["m-Q8_0.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"), [("adapter_1", "adapter_1"), ("law", "my_law"), ("adapter_10",) * 2]
+)
+def test_one_adapter_of_several(file: str, folder: str, server: Server) -> None:
+    found = Hub().fetch(f"o/adapters:{file}")
+    assert found.name == folder
+    assert names(found) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert len(server.downloads()) == 2
+
+
+def test_all_of_an_adapter(server: Server) -> None:
+    assert names(Hub().fetch("o/adapters")) == ADAPTERS.keys() - {"README.md"}
+    server.requests.clear()
+    alone = {"adapter_config.json", "adapter_model.bin"}
+    assert names(Hub().fetch("o/adapter")) == alone
+    assert names(Hub().fetch("o/adapter:whatever")) == alone
+    assert set(server.downloads()) == alone
+    assert Hub(offline=True).fetch("o/adapters:law").name == "my_law"
+    for file in ("adapter", "code"):
+        with pytest.raises(ModelNotFound, match="0 GGUF models named"):
+            Hub().fetch(f"o/adapters:{file}")
 
 
 @pytest.mark.usefixtures("server")

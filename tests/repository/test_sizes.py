@@ -14,7 +14,7 @@ BUDGETS = {
     "src/squall/adapters": 1600,
     "src/squall/api": 2030,
     "src/squall/checkpoints": 3200,
-    "src/squall/cli": 2200,
+    "src/squall/cli": 2350,
     "src/squall/convert": 900,
     "src/squall/engine": 2760,
     "src/squall/executors": 700,

@@ -31,6 +31,12 @@ OPERATIONS = [
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/v1/models/{model_id}"),
+    ("GET", "/v1/adapters"),
+    ("POST", "/v1/adapters"),
+    ("DELETE", "/v1/adapters/{name}"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"),
+    ("POST", "/activate_adapters"),
 ]
 
 
@@ -45,7 +51,7 @@ def schema(server: Process) -> Any:
 def test_row_4_no_5xx(http: httpx.Client, schema: Any, method: str, path: str, mode: str) -> None:
     mode_of = schemathesis.GenerationMode[mode]
     operation = schema[path][method]
-    if mode == "NEGATIVE" and method == "GET":
+    if mode == "NEGATIVE" and method != "POST":
         pytest.skip("every path is a good path")
 
     @seed(SEED)

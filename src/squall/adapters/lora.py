@@ -15,7 +15,7 @@ from squall.adapters.parts import Parts, as_linear
 from squall.adapters.peft import read_folder
 from squall.adapters.target import Target
 from squall.checkpoints.hub import Hub, is_id
-from squall.errors import InvalidCheckpoint, ModelNotFound
+from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound
 from squall.program import Site
 from squall.weights import Term
 
@@ -31,6 +31,7 @@ class Lora:
     digest: of what changes results, whatever its names and paths.
     rank, alpha: those that modules have unless patterns say otherwise; 0: the file does not say.
     base: the model that it says it is made for. modules: what it adapts, by the file's names.
+    homeless: a role whose bias it adds to, which the base has no place for.
     """
 
     terms: Mapping[Site, Term]
@@ -42,6 +43,7 @@ class Lora:
     modules: tuple[str, ...]
     nbytes: int
     path: Path
+    homeless: str = ""
 
 
 def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None) -> Lora:
@@ -57,22 +59,22 @@ def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None
                 "GGUF file, or an adapter of the hub as owner/name"
             )
         chosen = (hub or Hub()).fetch(str(path))
-    if chosen.suffix == ".gguf":
-        parts = Parts(target, paired=True)
+    parts = Parts(target, as_gguf=chosen.suffix == ".gguf")
+    if parts.as_gguf:
         alpha, modules = read_file(chosen, parts)
         rank, base = 0, ""
     else:
-        parts = Parts(target)
         folder, weights = (chosen, None) if chosen.is_dir() else (chosen.parent, chosen)
         config, modules = read_folder(folder, weights, parts)
-        rank, alpha, base = config.rank, config.alpha, config.base
+        rank, alpha, base = config.r, config.lora_alpha, config.base_model_name_or_path
     terms = parts.terms()
-    if not terms and not parts.vectors:
+    vectors = {role: change for role, change in parts.vectors.items() if change.any()}
+    if not terms and not vectors:
         raise InvalidCheckpoint(f"the adapter {str(path)!r} changes nothing")
     stored = (part for term in terms.values() for part in (term.a, term.b) if part is not None)
     return Lora(
-        terms, parts.vectors, parts.digest(terms), rank, alpha, base, modules,
-        sum(part.data.nbytes for part in stored), chosen,
+        terms, vectors, parts.digest(terms), rank, alpha, base, modules,
+        sum(part.data.nbytes for part in stored), chosen, parts.homeless,
     )  # fmt: skip
 
 
@@ -80,6 +82,11 @@ def merged_terms(loras: Weighted) -> dict[Site, tuple[Term, ...]]:
     """What a weight store adds to matrices, and to their biases, for adapters with weights."""
     found: dict[Site, tuple[Term, ...]] = {}
     for lora, weight in loras:
+        if lora.homeless:
+            raise InvalidRequest(
+                f"{str(lora.path)!r} has a bias for {lora.homeless}, where the model has none, and "
+                "cannot be merged: keep it beside the model"
+            )
         for site, term in lora.terms.items():
             bias = None if term.bias is None else term.bias * np.float32(weight)
             own = replace(as_linear(site, term), scale=term.scale * weight, bias=bias)

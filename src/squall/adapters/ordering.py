@@ -43,21 +43,21 @@ class Ordering:
         file = Path(path).expanduser()
         if (given := read_json(file)) is None:
             raise ModelNotFound(f"there is no ordering file {str(path)!r}")
-        listed = _get(given, "preload_adapters", list) or []
-        pairs = [(_get(item, "name", str), _get(item, "adapter_model_id", str)) for item in listed]
-        names = _get(given, "order", list) or []
-        layers = _get(given, "layers", dict) or {}
-        if not all(isinstance(name, str) and name for name in [*names, *sum(pairs, ())]):
+        preload = {
+            _get(item, "name", str): _get(item, "adapter_model_id", str)
+            for item in _get(given, "preload_adapters", list)
+        }
+        order, layers = _get(given, "order", list), _get(given, "layers", dict)
+        names = [*order, *preload]
+        if not all(isinstance(text, str) and text for text in [*names, *preload.values()]):
             raise InvalidCheckpoint(f"{quote(file.name)}: adapters have names, which are texts")
-        known = [*names, *(name for name, _ in pairs)]
-        if len(set(known)) < len(known) or len(known) > MOST_NAMES:
+        if len(set(names)) < len(names) or len(names) > MOST_NAMES:
             raise InvalidCheckpoint(
-                f"{quote(file.name)} names {len(known)} adapters; it may {MOST_NAMES}, each once"
+                f"{quote(file.name)} names {len(names)} adapters; it may {MOST_NAMES}, each once"
             )
         if not all(type(index) is int and index >= 0 for index in layers.values()):
             raise InvalidCheckpoint(f"{quote(file.name)}: indices of layers are numbers from 0 on")
-        base = _get(given, "base_model_id", str)
-        return cls(tuple(names), layers, base, {str(name): str(of) for name, of in pairs})
+        return cls(tuple(order), layers, _get(given, "base_model_id", str) or None, preload)
 
     def check_base(self, model: str | None) -> None:
         """Raises InvalidRequest for an id that is not the file's; a folder may have any name."""
@@ -75,17 +75,19 @@ class Ordering:
 
         In a folder or repository it is the sub-folder whose name has the adapter's, or all of it.
         """
-        names = self.order or (() if self.preload else names_in(repository))
-        given = dict.fromkeys(names, repository) | dict(self.preload)
+        if not self.order and not self.preload:
+            return _all_of(repository)
+        given = dict.fromkeys(self.order, repository) | dict(self.preload)
         return {name: place_of(name, path) for name, path in given.items()}
 
 
-def names_in(repository: str) -> tuple[str, ...]:
+def _all_of(repository: str) -> dict[str, str]:
     """The adapters of a folder that has several, or one by the repository's name."""
     root = Path(repository).expanduser()
-    found = sorted(file.parent.name for file in root.glob(f"*/{CONFIG}"))
-    several = found and not (root / CONFIG).is_file()
-    return tuple(found) if several else (repository.rstrip("/").rpartition("/")[2],)
+    found = sorted(file.parent for file in root.glob(f"*/{CONFIG}"))
+    if found and not (root / CONFIG).is_file():
+        return {path.name: str(path) for path in found}
+    return {repository.rstrip("/").rpartition("/")[2]: repository}
 
 
 def place_of(name: str, repository: str) -> str:
@@ -111,10 +113,11 @@ def _last(id: str) -> str:
     return id.rstrip("/").rpartition("/")[2].lower()
 
 
-def _get(given: Any, key: str, kind: type[_Kind]) -> _Kind | None:
+def _get(given: Any, key: str, kind: type[_Kind]) -> _Kind:
+    """A value of a JSON object; where it is missing, an empty one."""
     value = given.get(key) if isinstance(given, dict) else given
-    if isinstance(given, dict) and (value is None or isinstance(value, kind)):
-        return value
+    if isinstance(given, dict) and isinstance(value, kind | None):
+        return kind() if value is None else value
     raise InvalidCheckpoint(
         f"{key} in the ordering file is {value!r:.99}; it must be a {kind.__name__}"
     )

@@ -10,190 +10,167 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.adapters.target import TABLE, Target
+from squall.adapters.target import Places, Target
 from squall.checkpoints.base import Tensor
-from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.errors import InvalidCheckpoint
 from squall.files import quote
 from squall.program import Site
 from squall.quant import FORMATS
-from squall.weights import Stored, Term, product, values
+from squall.weights import Floats, Stored, Term, product, values
 
 MAX_RANK = 4096
-_EXPONENTS = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
+TABLE = "embed"
+Array = NDArray[Any]
+"""Floats as they are stored: bf16 as the integers that its bits are."""
+_FORMATS = {FORMATS[name].layout: name for name in ("f32", "f16", "bf16")}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Floats:
-    """A tensor's values as they are stored, in memory of our own: the file may change."""
+def array_of(tensor: Tensor) -> Array:
+    """A tensor's numbers, in memory of our own, since the file may change."""
+    if tensor.format not in _FORMATS.values():
+        raise InvalidCheckpoint(
+            f"tensor {quote(tensor.name)} has format {tensor.format}; those of adapters must be "
+            f"{', '.join(_FORMATS.values())}"
+        )
+    array = tensor.data.view(FORMATS[tensor.format].layout).reshape(tensor.shape).copy()
+    if not np.isfinite(_float32(array)).all():
+        raise InvalidCheckpoint(f"tensor {quote(tensor.name)} has numbers that are not finite")
+    return array
 
-    name: str
-    format: str
-    array: NDArray[Any]
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> Floats:
-        """Raises for what is no finite float."""
-        if tensor.format not in _EXPONENTS:
-            raise UnsupportedModel(
-                f"tensor {quote(tensor.name)} has format {tensor.format}; those of adapters must "
-                f"be {', '.join(_EXPONENTS)}"
-            )
-        array = tensor.data.view(FORMATS[tensor.format].layout).reshape(tensor.shape).copy()
-        mask = _EXPONENTS[tensor.format]
-        if ((array.view(f"u{array.itemsize}") & mask) == mask).any():
-            raise InvalidCheckpoint(
-                f"tensor {quote(tensor.name)} holds numbers that are not finite"
-            )
-        return cls(tensor.name, tensor.format, array)
+def _stored(array: Array) -> Stored:
+    rows = np.ascontiguousarray(array)
+    return Stored(_FORMATS[rows.dtype], rows.reshape(-1).view(np.uint8), None)
 
-    def stored(self, *index: Any) -> Stored:
-        """A part of the array as a matrix's rows."""
-        part = np.ascontiguousarray(self.array[index])
-        return Stored(self.format, part.reshape(-1).view(np.uint8), None)
 
-    def float32(self) -> NDArray[np.float32]:
-        rows = self.stored()
-        return values(rows, self.array.shape[-1]).reshape(self.array.shape)
+def _float32(array: Array) -> Floats:
+    return values(_stored(array), array.shape[-1]).reshape(array.shape)
 
 
 @dataclass(slots=True, eq=False)
 class Parts:
-    """The terms and vectors so far. paired: q and k have their rows as in GGUF files."""
+    """The parts so far. as_gguf: they are as GGUF files have them.
+
+    vectors: changes of norms, by role. homeless: a role whose bias the base has no place for.
+    """
 
     target: Target
-    paired: bool = False
-    vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    as_gguf: bool
+    vectors: dict[str, Floats] = field(default_factory=dict)
+    homeless: str = ""
     _terms: dict[Site, Term] = field(default_factory=dict)
-    _changes: dict[Site, NDArray[np.float32]] = field(default_factory=dict)
-    _biases: dict[Site, NDArray[np.float32]] = field(default_factory=dict)
+    _changes: dict[Site, Floats] = field(default_factory=dict)
+    _biases: dict[Site, Floats] = field(default_factory=dict)
 
     def low_rank(
-        self, module: str, a: Floats, b: Floats, scale: float, bias: Floats | None = None
+        self, module: str, a: Array, b: Array, scale: float, bias: Array | None = None
     ) -> None:
         """scale * (b @ a + bias). a: [experts, rank, cols], b: [experts, rows, rank].
 
         Of a table, a is [1, rows, rank] and b [1, cols, rank].
         """
-        readings = list(self.target.readings(module))
-        if not readings:
-            raise self._unknown(a.name)
-        rank = b.array.shape[-1]
-        shapes = [self._shapes(places, rank) for places in readings]
-        if not 1 <= rank <= MAX_RANK or (a.array.shape, b.array.shape) not in shapes:
-            raise InvalidCheckpoint(
-                f"tensors {quote(a.name)} and {quote(b.name)} have shapes {a.array.shape[1:]} and "
-                f"{b.array.shape[1:]}; the base asks for {shapes[0][0][1:]} and "
-                f"{shapes[0][1][1:]}, of a rank of 1 to {MAX_RANK}"
-            )
-        places = readings[shapes.index((a.array.shape, b.array.shape))]
+        readings, rank = self.target.readings(module), b.shape[-1]
+        found = (p for p in readings if self._shapes(p, rank) == (a.shape, b.shape))
+        places = next(found, ())
+        if not places or not 1 <= rank <= MAX_RANK or self._terms.keys() & {p[0] for p in places}:
+            raise self.misfit(module, a.shape[1:], b.shape[1:])
         for site, start, stop in places:
-            if site in self._terms:
-                raise InvalidCheckpoint(f"two tensors are for {site[0]}, one is {quote(a.name)}")
-            expert = site[1] if len(b.array) > 1 else 0
-            rows = self._rows(site, start, stop)
-            self._terms[site] = Term(a.stored(expert), b.stored(expert, rows), rank, scale)
+            expert, rows = site[1] if len(b) > 1 else 0, self._rows(site, start, stop)
+            up = b[expert] if site[0] == TABLE else b[expert][rows]
+            self._terms[site] = Term(_stored(a[expert]), _stored(up), rank, scale)
             if bias is not None:
-                self._biases[site] = bias.float32()[rows] * np.float32(scale)
+                self._bias(site, _float32(bias)[rows] * np.float32(scale))
 
-    def weight(self, module: str, tensor: Floats) -> None:
-        """A matrix in place of the base's."""
-        shape = tensor.array.shape
-        readings = self.target.readings(module)
-        for places in readings:
-            if shape == (places[-1][2], self.target.size(places[0][0])[1]):
-                break
-        else:
-            raise self._unknown(tensor.name, shape)
-        found = tensor.float32()
-        for site, start, stop in places:
-            change = found[self._rows(site, start, stop)] - self.target.matrix(site)
-            if change.any():
-                self._changes[site] = change
-
-    def vector(self, name: str, tensor: Floats) -> None:
-        """A norm's values or a bias, in place of the base's."""
-        found, shape = tensor.float32(), tensor.array.shape
-        norm = self.target.vector(name, found.size)
-        if norm is not None and len(shape) == 1:
-            role, start = norm
-            base = self.target.values(role)
-            found += np.float32(self.target.norm_offset(paired=self.paired))
-            found -= base[start : start + found.size]
-            if found.any():
-                whole = self.vectors.setdefault(role, np.zeros_like(base))
-                whole[start : start + found.size] = found
-            return
+    def whole(self, name: str, array: Array) -> None:
+        """A weight or bias in place of the base's."""
+        found, target = _float32(array), self.target
         module, _, kind = name.rpartition(".")
-        places = self.target.sites(module) if kind == "bias" else ()
-        if not places or shape != (places[-1][2],):
-            raise self._unknown(tensor.name, shape)
+        norm = target.norm(name, found.size)
+        if norm is not None:
+            role, start = norm
+            base = target.vector(role, 0)
+            change = self.vectors.setdefault(role, np.zeros_like(base))
+            offset = np.float32(target.norm_offset(as_gguf=self.as_gguf))
+            own = slice(start, start + found.size)
+            change[own] = found.reshape(-1) + offset - base[own]
+            return
+        wanted = (p for p in target.readings(module) if self._size(p, kind) == found.shape)
+        places = next(wanted, ())
+        if not places:
+            raise self.misfit(module, found.shape)
         for site, start, stop in places:
-            base = self.target.values(f"{site[0]}.bias")
-            change = found[self._rows(site, start, stop)] - base
-            if change.any():
-                self._biases[site] = self._biases.get(site, 0) + change
+            rows = found[self._rows(site, start, stop)]
+            if kind == "weight":
+                self._changes[site] = rows - target.values(site)
+            else:
+                self._bias(site, rows - target.vector(f"{site[0]}.bias", rows.size))
 
     def terms(self) -> dict[Site, Term]:
         """All that is added to matrices and their biases, one term a site."""
         found = dict(self._terms)
         for site, change in self._changes.items():
-            if site in found:
-                change = change + product(as_linear(site, found[site]), change.shape[1])
-            rows = stored(change)
-            a, b = (rows, None) if site[0] == TABLE else (None, rows)
-            found[site] = Term(a, b, change.shape[1])
+            if change.any():
+                cols = change.shape[1]
+                if site in found:
+                    change += product(as_linear(site, found[site]), cols)
+                found[site] = as_linear(site, Term(None, _stored(change), cols))
         for site, bias in self._biases.items():
-            size = self.target.size(site)
-            none = Term(stored(np.zeros(size[1])), stored(np.zeros(size[0])), 1)
-            found[site] = replace(found.get(site, none), bias=bias)
+            if bias.any():
+                size = self._size(((site, 0, len(bias)),), "weight")
+                b, a = (_stored(np.zeros(n, np.float32)) for n in size)
+                found[site] = replace(found.get(site, Term(a, b, 1)), bias=bias)
         return found
 
     def digest(self, terms: Mapping[Site, Term]) -> str:
         """Of all that changes results."""
         found = hashlib.sha256()
         for site, term in sorted(terms.items()):
-            rows = [part for part in (term.a, term.b) if part is not None]
-            formats = [(part.format, part.data.size) for part in rows]
-            bias = None if term.bias is None else term.bias.size
-            found.update(
-                repr((site, term.rank, term.scale, formats, term.a is None, bias)).encode()
-            )
-            for data in (*(part.data for part in rows), term.bias):
-                found.update(b"" if data is None else data.tobytes())
+            given = [None if p is None else p.format for p in (term.a, term.b)]
+            found.update(repr((site, term.rank, term.scale, given, term.bias is None)).encode())
+            for part in (term.a, term.b):
+                found.update(b"" if part is None else part.data.tobytes())
+            found.update(b"" if term.bias is None else term.bias.tobytes())
         for role, change in sorted(self.vectors.items()):
-            found.update(repr((role, change.size)).encode() + change.tobytes())
+            found.update(role.encode() + change.tobytes())
         return found.hexdigest()
 
-    def _shapes(self, places: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        rows, cols = self.target.size(places[0][0])
+    def misfit(self, module: str, *shapes: tuple[int, ...]) -> InvalidCheckpoint:
+        """What to raise for tensors of these shapes."""
+        places = self.target.sites(module)
+        there = f"has {self._size(places, 'weight')} there" if places else "has no such module"
+        return InvalidCheckpoint(
+            f"the adapter has tensors of {quote(module)} of shapes "
+            f"{', '.join(map(str, shapes))}; the base model {there}. Adapters must be made for "
+            f"their base, with a rank of 1 to {MAX_RANK}, and have each module once"
+        )
+
+    def _shapes(self, places: Places, rank: int) -> tuple[tuple[int, ...], ...]:
+        rows, cols = self._size(places, "weight")
         if places[0][0][0] == TABLE:
             return (1, rows, rank), (1, cols, rank)
         experts = len({expert for (_, expert), _, _ in places})
-        return (experts, rank, cols), (experts, places[-1][2], rank)
+        return (experts, rank, cols), (experts, rows, rank)
+
+    def _size(self, places: Places, kind: str) -> tuple[int, ...]:
+        matrix = self.target.matrix(places[0][0][0])
+        assert matrix is not None
+        return (places[-1][2], matrix.cols) if kind == "weight" else (places[-1][2],)
 
     def _rows(self, site: Site, start: int, stop: int) -> Any:
         """Which rows of a module are a site's, in the base's order."""
-        order = self.target.order(site[0], paired=self.paired)
+        order = self.target.order(site[0], as_gguf=self.as_gguf)
         return slice(start, stop) if order is None else start + order
 
-    def _unknown(self, name: str, shape: tuple[int, ...] | None = None) -> UnsupportedModel:
-        given = "" if shape is None else f" of shape {shape}"
-        return UnsupportedModel(
-            f"the adapter's tensor {quote(name)}{given} belongs to nothing in the base model; is "
-            "the adapter made for it?"
-        )
-
-
-def stored(array: NDArray[np.floating[Any]]) -> Stored:
-    """Rows of float32."""
-    return Stored("f32", np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8), None)
+    def _bias(self, site: Site, change: Floats) -> None:
+        self._biases[site] = self._biases.get(site, np.float32(0)) + change
+        if change.any() and f"{site[0]}.bias" not in self.target.names:
+            self.homeless = site[0]
 
 
 def as_linear(site: Site, term: Term) -> Term:
-    """The same for the matrix of a linear; only a table's term is another."""
+    """A table's term as that of a linear's matrix, and the other way round; others stay."""
     if site[0] != TABLE:
         return term
-    if term.b is None:
-        return replace(term, a=None, b=term.a)
-    cols = values(term.b, term.rank)
-    return replace(term, a=stored(cols.T), b=term.a)
+    if term.b is None or term.a is None:
+        return replace(term, a=term.b, b=term.a)
+    return replace(term, a=_stored(values(term.b, term.rank).T), b=term.a)

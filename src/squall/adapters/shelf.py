@@ -7,12 +7,13 @@ import numbers
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from squall.batch import Mixture
 from squall.errors import InvalidRequest, OutOfMemory, SquallError, UnknownAdapter
@@ -29,6 +30,7 @@ Adapters = str | Sequence[str] | Mapping[str, float]
 MOST_NAMES = 1024
 MOST_MIXED = 16
 MOST_WEIGHT = 1000
+_T = TypeVar("_T")
 _NAME = re.compile(r"(?=\S).{1,200}(?<=\S)")
 
 
@@ -59,14 +61,15 @@ class Chosen(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Version:
-    """What a name stands for. handle: None while it is dropped. used: when, in order."""
+    """What a name stands for. handle: None while it is dropped. used: when, in order.
+
+    where: its files, also those of an adapter of the hub.
+    """
 
     info: Info
+    where: str
     handle: Adapter | None
     used: int
-
-
-_Found = tuple[_Version, Adapter]
 
 
 class Shelf:
@@ -95,7 +98,7 @@ class Shelf:
         self._reserved = {"default"}
         self._versions: dict[str, _Version] = {}
         self._active: dict[str, float] = {}
-        self._loading: dict[tuple[object, ...], Future[_Found]] = {}
+        self._loading: dict[tuple[object, ...], Future[Any]] = {}
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -130,7 +133,7 @@ class Shelf:
         with self._lock:
             self._check_free(name)
         given = os.fspath(path)
-        version, _ = self._once((name, given, pinned), lambda: self._put(name, given, pinned))
+        version = self._once((name, given, pinned), partial(self._put, name, given, pinned))
         with self._lock:
             return self._info(version)
 
@@ -154,23 +157,22 @@ class Shelf:
 
         Reads the weights of those that were dropped.
         """
-        weights = self._active if adapters is None else weights_of(adapters)
-        if not weights:
-            return Chosen()
-        found = [(*self._take(name), weight) for name, weight in weights.items()]
-        known = repr([(version.info.digest, weight) for version, _, weight in found])
-        digest = hashlib.sha256(known.encode()).hexdigest()
-        return Chosen(tuple((handle, weight) for _, handle, weight in found), digest)
-
-    def _take(self, name: str) -> _Found:
+        asked = None if adapters is None else weights_of(adapters)
         with self._lock:
-            version = self._find(name)
-            version.used = next(self._clock)
-            if version.handle is not None:
-                return version, version.handle
-        return self._once((version,), lambda: self._again(version))
+            weights = self._active if asked is None else asked
+            found = [(self._find(name), weight) for name, weight in weights.items()]
+        found = [(version, weight) for version, weight in found if weight]
+        if not found:
+            return Chosen()
+        known = repr([(version.info.digest, weight) for version, weight in found])
+        mixture = tuple((self._handle(version), weight) for version, weight in found)
+        return Chosen(mixture, hashlib.sha256(known.encode()).hexdigest())
 
-    def _once(self, key: tuple[object, ...], load: Callable[[], _Found]) -> _Found:
+    def _handle(self, version: _Version) -> Adapter:
+        version.used = next(self._clock)
+        return version.handle or self._once((version,), partial(self._again, version))
+
+    def _once(self, key: tuple[object, ...], load: Callable[[], _T]) -> _T:
         """What `load` finds, or what another thread finds that is at the same."""
         with self._lock:
             loading = self._loading.get(key)
@@ -183,40 +185,41 @@ class Shelf:
                 loading.set_exception(error)
             with self._lock:
                 del self._loading[key]
-        return loading.result()
+        found: _T = loading.result()
+        return found
 
-    def _put(self, name: str, path: str, pinned: bool) -> _Found:
+    def _put(self, name: str, path: str, pinned: bool) -> _Version:
         lora = self._read(path)
         if lora.vectors:
             what = f"the adapter {path!r:.200} changes {next(iter(lora.vectors))}"
             raise InvalidRequest(f"{what}, which cannot be kept beside the model; merge it")
         handle = self._make(lora.terms)
         info = Info(name, path, lora.digest, lora.rank, handle.nbytes, pinned)
-        version = _Version(info, handle, next(self._clock))
+        version = _Version(info, os.path.abspath(lora.path), handle, next(self._clock))
         with self._lock:
             self._check_free(name)
             self._drop({**self._versions, name: version}, version)
             self._versions[name] = version
             self.used = True
-        return version, handle
+        return version
 
-    def _again(self, version: _Version) -> _Found:
+    def _again(self, version: _Version) -> Adapter:
         if version.handle is not None:
-            return version, version.handle
-        lora, info = None, version.info
+            return version.handle
+        lora = None
         with suppress(SquallError):
-            lora = self._read(info.path)
-        if lora is None or lora.digest != info.digest:
+            lora = self._read(version.where)
+        if lora is None or lora.digest != version.info.digest:
             raise UnknownAdapter(
-                f"the weights of adapter {info.name!r} were dropped, and its files are not what "
-                "they were; load it again"
+                f"the weights of adapter {version.info.name!r} were dropped, and its files are not "
+                "what they were; load it again"
             )
         handle = self._make(lora.terms)
         with self._lock:
             if version in self._versions.values():
                 self._drop(self._versions, version)
             version.handle = handle
-        return version, handle
+        return handle
 
     def _drop(self, versions: Mapping[str, _Version], new: _Version) -> None:
         """Make room for `new`, one of the versions. Raises OutOfMemory, and drops nothing then."""
@@ -253,21 +256,21 @@ class Shelf:
 def weights_of(adapters: object) -> dict[str, float]:
     """Adapters with their weights, each once, in order. Raises InvalidRequest.
 
-    A name alone has the weight 1; those with the weight 0 are left out.
+    A name alone has the weight 1.
     """
     given: object = (adapters,) if isinstance(adapters, str) else adapters
     if isinstance(given, Sequence) and all(isinstance(name, str) for name in given):
         given = dict.fromkeys(given, 1.0)
-    if not (isinstance(given, Mapping) and all(isinstance(name, str) for name in given)):
+    items: Collection[Any] = given.items() if isinstance(given, Mapping) else ((None, None),)
+    if len(items) > MOST_MIXED or not all(_is_weight(*item) for item in items):
         raise InvalidRequest(
             f"adapters is {adapters!r:.100}; it must be a name, a list of names, or names with "
-            "weights such as {'name': 0.5}"
+            f"weights from -{MOST_WEIGHT} to {MOST_WEIGHT}, such as {{'name': 0.5}}; at most "
+            f"{MOST_MIXED} names"
         )
-    for name, weight in given.items():
-        right = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
-        if not (right and abs(weight) <= MOST_WEIGHT):  # NaN is not
-            allowed = f"a number from -{MOST_WEIGHT} to {MOST_WEIGHT}"
-            raise InvalidRequest(f"adapters has {weight!r:.99} for {name!r:.200}; give {allowed}")
-    if len(given) > MOST_MIXED:
-        raise InvalidRequest(f"adapters has {len(given)} names; at most {MOST_MIXED} go together")
-    return {name: float(weight) for name, weight in given.items() if weight}
+    return {name: float(weight) for name, weight in items}
+
+
+def _is_weight(name: object, weight: Any) -> bool:
+    real = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    return isinstance(name, str) and real and abs(weight) <= MOST_WEIGHT  # which NaN is not

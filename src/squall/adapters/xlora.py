@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -19,14 +19,14 @@ from squall.adapters import lora
 from squall.adapters.edits import SCALINGS, adaptable
 from squall.adapters.ordering import Ordering, place_of
 from squall.adapters.target import Target
-from squall.batch import Batch
+from squall.batch import Batch, Mixture
 from squall.checkpoints.base import Checkpoint
-from squall.checkpoints.hub import Hub
+from squall.checkpoints.hub import Hub, is_id
 from squall.checkpoints.safetensors import open_part
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
-from squall.executors import Floats, Limits, Phase, ThreadPool
+from squall.executors import Executor, Floats, Limits, Phase, ThreadPool
 from squall.files import quote, read_json
-from squall.program import Linear, Matrix, Program, Site, Slice, Value, Vector, sites
+from squall.program import Builder, Linear, Matrix, Program, Site, Slice, Vector, sites
 from squall.quant import Plan
 from squall.recipes import Recipe
 from squall.weights import Progress, Term, WeightStore
@@ -39,12 +39,11 @@ _WEIGHTS = ("xlora_classifier.safetensors", "adapter_model.safetensors")
 # PEFT counts what is between the linears, too.
 _LINEAR = re.compile(r"(.*\.)?((inner|layers)\.(?P<number>\d{1,4})|last)\.(?P<part>weight|bias)")
 _LAST = 1 << 24
-# The modules of a layer in the order in which transformers' classes have those they have.
-_MODULES = (
-    "embed_tokens", "q_proj", "k_proj", "v_proj", "dense", "o_proj", "qkv_proj", "gate",
-    "gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "down_proj", "fc2", "c_proj", "w1", "w2",
-    "w3", "lm_head",
-)  # fmt: skip
+# The modules of a layer, in the order in which transformers' classes have those that they have.
+_MODULES = """
+    embed_tokens q_proj k_proj v_proj dense o_proj qkv_proj gate gate_proj up_proj gate_up_proj
+    fc1 c_fc down_proj fc2 c_proj w1 w2 w3 lm_head
+    """.split()  # noqa: SIM905
 
 _Size = Annotated[int, Field(ge=1, le=1 << 24)]
 _Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -136,7 +135,7 @@ def read_classifier(folder: Path, config: XLoraConfig, outputs: int) -> Checkpoi
     widths = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), outputs]
     wanted: dict[str, tuple[int, ...]] = {}
     for number, (cols, rows) in enumerate(pairwise(widths)):
-        wanted[f"{number}.weight"] = rows, cols
+        wanted |= {f"{number}.weight": (rows, cols)}
         wanted |= {f"{number}.bias": (rows,)} if config.use_bias else {}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != wanted:
@@ -151,7 +150,9 @@ def read_classifier(folder: Path, config: XLoraConfig, outputs: int) -> Checkpoi
 def place(module: str) -> tuple[int, ...]:
     """Sorts paths of modules as transformers' models have them."""
     kind = module.rpartition(".")[2]
-    rank = _MODULES.index(kind) if kind in _MODULES else len(_MODULES)
+    if kind not in _MODULES:
+        raise UnsupportedModel(f"which layer of X-LoRA {quote(module)} is, an ordering file tells")
+    rank = _MODULES.index(kind)
     numbers = [int(number) for number in re.findall(r"\.(\d+)\.", module)]
     layer, expert = [*(numbers or [-1 if rank == 0 else _LAST]), -1][:2]
     return layer, expert, rank
@@ -175,8 +176,10 @@ class Parts:
     @classmethod
     def read(cls, xlora: XLora, target: Target, hub: Hub | None = None) -> Parts:
         """Those of a folder, for a base."""
-        folder, ordering = Path(xlora.path).expanduser(), Ordering.read(xlora.order)
-        config = XLoraConfig.read(folder)
+        folder = Path(xlora.path).expanduser()
+        if not folder.is_dir() and is_id(str(xlora.path)):
+            folder = (hub or Hub()).fetch(str(xlora.path))
+        config, ordering = XLoraConfig.read(folder), Ordering.read(xlora.order)
         ordering.check_base(config.base_model_id)
         if config.hidden_size != (hidden := target.decoder.hidden):
             raise InvalidRequest(
@@ -189,18 +192,20 @@ class Parts:
                 f"{', '.join(config.adapters)}"
             )
         loras = [lora.read(_path(folder, name, config), target, hub=hub) for name in names]
-        modules = sorted({module for one in loras for module in one.modules}, key=place)
-        layers = ordering.layers or {module: number for number, module in enumerate(modules)}
-        if missing := [module for module in modules if module not in layers]:
+        modules = {module for one in loras for module in one.modules}
+        layers = ordering.layers if config.layerwise_scalings else dict.fromkeys(modules, 0)
+        layers = layers or {module: i for i, module in enumerate(sorted(modules, key=place))}
+        if missing := sorted(modules - layers.keys()):
             raise InvalidRequest(f"the ordering file has no index for the layer {missing[0]}")
-        count = len(names) if config.layerwise_scalings else 0
         columns = {
-            site: layers[module] * count for module in modules for site, *_ in target.sites(module)
+            site: layers[module] * len(names)
+            for module in modules
+            for site, *_ in target.sites(module)
         }
         for name, one in zip(names, loras, strict=True):
             if one.vectors or not one.terms.keys() <= columns.keys():
                 raise UnsupportedModel(f"the adapter {name} of X-LoRA changes more than linears")
-        width = count * max(layers.values()) + len(names)
+        width = (max(layers.values()) + 1) * len(names)
         classifier = read_classifier(folder, config, width)
         adapters = tuple(one.terms for one in loras)
         return cls(config, classifier, adapters, columns, width, xlora.tgt_non_granular_index)
@@ -215,29 +220,27 @@ class Parts:
 
     def _classified(self, program: Program) -> Program:
         """The program with the classifier of its output as its output."""
-        (x,), ops, values = program.outputs, list(program.ops), list(program.values)
+        (x,), builder = program.outputs, Builder()
+        builder.ops, builder.values = list(program.ops), list(program.values)
         for number in range(self.config.xlora_depth):
             rows, cols = self.classifier.tensors[f"{number}.weight"].shape
             weight, bias = (
                 (Slice(f"{number}.{part}", 0, rows, CLASSIFIER),) for part in ("weight", "bias")
             )
+            matrix = Matrix(weight, rows, cols, role=CLASSIFIER)
+            vector = Vector(bias, rows) if self.config.use_bias else None
             relu = self.config.enable_relu_and_dropout and number < self.config.xlora_depth - 1
-            out = Value(len(program.values) + number, f"{CLASSIFIER}.{number}", rows)
-            ops.append(
-                Linear(
-                    out, x, Matrix(weight, rows, cols, role=CLASSIFIER),
-                    Vector(bias, rows) if self.config.use_bias else None, "relu" if relu else None,
-                )
-            )  # fmt: skip
-            values.append(out)
-            x = out
-        return replace(program, ops=tuple(ops), values=tuple(values), outputs=(x,))
+            out = builder.value(f"{CLASSIFIER}.{number}", rows)
+            x = builder.emit(Linear(out, x, matrix, vector, "relu" if relu else None))
+        return builder.build(x, caches=program.caches, context=program.context)
 
 
 def _path(folder: Path, name: str, config: XLoraConfig) -> str:
     """Where an adapter is: by its name in the folder, or where the configuration says."""
     given = config.adapters[name]
-    return given if given and not (folder / name).is_dir() else place_of(name, str(folder))
+    if not given or (folder / name).is_dir():
+        return place_of(name, str(folder))
+    return str(folder / given) if (folder / given).exists() else given
 
 
 class XLoraExecutor:
@@ -256,28 +259,26 @@ class XLoraExecutor:
         pool: ThreadPool | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._parts, self._programs = parts, programs
+        self._config, self._programs, self.settles = parts.config, programs, parts.settles
         self._open = partial(executors.open, limits=limits, pool=pool or executors.thread_pool())
-        self.settles, self.whole = parts.settles, False
+        self.whole = False
         # What settled, by the block of the row that it is of.
         self._settled = np.empty((limits.blocks, parts.width), np.float32)
         self._load(store, progress)
+        weight = parts.config.global_scaling_weight
+        self._mixtures = (
+            _mixture(self._first, parts.adapters, weight * parts.config.scaling_pass_value),
+            _mixture(self._second, parts.adapters, weight),
+        )
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._second, name)
 
     def _load(self, store: WeightStore, progress: Progress | None) -> None:
-        weight, passes = self._parts.config.global_scaling_weight, []
-        weights = weight * self._parts.config.scaling_pass_value, weight
-        for program, weight in zip(self._programs, weights, strict=True):
-            executor = self._open(program, store, progress=progress)
-            places = {site for op in program.ops for site in sites(op)}
-            given = self._parts.adapters if weight else ()
-            there = [{at: term for at, term in terms.items() if at in places} for terms in given]
-            passes.append((executor, tuple((executor.adapter(terms), weight) for terms in there)))
-        self._passes, self._store = passes, store
-        (self._first, _), (self._second, _) = passes
-        self.kv_bytes = self._first.kv_bytes + self._second.kv_bytes
+        second = self._open(self._programs[1], store, progress=progress)
+        first = self._open(self._programs[0], store)
+        self._first, self._second, self._store = first, second, store
+        self.kv_bytes = first.kv_bytes + second.kv_bytes
 
     def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
         """See `Executor`."""
@@ -290,40 +291,47 @@ class XLoraExecutor:
 
     def step(self, batch: Batch) -> Floats:
         """See `Executor`."""
-        return self._run(1, batch, **{SCALINGS: self.scalings(batch)})
+        scalings = {SCALINGS: self.scalings(batch)}
+        return _run(self._second, self._mixtures[1], batch, scalings)
 
     def scalings(self, batch: Batch) -> Floats:
         """[rows, width], by the first pass, or of the row at which they settled."""
         if self.settles is None or batch.prompts is None:
-            return self._computed(batch)
+            return self._config.scalings(_run(self._first, self._mixtures[0], batch, {}))
         lengths, positions = np.diff(batch.bounds), batch.positions
         last = np.repeat(batch.prompts + (self.settles - 1), lengths)
         early, late = positions <= last, positions >= last
-        found = np.empty((len(last), self._parts.width), np.float32)
+        found = np.empty((len(last), self._settled.shape[1]), np.float32)
         if early.any():
-            found[early] = self._computed(_only(batch, early))
+            found[early] = self.scalings(_only(batch, early))
         sequence = np.repeat(np.arange(len(lengths)), lengths)[late]
         blocks = batch.block_tables[sequence, last[late] // self._second.block_size]
-        own = early[late]
-        self._settled[blocks[own]] = found[early & late]
+        self._settled[blocks[early[late]]] = found[early & late]
         found[late] = self._settled[blocks]
         return found
 
-    def _computed(self, batch: Batch) -> Floats:
-        return self._parts.config.scalings(self._run(0, batch))
 
-    def _run(self, number: int, batch: Batch, **inputs: Floats) -> Floats:
-        """The only output of a pass, all rows of which have all adapters."""
-        executor, mixture = self._passes[number]
-        every = np.zeros(len(batch.tokens), np.int32)
-        batch = replace(batch, mixture=every, mixtures=(mixture,))
-        (found,) = executor.run({**batch.indices(), **inputs}, batch, batch.mixtures).values()
-        return found
+def _mixture(executor: Executor, adapters: Iterable[Mapping[Site, Term]], weight: float) -> Mixture:
+    """All adapters, as far as the program has places for them."""
+    places = {site for op in executor.program.ops for site in sites(op)}
+    there = ({site: terms[site] for site in terms.keys() & places} for terms in adapters)
+    return tuple((executor.adapter(terms), weight) for terms in there) if weight else ()
+
+
+def _run(
+    executor: Executor, mixture: Mixture, batch: Batch, inputs: Mapping[str, Floats]
+) -> Floats:
+    """The only output, where all rows have all adapters."""
+    every = np.zeros(len(batch.tokens), np.int32)
+    batch = replace(batch, mixture=every, mixtures=(mixture,))
+    (found,) = executor.run({**batch.indices(), **inputs}, batch, batch.mixtures).values()
+    return found
 
 
 def _only(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
-    """These rows of a batch, without outputs."""
+    """These rows of a batch, before scalings settle; nobody wants outputs of them."""
     bounds = np.concatenate([[0], np.cumsum(rows)])[batch.bounds].astype(np.int32)
-    none, tokens = np.empty(0, np.int32), batch.tokens[rows]
-    positions = batch.positions[rows]
-    return replace(batch, tokens=tokens, positions=positions, bounds=bounds, outputs=none)
+    return replace(
+        batch, tokens=batch.tokens[rows], positions=batch.positions[rows], bounds=bounds,
+        outputs=np.empty(0, np.int32), prompts=None,
+    )  # fmt: skip

@@ -116,7 +116,7 @@ def _adapted(plain: type[Selection], name: str, order: str) -> type[Any]:
     ]
     made = make_dataclass(name, listed, bases=(_Adapted,), namespace={"plain": plain}, frozen=True)
     made.__module__, made.__qualname__ = __name__, f"Which.{name}"
-    made.__doc__ = f"{plain.__name__} with adapters{' that it weighs' * name.startswith('X')}."
+    made.__doc__ = f"As {plain.__name__}, with {'X-LoRA' if name[0] == 'X' else 'LoRA adapters'}."
     return made
 
 

@@ -194,11 +194,13 @@ def choose(names: Collection[str], file: str) -> tuple[list[str], str | None]:
 def _adapters(names: Collection[str], file: str) -> tuple[list[str], str | None] | None:
     """The files of adapters, or of one, and its folder: that whose name has `file`."""
     found = sorted(name for name in names if _ADAPTERS.fullmatch(name) and ".." not in name)
-    folders = sorted({name.rpartition("/")[0] for name in found})
+    folders = {name.rpartition("/")[0] for name in found}
     chosen = [folder for folder in folders if file in folder]
     if not file or not chosen:
-        root = [name for name in found if not file or "/" not in name]
-        return (root, None) if root else None
+        own = [name for name in found if not file or "/" not in name]
+        return (own, None) if own and (not file or "adapter_config.json" in own) else None
+    if file not in chosen and len(chosen) > 1:
+        return None
     folder = file if file in chosen else chosen[0]
     return [name for name in found if name.startswith(f"{folder}/")], folder
 

@@ -19,8 +19,9 @@ from squall.program import Slice
 from squall.quant import FORMATS
 from squall.recipes.gguf_parts import NAMING
 from squall.recipes.gguf_write import describe
+from squall.recipes.modules import gguf_architecture, row_order
 from squall.roles import roles
-from squall.spec import Attention, Decoder
+from squall.spec import Decoder
 from squall.text.gguf_metadata import gguf_tokenizer
 
 # general.file_type, by what most of the matrices are.
@@ -82,7 +83,7 @@ class _Job(Work):
             name = self._fused_name(role) if group else NAMING.name(role)
             slices = tuple(part for member in group or [role] for part in self._slices(member))
             if len(whole) == 1:
-                yield _float_item(name, self._vector(role, slices, whole[0]))
+                yield _float_item(name, self._vector(role, slices))
             else:
                 yield self._matrix(role, name, slices, whole)
 
@@ -138,16 +139,16 @@ class _Job(Work):
                 f"the imatrix has {known.shape} for {name}, which has {(experts, cols)}; "
                 "it is of another model"
             )
-        order = self._order(role, shape[0]) if len(shape) == 2 else None
+        order = self._order(role)
         matrix = Matrix(
             name, slices, 0, shape[-2], cols, format, experts, order=order, importance=known
         )
         return Item(name, format, shape, Part(matrix.nbytes, self.quantizer.chunks(matrix)))
 
-    def _vector(self, role: str, slices: tuple[Slice, ...], size: int) -> NDArray[np.float32]:
+    def _vector(self, role: str, slices: tuple[Slice, ...]) -> NDArray[np.float32]:
         tensors = self.quantizer.checkpoint.tensors
         parts = [tensors[p.tensor].to_float32().reshape(-1)[p.start : p.stop] for p in slices]
-        order, values = self._order(role, size), np.concatenate(parts)
+        order, values = self._order(role), np.concatenate(parts)
         return (values if order is None else values[order]) + np.float32(self._offset(role))
 
     def _offset(self, role: str) -> float:
@@ -155,24 +156,12 @@ class _Job(Work):
         changed = self.recipe.decoder.norm.unit_offset and not self.stored.norm.unit_offset
         return 1.0 if changed and role.endswith("norm.weight") else 0.0
 
-    def _order(self, role: str, rows: int) -> NDArray[np.intp] | None:
-        """How rows of q and k lie that are rotated in pairs, if they were in halves."""
-        if ".attention.q." not in role and ".attention.k." not in role:
+    def _order(self, role: str) -> NDArray[np.intp] | None:
+        """Where rows come from that the file has in an order of its own."""
+        if self.quantizer.checkpoint.kind == "gguf":
             return None
-        layer = int(role.split(".")[1])
-        before, after = (d.layers[layer].attention for d in (self.recipe.decoder, self.stored))
-        changed = before.rope and after.rope and before.rope.interleaved != after.rope.interleaved
-        return _pairs(before, rows) if changed else None
-
-
-def _pairs(attention: Attention, rows: int) -> NDArray[np.intp]:
-    """Row numbers: of each head the first `dims` from (first halves, second halves) to pairs."""
-    size = attention.head_dim
-    assert attention.rope is not None
-    dims = attention.rope.dims
-    head = np.arange(size)
-    head[:dims] = np.arange(dims).reshape(2, -1).T.reshape(-1)
-    return (np.arange(0, rows, size)[:, None] + head).reshape(-1)
+        known = gguf_architecture(self.recipe.architecture)
+        return row_order(known, self.recipe.decoder, role.rpartition(".")[0])
 
 
 def _float_item(name: str, values: NDArray[np.float32]) -> Item:

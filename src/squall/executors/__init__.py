@@ -103,7 +103,7 @@ class Executor(Protocol):
         ...
 
     def adapter(self, terms: Mapping[Site, Term]) -> Adapter:
-        """An adapter for this executor's runs; may be made while one runs.
+        """An adapter for runs of this program; may be made while one runs.
 
         Raises InvalidRequest for a site that the program has not, or that has another shape.
         """

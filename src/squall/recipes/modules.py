@@ -1,4 +1,4 @@
-"""What adapters call the parts of a model, and in which order they have the rows of q and k."""
+"""What adapters call the parts of a model, and what GGUF files have otherwise than transformers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from squall.recipes.gguf_write import ARCHITECTURES, INTERLEAVED
 from squall.recipes.names import Naming
 from squall.spec import Decoder
 
+# Whose norms have their 1 in GGUF files.
 _UNIT_OFFSET = ("gemma", "gemma2", "gemma3")
 # Experts and router as transformers has them since version 5, in all models.
 _STACKED = replace(
@@ -25,18 +26,8 @@ _STACKED = replace(
         "mlp.router": ("feed_forward.router",),
     },
 )
-# Of a module of stacked experts, in the order in which transformers has them.
-PARAMETERS = ("gate_up_proj", "down_proj")
-
-
-def namings(architecture: str) -> tuple[Naming, ...]:
-    """How adapters may call the modules of a model, whatever file it came from."""
-    if architecture in gguf.RECIPES:
-        classes = [name for name, written in ARCHITECTURES.items() if written == architecture]
-    else:
-        classes = [architecture]
-    own = [config.RECIPES[name].naming for name in classes]
-    return (*(naming for i, naming in enumerate(own) if naming not in own[:i]), _STACKED, NAMING)
+# What is adapted without a module of its own, in the order in which it is wrapped.
+PARAMETERS = ("gate_up_proj", "down_proj", "weight")
 
 
 def gguf_architecture(architecture: str) -> str | None:
@@ -44,23 +35,30 @@ def gguf_architecture(architecture: str) -> str | None:
     return architecture if architecture in gguf.RECIPES else ARCHITECTURES.get(architecture)
 
 
-def are_paired(architecture: str) -> bool:
-    """Whether a file of an architecture has rows of q and k as rotated pairs, not as halves."""
-    return architecture in INTERLEAVED
+def namings(architecture: str) -> tuple[Naming, ...]:
+    """How adapters may call the modules of a model, whatever file it came from."""
+    classes = [name for name, written in ARCHITECTURES.items() if written == architecture]
+    own = [config.RECIPES[name].naming for name in classes or [architecture]]
+    return (*own, _STACKED, NAMING)
 
 
-def norm_offset(architecture: str) -> float:
-    """What norms have in GGUF files that they have not in transformers."""
+def norm_offset(architecture: str | None) -> float:
+    """What the norms of a GGUF file have that those of transformers have not."""
     return 1.0 if architecture in _UNIT_OFFSET else 0.0
 
 
-def pairs(decoder: Decoder, layer: int, rows: int) -> NDArray[np.intp]:
-    """Where rows of q or k are in halves that are now in pairs."""
-    attention = decoder.layers[layer].attention
-    ropes = (each.attention.rope for each in decoder.layers)
-    # Layers without rope are permuted like the others.
-    rope = attention.rope or next((found for found in ropes if found is not None), None)
-    dims = attention.head_dim if rope is None else rope.dims
+def row_order(architecture: str | None, decoder: Decoder, role: str) -> NDArray[np.intp] | None:
+    """Where the rows that a GGUF file has come from; None: they lie as in transformers.
+
+    Those of q and k may be rotated in pairs: of each head the first `dims` were two halves. Layers
+    without rope have the same order.
+    """
+    if architecture not in INTERLEAVED or not role.endswith((".attention.q", ".attention.k")):
+        return None
+    attention = decoder.layers[int(role.split(".")[1])].attention
+    ropes = (layer.attention.rope for layer in decoder.layers)
+    dims = next((rope.dims for rope in (attention.rope, *ropes) if rope), attention.head_dim)
     head = np.arange(attention.head_dim)
     head[:dims] = np.arange(dims).reshape(2, -1).T.reshape(-1)
-    return (np.arange(0, rows, attention.head_dim)[:, None] + head).reshape(-1)
+    heads = attention.heads if role.endswith("q") else attention.kv_heads
+    return (np.arange(heads)[:, None] * len(head) + head).reshape(-1)

@@ -36,16 +36,16 @@ from squall.server.schemas import (
     CompletionBody,
     DetokenizeBody,
     GenerationBody,
-    LoadLoraBody,
+    LoadBody,
     ReIsqBody,
     TokenizeBody,
-    UnloadLoraBody,
+    UnloadBody,
 )
 from squall.server.service import Served, Service
 
 BODIES: tuple[type[Body], ...] = (
     ChatBody, CompletionBody, ResponsesBody, MessagesBody, CountBody, TokenizeBody, DetokenizeBody,
-    ReIsqBody, ActivateBody, AdapterBody, LoadLoraBody, UnloadLoraBody,
+    ReIsqBody, ActivateBody, AdapterBody, LoadBody, UnloadBody,
 )  # fmt: skip
 OPENAPI_PATHS = ("/openapi.json", "/api-doc/openapi.json")
 
@@ -189,9 +189,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         """One model."""
-        if model_id not in service.cards:
-            raise service.unknown(model_id)
-        return JSONResponse(service.cards[model_id])
+        return JSONResponse(service.card(model_id))
 
 
 def _add_adapters(router: APIRouter, service: Service) -> None:
@@ -214,10 +212,10 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         _remove(service, name)
         return JSONResponse({"name": name, "object": "adapter", "deleted": True})
 
-    @router.post("/v1/load_lora_adapter", openapi_extra=_takes(LoadLoraBody))
+    @router.post("/v1/load_lora_adapter", openapi_extra=_takes(LoadBody))
     async def load_lora(request: Request) -> Response:
         """Load an adapter, as vLLM has it."""
-        body, served = await _read(service, request, LoadLoraBody)
+        body, served = await _read(service, request, LoadBody)
         name = body.lora_name
         if name in served.model.adapters and not body.load_inplace:
             why = f"the adapter {name!r:.200} is loaded already; load_inplace replaces it"
@@ -225,10 +223,10 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         await _put(service, served, name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", openapi_extra=_takes(UnloadLoraBody))
+    @router.post("/v1/unload_lora_adapter", openapi_extra=_takes(UnloadBody))
     async def unload_lora(request: Request) -> Response:
         """Remove an adapter, as vLLM has it."""
-        body, _ = await _read(service, request, UnloadLoraBody)
+        body, _ = await _read(service, request, UnloadBody)
         _remove(service, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -243,9 +241,11 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
 async def _put(
     service: Service, served: Served, name: str, path: str, *, pinned: bool = False
 ) -> Info:
-    load, where = served.model.adapters.load, service.adapter_path(path)
+    def load() -> Info:
+        return served.model.adapters.load(name, service.adapter_path(path), pinned=pinned)
+
     # Not among the few threads for requests, which must not wait for files.
-    return await asyncio.to_thread(load, name, where, pinned=pinned)
+    return await asyncio.to_thread(load)
 
 
 def _remove(service: Service, name: str) -> None:

@@ -59,14 +59,11 @@ _WRONG = {"custom_error_type": "type", "custom_error_message": "has the wrong ty
 _FEW = Field(max_length=MOST_ITEMS)
 _MESSAGES = Field(max_length=MOST_MESSAGES)
 Text = Annotated[str, Tag("~str")]
-Texts = Annotated[Text | Annotated[list[str], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)]
+_Texts = Annotated[list[str], _FEW, Tag("~list")]
+Texts = Annotated[Text | _Texts, Discriminator(_shape, **_WRONG)]
 Chosen = Annotated[Text | Annotated[dict[str, Any], Tag("~dict")], Discriminator(_shape, **_WRONG)]
-Adapters = Annotated[
-    Text
-    | Annotated[list[str], _FEW, Tag("~list")]
-    | Annotated[dict[str, float], _FEW, Tag("~dict")],
-    Discriminator(_shape, **_WRONG),
-]
+_Weights = Annotated[dict[str, float], _FEW, Tag("~dict")]
+Adapters = Annotated[Text | _Texts | _Weights, Discriminator(_shape, **_WRONG)]
 Prompts = Annotated[
     Text
     | Annotated[list[int], Field(max_length=10 * MOST_ITEMS), Tag("~listint")]
@@ -225,7 +222,7 @@ class AdapterBody(Body, frozen=True):
     pinned: bool = False
 
 
-class LoadLoraBody(Body, frozen=True):
+class LoadBody(Body, frozen=True):
     """POST /v1/load_lora_adapter, vLLM's; load_inplace: replace it if it is there."""
 
     lora_name: str
@@ -233,7 +230,7 @@ class LoadLoraBody(Body, frozen=True):
     load_inplace: bool = False
 
 
-class UnloadLoraBody(Body, frozen=True):
+class UnloadBody(Body, frozen=True):
     """POST /v1/unload_lora_adapter, vLLM's."""
 
     lora_name: str

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, product
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from squall.errors import InvalidRequest, ModelNotFound, QueueFull
 from squall.model import Model
@@ -52,8 +52,8 @@ class Served:
         self.failed = False
 
     @property
-    def cards(self) -> dict[str, dict[str, object]]:
-        """What clients are told of it and of its adapters, by the names that requests may give."""
+    def cards(self) -> dict[str, dict[str, Any]]:
+        """What clients are told of it and of its adapters, by name."""
         card = {
             "id": self.name,
             "object": "model",
@@ -69,7 +69,7 @@ class Served:
         return cards
 
     def asked(self, body: GenerationBody) -> dict[str, object]:
-        """What holds for a request unless it says otherwise. Raises ApiError."""
+        """What holds for a request unless it says otherwise. Raises InvalidRequest."""
         name = body.model
         if name in (None, "default", self.name) or not self.model.adapters.used:
             return self.defaults
@@ -159,24 +159,23 @@ class Service:
         return sole
 
     def having(self, name: str) -> Served:
-        """The model that has this adapter. Raises ApiError."""
-        for served in self.models.values():
-            if name in served.model.adapters:
-                return served
-        raise self.unknown(name)
+        """The model of this name, or with an adapter of this name. Raises ApiError."""
+        return self.models[self.card(name)["parent"] or name]
 
     @property
-    def cards(self) -> dict[str, dict[str, object]]:
-        """The cards of all models."""
+    def cards(self) -> dict[str, dict[str, Any]]:
+        """What clients are told of models and adapters, by the names that requests may give."""
         return dict(chain.from_iterable(s.cards.items() for s in self.models.values()))
 
-    def unknown(self, name: str) -> ApiError:
-        """No model and no adapter has this name."""
-        known = ", ".join(map(repr, self.cards))
-        return ApiError(
-            404, f"there is no model {name!r:.200}; this server has {known:.500}",
-            "model_not_found", param="model",
-        )  # fmt: skip
+    def card(self, name: str) -> dict[str, Any]:
+        """The one with this name. Raises ApiError."""
+        cards = self.cards
+        if name not in cards:
+            raise ApiError(
+                404, f"there is no model {name!r:.200}; this server has "
+                f"{', '.join(map(repr, cards)):.500}", "model_not_found", param="model",
+            )  # fmt: skip
+        return cards[name]
 
     def adapter_path(self, path: str) -> str:
         """Where `path` is in the allowed folders. Raises ApiError, and ModelNotFound."""

@@ -13,7 +13,7 @@ import openai
 import pytest
 from adapter_files import write_adapter, write_base
 from prometheus_client.parser import text_string_to_metric_families
-from servers import Running, chat, events, in_thread, until
+from servers import Running, chat, events, in_process, in_thread, until
 from starlette.testclient import TestClient
 
 from squall import AsyncRunner, EngineConfig, InvalidRequest, Model, Runner, UnknownAdapter
@@ -363,3 +363,16 @@ def test_runner(tiny: Model, folder: Path) -> None:
     with pytest.raises(UnknownAdapter):
         runner.activate_adapters(["one", "two"])
     tiny.adapters.remove("one")
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    flags = ("--adapter", f"one={folder / 'one'}", "--adapter-folder", str(folder))
+    model = str(folder.parent / "tiny")
+    with in_process(tmp_path / "stderr", model, "--context", "256", *flags) as server:
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            assert http.post(LOAD, json={"name": "sql", "path": "two"}).status_code == 200
+            ids = [card["id"] for card in http.get("/v1/models").json()["data"]]
+            assert ids == ["tiny", "one", "sql"]
+            texts = {said(http.post(CHAT, json=chat("Say", model=id_, **FIELDS))) for id_ in ids}
+            assert len(texts) == 3
+        assert server.stop() == 0
