@@ -531,9 +531,9 @@ def _anymoe(
 
     experts = Experts(cast(AnyMoe, opening.anymoe), model[1], opening.hub)
     store = _store(model, opening, others=experts.others, merged=experts.merged)
-    # A prompt is one step, beside a row of each other request.
-    most = room.context + (opening.engine or EngineConfig()).max_seqs
-    rows = {**room.limits.rows, "tokens": max(most, MAX_ROWS)}
+    # A prompt is one step, beside a row of each other request; all its logits may be wanted.
+    most = max(room.context + (opening.engine or EngineConfig()).max_seqs, MAX_ROWS)
+    rows = {"tokens": most, "outputs": most}
     return open_experts(
         experts, store, replace(room.limits, rows=rows), context=room.context, encode=encode,
         pool=room.pool, progress=opening.progress, trained=opening.progress,
