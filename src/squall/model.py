@@ -496,14 +496,14 @@ def _executor(
     given: dict[str, Any] = {"pool": pool, "progress": opening.progress}
     if opening.xlora is not None:
         from squall.adapters.target import Target
-        from squall.adapters.xlora import CLASSIFIER, Parts, XLoraExecutor
+        from squall.adapters.xlora import CLASSIFIER, Parts, TwoPasses
 
         parts = Parts.read(opening.xlora, Target.of(checkpoint, recipe), opening.hub)
         own, programs = (
             store(others={CLASSIFIER: parts.classifier}),
             parts.programs(recipe, context),
         )
-        return cast(Executor, XLoraExecutor(parts, programs, own, limits, **given))
+        return cast(Executor, TwoPasses(parts, programs, own, limits, **given))
     if opening.anymoe is not None:
         from squall.adapters.anymoe import Experts
         from squall.adapters.anymoe_training import open_experts
