@@ -513,12 +513,12 @@ def _executor(
 
 def _xlora(model: Prepared, opening: Opening, room: _Room) -> Executor:
     from squall.adapters.target import Target
-    from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor
+    from squall.adapters.xlora import CLASSIFIER, Parts, TwoPasses, XLora
 
     parts = Parts.read(cast(XLora, opening.xlora), Target.of(*model[:2]), opening.hub)
     store = _store(model, opening, others={CLASSIFIER: parts.classifier})
     programs, progress = parts.programs(model[1], room.context), opening.progress
-    made = XLoraExecutor(parts, programs, store, room.limits, pool=room.pool, progress=progress)
+    made = TwoPasses(parts, programs, store, room.limits, pool=room.pool, progress=progress)
     return cast(Executor, made)
 
 
