@@ -47,6 +47,7 @@ KINDS = {
     "ggml": "LLaMA files from before GGUF",
     "toml": "any of these, named in a TOML file",
 }
+ADAPTED = {"lora": "with LoRA adapters", "x-lora": "with X-LoRA"}
 
 
 def main() -> None:
@@ -78,6 +79,8 @@ missing and its `model_type` is that of one, whoever made it; a GGUF file if its
   files; those with a GGUF architecture to GGUF files too.
 - GGUF files have versions 2 and 3, and may be split. Their tokenizers are `gpt2` (byte-level BPE)
   and `llama` (SentencePiece).
+- [Adapters](adapters.md), LoRA and X-LoRA, work on all of them, from all of these files;
+  [AnyMoE](anymoe.md) makes experts for those that have none.
 - What would change the answers and is not known here is an error, never left out: scalings of rope,
   activations, tensors, and keys of config.json that the class of transformers reads. Keys that it
   does not read are named in the log.
@@ -128,8 +131,13 @@ def methods() -> str:
 
 def kinds() -> str:
     """Every word, and whether it works."""
+    what = KINDS | {
+        f"{word}{f'-{kind}' * (kind != 'plain')}": f"{KINDS[kind]}, {adapted}"
+        for word, adapted in ADAPTED.items()
+        for kind in ("plain", "gguf", "ggml")
+    }
     rows = [
-        (f"`{w}`", NOT_YET.get(w) or KINDS[w], "" if w in NOT_YET else "yes") for w in SELECTORS
+        (f"`{w}`", NOT_YET.get(w) or what[w], "" if w in NOT_YET else "yes") for w in SELECTORS
     ]
     return table(("kind", "what", "supported"), rows)
 

@@ -67,6 +67,10 @@ def _in_folder(folder: Path) -> Path:
     ]
     if "config.json" in names and (folder_weights(names) or not models):
         return _only_uqff(folder) or folder
+    if "adapter_config.json" in names and not models:
+        raise ModelNotFound(
+            f"{folder} is a LoRA adapter: open the model that it is for, with --adapter {folder}"
+        )
     if not models:
         raise ModelNotFound(
             f"{folder} has no GGUF file and no config.json; "

@@ -111,6 +111,7 @@ class Model(Closing):
         self.tokenizer = tokenizer
         self._engine: Engine | None = engine
         self._adapters: Shelf | None = adapters
+        self._whole = any(getattr(op, "shared", None) is not None for op in program.ops)
 
     @classmethod
     def open_with(cls, opening: Opening) -> Model:
@@ -530,8 +531,9 @@ def _anymoe(
 
     experts = Experts(cast(AnyMoe, opening.anymoe), model[1], opening.hub)
     store = _store(model, opening, others=experts.others, merged=experts.merged)
-    # A prompt is one step.
-    rows = {**room.limits.rows, "tokens": max(room.context, MAX_ROWS)}
+    # A prompt is one step, beside a row of each other request.
+    most = room.context + (opening.engine or EngineConfig()).max_seqs
+    rows = {**room.limits.rows, "tokens": max(most, MAX_ROWS)}
     return open_experts(
         experts, store, replace(room.limits, rows=rows), context=room.context, encode=encode,
         pool=room.pool, progress=opening.progress, trained=opening.progress,
@@ -554,6 +556,8 @@ def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str
 def _merged(model: Prepared, opening: Opening) -> list[tuple[Lora, float]]:
     """The adapters that become part of the weights, and what each weighs."""
     checkpoint, merge = model[0], opening.merge
+    if merge and not opening.adapters:
+        raise InvalidRequest("merge: there is nothing to merge; name adapters")
     if merge is None:
         stored = (tensor.format for tensor in checkpoint.tensors.values())
         merge = not checkpoint.quantization and all(FORMATS[name].block == 1 for name in stored)

@@ -171,10 +171,7 @@ class WeightStore:
             for matrix, bias in _biases(op):
                 terms = self.merged.get((matrix.role, 0), ())
                 if bias is None and any(term.bias is not None for term in terms):
-                    raise InvalidRequest(
-                        f"an adapter has a bias for {matrix.role}, where the model has none, and "
-                        "cannot be merged; keep it beside the model"
-                    )
+                    raise no_bias(matrix.role)
         return _Arranger(self._tensor, program).program()
 
     def _merged(self, weight: Matrix, found: Stored, terms: Sequence[Term]) -> Stored:
@@ -244,6 +241,13 @@ def _biases(op: Op) -> tuple[tuple[Matrix, Vector | None], ...]:
             return (op.gate, op.gate_bias), (op.up, op.up_bias)
         case _:
             return ()
+
+
+def no_bias(role: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"an adapter has a bias for {role}, where the model has none, and cannot be merged; keep "
+        "it beside the model"
+    )
 
 
 class _Arranger:

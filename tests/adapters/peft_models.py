@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,6 +99,57 @@ def save_adapter(model: Any, folder: Path, tokens: list[int], **config: Any) -> 
             logits = adapted(torch.tensor([tokens])).logits[0].numpy()
         adapted.save_pretrained(folder)
     return Adapted(folder, folder, tokens, logits, logits)
+
+
+def write_gguf_lora(model: Adapted, case: tiny.Case, path: Path, alpha: float) -> None:
+    """The adapter as llama.cpp's converter writes it: names, rows of q and k, norms with their 1."""
+    import gguf
+    import torch
+    from convert import NAMES, OWN_POST_NORM, PERMUTED, POST_NORM, UNIT_OFFSET, _permute
+    from safetensors.torch import load_file
+
+    post = "post_attention_norm" if case.architecture in OWN_POST_NORM else "ffn_norm"
+    names = [*NAMES, (POST_NORM, rf"blk.\1.{post}")]
+    heads = tiny.SIZES | case.config
+    counts = {"q": heads["num_attention_heads"], "k": heads["num_key_value_heads"]}
+    writer = gguf.GGUFWriter(path, case.architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    tensors = load_file(model.folder / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        stem = name.removeprefix("base_model.model.").removesuffix(".weight")
+        stem, _, part = stem.partition(".lora_")
+        kind = "bias" if stem.endswith(".bias") else "weight"
+        stem = stem.removesuffix(".bias")
+        if "base_layer" in stem + part or ".experts" in stem:
+            continue
+        (new,) = [re.sub(old, to, stem) for old, to in names if re.fullmatch(old, stem)]
+        rows = tensor.T if part == "embedding_A" else tensor
+        projection = re.search(r"self_attn\.([qk])_proj", stem)
+        if part == "B" and projection and case.architecture in PERMUTED:
+            rows = _permute(rows, counts[projection[1]])
+        if not part and kind == "weight" and case.architecture in UNIT_OFFSET:
+            rows = rows + 1
+        end = f".lora_{part[-1].lower()}" if part else ""
+        writer.add_tensor(f"{new}.{kind}{end}", rows.contiguous().numpy())
+    for layer in range(100):
+        at = f"base_model.model.model.layers.{layer}.mlp.experts."
+        if at + "lora_A.weight" not in tensors:
+            continue
+        for wrapped, parts in (("", ["down"]), ("base_layer.", ["gate", "up"])):
+            a, b = (tensors[f"{at}{wrapped}lora_{end}.weight"] for end in "AB")
+            experts = heads.get("num_experts") or heads["num_local_experts"]
+            a = a.reshape(experts, -1, a.shape[1])
+            b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+            for part, rows in zip(parts, b.chunk(len(parts), 1), strict=True):
+                name = f"blk.{layer}.ffn_{part}_exps.weight.lora"
+                writer.add_tensor(f"{name}_a", a.contiguous().numpy())
+                writer.add_tensor(f"{name}_b", rows.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:

@@ -1,13 +1,15 @@
-"""Features in pairs: shapes, tools, streams, several answers, caches and guesses do not mix."""
+"""Features in pairs: shapes, tools, streams, adapters, caches and guesses do not mix."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_files import write_adapter
 from test_chat_tools import ADD, joined
 
 from squall import ChatCompletionRequest, Model, Runner
@@ -22,12 +24,21 @@ FEATURES: dict[str, dict[str, Any]] = {
     "penalties": {"frequency_penalty": 0.5, "repetition_penalty": 1.1, "dry_multiplier": 0.5},
     "logprobs": {"logprobs": True, "top_logprobs": 2},
     "stop": {"stop": ["30"]},
+    "adapter": {"adapters": {"mine": 0.9}},
 }  # fmt: skip
 PAIRS = list(combinations(FEATURES, 2))
+SIZES = {"self_attn.q_proj": (576, 576), "mlp.down_proj": (576, 1536)}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the default model."""
+    folder = tmp_path_factory.mktemp("adapter")
+    return write_adapter(folder, 1, list(SIZES), sizes=SIZES, layers=30, size=0.02)
 
 
 @pytest.fixture(scope="module", params=["small cache", "n-grams", "itself"])
-def other(request: pytest.FixtureRequest) -> Iterator[Model]:
+def other(request: pytest.FixtureRequest, adapter: Path) -> Iterator[Model]:
     """A model that computes in another way, and must not say anything else."""
     from squall.embedded import find
 
@@ -36,6 +47,7 @@ def other(request: pytest.FixtureRequest) -> Iterator[Model]:
         "itself": {"draft": find()},
     }[request.param]  # fmt: skip
     with Model.open(context=512, **options) as opened:
+        opened.adapters.load("mine", adapter)
         yield opened
 
 
@@ -53,10 +65,15 @@ def told(found: list[dict[str, Any]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def right(model: Model) -> dict[tuple[str, str], str]:
+def right(model: Model, adapter: Path) -> Iterator[dict[tuple[str, str], str]]:
     runner = Runner(model)
+    model.adapters.load("mine", adapter)
     answers = {pair: runner.send_chat_completion_request(asked(pair)) for pair in PAIRS}
-    return {pair: told(answer.to_dict()["choices"]) for pair, answer in answers.items()}
+    found = {pair: told(answer.to_dict()["choices"]) for pair, answer in answers.items()}
+    without = runner.send_chat_completion_request(asked(("stop", "stop")))
+    assert found["stop", "adapter"] != told(without.to_dict()["choices"])
+    yield found
+    model.adapters.remove("mine")
 
 
 @pytest.mark.slow("each pair of features, three models")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 import squall
 from squall import ChatCompletionRequest, CompletionRequest, InvalidRequest, Model, Runner, Which
+from squall.adapters.anymoe import AnyMoe, FineTuned
+from squall.adapters.xlora import XLora
 from squall.embedded import find
 from squall.opening import Opening
 
+ANYMOE = AnyMoe(8, "d.json", "layers", "mlp", ["e"], FineTuned())
 MESSAGES = [{"role": "user", "content": "Tell me a story about the sea."}]
 
 
@@ -185,12 +189,6 @@ def test_arguments_not_there_yet(model: Model, argument: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     "which",
     [
-        Which.XLora("x", "order.json"),
-        Which.Lora("a", "order.json"),
-        Which.XLoraGGUF("a", "f", "x", "order.json"),
-        Which.LoraGGUF("a", "f", "l", "order.json"),
-        Which.XLoraGGML("a", "f", "x", "order.json"),
-        Which.LoraGGML("a", "f", "l", "order.json"),
         Which.VisionPlain("a", squall.VisionArchitecture.Phi3V),
         Which.DiffusionPlain("a", squall.DiffusionArchitecture.Flux),
     ],
@@ -215,6 +213,72 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Runner(Which.Plain("none", squall.Architecture.Phi3_5MoE))
     with pytest.raises(InvalidRequest, match="topology"):
         Runner(Which.GGUF(str(tmp_path), names, topology="t.yml"))
+
+
+KINDS = {
+    "XLora": "xlora_model_id order arch model_id tokenizer_json tgt_non_granular_index topology "
+    "write_uqff from_uqff dtype",
+    "Lora": "adapters_model_id order arch model_id tokenizer_json topology write_uqff from_uqff "
+    "dtype",
+    "XLoraGGUF": "quantized_model_id quantized_filename xlora_model_id order tok_model_id "
+    "tgt_non_granular_index topology dtype",
+    "LoraGGUF": "quantized_model_id quantized_filename adapters_model_id order tok_model_id "
+    "topology dtype",
+    "XLoraGGML": "quantized_model_id quantized_filename xlora_model_id order tok_model_id "
+    "tgt_non_granular_index tokenizer_json gqa topology dtype",
+    "LoraGGML": "quantized_model_id quantized_filename adapters_model_id order tok_model_id "
+    "tokenizer_json gqa topology dtype",
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_with_adapters_are_classes_as_the_others(name: str) -> None:
+    kind = getattr(Which, name)
+    assert [field.name for field in fields(kind)] == KINDS[name].split()
+    assert get_type_hints(kind)["dtype"] is squall.ModelDType
+    made = kind(*(f"value {i}" for i in range(4)))
+    assert pickle.loads(pickle.dumps(made)) == made
+    assert hash(made)
+    assert repr(made).startswith(f"Which.{name}({KINDS[name].split()[0]}='value 0', ")
+    assert isinstance(made, kind)
+    with pytest.raises(TypeError, match="model_id"):
+        kind()
+    with pytest.raises(FrozenInstanceError):
+        made.order = "another"
+
+
+def test_kinds_with_adapters_are_arguments_of_open(tmp_path: Path) -> None:
+    order = tmp_path / "o.json"
+    order.write_text('{"order": ["a"], "base_model_id": "x/y"}')
+    opening = Which.Lora("c/d", str(order)).opening(Opening(context=7))
+    adapters = {"a": "c/d:a"}
+    assert opening == Opening("x/y", context=7, adapters=adapters, active={"a": 1.0}, merge=None)
+    opening = Which.LoraGGUF("g/h", "f.gguf", "c/d").opening(Opening(adapters={"b": "e"}))
+    assert (opening.adapters, opening.active) == ({"b": "e", "d": "c/d"}, {"d": 1.0})
+    assert opening.merge is False
+    opening = Which.XLoraGGML("g/h", "f.bin", "c/d", str(order), gqa=2).opening()
+    assert opening == Opening("g/h:f.bin", gqa=2, xlora=XLora("c/d", str(order)))
+    with pytest.raises(InvalidRequest, match="is for 'x/y', not for 'k/l'"):
+        Which.XLora("c/d", str(order), model_id="k/l").opening()
+
+
+CANNOT: dict[str, tuple[dict[str, Any], str]] = {
+    "two kinds": ({"xlora": XLora("x"), "anymoe": ANYMOE}, "choose one"),
+    "adapters of X-LoRA and more": ({"xlora": XLora("x"), "adapters": {"a": "b"}}, "its own"),
+    "adapters beside experts": ({"anymoe": ANYMOE, "adapters": {"a": "b"}}, "adapters merge"),
+    "a draft": ({"draft": Opening("x", adapters={"a": "b"})}, "a draft has no adapters"),
+    "both written and merged": (
+        {"write_uqff": "x.uqff", "merge": True, "adapters": {"a": "b"}}, "adapters merge",
+    ),
+    "no mapping": ({"adapters": ["a"]}, "a Mapping"),
+    "no config": ({"anymoe": {"lr": 1}}, "it must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "problem"), CANNOT.values(), ids=CANNOT.keys())
+def test_what_cannot_be_opened_together(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InvalidRequest, match=problem):
+        Opening("x", **options)
 
 
 def test_selections_are_arguments_of_open() -> None:

@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from squall import model
+from squall.adapters.xlora import XLora
 from squall.cli.app import app
 from squall.cli.selectors import NOT_YET, SELECTORS
 from squall.cli.serve import server
@@ -19,7 +20,12 @@ from squall.errors import SquallError
 from squall.opening import Opening
 
 COMMANDS = ("run", "serve", "bench", "perplexity")
-FILES = ("a.gguf", "b.gguf", "old.bin", "folder/config.json", "folder/x.uqff", "text.txt", "y.yaml")
+ORDER = '{"order": ["x"], "preload_adapters": [{"name": "y", "adapter_model_id": "adapters/y"}]}'
+FILES = (
+    "adapters/x/adapter_config.json", "adapters/y/adapter_config.json", "odd=name/config.json",
+    "a.gguf", "b.gguf", "old.bin", "folder/config.json", "folder/x.uqff", "text.txt",
+    "y.yaml",
+)  # fmt: skip
 WHICH = '[model]\nquantized_model_id = "."\nquantized_filename = "old.bin"\ngqa = 8\n'
 # What is typed after `squall` -> what is opened, and some of the options.
 OPENED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,6 +69,49 @@ OPENED: dict[str, tuple[str, dict[str, Any]]] = {
     "bench -g 4 ggml -m . -f old.bin -g 2": ("old.bin", {"gqa": 2}),
     "perplexity --text text.txt plain -m folder -a ARCH": ("folder", {"architecture": "arch"}),
     "perplexity plain -m folder --text text.txt": ("folder", {"context": 1024}),
+    "run folder --adapter adapters/x Hi": (
+        "folder", {"adapters": {"x": "adapters/x"}, "active": {"x": 1.0}, "merge": False},
+    ),
+    "run folder --adapter law=adapters/x@0.5 --adapter owner/name@-2 Hi": (
+        "folder",
+        {"adapters": {"law": "adapters/x", "name": "owner/name"},
+         "active": {"law": 0.5, "name": -2.0}},
+    ),
+    "run folder --adapter odd=name --adapter b=c=d@1 --merge": (
+        "folder",
+        {"adapters": {"odd=name": "odd=name", "b": "c=d"}, "active": {"odd=name": 1.0, "b": 1.0},
+         "merge": True},
+    ),
+    "serve folder --adapter law=adapters/x --adapter-memory 3 --port 0": (
+        "folder",
+        {"adapters": {"law": "adapters/x"}, "active": None, "adapter_bytes": 3 << 20},
+    ),
+    "serve folder --adapter law=adapters/x@0.5 --merge --port 0": (
+        "folder", {"active": {"law": 0.5}, "merge": True},
+    ),
+    "serve -i folder --adapter law=adapters/x@0.5": ("folder", {"active": {"law": 0.5}}),
+    "run lora -m folder -a adapters --arch ARCH -t t.json Hi": (
+        "folder",
+        {"adapters": {"x": "adapters/x", "y": "adapters/y"}, "active": {"x": 1.0, "y": 1.0},
+         "merge": None, "architecture": "arch", "tokenizer_json": "t.json"},
+    ),
+    "run lora -m folder -a adapters -o order.json Hi": (
+        "folder",
+        {"adapters": {"x": "adapters/x", "y": "adapters/y"}, "active": {"x": 1.0}, "merge": False},
+    ),
+    "run lora -m folder -a adapters/x --adapter adapters/y Hi": (
+        "folder", {"active": {"x": 1.0, "y": 1.0}, "merge": False},
+    ),
+    "run lora -m folder -a adapters/x --merge Hi": ("folder", {"merge": True}),
+    "serve --port 0 lora-gguf -m . -f b.gguf -t t -a adapters/x": (
+        "b.gguf", {"adapters": {"x": "adapters/x"}, "active": {"x": 1.0}, "merge": None},
+    ),
+    "bench -c 1 lora-ggml -m . -f old.bin -g 2 -a adapters/x": ("old.bin", {"gqa": 2}),
+    "run x-lora -m folder -x adapters -o order.json -a ARCH --tgt-non-granular-index 4": (
+        "folder", {"xlora": XLora("adapters", "order.json", 4), "architecture": "arch"},
+    ),
+    "run x-lora-gguf -m . -f a.gguf -x adapters": ("a.gguf", {"xlora": XLora("adapters")}),
+    "run x-lora-ggml -m . -f old.bin -x adapters": ("old.bin", {"xlora": XLora("adapters")}),
 }  # fmt: skip
 WRONG = {
     "run -f a.gguf plain -m folder": "-f, -m and a kind each name a model",
@@ -73,6 +122,11 @@ WRONG = {
     "serve -f a.gguf b.gguf": "-f, -m and a kind each name a model",
     "run toml -f none.toml": "cannot read none.toml",
     "bench plain -m folder -w new.uqff --isq 4": "squall quantize does",
+    "bench folder --adapter adapters/x": "give -c 1",
+    "run folder --adapter a=adapters/x --adapter a=adapters/y": "a name of its own",
+    "serve folder --adapter law=adapters/x@0.5": "requests choose the weights",
+    "run lora -a adapters/x": "which model?",
+    "run lora -m other/model -a adapters -o none.json": "no ordering file 'none.json'",
 }
 USAGE = {
     "run plain": "--model-id",
@@ -95,9 +149,10 @@ class Opened(SquallError):
 @pytest.fixture(autouse=True)
 def _no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FILES:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "which.toml").write_text(WHICH)
+    (tmp_path / "order.json").write_text(ORDER)
     monkeypatch.chdir(tmp_path)
 
     def stop(opening: Opening) -> None:

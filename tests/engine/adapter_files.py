@@ -64,16 +64,27 @@ def write_base(folder: Path, merged: Mapping[Path, float] | None = None) -> Path
     return folder
 
 
-def write_adapter(folder: Path, seed: int, modules: Sequence[str] = tuple(LINEARS)) -> Path:
-    """An adapter that changes much, also in the place of what is there."""
+def write_adapter(
+    folder: Path,
+    seed: int,
+    modules: Sequence[str] = tuple(LINEARS),
+    *,
+    sizes: Mapping[str, tuple[int, int]] = LINEARS,
+    layers: int = LAYERS,
+    size: float = 0.2,
+) -> Path:
+    """An adapter that changes much, also in the place of what is there.
+
+    sizes: of the base's linears, rows and columns. size: of the numbers.
+    """
     rng = np.random.default_rng(seed)
     tensors = {}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name in modules:
-            rows, cols = LINEARS[name]
+            rows, cols = sizes[name]
             for part, shape in (("A", (RANK, cols)), ("B", (rows, RANK))):
                 at = f"{PREFIX}model.layers.{layer}.{name}.lora_{part}.weight"
-                tensors[at] = (rng.standard_normal(shape) * 0.2).astype(np.float32)
+                tensors[at] = (rng.standard_normal(shape) * size).astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / "new.safetensors"  # as the old one may be mapped
     save_file(tensors, new)

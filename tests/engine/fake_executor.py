@@ -45,6 +45,7 @@ class FakeExecutor:
 
     threads, pool, isa, weight_bytes, kv_bytes, vocab = 1, None, "none", 0, 0, VOCAB
     settles = None
+    whole = False
 
     def __init__(
         self,

@@ -49,17 +49,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 ABOVE: dict[str, set[str]] = {
     "model": set(MAY_IMPORT),
     "api": {
-        "errors",
-        "adapters",
-        "closing",
-        "checkpoints",
-        "engine",
-        "quant",
-        "text",
-        "opening",
+        "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model",
     },
-    "server": {"__version__", "errors", "engine", "model", "api"},
+    "server": {"__version__", "errors", "adapters", "engine", "model", "api"},
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api"},
 }  # fmt: skip

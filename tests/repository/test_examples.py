@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from project import ROOT
+from tiny_models import write_adapter, write_folder
 
 from squall.embedded import find
 
@@ -18,6 +19,7 @@ PAGES = {
     for name in ("docs/python-api.md", "docs/structured-output.md")
 }
 EXPECTED = {
+    "adapters": "['law']: ",
     "chat": "Paris",
     "gguf": "",
     "json_answer": "Paris",
@@ -38,9 +40,19 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny model, and an adapter for it."""
+    root = tmp_path_factory.mktemp("adapted")
+    base = write_folder(root / "base")
+    return [str(base), str(write_adapter(root / "law", base))]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
-def test_example_runs(path: Path) -> None:
-    out = run(str(path), *ARGUMENTS.get(path.stem, []))
+def test_example_runs(path: Path, adapted: list[str]) -> None:
+    given = adapted if path.stem == "adapters" else ARGUMENTS.get(path.stem, [])
+    out = run(str(path), *given)
     assert EXPECTED[path.stem] in out
     assert out.strip()
     if path.stem == "logits_processor":

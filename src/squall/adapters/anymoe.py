@@ -228,7 +228,7 @@ class Experts:
             shapes = [self._shapes[f"{s}.weight"] for s in stems if f"{s}.weight" in self._shapes]
             if not stems or len(shapes) < len(stems):
                 known = ", ".join(_MODULES)
-                raise InvalidCheckpoint(f"there is no {module!r} in its layers; known: {known}")
+                raise InvalidRequest(f"AnyMoE: its MLPs have no {module!r}; known: {known}")
             name, rows = f"model.layers.{layer}.mlp.{module}", sum(shape[0] for shape in shapes)
             a = _tensor(tensors, f"{name}.lora_A.weight", (lora.rank, shapes[0][1]))
             b = _tensor(tensors, f"{name}.lora_B.weight", (rows, lora.rank))

@@ -51,7 +51,7 @@ def open_experts(  # noqa: PLR0913
     """
     program, config, gates = experts.program(context), experts.config, None
     if config.training:
-        examples = read(experts, encode, limits.rows["tokens"])
+        examples = read(experts, encode, context)
         zeros = np.zeros((experts.count, config.hidden_size), np.float32)
         store.checkpoints[GATES] = _checkpoint({_ZEROS: zeros})
         rows = sum(sorted((len(ids) for ids, _ in examples), reverse=True)[: config.batch_size])
@@ -73,7 +73,7 @@ def read(experts: Experts, encode: Encode, longest: int) -> list[Example]:
 
 def _example(where: str, row: Any, experts: int, encode: Encode, longest: int) -> Example:
     match row:
-        case {"prompt": str(prompt), "expert": int(expert), **others}:
+        case {"prompt": str(prompt), "expert": int(expert), **others} if type(expert) is int:
             ids = encode(prompt)
         case _:
             raise InvalidRequest(f"{where} must have a prompt, text, and an expert, a number")

@@ -15,7 +15,10 @@ from squall.recipes.modules import gguf_architecture
 
 MAX_ALPHA = 1e6
 _KIND = {"general.type": "adapter", "adapter.type": "lora"}
-_KEYS = {"adapter.type", "adapter.lora.alpha"}
+_KEYS = {
+    "adapter.type",
+    *(f"adapter.lora.{key}" for key in ("alpha", "task_name", "prompt_prefix")),
+}
 _ENDS = (".lora_a", ".lora_b")
 
 
@@ -26,7 +29,7 @@ def read_file(path: Path, parts: Parts) -> tuple[float, tuple[str, ...]]:
     stems = {n.removesuffix(end) for n in found.tensors for end in _ENDS if n.endswith(end)}
     for name, tensor in found.tensors.items():
         if not name.endswith(_ENDS):
-            parts.vector(name, Floats.of(tensor))
+            parts.whole(name, Floats.of(tensor))
     for stem in sorted(stems):
         if not all(stem + end in found.tensors for end in _ENDS):
             raise InvalidCheckpoint(f"{quote(path.name)} has one of {stem}.lora_a and .lora_b")

@@ -67,11 +67,12 @@ def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None
         config, modules = read_folder(folder, weights, parts)
         rank, alpha, base = config.rank, config.alpha, config.base
     terms = parts.terms()
-    if not terms and not parts.vectors:
+    vectors = {role: change for role, change in parts.vectors.items() if change.any()}
+    if not terms and not vectors:
         raise InvalidCheckpoint(f"the adapter {str(path)!r} changes nothing")
     stored = (part for term in terms.values() for part in (term.a, term.b) if part is not None)
     return Lora(
-        terms, parts.vectors, parts.digest(terms), rank, alpha, base, modules,
+        terms, vectors, parts.digest(terms), rank, alpha, base, modules,
         sum(part.data.nbytes for part in stored), chosen,
     )  # fmt: skip
 

@@ -75,17 +75,19 @@ class Ordering:
 
         In a folder or repository it is the sub-folder whose name has the adapter's, or all of it.
         """
-        names = self.order or (() if self.preload else names_in(repository))
-        given = dict.fromkeys(names, repository) | dict(self.preload)
+        if not self.order and not self.preload:
+            return _all_of(repository)
+        given = dict.fromkeys(self.order, repository) | dict(self.preload)
         return {name: place_of(name, path) for name, path in given.items()}
 
 
-def names_in(repository: str) -> tuple[str, ...]:
+def _all_of(repository: str) -> dict[str, str]:
     """The adapters of a folder that has several, or one by the repository's name."""
     root = Path(repository).expanduser()
-    found = sorted(file.parent.name for file in root.glob(f"*/{CONFIG}"))
-    several = found and not (root / CONFIG).is_file()
-    return tuple(found) if several else (repository.rstrip("/").rpartition("/")[2],)
+    found = sorted(file.parent for file in root.glob(f"*/{CONFIG}"))
+    if found and not (root / CONFIG).is_file():
+        return {path.name: str(path) for path in found}
+    return {repository.rstrip("/").rpartition("/")[2]: repository}
 
 
 def place_of(name: str, repository: str) -> str:

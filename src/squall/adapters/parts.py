@@ -76,7 +76,7 @@ class Parts:
         """
         readings = list(self.target.readings(module))
         if not readings:
-            raise self._unknown(a.name)
+            raise self.unknown(a.name)
         rank = b.array.shape[-1]
         shapes = [self._shapes(places, rank) for places in readings]
         if not 1 <= rank <= MAX_RANK or (a.array.shape, b.array.shape) not in shapes:
@@ -95,54 +95,47 @@ class Parts:
             if bias is not None:
                 self._biases[site] = bias.float32()[rows] * np.float32(scale)
 
-    def weight(self, module: str, tensor: Floats) -> None:
-        """A matrix in place of the base's."""
-        shape = tensor.array.shape
-        readings = self.target.readings(module)
-        for places in readings:
-            if shape == (places[-1][2], self.target.size(places[0][0])[1]):
-                break
-        else:
-            raise self._unknown(tensor.name, shape)
-        found = tensor.float32()
-        for site, start, stop in places:
-            change = found[self._rows(site, start, stop)] - self.target.matrix(site)
-            if change.any():
-                self._changes[site] = change
-
-    def vector(self, name: str, tensor: Floats) -> None:
-        """A norm's values or a bias, in place of the base's."""
-        found, shape = tensor.float32(), tensor.array.shape
-        norm = self.target.vector(name, found.size)
-        if norm is not None and len(shape) == 1:
+    def whole(self, name: str, tensor: Floats) -> None:
+        """A weight or bias in place of the base's."""
+        found, target = tensor.float32(), self.target
+        norm = target.norm(name, found.size)
+        if norm is not None:
             role, start = norm
-            base = self.target.values(role)
-            found += np.float32(self.target.norm_offset(paired=self.paired))
-            found -= base[start : start + found.size]
-            if found.any():
-                whole = self.vectors.setdefault(role, np.zeros_like(base))
-                whole[start : start + found.size] = found
+            base = target.values(role)
+            whole = self.vectors.setdefault(role, np.zeros_like(base))
+            offset = target.norm_offset(paired=self.paired)
+            whole[start : start + found.size] = found.reshape(-1) + np.float32(offset)
+            whole[start : start + found.size] -= base[start : start + found.size]
             return
         module, _, kind = name.rpartition(".")
-        places = self.target.sites(module) if kind == "bias" else ()
-        if not places or shape != (places[-1][2],):
-            raise self._unknown(tensor.name, shape)
+        for places in target.readings(module):
+            size = places[-1][2], target.size(places[0][0])[1]
+            if found.shape == (size if kind == "weight" else size[:1]):
+                break
+        else:
+            raise self.unknown(tensor.name, found.shape)
         for site, start, stop in places:
-            base = self.target.values(f"{site[0]}.bias")
-            change = found[self._rows(site, start, stop)] - base
-            if change.any():
-                self._biases[site] = self._biases.get(site, 0) + change
+            rows = found[self._rows(site, start, stop)]
+            if kind == "weight":
+                self._changes[site] = rows - target.matrix(site)
+            else:
+                bias = rows - target.values(f"{site[0]}.bias")
+                self._biases[site] = self._biases.get(site, 0) + bias
 
     def terms(self) -> dict[Site, Term]:
         """All that is added to matrices and their biases, one term a site."""
         found = dict(self._terms)
         for site, change in self._changes.items():
+            if not change.any():
+                continue
             if site in found:
                 change = change + product(as_linear(site, found[site]), change.shape[1])
             rows = stored(change)
             a, b = (rows, None) if site[0] == TABLE else (None, rows)
             found[site] = Term(a, b, change.shape[1])
         for site, bias in self._biases.items():
+            if not bias.any():
+                continue
             size = self.target.size(site)
             none = Term(stored(np.zeros(size[1])), stored(np.zeros(size[0])), 1)
             found[site] = replace(found.get(site, none), bias=bias)
@@ -176,7 +169,7 @@ class Parts:
         order = self.target.order(site[0], paired=self.paired)
         return slice(start, stop) if order is None else start + order
 
-    def _unknown(self, name: str, shape: tuple[int, ...] | None = None) -> UnsupportedModel:
+    def unknown(self, name: str, shape: tuple[int, ...] | None = None) -> UnsupportedModel:
         given = "" if shape is None else f" of shape {shape}"
         return UnsupportedModel(
             f"the adapter's tensor {quote(name)}{given} belongs to nothing in the base model; is "

@@ -40,7 +40,9 @@ _LORA = re.compile(
     r"(.+?)((?:\.base_layer)*)\.lora_(?:embedding_)?([AB])(?:\.(?!weight$|bias$)[^.]+)?"
     r"(?:\.(weight|bias))?"
 )
-_SAVED = re.compile(r"(.+?)(\.base_layer)?(?:\.modules_to_save(?:\.[^.]+)?)?\.(weight|bias)")
+_SAVED = re.compile(
+    r"(.+?)(\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?\.(weight|bias)"
+)
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 _LAYER = r"(?:^|.*?\.){}\.(\d{{1,5}})\."
 Names = str | tuple[str, ...]
@@ -172,7 +174,10 @@ class Config:
         trained = kind == "bias" and (
             self.bias == "all" or (self.bias == "lora_only" and self.adapts(module))
         )
-        return embedding or trained or any(module.endswith(name) for name in self.saved)
+        ends = tuple(self.saved)  # of the module, or of one that it is a part of
+        parts = module.split(".")
+        within = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        return embedding or trained or any(outer.endswith(ends) for outer in within)
 
     def _in_layers(self, module: str) -> bool:
         if not self.layers:
@@ -185,7 +190,7 @@ class Config:
 
 def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Config, tuple[str, ...]]:
     """What the folder says, and the modules that it adapts; their terms go to `parts`."""
-    config, tensors = Config.read(folder), _tensors(folder, weights)
+    config, tensors = Config.read(folder), tensors_of(folder, weights)
     pairs: dict[tuple[str, int], dict[str, Floats]] = {}
     for name, tensor in tensors.items():
         path = name.removeprefix("base_model.model.")
@@ -202,7 +207,8 @@ def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Confi
     return config, tuple(sorted(modules))
 
 
-def _tensors(folder: Path, weights: Path | None) -> Mapping[str, Tensor]:
+def tensors_of(folder: Path, weights: Path | None = None) -> Mapping[str, Tensor]:
+    """Those of an adapter's folder, or of a file in it."""
     there = [folder / name for name in WEIGHTS] if weights is None else [weights]
     for path in there:
         if path.is_file():
@@ -220,10 +226,8 @@ def _whole(path: str, tensor: Tensor, config: Config, parts: Parts) -> None:
             f"the adapter's tensor {quote(tensor.name)} is no part of a LoRA, and {CONFIG} does "
             "not name it in modules_to_save or by its bias"
         )
-    if match[3] == "weight" and len(tensor.shape) > 1:
-        parts.weight(match[1], Floats.of(tensor))
-    else:
-        parts.vector(f"{match[1]}.{match[3]}", Floats.of(tensor))
+    if ".original_module" not in path:  # of what is saved the base's own
+        parts.whole(f"{match[1]}.{match[3]}", Floats.of(tensor))
 
 
 def _adapted(key: tuple[str, int], pair: Mapping[str, Floats], config: Config, parts: Parts) -> str:
@@ -244,14 +248,17 @@ def _adapted(key: tuple[str, int], pair: Mapping[str, Floats], config: Config, p
             "see its target_modules, target_parameters, exclude_modules, modules_to_save and "
             "layers_to_transform"
         )
-    experts = len({site[1] for site, _, _ in parts.target.sites(name)})
-    if experts * rank not in a.array.shape[:1] or b.array.shape[1:] != a.array.shape[:1]:
+    places = parts.target.sites(name)
+    if not places:
+        raise parts.unknown(a.name)
+    experts = len({site[1] for site, _, _ in places})
+    if a.array.ndim != 2 or not len(a.array) == experts * rank == b.array.size // len(b.array):
         raise InvalidCheckpoint(
             f"tensors {quote(a.name)} and {quote(b.name)} have shapes {a.array.shape} and "
             f"{b.array.shape}; by {CONFIG} their rank is {rank}"
             + (f", of each of {experts} experts" if experts > 1 else "")
         )
-    if (TABLE, 0) in (site for site, _, _ in parts.target.sites(name)):
+    if places[0][0][0] == TABLE:
         a = replace(a, array=a.array.T)
     rows = len(b.array)
     a = replace(a, array=a.array.reshape(experts, -1, a.array.shape[-1]))

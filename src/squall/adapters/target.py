@@ -67,7 +67,7 @@ class Target:
                 if all(e < self._experts(role) for (role, e), _, _ in places):
                     yield tuple(places)
 
-    def vector(self, name: str, size: int) -> tuple[str, int] | None:
+    def norm(self, name: str, size: int) -> tuple[str, int] | None:
         """The role of a norm's weight or bias by its name, and where in it these values begin."""
         module, _, kind = name.rpartition(".")
         for (role, *more), piece in self._meanings(module):

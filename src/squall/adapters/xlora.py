@@ -261,6 +261,7 @@ class TwoPasses:
     ) -> None:
         self._config, self._programs, self.settles = parts.config, programs, parts.settles
         self._open = partial(executors.open, limits=limits, pool=pool or executors.thread_pool())
+        self.whole = False
         # What settled, by the block of the row that it is of.
         self._settled = np.empty((limits.blocks, parts.width), np.float32)
         self._load(store, progress)

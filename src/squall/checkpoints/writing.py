@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +81,11 @@ def write_parts(file: IO[bytes], parts: Iterable[Part]) -> None:
         assert file.tell() - start == part.nbytes, f"{file.tell() - start} of {part.nbytes} bytes"
 
 
-def write_safetensors(path: Path, items: Sequence[Item], *, force: bool) -> None:
+def write_safetensors(
+    path: Path, items: Sequence[Item], *, force: bool, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file."""
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     at = 0
     for item in items:
         offsets = [at, at + item.part.nbytes]

@@ -10,7 +10,10 @@ import typer
 
 from squall.cli.flags import HELP
 from squall.cli.inspect import inspect
-from squall.cli.options import Json
+from squall.cli.opening import named_adapters
+from squall.cli.options import Json, Threads, progress
+from squall.errors import InvalidRequest
+from squall.opening import Opening
 
 app = typer.Typer(
     name="adapters", help="List, show and merge LoRA adapters.", context_settings=HELP
@@ -50,3 +53,37 @@ def show(
 
 
 app.command(name="inspect")(inspect)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="A folder of floats, or a model of the hub.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="PATH[@WEIGHT]...")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder, .gguf or .uqff.")],
+    isq: Annotated[str | None, typer.Option(help="What to quantize a file to: Q4K...")] = None,
+    threads: Threads = None,
+) -> None:
+    """Write a model that has adapters in its weights, as a folder or a quantized file.
+
+    squall adapters merge FOLDER adapters/law@0.7 adapters/sql@0.3 -o merged.gguf --isq Q4K
+    """
+    from squall import convert
+    from squall.adapters.lora import read
+    from squall.adapters.target import Target
+    from squall.executors import default_threads
+    from squall.model import prepare
+
+    with progress("fetching") as shown:
+        checkpoint, recipe, plan = prepare(Opening(base, isq=isq, progress=shown))
+    target = Target.of(checkpoint, recipe)
+    loras = [(read(path, target), weight) for path, weight in named_adapters(adapters).values()]
+    with progress(f"writing {output.name}") as shown:
+        if output.suffix not in (".gguf", ".uqff"):
+            if isq is not None:
+                raise InvalidRequest("--isq: a folder has floats; write NAME.gguf or NAME.uqff")
+            convert.merge_folder(checkpoint, recipe, loras, output, progress=shown)
+        else:
+            threads = threads or default_threads()
+            merged = convert.merged(checkpoint, recipe, loras)
+            convert.write(*merged, plan, output, threads=threads, progress=shown)
+    typer.echo(f"{output}: {checkpoint.path} with {len(loras)} adapters")

@@ -14,7 +14,7 @@ from squall.cli.options import File, Folder, Json
 from squall.errors import SquallError
 
 if TYPE_CHECKING:
-    from squall.checkpoints import Inspection
+    from squall.checkpoints import Checkpoint, Inspection
 
 
 def inspect(
@@ -39,18 +39,38 @@ def inspect(
     from squall.locate import locate
 
     check_one(model, file, folder)
-    path = locate(model or file or folder)
-    found = describe(read_header(path))
-    obstacle = _obstacle(path)
+    name = model or file or folder
+    adapter = None if name is None else _adapter(Path(name).expanduser())
+    path = adapter.path if adapter else locate(name)
+    header = adapter or read_header(path)
+    if adapter or header.metadata.get("general.type") == "adapter":
+        obstacle = f"it is an adapter; open a model with it: squall run MODEL --adapter {path}"
+    else:
+        obstacle = _obstacle(path)
+    found = describe(header)
     if as_json:
-        report = asdict(found) | {"runs": obstacle is None, "obstacle": obstacle}
+        report = asdict(found) | {"runs": not obstacle, "obstacle": obstacle or None}
         typer.echo(json.dumps(report))
     else:
         _print(found, obstacle)
 
 
-def _obstacle(path: Path) -> str | None:
-    """Why Squall cannot run the model; None if it can."""
+def _adapter(folder: Path) -> Checkpoint | None:
+    """The folder of a LoRA adapter, if it is one."""
+    from squall.adapters.ordering import CONFIG
+    from squall.adapters.peft import tensors_of
+    from squall.checkpoints import Checkpoint
+    from squall.files import read_json
+
+    if (config := read_json(folder / CONFIG)) is None:
+        return None
+    tensors = tensors_of(folder)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return Checkpoint(folder, config, tensors, size, kind="folder")
+
+
+def _obstacle(path: Path) -> str:
+    """Why Squall cannot run the model; "" if it can."""
     from squall import recipes
     from squall.checkpoints import open_checkpoint
     from squall.model import open_tokenizer
@@ -61,10 +81,10 @@ def _obstacle(path: Path) -> str | None:
         open_tokenizer(checkpoint)
     except SquallError as error:
         return str(error)
-    return None
+    return ""
 
 
-def _print(found: Inspection, obstacle: str | None) -> None:
+def _print(found: Inspection, obstacle: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -89,4 +109,4 @@ def _print(found: Inspection, obstacle: str | None) -> None:
     form += f" ({found.quantization})" if found.quantization else ""
     size = f"{found.parameters / 1e6:.1f} million parameters, {found.size_bytes / 2**20:.1f} MiB"
     console.print(Text(f"{found.path}: {form}, {size}"))
-    console.print(Text(f"Squall can run it: {'yes' if obstacle is None else f'no: {obstacle}'}"))
+    console.print(Text(f"Squall can run it: {'yes' if not obstacle else f'no: {obstacle}'}"))

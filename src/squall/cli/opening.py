@@ -83,10 +83,8 @@ class ModelFlags:
             weights = {name: weight for name, (_, weight) in weighted.items()}
             if self.adapts_all or self.merge:
                 given["active"] = weights
-            elif set(weights.values()) > {1.0}:
+            elif set(weights.values()) != {1.0}:
                 raise InvalidRequest("--adapter: requests choose the weights; leave them out")
-        elif self.merge and selected is None:
-            raise InvalidRequest("--merge: nothing to merge; name adapters with --adapter")
         opening = self._chosen(selected, replace(others, hub=hub, **given))
         as_stored = opening.isq is None and opening.topology is None
         return opening if as_stored or opening.from_uqff is not None else _of_floats(opening)

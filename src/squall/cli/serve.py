@@ -69,6 +69,12 @@ class ServeFlags(ModelFlags):
         float | None,
         typer.Option(metavar="SECONDS", min=0, help="Refuse what waits longer; by default never."),
     ] = None
+    adapter_folder: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER", help="Clients may load adapters from here, and remove some."
+        ),
+    ] = None
     adapter_memory: Annotated[
         int | None, typer.Option(min=1, help="MiB for adapters; the unused longest make room.")
     ] = None
@@ -175,6 +181,7 @@ class ServeFlags(ModelFlags):
         return ServerOptions(
             model_id=self.served_model_name,
             strict_fields=self.strict_fields,
+            adapter_folders=tuple(self.adapter_folder or ()),
             api_keys=tuple(self.api_key or ()),
             origins=tuple(self.cors or ()),
             hosts=None if hosts is None else frozenset(hosts),

@@ -66,6 +66,7 @@ class Executor(Protocol):
     pool: its threads, which others may share between runs. max_rows: tokens of a step. vocab: how
         wide the logits are.
     plan, formats: what the weights became.
+    whole: what a prompt's rows are depends on all of them, so that they have to be one step.
     settles: from so many tokens of an answer on, K and V depend on where the prompt ended.
     """
 
@@ -83,6 +84,7 @@ class Executor(Protocol):
     weight_bytes: int
     kv_bytes: int
     settles: int | None
+    whole: bool
 
     @property
     def pool(self) -> ThreadPool | None: ...

@@ -138,6 +138,7 @@ class NativeExecutor:
         self.pool = pool or thread_pool()
         self.threads = self.pool.threads
         self._indices, self._spaces = program.indices, program.spaces
+        self.whole = any(index.name == "shared" for index in self._indices)
         self._kept = frozenset(keep)
         if missing := self._kept - {value.name for value in program.values}:
             raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")

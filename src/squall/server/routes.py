@@ -36,16 +36,16 @@ from squall.server.schemas import (
     CompletionBody,
     DetokenizeBody,
     GenerationBody,
-    LoadLoraBody,
+    LoadBody,
     ReIsqBody,
     TokenizeBody,
-    UnloadLoraBody,
+    UnloadBody,
 )
 from squall.server.service import Served, Service
 
 BODIES: tuple[type[Body], ...] = (
     ChatBody, CompletionBody, ResponsesBody, MessagesBody, CountBody, TokenizeBody, DetokenizeBody,
-    ReIsqBody, ActivateBody, AdapterBody, LoadLoraBody, UnloadLoraBody,
+    ReIsqBody, ActivateBody, AdapterBody, LoadBody, UnloadBody,
 )  # fmt: skip
 OPENAPI_PATHS = ("/openapi.json", "/api-doc/openapi.json")
 
@@ -214,10 +214,10 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         _remove(service, name)
         return JSONResponse({"name": name, "object": "adapter", "deleted": True})
 
-    @router.post("/v1/load_lora_adapter", openapi_extra=_takes(LoadLoraBody))
+    @router.post("/v1/load_lora_adapter", openapi_extra=_takes(LoadBody))
     async def load_lora(request: Request) -> Response:
         """Load an adapter, as vLLM has it."""
-        body, served = await _read(service, request, LoadLoraBody)
+        body, served = await _read(service, request, LoadBody)
         name = body.lora_name
         if name in served.model.adapters and not body.load_inplace:
             why = f"the adapter {name!r:.200} is loaded already; load_inplace replaces it"
@@ -225,10 +225,10 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         await _put(service, served, name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", openapi_extra=_takes(UnloadLoraBody))
+    @router.post("/v1/unload_lora_adapter", openapi_extra=_takes(UnloadBody))
     async def unload_lora(request: Request) -> Response:
         """Remove an adapter, as vLLM has it."""
-        body, _ = await _read(service, request, UnloadLoraBody)
+        body, _ = await _read(service, request, UnloadBody)
         _remove(service, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

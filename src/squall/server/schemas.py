@@ -225,7 +225,7 @@ class AdapterBody(Body, frozen=True):
     pinned: bool = False
 
 
-class LoadLoraBody(Body, frozen=True):
+class LoadBody(Body, frozen=True):
     """POST /v1/load_lora_adapter, vLLM's; load_inplace: replace it if it is there."""
 
     lora_name: str
@@ -233,7 +233,7 @@ class LoadLoraBody(Body, frozen=True):
     load_inplace: bool = False
 
 
-class UnloadLoraBody(Body, frozen=True):
+class UnloadBody(Body, frozen=True):
     """POST /v1/unload_lora_adapter, vLLM's."""
 
     lora_name: str

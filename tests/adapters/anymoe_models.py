@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,23 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-EXPERTS = 3
-RANK, ALPHA = 4, 10.0
+from squall import recipes
+from squall.adapters.anymoe import AnyMoe, Experts, FineTuned, gate_names
+from squall.adapters.anymoe_training import open_experts
+from squall.checkpoints import open_checkpoint
+from squall.executors import Executor, Limits
+from squall.weights import WeightStore
+
+EXPERTS, RANK, ALPHA = 3, 4, 10.0
+# Each expert's prompts have letters of their own, so that gates learn fast.
+TEXTS = [
+    ("abba babbaab aab", 0), ("bab abab", 0), ("aaaabbbb ba", 0),
+    ("1 + 12 = 112", 1), ("21 * 2 + 11", 1), ("2 + 1221", 1),
+    ("xyz.zyx(z)", 2), ("zz(xy, yx).x", 2), ("y.z(x)", 2),
+]  # fmt: skip
+EPOCHS, BATCH, LR = 12, 4, 0.02
+ROWS = 64
+BY_NAME = {case.name: case for case in tiny.CASES}
 
 
 class Mixture(torch.nn.Module):
@@ -68,8 +84,8 @@ def adapted(model: Any, modules: Sequence[str], path: Path, prefix: str, seed: i
     for i, layer in enumerate(found.model.layers):
         for module in modules:
             weight = getattr(layer.mlp, module).weight
-            a = torch.randn(RANK, weight.shape[1], generator=generator) * 0.3
-            b = torch.randn(weight.shape[0], RANK, generator=generator) * 0.3
+            a = torch.randn(RANK, weight.shape[1], generator=generator) * 0.15
+            b = torch.randn(weight.shape[0], RANK, generator=generator) * 0.15
             weight.data += (b @ a) * (ALPHA / RANK)
             name = f"{prefix}model.layers.{i}.mlp.{module}"
             tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
@@ -102,3 +118,59 @@ def train(
             row.append(float(loss.detach()))
         losses.append(row)
     return losses
+
+
+def encode(prompt: str) -> list[int]:
+    return [1, *(3 + ord(c) for c in prompt)]
+
+
+EXAMPLES = [(encode(text), expert) for text, expert in TEXTS]
+
+
+@dataclass
+class Tiny:
+    """A model with experts, in torch and as files."""
+
+    case: tiny.Case
+    model: Any
+    experts: Sequence[Any]
+    paths: Sequence[Path]
+    folder: Path
+
+    def config(self, **changes: Any) -> AnyMoe:
+        rows = [{"prompt": text, "expert": expert} for text, expert in TEXTS]
+        dataset = self.folder / "rows.json"
+        dataset.write_text(json.dumps({"rows": rows}))
+        hidden = self.model.config.hidden_size
+        given: dict[str, Any] = {
+            "prefix": "model.layers", "mlp": "mlp", "model_ids": [str(p) for p in self.paths[1:]],
+            "expert_type": FineTuned(), "lr": LR, "epochs": EPOCHS, "batch_size": BATCH,
+            "gate_model_id": str(self.folder / "gates"),
+            "loss_csv_path": str(self.folder / "losses" / "losses.csv"),
+        }  # fmt: skip
+        return AnyMoe(hidden, str(dataset), **(given | changes))
+
+    def open(self, config: AnyMoe, rows: int = ROWS, blocks: int = 16, **options: Any) -> Executor:
+        checkpoint = open_checkpoint(self.paths[0])
+        experts = Experts(config, recipes.load(checkpoint))
+        store = WeightStore(checkpoint, others=experts.others, merged=experts.merged)
+        limits = Limits(rows={"tokens": rows, "outputs": rows}, blocks=blocks, kv_dtype="f32")
+        return open_experts(experts, store, limits, context=ROWS, encode=encode, **options)
+
+    def random_gates(self) -> AnyMoe:
+        """Gates that differ much from token to token."""
+        generator, tensors = torch.Generator().manual_seed(1), {}
+        hidden, folder = self.model.config.hidden_size, self.folder / "random"
+        for layer in range(len(self.model.model.layers)):
+            weight, bias = gate_names(layer)
+            tensors[weight] = torch.randn(EXPERTS, hidden, generator=generator)
+            tensors[bias] = torch.randn(EXPERTS, generator=generator)
+        folder.mkdir(exist_ok=True)
+        save_file(tensors, folder / "gate.safetensors")
+        return self.config(training=False, gate_model_id=str(folder))
+
+
+def made(name: str, folder: Path) -> Tiny:
+    case = BY_NAME[name]
+    models, paths = build(case, folder)
+    return Tiny(case, models[0], models[1:], paths, folder)

@@ -1,0 +1,131 @@
+"""`squall adapters`, and what other commands do with adapters."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny_models import write_adapter, write_folder
+from typer.testing import CliRunner, Result
+
+from squall import Model
+from squall.cli.app import app
+from squall.errors import SquallError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and adapters for it."""
+    root = tmp_path_factory.mktemp("adapters")
+    base = write_folder(root / "base")
+    for seed, name in enumerate(("law", "sql")):
+        write_adapter(root / "adapters" / name, base, seed)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+
+
+def invoke(line: str) -> Result:
+    return CliRunner().invoke(app, shlex.split(line), input="Hi")
+
+
+def answer(line: str) -> str:
+    done = invoke(f"run {line} --temperature 0 --max-tokens 8 --raw Hello")
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def test_list() -> None:
+    listed = json.loads(invoke("adapters list adapters adapters/sql --json").stdout)
+    assert [item["path"] for item in listed] == ["adapters/law", "adapters/sql", "adapters/sql"]
+    law = listed[0]
+    assert (law["peft_type"], law["r"], law["lora_alpha"]) == ("LORA", 4, 8)
+    assert law["bytes"] == Path("adapters/law/adapter_model.safetensors").stat().st_size
+    assert "adapters/law" in invoke("adapters list adapters").stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "adapters inspect"])
+def test_inspect(command: str) -> None:
+    out = invoke(f"{command} adapters/law").stdout
+    assert "lora_A" in out
+    assert "lora_alpha" in out
+    report = json.loads(invoke(f"{command} adapters/law --json").stdout)
+    assert not report["runs"]
+    assert report["obstacle"].endswith("squall run MODEL --adapter adapters/law")
+
+
+def test_an_adapter_is_no_model() -> None:
+    done = invoke("run adapters/law Hello")
+    assert "is a LoRA adapter: open the model that it is for" in str(done.exception)
+
+
+def test_run() -> None:
+    plain, law = answer("base"), answer("base --adapter adapters/law")
+    assert plain != law
+    assert answer("base --adapter adapters/law --merge --weights f32") == answer(
+        "base --adapter adapters/law --weights f32"
+    )
+    assert answer("base --adapter adapters/law@0") == plain
+    both = answer("base --adapter adapters/law@0.5 --adapter b=adapters/sql@2")
+    assert both not in (plain, law)
+    done = invoke("run base --merge Hello")
+    assert "nothing to merge" in str(done.exception)
+
+
+def test_merge_to_a_folder() -> None:
+    done = invoke("adapters merge base adapters/law@0.5 adapters/sql -o merged")
+    assert done.exit_code == 0, (done.output, done.exception)
+    adapters = {"law": "adapters/law", "sql": "adapters/sql"}
+    with (
+        Model.open("merged", weights="f32") as written,
+        Model.open("base", weights="f32", adapters=adapters, active={"law": 0.5}, merge=True) as m,
+    ):
+        assert written.generate("Hello", temperature=0, max_tokens=8).read() == (
+            m.generate("Hello", temperature=0, max_tokens=8).read()
+        )
+        assert not m.adapters.list()
+    done = invoke("adapters merge base adapters/law -o merged")
+    assert isinstance(done.exception, SquallError)
+    assert "exists" in str(done.exception)
+
+
+def test_merge_to_a_file() -> None:
+    done = invoke("adapters merge base adapters/law -o merged.gguf --isq Q8_0")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert answer("merged.gguf") == answer("base --adapter adapters/law --merge --isq Q8_0")
+    for line, problem in (
+        ("base adapters/law -o new --isq Q4K", "a folder has floats"),
+        ("merged.gguf adapters/law -o new", "no folder"),
+        ("base ./adapters/none -o new", "there is no adapter"),
+        ("base adapters/law a/law -o new", "a name of its own"),
+    ):
+        done = invoke(f"adapters merge {line}")
+        assert problem in str(done.exception), line
+        assert not Path("new").exists()
+
+
+def test_adapters_beside_a_model() -> None:
+    adapters = {"law": "adapters/law", "sql": "adapters/sql"}
+    told: list[tuple[int, int]] = []
+    with Model.open(
+        "base", adapters=adapters, active={"sql": 2}, progress=lambda *at: told.append(at)
+    ) as model:
+        assert [info.name for info in model.adapters.list()] == ["law", "sql"]
+        assert model.adapters.active == ("sql",)
+        assert told[-2:] == [(1, 2), (2, 2)]
+        own = model.generate("Hello", temperature=0, max_tokens=8, adapters=[]).read()
+        assert own == model.generate("Hello", temperature=0, max_tokens=8, adapters={}).read()
+        assert own != model.generate("Hello", temperature=0, max_tokens=8).read()
+    with Model.open("base", adapters=adapters, adapter_bytes=1 << 20) as model:
+        assert model.adapters.limit_bytes == 1 << 20
+    with pytest.raises(SquallError, match="there is no adapter 'none'"):
+        Model.open("base", adapters={"a": "none"})
+    with pytest.raises(SquallError, match="'b'"):
+        Model.open("base", adapters=adapters, active={"b": 1})
