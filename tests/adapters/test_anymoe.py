@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from squall import recipes
-from squall.adapters.anymoe import AnyMoe, LoraAdapter
+from squall.adapters.anymoe import AnyMoe, FineTuned, LoraAdapter
 from squall.adapters.anymoe_training import beginning, write_losses
 from squall.batch import Batch
 from squall.checkpoints import open_checkpoint
@@ -223,11 +223,18 @@ def test_other_names_in_the_checkpoints_of_experts(small: Tiny, tmp_path: Path) 
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"model_ids": []}, InvalidRequest, "1 to 255"),
-    ({"lr": 0}, InvalidRequest, "lr"),
-    ({"epochs": 0}, InvalidRequest, "epochs"),
-    ({"batch_size": 0}, InvalidRequest, "batch_size"),
-    ({"loss_csv_path": "losses.txt"}, InvalidRequest, r"\.csv"),
+    ({"model_ids": []}, InvalidRequest, "model_ids is .* at least 1"),
+    ({"model_ids": "one"}, InvalidRequest, "model_ids is 'one'"),
+    ({"lr": 0}, InvalidRequest, "lr is 0: .* greater than 0"),
+    ({"lr": float("nan")}, InvalidRequest, "lr is nan"),
+    ({"epochs": 0}, InvalidRequest, "epochs is 0"),
+    ({"epochs": 1.5}, InvalidRequest, "epochs is 1.5: .* integer"),
+    ({"batch_size": True}, InvalidRequest, "batch_size is True"),
+    ({"prefix": 3}, InvalidRequest, "prefix is 3: .* string"),
+    ({"training": "yes"}, InvalidRequest, "training is 'yes'"),
+    ({"layers": ["1"]}, InvalidRequest, "layers is "),
+    ({"expert_type": FineTuned}, InvalidRequest, "expert_type is "),
+    ({"loss_csv_path": "losses.txt"}, InvalidRequest, r"losses\.txt.*csv"),
     ({"training": False, "gate_model_id": None}, InvalidRequest, "gate_model_id"),
     ({"layers": [4]}, InvalidRequest, "0 to 3"),
     ({"layers": [-1]}, InvalidRequest, "0 to 3"),

@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from squall import decoder
 from squall.adapters.peft import tensors_of
@@ -34,7 +37,8 @@ from squall.weights import Stored, Term
 
 SHARED = Index("shared")
 GATES = "gates"  # their source in a weight store
-MAX_EXPERTS = 256
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _PARTS = ("gate", "up", "down")
 
 
@@ -47,9 +51,12 @@ class FineTuned:
 class LoraAdapter:
     """Experts are the model's own feed-forward layers, to which adapters were added."""
 
-    rank: int
-    alpha: float
+    rank: Count
+    alpha: Positive
     target_modules: Sequence[str]
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +71,33 @@ class AnyMoe:
     loss_csv_path: a .csv file for the losses of each step, with a plot beside it.
     """
 
-    hidden_size: int
+    hidden_size: Count
     dataset_json: str
     prefix: str
     mlp: str
-    model_ids: Sequence[str]
+    model_ids: Annotated[Sequence[str], Field(min_length=1, max_length=255)]
     expert_type: FineTuned | LoraAdapter
     layers: Sequence[int] = ()
-    lr: float = 1e-3
-    epochs: int = 100
-    batch_size: int = 4
+    lr: Positive = 1e-3
+    epochs: Count = 100
+    batch_size: Count = 4
     gate_model_id: str | None = None
     training: bool = True
-    loss_csv_path: str | None = None
+    loss_csv_path: Annotated[str, Field(pattern=r"\.csv$")] | None = None
 
     def __post_init__(self) -> None:
-        path = self.loss_csv_path
-        for fine, problem in (
-            (1 <= len(self.model_ids) < MAX_EXPERTS, f"of model_ids 1 to {MAX_EXPERTS - 1} may be"),
-            (self.lr > 0, f"lr is {self.lr}; it must be above 0"),
-            (min(self.epochs, self.batch_size) > 0, "epochs and batch_size must be at least 1"),
-            (path is None or path.endswith(".csv"), f"loss_csv_path is {path!r}, not a .csv file"),
-            (self.training or self.gate_model_id, "gate_model_id must say where the gates are"),
-        ):
-            if not fine:
-                raise InvalidRequest(f"AnyMoE: {problem}")
+        _check(self)
+        if not self.training and self.gate_model_id is None:
+            raise InvalidRequest("AnyMoE: gate_model_id must say where the gates are")
+
+
+def _check(given: LoraAdapter | AnyMoe) -> None:
+    try:
+        for name, kind in get_type_hints(type(given), include_extras=True).items():
+            TypeAdapter(kind).validate_python(value := getattr(given, name), strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise InvalidRequest(f"AnyMoE: {name} is {value!r:.99}: {problem}") from None
 
 
 class Experts:
