@@ -25,6 +25,7 @@ from squall.checkpoints import open_checkpoint
 from squall.quant import Plan
 from squall.recipes import load
 from squall.recipes.config import RECIPES
+from squall.recipes.modules import row_order
 from squall.roles import roles
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -51,7 +52,10 @@ def with_values_of(base: Path, model: Any) -> Any:
     for role, shape in roles(recipe.decoder).items():
         if len(shape) > 1 and "experts" not in role:
             stem = role.removesuffix(".weight")
-            values, order = target.values((stem, 0)), target.order(stem, as_gguf=False)
+            values = target.values((stem, 0))
+            order = (
+                row_order(target.gguf, recipe.decoder, stem) if checkpoint.kind == "gguf" else None
+            )
             values = values if order is None else values[np.argsort(order)]
             if naming.name(role) in state:
                 state[naming.name(role)].copy_(torch.from_numpy(values.copy()))

@@ -217,6 +217,8 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "high B": (replaced(Q + "B.weight", torch.zeros(130, 4)), "shapes"),
     "other rank": (replaced(Q + "B.weight", torch.zeros(128, 5)), "of rank 4"),
     "a vector": (replaced(Q + "A.weight", torch.zeros(4)), "of rank 4"),
+    "a number": (replaced(Q + "A.weight", torch.tensor(4.0)), "of rank 4"),
+    "a number of a norm": (replaced("base_model.model.lm_head.weight", torch.tensor(4.0)), "lm_head"),
     "a cube": (replaced(Q + "B.weight", torch.zeros(128, 4, 1)), "of rank 4"),
     "empty": (replaced(Q + "A.weight", torch.zeros(0, 128)), "of rank 4"),
     "NaN": (replaced(Q + "A.weight", torch.full((4, 128), float("nan"))), "not finite"),
@@ -249,6 +251,14 @@ def test_modules_that_the_base_has_not(model: Adapted) -> None:
     extra = {at + "A.weight": torch.ones(4, 128), at + "B.weight": torch.ones(192, 4)}
     change_tensors(model, lambda tensors: tensors.update(extra))
     with pytest.raises(InvalidCheckpoint, match=r"layers\.9.*no such module.*made for"):
+        model.read()
+
+
+@pytest.mark.parametrize("size", [(), (127,), (129,), (128, 1)])
+def test_biases_have_a_value_a_row(size: tuple[int, ...], tmp_path: Path) -> None:
+    model = adapt(CASES["llama"], tmp_path, "gguf", **SIMPLE | {"lora_bias": True})
+    change_tensors(model, replaced(Q + "B.bias", torch.zeros(size)))
+    with pytest.raises(InvalidCheckpoint, match="q_proj"):
         model.read()
 
 
