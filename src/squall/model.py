@@ -529,7 +529,7 @@ def _anymoe(
     from squall.adapters.anymoe import AnyMoe, Experts
     from squall.adapters.anymoe_training import open_experts
 
-    experts = Experts(cast(AnyMoe, opening.anymoe), model[1], opening.hub)
+    experts = Experts(cast(AnyMoe, opening.anymoe), *model[:2], opening.hub)
     store = _store(model, opening, others=experts.others, merged=experts.merged)
     # A prompt is one step, beside a row of each other request; all its logits may be wanted.
     most = max(room.context + (opening.engine or EngineConfig()).max_seqs, MAX_ROWS)

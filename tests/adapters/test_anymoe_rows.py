@@ -63,7 +63,7 @@ def test_rows_equal_numpy(
 ) -> None:
     monkeypatch.setenv("SQUALL_ISA", isa)
     checkpoint = open_checkpoint(mixed.paths[0])
-    experts = Experts(mixed.random_gates(), recipes.load(checkpoint))
+    experts = Experts(mixed.random_gates(), checkpoint, recipes.load(checkpoint))
     others = experts.others | {GATES: experts.gates()}
     program = experts.program(ROWS)
     wanted = ReferenceExecutor(program, checkpoint, others=others, blocks=16)
