@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeGuard, cast
@@ -37,7 +37,7 @@ from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_thre
 from squall.locate import locate, locate_uqff
 from squall.opening import Opening
 from squall.program import Program
-from squall.quant import FORMATS, FormatTotal, Plan, Topology
+from squall.quant import FormatTotal, Plan, Topology
 from squall.recipes import Recipe
 from squall.spec import Decoder
 from squall.text.chat import ChatPrompt, ChatTemplate
@@ -135,19 +135,18 @@ class Model(Closing):
             block_size=kv.block_size,
             kv_dtype=opening.kv_dtype,
         )
-        space, own = _Room(size, limits, thread_pool(opening.threads)), prepared[0]
-        merged = _merged(own, opening)
-        if opening.xlora:
-            executor = _xlora(own, opening, space)
-        elif opening.anymoe:
-            encode = partial(_as_chat, template or _template(checkpoint), tokenizer)
-            executor = _anymoe(own, opening, space, encode)
-        else:
-            executor = _executor(own, opening, space, merged)
-        adapters = _shelf(own, opening, executor, merged)
+        there, own = (limits, thread_pool(opening.threads)), prepared[0]
+
+        def encode(text: str) -> list[int]:
+            chat = [{"role": "user", "content": text}]
+            prompt = (template or _template(checkpoint)).prompt(chat, tokenizer)
+            return tokenizer.encode_pieces(prompt.pieces)
+
+        executor = _executor(own, opening, size, there, encode)
+        adapters = _shelf(own, opening, executor)
         most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
         if small is not None:
-            draft = Draft(_executor(prepared[1], small, space), executor.vocab)
+            draft = Draft(_executor(prepared[1], small, size, there, encode), executor.vocab)
         speculation = None if opening.draft is None else Speculation(most, draft)
         answering = _engine(executor, engine, tokenizer, speculation)
         model = cls(checkpoint, recipe, executor.program, tokenizer, answering, adapters)
@@ -483,67 +482,41 @@ def _sizes(
     return (min(size, room) if opening.context is None else size), room
 
 
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """What executors of one engine have in common."""
-
-    context: int
-    limits: Limits
-    pool: ThreadPool
-
-
-def _store(model: Prepared, opening: Opening, **parts: Any) -> WeightStore:
-    checkpoint, _, plan = model
-    return WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32", **parts)
-
-
 def _executor(
-    model: Prepared, opening: Opening, room: _Room, merged: Sequence[tuple[Lora, float]] = ()
+    model: Prepared,
+    opening: Opening,
+    context: int,
+    there: tuple[Limits, ThreadPool],
+    encode: Callable[[str], Sequence[int]],
 ) -> Executor:
-    """One of the model with some adapters in its weights; rows may have others."""
-    recipe, parts = model[1], {}
-    if merged:
-        from squall.adapters.lora import merged_terms, merged_vectors
+    """One of the model, with what adapters make of it. encode: what a user says, as tokens."""
+    checkpoint, recipe, plan = model
+    context, (limits, pool) = min(context, recipe.decoder.context), there
+    store = partial(WeightStore, checkpoint, plan=plan, exact=opening.weights == "f32")
+    given: dict[str, Any] = {"pool": pool, "progress": opening.progress}
+    if opening.xlora is not None:
+        from squall.adapters.target import Target
+        from squall.adapters.xlora import CLASSIFIER, Parts, TwoPasses
 
-        parts = {"merged": merged_terms(merged), "vectors": merged_vectors(merged)}
-    size = min(room.context, recipe.decoder.context)
-    program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=size))
-    store, progress = _store(model, opening, **parts), opening.progress
-    return executors.open(program, store, room.limits, pool=room.pool, progress=progress)
+        parts = Parts.read(opening.xlora, Target.of(checkpoint, recipe), opening.hub)
+        own, programs = (
+            store(others={CLASSIFIER: parts.classifier}),
+            parts.programs(recipe, context),
+        )
+        return cast(Executor, TwoPasses(parts, programs, own, limits, **given))
+    if opening.anymoe is not None:
+        from squall.adapters.anymoe import Experts
+        from squall.adapters.anymoe_training import open_experts
 
-
-def _xlora(model: Prepared, opening: Opening, room: _Room) -> Executor:
-    from squall.adapters.target import Target
-    from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor
-
-    parts = Parts.read(cast(XLora, opening.xlora), Target.of(*model[:2]), opening.hub)
-    store = _store(model, opening, others={CLASSIFIER: parts.classifier})
-    programs, progress = parts.programs(model[1], room.context), opening.progress
-    made = XLoraExecutor(parts, programs, store, room.limits, pool=room.pool, progress=progress)
-    return cast(Executor, made)
-
-
-def _anymoe(
-    model: Prepared, opening: Opening, room: _Room, encode: Callable[[str], Sequence[int]]
-) -> Executor:
-    from squall.adapters.anymoe import AnyMoe, Experts
-    from squall.adapters.anymoe_training import open_experts
-
-    experts = Experts(cast(AnyMoe, opening.anymoe), *model[:2], opening.hub)
-    store = _store(model, opening, others=experts.others, merged=experts.merged)
-    # A prompt is one step, beside a row of each other request; all its logits may be wanted.
-    most = max(room.context + (opening.engine or EngineConfig()).max_seqs, MAX_ROWS)
-    rows = {"tokens": most, "outputs": most}
-    return open_experts(
-        experts, store, replace(room.limits, rows=rows), context=room.context, encode=encode,
-        pool=room.pool, progress=opening.progress, trained=opening.progress,
-    )  # fmt: skip
-
-
-def _as_chat(template: ChatTemplate, tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of what a user says."""
-    prompt = template.prompt([{"role": "user", "content": text}], tokenizer)
-    return tokenizer.encode_pieces(prompt.pieces)
+        experts = Experts(opening.anymoe, checkpoint, recipe, opening.hub)
+        own = store(others=experts.others, merged=experts.merged)
+        # A prompt is one step, beside a row of each other request; all its logits may be wanted.
+        most = max(context + (opening.engine or EngineConfig()).max_seqs, MAX_ROWS)
+        limits = replace(limits, rows={"tokens": most, "outputs": most})
+        given |= {"context": context, "encode": encode, "trained": opening.progress}
+        return open_experts(experts, own, limits, **given)
+    program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=context))
+    return executors.open(program, store(**_merged(model, opening)), limits, **given)
 
 
 def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:
@@ -553,25 +526,31 @@ def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str
     return read(path, Target.of(*model[:2]), hub=opening.hub)
 
 
-def _merged(model: Prepared, opening: Opening) -> list[tuple[Lora, float]]:
-    """The adapters that become part of the weights, and what each weighs."""
-    checkpoint, merge = model[0], opening.merge
-    if merge and not opening.adapters:
+def _merges(checkpoint: Checkpoint, opening: Opening) -> bool:
+    """Whether adapters become part of the weights."""
+    if opening.merge is None:
+        stored = {tensor.format for tensor in checkpoint.tensors.values()}
+        return not checkpoint.quantization and stored <= {"f32", "f16", "bf16"}
+    if opening.merge and not opening.adapters:
         raise InvalidRequest("merge: there is nothing to merge; name adapters")
-    if merge is None:
-        stored = (tensor.format for tensor in checkpoint.tensors.values())
-        merge = not checkpoint.quantization and all(FORMATS[name].block == 1 for name in stored)
+    return opening.merge
+
+
+def _merged(model: Prepared, opening: Opening) -> dict[str, Any]:
+    """What a weight store is to add to the weights."""
+    if not opening.adapters or not _merges(model[0], opening):
+        return {}
+    from squall.adapters.lora import merged_terms, merged_vectors
+
     active = opening.active or {}
-    return [
+    loras = [
         (_read_adapter(model, opening, path), active.get(name, 1.0))
-        for name, path in (opening.adapters or {}).items()
-        if merge
+        for name, path in opening.adapters.items()
     ]
+    return {"merged": merged_terms(loras), "vectors": merged_vectors(loras)}
 
 
-def _shelf(
-    model: Prepared, opening: Opening, executor: Executor, merged: Sequence[object]
-) -> Shelf:
+def _shelf(model: Prepared, opening: Opening, executor: Executor) -> Shelf:
     """The adapters that requests may have; at first those of the opening."""
     limit, free = opening.adapter_bytes, available_bytes()
     if limit is None and free is not None:
@@ -583,13 +562,14 @@ def _shelf(
 
     make = refuse if alone else executor.adapter
     shelf = Shelf(partial(_read_adapter, model, opening), make, limit_bytes=limit)
-    adapters = {} if merged else opening.adapters or {}
+    if _merges(model[0], opening):
+        return shelf
+    adapters = opening.adapters or {}
     for number, (name, path) in enumerate(adapters.items(), start=1):
         shelf.load(name, path)
         if opening.progress is not None:
             opening.progress(number, len(adapters))
-    if not merged:
-        shelf.activate(opening.active or {})
+    shelf.activate(opening.active or {})
     return shelf
 
 

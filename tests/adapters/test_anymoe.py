@@ -203,7 +203,7 @@ def test_float_experts_beside_a_quantized_model(small: Tiny, tmp_path: Path) -> 
     mixtures, _ = in_torch(tiny, range(4))
     check_like_torch(tiny, executor, mixtures, answers=0, near=0.1)
     models.adapted(small.model, ["up_proj"], tmp_path / "adapter", "", 0)
-    tiny.paths = [file, tmp_path / "adapter"]
+    tiny.paths = [file, *[tmp_path / "adapter"] * 2]
     with pytest.raises(InvalidRequest, match=r"experts\.up are quantized"):
         tiny.open(tiny.config(expert_type=LoraAdapter(RANK, ALPHA, ["up_proj"])))
 

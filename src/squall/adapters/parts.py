@@ -27,12 +27,11 @@ _FORMATS = {FORMATS[name].layout: name for name in ("f32", "f16", "bf16")}
 
 def array_of(tensor: Tensor) -> Array:
     """A tensor's numbers, in memory of our own, since the file may change."""
-    if tensor.format not in _FORMATS.values():
-        raise InvalidCheckpoint(
-            f"tensor {quote(tensor.name)} has format {tensor.format}; those of adapters must be "
-            f"{', '.join(_FORMATS.values())}"
-        )
-    array = tensor.data.view(FORMATS[tensor.format].layout).reshape(tensor.shape).copy()
+    tensor.check_format()
+    layout = FORMATS[tensor.format].layout
+    is_float = tensor.format in _FORMATS.values()
+    found = tensor.data.view(layout).copy() if is_float else tensor.to_float32()
+    array = found.reshape(tensor.shape)
     if not np.isfinite(_float32(array)).all():
         raise InvalidCheckpoint(f"tensor {quote(tensor.name)} has numbers that are not finite")
     return array
@@ -81,8 +80,11 @@ class Parts:
             if bias is not None:
                 self._bias(site, _float32(bias)[rows] * np.float32(scale))
 
-    def whole(self, name: str, array: Array) -> None:
-        """A weight or bias in place of the base's."""
+    def whole(self, name: str, array: Array, *, trained: bool = True) -> None:
+        """A weight or bias in place of the base's.
+
+        trained: otherwise it is the base's own, which a quantized base keeps as it has it.
+        """
         found, target = _float32(array), self.target
         module, _, kind = name.rpartition(".")
         norm = target.norm(name, found.size)
@@ -100,9 +102,9 @@ class Parts:
             raise self.misfit(module, found.shape)
         for site, start, stop in places:
             rows = found[self._rows(site, start, stop)]
-            if kind == "weight":
+            if kind == "weight" and (trained or target.is_float(site)):
                 self._changes[site] = rows - target.values(site)
-            else:
+            elif kind == "bias":
                 self._bias(site, rows - target.vector(f"{site[0]}.bias", rows.size))
 
     def terms(self) -> dict[Site, Term]:

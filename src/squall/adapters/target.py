@@ -15,7 +15,7 @@ from squall.recipes import Recipe, modules
 from squall.recipes.names import Naming
 from squall.roles import Shapes, roles
 from squall.spec import Decoder
-from squall.weights import WeightStore, values
+from squall.weights import MERGEABLE, WeightStore, values
 
 Places = tuple[tuple[Site, int, int], ...]
 """Sites, each with the rows of a module's output that are its own."""
@@ -84,6 +84,11 @@ class Target:
             return None
         experts, names = math.prod(more[1:]), self.names[f"{role}.weight"]
         return Matrix(names, rows, cols, experts, role, restored=True)
+
+    def is_float(self, site: Site) -> bool:
+        """Whether the base has the weight unquantized."""
+        part = self.names[f"{site[0]}.weight"][0]
+        return self.checkpoint.tensors[part.tensor].format in MERGEABLE
 
     def values(self, site: Site) -> NDArray[np.float32]:
         """The base's weight, [rows, cols]."""

@@ -126,7 +126,8 @@ def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], d
         try:
             act(replace(flags, prompt=text[0]) if takes_text and text else flags, model)
         except ModelNotFound as error:
-            doubt = f". If {model} is the prompt, write -- {model}" if model and takes_text else ""
+            meant = model and takes_text and model in str(error)
+            doubt = f". If {model} is the prompt, write -- {model}" if meant else ""
             raise ModelNotFound(f"{error}{doubt}") from None
 
     run.__doc__ = doc
