@@ -137,6 +137,7 @@ MEANT: dict[str, list[Any]] = {
     "exclude_modules": [["q_proj"], r".*layers\.2.*"],
     "modules_to_save": [["q_proj"], ["layers"]],
     "layers_to_transform": [1, [0, 1]],
+    "layers_pattern": ["h", ["blocks"], r".*"],
     "lora_bias": [True],
     "use_dora": [True],
     "alora_invocation_tokens": [[1]],

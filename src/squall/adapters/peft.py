@@ -42,6 +42,7 @@ Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Pattern = Annotated[str, Field(max_length=4096)]
 Patterns = Annotated[list[Pattern], Field(max_length=2048)]
+Layers = Literal["layers", "model.layers"]
 Layer = Annotated[int, Field(ge=0, le=1 << 16)]
 
 
@@ -61,7 +62,7 @@ class Config(BaseModel):
     modules_to_save: Annotated[list[Pattern], Field(max_length=MAX_PATTERNS)] = []
     target_parameters: Patterns = []
     layers_to_transform: Layer | list[Layer] = []
-    layers_pattern: Pattern | Patterns = []
+    layers_pattern: Layers | list[Layers] = []
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     # Other beginnings take something from the base's weights, each time they are loaded.
@@ -120,12 +121,9 @@ class Config(BaseModel):
         return saved or parts[-1] in _EMBEDDINGS or (kind == "bias" and own)
 
     def _in_layers(self, module: str) -> bool:
-        layers, names = self.layers_to_transform, self.layers_pattern
-        names = [names] if isinstance(names, str) else names
-        for name in map(re.escape, names) if names else (r"[^.]*",):
-            if match := re.match(rf"(?:^|.*?\.){name}\.(\d{{1,5}})\.", module):
-                return int(match[1]) in (layers if isinstance(layers, list) else [layers])
-        return False
+        match, layers = re.match(r".*?\blayers\.(\d{1,5})\.", module), self.layers_to_transform
+        found = -1 if match is None else int(match[1])
+        return found in (layers if isinstance(layers, list) else [layers])
 
 
 def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Config, tuple[str, ...]]:
