@@ -510,9 +510,9 @@ def _executor(
 
         experts = Experts(opening.anymoe, checkpoint, recipe, opening.hub)
         own = store(others=experts.others, merged=experts.merged)
-        # A prompt is one step, beside a row of each other request; all its logits may be wanted.
+        # A prompt is one step, beside a row of each other request.
         most = max(context + (opening.engine or EngineConfig()).max_seqs, MAX_ROWS)
-        limits = replace(limits, rows={"tokens": most, "outputs": most})
+        limits = replace(limits, rows={**limits.rows, "tokens": most})
         given |= {"context": context, "encode": encode, "trained": opening.progress}
         return open_experts(experts, own, limits, **given)
     program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=context))
