@@ -508,11 +508,11 @@ def _executor(
         from squall.adapters.anymoe import Experts
         from squall.adapters.anymoe_training import open_experts
 
-        experts = Experts(opening.anymoe, recipe, opening.hub)
+        experts = Experts(opening.anymoe, checkpoint, recipe, opening.hub)
         own = store(others=experts.others, merged=experts.merged)
         # A prompt is one step, beside a row of each other request.
-        most = context + (opening.engine or EngineConfig()).max_seqs
-        limits = replace(limits, rows={**limits.rows, "tokens": max(most, MAX_ROWS)})
+        most = max(context + (opening.engine or EngineConfig()).max_seqs, MAX_ROWS)
+        limits = replace(limits, rows={**limits.rows, "tokens": most})
         given |= {"context": context, "encode": encode, "trained": opening.progress}
         return open_experts(experts, own, limits, **given)
     program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=context))

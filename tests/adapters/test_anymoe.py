@@ -202,6 +202,10 @@ def test_float_experts_beside_a_quantized_model(small: Tiny, tmp_path: Path) -> 
     assert {total.format for total in executor.formats} == {"q8_0", "f32"}
     mixtures, _ = in_torch(tiny, range(4))
     check_like_torch(tiny, executor, mixtures, answers=0, near=0.1)
+    models.adapted(small.model, ["up_proj"], tmp_path / "adapter", "", 0)
+    tiny.paths = [file, *[tmp_path / "adapter"] * 2]
+    with pytest.raises(InvalidRequest, match=r"experts\.up are quantized"):
+        tiny.open(tiny.config(expert_type=LoraAdapter(RANK, ALPHA, ["up_proj"])))
 
 
 def test_other_names_in_the_checkpoints_of_experts(small: Tiny, tmp_path: Path) -> None:
@@ -257,10 +261,9 @@ def test_what_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("modules", "rank", "error", "text"),
     [
-        (["q_proj"], RANK, InvalidRequest, "no model.layers.0.mlp.q_proj"),
-        (["fc1", "up_proj"], RANK, InvalidRequest, "no model.layers.0.mlp.fc1"),
-        (["up_proj"], 5, InvalidCheckpoint, r"lora_A\.weight' has shape \(4, 128\).*\(5, 128\)"),
-        (["down_proj"], RANK, InvalidCheckpoint, r"down_proj\.lora_A\.weight' is missing"),
+        (["q_proj"], RANK, InvalidCheckpoint, "expert 1.*mlp.q_proj has no weights of LoRA"),
+        (["up_proj"], 5, InvalidCheckpoint, "mlp.up_proj has no weights of LoRA of rank 5"),
+        (["up_proj", "down_proj"], RANK, InvalidCheckpoint, "mlp.down_proj has no weights"),
     ],
 )
 def test_adapters_that_are_refused(
