@@ -462,7 +462,7 @@ NB_MODULE(_native, m) {
   m.def("timed_linear", &timed_linear, "x"_a, "tile"_a, "isa"_a, "threads"_a, "passes"_a);
 
   nb::class_<Adapter>(m, "Adapter")
-      .def(nb::init<>())
+      .def(nb::init<int64_t>(), "layout"_a)
       .def(
           "add",
           [](Adapter& self, size_t site, const std::shared_ptr<Tile>& a,
@@ -482,7 +482,7 @@ NB_MODULE(_native, m) {
       },
       "isa"_a, "pool"_a, "rows"_a, "blocks"_a, "block_size"_a, "context"_a, "cache"_a);
   bind_ops(executor);
-  executor.def("plan", &Executor::plan, "outputs"_a)
+  executor.def("plan", &Executor::plan, "outputs"_a, "layout"_a)
       .def("run", &run, "rows"_a, "indices"_a, "values"_a, "positions"_a, "bounds"_a,
            "block_tables"_a, "outputs"_a,
            "mixtures"_a = std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>{})

@@ -560,7 +560,8 @@ void Executor::gather_columns(size_t out, size_t x, std::vector<uint32_t> order)
 
 // ---- planning ----
 
-void Executor::plan(const std::vector<size_t>& outputs) {
+void Executor::plan(const std::vector<size_t>& outputs, int64_t adapted) {
+  layout_ = adapted;
   for (const size_t value : outputs) buffers_.at(value)->kept = buffers_[value]->wants_float = true;
   outputs_ = outputs;
   planned_ = true;
@@ -669,6 +670,10 @@ void Executor::check(const Inputs& in) const {
   for (size_t space = 0; space < in.rows.size(); ++space)
     expect(in.rows[space] <= limits_.rows[space], "too many rows in a step");
   for (size_t i = 0; i < indices_.size(); ++i) check_index(in, i);
+  for (const auto& mixture : in.mixtures)
+    for (const auto& [adapter, weight] : mixture)
+      expect(adapter != nullptr && adapter->layout() == layout_,
+             "an adapter was made for another model");
   for (const Sight& sight : sights_)
     if (sight.keys == kNone) {
       expect(in.rows[sight.space] > 0 && in.positions.size() == in.rows[sight.space],

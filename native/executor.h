@@ -190,8 +190,8 @@ class Executor {
   void gather_rows(size_t out, size_t x, size_t index);
   // out[:, i] = x[:, order[i]]
   void gather_columns(size_t out, size_t x, std::vector<uint32_t> order);
-  // No more ops: groups the phases and lays out the buffers.
-  void plan(const std::vector<size_t>& outputs);
+  // No more ops: groups the phases and lays out the buffers. adapted: as adapters' layout.
+  void plan(const std::vector<size_t>& outputs, int64_t adapted = 0);
 
   // Throws std::invalid_argument when an input is out of range. to: where each of the plan's
   // outputs goes, [rows, width]. Thread-safe.
@@ -270,6 +270,7 @@ class Executor {
   std::vector<size_t> inputs_, outputs_;  // values
   std::vector<size_t> rows_seen_;         // of each space, in the last run
   bool planned_ = false, profiling_ = false;
+  int64_t layout_ = 0;
   size_t split_value_ = kNone;  // stands for split_, so that no two attends run at once
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<Index> indices_;

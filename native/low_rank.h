@@ -20,17 +20,21 @@ struct LowRankTerm {
   std::vector<float> bias;  // empty, or of whole tiles
 };
 
-// The terms of an adapter, by the number of the weight that they add to.
+// The terms of an adapter, by the number of the weight that they add to. layout: of the weights,
+// which says for which executors it is.
 class Adapter {
  public:
+  explicit Adapter(int64_t layout = 0) : layout_(layout) {}
   // Throws std::invalid_argument for what is no float or does not fit together.
   void add(size_t site, LowRankTerm term);
   const LowRankTerm* at(size_t site) const {
     return site < terms_.size() && terms_[site] ? &*terms_[site] : nullptr;
   }
   size_t nbytes() const;
+  int64_t layout() const { return layout_; }
 
  private:
+  int64_t layout_;
   std::vector<std::optional<LowRankTerm>> terms_;
 };
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -251,18 +250,30 @@ def test_many_threads_read_a_file_once_and_on_their_own_time(files: Files) -> No
         files.held.set()
         assert {repr(contents(each.result())) for each in waiting} == {"[('A', 1.0)]"}
         assert files.reads == ["/a"]
-        files.reads.clear()
-        files.held.clear()
-        files.begun.clear()
-        loading = [pool.submit(found.load, "c", "/c") for _ in range(4)]
-        other = pool.submit(found.load, "c", "/d")
-        assert files.begun.wait(10)
-        time.sleep(0.1)
-        files.held.set()
-        assert len({each.result().digest for each in loading}) == 1
-        assert other.result().digest == "digest of D"
-    assert sorted(files.reads) == ["/c", "/d"]
     assert threading.get_ident() in files.threads
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_the_load_that_began_last_stays(files: Files, pinned: bool) -> None:
+    """Also where an earlier one, of what the files were then, ends later."""
+    found, read, old, go = files.shelf(), files.read, threading.Event(), threading.Event()
+
+    def slow(path: str) -> Any:
+        what = read(path)
+        old.set()
+        assert go.wait(10)
+        return what
+
+    with ThreadPoolExecutor(1) as pool:
+        found._read = slow
+        first = pool.submit(found.load, "a", "/a")
+        assert old.wait(10)
+        found._read, files.contents["/a"] = read, "NEW"
+        assert found.load("a", "/a", pinned=pinned).digest == "digest of NEW"
+        go.set()
+        assert first.result().digest == "digest of A"
+    assert contents(found.choose("a")) == [("NEW", 1.0)]
+    assert found.list()[0].pinned == pinned
 
 
 def test_versions_do_not_tear(files: Files) -> None:

@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import adapter_files
 import numpy as np
 import pytest
-from adapter_files import LINEARS, write_adapter, write_base
+from adapter_files import CONFIG, HIDDEN, LINEARS, VOCAB, WIDTH, write_adapter, write_base
 from engine_requests import Told, told
 from test_speculation_models import eager
 
-from squall import EngineConfig, Model, UnknownAdapter
+from squall import EngineConfig, InvalidRequest, Model, UnknownAdapter
 from squall.engine.generation import Generation
 from squall.engine.request import CacheScope, Request
 from squall.engine.sampling import Sampling
+from squall.engine.sequence import Chunk, batch_of
+from squall.engine.sequence import Sequence as Sequence_
 
 NAMES = [f"a{i}" for i in range(8)]
 # What requests ask for, one after the other.
@@ -293,3 +296,47 @@ def anonymous_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another shape with the same vocabulary."""
+    linears = {name: (rows // 2, cols // 2) for name, (rows, cols) in LINEARS.items()}
+    sizes = {"WIDTH": WIDTH // 2, "LINEARS": linears, "LAYERS": 1}
+    config = {"hidden_size": WIDTH // 2, "intermediate_size": HIDDEN // 2, "num_hidden_layers": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**sizes, "CONFIG": CONFIG | config}.items():
+            patch.setattr(adapter_files, name, value)
+        return write_base(tmp_path_factory.mktemp("small"))
+
+
+def test_a_small_draft_has_no_part_of_the_adapters(files: Path, small: Path) -> None:
+    options = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    with opened(files) as model:
+        right = [model.generate(TEXT, adapters=mix, **options).read() for mix in MIXES]
+    with opened(files, draft=small, draft_tokens=6) as model:
+        eager(model)
+        given = [model.generate(TEXT, adapters=mix, **options) for mix in MIXES]
+        assert [answer.read() for answer in given] == right
+        assert model.engine.stats().counts.guessed_tokens > 100
+
+
+def test_handles_are_for_models_of_one_shape(files: Path, small: Path) -> None:
+    """Others are an error, as their terms are larger or smaller than the weights."""
+    with opened(files) as model, Model.open(small, context=300) as unlike:
+        (handle,) = model.adapters.choose("a1").mixture
+        for mixture in ((handle,), (handle, handle), ((None, 1.0),)):
+            request = replace(unlike.request(IDS, Sampling(), 1), adapters=mixture)
+            with pytest.raises(InvalidRequest, match=r"another model|incompatible"):
+                unlike.executor.step(batch_of([whole_of(request)], VOCAB))
+        with opened(files, "merged/a0") as like:
+            request = replace(like.request(IDS, Sampling(), 1), adapters=(handle,))
+            found = like.executor.step(batch_of([whole_of(request)], VOCAB))
+            assert np.isfinite(found).all()
+
+
+def whole_of(request: Request) -> Chunk:
+    ids = list(request.ids)
+    sequence = Sequence_(request, 0, ids, len(ids) - 1)
+    sequence.blocks.extend(range(8))
+    return Chunk(sequence, 0, len(ids), range(len(ids) - 1, len(ids)))

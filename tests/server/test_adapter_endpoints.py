@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from servers import Running, chat, events, in_process, in_thread, until
 from starlette.testclient import TestClient
 
 from squall import AsyncRunner, EngineConfig, InvalidRequest, Model, Runner, UnknownAdapter
+from squall.server import run
 from squall.server.app import create_app
 
 CHAT, TEXT, LOAD = "/v1/chat/completions", "/v1/completions", "/v1/adapters"
@@ -302,6 +305,31 @@ def test_a_slow_load_holds_up_nobody(running: Running, http: httpx.Client) -> No
     finally:
         waiting.clear()
         shelf._read = read
+
+
+def test_a_server_stops_while_many_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, go = list[str](), threading.Event()
+    monkeypatch.setattr(run, "LAST_BYTES_S", 0.1)
+    with Model.open(folder.parent / "tiny", context=64, threads=1) as model, ExitStack() as stack:
+        read = model.adapters._read
+
+        def slow(path: str) -> Any:
+            waiting.append(path)
+            assert go.wait(30)
+            return read(path)
+
+        monkeypatch.setattr(model.adapters, "_read", slow)
+        running = stack.enter_context(in_thread(model, adapter_folders=(folder,), drain_s=0.2))
+        pool = stack.enter_context(ThreadPoolExecutor(40))
+        stack.callback(go.set)
+        bodies = [{"name": f"slow {i}", "path": "one"} for i in range(40)]
+        loads = [pool.submit(httpx.post, running.url + LOAD, json=body) for body in bodies]
+        until(lambda: running.service.active == 40)
+        running.service.draining = True
+        until(lambda: running.server.should_exit, 5)
+        assert 1 <= len(waiting) < 40
+        go.set()
+        wait(loads)
 
 
 def test_keys_share_adapters_and_no_prefixes(tiny: Model, folder: Path) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from squall.batch import Mixture
 from squall.errors import InvalidRequest, OutOfMemory, SquallError, UnknownAdapter
@@ -30,7 +29,6 @@ Adapters = str | Sequence[str] | Mapping[str, float]
 MOST_NAMES = 1024
 MOST_MIXED = 16
 MOST_WEIGHT = 1000
-_T = TypeVar("_T")
 _NAME = re.compile(r"(?=\S).{1,200}(?<=\S)")
 
 
@@ -61,14 +59,15 @@ class Chosen(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Version:
-    """What a name stands for. handle: None while it is dropped. used: when, in order.
+    """What a name stands for. handle: None while it is dropped.
 
-    where: its files, also those of an adapter of the hub.
+    where: its files, also those of an adapter of the hub. began, used: when, in order.
     """
 
     info: Info
     where: str
     handle: Adapter | None
+    began: int
     used: int
 
 
@@ -98,7 +97,7 @@ class Shelf:
         self._reserved = {"default"}
         self._versions: dict[str, _Version] = {}
         self._active: dict[str, float] = {}
-        self._loading: dict[tuple[object, ...], Future[Any]] = {}
+        self._loading: dict[_Version, Future[Adapter]] = {}
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -123,6 +122,7 @@ class Shelf:
     def load(self, name: str, path: str | os.PathLike[str], *, pinned: bool = False) -> Info:
         """Read an adapter, also in the place of one of this name; if it fails, nothing changes.
 
+        Of several loads of a name at a time the one that began last stays.
         Raises InvalidRequest for a name that cannot be, and whatever reading a file can.
         """
         if not (isinstance(name, str) and name.isprintable() and _NAME.fullmatch(name)):
@@ -132,9 +132,15 @@ class Shelf:
             )
         with self._lock:
             self._check_free(name)
-        given = os.fspath(path)
-        version = self._once((name, given, pinned), partial(self._put, name, given, pinned))
+            began = next(self._clock)
+        version = self._read_new(name, os.fspath(path), pinned, began)
         with self._lock:
+            self._check_free(name)
+            now = self._versions.get(name)
+            if now is None or now.began < began:
+                self._drop({**self._versions, name: version}, version)
+                self._versions[name] = version
+                self.used = True
             return self._info(version)
 
     def remove(self, name: str) -> None:
@@ -170,38 +176,32 @@ class Shelf:
 
     def _handle(self, version: _Version) -> Adapter:
         version.used = next(self._clock)
-        return version.handle or self._once((version,), partial(self._again, version))
+        return version.handle or self._once(version)
 
-    def _once(self, key: tuple[object, ...], load: Callable[[], _T]) -> _T:
-        """What `load` finds, or what another thread finds that is at the same."""
+    def _once(self, version: _Version) -> Adapter:
+        """What was dropped, read by this thread, or by another one that is at it."""
         with self._lock:
-            loading = self._loading.get(key)
+            loading = self._loading.get(version)
             if mine := loading is None:
-                loading = self._loading[key] = Future()
+                loading = self._loading[version] = Future()
         if mine:
             try:
-                loading.set_result(load())
+                loading.set_result(self._again(version))
             except BaseException as error:
                 loading.set_exception(error)
             with self._lock:
-                del self._loading[key]
-        found: _T = loading.result()
-        return found
+                del self._loading[version]
+        return loading.result()
 
-    def _put(self, name: str, path: str, pinned: bool) -> _Version:
+    def _read_new(self, name: str, path: str, pinned: bool, began: int) -> _Version:
         lora = self._read(path)
         if lora.vectors:
             what = f"the adapter {path!r:.200} changes {next(iter(lora.vectors))}"
             raise InvalidRequest(f"{what}, which cannot be kept beside the model; merge it")
         handle = self._make(lora.terms)
         info = Info(name, path, lora.digest, lora.rank, handle.nbytes, pinned)
-        version = _Version(info, os.path.abspath(lora.path), handle, next(self._clock))
-        with self._lock:
-            self._check_free(name)
-            self._drop({**self._versions, name: version}, version)
-            self._versions[name] = version
-            self.used = True
-        return version
+        where = os.path.abspath(lora.path)
+        return _Version(info, where, handle, began, used=next(self._clock))
 
     def _again(self, version: _Version) -> Adapter:
         if version.handle is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 
@@ -113,7 +114,8 @@ class Draft:
         return guessing.computed
 
     def _step(self, chunks: Collection[Chunk]) -> Floats:
-        batch = batch_of(chunks, self.executor.vocab)
+        # Adapters are the large model's.
+        batch = replace(batch_of(chunks, self.executor.vocab), mixture=None, mixtures=())
         called_s, rows = time.perf_counter(), len(batch.tokens)
         logits = self.executor.step(batch)
         elapsed_s = time.perf_counter() - called_s

@@ -191,14 +191,17 @@ class NativeExecutor:
         lowering = _Lowering(executor, tiles, ids, self._sites)
         for op in program.ops:
             _lower(op, lowering)
-        executor.plan([ids[value] for value in program.outputs])
+        # Adapters fit wherever the weights that they may change are alike.
+        alike = ((number, m.rows, m.cols, table) for number, m, table in self._sites.values())
+        self._layout = hash(tuple(alike))
+        executor.plan([ids[value] for value in program.outputs], self._layout)
         self._ids = {value.name: ids[value] for value in program.values}
         return executor
 
     def adapter(self, terms: Mapping[p.Site, Term]) -> Adapter:
         """See `Executor`."""
         stored = [part for term in terms.values() for part in (term.a, term.b) if part is not None]
-        made = _native.Adapter()
+        made = _native.Adapter(self._layout)
         arena = _native.Arena(sum(part.data.nbytes for part in stored) + 8192 * len(stored))
         for site, term in terms.items():
             if site not in self._sites:

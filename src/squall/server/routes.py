@@ -244,8 +244,7 @@ async def _put(
     def load() -> Info:
         return served.model.adapters.load(name, service.adapter_path(path), pinned=pinned)
 
-    # Not among the few threads for requests, which must not wait for files.
-    return await asyncio.to_thread(load)
+    return await asyncio.wrap_future(service.readers.submit(load))
 
 
 def _remove(service: Service, name: str) -> None:

@@ -24,6 +24,8 @@ from squall.server.schemas import GenerationBody
 
 # Requests are parsed, rendered and tokenized by so many threads; more would only fight for the GIL.
 WORKERS = 2
+# Adapters are read by so many others, as they may be large, and on slow disks.
+READERS = 4
 # How many more than run and wait may be on their way into the queue or out of it.
 SLACK = 32
 
@@ -123,6 +125,7 @@ class Service:
         configs = [model.engine.config for model in models.values()]
         self._most_active = SLACK + sum(config.max_seqs + config.max_queue for config in configs)
         self._workers = ThreadPoolExecutor(WORKERS, "squall-request")
+        self.readers = ThreadPoolExecutor(READERS, "squall-adapter")
 
     @property
     def sole(self) -> Served | None:
@@ -218,5 +221,6 @@ class Service:
 
     def close(self) -> None:
         """End the threads and the log; the model stays open."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._workers, self.readers):
+            threads.shutdown(wait=False, cancel_futures=True)
         self.log.close()
