@@ -1,4 +1,4 @@
-"""GGUF files of LoRA adapters, as llama.cpp's converter writes them."""
+"""GGUF files of LoRA adapters, as converters from PEFT write them."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ def merge(
     from squall import convert
     from squall.adapters.lora import read
     from squall.adapters.target import Target
+    from squall.assembly import prepare
     from squall.executors import default_threads
-    from squall.model import prepare
 
     with progress("fetching") as shown:
         checkpoint, recipe, plan = prepare(Opening(base, isq=isq, progress=shown))

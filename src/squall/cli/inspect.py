@@ -72,8 +72,8 @@ def _adapter(folder: Path) -> Checkpoint | None:
 def _obstacle(path: Path) -> str:
     """Why Squall cannot run the model; "" if it can."""
     from squall import recipes
+    from squall.assembly import open_tokenizer
     from squall.checkpoints import open_checkpoint
-    from squall.model import open_tokenizer
 
     try:
         checkpoint = open_checkpoint(path)
