@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -49,14 +50,18 @@ def test_list() -> None:
     assert (law["peft_type"], law["r"], law["lora_alpha"]) == ("LORA", 4, 8)
     assert law["bytes"] == Path("adapters/law/adapter_model.safetensors").stat().st_size
     assert "adapters/law" in invoke("adapters list adapters").stdout
+    assert "no adapter_config.json in base, nor" in str(invoke("adapters list base").exception)
 
 
 @pytest.mark.parametrize("command", ["inspect", "adapters inspect"])
 def test_inspect(command: str) -> None:
     out = invoke(f"{command} adapters/law").stdout
-    assert "lora_A" in out
     assert "lora_alpha" in out
+    assert re.search(r"model\.layers\.\*\.self_attn\.q_proj .* 4 .* 0-1 ", out)
+    assert "lora_A" not in out
     report = json.loads(invoke(f"{command} adapters/law --json").stdout)
+    assert any(tensor["name"].endswith("q_proj.lora_A.weight") for tensor in report["tensors"])
+    assert {"rank": 4, "layers": [0, 1]}.items() <= report["modules"][0].items()
     assert not report["runs"]
     assert report["obstacle"].endswith("squall run MODEL --adapter adapters/law")
 
