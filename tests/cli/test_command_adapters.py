@@ -69,6 +69,13 @@ def test_inspect(command: str) -> None:
 def test_an_adapter_is_no_model() -> None:
     done = invoke("run adapters/law Hello")
     assert "is a LoRA adapter: open the model that it is for" in str(done.exception)
+    done = invoke("run base --adapter base Hello")
+    assert str(done.exception).endswith(
+        "'base' has no adapter_config.json; name the folder of an adapter"
+    )
+    done = invoke("run base --adapter adapters Hello")
+    assert "there are" in str(done.exception)
+    assert "adapters/law" in str(done.exception)
 
 
 def test_run() -> None:

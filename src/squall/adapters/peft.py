@@ -77,7 +77,11 @@ class Config(BaseModel):
         """Raises UnsupportedModel for what would change results and is not done here."""
         found = read_json(folder / CONFIG)
         if found is None:
-            raise ModelNotFound(f"{str(folder)!r} has no {CONFIG}; name the folder of an adapter")
+            there = ", ".join(quote(str(file.parent)) for file in folder.glob(f"*/{CONFIG}"))
+            there = f": there are {there:.500}" if there else ""
+            raise ModelNotFound(
+                f"{str(folder)!r} has no {CONFIG}; name the folder of an adapter{there}"
+            )
         try:
             config = cls.model_validate({k: v for k, v in found.items() if v is not None})
         except ValidationError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
@@ -126,7 +127,8 @@ def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], d
         try:
             act(replace(flags, prompt=text[0]) if takes_text and text else flags, model)
         except ModelNotFound as error:
-            doubt = f". If {model} is the prompt, write -- {model}" if model and takes_text else ""
+            doubtful = model and takes_text and not os.path.exists(model)
+            doubt = f". If {model} is the prompt, write -- {model}" if doubtful else ""
             raise ModelNotFound(f"{error}{doubt}") from None
 
     run.__doc__ = doc
