@@ -224,8 +224,13 @@ def test_other_names_in_the_checkpoints_of_experts(small: Tiny, tmp_path: Path) 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model_ids": []}, InvalidRequest, "1 to 255"),
+    ({"model_ids": "expert"}, InvalidRequest, "model_ids is 'expert'"),
+    ({"expert_type": "lora_adapter"}, InvalidRequest, "expert_type is 'lora_adapter'"),
+    ({"layers": ["0"]}, InvalidRequest, "layers is"),
     ({"lr": 0}, InvalidRequest, "lr"),
+    ({"lr": "1e-3"}, InvalidRequest, "lr"),
     ({"epochs": 0}, InvalidRequest, "epochs"),
+    ({"epochs": "9"}, InvalidRequest, "epochs"),
     ({"batch_size": 0}, InvalidRequest, "batch_size"),
     ({"loss_csv_path": "losses.txt"}, InvalidRequest, r"\.csv"),
     ({"training": False, "gate_model_id": None}, InvalidRequest, "gate_model_id"),

@@ -51,6 +51,15 @@ class LoraAdapter:
     alpha: float
     target_modules: Sequence[str]
 
+    def __post_init__(self) -> None:
+        rank, modules = self.rank, self.target_modules
+        if type(rank) is not int or rank < 1 or not _is_above_0(self.alpha):
+            raise InvalidRequest(
+                f"LoraAdapter: rank {rank!r}, alpha {self.alpha!r} must be above 0"
+            )
+        if not modules or not _all_are(str, modules):
+            raise InvalidRequest(f"LoraAdapter: target_modules is {modules!r:.99}, not a list")
+
 
 @dataclass(frozen=True, slots=True)
 class AnyMoe:
@@ -79,16 +88,41 @@ class AnyMoe:
     loss_csv_path: str | None = None
 
     def __post_init__(self) -> None:
-        path = self.loss_csv_path
+        path, models = self.loss_csv_path, self.model_ids
         for fine, problem in (
-            (1 <= len(self.model_ids) < MAX_EXPERTS, f"of model_ids 1 to {MAX_EXPERTS - 1} may be"),
-            (self.lr > 0, f"lr is {self.lr}; it must be above 0"),
-            (min(self.epochs, self.batch_size) > 0, "epochs and batch_size must be at least 1"),
-            (path is None or path.endswith(".csv"), f"loss_csv_path is {path!r}, not a .csv file"),
+            (
+                isinstance(self.expert_type, FineTuned | LoraAdapter),
+                f"expert_type is {self.expert_type!r:.99}; it must be FineTuned() or LoraAdapter()",
+            ),
+            (
+                _all_are(str, models) and 1 <= len(models) < MAX_EXPERTS,
+                f"model_ids is {models!r:.99}; it must be a list of 1 to {MAX_EXPERTS - 1} models",
+            ),
+            (_all_are(int, self.layers), f"layers is {self.layers!r:.99}; it must be numbers"),
+            (_is_above_0(self.lr), f"lr is {self.lr!r}; it must be a number above 0"),
+            (
+                all(type(n) is int and n >= 1 for n in (self.epochs, self.batch_size)),
+                "epochs and batch_size must be whole numbers from 1 on",
+            ),
+            (
+                path is None or str(path).endswith(".csv"),
+                f"loss_csv_path is {path!r}, not a .csv file",
+            ),
             (self.training or self.gate_model_id, "gate_model_id must say where the gates are"),
         ):
             if not fine:
                 raise InvalidRequest(f"AnyMoE: {problem}")
+
+
+def _all_are(kind: type, given: object) -> bool:
+    """Whether it is a list, or the like, of these alone."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return False
+    return all(type(item) is kind for item in given)
+
+
+def _is_above_0(given: object) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and given > 0
 
 
 class Experts:
@@ -164,8 +198,9 @@ class Experts:
 
     def _add(self, number: int, model: str) -> None:
         """Where the weights of one expert are."""
-        kind, source, path = self.config.expert_type, f"expert {number}", self._path(model)
+        kind, source = self.config.expert_type, f"expert {number}"
         try:
+            path = self._path(model)
             if isinstance(kind, LoraAdapter):
                 found = self.recipe.names
                 for stem, term in self._terms(kind, self._usual(tensors_of(path))):
@@ -179,7 +214,7 @@ class Experts:
                     role: tuple(replace(part, source=source) for part in parts)
                     for role, parts in places.items()
                 }
-        except (InvalidCheckpoint, UnsupportedModel) as error:
+        except (InvalidCheckpoint, ModelNotFound, UnsupportedModel) as error:
             where = f"{self.config.prefix}.*.{self.config.mlp}"
             raise type(error)(f"AnyMoE: {source}, {where} of {model}: {error}") from None
         self._slices = {role: parts + found[role] for role, parts in self._slices.items()}
