@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from squall import decoder
 from squall.adapters.peft import tensors_of
 from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.hub import Hub, is_id
+from squall.checkpoints.hub import Hub
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
 from squall.program import (
     GatedLinear,
@@ -160,7 +159,7 @@ class Experts:
 
     def gates(self) -> Checkpoint:
         """Those that are stored."""
-        folder = self._path(str(self.config.gate_model_id))
+        folder = self._hub.path(str(self.config.gate_model_id))
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
             raise ModelNotFound(f"AnyMoE: {folder} has {len(files)} safetensors files, not 1")
@@ -192,15 +191,11 @@ class Experts:
             shared=SHARED,
         )  # fmt: skip
 
-    def _path(self, model: str) -> Path:
-        path = Path(model).expanduser()
-        return path if path.exists() or not is_id(model) else self._hub.fetch(model)
-
     def _add(self, number: int, model: str) -> None:
         """Where the weights of one expert are."""
         kind, source = self.config.expert_type, f"expert {number}"
         try:
-            path = self._path(model)
+            path = self._hub.path(model)
             if isinstance(kind, LoraAdapter):
                 found = self.recipe.names
                 for stem, term in self._terms(kind, self._usual(tensors_of(path))):

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
+from squall.adapters.ordering import CONFIG
 from squall.adapters.parts import MAX_RANK, TABLE, Array, Parts, array_of
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.pickle import open_pickle
@@ -21,7 +22,6 @@ from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
 from squall.files import quote, read_json
 from squall.recipes.modules import PARAMETERS
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What says how the adapter was begun, trained or saved, not what it does.
 _HARMLESS = frozenset(
@@ -43,11 +43,24 @@ _EMBEDDINGS = ("embed_tokens", "lm_head")
 _LOG = logging.getLogger("squall")
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Pattern = Annotated[str, Field(max_length=4096)]
 Patterns = Annotated[list[Pattern], Field(max_length=2048)]
 Layer = Annotated[int, Field(ge=0, le=1 << 16)]
+
+
+def checked(kind: type[Model], given: Mapping[str, object], what: str) -> Model:
+    """A configuration; null is as if it were not there. Raises InvalidCheckpoint."""
+    try:
+        return kind.model_validate({key: v for key, v in given.items() if v is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = quote(".".join(map(str, first["loc"])))
+        raise InvalidCheckpoint(
+            f"{what}: {where} is {first['input']!r:.99}: {first['msg']}"
+        ) from None
 
 
 class Config(BaseModel):
@@ -82,14 +95,7 @@ class Config(BaseModel):
             raise ModelNotFound(
                 f"{str(folder)!r} has no {CONFIG}; name the folder of an adapter{there}"
             )
-        try:
-            config = cls.model_validate({k: v for k, v in found.items() if v is not None})
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InvalidCheckpoint(
-                f"{CONFIG}: {quote(where)} is {repr(first['input'])[:99]}: {first['msg']}"
-            ) from None
+        config = checked(cls, found, CONFIG)
         more = {k for k, v in (config.model_extra or {}).items() if v and k not in _HARMLESS}
         if variants := sorted(filter(_VARIANTS.fullmatch, more)):
             raise UnsupportedModel(
