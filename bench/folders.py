@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from random_gguf import ALPHABET, SHAPES, Shape
-from squall.convert.files import Item, Part, write_safetensors
+from squall.checkpoints.writing import Item, Part, write_safetensors
 from squall.locate import locate
 
 Weights = Iterator[tuple[str, tuple[int, int], str]]

@@ -136,9 +136,7 @@ def kinds() -> str:
         for word, adapted in ADAPTED.items()
         for kind in ("plain", "gguf", "ggml")
     }
-    rows = [
-        (f"`{w}`", NOT_YET.get(w) or what[w], "" if w in NOT_YET else "yes") for w in SELECTORS
-    ]
+    rows = [(f"`{w}`", NOT_YET.get(w) or what[w], "" if w in NOT_YET else "yes") for w in SELECTORS]
     return table(("kind", "what", "supported"), rows)
 
 

@@ -159,6 +159,7 @@ struct Model {
   TilePtr router = tile_of(floats(4 * kHidden), 4);
   std::vector<TilePtr> gates, ups, downs;
   Vector norm = floats(kHidden), head_norm = floats(kDim), bias = floats(kHidden);
+  Vector of_router = floats(4), of_ups = floats(4 * 32), of_downs = floats(4 * kHidden);
   std::vector<std::shared_ptr<Adapter>> adapters;
 
   Model() {
@@ -195,7 +196,7 @@ struct Model {
     const auto value = [&](size_t width) { return e->add_value(width, 0, false); };
     const size_t tokens = e->add_index(0, 1), rotary = e->add_index(0, 1);
     const size_t spans = e->add_index(0, 2), outputs = e->add_index(1, 1);
-    const size_t mixture = e->add_index(0, 1);
+    const size_t mixture = e->add_index(0, 1), shared = e->add_index(0, 1);
     const auto adapted = [&](size_t in, size_t site) {
       return AdaptersOp{in, mixture, kNone, {}, site};
     };
@@ -223,9 +224,14 @@ struct Model {
     e->mixture_of_experts({mixed, z, router, gates, ups, downs, 2, Activation::kGeluTanh, true,
                            0.01f, 0.5f, z, adapted(z, 4)});
     e->add(sum, mixed, y, 0.25f);
+    const size_t last = value(kHidden);
+    MoeOp plain{last, sum, router, {}, ups, downs, 1, Activation::kGelu, false, {}, 1.0f, sum};
+    plain.router_bias = of_router, plain.up_bias = of_ups, plain.down_bias = of_downs;
+    plain.shared = shared;
+    e->mixture_of_experts(plain);
     const size_t wanted = e->add_value(kHidden, 1, false), raw = e->add_value(kVocab, 1, false);
     const size_t logits = e->add_value(kVocab, 1, false);
-    e->gather_rows(wanted, sum, outputs);
+    e->gather_rows(wanted, last, outputs);
     e->linear({raw, wanted, head, {}, Activation::kNone, 1.0f, kNone});
     e->softcap(logits, raw, 30.0f);
     e->plan({logits});
@@ -241,7 +247,8 @@ struct Model {
 
 // Arrays of one step of one sequence, whose blocks are not in order.
 struct Arrays {
-  std::vector<int32_t> tokens, positions, spans, bounds, table{5, 2, 7, 0}, outputs, mixture;
+  std::vector<int32_t> tokens, positions, spans, bounds, table{5, 2, 7, 0}, outputs, mixture,
+      shared;
   std::vector<Mixture> mixtures;
 
   Arrays(const Model& model, size_t begin, size_t end)
@@ -252,6 +259,7 @@ struct Arrays {
       tokens.push_back(static_cast<int32_t>(p * 7 % kVocab));
       positions.push_back(static_cast<int32_t>(p));
       mixture.push_back(static_cast<int32_t>(p / 3 % 3) - 1);
+      shared.push_back(static_cast<int32_t>(p - begin));
     }
     spans.assign(end - begin, 0);
     for (const int32_t p : positions) spans.push_back(p + 1);
@@ -259,7 +267,7 @@ struct Arrays {
   }
   Inputs inputs() const {
     return {{tokens.size(), outputs.size()},
-            {tokens, positions, spans, outputs, mixture},
+            {tokens, positions, spans, outputs, mixture, shared},
             {},
             positions,
             bounds,

@@ -28,7 +28,7 @@ from squall.errors import InvalidRequest
 from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_threads, thread_pool
 from squall.locate import locate, locate_uqff
 from squall.opening import Opening
-from squall.quant import FORMATS, Plan, Topology
+from squall.quant import Plan, Topology
 from squall.recipes import Recipe
 from squall.text.chat import ChatTemplate
 from squall.text.hf_tokenizer import HfTokenizer
@@ -77,18 +77,17 @@ def assemble(opening: Opening) -> Assembly:
     engine = opening.engine or EngineConfig()
     room = _room(models, opening, engine.max_seqs)
     template = opening.chat_template and template_of(checkpoint).replaced(opening.chat_template)
-    merged = _merged(model, opening)
-    if opening.xlora:
-        executor = _xlora(model, opening, room)
-    elif opening.anymoe:
-        encode = partial(_as_chat, template or template_of(checkpoint), tokenizer)
-        executor = _anymoe(model, opening, room, encode)
-    else:
-        executor = _executor(model, opening, room, merged)
-    adapters = _shelf(model, opening, executor, merged)
+
+    def encode(text: str) -> list[int]:
+        chat = [{"role": "user", "content": text}]
+        prompt = (template or template_of(checkpoint)).prompt(chat, tokenizer)
+        return tokenizer.encode_pieces(prompt.pieces)
+
+    executor = _executor(model, opening, room, encode)
+    adapters = _shelf(model, opening, executor)
     most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
     if small is not None:
-        draft = Draft(_executor(models[1], small, room), executor.vocab)
+        draft = Draft(_executor(models[1], small, room, encode), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
     return Assembly(checkpoint, recipe, tokenizer, template or None, answering, adapters)
@@ -165,58 +164,37 @@ def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
     return _Room(size, limits, thread_pool(opening.threads))
 
 
-def _store(model: Prepared, opening: Opening, **parts: Any) -> WeightStore:
-    checkpoint, _, plan = model
-    return WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32", **parts)
-
-
 def _executor(
-    model: Prepared, opening: Opening, room: _Room, merged: Sequence[tuple[Lora, float]] = ()
-) -> Executor:
-    """One of the model with some adapters in its weights; rows may have others."""
-    recipe, parts = model[1], {}
-    if merged:
-        from squall.adapters.lora import merged_terms, merged_vectors
-
-        parts = {"merged": merged_terms(merged), "vectors": merged_vectors(merged)}
-    size = min(room.context, recipe.decoder.context)
-    program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=size))
-    store, progress = _store(model, opening, **parts), opening.progress
-    return executors.open(program, store, room.limits, pool=room.pool, progress=progress)
-
-
-def _xlora(model: Prepared, opening: Opening, room: _Room) -> Executor:
-    from squall.adapters.target import Target
-    from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor
-
-    parts = Parts.read(cast(XLora, opening.xlora), Target.of(*model[:2]), opening.hub)
-    store = _store(model, opening, others={CLASSIFIER: parts.classifier})
-    programs, progress = parts.programs(model[1], room.context), opening.progress
-    made = XLoraExecutor(parts, programs, store, room.limits, pool=room.pool, progress=progress)
-    return cast(Executor, made)
-
-
-def _anymoe(
     model: Prepared, opening: Opening, room: _Room, encode: Callable[[str], Sequence[int]]
 ) -> Executor:
-    from squall.adapters.anymoe import AnyMoe, Experts
-    from squall.adapters.anymoe_training import open_experts
+    """One of the model, with what adapters make of it. encode: what a user says, as tokens."""
+    checkpoint, recipe, plan = model
+    context, limits = min(room.context, recipe.decoder.context), room.limits
+    store = partial(WeightStore, checkpoint, plan=plan, exact=opening.weights == "f32")
+    given: dict[str, Any] = {"pool": room.pool, "progress": opening.progress}
+    if opening.xlora is not None:
+        from squall.adapters.target import Target
+        from squall.adapters.xlora import CLASSIFIER, Parts, TwoPasses
 
-    experts = Experts(cast(AnyMoe, opening.anymoe), model[1], opening.hub)
-    store = _store(model, opening, others=experts.others, merged=experts.merged)
-    # A prompt is one step, beside a row of each other request.
-    most = room.context + (opening.engine or EngineConfig()).max_seqs
-    rows = {**room.limits.rows, "tokens": max(most, MAX_ROWS)}
-    return open_experts(
-        experts, store, replace(room.limits, rows=rows), context=room.context, encode=encode,
-        pool=room.pool, progress=opening.progress, trained=opening.progress,
-    )  # fmt: skip
+        parts = Parts.read(opening.xlora, Target.of(checkpoint, recipe), opening.hub)
+        own, programs = (
+            store(others={CLASSIFIER: parts.classifier}),
+            parts.programs(recipe, context),
+        )
+        return cast(Executor, TwoPasses(parts, programs, own, limits, **given))
+    if opening.anymoe is not None:
+        from squall.adapters.anymoe import Experts
+        from squall.adapters.anymoe_training import open_experts
 
-
-def _as_chat(template: ChatTemplate, tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of what a user says."""
-    prompt = template.prompt([{"role": "user", "content": text}], tokenizer)
-    return tokenizer.encode_pieces(prompt.pieces)
+        experts = Experts(opening.anymoe, checkpoint, recipe, opening.hub)
+        own = store(others=experts.others, merged=experts.merged)
+        # A prompt is one step, beside a row of each other request.
+        most = max(context + (opening.engine or EngineConfig()).max_seqs, MAX_ROWS)
+        limits = replace(limits, rows={**limits.rows, "tokens": most})
+        given |= {"context": context, "encode": encode, "trained": opening.progress}
+        return open_experts(experts, own, limits, **given)
+    program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=context))
+    return executors.open(program, store(**_merged(model, opening)), limits, **given)
 
 
 def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:
@@ -226,25 +204,31 @@ def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str
     return read(path, Target.of(*model[:2]), hub=opening.hub)
 
 
-def _merged(model: Prepared, opening: Opening) -> list[tuple[Lora, float]]:
-    """The adapters that become part of the weights, and what each weighs."""
-    checkpoint, merge = model[0], opening.merge
-    if merge and not opening.adapters:
+def _merges(checkpoint: Checkpoint, opening: Opening) -> bool:
+    """Whether adapters become part of the weights."""
+    if opening.merge is None:
+        stored = {tensor.format for tensor in checkpoint.tensors.values()}
+        return not checkpoint.quantization and stored <= {"f32", "f16", "bf16"}
+    if opening.merge and not opening.adapters:
         raise InvalidRequest("merge: there is nothing to merge; name adapters")
-    if merge is None:
-        stored = (tensor.format for tensor in checkpoint.tensors.values())
-        merge = not checkpoint.quantization and all(FORMATS[name].block == 1 for name in stored)
+    return opening.merge
+
+
+def _merged(model: Prepared, opening: Opening) -> dict[str, Any]:
+    """What a weight store is to add to the weights."""
+    if not opening.adapters or not _merges(model[0], opening):
+        return {}
+    from squall.adapters.lora import merged_terms, merged_vectors
+
     active = opening.active or {}
-    return [
+    loras = [
         (_read_adapter(model, opening, path), active.get(name, 1.0))
-        for name, path in (opening.adapters or {}).items()
-        if merge
+        for name, path in opening.adapters.items()
     ]
+    return {"merged": merged_terms(loras), "vectors": merged_vectors(loras)}
 
 
-def _shelf(
-    model: Prepared, opening: Opening, executor: Executor, merged: Sequence[object]
-) -> Shelf:
+def _shelf(model: Prepared, opening: Opening, executor: Executor) -> Shelf:
     """The adapters that requests may have; at first those of the opening."""
     limit, free = opening.adapter_bytes, available_bytes()
     if limit is None and free is not None:
@@ -256,13 +240,14 @@ def _shelf(
 
     make = refuse if alone else executor.adapter
     shelf = Shelf(partial(_read_adapter, model, opening), make, limit_bytes=limit)
-    adapters = {} if merged else opening.adapters or {}
+    if _merges(model[0], opening):
+        return shelf
+    adapters = opening.adapters or {}
     for number, (name, path) in enumerate(adapters.items(), start=1):
         shelf.load(name, path)
         if opening.progress is not None:
             opening.progress(number, len(adapters))
-    if not merged:
-        shelf.activate(opening.active or {})
+    shelf.activate(opening.active or {})
     return shelf
 
 

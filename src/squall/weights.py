@@ -171,14 +171,14 @@ class WeightStore:
 
     def _merged(self, weight: Matrix, found: Stored, terms: Sequence[Term]) -> Stored:
         """Rows with what terms add, in their format or the plan's; f32 for it to be quantized."""
-        if found.format not in _MERGEABLE:
+        if found.format not in MERGEABLE:
             raise InvalidRequest(
                 f"the weights of {weight.role} are quantized ({found.format}), and adapters are "
                 "merged into floats: keep them beside the model, or merge them into the model "
                 "that it was made of"
             )
         target = self.target(weight, found.format)
-        format = FORMATS[target if target in _MERGEABLE else "f32"]
+        format = FORMATS[target if target in MERGEABLE else "f32"]
         size, step = len(found.data) // weight.rows, max(_RUN_VALUES // weight.cols, 1)
         parts = []
         for start in range(0, weight.rows, step):
@@ -224,7 +224,7 @@ _MULTIPLIED: Mapping[type, tuple[str, ...]] = {
 }
 
 
-_MERGEABLE = ("f32", "f16", "bf16")
+MERGEABLE = ("f32", "f16", "bf16")
 _RUN_VALUES = 1 << 22
 
 

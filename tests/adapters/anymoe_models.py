@@ -152,7 +152,7 @@ class Tiny:
 
     def open(self, config: AnyMoe, rows: int = ROWS, blocks: int = 16, **options: Any) -> Executor:
         checkpoint = open_checkpoint(self.paths[0])
-        experts = Experts(config, recipes.load(checkpoint))
+        experts = Experts(config, checkpoint, recipes.load(checkpoint))
         store = WeightStore(checkpoint, others=experts.others, merged=experts.merged)
         limits = Limits(rows={"tokens": rows, "outputs": rows}, blocks=blocks, kv_dtype="f32")
         return open_experts(experts, store, limits, context=ROWS, encode=encode, **options)

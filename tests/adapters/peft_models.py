@@ -101,7 +101,9 @@ def save_adapter(model: Any, folder: Path, tokens: list[int], **config: Any) -> 
     return Adapted(folder, folder, tokens, logits, logits)
 
 
-def write_gguf_lora(model: Adapted, case: tiny.Case, path: Path, alpha: float) -> None:
+def write_gguf_lora(
+    model: Adapted, case: tiny.Case, path: Path, alpha: float, quantized: Any = None
+) -> None:
     """The adapter as llama.cpp's converter writes it: names, rows of q and k, norms."""
     import gguf
     from convert import NAMES, OWN_POST_NORM, PERMUTED, POST_NORM, UNIT_OFFSET, _permute
@@ -131,7 +133,12 @@ def write_gguf_lora(model: Adapted, case: tiny.Case, path: Path, alpha: float) -
         if not part and kind == "weight" and case.architecture in UNIT_OFFSET:
             rows = rows + 1
         end = f".lora_{part[-1].lower()}" if part else ""
-        writer.add_tensor(f"{new}.{kind}{end}", rows.contiguous().numpy())
+        data = rows.contiguous().numpy()
+        if quantized is not None and data.shape[-1] % 32 == 0:
+            data = gguf.quants.quantize(data, quantized)
+            writer.add_tensor(f"{new}.{kind}{end}", data, raw_dtype=quantized)
+        else:
+            writer.add_tensor(f"{new}.{kind}{end}", data)
     for layer in range(100):
         at = f"base_model.model.model.layers.{layer}.mlp.experts."
         if at + "lora_A.weight" not in tensors:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from squall import recipes
-from squall.adapters.anymoe import AnyMoe, LoraAdapter
+from squall.adapters.anymoe import AnyMoe, FineTuned, LoraAdapter
 from squall.adapters.anymoe_training import beginning, write_losses
 from squall.batch import Batch
 from squall.checkpoints import open_checkpoint
@@ -202,6 +202,10 @@ def test_float_experts_beside_a_quantized_model(small: Tiny, tmp_path: Path) -> 
     assert {total.format for total in executor.formats} == {"q8_0", "f32"}
     mixtures, _ = in_torch(tiny, range(4))
     check_like_torch(tiny, executor, mixtures, answers=0, near=0.1)
+    models.adapted(small.model, ["up_proj"], tmp_path / "adapter", "", 0)
+    tiny.paths = [file, *[tmp_path / "adapter"] * 2]
+    with pytest.raises(InvalidRequest, match=r"experts\.up are quantized"):
+        tiny.open(tiny.config(expert_type=LoraAdapter(RANK, ALPHA, ["up_proj"])))
 
 
 def test_other_names_in_the_checkpoints_of_experts(small: Tiny, tmp_path: Path) -> None:
@@ -223,16 +227,18 @@ def test_other_names_in_the_checkpoints_of_experts(small: Tiny, tmp_path: Path) 
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"model_ids": []}, InvalidRequest, "1 to 255"),
-    ({"model_ids": "expert"}, InvalidRequest, "model_ids is 'expert'"),
-    ({"expert_type": "lora_adapter"}, InvalidRequest, "expert_type is 'lora_adapter'"),
-    ({"layers": ["0"]}, InvalidRequest, "layers is"),
-    ({"lr": 0}, InvalidRequest, "lr"),
-    ({"lr": "1e-3"}, InvalidRequest, "lr"),
-    ({"epochs": 0}, InvalidRequest, "epochs"),
-    ({"epochs": "9"}, InvalidRequest, "epochs"),
-    ({"batch_size": 0}, InvalidRequest, "batch_size"),
-    ({"loss_csv_path": "losses.txt"}, InvalidRequest, r"\.csv"),
+    ({"model_ids": []}, InvalidRequest, "model_ids is .* at least 1"),
+    ({"model_ids": "one"}, InvalidRequest, "model_ids is 'one'"),
+    ({"lr": 0}, InvalidRequest, "lr is 0: .* greater than 0"),
+    ({"lr": float("nan")}, InvalidRequest, "lr is nan"),
+    ({"epochs": 0}, InvalidRequest, "epochs is 0"),
+    ({"epochs": 1.5}, InvalidRequest, "epochs is 1.5: .* integer"),
+    ({"batch_size": True}, InvalidRequest, "batch_size is True"),
+    ({"prefix": 3}, InvalidRequest, "prefix is 3: .* string"),
+    ({"training": "yes"}, InvalidRequest, "training is 'yes'"),
+    ({"layers": ["1"]}, InvalidRequest, "layers is "),
+    ({"expert_type": FineTuned}, InvalidRequest, "expert_type is "),
+    ({"loss_csv_path": "losses.txt"}, InvalidRequest, r"losses\.txt.*csv"),
     ({"training": False, "gate_model_id": None}, InvalidRequest, "gate_model_id"),
     ({"layers": [4]}, InvalidRequest, "0 to 3"),
     ({"layers": [-1]}, InvalidRequest, "0 to 3"),
@@ -255,10 +261,9 @@ def test_what_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("modules", "rank", "error", "text"),
     [
-        (["q_proj"], RANK, InvalidRequest, "no model.layers.0.mlp.q_proj"),
-        (["fc1", "up_proj"], RANK, InvalidRequest, "no model.layers.0.mlp.fc1"),
-        (["up_proj"], 5, InvalidCheckpoint, r"lora_A\.weight' has shape \(4, 128\).*\(5, 128\)"),
-        (["down_proj"], RANK, InvalidCheckpoint, r"down_proj\.lora_A\.weight' is missing"),
+        (["q_proj"], RANK, InvalidCheckpoint, "expert 1.*mlp.q_proj has no weights of LoRA"),
+        (["up_proj"], 5, InvalidCheckpoint, "mlp.up_proj has no weights of LoRA of rank 5"),
+        (["up_proj", "down_proj"], RANK, InvalidCheckpoint, "mlp.down_proj has no weights"),
     ],
 )
 def test_adapters_that_are_refused(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +13,17 @@ from anymoe_models import ROWS, Tiny, made
 from engine_requests import Numbers, Told, told
 from harness import distance, make_batch
 from test_xlora_engine import ALONE, answers, asked
+from tiny_models import write_folder
 
 from reference_executor import ReferenceExecutor
-from squall import _native, executors, recipes
-from squall.adapters.anymoe import GATES, Experts
+from squall import Model, _native, executors, recipes
+from squall.adapters.anymoe import GATES, AnyMoe, Experts, FineTuned
 from squall.batch import Batch
 from squall.checkpoints import open_checkpoint
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.request import Request
-from squall.errors import InvalidRequest
+from squall.errors import ContextLengthExceeded, InvalidRequest
 from squall.executors import Executor, Limits
 from squall.quant import Plan
 from squall.weights import WeightStore
@@ -61,7 +63,7 @@ def test_rows_equal_numpy(
 ) -> None:
     monkeypatch.setenv("SQUALL_ISA", isa)
     checkpoint = open_checkpoint(mixed.paths[0])
-    experts = Experts(mixed.random_gates(), recipes.load(checkpoint))
+    experts = Experts(mixed.random_gates(), checkpoint, recipes.load(checkpoint))
     others = experts.others | {GATES: experts.gates()}
     program = experts.program(ROWS)
     wanted = ReferenceExecutor(program, checkpoint, others=others, blocks=16)
@@ -141,3 +143,45 @@ def test_where_a_prompt_ends_matters(executor: Executor) -> None:
     ]
     assert min(distance(found[0], found[i]) for i in (1, 2)) > 0.1
     assert distance(found[1], found[2]) > 0.1
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """Of a model with a tokenizer, through all doors."""
+    folder = tmp_path_factory.mktemp("doors")
+    paths = [write_folder(folder / f"m{i}", initializer_range=0.03 * (i + 1)) for i in range(2)]
+    rows = [{"prompt": "abab", "expert": 0}, {"prompt": "1 + 1", "expert": 1}]
+    (folder / "rows.json").write_text(json.dumps({"rows": rows}))
+    config = AnyMoe(
+        64, str(folder / "rows.json"), "model.layers", "mlp", [str(paths[1])], FineTuned(),
+        lr=0.1, epochs=5, gate_model_id=str(folder / "gates"),
+    )  # fmt: skip
+    with Model.open(paths[0], anymoe=config, context=200, threads=1) as opened:
+        yield opened
+
+
+def test_all_logits_of_a_prompt_longer_than_a_step_has_outputs(model: Model) -> None:
+    ids = np.random.default_rng(3).integers(3, 60, 150).tolist()
+    found = model.logits(ids)
+    batch = make_batch([(ids, 0, 0)])
+    table = np.arange(10, dtype=np.int32)[None]
+    batch = replace(batch, block_tables=table, prompts=np.array([150], np.int32))
+    for part in np.array_split(np.arange(150, dtype=np.int32), 3):
+        wanted = model.executor.step(replace(batch, outputs=part))
+        assert found[part].tobytes() == wanted.tobytes()
+
+
+def test_a_prompt_as_long_as_the_context_is_answered(model: Model) -> None:
+    ids = np.random.default_rng(3).integers(3, 60, 199).tolist()
+    assert len(model.generate(ids, max_tokens=5, ignore_eos=True).read()) >= 0
+    with pytest.raises(ContextLengthExceeded):
+        model.generate([*ids, 3, 4], max_tokens=5)
+
+
+def test_quantized_again(model: Model) -> None:
+    before = model.logits([5, 6, 7])
+    model.re_isq("Q8_0")
+    assert {"q8_0"} < {total.format for total in model.weight_formats}
+    assert 0 < distance(model.logits([5, 6, 7]), before) < 0.1
+    model.re_isq(None)
+    assert model.logits([5, 6, 7]).tobytes() == before.tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import tiny
 from harness import distance
 from peft_models import CASES, adapt, beside, merged
+from safetensors.torch import load_file, save_file
 
 from squall.errors import InvalidRequest
 
@@ -93,3 +95,52 @@ def test_stacked_experts(name: str, kind: str, tmp_path: Path) -> None:
         "alpha_pattern": {r".*\.gate_up_proj": 5},
     }
     check(CASES[name], tmp_path, kind, **config)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe", "phi-3.5-moe"])
+def test_experts_by_themselves(name: str, kind: str, tmp_path: Path) -> None:
+    """As adapters from before transformers 5 have them: a pair of matrices an expert's linear."""
+    case = CASES[name]
+    config = EVERYTHING | {
+        "target_modules": ["o_proj"],
+        "target_parameters": EXPERTS[:2],
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"down_proj": 3},
+        "use_rslora": False,
+    }
+    if kind == "gguf" and name == "phi-3.5-moe":
+        pytest.skip("GGUF has no such model")
+    model = adapt(case, tmp_path, kind, **config)
+    stems = ("block_sparse_moe", "w1", "w3", "w2") if name != "qwen3moe" else (
+        "mlp", "gate_proj", "up_proj", "down_proj")  # fmt: skip
+    split_experts(model.folder, *stems)
+    lora = model.read()
+    assert any(module.endswith(f"experts.5.{stems[1]}") for module in lora.modules)
+    assert distance(merged(model, (lora, 1.0)), model.logits) < TOLERANCE
+    assert distance(beside(model, (lora, 1.0)), model.logits) < TOLERANCE
+
+
+def split_experts(folder: Path, block: str, gate: str, up: str, down: str) -> None:
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for name in [
+        name for name in tensors if ".experts." in name and name.endswith("lora_A.weight")
+    ]:
+        a, b = tensors.pop(name), tensors.pop(name.replace("lora_A", "lora_B"))
+        a = a.reshape(6, -1, a.shape[1])
+        b = b.reshape(b.shape[0], -1, 6).permute(2, 0, 1)
+        stem = name.partition(".mlp.experts")[0] + f".{block}.experts."
+        parts = (
+            {gate: b.chunk(2, 1)[0], up: b.chunk(2, 1)[1]} if "base_layer" in name else {down: b}
+        )
+        for part, rows in parts.items():
+            for expert in range(6):
+                tensors[f"{stem}{expert}.{part}.lora_A.weight"] = a[expert].contiguous().clone()
+                tensors[f"{stem}{expert}.{part}.lora_B.weight"] = rows[expert].contiguous().clone()
+    save_file(tensors, weights)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    changes = {"target_modules": ["o_proj", gate, up, down], "target_parameters": None}
+    changes |= {key: {down: 3} for key in ("rank_pattern", "alpha_pattern")}
+    path.write_text(json.dumps(config | changes))

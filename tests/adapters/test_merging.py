@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from harness import Float32, distance, run
-from peft_models import CASES, LIMITS, Adapted, adapt, merged
+from peft_models import CASES, LIMITS, Adapted, adapt, beside, merged
 from test_lora import EVERYTHING, EXPERTS, TOLERANCE
 from test_uqff import tokenizer_of_bytes
 
@@ -101,6 +101,7 @@ def test_weights_of_adapters_add_up(tmp_path: Path) -> None:
     lora = model.read()
     parts = merged(model, (lora, 0.25), (lora, 0.75))
     assert distance(parts, model.logits) < TOLERANCE
+    assert distance(beside(model, (lora, 0.25), (lora, 0.75)), model.logits) < TOLERANCE
     assert distance(merged(model, (lora, 0.0)), model.plain) < TOLERANCE
 
 

@@ -21,7 +21,7 @@ from xlora_models import MODULES, PROMPT, Made, case, make, opened, tokens_of
 
 from reference_executor import ReferenceExecutor
 from squall import executors
-from squall.adapters.xlora import XLora, XLoraConfig, XLoraExecutor, place
+from squall.adapters.xlora import Config, TwoPasses, XLora, place
 from squall.errors import SquallError
 from squall.executors import Limits
 from squall.program import Program
@@ -76,7 +76,6 @@ REFUSED: list[tuple[str, str, Any]] = [
     ("plain", "enable_softmax", 1),
 ]
 NEAR = 1e-4
-Open = Callable[..., XLoraExecutor]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]
 
 
 def answered(
-    executor: XLoraExecutor, tokens: Sequence[int], steps: Sequence[int] | None = None
+    executor: TwoPasses, tokens: Sequence[int], steps: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits and scalings of a prompt, and of what follows token by token."""
     logits, scalings, start = [], [], 0
@@ -109,7 +108,7 @@ def answered(
     return np.concatenate(logits), np.concatenate(scalings)
 
 
-def check(executor: XLoraExecutor, made: Made, frozen_from: int | None = None) -> None:
+def check(executor: TwoPasses, made: Made, frozen_from: int | None = None) -> None:
     tokens = tokens_of(made.model)
     logits, scalings = made.run(tokens, frozen_from)
     found, weighed = answered(executor, tokens)
@@ -320,7 +319,7 @@ def test_no_row_depends_on_others() -> None:
     rng = np.random.default_rng(2)
     for adapters, layers, top in itertools.product((1, 2, 3, 9, 33), (1, 7), (None, 2)):
         names = dict.fromkeys(map(str, range(adapters)), "")
-        config = XLoraConfig(hidden_size=1, adapters=names, top_k_lora=top)
+        config = Config(hidden_size=1, adapters=names, top_k_lora=top)
         logits = rng.normal(0, 9, (67, adapters * layers)).astype(np.float32)
         whole = config.scalings(logits)
         for start, stop in ((0, 1), (1, 2), (3, 16), (17, 67)):

@@ -12,7 +12,7 @@ import tiny
 from engine_requests import Numbers, Told, told
 from xlora_models import MODULES, case, make, opened
 
-from squall.adapters.xlora import XLoraExecutor
+from squall.adapters.xlora import TwoPasses
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.generation import Generation
 from squall.engine.request import Request
@@ -23,7 +23,7 @@ ALONE = EngineConfig(max_seqs=1, prefix_cache_n=0)
 
 
 @pytest.fixture(scope="module", params=[None, 3], ids=["granular", "settling"])
-def executor(request: Any, tmp_path_factory: pytest.TempPathFactory) -> XLoraExecutor:
+def executor(request: Any, tmp_path_factory: pytest.TempPathFactory) -> TwoPasses:
     """One with too few blocks for all requests at a time."""
     root, model = tmp_path_factory.mktemp("xlora"), tiny.build(case("llama"))
     model.save_pretrained(root / "base")
@@ -44,7 +44,7 @@ def asked() -> list[Request]:
 
 
 def answers(
-    executor: XLoraExecutor, requests: Sequence[Request], config: EngineConfig | None = None
+    executor: TwoPasses, requests: Sequence[Request], config: EngineConfig | None = None
 ) -> list[Told]:
     """Of requests that come at once."""
     engine = Engine(executor, config, text=Numbers)
@@ -55,12 +55,12 @@ def answers(
 
 
 @pytest.fixture(scope="module")
-def alone(executor: XLoraExecutor) -> list[Told]:
+def alone(executor: TwoPasses) -> list[Told]:
     """Each for itself, in a new engine, its prompt in one step."""
     return [answers(executor, [request], ALONE)[0] for request in asked()]
 
 
-def test_together_and_preempted(executor: XLoraExecutor, alone: list[Told]) -> None:
+def test_together_and_preempted(executor: TwoPasses, alone: list[Told]) -> None:
     engine, begun = Engine(executor, text=Numbers), list[Generation]()
     # Between two steps, so that they come in the same.
     engine.change_model(lambda: begun.extend(Generation(engine, one) for one in asked()))
@@ -70,15 +70,15 @@ def test_together_and_preempted(executor: XLoraExecutor, alone: list[Told]) -> N
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16])
-def test_chunked(executor: XLoraExecutor, alone: list[Told], chunk: int) -> None:
+def test_chunked(executor: TwoPasses, alone: list[Told], chunk: int) -> None:
     assert answers(executor, [replace(one, chunk=chunk) for one in asked()]) == alone
 
 
-def test_computed_anew_in_each_step(executor: XLoraExecutor, alone: list[Told]) -> None:
+def test_computed_anew_in_each_step(executor: TwoPasses, alone: list[Told]) -> None:
     assert answers(executor, asked(), EngineConfig(no_kv_cache=True)) == alone
 
 
-def test_cached(executor: XLoraExecutor, alone: list[Told]) -> None:
+def test_cached(executor: TwoPasses, alone: list[Told]) -> None:
     engine = Engine(executor, text=Numbers)
     for turn in range(3):
         found = []
@@ -91,7 +91,7 @@ def test_cached(executor: XLoraExecutor, alone: list[Told]) -> None:
     engine.close()
 
 
-def test_chats_go_on(executor: XLoraExecutor, alone: list[Told]) -> None:
+def test_chats_go_on(executor: TwoPasses, alone: list[Told]) -> None:
     """What was an answer is a prompt now, and is weighed as one."""
     engine = Engine(executor, EngineConfig(max_seqs=1), text=Numbers)
     for request, (_, ids, *_) in zip(asked(), alone, strict=True):
@@ -102,7 +102,7 @@ def test_chats_go_on(executor: XLoraExecutor, alone: list[Told]) -> None:
     engine.close()
 
 
-def test_guessed(executor: XLoraExecutor, alone: list[Told]) -> None:
+def test_guessed(executor: TwoPasses, alone: list[Told]) -> None:
     known = {tuple(request.ids): ids for request, (_, ids, *_) in zip(asked(), alone, strict=True)}
 
     def propose(ids: Sequence[int], most: int) -> Iterable[int]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from squall import executors
 from squall.adapters.target import Target
-from squall.adapters.xlora import CLASSIFIER, Parts, XLora, XLoraExecutor
+from squall.adapters.xlora import CLASSIFIER, Parts, TwoPasses, XLora
 from squall.checkpoints import open_checkpoint
 from squall.executors import Limits
 from squall.recipes import load
@@ -127,7 +127,7 @@ def case(name: str) -> tiny.Case:
     return next(case for case in tiny.CASES if case.name == name)
 
 
-def opened(base: Path, folder: Path, **options: Any) -> XLoraExecutor:
+def opened(base: Path, folder: Path, **options: Any) -> TwoPasses:
     """The executor, with exact weights; options: of XLora, and of the store."""
     xlora = {key: options.pop(key) for key in ("order", "tgt_non_granular_index") if key in options}
     checkpoint = open_checkpoint(base, gqa=options.pop("gqa", 1))
@@ -137,4 +137,4 @@ def opened(base: Path, folder: Path, **options: Any) -> XLoraExecutor:
     store = WeightStore(checkpoint, others={CLASSIFIER: parts.classifier}, **given)
     limits = Limits(blocks=BLOCKS, block_size=BLOCK, kv_dtype="f32" if store.exact else "f16")
     pool = executors.thread_pool(1)
-    return XLoraExecutor(parts, parts.programs(recipe, tiny.CONTEXT), store, limits, pool=pool)
+    return TwoPasses(parts, parts.programs(recipe, tiny.CONTEXT), store, limits, pool=pool)

@@ -53,6 +53,14 @@ def test_list() -> None:
     assert "no adapter_config.json in base, nor" in str(invoke("adapters list base").exception)
 
 
+def test_names_in_files_steer_no_terminal(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": "\x1b[2J", "r": [1]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    out = invoke(f"adapters list {tmp_path}").stdout
+    assert "\x1b" not in out
+    assert "[2J" in out
+
+
 @pytest.mark.parametrize("command", ["inspect", "adapters inspect"])
 def test_inspect(command: str) -> None:
     out = invoke(f"{command} adapters/law").stdout
@@ -87,6 +95,9 @@ def test_run() -> None:
     assert answer("base --adapter adapters/law@0") == plain
     both = answer("base --adapter adapters/law@0.5 --adapter b=adapters/sql@2")
     assert both not in (plain, law)
+    done = invoke("run base --adapter ./none Hello")
+    assert "there is no adapter './none'" in str(done.exception)
+    assert "is the prompt" not in str(done.exception)
     done = invoke("run base --merge Hello")
     assert "nothing to merge" in str(done.exception)
 

@@ -104,7 +104,7 @@ OPENED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "run lora -m folder -a adapters/x --merge Hi": ("folder", {"merge": True}),
     "serve --port 0 lora-gguf -m . -f b.gguf -t t -a adapters/x": (
-        "b.gguf", {"adapters": {"x": "adapters/x"}, "active": {"x": 1.0}, "merge": None},
+        "b.gguf", {"adapters": {"x": "adapters/x"}, "active": {"x": 1.0}, "merge": False},
     ),
     "bench -c 1 lora-ggml -m . -f old.bin -g 2 -a adapters/x": ("old.bin", {"gqa": 2}),
     "run x-lora -m folder -x adapters -o order.json -a ARCH --tgt-non-granular-index 4": (

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Annotated, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from squall import decoder
+from squall.adapters.parts import Parts, array_of
 from squall.adapters.peft import tensors_of
+from squall.adapters.target import Target
 from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.hub import Hub
@@ -26,14 +32,15 @@ from squall.program import (
 )
 from squall.recipes import Recipe
 from squall.recipes.modules import namings
-from squall.recipes.names import locate
+from squall.recipes.names import Naming, locate
 from squall.roles import roles
 from squall.spec import Mlp
-from squall.weights import Stored, Term
+from squall.weights import Term
 
 SHARED = Index("shared")
 GATES = "gates"  # their source in a weight store
-MAX_EXPERTS = 256
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _PARTS = ("gate", "up", "down")
 
 
@@ -46,18 +53,12 @@ class FineTuned:
 class LoraAdapter:
     """Experts are the model's own feed-forward layers, to which adapters were added."""
 
-    rank: int
-    alpha: float
+    rank: Count
+    alpha: Positive
     target_modules: Sequence[str]
 
     def __post_init__(self) -> None:
-        rank, modules = self.rank, self.target_modules
-        if type(rank) is not int or rank < 1 or not _is_above_0(self.alpha):
-            raise InvalidRequest(
-                f"LoraAdapter: rank {rank!r}, alpha {self.alpha!r} must be above 0"
-            )
-        if not modules or not _all_are(str, modules):
-            raise InvalidRequest(f"LoraAdapter: target_modules is {modules!r:.99}, not a list")
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,63 +73,43 @@ class AnyMoe:
     loss_csv_path: a .csv file for the losses of each step, with a plot beside it.
     """
 
-    hidden_size: int
+    hidden_size: Count
     dataset_json: str
     prefix: str
     mlp: str
-    model_ids: Sequence[str]
+    model_ids: Annotated[Sequence[str], Field(min_length=1, max_length=255)]
     expert_type: FineTuned | LoraAdapter
     layers: Sequence[int] = ()
-    lr: float = 1e-3
-    epochs: int = 100
-    batch_size: int = 4
+    lr: Positive = 1e-3
+    epochs: Count = 100
+    batch_size: Count = 4
     gate_model_id: str | None = None
     training: bool = True
-    loss_csv_path: str | None = None
+    loss_csv_path: Annotated[str, Field(pattern=r"\.csv$")] | None = None
 
     def __post_init__(self) -> None:
-        path, models = self.loss_csv_path, self.model_ids
-        for fine, problem in (
-            (
-                isinstance(self.expert_type, FineTuned | LoraAdapter),
-                f"expert_type is {self.expert_type!r:.99}; it must be FineTuned() or LoraAdapter()",
-            ),
-            (
-                _all_are(str, models) and 1 <= len(models) < MAX_EXPERTS,
-                f"model_ids is {models!r:.99}; it must be a list of 1 to {MAX_EXPERTS - 1} models",
-            ),
-            (_all_are(int, self.layers), f"layers is {self.layers!r:.99}; it must be numbers"),
-            (_is_above_0(self.lr), f"lr is {self.lr!r}; it must be a number above 0"),
-            (
-                all(type(n) is int and n >= 1 for n in (self.epochs, self.batch_size)),
-                "epochs and batch_size must be whole numbers from 1 on",
-            ),
-            (
-                path is None or str(path).endswith(".csv"),
-                f"loss_csv_path is {path!r}, not a .csv file",
-            ),
-            (self.training or self.gate_model_id, "gate_model_id must say where the gates are"),
-        ):
-            if not fine:
-                raise InvalidRequest(f"AnyMoE: {problem}")
+        _check(self)
+        if not self.training and self.gate_model_id is None:
+            raise InvalidRequest("AnyMoE: gate_model_id must say where the gates are")
 
 
-def _all_are(kind: type, given: object) -> bool:
-    """Whether it is a list, or the like, of these alone."""
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        return False
-    return all(type(item) is kind for item in given)
-
-
-def _is_above_0(given: object) -> bool:
-    return isinstance(given, int | float) and not isinstance(given, bool) and given > 0
+def _check(given: LoraAdapter | AnyMoe) -> None:
+    try:
+        for name, kind in get_type_hints(type(given), include_extras=True).items():
+            TypeAdapter(kind).validate_python(value := getattr(given, name), strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise InvalidRequest(f"AnyMoE: {name} is {value!r:.99}: {problem}") from None
 
 
 class Experts:
     """The experts of a model; `others` and `merged` are for its weight store."""
 
-    def __init__(self, config: AnyMoe, recipe: Recipe, hub: Hub | None = None) -> None:
+    def __init__(
+        self, config: AnyMoe, checkpoint: Checkpoint, recipe: Recipe, hub: Hub | None = None
+    ) -> None:
         self.config, self.recipe, self._hub = config, recipe, hub or Hub()
+        self._target = Target.of(checkpoint, recipe)
         self.count, self.layers = len(config.model_ids) + 1, _layers(config, recipe)
         self._naming = replace(namings(recipe.architecture)[0], layer="model.layers.{}.")
         stems = {f"layers.{layer}.feed_forward.{part}" for layer in self.layers for part in _PARTS}
@@ -164,10 +145,9 @@ class Experts:
         if len(files) != 1:
             raise ModelNotFound(f"AnyMoE: {folder} has {len(files)} safetensors files, not 1")
         tensors = tensors_of(folder, files[0])
-        for layer in self.layers:
-            weight, bias = gate_names(layer)
-            _tensor(tensors, weight, (self.count, self.config.hidden_size))
-            _tensor(tensors, bias, (self.count,))
+        sizes = {"weight": (self.count, self.config.hidden_size), "bias": (self.count,)}
+        shapes = {f"layers.{n}.gate.{kind}": sizes[kind] for n, kind in product(self.layers, sizes)}
+        locate([(shapes, Naming({"gate": ""}, "moe_gate.{}"))], tensors, read=set(tensors))
         return Checkpoint(folder, {}, tensors, files[0].stat().st_size)
 
     def _mixture(self, down: Linear, x: Value) -> MixtureOfExperts:
@@ -198,7 +178,7 @@ class Experts:
             path = self._hub.path(model)
             if isinstance(kind, LoraAdapter):
                 found = self.recipe.names
-                for stem, term in self._terms(kind, self._usual(tensors_of(path))):
+                for (stem, _), term in self._terms(kind, self._usual(tensors_of(path))).items():
                     self.merged[_of_experts(stem), number] = (term,)
             else:
                 checkpoint = open_checkpoint(path)
@@ -221,24 +201,16 @@ class Experts:
         names = {name: start.sub(r"model.layers.\1.mlp.", name) for name in tensors}
         return {new: tensors[name] for name, new in names.items() if start.match(name)}
 
-    def _terms(
-        self, lora: LoraAdapter, tensors: Mapping[str, Tensor]
-    ) -> Iterator[tuple[str, Term]]:
-        """What an adapter adds to matrices, which are named without `.weight`."""
-        modules = [f"{n}.mlp.{target}" for n in self.layers for target in lora.target_modules]
-        for module in (f"model.layers.{module}" for module in modules):
-            stems, _ = next(self._naming.meanings(module), ((), None))
-            shapes = [self._shapes.get(f"{stem}.weight", (0, 0)) for stem in stems]
-            rows, cols = sum(shape[0] for shape in shapes), max(shapes, default=(0, 0))[1]
-            if not rows:
-                raise InvalidRequest(f"AnyMoE: the model has no {module} to adapt")
-            a = _tensor(tensors, f"{module}.lora_A.weight", (lora.rank, cols))
-            b = _tensor(tensors, f"{module}.lora_B.weight", (rows, lora.rank))
-            start = 0
-            for stem, (count, _) in zip(stems, shapes, strict=True):
-                of_b = Stored(b.format, b.row_data(start, start := start + count), None)
-                of_a, scale = Stored(a.format, a.data, None), lora.alpha / lora.rank
-                yield stem, Term(of_a, of_b, lora.rank, scale)
+    def _terms(self, lora: LoraAdapter, tensors: Mapping[str, Tensor]) -> Mapping[Site, Term]:
+        """What an adapter adds to the model's own matrices."""
+        parts = Parts(self._target, as_gguf=False)
+        for layer, target in product(self.layers, lora.target_modules):
+            module = f"model.layers.{layer}.mlp.{target}"
+            a, b = (tensors.get(f"{module}.lora_{part}.weight") for part in "AB")
+            if a is None or b is None or len(a.shape) != 2 or a.rows != lora.rank:
+                raise InvalidCheckpoint(f"{module} has no weights of LoRA of rank {lora.rank}")
+            parts.low_rank(module, array_of(a)[None], array_of(b)[None], lora.alpha / lora.rank)
+        return parts.terms()
 
 
 def gate_names(layer: int) -> tuple[str, str]:
@@ -261,13 +233,3 @@ def _layers(config: AnyMoe, recipe: Recipe) -> tuple[int, ...]:
 
 def _of_experts(role: str) -> str:
     return role.replace("feed_forward.", "feed_forward.experts.")
-
-
-def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """One that must be there."""
-    found = tensors.get(name)
-    if found is None or found.shape != shape:
-        problem = "is missing" if found is None else f"has shape {found.shape}"
-        raise InvalidCheckpoint(f"the tensor {name!r} {problem}; its shape must be {shape}")
-    found.check_format()
-    return found

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall import executors
-from squall.adapters.anymoe import GATES, AnyMoe, Experts, gate_names
+from squall.adapters.anymoe import GATES, Experts, gate_names
 from squall.checkpoints import Checkpoint
 from squall.checkpoints.base import ByteTensor
 from squall.checkpoints.writing import Item, copy_of, make_folder, replacing, write_safetensors
@@ -47,14 +47,10 @@ def open_experts(  # noqa: PLR0913
     encode: the tokens of a user's message in the chat template.
     trained: called with (steps of the training done, all of them).
     """
-    program, config, gates = experts.program(context), experts.config, None
-    if config.training:
-        examples = read(experts, encode, context)
-        zeros = np.zeros((experts.count, config.hidden_size), np.float32)
-        store.checkpoints[GATES] = _checkpoint({_ZEROS: zeros})
-        rows = sum(sorted((len(ids) for ids, _ in examples), reverse=True)[: config.batch_size])
-        forward = Forward(program, store, rows, pool, progress)
-        gates = _written(experts, forward, examples, trained)
+    program, gates = experts.program(context), None
+    if experts.config.training:
+        training = _Training(experts, program, read(experts, encode, context))
+        gates = training.run(store, pool, progress, trained)
     store.checkpoints[GATES] = gates or experts.gates()
     return executors.open(program, store, limits, pool=pool, progress=progress)
 
@@ -81,26 +77,75 @@ def read(experts: Experts, encode: Encode, longest: int) -> list[Example]:
     return found
 
 
-class Forward:
-    """What each gate is given, of a model that follows the gates as they are.
+class _Training:
+    """The gates of layers while they learn: [gates, experts, hidden + 1], the bias last.
 
-    They come as an adapter of routers that are zero, so that no weight is laid out again.
+    The model that they are in ends at the last of them. They come to it as an adapter of routers
+    that are zero, so that no weight is laid out again.
     """
 
-    def __init__(
-        self, program: Program, store: WeightStore, rows: int,
-        pool: ThreadPool | None = None, progress: Progress | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, experts: Experts, program: Program, examples: Sequence[Example]) -> None:
+        self.experts, self.config, self.examples = experts, experts.config, examples
+        self.gates = beginning(len(experts.layers), experts.count, self.config.hidden_size)
         gated = [op for op in program.ops if isinstance(op, MixtureOfExperts) and op.shared]
-        self._names = [(op.x.name, op.router.role) for op in gated]
+        self._roles = [op.router.role for op in gated]
         first, _ = program.cut(gated[-1].x.name)
         ops, outputs = tuple(map(_trained, first.ops)), tuple(op.x for op in gated)
-        program = replace(first, ops=ops, outputs=outputs, caches=())
-        limits = Limits(rows={"tokens": rows})
-        self._executor = executors.open(program, store, limits, pool=pool, progress=progress)
+        self._program = replace(first, ops=ops, outputs=outputs, caches=())
 
-    def __call__(self, gates: Doubles, batch: Sequence[Example]) -> list[Floats]:
-        """[rows, hidden] each, prompt after prompt. gates: [gates, experts, hidden + 1]."""
+    def run(
+        self,
+        store: WeightStore,
+        pool: ThreadPool | None,
+        progress: Progress | None,
+        trained: Progress | None,
+    ) -> Checkpoint:
+        """Trained gates, in the files that they are to be in."""
+        config = self.config
+        file = config.gate_model_id and Path(config.gate_model_id, "gate.safetensors").expanduser()
+        csv = config.loss_csv_path and Path(config.loss_csv_path).expanduser()
+        for path in (file, csv):
+            if path:  # before the work, which could be in vain
+                make_folder(path.parent)
+        zeros = np.zeros((self.experts.count, config.hidden_size), np.float32)
+        store.checkpoints[GATES] = _checkpoint({_ZEROS: zeros})
+        lengths = sorted((len(ids) for ids, _ in self.examples), reverse=True)
+        limits = Limits(rows={"tokens": sum(lengths[: config.batch_size])})
+        executor = executors.open(self._program, store, limits, pool=pool, progress=progress)
+        losses = self._losses(executor, trained)
+        tensors = dict[str, Floats]()
+        for layer, gate in zip(self.experts.layers, self.gates, strict=True):
+            tensors |= zip(gate_names(layer), _floats(gate), strict=True)
+        made = _checkpoint(tensors)
+        if file:
+            items = [Item(t.name, t.format, t.shape, copy_of(t)) for t in made.tensors.values()]
+            write_safetensors(file, items, force=True)
+        if csv:
+            write_losses(csv, losses)
+        return made
+
+    def _losses(self, executor: Executor, trained: Progress | None) -> list[list[float]]:
+        """Trains the gates; the losses of each step, a gate each."""
+        size, count, losses = self.config.batch_size, len(self.examples), []
+        random, moments = np.random.default_rng(0), np.zeros((2, *self.gates.shape))
+        orders = [random.permutation(count) for _ in range(self.config.epochs)]
+        steps = [order[at : at + size] for order in orders for at in range(0, count, size)]
+        for step, chosen in enumerate(steps, start=1):
+            batch = [self.examples[i] for i in chosen]
+            given = self._given(executor, batch)
+            found = [gradient(*of, batch) for of in zip(self.gates, given, strict=True)]
+            losses.append([loss for loss, _ in found])
+            change = np.stack([change for _, change in found])
+            for moment, beta, power in zip(moments, BETAS, (1, 2), strict=True):
+                moment += (1 - beta) * (change**power - moment)
+            mean, square = (m / (1 - b**step) for m, b in zip(moments, BETAS, strict=True))
+            self.gates -= self.config.lr * mean / (np.sqrt(square) + EPSILON)
+            if trained is not None:
+                trained(step, len(steps))
+        return losses
+
+    def _given(self, executor: Executor, batch: Sequence[Example]) -> list[Floats]:
+        """What each gate is given, [rows, hidden], prompt after prompt."""
         lengths = [len(ids) for ids, _ in batch]
         starts, own = np.repeat(_starts(batch), lengths), np.arange(sum(lengths))
         indices = {
@@ -109,14 +154,12 @@ class Forward:
         }  # fmt: skip
         terms = {}
         # Nothing is given to the last gate's experts.
-        for (_, role), gate in zip(self._names[:-1], gates, strict=False):
+        for role, gate in zip(self._roles[:-1], self.gates, strict=False):
             weight, bias = _floats(gate)
             stored = Stored("f32", weight.reshape(-1).view(np.uint8), None)
             terms[role, 0] = Term(None, stored, weight.shape[1], bias=bias)
         inputs = {name: index.astype(np.int32) for name, index in indices.items()}
-        mixture = ((self._executor.adapter(terms), 1.0),)
-        found = self._executor.run(inputs, mixtures=[mixture])
-        return [found[name] for name, _ in self._names]
+        return list(executor.run(inputs, mixtures=[((executor.adapter(terms), 1.0),)]).values())
 
 
 def _trained(op: Op) -> Op:
@@ -155,59 +198,10 @@ def _log_softmax(x: Doubles) -> Doubles:
     return x
 
 
-def train(
-    config: AnyMoe,
-    gates: Doubles,
-    examples: Sequence[Example],
-    forward: Callable[[Doubles, Sequence[Example]], Sequence[Floats]],
-    progress: Progress | None = None,
-) -> list[list[float]]:
-    """Change the gates; the losses of each step, a gate each."""
-    random, losses, moments = np.random.default_rng(0), [], np.zeros((2, *gates.shape))
-    orders = [random.permutation(len(examples)) for _ in range(config.epochs)]
-    size = config.batch_size
-    steps = [order[at : at + size] for order in orders for at in range(0, len(examples), size)]
-    for step, chosen in enumerate(steps, start=1):
-        batch = [examples[i] for i in chosen]
-        found = [gradient(*of, batch) for of in zip(gates, forward(gates, batch), strict=True)]
-        losses.append([loss for loss, _ in found])
-        change = np.stack([change for _, change in found])
-        for moment, beta, power in zip(moments, BETAS, (1, 2), strict=True):
-            moment += (1 - beta) * (change**power - moment)
-        mean, square = (m / (1 - b**step) for m, b in zip(moments, BETAS, strict=True))
-        gates -= config.lr * mean / (np.sqrt(square) + EPSILON)
-        if progress is not None:
-            progress(step, len(steps))
-    return losses
-
-
 def beginning(layers: int, experts: int, hidden: int) -> Doubles:
     """Gates before their training, as torch begins a linear."""
     most = hidden**-0.5
     return np.random.default_rng(0).uniform(-most, most, (layers, experts, hidden + 1))
-
-
-def _written(
-    experts: Experts, forward: Forward, examples: Sequence[Example], progress: Progress | None
-) -> Checkpoint:
-    """Trained gates, in the files that they are to be in."""
-    config, tensors = experts.config, dict[str, Floats]()
-    file = config.gate_model_id and Path(config.gate_model_id, "gate.safetensors").expanduser()
-    csv = config.loss_csv_path and Path(config.loss_csv_path).expanduser()
-    for path in (file, csv):
-        if path:  # before the work, which could be in vain
-            make_folder(path.parent)
-    gates = beginning(len(experts.layers), experts.count, config.hidden_size)
-    losses = train(config, gates, examples, forward, progress)
-    for layer, gate in zip(experts.layers, gates, strict=True):
-        tensors |= zip(gate_names(layer), _floats(gate), strict=True)
-    checkpoint = _checkpoint(tensors)
-    if file:
-        items = [Item(t.name, t.format, t.shape, copy_of(t)) for t in checkpoint.tensors.values()]
-        write_safetensors(file, items, force=True)
-    if csv:
-        write_losses(csv, losses)
-    return checkpoint
 
 
 def _floats(gate: Doubles) -> tuple[Floats, Floats]:

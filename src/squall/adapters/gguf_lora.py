@@ -1,4 +1,4 @@
-"""GGUF files of LoRA adapters, as converters from PEFT write them."""
+"""GGUF files of LoRA adapters."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Lora:
     terms: one a weight. vectors: what is added to norms, by their roles; only merged adapters
         can have them.
     digest: of what changes results, whatever its names and paths.
-    rank, alpha: those that modules have unless patterns say otherwise; 0: the file does not say.
+    rank, alpha: those that modules have unless patterns say otherwise; of a GGUF file the most.
     base: the model that it says it is made for. modules: what it adapts, by the file's names.
     homeless: a role whose bias it adds to, which the base has no place for.
     """
@@ -69,6 +69,7 @@ def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None
     vectors = {role: change for role, change in parts.vectors.items() if change.any()}
     if not terms and not vectors:
         raise InvalidCheckpoint(f"the adapter {str(path)!r} changes nothing")
+    rank = rank or max((term.rank for term in terms.values()), default=0)
     stored = (part for term in terms.values() for part in (term.a, term.b) if part is not None)
     return Lora(
         terms, vectors, parts.digest(terms), rank, alpha, base, modules,

@@ -16,6 +16,7 @@ from squall.errors import InvalidCheckpoint
 from squall.files import quote
 from squall.program import Site
 from squall.quant import FORMATS
+from squall.recipes.modules import norm_offset, row_order
 from squall.weights import Floats, Stored, Term, product, values
 
 MAX_RANK = 4096
@@ -27,12 +28,11 @@ _FORMATS = {FORMATS[name].layout: name for name in ("f32", "f16", "bf16")}
 
 def array_of(tensor: Tensor) -> Array:
     """A tensor's numbers, in memory of our own, since the file may change."""
-    if tensor.format not in _FORMATS.values():
-        raise InvalidCheckpoint(
-            f"tensor {quote(tensor.name)} has format {tensor.format}; those of adapters must be "
-            f"{', '.join(_FORMATS.values())}"
-        )
-    array = tensor.data.view(FORMATS[tensor.format].layout).reshape(tensor.shape).copy()
+    tensor.check_format()
+    layout = FORMATS[tensor.format].layout
+    is_float = tensor.format in _FORMATS.values()
+    found = tensor.data.view(layout).copy() if is_float else tensor.to_float32()
+    array = found.reshape(tensor.shape)
     if not np.isfinite(_float32(array)).all():
         raise InvalidCheckpoint(f"tensor {quote(tensor.name)} has numbers that are not finite")
     return array
@@ -44,7 +44,7 @@ def _stored(array: Array) -> Stored:
 
 
 def _float32(array: Array) -> Floats:
-    return values(_stored(array), array.shape[-1]).reshape(array.shape)
+    return values(_stored(array), 1).reshape(array.shape)
 
 
 @dataclass(slots=True, eq=False)
@@ -72,17 +72,21 @@ class Parts:
         readings, rank = self.target.readings(module), b.shape[-1]
         found = (p for p in readings if self._shapes(p, rank) == (a.shape, b.shape))
         places = next(found, ())
-        if not places or not 1 <= rank <= MAX_RANK or self._terms.keys() & {p[0] for p in places}:
+        sound = 1 <= rank <= MAX_RANK and (bias is None or bias.shape == b.shape[1:2])
+        if not places or not sound or self._terms.keys() & {site for site, _, _ in places}:
             raise self.misfit(module, a.shape[1:], b.shape[1:])
         for site, start, stop in places:
-            expert, rows = site[1] if len(b) > 1 else 0, self._rows(site, start, stop)
+            expert, rows = site[1] if len(b) > 1 else 0, self._rows(site[0], start, stop)
             up = b[expert] if site[0] == TABLE else b[expert][rows]
             self._terms[site] = Term(_stored(a[expert]), _stored(up), rank, scale)
             if bias is not None:
                 self._bias(site, _float32(bias)[rows] * np.float32(scale))
 
-    def whole(self, name: str, array: Array) -> None:
-        """A weight or bias in place of the base's."""
+    def whole(self, name: str, array: Array, *, trained: bool = True) -> None:
+        """A weight or bias in place of the base's.
+
+        trained: otherwise it is the base's own, which a quantized base keeps as it has it.
+        """
         found, target = _float32(array), self.target
         module, _, kind = name.rpartition(".")
         norm = target.norm(name, found.size)
@@ -90,19 +94,18 @@ class Parts:
             role, start = norm
             base = target.vector(role, 0)
             change = self.vectors.setdefault(role, np.zeros_like(base))
-            offset = np.float32(target.norm_offset(as_gguf=self.as_gguf))
-            own = slice(start, start + found.size)
-            change[own] = found.reshape(-1) + offset - base[own]
+            own, offset = slice(start, start + found.size), norm_offset(target.gguf) * self._shift
+            change[own] = found.reshape(-1) + np.float32(offset) - base[own]
             return
         wanted = (p for p in target.readings(module) if self._size(p, kind) == found.shape)
         places = next(wanted, ())
         if not places:
             raise self.misfit(module, found.shape)
         for site, start, stop in places:
-            rows = found[self._rows(site, start, stop)]
-            if kind == "weight":
+            rows = found[self._rows(site[0], start, stop)]
+            if kind == "weight" and (trained or target.is_float(site[0])):
                 self._changes[site] = rows - target.values(site)
-            else:
+            elif kind == "bias":
                 self._bias(site, rows - target.vector(f"{site[0]}.bias", rows.size))
 
     def terms(self) -> dict[Site, Term]:
@@ -139,9 +142,9 @@ class Parts:
         places = self.target.sites(module)
         there = f"has {self._size(places, 'weight')} there" if places else "has no such module"
         return InvalidCheckpoint(
-            f"the adapter has tensors of {quote(module)} of shapes "
-            f"{', '.join(map(str, shapes))}; the base model {there}. Adapters must be made for "
-            f"their base, with a rank of 1 to {MAX_RANK}, and have each module once"
+            f"the adapter has tensors of {quote(module)} of shapes {', '.join(map(str, shapes))}; "
+            f"the base model {there}. An adapter is made for its base, has a module once, and a "
+            f"rank of 1 to {MAX_RANK}"
         )
 
     def _shapes(self, places: Places, rank: int) -> tuple[tuple[int, ...], ...]:
@@ -156,10 +159,17 @@ class Parts:
         assert matrix is not None
         return (places[-1][2], matrix.cols) if kind == "weight" else (places[-1][2],)
 
-    def _rows(self, site: Site, start: int, stop: int) -> Any:
-        """Which rows of a module are a site's, in the base's order."""
-        order = self.target.order(site[0], as_gguf=self.as_gguf)
-        return slice(start, stop) if order is None else start + order
+    def _rows(self, role: str, start: int, stop: int) -> Any:
+        """Which rows of a module are a weight's, in the base's order."""
+        order = row_order(self.target.gguf, self.target.decoder, role) if self._shift else None
+        if order is None:
+            return slice(start, stop)
+        return start + (order if self._shift > 0 else np.argsort(order))
+
+    @property
+    def _shift(self) -> int:
+        """1: the base is as GGUF files are, and the adapter is not; -1: the other way round."""
+        return (self.target.checkpoint.kind == "gguf") - self.as_gguf
 
     def _bias(self, site: Site, change: Floats) -> None:
         self._biases[site] = self._biases.get(site, np.float32(0)) + change

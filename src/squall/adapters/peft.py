@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,21 +16,18 @@ from squall.adapters.ordering import CONFIG
 from squall.adapters.parts import MAX_RANK, TABLE, Array, Parts, array_of
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.pickle import open_pickle
-from squall.checkpoints.safetensors import open_part
+from squall.checkpoints.safetensors import MAX_NAME_CHARS, open_part
 from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
 from squall.files import quote, read_json
 from squall.recipes.modules import PARAMETERS
 
+MAX_PATTERNS = 64
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# What says how the adapter was begun, trained or saved, not what it does.
-_HARMLESS = frozenset(
-    """
-    auto_mapping corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode
-    lora_dropout lora_ga_config loftq_config megatron_core peft_version qalora_group_size revision
-    runtime_config task_type velora_config
-    """.split()  # noqa: SIM905
+# Keys of PEFT's variants of LoRA; some others are only of how an adapter was begun or trained.
+_VARIANTS = re.compile(
+    r"use_.*|(?!corda|eva|lora_ga|loftq|runtime|velora).*_config|.*_(tokens|indices|replication)"
 )
-_VARIANTS = re.compile(r"use_.*|.*_config|.*_(tokens|indices|replication)")
+_PLAIN = re.compile(r"\^?([\w.]+)\$?")
 _LORA = re.compile(
     r"(.+?)((?:\.base_layer)*)\.lora_(?:embedding_)?([AB])(?:\.(?!weight$|bias$)[^.]+)?"
     r"(?:\.(weight|bias))?"
@@ -40,18 +36,18 @@ _SAVED = re.compile(
     r"(.+?)(\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?\.(weight|bias)"
 )
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-_LOG = logging.getLogger("squall")
 
 T = TypeVar("T")
-Model = TypeVar("Model", bound=BaseModel)
+Kind = TypeVar("Kind", bound=BaseModel)
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Pattern = Annotated[str, Field(max_length=4096)]
 Patterns = Annotated[list[Pattern], Field(max_length=2048)]
+Layers = Literal["layers", "model.layers"]
 Layer = Annotated[int, Field(ge=0, le=1 << 16)]
 
 
-def checked(kind: type[Model], given: Mapping[str, object], what: str) -> Model:
+def checked(kind: type[Kind], given: Mapping[str, object], what: str) -> Kind:
     """A configuration; null is as if it were not there. Raises InvalidCheckpoint."""
     try:
         return kind.model_validate({key: v for key, v in given.items() if v is not None})
@@ -59,7 +55,7 @@ def checked(kind: type[Model], given: Mapping[str, object], what: str) -> Model:
         first = error.errors(include_url=False)[0]
         where = quote(".".join(map(str, first["loc"])))
         raise InvalidCheckpoint(
-            f"{what}: {where} is {first['input']!r:.99}: {first['msg']}"
+            f"{what}: {where} is {repr(first['input'])[:99]}: {first['msg']}"
         ) from None
 
 
@@ -76,10 +72,10 @@ class Config(BaseModel):
     use_rslora: bool = False
     target_modules: Pattern | Patterns = []
     exclude_modules: Pattern | Patterns = []
-    modules_to_save: Patterns = []
+    modules_to_save: Annotated[list[Pattern], Field(max_length=MAX_PATTERNS)] = []
     target_parameters: Patterns = []
     layers_to_transform: Layer | list[Layer] = []
-    layers_pattern: Pattern | Patterns = []
+    layers_pattern: Layers | list[Layers] = []
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     # Other beginnings take something from the base's weights, each time they are loaded.
@@ -96,14 +92,15 @@ class Config(BaseModel):
                 f"{str(folder)!r} has no {CONFIG}; name the folder of an adapter{there}"
             )
         config = checked(cls, found, CONFIG)
-        more = {k for k, v in (config.model_extra or {}).items() if v and k not in _HARMLESS}
+        more = (key for key, value in (config.model_extra or {}).items() if value)
         if variants := sorted(filter(_VARIANTS.fullmatch, more)):
             raise UnsupportedModel(
                 f"{CONFIG} has {', '.join(map(quote, variants[:6]))}, which Squall cannot follow; "
                 "ignoring it could change the results"
             )
-        if more:
-            _LOG.warning("%s has keys that mean nothing here: %s", CONFIG, sorted(more)[:20])
+        patterns = (*config.rank_pattern, *config.alpha_pattern)
+        if sum(_PLAIN.fullmatch(pattern) is None for pattern in patterns) > MAX_PATTERNS:
+            raise UnsupportedModel(f"{CONFIG} has over {MAX_PATTERNS} patterns that are no names")
         return config
 
     def rank(self, module: str) -> int:
@@ -134,12 +131,9 @@ class Config(BaseModel):
         return saved or parts[-1] in _EMBEDDINGS or (kind == "bias" and own)
 
     def _in_layers(self, module: str) -> bool:
-        layers, names = self.layers_to_transform, self.layers_pattern
-        names = [names] if isinstance(names, str) else names
-        for name in map(re.escape, names) if names else (r"[^.]*",):
-            if match := re.match(rf"(?:^|.*?\.){name}\.(\d{{1,5}})\.", module):
-                return int(match[1]) in (layers if isinstance(layers, list) else [layers])
-        return False
+        match, layers = re.match(r".*?\blayers\.(\d{1,5})\.", module), self.layers_to_transform
+        found = -1 if match is None else int(match[1])
+        return found in (layers if isinstance(layers, list) else [layers])
 
 
 def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Config, tuple[str, ...]]:
@@ -147,7 +141,7 @@ def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Confi
     config, tensors = Config.read(folder), tensors_of(folder, weights)
     pairs: dict[tuple[str, int], dict[str, Array]] = {}
     for name, tensor in tensors.items():
-        path = name.removeprefix("base_model.model.")
+        path = name.removeprefix("base_model.model.") if len(name) <= MAX_NAME_CHARS else ""
         if match := _LORA.fullmatch(path):
             pair = pairs.setdefault((match[1], match[2].count(".")), {})
             part = "bias" if match[4] == "bias" else match[3]
@@ -161,8 +155,9 @@ def read_folder(folder: Path, weights: Path | None, parts: Parts) -> tuple[Confi
                 f"the adapter's tensor {quote(name)} is no part of a LoRA, and {CONFIG} does not "
                 "say by modules_to_save or bias that it is saved"
             )
-        if match[2] != ".original_module":  # the base's own, of what is saved
-            parts.whole(f"{match[1]}.{match[3]}", array_of(tensor))
+        if match[2] != ".original_module":  # of what is saved, and not in use
+            trained = match[2] != ".base_layer" or match[3] == "bias"
+            parts.whole(f"{match[1]}.{match[3]}", array_of(tensor), trained=trained)
     modules = [_adapt(*key, pair, config, parts) for key, pair in pairs.items()]
     _check_complete(modules, config, parts)
     return config, tuple(sorted(modules))
@@ -187,24 +182,23 @@ def _adapt(module: str, depth: int, pair: Mapping[str, Array], config: Config, p
     known = (f"{module}.{name}" for name in PARAMETERS)
     wrapped = [p for p in known if _named(config.target_parameters, p) and target.sites(p)]
     name = wrapped[-1 - depth] if depth < len(wrapped) else module
-    if pair.keys() != {"A", "B", "bias"} - (set() if config.lora_bias else {"bias"}):
-        raise InvalidCheckpoint(
-            f"the adapter has {sorted(pair)} of {quote(module)}; there must be lora_A and lora_B, "
-            f"and a bias if lora_bias is true in {CONFIG}"
-        )
     if name == module and (depth or not config.adapts(module)):
         raise UnsupportedModel(
             f"the adapter has tensors of {quote(module)}, which {CONFIG} does not adapt: see its "
             "target_modules, target_parameters, exclude_modules, modules_to_save and "
             "layers_to_transform"
         )
-    places, rank, a, b = target.sites(name), config.rank(name), pair["A"], pair["B"]
+    places, rank = target.sites(name), config.rank(name)
     experts = max(len({expert for (_, expert), _, _ in places}), 1)
-    if not a.ndim == b.ndim == 2 or not len(a) == b.shape[1] == experts * rank:
+    shapes = {part: array.shape for part, array in pair.items() if part != "bias"}
+    ranks = {part: (*shape, 0)[part == "B"] for part, shape in shapes.items() if len(shape) == 2}
+    if ranks != dict.fromkeys("AB", rank * experts) or ("bias" in pair) != config.lora_bias:
+        given = ", ".join(f"lora_{part} {array.shape}" for part, array in pair.items())
         raise InvalidCheckpoint(
-            f"the adapter has tensors of {quote(name)} of shapes {a.shape} and {b.shape}; by "
-            f"{CONFIG} their rank is {rank}, of each of {experts} experts"
+            f"the adapter has of {quote(name)}: {given}; by {CONFIG} it has lora_A and lora_B of "
+            f"rank {rank}, for each of {experts} experts, and lora_bias is {config.lora_bias}"
         )
+    a, b = pair["A"], pair["B"]
     a = a.T if places and places[0][0][0] == TABLE else a
     a = a.reshape(experts, -1, a.shape[1])
     b = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
@@ -232,8 +226,8 @@ def _of(patterns: Mapping[str, T], module: str, default: T) -> T:
 
 
 def _ends(pattern: str, module: str) -> bool:
-    if re.fullmatch(r"[\w.]+", pattern):
-        return f".{module}".endswith(f".{pattern}")
+    if plain := _PLAIN.fullmatch(pattern):
+        return module == plain[1] or (pattern[0] != "^" and module.endswith(f".{plain[1]}"))
     return _matches(rf"(?:.*\.)?(?:{pattern})", module)
 
 
@@ -247,7 +241,7 @@ def _matches(pattern: str, text: str) -> bool:
     return _validator(pattern).isinstance_python(text)
 
 
-@lru_cache(64)
+@lru_cache(2 * MAX_PATTERNS)
 def _validator(pattern: str) -> SchemaValidator:
     """Of whole texts. By an engine that takes linear time: the pattern is a stranger's."""
     try:

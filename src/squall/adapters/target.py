@@ -15,7 +15,7 @@ from squall.recipes import Recipe, modules
 from squall.recipes.names import Naming
 from squall.roles import Shapes, roles
 from squall.spec import Decoder
-from squall.weights import WeightStore, values
+from squall.weights import MERGEABLE, WeightStore, values
 
 Places = tuple[tuple[Site, int, int], ...]
 """Sites, each with the rows of a module's output that are its own."""
@@ -85,6 +85,11 @@ class Target:
         experts, names = math.prod(more[1:]), self.names[f"{role}.weight"]
         return Matrix(names, rows, cols, experts, role, restored=True)
 
+    def is_float(self, role: str) -> bool:
+        """Whether the base has the weight unquantized."""
+        (part, *_) = self.names[f"{role}.weight"]
+        return self.checkpoint.tensors[part.tensor].format in MERGEABLE
+
     def values(self, site: Site) -> NDArray[np.float32]:
         """The base's weight, [rows, cols]."""
         matrix = self.matrix(site[0])
@@ -97,20 +102,6 @@ class Target:
         if role not in self.names:
             return np.zeros(size, np.float32)
         return WeightStore(self.checkpoint).vector(Vector(self.names[role], self.shapes[role][0]))
-
-    def order(self, role: str, *, as_gguf: bool) -> NDArray[np.intp] | None:
-        """Which row of an adapter is each row of the base; None: they have one order.
-
-        as_gguf: the adapter has them as GGUF files have.
-        """
-        order = modules.row_order(self.gguf, self.decoder, role)
-        if order is None or as_gguf == (self.checkpoint.kind == "gguf"):
-            return None
-        return np.argsort(order) if as_gguf else order
-
-    def norm_offset(self, *, as_gguf: bool) -> float:
-        """What is added to an adapter's norms for them to be as the base's."""
-        return modules.norm_offset(self.gguf) * ((self.checkpoint.kind == "gguf") - as_gguf)
 
     def _meanings(self, module: str) -> Iterator[tuple[tuple[str, ...], int | None]]:
         # Models that see have their language model in a part of that name, or have had.

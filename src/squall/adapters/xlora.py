@@ -69,7 +69,7 @@ class XLora:
             raise InvalidRequest(f"tgt_non_granular_index is {count!r}; it must be at least 1")
 
 
-class XLoraConfig(BaseModel):
+class Config(BaseModel):
     """xlora_config.json, or PEFT's adapter_config.json, as far as it matters to answers."""
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -90,7 +90,7 @@ class XLoraConfig(BaseModel):
     global_scaling_weight: _Weight = 1.0
 
     @classmethod
-    def read(cls, folder: Path) -> XLoraConfig:
+    def read(cls, folder: Path) -> Config:
         """That of a folder."""
         peft = read_json(folder / _CONFIGS[1]) or {}
         base = {"base_model_id": peft.get("base_model_name_or_path")}
@@ -116,7 +116,7 @@ class XLoraConfig(BaseModel):
         return x.reshape(logits.shape)
 
 
-def read_classifier(folder: Path, config: XLoraConfig, outputs: int) -> Checkpoint:
+def read_classifier(folder: Path, config: Config, outputs: int) -> Checkpoint:
     """Linears, one after another: 0.weight, 0.bias, 1.weight and so on. outputs: of the last."""
     path = next((path for name in _WEIGHTS if (path := folder / name).exists()), None)
     if path is None:
@@ -162,7 +162,7 @@ class Parts:
         `width` in all. settles: see `Executor`.
     """
 
-    config: XLoraConfig
+    config: Config
     classifier: Checkpoint
     adapters: tuple[Mapping[Site, Term], ...]
     columns: Mapping[Site, int]
@@ -173,7 +173,7 @@ class Parts:
     def read(cls, xlora: XLora, target: Target, hub: Hub | None = None) -> Parts:
         """Those of a folder, for a base."""
         folder = (hub or Hub()).path(xlora.path)
-        config, ordering = XLoraConfig.read(folder), Ordering.read(xlora.order)
+        config, ordering = Config.read(folder), Ordering.read(xlora.order)
         ordering.check_base(config.base_model_id)
         if config.hidden_size != (hidden := target.decoder.hidden):
             raise InvalidRequest(
@@ -229,7 +229,7 @@ class Parts:
         return builder.build(x, caches=program.caches, context=program.context)
 
 
-def _path(folder: Path, name: str, config: XLoraConfig) -> str:
+def _path(folder: Path, name: str, config: Config) -> str:
     """Where an adapter is: by its name in the folder, or where the configuration says."""
     given = config.adapters[name]
     if not given or (folder / name).is_dir():
@@ -237,7 +237,7 @@ def _path(folder: Path, name: str, config: XLoraConfig) -> str:
     return str(folder / given) if (folder / given).exists() else given
 
 
-class XLoraExecutor:
+class TwoPasses:
     """Two executors on one store, each with a KV cache; what is not said here is the second's.
 
     programs: those of the parts. store: has the classifier's checkpoint as CLASSIFIER.

@@ -74,8 +74,8 @@ class _AdapterFields:
 class _Adapted(Selection):
     """A kind with adapters. Where model_id is missing, the ordering file names the model.
 
-    Plain adapters become part of float weights; beside others, and if there are some to preload,
-    they are kept apart and may be activated.
+    In a folder of floats adapters become part of the weights. Beside others, and where there are
+    some to preload, they are kept apart, and requests choose.
     """
 
     plain: ClassVar[type[Selection]]
@@ -85,7 +85,7 @@ class _Adapted(Selection):
         given = {item.name: getattr(self, item.name) for item in fields(self)}
         ordering = Ordering.read(given["order"])
         ordering.check_base(given.get("model_id") or given.get("tok_model_id"))
-        if "model_id" in given and given["model_id"] is None:
+        if (is_folder := "model_id" in given) and given["model_id"] is None:
             given["model_id"] = ordering.base_model_id
             if ordering.base_model_id is None:
                 raise InvalidRequest("which model? Give model_id, or base_model_id in the order")
@@ -95,16 +95,16 @@ class _Adapted(Selection):
         if "xlora_model_id" in given:
             from squall.adapters.xlora import XLora
 
-            most = given.get("tgt_non_granular_index")
+            most = given["tgt_non_granular_index"]
             return replace(opening, xlora=XLora(given["xlora_model_id"], given["order"], most))
         adapters = ordering.places(given["adapters_model_id"])
         active = {name: 1.0 for name in adapters if name not in ordering.preload}
-        apart = ordering.preload or others.adapters
+        alone = is_folder and not ordering.preload and not others.adapters
         return replace(
             opening,
             adapters={**(others.adapters or {}), **adapters},
             active={**(others.active or {}), **active},
-            merge=others.merge or (False if apart else None),
+            merge=others.merge or (None if alone else False),
         )
 
 

@@ -50,9 +50,11 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
+    from squall.checkpoints.inspect import escape
+
     table = Table("adapter", "kind", "rank", "alpha", "base model", "bytes")
     for item in found:
-        table.add_row(*(Text(str(value)) for value in item.values()))
+        table.add_row(*(Text(escape(str(value))) for value in item.values()))
     Console().print(table)
 
 

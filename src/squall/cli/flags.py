@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
@@ -127,8 +126,8 @@ def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], d
         try:
             act(replace(flags, prompt=text[0]) if takes_text and text else flags, model)
         except ModelNotFound as error:
-            doubtful = model and takes_text and not os.path.exists(model)
-            doubt = f". If {model} is the prompt, write -- {model}" if doubtful else ""
+            meant = model and takes_text and model in str(error)
+            doubt = f". If {model} is the prompt, write -- {model}" if meant else ""
             raise ModelNotFound(f"{error}{doubt}") from None
 
     run.__doc__ = doc

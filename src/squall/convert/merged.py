@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +19,9 @@ from squall.checkpoints.folder import CONFIG
 from squall.checkpoints.writing import Item, Part, exists, write_safetensors
 from squall.errors import InvalidRequest
 from squall.files import MAX_JSON_BYTES
-from squall.program import Matrix, Names, Slice, Vector
+from squall.program import Matrix, Slice, Vector
 from squall.quant import FORMATS
 from squall.recipes import Recipe
-from squall.roles import Shapes, roles
 from squall.weights import Progress, WeightStore
 
 if TYPE_CHECKING:
@@ -31,17 +29,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 _BESIDE = (".json", ".jinja", ".model", ".txt")
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Rows of a tensor: those of an expert of a matrix, from `first` on."""
-
-    start: int
-    stop: int
-    matrix: Matrix
-    expert: int
-    first: int
+# Rows of a tensor, from and to; of which matrix and expert they are, and from which row on.
+_Span = tuple[int, int, Matrix, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +43,11 @@ class _Merged(Tensor):
 
     def row_data(self, start: int, stop: int) -> NDArray[np.uint8]:
         parts = []
-        for span in self.spans:
-            first, last = max(start, span.start), min(stop, span.stop)
-            if first < last:
-                rows = self.store.rows(span.matrix, span.expert).data
-                rows = rows.reshape(span.matrix.rows, -1)
-                parts.append(rows[first - span.start + span.first :][: last - first].reshape(-1))
+        for begin, end, matrix, expert, first in self.spans:
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                rows = self.store.rows(matrix, expert).data.reshape(matrix.rows, -1)
+                parts.append(rows[low - begin + first : high - begin + first].reshape(-1))
         return np.concatenate(parts)
 
 
@@ -70,35 +58,44 @@ def merged(
 
     A head that shares the table of embeddings gets a tensor of its own if one of the two changes.
     """
-    from squall.adapters.lora import merged_terms, merged_vectors  # slow to import
+    # Slow to import.
+    from squall.adapters.lora import merged_terms, merged_vectors
+    from squall.adapters.target import Target
 
     terms, vectors = merged_terms(loras), merged_vectors(loras)
     store = WeightStore(checkpoint, merged=terms, vectors=vectors)
-    (part,) = recipe.parts
+    target, (part,) = Target.of(checkpoint, recipe), recipe.parts
     spec, names, metadata = part.spec, dict(part.names), dict(checkpoint.metadata)
-    tensors, spans = dict(checkpoint.tensors), dict[str, list[_Span]]()
-    shapes = roles(spec)
-    for role in names:
-        for tensor, span in _spans(role, shapes[role], names[role]):
-            spans.setdefault(tensor, []).append(span)
+    tensors = dict(checkpoint.tensors)
     if spec.tied and terms.keys() & {("embed", 0), ("head", 0)}:
-        spec, own, table = (
-            replace(spec, tied=False),
+        own, spec, metadata = (
             part.naming.name("head.weight"),
-            shapes["embed.weight"],
+            replace(spec, tied=False),
+            _untied(metadata),
         )
-        spans[own] = [span for _, span in _spans("head.weight", table, names["embed.weight"])]
-        tensors[own] = tensors[names["embed.weight"][0].tensor]
-        names["head.weight"] = (Slice(own, 0, table[0]),)
-        metadata = _untied(metadata)
+        (table,) = names["embed.weight"]
+        names["head.weight"], tensors[own] = (replace(table, tensor=own),), tensors[table.tensor]
+    spans: dict[str, list[_Span]] = {}
+    for role, slices in names.items():
+        if (matrix := target.matrix(role.removesuffix(".weight"))) is not None:
+            for tensor, span in _spans(matrix, slices):
+                spans.setdefault(tensor, []).append(span)
     changed = {role for role, _ in terms} | {"head"}
     for name, found in spans.items():
-        if any(span.matrix.role in changed for span in found):
+        if changed & {matrix.role for _, _, matrix, _, _ in found}:
             t = tensors[name]
             tensors[name] = _Merged(name, t.format, t.shape, store, tuple(found))
-    biases = {role for (role, _), found in terms.items() for t in found if t.bias is not None}
-    for role in (*vectors, *(f"{role}.bias" for role in biases)):
-        _set_vector(role, shapes, names, store, tensors)
+    biases = {
+        f"{role}.bias" for (role, _), found in terms.items() for t in found if t.bias is not None
+    }
+    for role in (*vectors, *biases):
+        values, at = store.vector(Vector(names[role], target.shapes[role][0], role=role)), 0
+        for piece in names[role]:
+            t, size = tensors[piece.tensor], piece.stop - piece.start
+            flat = t.to_float32().reshape(-1)
+            flat[piece.start : piece.stop] = values[at : at + size]
+            data, at = FORMATS[t.format].quantize(flat), at + size
+            tensors[piece.tensor] = ByteTensor(t.name, t.format, t.shape, data)
     made = replace(part, spec=spec, names=MappingProxyType(names))
     edited = replace(checkpoint, tensors=MappingProxyType(tensors), metadata=metadata)
     return edited, replace(recipe, parts=(made,))
@@ -132,7 +129,7 @@ def merge_folder(
             if small and file.suffix in _BESIDE and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, temporary / file.name)
         (temporary / CONFIG).write_text(json.dumps(dict(edited.metadata), indent=2))
-        items = list(_items(edited.tensors, progress))
+        items = _items(edited.tensors, progress)
         write_safetensors(temporary / WEIGHTS, items, force=False, metadata={"format": "pt"})
         os.replace(temporary, folder)
     except OSError as error:
@@ -141,54 +138,29 @@ def merge_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _items(tensors: Mapping[str, Tensor], progress: Progress | None) -> Iterator[Item]:
-    sizes = {name: t.rows * FORMATS[t.format].row_bytes(t.cols) for name, t in tensors.items()}
-    done, whole = 0, sum(sizes.values())
+def _items(tensors: Mapping[str, Tensor], progress: Progress | None) -> list[Item]:
+    done, whole = 0, sum(t.nbytes for t in tensors.values())
 
-    def chunks(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
+    def data(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
         nonlocal done
-        spans = tensor.spans if isinstance(tensor, _Merged) else [slice(0, tensor.rows)]
-        for span in spans:
-            data = tensor.row_data(span.start, span.stop)
-            yield data
-            done += data.nbytes
-            if progress is not None:
-                progress(done, whole)
+        yield tensor.data
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, whole)
 
-    for name, tensor in tensors.items():
-        yield Item(name, tensor.format, tensor.shape, Part(sizes[name], chunks(tensor)))
+    return [Item(n, t.format, t.shape, Part(t.nbytes, data(t))) for n, t in tensors.items()]
 
 
-def _spans(
-    role: str, shape: tuple[int, ...], slices: tuple[Slice, ...]
-) -> Iterator[tuple[str, _Span]]:
-    """The tensors of a matrix, none of a vector, and which of its rows they are."""
-    if len(shape) < 2:
-        return
-    *experts, rows, cols = shape
-    matrix = Matrix(slices, rows, cols, math.prod(experts), role.removesuffix(".weight"))
+def _spans(matrix: Matrix, slices: tuple[Slice, ...]) -> Iterator[tuple[str, _Span]]:
+    """The tensors that a matrix is in, and as which of its rows."""
     at = 0
     for part in slices:
         start = part.start
         while start < part.stop:
-            expert, first = divmod(at, rows)
-            count = min(rows - first, part.stop - start)
-            yield part.tensor, _Span(start, start + count, matrix, expert, first)
-            start, at = start + count, at + count
-
-
-def _set_vector(
-    role: str, shapes: Shapes, names: Names, store: WeightStore, tensors: dict[str, Tensor]
-) -> None:
-    values, at = store.vector(Vector(names[role], shapes[role][0], role=role)), 0
-    for part in names[role]:
-        t, size = tensors[part.tensor], part.stop - part.start
-        whole = t.to_float32().reshape(-1)
-        whole[part.start : part.stop] = values[at : at + size]
-        tensors[part.tensor] = ByteTensor(
-            t.name, t.format, t.shape, FORMATS[t.format].quantize(whole)
-        )
-        at += size
+            expert, first = divmod(at, matrix.rows)
+            stop = min(start + matrix.rows - first, part.stop)
+            yield part.tensor, (start, stop, matrix, expert, first)
+            start, at = stop, at + stop - start
 
 
 def _untied(metadata: Mapping[str, Field]) -> dict[str, Field]:

@@ -124,7 +124,8 @@ class Engine:
         most, largest = self.executor.vocab - 1, max(request.ids)
         if largest > most:
             raise InvalidRequest(f"the prompt has the id {largest}; the model's go to {most}")
-        request = replace(request, whole=request.whole or self.executor.whole)
+        if self.executor.whole:
+            request = replace(request, whole=True)
         dropped, settles = self._dropped(request), self.executor.settles
         sequence = _sequence(request, next(self._numbers), dropped, settles)
         most = self._scheduler.limits.rows - self._scheduler.limits.requests
