@@ -20,7 +20,7 @@ from typing import Any
 
 Report = dict[str, Any]
 
-# Functions of the module `squall.model` that are stages of `Model.open`.
+# Functions of the module `squall.assembly` that are stages of `Model.open`.
 STAGES = {
     "header": "open_checkpoint",
     "recipe": "recipes.load",
@@ -33,11 +33,12 @@ STAGES = {
 def load(path: str, threads: int | None) -> Report:
     """Load a model in this process: seconds of the stages and of `Model.open`, and sizes."""
     start_s = time.perf_counter()
+    import squall.assembly
     import squall.model
 
     seconds: dict[str, float] = {"import": time.perf_counter() - start_s}
     for stage, function in STAGES.items():
-        _time(squall.model, function, stage, seconds)
+        _time(squall.assembly, function, stage, seconds)
     packed_s = [0.0]
     open_s = time.perf_counter()
     model = squall.model.Model.open(

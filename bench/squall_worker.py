@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 from squall import Model, _native
+from squall.assembly import prepare
 from squall.measure import Bench, Workload
-from squall.model import prepare
 from squall.opening import Opening
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from squall import program as p
+from squall.assembly import prepare
 from squall.errors import InvalidRequest
 from squall.measure import Bench, Profile, Workload
-from squall.model import prepare
 from squall.opening import Opening
 
 PLAN = Workload(prompt=24, answer=3, depth=20, batch=2)

@@ -110,7 +110,7 @@ class Bench:
         weights: Literal["packed", "f32"] = "packed",
         progress: Progress | None = None,
     ) -> None:
-        """prepared: what `squall.model.prepare` returns."""
+        """prepared: what `squall.assembly.prepare` returns."""
         if workload.prompt + workload.answer == 0:
             raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
         checkpoint, recipe, plan = prepared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def test_list() -> None:
     assert (law["peft_type"], law["r"], law["lora_alpha"]) == ("LORA", 4, 8)
     assert law["bytes"] == Path("adapters/law/adapter_model.safetensors").stat().st_size
     assert "adapters/law" in invoke("adapters list adapters").stdout
+    assert "no adapter_config.json in base, nor" in str(invoke("adapters list base").exception)
 
 
 def test_names_in_files_steer_no_terminal(tmp_path: Path) -> None:
@@ -62,9 +64,12 @@ def test_names_in_files_steer_no_terminal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["inspect", "adapters inspect"])
 def test_inspect(command: str) -> None:
     out = invoke(f"{command} adapters/law").stdout
-    assert "lora_A" in out
     assert "lora_alpha" in out
+    assert re.search(r"model\.layers\.\*\.self_attn\.q_proj .* 4 .* 0-1 ", out)
+    assert "lora_A" not in out
     report = json.loads(invoke(f"{command} adapters/law --json").stdout)
+    assert any(tensor["name"].endswith("q_proj.lora_A.weight") for tensor in report["tensors"])
+    assert {"rank": 4, "layers": [0, 1]}.items() <= report["modules"][0].items()
     assert not report["runs"]
     assert report["obstacle"].endswith("squall run MODEL --adapter adapters/law")
 
@@ -72,6 +77,13 @@ def test_inspect(command: str) -> None:
 def test_an_adapter_is_no_model() -> None:
     done = invoke("run adapters/law Hello")
     assert "is a LoRA adapter: open the model that it is for" in str(done.exception)
+    done = invoke("run base --adapter base Hello")
+    assert str(done.exception).endswith(
+        "'base' has no adapter_config.json; name the folder of an adapter"
+    )
+    done = invoke("run base --adapter adapters Hello")
+    assert "there are" in str(done.exception)
+    assert "adapters/law" in str(done.exception)
 
 
 def test_run() -> None:

@@ -47,7 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 # From here on what users meet: the model, what is asked of it, its server and its commands.
 ABOVE: dict[str, set[str]] = {
-    "model": set(MAY_IMPORT),
+    "assembly": set(MAY_IMPORT) - {"measure"},
+    "model": {
+        "errors", "closing", "adapters", "assembly", "engine", "executors", "opening", "program",
+        "quant", "spec", "text", "weights",
+    },
     "api": {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model",
@@ -79,7 +83,7 @@ def _table() -> str:
     for room, others in (MAY_IMPORT | ABOVE).items():
         # What everything may use need not be said.
         named = sorted(others - {"errors", "_native", "__version__"})
-        said = "all of these" if room == "model" else ", ".join(named)
+        said = "all of these" if room == "assembly" else ", ".join(named)
         rows.append(f"| `{_shown(room)}` | {said} |")
     return "\n".join([*rows, f"| `{_shown('cli')}` | anything |", ""])
 

@@ -56,7 +56,7 @@ main()
 # The machine has memory for the weights and 600 tokens of KV cache, or one CPU.
 SMALL = """
 import sys
-from squall import model
+from squall import assembly
 from squall.cli import main
 from squall.engine import memory
 choose = memory.choose_context
@@ -66,7 +66,7 @@ def small(wanted, *, weight_bytes, bytes_per_token, **others):
     return choose(
         wanted, weight_bytes=weight_bytes, bytes_per_token=bytes_per_token, **others
     )
-model.choose_context = small
+assembly.choose_context = small
 sys.argv[0] = "squall"
 main()
 """

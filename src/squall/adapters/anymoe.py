@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Annotated, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -17,7 +16,7 @@ from squall.adapters.peft import tensors_of
 from squall.adapters.target import Target
 from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.checkpoints.base import Tensor
-from squall.checkpoints.hub import Hub, is_id
+from squall.checkpoints.hub import Hub
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
 from squall.program import (
     GatedLinear,
@@ -141,7 +140,7 @@ class Experts:
 
     def gates(self) -> Checkpoint:
         """Those that are stored."""
-        folder = self._path(str(self.config.gate_model_id))
+        folder = self._hub.path(str(self.config.gate_model_id))
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
             raise ModelNotFound(f"AnyMoE: {folder} has {len(files)} safetensors files, not 1")
@@ -172,14 +171,11 @@ class Experts:
             shared=SHARED,
         )  # fmt: skip
 
-    def _path(self, model: str) -> Path:
-        path = Path(model).expanduser()
-        return path if path.exists() or not is_id(model) else self._hub.fetch(model)
-
     def _add(self, number: int, model: str) -> None:
         """Where the weights of one expert are."""
-        kind, source, path = self.config.expert_type, f"expert {number}", self._path(model)
+        kind, source = self.config.expert_type, f"expert {number}"
         try:
+            path = self._hub.path(model)
             if isinstance(kind, LoraAdapter):
                 found = self.recipe.names
                 for (stem, _), term in self._terms(kind, self._usual(tensors_of(path))).items():
@@ -193,7 +189,7 @@ class Experts:
                     role: tuple(replace(part, source=source) for part in parts)
                     for role, parts in places.items()
                 }
-        except (InvalidCheckpoint, UnsupportedModel) as error:
+        except (InvalidCheckpoint, ModelNotFound, UnsupportedModel) as error:
             where = f"{self.config.prefix}.*.{self.config.mlp}"
             raise type(error)(f"AnyMoE: {source}, {where} of {model}: {error}") from None
         self._slices = {role: parts + found[role] for role, parts in self._slices.items()}

@@ -14,7 +14,7 @@ from squall.adapters.gguf_lora import read_file
 from squall.adapters.parts import Parts, as_linear
 from squall.adapters.peft import read_folder
 from squall.adapters.target import Target
-from squall.checkpoints.hub import Hub, is_id
+from squall.checkpoints.hub import Hub
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound
 from squall.program import Site
 from squall.weights import Term
@@ -51,14 +51,12 @@ def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None
 
     What is not here is looked for in the hub, as `owner/name`, or `owner/name:file` for GGUF.
     """
-    chosen = Path(path).expanduser()
+    chosen = (hub or Hub()).path(path)
     if not chosen.exists():
-        if not is_id(str(path)):
-            raise ModelNotFound(
-                f"there is no adapter {str(path)!r}; name a folder with adapter_config.json, a "
-                "GGUF file, or an adapter of the hub as owner/name"
-            )
-        chosen = (hub or Hub()).fetch(str(path))
+        raise ModelNotFound(
+            f"there is no adapter {str(path)!r}; name a folder with adapter_config.json, a GGUF "
+            "file, or an adapter of the hub as owner/name"
+        )
     parts = Parts(target, as_gguf=chosen.suffix == ".gguf")
     if parts.as_gguf:
         alpha, modules = read_file(chosen, parts)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
+from squall.adapters.ordering import CONFIG
 from squall.adapters.parts import MAX_RANK, TABLE, Array, Parts, array_of
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.pickle import open_pickle
@@ -20,7 +21,6 @@ from squall.errors import InvalidCheckpoint, ModelNotFound, UnsupportedModel
 from squall.files import quote, read_json
 from squall.recipes.modules import PARAMETERS
 
-CONFIG = "adapter_config.json"
 MAX_PATTERNS = 64
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Keys of PEFT's variants of LoRA; some others are only of how an adapter was begun or trained.
@@ -38,12 +38,25 @@ _SAVED = re.compile(
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 T = TypeVar("T")
+Kind = TypeVar("Kind", bound=BaseModel)
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Pattern = Annotated[str, Field(max_length=4096)]
 Patterns = Annotated[list[Pattern], Field(max_length=2048)]
 Layers = Literal["layers", "model.layers"]
 Layer = Annotated[int, Field(ge=0, le=1 << 16)]
+
+
+def checked(kind: type[Kind], given: Mapping[str, object], what: str) -> Kind:
+    """A configuration; null is as if it were not there. Raises InvalidCheckpoint."""
+    try:
+        return kind.model_validate({key: v for key, v in given.items() if v is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = quote(".".join(map(str, first["loc"])))
+        raise InvalidCheckpoint(
+            f"{what}: {where} is {repr(first['input'])[:99]}: {first['msg']}"
+        ) from None
 
 
 class Config(BaseModel):
@@ -73,15 +86,12 @@ class Config(BaseModel):
         """Raises UnsupportedModel for what would change results and is not done here."""
         found = read_json(folder / CONFIG)
         if found is None:
-            raise ModelNotFound(f"{str(folder)!r} has no {CONFIG}; name the folder of an adapter")
-        try:
-            config = cls.model_validate({k: v for k, v in found.items() if v is not None})
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InvalidCheckpoint(
-                f"{CONFIG}: {quote(where)} is {repr(first['input'])[:99]}: {first['msg']}"
-            ) from None
+            there = ", ".join(quote(str(file.parent)) for file in folder.glob(f"*/{CONFIG}"))
+            there = f": there are {there:.500}" if there else ""
+            raise ModelNotFound(
+                f"{str(folder)!r} has no {CONFIG}; name the folder of an adapter{there}"
+            )
+        config = checked(cls, found, CONFIG)
         more = (key for key, value in (config.model_extra or {}).items() if value)
         if variants := sorted(filter(_VARIANTS.fullmatch, more)):
             raise UnsupportedModel(

@@ -229,7 +229,7 @@ class Shelf:
         room = self.limit_bytes - sum(v.info.nbytes for v in others if v.info.pinned)
         if (free := room - new.info.nbytes) < 0:
             takes = f"the adapter takes {new.info.nbytes} bytes, and there is room for {room}"
-            raise OutOfMemory(f"{takes}; remove some that are pinned")
+            raise OutOfMemory(f"{takes}; allow more (adapter_bytes, --adapter-memory) or pin less")
         for version in sorted(others, key=lambda v: -v.used):
             if not version.info.pinned:
                 free -= version.info.nbytes

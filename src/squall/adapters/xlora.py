@@ -12,16 +12,17 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from squall import decoder, executors
 from squall.adapters import lora
 from squall.adapters.edits import SCALINGS, adaptable
 from squall.adapters.ordering import Ordering, place_of
+from squall.adapters.peft import checked
 from squall.adapters.target import Target
 from squall.batch import Batch, Mixture
 from squall.checkpoints.base import Checkpoint
-from squall.checkpoints.hub import Hub, is_id
+from squall.checkpoints.hub import Hub
 from squall.checkpoints.safetensors import open_part
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
 from squall.executors import Executor, Floats, Limits, Phase, ThreadPool
@@ -99,12 +100,7 @@ class Config(BaseModel):
             given = base | {"enable_relu_and_dropout": True} | peft
         if isinstance(names := given.get("adapters"), list):
             given["adapters"] = {str(name): "" for name in names}
-        try:
-            return cls.model_validate({k: v for k, v in given.items() if v is not None})
-        except ValidationError as error:
-            first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc']))} is {first['input']!r:.99}: {first['msg']}"
-            raise InvalidCheckpoint(f"the configuration of X-LoRA: {what}") from None
+        return checked(cls, given, "the configuration of X-LoRA")
 
     def scalings(self, logits: Floats) -> Floats:
         """What the adapters weigh, [rows, layers * adapters]. No row depends on another."""
@@ -176,9 +172,7 @@ class Parts:
     @classmethod
     def read(cls, xlora: XLora, target: Target, hub: Hub | None = None) -> Parts:
         """Those of a folder, for a base."""
-        folder = Path(xlora.path).expanduser()
-        if not folder.is_dir() and is_id(str(xlora.path)):
-            folder = (hub or Hub()).fetch(str(xlora.path))
+        folder = (hub or Hub()).path(xlora.path)
         config, ordering = Config.read(folder), Ordering.read(xlora.order)
         ordering.check_base(config.base_model_id)
         if config.hidden_size != (hidden := target.decoder.hidden):

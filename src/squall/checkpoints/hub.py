@@ -61,6 +61,11 @@ class Hub:
         _check(_REVISION, self.revision, "revision", "a branch, tag or commit")
         _token_source(self.token_source)
 
+    def path(self, name: str | os.PathLike[str]) -> Path:
+        """What has this path, or what `fetch` gets where nothing has and it can be a name."""
+        path = Path(name).expanduser()
+        return path if path.exists() or not is_id(str(name)) else self.fetch(str(name))
+
     def fetch(
         self, name: str, progress: Progress | None = None, judge: Judge | None = None
     ) -> Path:

@@ -12,7 +12,7 @@ from squall.cli.flags import HELP
 from squall.cli.inspect import inspect
 from squall.cli.opening import named_adapters
 from squall.cli.options import Json, Threads, progress
-from squall.errors import InvalidRequest
+from squall.errors import InvalidRequest, ModelNotFound
 from squall.opening import Opening
 
 app = typer.Typer(
@@ -39,6 +39,10 @@ def show(
             size = sum(weights.stat().st_size for weights in file.parent.glob("adapter_model.*"))
             columns = {name: config.get(name) for name in _COLUMNS}
             found.append({"path": str(file.parent), **columns, "bytes": size})
+    if not found:
+        raise ModelNotFound(
+            f"no {CONFIG} in {', '.join(folders)}, nor in folders there; name folders of adapters"
+        )
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -60,20 +64,25 @@ app.command(name="inspect")(inspect)
 @app.command()
 def merge(
     base: Annotated[str, typer.Argument(help="A folder of floats, or a model of the hub.")],
-    adapters: Annotated[list[str], typer.Argument(metavar="PATH[@WEIGHT]")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH[@WEIGHT]", help="Folders, owner/name, GGUF files."),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder, .gguf or .uqff.")],
     isq: Annotated[str | None, typer.Option(help="What to quantize a file to: Q4K...")] = None,
     threads: Threads = None,
 ) -> None:
     """Write a model that has adapters in its weights, as a folder or a quantized file.
 
+    Example:
+
     squall adapters merge FOLDER adapters/law@0.7 adapters/sql@0.3 -o merged.gguf --isq Q4K
     """
     from squall import convert
     from squall.adapters.lora import read
     from squall.adapters.target import Target
+    from squall.assembly import prepare
     from squall.executors import default_threads
-    from squall.model import prepare
 
     with progress("fetching") as shown:
         checkpoint, recipe, plan = prepare(Opening(base, isq=isq, progress=shown))

@@ -95,8 +95,8 @@ app = command("bench", BenchFlags, bench)
 
 
 def _opened(flags: BenchFlags, selected: Selected) -> Bench:
+    from squall.assembly import prepare
     from squall.measure import Bench, Workload
-    from squall.model import prepare
 
     plan = Workload(
         flags.prompt_tokens, flags.answer_tokens, flags.depth, flags.batch, flags.kv_dtype

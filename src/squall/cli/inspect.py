@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -15,6 +17,8 @@ from squall.errors import SquallError
 
 if TYPE_CHECKING:
     from squall.checkpoints import Checkpoint, Inspection
+
+_LORA = re.compile(r"(.+?)\.lora_(?:embedding_)?([aAbB])(?:\..*)?")
 
 
 def inspect(
@@ -28,8 +32,9 @@ def inspect(
 ) -> None:
     """Show metadata, tensors and types of a model file, and whether Squall can run it.
 
-    Only the header is read. The exit status is 1 if the file is broken; a model that is well-formed
-    but not supported is shown all the same.
+    Of an adapter it shows which modules are adapted, with which rank. Only the header is read. The
+    exit status is 1 if the file is broken; a model that is well-formed but not supported is shown
+    all the same.
 
     Example:
 
@@ -43,16 +48,17 @@ def inspect(
     adapter = None if name is None else _adapter(Path(name).expanduser())
     path = adapter.path if adapter else locate(name)
     header = adapter or read_header(path)
+    found, modules = describe(header), list[_Adapted]()
     if adapter or header.metadata.get("general.type") == "adapter":
         obstacle = f"it is an adapter; open a model with it: squall run MODEL --adapter {path}"
+        modules = _modules(found)
     else:
         obstacle = _obstacle(path)
-    found = describe(header)
     if as_json:
         report = asdict(found) | {"runs": not obstacle, "obstacle": obstacle or None}
-        typer.echo(json.dumps(report))
+        typer.echo(json.dumps(report | {"modules": [m._asdict() for m in modules]}))
     else:
-        _print(found, obstacle)
+        _print(found, obstacle, modules)
 
 
 def _adapter(folder: Path) -> Checkpoint | None:
@@ -69,11 +75,45 @@ def _adapter(folder: Path) -> Checkpoint | None:
     return Checkpoint(folder, config, tensors, size, kind="folder")
 
 
+class _Adapted(NamedTuple):
+    """Modules of one name and rank; without a rank they are saved whole."""
+
+    module: str
+    rank: int | None
+    layers: list[int]
+
+
+def _modules(found: Inspection) -> list[_Adapted]:
+    """What an adapter adapts, where `*` stands for the numbers of layers and experts."""
+    groups: dict[tuple[str, int | None], set[int]] = {}
+    for tensor in found.tensors:
+        path, rank = tensor.name.removeprefix("base_model.model."), None
+        if match := _LORA.fullmatch(path):
+            if match[2] not in "aA" or len(tensor.shape) < 2:
+                continue
+            path, rank = match[1], tensor.shape[-2]
+        numbers = map(int, re.findall(r"\.(\d{1,9})(?=\.)", path))
+        layers = groups.setdefault((re.sub(r"\.\d+(?=\.)", ".*", path), rank), set())
+        layers.update(islice(numbers, 1))
+    return [_Adapted(*key, sorted(layers)) for key, layers in groups.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Such as 0-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
 def _obstacle(path: Path) -> str:
     """Why Squall cannot run the model; "" if it can."""
     from squall import recipes
+    from squall.assembly import open_tokenizer
     from squall.checkpoints import open_checkpoint
-    from squall.model import open_tokenizer
 
     try:
         checkpoint = open_checkpoint(path)
@@ -84,7 +124,7 @@ def _obstacle(path: Path) -> str:
     return ""
 
 
-def _print(found: Inspection, obstacle: str) -> None:
+def _print(found: Inspection, obstacle: str, modules: list[_Adapted]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -94,16 +134,21 @@ def _print(found: Inspection, obstacle: str) -> None:
     metadata.columns[0].overflow = "fold"
     for field in found.metadata:
         metadata.add_row(Text(field.key), Text(str(field)))
-    tensors = Table("tensor", "type", "shape", "bytes", title="tensors", title_justify="left")
-    tensors.columns[0].overflow = "fold"
-    for tensor in found.tensors:
-        shape = " x ".join(map(str, tensor.shape))
-        tensors.add_row(Text(tensor.name), Text(tensor.format), shape, str(tensor.nbytes))
+    if modules:  # in place of hundreds of tensors; --json has them
+        content = Table("adapts", "rank", "layers", title="modules", title_justify="left")
+        for module, rank, layers in modules:
+            content.add_row(Text(module), str(rank or "whole"), _ranges(layers))
+    else:
+        content = Table("tensor", "type", "shape", "bytes", title="tensors", title_justify="left")
+        for tensor in found.tensors:
+            shape = " x ".join(map(str, tensor.shape))
+            content.add_row(Text(tensor.name), Text(tensor.format), shape, str(tensor.nbytes))
+    content.columns[0].overflow = "fold"
     totals = Table("type", "tensors", "parameters", "MiB", title="types", title_justify="left")
     for total in found.formats:
         size = f"{total.nbytes / 2**20:.1f}"
         totals.add_row(Text(total.format), str(total.tensors), str(total.parameters), size)
-    for table in (metadata, tensors, totals):
+    for table in (metadata, content, totals):
         console.print(table)
     form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
     form += f" ({found.quantization})" if found.quantization else ""

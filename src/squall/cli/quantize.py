@@ -60,8 +60,8 @@ def quantize(
     squall quantize FOLDER --isq Q4K -o quantized/model.uqff
     """
     from squall import convert
+    from squall.assembly import prepare
     from squall.executors import default_threads
-    from squall.model import prepare
     from squall.quant import Plan
 
     check_one(model, file, folder)

@@ -71,3 +71,6 @@ class ServerOptions:
         for key in self.api_keys:
             if not (key.isascii() and key.isprintable() and key.strip() == key and key):
                 raise InvalidRequest("an API key must be printable ASCII, and not empty")
+        for folder in self.adapter_folders:
+            if not folder.is_dir():
+                raise InvalidRequest(f"--adapter-folder: there is no folder {str(folder)!r}")

@@ -1,0 +1,283 @@
+"""How a model is put together: from how to open it, to the parts that it consists of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from squall import convert, decoder, executors, recipes
+from squall.adapters.edits import adaptable
+from squall.adapters.shelf import Shelf
+from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
+from squall.engine.draft import Draft
+from squall.engine.engine import Engine, EngineConfig
+from squall.engine.memory import (
+    KvSize,
+    available_bytes,
+    choose_context,
+    choose_kv_tokens,
+    token_bytes,
+)
+from squall.engine.request import Request
+from squall.engine.speculation import MOST_GUESSES, Speculation
+from squall.errors import InvalidRequest
+from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_threads, thread_pool
+from squall.locate import locate, locate_uqff
+from squall.opening import Opening
+from squall.quant import Plan, Topology
+from squall.recipes import Recipe
+from squall.text.chat import ChatTemplate
+from squall.text.hf_tokenizer import HfTokenizer
+from squall.text.stream import TextStream
+from squall.text.tokenizer import Tokenizer
+from squall.weights import WeightStore
+
+if TYPE_CHECKING:
+    from squall.adapters.lora import Lora
+
+Prepared = tuple[Checkpoint, Recipe, Plan]
+
+MAX_ROWS = 512
+MAX_OUTPUTS = 64
+# Tokens of the context by default where a prompt is one step, for which there are buffers.
+LONGEST_STEP = 2048
+# Of the free memory, for the weights of adapters.
+ADAPTER_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """What an open model consists of.
+
+    template: in place of the checkpoint's own.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    engine: Engine
+    adapters: Shelf
+
+
+def assemble(opening: Opening) -> Assembly:
+    """Everything that the opening describes, ready to answer."""
+    model = prepare(opening)
+    if opening.write_uqff is not None:
+        checkpoint = _written(*model, opening)
+        model = checkpoint, recipes.load(checkpoint, opening.architecture), Plan()
+    checkpoint, recipe, _ = model
+    tokenizer = open_tokenizer(checkpoint, opening.tokenizer_json)
+    small = opening.of_draft
+    models = [model] if small is None else [model, _prepared_draft(small, tokenizer)]
+    engine = opening.engine or EngineConfig()
+    room = _room(models, opening, engine.max_seqs)
+    template = opening.chat_template and template_of(checkpoint).replaced(opening.chat_template)
+
+    def encode(text: str) -> list[int]:
+        chat = [{"role": "user", "content": text}]
+        prompt = (template or template_of(checkpoint)).prompt(chat, tokenizer)
+        return tokenizer.encode_pieces(prompt.pieces)
+
+    executor = _executor(model, opening, room, encode)
+    adapters = _shelf(model, opening, executor)
+    most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
+    if small is not None:
+        draft = Draft(_executor(models[1], small, room, encode), executor.vocab)
+    speculation = None if opening.draft is None else Speculation(most, draft)
+    answering = _engine(executor, engine, tokenizer, speculation)
+    return Assembly(checkpoint, recipe, tokenizer, template or None, answering, adapters)
+
+
+def open_tokenizer(
+    checkpoint: Checkpoint, tokenizer_json: str | os.PathLike[str] | None = None
+) -> Tokenizer:
+    """The tokenizer of a checkpoint, from where its kind has it, or from a file."""
+    if checkpoint.kind == "gguf" and tokenizer_json is None:
+        return Tokenizer.from_gguf(checkpoint.metadata)
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return HfTokenizer.from_folder(folder, tokenizer_json=tokenizer_json)
+
+
+def template_of(checkpoint: Checkpoint) -> ChatTemplate:
+    if checkpoint.kind == "gguf":
+        return ChatTemplate.from_gguf(checkpoint.metadata)
+    return ChatTemplate.from_folder(checkpoint.path)
+
+
+def prepare(opening: Opening) -> Prepared:
+    """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
+    checkpoint = open_checkpoint(_locate(opening), gqa=opening.gqa)
+    recipe = recipes.load(checkpoint, opening.architecture)
+    topology = opening.topology
+    if isinstance(topology, str | os.PathLike):
+        topology = Topology.from_file(Path(topology))
+    plan = Plan.of(opening.isq, topology, experts_only=opening.experts_only, dtype=opening.dtype)
+    plan.topology.check(len(recipe.decoder.layers), DEVICES)
+    return checkpoint, recipe, plan
+
+
+def _prepared_draft(opening: Opening, tokenizer: Tokenizer) -> Prepared:
+    """What opening a draft model begins with; raises InvalidRequest for another vocabulary."""
+    prepared = prepare(opening)
+    found = open_tokenizer(prepared[0], opening.tokenizer_json)
+    if (id_ := tokenizer.differs(found)) is not None:
+        raise InvalidRequest(
+            f"the draft model {prepared[0].path} has another vocabulary, from token {id_} on; "
+            "choose a smaller model of the same family"
+        )
+    return prepared
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What executors of one engine have in common."""
+
+    context: int
+    limits: Limits
+    pool: ThreadPool
+
+
+def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
+    """Sizes of the context, and of the KV cache, which several models share."""
+    kv = opening.kv or KvSize(tokens=opening.kv_tokens)
+    caches = [*models, *models[:1]] if opening.xlora else models
+    each = [token_bytes(recipe.decoder, opening.kv_dtype) for _, recipe, _ in caches]
+    weights = [checkpoint.size_bytes for checkpoint, _, _ in models]
+    memory = {"bytes_per_token": sum(each), "weight_bytes": sum(weights)}
+    trained, wanted = models[0][1].decoder.context, opening.context
+    if wanted is None and opening.anymoe:
+        wanted = min(trained, LONGEST_STEP)
+    size = choose_context(wanted, trained=trained, **memory)
+    tokens = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, **memory)
+    limits = Limits(
+        rows={"tokens": MAX_ROWS, "outputs": MAX_OUTPUTS},
+        blocks=-(-tokens // kv.block_size),
+        block_size=kv.block_size,
+        kv_dtype=opening.kv_dtype,
+    )
+    size = min(size, tokens) if opening.context is None else size
+    return _Room(size, limits, thread_pool(opening.threads))
+
+
+def _executor(
+    model: Prepared, opening: Opening, room: _Room, encode: Callable[[str], Sequence[int]]
+) -> Executor:
+    """One of the model, with what adapters make of it. encode: what a user says, as tokens."""
+    checkpoint, recipe, plan = model
+    context, limits = min(room.context, recipe.decoder.context), room.limits
+    store = partial(WeightStore, checkpoint, plan=plan, exact=opening.weights == "f32")
+    given: dict[str, Any] = {"pool": room.pool, "progress": opening.progress}
+    if opening.xlora is not None:
+        from squall.adapters.target import Target
+        from squall.adapters.xlora import CLASSIFIER, Parts, TwoPasses
+
+        parts = Parts.read(opening.xlora, Target.of(checkpoint, recipe), opening.hub)
+        own, programs = (
+            store(others={CLASSIFIER: parts.classifier}),
+            parts.programs(recipe, context),
+        )
+        return cast(Executor, TwoPasses(parts, programs, own, limits, **given))
+    if opening.anymoe is not None:
+        from squall.adapters.anymoe import Experts
+        from squall.adapters.anymoe_training import open_experts
+
+        experts = Experts(opening.anymoe, checkpoint, recipe, opening.hub)
+        own = store(others=experts.others, merged=experts.merged)
+        # A prompt is one step, beside a row of each other request.
+        most = max(context + (opening.engine or EngineConfig()).max_seqs, MAX_ROWS)
+        limits = replace(limits, rows={**limits.rows, "tokens": most})
+        given |= {"context": context, "encode": encode, "trained": opening.progress}
+        return open_experts(experts, own, limits, **given)
+    program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=context))
+    return executors.open(program, store(**_merged(model, opening)), limits, **given)
+
+
+def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:
+    from squall.adapters.lora import read
+    from squall.adapters.target import Target
+
+    return read(path, Target.of(*model[:2]), hub=opening.hub)
+
+
+def _merges(checkpoint: Checkpoint, opening: Opening) -> bool:
+    """Whether adapters become part of the weights."""
+    if opening.merge is None:
+        stored = {tensor.format for tensor in checkpoint.tensors.values()}
+        return not checkpoint.quantization and stored <= {"f32", "f16", "bf16"}
+    if opening.merge and not opening.adapters:
+        raise InvalidRequest("merge: there is nothing to merge; name adapters")
+    return opening.merge
+
+
+def _merged(model: Prepared, opening: Opening) -> dict[str, Any]:
+    """What a weight store is to add to the weights."""
+    if not opening.adapters or not _merges(model[0], opening):
+        return {}
+    from squall.adapters.lora import merged_terms, merged_vectors
+
+    active = opening.active or {}
+    loras = [
+        (_read_adapter(model, opening, path), active.get(name, 1.0))
+        for name, path in opening.adapters.items()
+    ]
+    return {"merged": merged_terms(loras), "vectors": merged_vectors(loras)}
+
+
+def _shelf(model: Prepared, opening: Opening, executor: Executor) -> Shelf:
+    """The adapters that requests may have; at first those of the opening."""
+    limit, free = opening.adapter_bytes, available_bytes()
+    if limit is None and free is not None:
+        limit = int(free * ADAPTER_SHARE)
+    alone = opening.xlora or opening.anymoe
+
+    def refuse(_: object) -> NoReturn:
+        raise InvalidRequest("a model with X-LoRA or AnyMoE takes no adapters beside its own")
+
+    make = refuse if alone else executor.adapter
+    shelf = Shelf(partial(_read_adapter, model, opening), make, limit_bytes=limit)
+    if _merges(model[0], opening):
+        return shelf
+    adapters = opening.adapters or {}
+    for number, (name, path) in enumerate(adapters.items(), start=1):
+        shelf.load(name, path)
+        if opening.progress is not None:
+            opening.progress(number, len(adapters))
+    shelf.activate(opening.active or {})
+    return shelf
+
+
+def _engine(
+    executor: Executor, config: EngineConfig, tokenizer: Tokenizer, speculation: Speculation | None
+) -> Engine:
+    def text(request: Request) -> TextStream:
+        at_start = not request.continues
+        return TextStream(tokenizer, request.stop, at_start=at_start, shown=request.shown)
+
+    stop_ids = tokenizer.stop_ids
+    return Engine(executor, config, text=text, stop_ids=stop_ids, speculation=speculation)
+
+
+def _locate(opening: Opening) -> Path:
+    path, name = opening.path, opening.from_uqff
+    if name is not None and (path is None or Path(path).expanduser().is_dir()):
+        return locate_uqff(Path(path or "").expanduser(), name)
+    judge = partial(recipes.judge, architecture=opening.architecture)
+    found = locate(path, opening.hub, opening.progress, judge)
+    return found if name is None else locate_uqff(found, name)
+
+
+def _written(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, opening: Opening) -> Checkpoint:
+    """The checkpoint as a UQFF file, which is new."""
+    path = Path(opening.write_uqff or "")
+    if path.suffix != UQFF:
+        raise InvalidRequest(f"write_uqff is {str(path)!r}; the name must end in {UQFF}")
+    if not plan.quantizes:
+        raise InvalidRequest("write_uqff needs isq or a topology: what to quantize the weights to")
+    threads = opening.threads or default_threads()
+    convert.write(checkpoint, recipe, plan, path, threads=threads, progress=opening.progress)
+    return open_checkpoint(path)
