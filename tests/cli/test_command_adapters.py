@@ -78,12 +78,9 @@ def test_an_adapter_is_no_model() -> None:
     done = invoke("run adapters/law Hello")
     assert "is a LoRA adapter: open the model that it is for" in str(done.exception)
     done = invoke("run base --adapter base Hello")
-    assert str(done.exception).endswith(
-        "'base' has no adapter_config.json; name the folder of an adapter"
-    )
+    assert "'base' has no adapter_config.json; name the folder of" in str(done.exception)
     done = invoke("run base --adapter adapters Hello")
-    assert "there are" in str(done.exception)
-    assert "adapters/law" in str(done.exception)
+    assert str(done.exception).endswith("there are 'adapters/law', 'adapters/sql'")
 
 
 def test_run() -> None:

@@ -187,7 +187,9 @@ def test_loaded_replaced_and_removed(http: httpx.Client, tiny: Model, folder: Pa
     gone = http.delete(f"{LOAD}/new")
     assert gone.json() == {"name": "new", "object": "adapter", "deleted": True}
     error(http.post(CHAT, json=ask), 404, "model_not_found")
-    error(http.delete(f"{LOAD}/new"), 404, "model_not_found")
+    again = http.delete(f"{LOAD}/new")
+    error(again, 404, "model_not_found")
+    assert "there is no adapter 'new'; there are" in again.text
     assert http.delete(f"{LOAD}/org/three").status_code == 200
     assert [info["name"] for info in http.get(LOAD).json()["data"]] == ["one", "two"]
 

@@ -86,8 +86,8 @@ class Config(BaseModel):
         """Raises UnsupportedModel for what would change results and is not done here."""
         found = read_json(folder / CONFIG)
         if found is None:
-            there = ", ".join(quote(str(file.parent)) for file in folder.glob(f"*/{CONFIG}"))
-            there = f": there are {there:.500}" if there else ""
+            there = ", ".join(quote(str(p.parent)) for p in sorted(folder.glob(f"*/{CONFIG}"))[:9])
+            there = f": there are {there}" if there else ""
             raise ModelNotFound(
                 f"{str(folder)!r} has no {CONFIG}; name the folder of an adapter{there}"
             )

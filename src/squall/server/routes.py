@@ -250,7 +250,8 @@ async def _put(
 def _remove(service: Service, name: str) -> None:
     if not service.options.adapter_folders:
         raise service.not_allowed
-    service.having(name).model.adapters.remove(name)
+    models = [served.model for served in service.models.values()]
+    next((m for m in models if name in m.adapters), models[0]).adapters.remove(name)
 
 
 def _told(served: Served, adapter: Info) -> dict[str, Any]:

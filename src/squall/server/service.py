@@ -158,12 +158,8 @@ class Service:
         sole, options = self.sole, self.options
         named = not options.any_model or options.adapter_folders
         if sole is None or named or sole.model.adapters.used:
-            return self.having(name)
+            return self.models[self.card(name)["parent"]]  # of an adapter
         return sole
-
-    def having(self, name: str) -> Served:
-        """The model of this name, or with an adapter of this name. Raises ApiError."""
-        return self.models[self.card(name)["parent"] or name]
 
     @property
     def cards(self) -> dict[str, dict[str, Any]]:
