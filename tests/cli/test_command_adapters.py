@@ -102,6 +102,7 @@ def test_run() -> None:
 def test_merge_to_a_folder() -> None:
     done = invoke("adapters merge base adapters/law@0.5 adapters/sql -o merged")
     assert done.exit_code == 0, (done.output, done.exception)
+    assert done.stdout == "merged: base with law, sql\n"
     adapters = {"law": "adapters/law", "sql": "adapters/sql"}
     with (
         Model.open("merged", weights="f32") as written,

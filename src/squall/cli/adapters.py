@@ -87,7 +87,8 @@ def merge(
     with progress("fetching") as shown:
         checkpoint, recipe, plan = prepare(Opening(base, isq=isq, progress=shown))
     target = Target.of(checkpoint, recipe)
-    loras = [(read(path, target), weight) for path, weight in named_adapters(adapters).values()]
+    named = named_adapters(adapters)
+    loras = [(read(path, target), weight) for path, weight in named.values()]
     with progress(f"writing {output.name}") as shown:
         if output.suffix not in (".gguf", ".uqff"):
             if isq is not None:
@@ -97,4 +98,4 @@ def merge(
             threads = threads or default_threads()
             merged = convert.merged(checkpoint, recipe, loras)
             convert.write(*merged, plan, output, threads=threads, progress=shown)
-    typer.echo(f"{output}: {checkpoint.path} with {len(loras)} adapters")
+    typer.echo(f"{output}: {checkpoint.path} with {', '.join(named)}")

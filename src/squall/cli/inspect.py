@@ -24,7 +24,7 @@ _LORA = re.compile(r"(.+?)\.lora_(?:embedding_)?([aAbB])(?:\..*)?")
 def inspect(
     model: Annotated[
         str | None,
-        typer.Argument(help="A GGUF file, or the folder of a model; by default the default."),
+        typer.Argument(help="A GGUF file, the folder of a model or adapter; or the default."),
     ] = None,
     file: File = None,
     folder: Folder = None,
