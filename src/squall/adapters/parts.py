@@ -27,12 +27,15 @@ _FORMATS = {FORMATS[name].layout: name for name in ("f32", "f16", "bf16")}
 
 def array_of(tensor: Tensor) -> Array:
     """A tensor's numbers, in memory of our own, since the file may change."""
-    if tensor.format not in _FORMATS.values():
+    if tensor.format not in FORMATS or not all(tensor.shape or [0]):
         raise InvalidCheckpoint(
-            f"tensor {quote(tensor.name)} has format {tensor.format}; those of adapters must be "
-            f"{', '.join(_FORMATS.values())}"
+            f"tensor {quote(tensor.name)} has format {tensor.format} and shape {tensor.shape}; "
+            f"those of adapters must be {', '.join(_FORMATS.values())} or blocks, and not empty"
         )
-    array = tensor.data.view(FORMATS[tensor.format].layout).reshape(tensor.shape).copy()
+    if tensor.format in _FORMATS.values():
+        array: Array = tensor.data.view(FORMATS[tensor.format].layout).reshape(tensor.shape).copy()
+    else:
+        array = tensor.to_float32()
     if not np.isfinite(_float32(array)).all():
         raise InvalidCheckpoint(f"tensor {quote(tensor.name)} has numbers that are not finite")
     return array
@@ -74,6 +77,9 @@ class Parts:
         places = next(found, ())
         if not places or not 1 <= rank <= MAX_RANK or self._terms.keys() & {p[0] for p in places}:
             raise self.misfit(module, a.shape[1:], b.shape[1:])
+        linear = len(b) == 1 and places[0][0][0] != TABLE
+        if bias is not None and not (linear and bias.shape == self._size(places, "bias")):
+            raise self.misfit(module, bias.shape)
         for site, start, stop in places:
             expert, rows = site[1] if len(b) > 1 else 0, self._rows(site, start, stop)
             up = b[expert] if site[0] == TABLE else b[expert][rows]

@@ -26,7 +26,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What says how the adapter was begun, trained or saved, not what it does.
 _HARMLESS = frozenset(
     """
-    auto_mapping corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode
+    auto_mapping corda_config eva_config fan_in_fan_out inference_mode
     lora_dropout lora_ga_config loftq_config megatron_core peft_version qalora_group_size revision
     runtime_config task_type velora_config
     """.split()  # noqa: SIM905
@@ -40,6 +40,9 @@ _SAVED = re.compile(
     r"(.+?)(\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?\.(weight|bias)"
 )
 _EMBEDDINGS = ("embed_tokens", "lm_head")
+_PLAIN = re.compile(r"[\w.]+")
+# To make one may take 0.2 s.
+MAX_REGEXES = 64
 _LOG = logging.getLogger("squall")
 
 T = TypeVar("T")
@@ -65,10 +68,11 @@ class Config(BaseModel):
     exclude_modules: Pattern | Patterns = []
     modules_to_save: Patterns = []
     target_parameters: Patterns = []
-    layers_to_transform: Layer | list[Layer] = []
+    layers_to_transform: Layer | Annotated[list[Layer], Field(max_length=2048)] = []
     layers_pattern: Pattern | Patterns = []
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
+    ensure_weight_tying: bool = False
     # Other beginnings take something from the base's weights, each time they are loaded.
     init_lora_weights: bool | Literal["gaussian", "eva", "orthogonal", "mica"] = True
 
@@ -86,6 +90,8 @@ class Config(BaseModel):
             raise InvalidCheckpoint(
                 f"{CONFIG}: {quote(where)} is {repr(first['input'])[:99]}: {first['msg']}"
             ) from None
+        if len(config.regexes()) > MAX_REGEXES:
+            raise InvalidCheckpoint(f"{CONFIG} has more than {MAX_REGEXES} patterns")
         more = {k for k, v in (config.model_extra or {}).items() if v and k not in _HARMLESS}
         if variants := sorted(filter(_VARIANTS.fullmatch, more)):
             raise UnsupportedModel(
@@ -96,6 +102,11 @@ class Config(BaseModel):
             _LOG.warning("%s has keys that mean nothing here: %s", CONFIG, sorted(more)[:20])
         return config
 
+    def regexes(self) -> set[str]:
+        """Those patterns that are more than names."""
+        lists = (self.rank_pattern, self.alpha_pattern, self.modules_to_save)
+        return {p for patterns in lists for p in patterns if not _PLAIN.fullmatch(p)}
+
     def rank(self, module: str) -> int:
         return _of(self.rank_pattern, module, self.r)
 
@@ -105,9 +116,12 @@ class Config(BaseModel):
 
     def adapts(self, module: str) -> bool:
         """Whether PEFT adapts a module of this name."""
-        saved = any(_matches(rf"(?:.*\.)?{m}(?:\..*)?", module) for m in self.modules_to_save)
-        if saved or _named(self.exclude_modules, module):
+        if any(_within(m, module) for m in self.modules_to_save):
             return False
+        if _named(self.exclude_modules, module):
+            return False
+        if self.ensure_weight_tying and module.endswith(_EMBEDDINGS):
+            return True  # with the other, where it shares the weights
         if self.target_modules == "all-linear":
             return module.rpartition(".")[2] not in _EMBEDDINGS
         # Of a list, what is named by its whole path is adapted in any layer.
@@ -222,9 +236,18 @@ def _of(patterns: Mapping[str, T], module: str, default: T) -> T:
 
 
 def _ends(pattern: str, module: str) -> bool:
-    if re.fullmatch(r"[\w.]+", pattern):
-        return f".{module}".endswith(f".{pattern}")
+    if _PLAIN.fullmatch(pattern):  # any character may be where it has a dot
+        before, end = module[: -len(pattern)], module[-len(pattern) :]
+        same = len(end) == len(pattern) and all(map(lambda p, c: p in (".", c), pattern, end))
+        return same and (not before or before.endswith("."))
     return _matches(rf"(?:.*\.)?(?:{pattern})", module)
+
+
+def _within(pattern: str, module: str) -> bool:
+    """Whether it matches a part of a module's path, between dots."""
+    if _PLAIN.fullmatch(pattern):
+        return f".{pattern}." in f".{module}."
+    return _matches(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", module)
 
 
 def _named(names: str | Sequence[str], module: str) -> bool:
@@ -237,7 +260,7 @@ def _matches(pattern: str, text: str) -> bool:
     return _validator(pattern).isinstance_python(text)
 
 
-@lru_cache(64)
+@lru_cache(MAX_REGEXES + 2)
 def _validator(pattern: str) -> SchemaValidator:
     """Of whole texts. By an engine that takes linear time: the pattern is a stranger's."""
     try:
