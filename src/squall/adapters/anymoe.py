@@ -82,7 +82,7 @@ class AnyMoe:
         path = self.loss_csv_path
         for fine, problem in (
             (1 <= len(self.model_ids) < MAX_EXPERTS, f"of model_ids 1 to {MAX_EXPERTS - 1} may be"),
-            (self.lr > 0, f"lr is {self.lr}; it must be above 0"),
+            (0 < self.lr < float("inf"), f"lr is {self.lr}; it must be above 0 and finite"),
             (min(self.epochs, self.batch_size) > 0, "epochs and batch_size must be at least 1"),
             (path is None or path.endswith(".csv"), f"loss_csv_path is {path!r}, not a .csv file"),
             (self.training or self.gate_model_id, "gate_model_id must say where the gates are"),

@@ -90,7 +90,8 @@ def merged(
         spans[own] = [span for _, span in _spans("head.weight", table, names["embed.weight"])]
         tensors[own] = tensors[names["embed.weight"][0].tensor]
         names["head.weight"] = (Slice(own, 0, table[0]),)
-        metadata = _untied(metadata)
+        if checkpoint.kind != "gguf":
+            metadata = _untied(metadata)
     changed = {role for role, _ in terms} | {"head"}
     for name, found in spans.items():
         if any(span.matrix.role in changed for span in found):
