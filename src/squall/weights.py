@@ -188,6 +188,11 @@ class WeightStore:
             sums = values(rows, weight.cols)
             for term in terms:
                 sums += product(term, weight.cols, start, stop)
+            if format.name == "f16" and not np.abs(sums).max() <= _MOST_F16:
+                raise InvalidRequest(
+                    f"with these adapters weights of {weight.role} are too large for f16: keep "
+                    "the adapters beside the model"
+                )
             parts.append(format.quantize(sums.reshape(-1)))
         return Stored(format.name, np.concatenate(parts), None)
 
@@ -226,6 +231,7 @@ _MULTIPLIED: Mapping[type, tuple[str, ...]] = {
 
 MERGEABLE = ("f32", "f16", "bf16")
 _RUN_VALUES = 1 << 22
+_MOST_F16 = 65504
 
 
 class _Arranger:

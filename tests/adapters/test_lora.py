@@ -86,6 +86,25 @@ def test_options(option: str, name: str, kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_tied_adapters_of_tied_weights(name: str, field: str, kind: str, tmp_path: Path) -> None:
+    config = {"target_modules": ["q_proj"], "r": 4, "ensure_weight_tying": True}
+    config[field] = [*(["q_proj"] if field == "target_modules" else []), name]
+    check(CASES["llama-biased-tied"], tmp_path, kind, **config)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["q_pro.", "layers.1.self.attn.q_proj", "^model.layers.0", r".*\.[12]\..*q_proj$"]
+)
+def test_patterns_of_alphas(pattern: str, tmp_path: Path) -> None:
+    check(
+        CASES["llama-2"], tmp_path, "folder", target_modules=["q_proj", "v_proj"], r=4,
+        alpha_pattern={pattern: 40},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
 def test_stacked_experts(name: str, kind: str, tmp_path: Path) -> None:
     config = EVERYTHING | {

@@ -215,11 +215,12 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "high B": (replaced(Q + "B.weight", torch.zeros(130, 4)), "shapes"),
     "other rank": (replaced(Q + "B.weight", torch.zeros(128, 5)), "of rank 4"),
     "a vector": (replaced(Q + "A.weight", torch.zeros(4)), "of rank 4"),
-    "a number": (replaced(Q + "A.weight", torch.tensor(4.0)), "of rank 4"),
+    "a number": (replaced(Q + "A.weight", torch.tensor(4.0)), "not empty"),
     "a number as a head": (
-        replaced("base_model.model.lm_head.weight", torch.tensor(4.0)), "lm_head"),
+        replaced("base_model.model.lm_head.weight", torch.tensor(4.0)), "not empty"),
     "a cube": (replaced(Q + "B.weight", torch.zeros(128, 4, 1)), "of rank 4"),
-    "empty": (replaced(Q + "A.weight", torch.zeros(0, 128)), "of rank 4"),
+    "empty": (replaced(Q + "A.weight", torch.zeros(0, 128)), "not empty"),
+    "no columns": (replaced(Q + "A.weight", torch.zeros(4, 0)), "not empty"),
     "NaN": (replaced(Q + "A.weight", torch.full((4, 128), float("nan"))), "not finite"),
     "infinite": (replaced(Q + "B.weight", torch.full((128, 4), float("inf")).half()), "not finite"),
     "integers": (replaced(Q + "B.weight", torch.zeros(128, 4, dtype=torch.int32)), "format i32"),
@@ -242,6 +243,40 @@ def test_tensors_are_checked(name: str, model: Adapted) -> None:
     change, reason = HOSTILE[name]
     change_tensors(model, change)
     with pytest.raises((InvalidCheckpoint, UnsupportedModel), match=reason):
+        model.read()
+
+
+@pytest.mark.parametrize("shape", [(5,), (1,), (1000,), (128, 1), (2, 128)])
+def test_biases_of_other_sizes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    model = adapt(CASES["llama-2"], tmp_path, lora_bias=True, target_modules=["q_proj"])
+    change_tensors(model, replaced(Q + "B.bias", torch.ones(shape)))
+    with pytest.raises(InvalidCheckpoint, match="shapes"):
+        model.read()
+
+
+def test_biases_of_tables(tmp_path: Path) -> None:
+    """PEFT makes none."""
+    model = adapt(CASES["llama-2"], tmp_path, target_modules=["embed_tokens"])
+    change_config(model, lora_bias=True)
+    name = "base_model.model.model.embed_tokens.lora_embedding_B.bias"
+    change_tensors(model, replaced(name, torch.ones(160)))
+    with pytest.raises(InvalidCheckpoint, match="shapes"):
+        model.read()
+
+
+def test_many_patterns_take_no_time(model: Adapted) -> None:
+    slow = {rf"(?:\w*\W*){{90}}{i}": 3 for i in range(65)}
+    for fields in ({"alpha_pattern": slow}, {"modules_to_save": list(slow)}):
+        change_config(model, **fields)
+        with pytest.raises(InvalidCheckpoint, match="more than 64 patterns"):
+            model.read()
+    change_config(model, modules_to_save=[], alpha_pattern={f"x.{i}": 3 for i in range(2048)})
+    model.read()
+
+
+def test_long_lists_of_layers(model: Adapted) -> None:
+    change_config(model, layers_to_transform=["x"] * 100_000)
+    with pytest.raises(InvalidCheckpoint, match="layers_to_transform"):
         model.read()
 
 
@@ -325,6 +360,36 @@ def test_gguf_files_of_others(model: Adapted, tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(SquallError):
             model.read(path)
+
+
+def test_gguf_adapters_in_blocks(tmp_path: Path) -> None:
+    """As the converter's --outtype q8_0 has them: A in blocks, and B, whose rows are short, not."""
+    import gguf
+    from gguf.quants import dequantize, quantize
+
+    case = CASES["llama-2"]
+    model = adapt(case, tmp_path, r=4, lora_alpha=8, target_modules=["v_proj"])
+    kind = gguf.GGMLQuantizationType.Q8_0
+    tensors = load_file(model.folder / "adapter_model.safetensors")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    rounded = dict(tensors)
+    for name, tensor in tensors.items():
+        stem = f"blk.{name.split('.')[4]}.attn_v.weight.lora_"
+        if "lora_A" in name:
+            blocks = quantize(tensor.numpy(), kind)
+            rounded[name] = torch.from_numpy(dequantize(blocks, kind))
+            writer.add_tensor(stem + "a", blocks, raw_dtype=kind)
+        else:
+            writer.add_tensor(stem + "b", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(rounded, model.folder / "adapter_model.safetensors")
+    assert model.read(tmp_path / "a.gguf").digest == model.read().digest
 
 
 def test_adapters_that_change_nothing(model: Adapted) -> None:

@@ -96,6 +96,26 @@ def test_tied_weights_part(adapted: str, tmp_path: Path) -> None:
     assert same["model.embed_tokens.weight"] == (adapted == "lm_head")
 
 
+def test_gguf_files_get_no_keys_of_folders(tmp_path: Path) -> None:
+    model = adapt(CASES["llama-biased-tied"], tmp_path, "gguf", r=4, target_modules=["lm_head"])
+    checkpoint = model.checkpoint
+    edited = convert.merged(checkpoint, load(checkpoint), [(model.read(), 1.0)])
+    convert.write(*edited, Plan(), tmp_path / "merged.gguf")
+    again = open_checkpoint(tmp_path / "merged.gguf")
+    assert "tie_word_embeddings" not in again.metadata
+    assert distance(logits(model, again, load(again)), model.logits) < TOLERANCE
+
+
+def test_weights_that_half_floats_cannot_be(tmp_path: Path) -> None:
+    model = adapt(CASES["llama-2"], tmp_path, r=4, target_modules=["q_proj"])
+    tiny.build(CASES["llama-2"]).half().save_pretrained(model.base)
+    checkpoint, out = model.checkpoint, tmp_path / "out"
+    loras = [(model.read(), 1e6)]
+    with pytest.raises(InvalidRequest, match="too large"):
+        convert.merge_folder(checkpoint, load(checkpoint), loras, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
 def test_weights_of_adapters_add_up(tmp_path: Path) -> None:
     model = adapt(CASES["llama-2"], tmp_path, **EVERYTHING)
     lora = model.read()

@@ -228,9 +228,7 @@ def test_too_large_for_the_limit(files: Files) -> None:
     found.load("b", "/b")
     found.load("c", "/c")
     before = found.list()
-    with pytest.raises(
-        OutOfMemory, match=r"allow more .*--adapter-memory"
-    ):
+    with pytest.raises(OutOfMemory, match=r"allow more .*--adapter-memory"):
         files.shelf(limit_bytes=SIZE - 1).load("a", "/a")
     found.load("c", "/d", pinned=True)
     with pytest.raises(OutOfMemory, match=f"takes {SIZE} bytes, and there is room for 0"):

@@ -28,11 +28,15 @@ _FORMATS = {FORMATS[name].layout: name for name in ("f32", "f16", "bf16")}
 
 def array_of(tensor: Tensor) -> Array:
     """A tensor's numbers, in memory of our own, since the file may change."""
-    tensor.check_format()
-    layout = FORMATS[tensor.format].layout
-    is_float = tensor.format in _FORMATS.values()
-    found = tensor.data.view(layout).copy() if is_float else tensor.to_float32()
-    array = found.reshape(tensor.shape)
+    if tensor.format not in FORMATS or not all(tensor.shape or [0]):
+        raise InvalidCheckpoint(
+            f"tensor {quote(tensor.name)} has format {tensor.format} and shape {tensor.shape}; "
+            f"those of adapters must be {', '.join(_FORMATS.values())} or blocks, and not empty"
+        )
+    if tensor.format in _FORMATS.values():
+        array: Array = tensor.data.view(FORMATS[tensor.format].layout).reshape(tensor.shape).copy()
+    else:
+        array = tensor.to_float32()
     if not np.isfinite(_float32(array)).all():
         raise InvalidCheckpoint(f"tensor {quote(tensor.name)} has numbers that are not finite")
     return array
@@ -75,6 +79,9 @@ class Parts:
         sound = 1 <= rank <= MAX_RANK and (bias is None or bias.shape == b.shape[1:2])
         if not places or not sound or self._terms.keys() & {site for site, _, _ in places}:
             raise self.misfit(module, a.shape[1:], b.shape[1:])
+        linear = len(b) == 1 and places[0][0][0] != TABLE
+        if bias is not None and not (linear and bias.shape == self._size(places, "bias")):
+            raise self.misfit(module, bias.shape)
         for site, start, stop in places:
             expert, rows = site[1] if len(b) > 1 else 0, self._rows(site[0], start, stop)
             up = b[expert] if site[0] == TABLE else b[expert][rows]

@@ -74,10 +74,11 @@ class Config(BaseModel):
     exclude_modules: Pattern | Patterns = []
     modules_to_save: Annotated[list[Pattern], Field(max_length=MAX_PATTERNS)] = []
     target_parameters: Patterns = []
-    layers_to_transform: Layer | list[Layer] = []
+    layers_to_transform: Layer | Annotated[list[Layer], Field(max_length=2048)] = []
     layers_pattern: Layers | list[Layers] = []
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
+    ensure_weight_tying: bool = False
     # Other beginnings take something from the base's weights, each time they are loaded.
     init_lora_weights: bool | Literal["gaussian", "eva", "orthogonal", "mica"] = True
 
@@ -112,9 +113,12 @@ class Config(BaseModel):
 
     def adapts(self, module: str) -> bool:
         """Whether PEFT adapts a module of this name."""
-        saved = any(_matches(rf"(?:.*\.)?{m}(?:\..*)?", module) for m in self.modules_to_save)
-        if saved or _named(self.exclude_modules, module):
+        if any(_within(m, module) for m in self.modules_to_save):
             return False
+        if _named(self.exclude_modules, module):
+            return False
+        if self.ensure_weight_tying and module.endswith(_EMBEDDINGS):
+            return True  # with the other, where it shares the weights
         if self.target_modules == "all-linear":
             return module.rpartition(".")[2] not in _EMBEDDINGS
         # Of a list, what is named by its whole path is adapted in any layer.
@@ -226,9 +230,19 @@ def _of(patterns: Mapping[str, T], module: str, default: T) -> T:
 
 
 def _ends(pattern: str, module: str) -> bool:
-    if plain := _PLAIN.fullmatch(pattern):
-        return module == plain[1] or (pattern[0] != "^" and module.endswith(f".{plain[1]}"))
+    if plain := _PLAIN.fullmatch(pattern):  # any character may be where it has a dot
+        size = len(plain[1])
+        before, end = module[:-size], module[-size:]
+        same = len(end) == size and all(p in (".", c) for p, c in zip(plain[1], end, strict=True))
+        return same and (not before or (pattern[0] != "^" and before.endswith(".")))
     return _matches(rf"(?:.*\.)?(?:{pattern})", module)
+
+
+def _within(pattern: str, module: str) -> bool:
+    """Whether it matches a part of a module's path, between dots."""
+    if _PLAIN.fullmatch(pattern):
+        return f".{pattern}." in f".{module}."
+    return _matches(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", module)
 
 
 def _named(names: str | Sequence[str], module: str) -> bool:

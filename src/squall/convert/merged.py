@@ -71,7 +71,7 @@ def merged(
         own, spec, metadata = (
             part.naming.name("head.weight"),
             replace(spec, tied=False),
-            _untied(metadata),
+            metadata if checkpoint.kind == "gguf" else _untied(metadata),
         )
         (table,) = names["embed.weight"]
         names["head.weight"], tensors[own] = (replace(table, tensor=own),), tensors[table.tensor]
