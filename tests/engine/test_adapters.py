@@ -291,6 +291,19 @@ def test_row_12_a_thousand_swaps_leave_no_memory_behind(files: Path, tmp_path: P
         assert anonymous_bytes() - before < 2 << 20
 
 
+def test_what_large_ranks_need_in_a_step_does_not_stay(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_files, "RANK", 2048)
+    write_adapter(tmp_path, 92)
+    with Model.open(files / "base", context=600, threads=1) as model:
+        model.adapters.load("large", tmp_path)
+        before = anonymous_bytes()
+        model.generate([5] * 550, adapters="large", max_tokens=2).read()
+        # 14 weights with 512 rows of 2048 floats.
+        assert anonymous_bytes() - before < 20 << 20
+
+
 def anonymous_bytes() -> int:
     """RssAnon of this process."""
     status = Path("/proc/self/status").read_text()
