@@ -307,6 +307,39 @@ def test_a_slow_load_holds_up_nobody(running: Running, http: httpx.Client) -> No
         shelf._read = read
 
 
+def test_requests_for_dropped_adapters_hold_up_no_others(
+    running: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, go, waiting = running.model.adapters, threading.Event(), list[str]()
+    read, loaded = shelf._read, shelf.list()
+    texts = {name: alone(running.model, name) for name in NAMES}
+
+    def slow(path: str) -> Any:
+        waiting.append(path)
+        assert go.wait(30)
+        return read(path)
+
+    monkeypatch.setattr(shelf, "limit_bytes", loaded[0].nbytes)
+    shelf.choose("org/three")
+    shelf.load("org/three", loaded[2].path)
+    monkeypatch.setattr(shelf, "_read", slow)
+    with ThreadPoolExecutor(2) as pool:
+        asked = {
+            name: pool.submit(http.post, CHAT, json=chat("Say", model=name, **FIELDS))
+            for name in NAMES[:2]
+        }
+        until(lambda: len(waiting) == 2)
+        try:
+            for fields in ({}, {"model": "org/three"}, {"adapters": []}):
+                body = chat("Say", **fields, **FIELDS)
+                assert http.post(CHAT, json=body, timeout=5).status_code == 200
+        finally:
+            go.set()
+        assert {name: said(found.result()) for name, found in asked.items()} == {
+            name: texts[name] for name in NAMES[:2]
+        }
+
+
 def test_a_server_stops_while_many_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting, go = list[str](), threading.Event()
     monkeypatch.setattr(run, "LAST_BYTES_S", 0.1)
