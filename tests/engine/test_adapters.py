@@ -17,6 +17,8 @@ from engine_requests import Told, told
 from test_speculation_models import eager
 
 from squall import EngineConfig, InvalidRequest, Model, UnknownAdapter
+from squall.api.jobs import start_completion
+from squall.api.requests import CompletionRequest
 from squall.engine.generation import Generation
 from squall.engine.request import CacheScope, Request
 from squall.engine.sampling import Sampling
@@ -203,6 +205,29 @@ def test_an_answer_keeps_the_version_it_began_with(files: Path, tmp_path: Path) 
         assert model.engine.stats().preemptions > 0
         with pytest.raises(UnknownAdapter):
             model.generate(TEXT, adapters="mine")
+
+
+def test_the_prompts_of_a_request_have_one_version(
+    files: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.adapters.load("mine", files / "a0")
+    right = model.generate(TEXT, adapters="mine", max_tokens=8, temperature=0).read()
+    choose = model.adapters.choose
+
+    def replacing(adapters: Any = None) -> Any:
+        """Somebody else is quick."""
+        found = choose(adapters)
+        model.adapters.load("mine", files / "a1")
+        return found
+
+    monkeypatch.setattr(model.adapters, "choose", replacing)
+    request = CompletionRequest(
+        prompt=[TEXT] * 3, model="any", max_tokens=8, temperature=0, adapters="mine"
+    )
+    found = start_completion(model, request).response()
+    assert [choice.text for choice in found.choices] == [right] * 3
+    monkeypatch.undo()
+    model.adapters.remove("mine")
 
 
 def test_other_weights_of_the_base(files: Path) -> None:
