@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 from squall import AsyncRunner, EngineConfig, InvalidRequest, Model, Runner, UnknownAdapter
 from squall.server import run
 from squall.server.app import create_app
+from squall.server.options import ServerOptions
 
 CHAT, TEXT, LOAD = "/v1/chat/completions", "/v1/completions", "/v1/adapters"
 FIELDS: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -400,6 +401,15 @@ def test_several_models(tiny: Model, folder: Path) -> None:
             ids = [card["id"] for card in http.get("/v1/models").json()["data"]]
             assert ids == ["first", "second", "mine"]
             assert http.get("/v1/models/mine").json()["parent"] == "second"
+        with TestClient(create_app(models, ServerOptions(adapter_folders=(folder,)))) as http:
+            body = {"model": "first", "name": "mine", "path": "two"}
+            text = error(http.post(LOAD, json=body), 400, "invalid_value")
+            assert text == "'mine' is an adapter of the model 'second'"
+            body = {"model": "first", "lora_name": "mine", "lora_path": "two"}
+            error(http.post("/v1/load_lora_adapter", json=body), 400, "invalid_value")
+            body = {"model": "second", "name": "mine", "path": "two"}
+            assert http.post(LOAD, json=body).status_code == 200
+            assert "mine" not in tiny.adapters
         other.adapters.load("third", folder / "one")
         with pytest.raises(InvalidRequest, match="'third' is an adapter's name"):
             create_app({"first": tiny, "third": other})

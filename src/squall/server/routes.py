@@ -243,6 +243,9 @@ async def _put(
     service: Service, served: Served, name: str, path: str, *, pinned: bool = False
 ) -> Info:
     def load() -> Info:
+        parent = service.cards.get(name, {}).get("parent")
+        if parent not in (None, served.name):
+            raise InvalidRequest(f"{name!r:.200} is an adapter of the model {parent!r:.99}")
         return served.model.adapters.load(name, service.adapter_path(path), pinned=pinned)
 
     return await asyncio.wrap_future(service.submit(load, reads=True))
