@@ -8,6 +8,8 @@
 namespace squall {
 namespace {
 
+constexpr size_t kKept = size_t{1} << 18;  // bytes of a(x), from step to step
+
 size_t whole_tiles(size_t n) { return ceil_div(n, kLanes) * kLanes; }
 
 void multiply(const Kernels& k, const Tile& w, size_t tile, size_t tiles, const float* x,
@@ -87,7 +89,12 @@ void LowRank::prepare(const Step& step) {
         active_ = true;
         stride_ = std::max(stride_, column + width(term));
       });
-  if (active_) sums_.resize(step.rows_of(rows_) * stride_);
+  const size_t bytes = active_ ? step.rows_of(rows_) * stride_ * sizeof(float) : 0;
+  const size_t held = sums_ ? sums_->bytes() : 0;
+  // What a long prompt with large ranks took does not stay.
+  if (held >= bytes && held <= std::max(bytes, kKept)) return;
+  sums_.reset();
+  if (bytes != 0) sums_ = std::make_unique<Memory>(bytes);
 }
 
 void LowRank::down(const Step& step, size_t begin, size_t end) {

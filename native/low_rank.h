@@ -92,8 +92,7 @@ class LowRank {
           size_t column, float* part) const;
   size_t token(size_t row) const;
   size_t expert(size_t row) const;
-  float* sums(size_t row) { return sums_.data() + row * stride_; }
-  const float* sums(size_t row) const { return sums_.data() + row * stride_; }
+  float* sums(size_t row) const { return reinterpret_cast<float*>(sums_->data()) + row * stride_; }
 
   const Kernels& k_;
   AdaptersOp op_;
@@ -102,8 +101,8 @@ class LowRank {
   const Buffer *x_, *scalings_;
   const Routing* routing_;
   bool active_ = false;
-  size_t stride_ = 0;        // floats of a row's a(x), of all its adapters
-  std::vector<float> sums_;  // [rows][stride]
+  size_t stride_ = 0;             // floats of a row's a(x), of all its adapters
+  std::unique_ptr<Memory> sums_;  // [rows][stride], floats
 };
 
 }  // namespace squall

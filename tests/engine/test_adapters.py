@@ -17,6 +17,8 @@ from engine_requests import Told, told
 from test_speculation_models import eager
 
 from squall import EngineConfig, InvalidRequest, Model, UnknownAdapter
+from squall.api.jobs import start_completion
+from squall.api.requests import CompletionRequest
 from squall.engine.generation import Generation
 from squall.engine.request import CacheScope, Request
 from squall.engine.sampling import Sampling
@@ -205,6 +207,29 @@ def test_an_answer_keeps_the_version_it_began_with(files: Path, tmp_path: Path) 
             model.generate(TEXT, adapters="mine")
 
 
+def test_the_prompts_of_a_request_have_one_version(
+    files: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.adapters.load("mine", files / "a0")
+    right = model.generate(TEXT, adapters="mine", max_tokens=8, temperature=0).read()
+    choose = model.adapters.choose
+
+    def replacing(adapters: Any = None) -> Any:
+        """Somebody else is quick."""
+        found = choose(adapters)
+        model.adapters.load("mine", files / "a1")
+        return found
+
+    monkeypatch.setattr(model.adapters, "choose", replacing)
+    request = CompletionRequest(
+        prompt=[TEXT] * 3, model="any", max_tokens=8, temperature=0, adapters="mine"
+    )
+    found = start_completion(model, request).response()
+    assert [choice.text for choice in found.choices] == [right] * 3
+    monkeypatch.undo()
+    model.adapters.remove("mine")
+
+
 def test_other_weights_of_the_base(files: Path) -> None:
     """Adapters stay when the base is quantized anew, and so does what they add."""
     with opened(files, kv_dtype="f32") as model, opened(files, isq="Q8_0", kv_dtype="f32") as fresh:
@@ -289,6 +314,19 @@ def test_row_12_a_thousand_swaps_leave_no_memory_behind(files: Path, tmp_path: P
         gc.collect()
         # A leak would be 75 kB each time.
         assert anonymous_bytes() - before < 2 << 20
+
+
+def test_what_large_ranks_need_in_a_step_does_not_stay(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_files, "RANK", 2048)
+    write_adapter(tmp_path, 92)
+    with Model.open(files / "base", context=600, threads=1) as model:
+        model.adapters.load("large", tmp_path)
+        before = anonymous_bytes()
+        model.generate([5] * 550, adapters="large", max_tokens=2).read()
+        # 14 weights with 512 rows of 2048 floats.
+        assert anonymous_bytes() - before < 20 << 20
 
 
 def anonymous_bytes() -> int:

@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 from squall import AsyncRunner, EngineConfig, InvalidRequest, Model, Runner, UnknownAdapter
 from squall.server import run
 from squall.server.app import create_app
+from squall.server.options import ServerOptions
 
 CHAT, TEXT, LOAD = "/v1/chat/completions", "/v1/completions", "/v1/adapters"
 FIELDS: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -309,6 +310,39 @@ def test_a_slow_load_holds_up_nobody(running: Running, http: httpx.Client) -> No
         shelf._read = read
 
 
+def test_requests_for_dropped_adapters_hold_up_no_others(
+    running: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, go, waiting = running.model.adapters, threading.Event(), list[str]()
+    read, loaded = shelf._read, shelf.list()
+    texts = {name: alone(running.model, name) for name in NAMES}
+
+    def slow(path: str) -> Any:
+        waiting.append(path)
+        assert go.wait(30)
+        return read(path)
+
+    monkeypatch.setattr(shelf, "limit_bytes", loaded[0].nbytes)
+    shelf.choose("org/three")
+    shelf.load("org/three", loaded[2].path)
+    monkeypatch.setattr(shelf, "_read", slow)
+    with ThreadPoolExecutor(2) as pool:
+        asked = {
+            name: pool.submit(http.post, CHAT, json=chat("Say", model=name, **FIELDS))
+            for name in NAMES[:2]
+        }
+        until(lambda: len(waiting) == 2)
+        try:
+            for fields in ({}, {"model": "org/three"}, {"adapters": []}):
+                body = chat("Say", **fields, **FIELDS)
+                assert http.post(CHAT, json=body, timeout=5).status_code == 200
+        finally:
+            go.set()
+        assert {name: said(found.result()) for name, found in asked.items()} == {
+            name: texts[name] for name in NAMES[:2]
+        }
+
+
 def test_a_server_stops_while_many_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting, go = list[str](), threading.Event()
     monkeypatch.setattr(run, "LAST_BYTES_S", 0.1)
@@ -369,6 +403,15 @@ def test_several_models(tiny: Model, folder: Path) -> None:
             ids = [card["id"] for card in http.get("/v1/models").json()["data"]]
             assert ids == ["first", "second", "mine"]
             assert http.get("/v1/models/mine").json()["parent"] == "second"
+        with TestClient(create_app(models, ServerOptions(adapter_folders=(folder,)))) as http:
+            body = {"model": "first", "name": "mine", "path": "two"}
+            text = error(http.post(LOAD, json=body), 400, "invalid_value")
+            assert text == "'mine' is an adapter of the model 'second'"
+            body = {"model": "first", "lora_name": "mine", "lora_path": "two"}
+            error(http.post("/v1/load_lora_adapter", json=body), 400, "invalid_value")
+            body = {"model": "second", "name": "mine", "path": "two"}
+            assert http.post(LOAD, json=body).status_code == 200
+            assert "mine" not in tiny.adapters
         other.adapters.load("third", folder / "one")
         with pytest.raises(InvalidRequest, match="'third' is an adapter's name"):
             create_app({"first": tiny, "third": other})

@@ -174,6 +174,13 @@ class Shelf:
         mixture = tuple((self._handle(version), weight) for version, weight in found)
         return Chosen(mixture, hashlib.sha256(known.encode()).hexdigest())
 
+    def ready(self, adapters: Adapters | None) -> bool:
+        """Whether `choose` has nothing to read now."""
+        names = (adapters,) if isinstance(adapters, str) else adapters
+        with self._lock:
+            found = map(self._versions.get, self._active if names is None else names)
+            return all(version is None or version.handle is not None for version in found)
+
     def _handle(self, version: _Version) -> Adapter:
         version.used = next(self._clock)
         return version.handle or self._once(version)

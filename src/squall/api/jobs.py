@@ -71,6 +71,8 @@ def start_completion(
     for number, prompt in enumerate(request.prompts):
         chats.check_characters(model, len(prompt))
         asked = _request(model, request, prompt, tenant)
+        if answers:  # the versions of adapters that the first prompt has
+            asked = replace(asked, adapters=answers[0][0].adapters, scope=answers[0][0].scope)
         answers += [
             _completion(model, request, one, number)
             for one in _drawn_apart(asked, request.candidates)

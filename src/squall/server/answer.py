@@ -35,7 +35,7 @@ class Answer(Response):
 
     def __init__(
         self, service: Service, served: Served, start: Callable[[], AnyJob], dialect: Dialect,
-        *, stream: bool,
+        *, stream: bool, reads: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self._service = service
@@ -43,6 +43,7 @@ class Answer(Response):
         self._start = start
         self._dialect = dialect
         self._stream = stream
+        self._reads = reads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visit: Visit = scope["state"]["visit"]
@@ -72,7 +73,7 @@ class Answer(Response):
             visit.entered()  # at once: who is counted twice takes another's place
             return job
 
-        starting = self._service.submit(start)
+        starting = self._service.submit(start, reads=self._reads)
         try:
             job = await asyncio.wrap_future(starting)
         except asyncio.CancelledError:

@@ -98,7 +98,8 @@ async def _answer(
         asked = told.request(**defaults)
         return begin(served.model, asked, id=told.id, tenant=visit.tenant)
 
-    return Answer(service, served, start, told, stream=bool(body.stream))
+    reads = not served.model.adapters.ready(defaults.get("adapters", body.adapters))
+    return Answer(service, served, start, told, stream=bool(body.stream), reads=reads)
 
 
 def _add_kept(router: APIRouter, service: Service) -> None:
@@ -242,9 +243,12 @@ async def _put(
     service: Service, served: Served, name: str, path: str, *, pinned: bool = False
 ) -> Info:
     def load() -> Info:
+        parent = service.cards.get(name, {}).get("parent")
+        if parent not in (None, served.name):
+            raise InvalidRequest(f"{name!r:.200} is an adapter of the model {parent!r:.99}")
         return served.model.adapters.load(name, service.adapter_path(path), pinned=pinned)
 
-    return await asyncio.wrap_future(service.readers.submit(load))
+    return await asyncio.wrap_future(service.submit(load, reads=True))
 
 
 def _remove(service: Service, name: str) -> None:

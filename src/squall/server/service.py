@@ -45,7 +45,7 @@ class Served:
         self.name = name
         self.model = model
         self.created = int(time.time())
-        self.defaults = {
+        self.defaults: dict[str, Any] = {
             "model": name, "truncate_sequence": options.truncate, "seed": options.seed
         }  # fmt: skip
         self.entering: set[object] = set()
@@ -70,7 +70,7 @@ class Served:
             cards[info.name] = card | {"id": info.name, "root": info.path, "parent": self.name}
         return cards
 
-    def asked(self, body: GenerationBody) -> dict[str, object]:
+    def asked(self, body: GenerationBody) -> dict[str, Any]:
         """What holds for a request unless it says otherwise. Raises InvalidRequest."""
         name = body.model
         if name in (None, "default", self.name) or not self.model.adapters.used:
@@ -125,7 +125,7 @@ class Service:
         configs = [model.engine.config for model in models.values()]
         self._most_active = SLACK + sum(config.max_seqs + config.max_queue for config in configs)
         self._workers = ThreadPoolExecutor(WORKERS, "squall-request")
-        self.readers = ThreadPoolExecutor(READERS, "squall-adapter")
+        self._readers = ThreadPoolExecutor(READERS, "squall-adapter")
 
     @property
     def sole(self) -> Served | None:
@@ -207,9 +207,9 @@ class Service:
         if self.active > self._most_active:
             raise QueueFull(f"{self.active} requests are under way already", retry_after_s=1)
 
-    def submit(self, function: Callable[[], _Value]) -> Future[_Value]:
-        """Run what takes long beside the event loop."""
-        return self._workers.submit(function)
+    def submit(self, function: Callable[[], _Value], *, reads: bool = False) -> Future[_Value]:
+        """Run what takes long beside the event loop. reads: an adapter, from files."""
+        return (self._readers if reads else self._workers).submit(function)
 
     async def run(self) -> None:
         """Watch the engines."""
@@ -217,6 +217,6 @@ class Service:
 
     def close(self) -> None:
         """End the threads and the log; the model stays open."""
-        for threads in (self._workers, self.readers):
+        for threads in (self._workers, self._readers):
             threads.shutdown(wait=False, cancel_futures=True)
         self.log.close()
