@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from squall import model
+from squall import assembly, model
 from squall.adapters.xlora import XLora
 from squall.cli.app import app
 from squall.cli.selectors import NOT_YET, SELECTORS
@@ -159,7 +159,7 @@ def _no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise Opened(opening)
 
     monkeypatch.setattr(model.Model, "open_with", stop)
-    monkeypatch.setattr(model, "prepare", stop)
+    monkeypatch.setattr(assembly, "prepare", stop)
 
 
 def invoke(line: str, command: typer.Typer = app) -> Result:
