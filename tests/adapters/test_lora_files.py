@@ -309,7 +309,17 @@ def test_pickles_that_do_something(model: Adapted, tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(model: Adapted, tmp_path: Path) -> None:
-    for path in ("/no/such/folder", str(tmp_path / "x"), str(tmp_path), "../x", "a/b/c", "x.gguf"):
+    for path in (
+        "/no/such/folder",
+        str(tmp_path / "x"),
+        str(tmp_path),
+        "../x",
+        "a/b/c",
+        "x.gguf",
+        "x" * 5000,
+        "~no such user/x",
+        "a\0b",
+    ):
         with pytest.raises(ModelNotFound, match="adapter"):
             model.read(Path(path))
     (model.folder / "adapter_model.safetensors").unlink()

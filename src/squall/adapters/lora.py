@@ -51,8 +51,8 @@ def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None
 
     What is not here is looked for in the hub, as `owner/name`, or `owner/name:file` for GGUF.
     """
-    chosen = Path(path).expanduser()
-    if not chosen.exists():
+    chosen = Path(os.path.expanduser(path))
+    if not os.path.exists(chosen):
         if not is_id(str(path)):
             raise ModelNotFound(
                 f"there is no adapter {str(path)!r}; name a folder with adapter_config.json, a "

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -103,7 +103,8 @@ class XLoraConfig(BaseModel):
             return cls.model_validate({k: v for k, v in given.items() if v is not None})
         except ValidationError as error:
             first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc']))} is {first['input']!r:.99}: {first['msg']}"
+            where = quote(".".join(map(str, first["loc"])))
+            what = f"{where} is {first['input']!r:.99}: {first['msg']}"
             raise InvalidCheckpoint(f"the configuration of X-LoRA: {what}") from None
 
     def scalings(self, logits: Floats) -> Floats:
@@ -138,9 +139,10 @@ def read_classifier(folder: Path, config: XLoraConfig, outputs: int) -> Checkpoi
         wanted |= {f"{number}.weight": (rows, cols)}
         wanted |= {f"{number}.bias": (rows,)} if config.use_bias else {}
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    if found != wanted:
+    if found != wanted or len(matches) > len(found):
         raise InvalidCheckpoint(
-            f"{quote(path.name)} has a classifier of {found}; its configuration says {wanted}"
+            f"{quote(path.name)} has a classifier of {found!s:.999}; its configuration says "
+            f"{wanted}"
         )
     for tensor in tensors.values():
         tensor.check_format()
@@ -188,8 +190,8 @@ class Parts:
         names = ordering.order or tuple(config.adapters)
         if set(names) != set(config.adapters):
             raise InvalidRequest(
-                f"the ordering file orders {', '.join(names)}; X-LoRA has the adapters "
-                f"{', '.join(config.adapters)}"
+                f"the ordering file orders {_listed(names)}; X-LoRA has the adapters "
+                f"{_listed(config.adapters)}"
             )
         loras = [lora.read(_path(folder, name, config), target, hub=hub) for name in names]
         modules = {module for one in loras for module in one.modules}
@@ -204,7 +206,9 @@ class Parts:
         }
         for name, one in zip(names, loras, strict=True):
             if one.vectors or not one.terms.keys() <= columns.keys():
-                raise UnsupportedModel(f"the adapter {name} of X-LoRA changes more than linears")
+                raise UnsupportedModel(
+                    f"the adapter {quote(name)} of X-LoRA changes more than linears"
+                )
         width = (max(layers.values()) + 1) * len(names)
         classifier = read_classifier(folder, config, width)
         adapters = tuple(one.terms for one in loras)
@@ -233,6 +237,10 @@ class Parts:
             out = builder.value(f"{CLASSIFIER}.{number}", rows)
             x = builder.emit(Linear(out, x, matrix, vector, "relu" if relu else None))
         return builder.build(x, caches=program.caches, context=program.context)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(quote, islice(names, 20)))
 
 
 def _path(folder: Path, name: str, config: XLoraConfig) -> str:
