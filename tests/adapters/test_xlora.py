@@ -16,6 +16,7 @@ import tiny
 from convert import convert
 from gguf.quants import dequantize, quantize
 from harness import distance, make_batch
+from safetensors.torch import load_file, save_file
 from test_ggml import QUANTS, old_file
 from xlora_models import MODULES, PROMPT, Made, case, make, opened, tokens_of
 
@@ -161,6 +162,27 @@ def test_what_does_not_fit_is_refused(
     one = made("llama", config)
     folder = changed(one.folder, tmp_path / "changed", key, value)
     with pytest.raises(SquallError):
+        opened(one.folder.parent / "base", folder)
+
+
+@pytest.mark.parametrize("value", [{"\x1b[31m\n": 0}, {"\x1b[31m\n": "0"}, ["\x1b[31m\n"]])
+def test_names_of_strangers_are_printed_safely(value: Any, made: Any, tmp_path: Path) -> None:
+    one = made("llama", "deep-layerwise")
+    folder, order = changed(one.folder, tmp_path / "x", "adapters", value), tmp_path / "order.json"
+    order.write_text(json.dumps({"order": ["\x1b[31m\n0"]}))
+    with pytest.raises(SquallError) as caught:
+        opened(one.folder.parent / "base", folder, order=order)
+    assert str(caught.value).isprintable()
+
+
+def test_a_weight_of_a_classifier_is_there_once(made: Any, tmp_path: Path) -> None:
+    one = made("llama", "deep-layerwise")
+    folder = changed(one.folder, tmp_path / "changed", "use_bias", True)
+    path = folder / "xlora_classifier.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    save_file(tensors | {"other.last.weight": tensors["last.weight"] * 2}, path)
+    with pytest.raises(SquallError, match="classifier of"):
         opened(one.folder.parent / "base", folder)
 
 
@@ -327,8 +349,6 @@ def test_no_row_depends_on_others() -> None:
 
 
 def test_pefts_own_files(made: Any, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     one = made("llama", "deep")
     one.model.peft_config["default"].save_pretrained(tmp_path)
     # What PEFT saves lacks those parts whose numbers are names of adapters.

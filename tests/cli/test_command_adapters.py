@@ -121,6 +121,9 @@ def test_merge_to_a_file() -> None:
     done = invoke("adapters merge base adapters/law -o merged.gguf --isq Q8_0")
     assert done.exit_code == 0, (done.output, done.exception)
     assert answer("merged.gguf") == answer("base --adapter adapters/law --merge --isq Q8_0")
+    again = "adapters merge base adapters/law@0.5 -o merged.gguf --isq Q8_0"
+    assert "--force" in str(invoke(again).exception)
+    assert invoke(f"{again} --force").exit_code == 0
     for line, problem in (
         ("base adapters/law -o new --isq Q4K", "a folder has floats"),
         ("merged.gguf adapters/law -o new", "no folder"),

@@ -52,7 +52,7 @@ def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None
     What is not here is looked for in the hub, as `owner/name`, or `owner/name:file` for GGUF.
     """
     chosen = (hub or Hub()).path(path)
-    if not chosen.exists():
+    if not os.path.exists(chosen):
         raise ModelNotFound(
             f"there is no adapter {str(path)!r}; name a folder with adapter_config.json, a GGUF "
             "file, or an adapter of the hub as owner/name"

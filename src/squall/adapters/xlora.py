@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -134,9 +134,10 @@ def read_classifier(folder: Path, config: Config, outputs: int) -> Checkpoint:
         wanted |= {f"{number}.weight": (rows, cols)}
         wanted |= {f"{number}.bias": (rows,)} if config.use_bias else {}
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    if found != wanted:
+    if found != wanted or len(matches) > len(found):
         raise InvalidCheckpoint(
-            f"{quote(path.name)} has a classifier of {found}; its configuration says {wanted}"
+            f"{quote(path.name)} has a classifier of {found!s:.999}; its configuration says "
+            f"{wanted}"
         )
     for tensor in tensors.values():
         tensor.check_format()
@@ -182,8 +183,8 @@ class Parts:
         names = ordering.order or tuple(config.adapters)
         if set(names) != set(config.adapters):
             raise InvalidRequest(
-                f"the ordering file orders {', '.join(names)}; X-LoRA has the adapters "
-                f"{', '.join(config.adapters)}"
+                f"the ordering file orders {_listed(names)}; X-LoRA has the adapters "
+                f"{_listed(config.adapters)}"
             )
         loras = [lora.read(_path(folder, name, config), target, hub=hub) for name in names]
         modules = {module for one in loras for module in one.modules}
@@ -198,7 +199,9 @@ class Parts:
         }
         for name, one in zip(names, loras, strict=True):
             if one.vectors or not one.terms.keys() <= columns.keys():
-                raise UnsupportedModel(f"the adapter {name} of X-LoRA changes more than linears")
+                raise UnsupportedModel(
+                    f"the adapter {quote(name)} of X-LoRA changes more than linears"
+                )
         width = (max(layers.values()) + 1) * len(names)
         classifier = read_classifier(folder, config, width)
         adapters = tuple(one.terms for one in loras)
@@ -227,6 +230,10 @@ class Parts:
             out = builder.value(f"{CLASSIFIER}.{number}", rows)
             x = builder.emit(Linear(out, x, matrix, vector, "relu" if relu else None))
         return builder.build(x, caches=program.caches, context=program.context)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(quote, islice(names, 20)))
 
 
 def _path(folder: Path, name: str, config: Config) -> str:

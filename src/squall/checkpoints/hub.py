@@ -63,8 +63,8 @@ class Hub:
 
     def path(self, name: str | os.PathLike[str]) -> Path:
         """What has this path, or what `fetch` gets where nothing has and it can be a name."""
-        path = Path(name).expanduser()
-        return path if path.exists() or not is_id(str(name)) else self.fetch(str(name))
+        path = Path(os.path.expanduser(name))
+        return path if os.path.exists(path) or not is_id(str(name)) else self.fetch(str(name))
 
     def fetch(
         self, name: str, progress: Progress | None = None, judge: Judge | None = None

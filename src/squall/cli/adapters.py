@@ -70,6 +70,7 @@ def merge(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder, .gguf or .uqff.")],
     isq: Annotated[str | None, typer.Option(help="What to quantize a file to: Q4K...")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file.")] = False,
     threads: Threads = None,
 ) -> None:
     """Write a model that has adapters in its weights, as a folder or a quantized file.
@@ -97,5 +98,5 @@ def merge(
         else:
             threads = threads or default_threads()
             merged = convert.merged(checkpoint, recipe, loras)
-            convert.write(*merged, plan, output, threads=threads, progress=shown)
+            convert.write(*merged, plan, output, force=force, threads=threads, progress=shown)
     typer.echo(f"{output}: {checkpoint.path} with {', '.join(named)}")

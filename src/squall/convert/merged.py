@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from squall.checkpoints.base import ByteTensor, Checkpoint, Field, Tensor
 from squall.checkpoints.folder import CONFIG
-from squall.checkpoints.writing import Item, Part, exists, write_safetensors
+from squall.checkpoints.writing import Item, Part, write_safetensors
 from squall.errors import InvalidRequest
 from squall.files import MAX_JSON_BYTES
 from squall.program import Matrix, Slice, Vector
@@ -119,7 +119,7 @@ def merge_folder(
             "can be merged into"
         )
     if folder.exists():
-        raise exists(folder)
+        raise InvalidRequest(f"{folder} exists; give another name, or remove it")
     edited, _ = merged(checkpoint, recipe, loras)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
