@@ -121,7 +121,9 @@ def load(model: Model, count: int, names: Sequence[str], paths: Sequence[Path]) 
     while not all(len(each) > 3 for each in times):
         time.sleep(0.01)
     begun = time.perf_counter()
-    time.sleep(CALM_S)
+    # A small model would be done before anything is loaded.
+    while time.perf_counter() - begun < CALM_S and max(map(len, times)) < model.context // 4:
+        time.sleep(0.005)
     loads: list[float] = []
 
     def work() -> None:

@@ -482,7 +482,7 @@ NB_MODULE(_native, m) {
       },
       "isa"_a, "pool"_a, "rows"_a, "blocks"_a, "block_size"_a, "context"_a, "cache"_a);
   bind_ops(executor);
-  executor.def("plan", &Executor::plan, "outputs"_a, "layout"_a)
+  executor.def("plan", &Executor::plan, "outputs"_a, "layout"_a = 0)
       .def("run", &run, "rows"_a, "indices"_a, "values"_a, "positions"_a, "bounds"_a,
            "block_tables"_a, "outputs"_a,
            "mixtures"_a = std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>{})

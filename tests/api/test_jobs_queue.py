@@ -10,6 +10,7 @@ from helpers import wait_for
 
 from squall import CompletionRequest, EngineConfig, EngineStopped, InvalidRequest, Model, QueueFull
 from squall.api.jobs import CompletionJob, start_completion
+from squall.assembly import Assembly
 from squall.engine.engine import Engine
 from squall.recipes import load
 
@@ -22,12 +23,13 @@ def executor() -> FakeExecutor:
 
 
 @pytest.fixture
-def small(model: Model, executor: FakeExecutor) -> Iterator[Model]:
+def small(model: Model, executor: FakeExecutor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
     """Two answers run, three wait, on an executor that waits when it is told to."""
     engine = Engine(executor, EngineConfig(max_seqs=2, max_queue=3), text=Silent)
     recipe = load(model.checkpoint)
-    parts = recipe, model.program, model.tokenizer, engine, model.adapters
-    with Model(model.checkpoint, *parts) as opened:
+    monkeypatch.setattr(executor, "program", model.program, raising=False)
+    parts = model.checkpoint, recipe, model.tokenizer, None, engine, model.adapters
+    with Model(Assembly(*parts)) as opened:
         yield opened
         executor.let()
 
