@@ -60,6 +60,9 @@ def test_gguf_bases(case: tiny.Case, tmp_path: Path) -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "regex": {"target_modules": r".*layers\.[02]\.(self_attn|mlp)\.(\w+_proj|dense|fc[12])"},
+    "looking ahead": {
+        "target_modules": r"^(?!.*(?:layers\.1|lm_head)).*(?:q_proj|v_proj|down_proj|fc2)$"
+    },
     "all-linear": {"target_modules": "all-linear"},
     "layers": {"layers_to_transform": [0, 2]},
     "one layer": {"layers_to_transform": 1, "layers_pattern": "layers"},

@@ -124,7 +124,15 @@ class Config(BaseModel):
         # Of a list, what is named by its whole path is adapted in any layer.
         whole = isinstance(self.target_modules, str) or module in self.target_modules
         layered = whole or self.layers_to_transform == [] or self._in_layers(module)
-        return layered and _named(self.target_modules, module)
+        return layered and (self.vague or _named(self.target_modules, module))
+
+    @property
+    def vague(self) -> bool:
+        """Whether target_modules cannot be followed; then the file's tensors tell what it names."""
+        try:
+            return isinstance(self.target_modules, str) and not _validator(self.target_modules)
+        except UnsupportedModel:
+            return True
 
     def saves(self, module: str, kind: str) -> bool:
         """Whether PEFT takes a weight or bias from the adapter's file, of a module or its part."""
@@ -216,7 +224,8 @@ def _check_complete(modules: Sequence[str], config: Config, parts: Parts) -> Non
     split = (re.fullmatch(r"(.*?\blayers\.)\d+(\..*)", module) for module in modules)
     for begin, end in {match.groups() for match in split if match is not None}:
         for name in {f"{begin}{layer}{end}" for layer in layers} - there:
-            adapted = _named(config.target_parameters, name) or config.adapts(name)
+            adapted = not config.vague and config.adapts(name)
+            adapted = adapted or _named(config.target_parameters, name)
             if adapted and parts.target.sites(name):
                 raise InvalidCheckpoint(
                     f"the adapter has no tensors of {quote(name)}, which {CONFIG} adapts: is the "
