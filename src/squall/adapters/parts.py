@@ -76,8 +76,8 @@ class Parts:
         readings, rank = self.target.readings(module), b.shape[-1]
         found = (p for p in readings if self._shapes(p, rank) == (a.shape, b.shape))
         places = next(found, ())
-        sound = 1 <= rank <= MAX_RANK and (bias is None or bias.shape == b.shape[1:2])
-        if not places or not sound or self._terms.keys() & {site for site, _, _ in places}:
+        twice = self._terms.keys() & {site for site, _, _ in places}
+        if not places or not 1 <= rank <= MAX_RANK or twice:
             raise self.misfit(module, a.shape[1:], b.shape[1:])
         linear = len(b) == 1 and places[0][0][0] != TABLE
         if bias is not None and not (linear and bias.shape == self._size(places, "bias")):

@@ -128,10 +128,10 @@ class Engine:
             request = replace(request, whole=True)
         dropped, settles = self._dropped(request), self.executor.settles
         sequence = _sequence(request, next(self._numbers), dropped, settles)
-        most = self._scheduler.limits.rows - self._scheduler.limits.requests
-        if request.whole and sequence.prompt > most:
+        step = self._scheduler.limits.rows - self._scheduler.limits.requests
+        if request.whole and sequence.prompt > step:
             raise InvalidRequest(
-                f"the prompt has {sequence.prompt} tokens; a step has room for {most}"
+                f"the prompt has {sequence.prompt} tokens; a step has room for {step}"
             )
         room = self.capacity - len(sequence.tokens)
         reply = Reply(
