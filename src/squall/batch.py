@@ -47,8 +47,11 @@ class Batch(Sequences):
     mixtures: tuple[Mixture, ...] = ()
     prompts: Int32 | None = None
 
-    def indices(self) -> dict[str, Int32]:
-        """What a run of the decoder's program is given, by name."""
+    def indices(self, *, shared: bool = False) -> dict[str, Int32]:
+        """What a run of the decoder's program is given, by name.
+
+        shared: also which rows choose experts together, for a program that asks.
+        """
         spans = self.spans
         if spans is None:
             spans = np.zeros((2, len(self.positions)), np.int32)
@@ -57,10 +60,11 @@ class Batch(Sequences):
         mixture = self.mixture
         if mixture is None:
             mixture = np.full(len(self.positions), -1, np.int32)
-        return {
+        given = {
             "tokens": self.tokens, "rotary": rotary, "spans": spans, "outputs": self.outputs,
-            "mixture": mixture, "mixture.outputs": mixture[self.outputs], "shared": self._shared(),
+            "mixture": mixture, "mixture.outputs": mixture[self.outputs],
         }  # fmt: skip
+        return given | {"shared": self._shared()} if shared else given
 
     def _shared(self) -> Int32:
         """Of each row the first of its prompt that is in this step; of an answer's, itself."""

@@ -261,7 +261,7 @@ class NativeExecutor:
 
     def step(self, batch: Batch) -> Floats:
         """See `Executor`."""
-        return self.run(batch.indices(), batch, batch.mixtures)["logits"]
+        return self.run(batch.indices(shared=self.whole), batch, batch.mixtures)["logits"]
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         """See `Executor`."""
