@@ -188,8 +188,8 @@ class Attend:
 
     spans: `[2, rows]`, the first position that a row sees, and one past the last.
     cache: which one k and v are stored in, where positions are those of the row's sequence. None:
-        positions are rows of k and v in this run.
-    window: at most so many positions before the end.
+        positions are rows of k and v in this run, which may be others than those of q.
+    window: so many positions up to the row's own, and what it sees after it.
     """
 
     out: Value
@@ -204,6 +204,24 @@ class Attend:
     scale: float
     window: int | None
     softcap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Attention of q over the memory of its sequence; zeros where there is none.
+
+    seen: `[2, rows]`, the first row of the memory that a row sees, and one past the last.
+    memory: which of the program's.
+    """
+
+    out: Value
+    q: Value
+    seen: Index
+    memory: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,10 +280,24 @@ class Softcap:
 
 @dataclass(frozen=True, slots=True)
 class GatherRows:
-    """out[i] = x[index[i]]"""
+    """out[i] = x[index[i]]; of an index with axes, the rows that it names side by side.
+
+    mean: their mean instead.
+    """
 
     out: Value
     x: Value
+    index: Index
+    mean: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """out[i] = rows[index[i]], and where the index is negative x[i]."""
+
+    out: Value
+    x: Value
+    rows: Value
     index: Index
 
 
@@ -289,8 +321,10 @@ Op = (
     | MixtureOfExperts
     | Add
     | Softcap
+    | Recall
     | GatherRows
     | GatherColumns
+    | Overlay
 )
 
 
@@ -309,6 +343,7 @@ class Program:
     A run is given `indices` and `inputs`, which have no op that makes them, by their names, and
     gives `outputs`. Those of a decoder are `logits`, [outputs, vocab].
     caches: of attention; a program may have none. context: positions that they have.
+    memories: what sequences may have to recall, beside what they say.
     """
 
     ops: tuple[Op, ...]
@@ -317,6 +352,7 @@ class Program:
     inputs: tuple[Value, ...] = ()
     caches: tuple[CacheLayer, ...] = ()
     context: int = 1
+    memories: tuple[CacheLayer, ...] = ()
 
     @property
     def indices(self) -> tuple[Index, ...]:
@@ -446,8 +482,8 @@ class Builder:
         inputs: Sequence[Value] = (),
         caches: Sequence[CacheLayer] = (),
         context: int = 1,
+        memories: Sequence[CacheLayer] = (),
     ) -> Program:
         """The finished program."""
-        return Program(
-            tuple(self.ops), tuple(self.values), outputs, tuple(inputs), tuple(caches), context
-        )
+        ops, values, given = tuple(self.ops), tuple(self.values), tuple(inputs)
+        return Program(ops, values, outputs, given, tuple(caches), context, tuple(memories))

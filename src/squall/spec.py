@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 Wiring = Literal["pre", "sandwich", "post", "parallel"]
 NormScope = Literal["head", "each_head", "row"]
 
