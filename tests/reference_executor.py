@@ -120,7 +120,9 @@ class ReferenceExecutor:
 
     def step(self, batch: Batch) -> Array:
         """The logits of the rows of `batch.outputs`."""
-        return self.run(batch.indices(shared=True), batch, batch.mixtures)["logits"]
+        return self.run(
+            batch.inputs(self.program.indices, self.program.inputs), batch, batch.mixtures
+        )["logits"]
 
     def adapter(self, terms: Mapping[Site, Term]) -> Mapping[Site, Term]:
         """For mixtures."""

@@ -2,7 +2,8 @@
 
 Per architecture: `reads`, the keys that can change what its model computes, with the value that
 its class takes where one is missing; `known`, the others that its class declares; `aliases`, other
-names of keys. Read from the source of the installed transformers, whose version the file has.
+names of keys. Of the parts of models that see `reads` is all that their classes declare. Read from
+the source of the installed transformers, whose version the file has.
 
     python tools/config_keys.py          # write
     python tools/config_keys.py --check  # end with 1 if it differs from the file
@@ -33,6 +34,14 @@ WITHOUT_EFFECT = {
     "pretraining_tp", "resid_pdrop", "residual_dropout", "router_aux_loss_coef", "token_type_ids",
     "use_cache",
 }  # fmt: skip
+# Of parts that see: of other heads than those that language models have.
+UNUSED = {"initializer_factor", "projection_dim", "vision_use_head", "torch_dtype"}
+# Whose parts are described, and the parts of others that models may have.
+SEEING = (
+    "Gemma3", "Idefics2", "Idefics3", "Llava", "LlavaNext", "Mistral3", "Mllama", "Qwen2VL",
+    "Qwen2_5_VL", "SmolVLM",
+)  # fmt: skip
+MORE_PARTS = ("CLIPVision", "SiglipVision", "PixtralVision")
 # Read by training alone, except in this architecture.
 JITTER, WITH_JITTER = "router_jitter_noise", "phimoe"
 
@@ -80,6 +89,35 @@ def describe(architecture: str) -> dict[str, Any]:
     }
 
 
+def describe_part(config: Any) -> dict[str, Any]:
+    """What the table says of a configuration that is no language model's."""
+    import transformers
+
+    base = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    fields = {field.name for field in dataclasses.fields(config)} - base
+    parts = {name for name in fields if name.endswith("_config")}
+    known = {name for name in fields if name in WITHOUT_EFFECT | UNUSED} | parts
+    return {
+        "reads": {name: getattr(config, name) for name in sorted(fields - known)},
+        "known": sorted(known | {"tie_word_embeddings"}),
+        "aliases": dict(config.attribute_map),
+    }
+
+
+def parts() -> dict[str, Any]:
+    """Those of models that see, by `model_type`, and what is said beside their parts."""
+    import transformers
+
+    configs = [getattr(transformers, f"{name}Config")() for name in (*MORE_PARTS, *SEEING)]
+    inner = [
+        getattr(config, part)
+        for config in configs
+        for part in config.sub_configs
+        if part != "text_config"
+    ]
+    return {config.model_type: describe_part(config) for config in (*configs, *inner)}
+
+
 def rope_defaults(config: Any) -> dict[str, Any]:
     """What a class takes for the rope, which is no field of it."""
     rope = config.rope_parameters
@@ -109,6 +147,7 @@ def table() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "known": sorted(base),
         "architectures": {name: describe(name) for name in theirs} | others,
+        "parts": parts(),
     }
 
 

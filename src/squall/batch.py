@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from squall.program import Index, Value
 
 Int32 = NDArray[np.int32]
 Mixture = tuple[tuple[object, float], ...]
@@ -35,6 +38,9 @@ class Batch(Sequences):
     spans: [2, rows]. The first position that a row sees, and one past the last; by default it sees
         itself and what is before it.
     rotary: [axes, rows]. Positions for the rotary embedding, by default the same.
+    images: float32 [image rows, hidden]. overlay: [rows]. Which of those stands in place of a
+        token's embedding; negative: none. Both for programs that ask, by default nothing.
+    seen: [2, rows]. The first row of its sequence's memory that a row sees, and one past the last.
     mixture: [rows]. Which of the `mixtures` each row has; negative: none, which is the default.
     prompts: [sequences]. How many tokens of a sequence are its prompt.
     """
@@ -43,28 +49,46 @@ class Batch(Sequences):
     outputs: Int32
     spans: Int32 | None = None
     rotary: Int32 | None = None
+    images: NDArray[np.float32] | None = None
+    overlay: Int32 | None = None
+    seen: Int32 | None = None
     mixture: Int32 | None = None
     mixtures: tuple[Mixture, ...] = ()
     prompts: Int32 | None = None
 
-    def indices(self, *, shared: bool = False) -> dict[str, Int32]:
-        """What a run of the decoder's program is given, by name.
+    def inputs(
+        self, indices: Iterable[Index], values: Iterable[Value] = ()
+    ) -> dict[str, NDArray[np.generic]]:
+        """What a run of a decoder's program is given, by name: these indices, and rows of images.
 
-        shared: also which rows choose experts together, for a program that asks.
+        values: the program's inputs.
         """
-        spans = self.spans
+        wanted = {index.name: index for index in indices}
+        spans, rows = self.spans, len(self.positions)
         if spans is None:
-            spans = np.zeros((2, len(self.positions)), np.int32)
+            spans = np.zeros((2, rows), np.int32)
             np.add(self.positions, 1, out=spans[1])
         rotary = self.positions if self.rotary is None else self.rotary
-        mixture = self.mixture
-        if mixture is None:
-            mixture = np.full(len(self.positions), -1, np.int32)
-        given = {
+        if "rotary" in wanted and rotary.ndim < 2 and wanted["rotary"].axes > 1:
+            rotary = np.tile(rotary, (wanted["rotary"].axes, 1))
+        mixture = self._or(self.mixture, -1)
+        given: dict[str, NDArray[np.generic]] = {
             "tokens": self.tokens, "rotary": rotary, "spans": spans, "outputs": self.outputs,
             "mixture": mixture, "mixture.outputs": mixture[self.outputs],
         }  # fmt: skip
-        return given | {"shared": self._shared()} if shared else given
+        if "shared" in wanted:
+            given["shared"] = self._shared()
+        for value in values:
+            if value.name == "images":
+                none = np.empty((0, value.width), np.float32)
+                given["images"] = none if self.images is None else self.images
+                given["overlay"] = self._or(self.overlay, -1)
+        if "seen" in wanted:
+            given["seen"] = np.zeros((2, rows), np.int32) if self.seen is None else self.seen
+        return given
+
+    def _or(self, given: Int32 | None, value: int) -> Int32:
+        return np.full(len(self.positions), value, np.int32) if given is None else given
 
     def _shared(self) -> Int32:
         """Of each row the first of its prompt that is in this step; of an answer's, itself."""

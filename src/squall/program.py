@@ -270,6 +270,15 @@ class Add:
 
 
 @dataclass(frozen=True, slots=True)
+class Concatenate:
+    """out = the columns of a, then those of b"""
+
+    out: Value
+    a: Value
+    b: Value
+
+
+@dataclass(frozen=True, slots=True)
 class Softcap:
     """out = cap * tanh(x / cap)"""
 
@@ -320,6 +329,7 @@ Op = (
     | Attend
     | MixtureOfExperts
     | Add
+    | Concatenate
     | Softcap
     | Recall
     | GatherRows

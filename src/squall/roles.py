@@ -1,12 +1,16 @@
-"""Which weights a decoder has: a role such as `layers.3.attention.q.weight`, and its shape.
+"""Which weights a network has: a role such as `layers.3.attention.q.weight`, and its shape.
 
-Recipes find a checkpoint tensor for every role, `squall.decoder` uses it;
-both take the shapes from here.
+Recipes find a checkpoint tensor for every role, `squall.decoder` and `squall.vision` use it;
+all take the shapes from here.
 """
 
 from __future__ import annotations
 
-from squall.spec import Attention, Decoder, Layer, Mlp, Moe, Norm
+from collections.abc import Sequence
+
+from squall.spec import Attention, Connector, Decoder, Layer, Mlp, Moe, Norm, Tower
+
+Network = Decoder | Tower | Connector
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -14,17 +18,56 @@ HAS_PRE_NORM = {"pre": True, "sandwich": True, "post": False, "parallel": True}
 HAS_POST_NORM = {"pre": False, "sandwich": True, "post": True, "parallel": False}
 
 
-def roles(decoder: Decoder) -> Shapes:
+def roles(network: Network) -> Shapes:
     """Every weight: matrices `[rows, cols]`, experts `[experts, rows, cols]`, vectors `[size]`."""
-    shapes = _linear("embed", decoder.vocab, decoder.hidden)
-    for index, layer in enumerate(decoder.layers):
-        shapes |= {f"layers.{index}.{k}": v for k, v in _layer(layer, decoder.hidden).items()}
+    match network:
+        case Decoder():
+            return _decoder(network)
+        case Tower():
+            return _tower(network)
+        case Connector():
+            return _connector(network)
+
+
+def _decoder(decoder: Decoder) -> Shapes:
+    shapes = _linear("embed", decoder.vocab + decoder.more_ids, decoder.hidden)
+    shapes |= _layers(decoder.layers, decoder.hidden)
     shapes |= _norm("norm", decoder.norm, decoder.hidden)
     if not decoder.tied:
         shapes |= _linear("head", decoder.vocab, decoder.hidden)
     if decoder.head_bias:
         shapes["head.bias"] = (decoder.vocab,)
     return shapes
+
+
+def _tower(tower: Tower) -> Shapes:
+    shapes = _linear("patches", tower.hidden, tower.patch, bias=tower.bias)
+    if tower.class_token:
+        shapes["class.weight"] = (1, tower.hidden)
+    if tower.positions:
+        shapes["positions.weight"] = (tower.positions, tower.hidden)
+    for role, norm in (("pre_norm", tower.pre_norm), ("norm", tower.norm)):
+        shapes |= _norm(role, norm, tower.hidden) if norm is not None else {}
+    return shapes | _layers(tower.layers, tower.hidden)
+
+
+def _connector(connector: Connector) -> Shapes:
+    width = connector.tower
+    shapes = _norm("norm", connector.norm, width) if connector.norm is not None else {}
+    width *= 1 if connector.mean else connector.merge
+    hidden = width if connector.early else connector.widths[-1]
+    for index, rows in enumerate(connector.widths):
+        shapes |= _linear(f"linear{index}", rows, width, bias=connector.bias)
+        width = rows
+    return shapes | (_linear("newline", connector.newlines, hidden) if connector.newlines else {})
+
+
+def _layers(layers: Sequence[Layer], hidden: int) -> Shapes:
+    return {
+        f"layers.{index}.{role}": shape
+        for index, layer in enumerate(layers)
+        for role, shape in _layer(layer, hidden).items()
+    }
 
 
 def _linear(role: str, rows: int, cols: int, *, bias: bool = False) -> Shapes:

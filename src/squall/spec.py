@@ -1,6 +1,7 @@
-"""What a decoder is, as frozen data. No architecture names, no tensors, no file formats.
+"""What a decoder is, and a tower, as frozen data. No architecture names, tensors, or file formats.
 
-A recipe makes a `Decoder` from a checkpoint's configuration; `squall.decoder` compiles it.
+A recipe makes them from a checkpoint's configuration; `squall.decoder` and `squall.vision` compile
+them.
 """
 
 from __future__ import annotations
@@ -79,12 +80,16 @@ RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | Fac
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding of a head's first `dims`; `interleaved` pairs (0, 1), else (0, dims / 2)."""
+    """Rotary embedding of a head's first `dims`; `interleaved` pairs (0, 1), else (0, dims / 2).
+
+    axes: which axis of its position each frequency turns with, if positions have several.
+    """
 
     theta: float
     dims: int
     interleaved: bool = False
     scaling: RopeScaling | None = None
+    axes: tuple[int, ...] = ()
 
     def frequencies(self, context: int) -> tuple[tuple[float, ...], float]:
         """The `dims / 2` frequencies (radians a position), and the magnitude of cos and sin.
@@ -201,17 +206,24 @@ class Layer:
     sandwich: x += norm(attn(norm(x))); x += norm(ffn(norm(x)))
     post:     x += norm(attn(x)); x += norm(ffn(x))
     parallel: h = norm(x); x += attn(h) + ffn(h)
+
+    gates: what attn and ffn are multiplied by before they are added.
     """
 
     attention: Attention
     feed_forward: Mlp | Moe
     norm: Norm
     wiring: Wiring = "pre"
+    gates: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A whole decoder-only language model."""
+    """A whole decoder-only language model.
+
+    sees: rows of images may stand in place of embeddings. more_ids: embeddings beyond those of the
+        vocabulary, of tokens that are never an answer.
+    """
 
     vocab: int
     hidden: int
@@ -224,3 +236,47 @@ class Decoder:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    sees: bool = False
+    more_ids: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """A vision transformer: patches of pixels in, a row for each out.
+
+    patch: values of a patch. bias: of the linear that embeds them.
+    class_token: a learned row stands before those of each tile.
+    positions: learned ones that there are; 0: none.
+    pre_norm, norm: before and after the layers. local: of the layers, those that see less than the
+        whole image.
+    """
+
+    patch: int
+    hidden: int
+    layers: tuple[Layer, ...]
+    bias: bool = False
+    class_token: bool = False
+    positions: int = 0
+    pre_norm: Norm | None = None
+    norm: Norm | None = None
+    local: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Connector:
+    """Makes a decoder's rows of a tower's: norm, merging, linears; in this order.
+
+    merge: so many rows become one, side by side; mean: their mean instead.
+    widths: of the linears' outputs, the last the decoder's. activation: between linears.
+    newlines: learned rows that stand between those of images; `early`: before the linears.
+    """
+
+    tower: int
+    widths: tuple[int, ...]
+    activation: Activation | None = None
+    bias: bool = False
+    norm: Norm | None = None
+    merge: int = 1
+    mean: bool = False
+    newlines: int = 0
+    early: bool = False

@@ -319,11 +319,12 @@ def gather(
         start, stop = max(first, at), min(last, at + part.stop - part.start)
         if start < stop:
             tensor, offset = tensor_of(part), part.start - at
-            if tensor.cols != cols or stop + offset > tensor.rows:
+            each = max(cols // max(tensor.cols, 1), 1)  # rows of pixels, as a patch has
+            if tensor.cols * each != cols or (stop + offset) * each > tensor.rows:
                 raise InvalidCheckpoint(
                     f"tensor {tensor.name} has shape {tensor.shape}, not [{stop + offset}, {cols}]"
                 )
-            format, data = read(tensor, start + offset, stop + offset)
+            format, data = read(tensor, (start + offset) * each, (stop + offset) * each)
             parts.append(data)
             formats.add(format)
             factors.append(np.full(stop - start, tensor.factor, np.float32))

@@ -84,7 +84,7 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> Executor:
 @pytest.mark.parametrize("shared", [[0, 0, 1], [1, 1, 2], [0, -1, 2], [0, 3, 2]])
 def test_rows_that_share_name_the_first_of_them(executor: Executor, shared: list[int]) -> None:
     batch = make_batch([(TOKENS[0][:3], 0, 0)])
-    indices = batch.indices() | {"shared": np.array(shared, np.int32)}
+    indices = batch.inputs(()) | {"shared": np.array(shared, np.int32)}
     with pytest.raises(InvalidRequest, match="must name the first of them"):
         executor.run(indices, batch)
 

@@ -71,7 +71,8 @@ def test_any_schedule_gives_the_same_tokens(
                 assert generation.finish_reason == "length"
         stats = engine.stats()
         # One row of prompts a step lets few run at a time.
-        assert (stats.preemptions > 0) == (blocks == 12) or (chunk, blocks) == (1, 12)
+        unsure = (chunk, blocks) == (1, 12) or ("no_kv_cache" in options and blocks == 12)
+        assert unsure or (stats.preemptions > 0) == (blocks == 12)
         assert (stats.counts.cached_tokens > 0) == (not options)
         settle(engine)
         assert idle(engine)

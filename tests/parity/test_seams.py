@@ -177,7 +177,7 @@ def test_a_decoder_cut_in_two_gives_the_same_bytes(built: Build, case: Any) -> N
         first, second = (executors.open(part, store, limits, pool=pool) for part in parts)
         for start, stop in ((0, 20), (20, 21), (21, len(model.tokens))):
             batch = make_batch([(model.tokens[start:stop], start, 0)])
-            wanted, given = one.step(batch), batch.indices()
+            wanted, given = one.step(batch), batch.inputs(one.program.indices)
             crossing = first.run(given, batch)
             found = second.run({**given, **crossing}, batch)
             assert np.array_equal(found["logits"], wanted)
@@ -195,7 +195,7 @@ def test_rows_see_their_spans(built: Build, make_executor: MakeExecutor, case: A
     ):
         for start, stop in ((0, 20), (20, 21), (21, 40)):
             batch = make_batch([(model.tokens[start:stop], start, 0)])
-            spans = batch.indices()["spans"].copy()
+            spans = batch.inputs(())["spans"].copy()
             spans[1, 2 : (stop - start) // 2] = start + (stop - start) // 2
             spans[0, -3:] = start // 2
             rotary = (batch.positions * 3)[None] % 50

@@ -16,10 +16,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "closing": set(),
     "files": {"errors"},
     "spec": set(),
-    "batch": set(),
     "program": {"spec"},
+    "batch": {"program"},
     "roles": {"spec"},
-    "decoder": {"errors", "spec", "roles", "program"},
+    "blocks": {"spec", "roles", "program"},
+    "decoder": {"errors", "spec", "roles", "program", "blocks"},
     "quant": {"errors", "_native"},
     "checkpoints": {"errors", "files", "quant"},
     "recipes": {"errors", "files", "spec", "roles", "program", "checkpoints"},
@@ -33,6 +34,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": {
         "errors", "files", "spec", "roles", "program", "checkpoints", "recipes", "quant", "text",
         "weights", "adapters", "_native",
+    },
+    "vision": {
+        "errors", "files", "spec", "roles", "program", "blocks", "batch", "checkpoints", "recipes",
+        "weights", "executors", "text", "engine",
     },
     "engine": {
         "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",

@@ -325,7 +325,9 @@ def _run(
     """The only output, where all rows have all adapters."""
     every = np.zeros(len(batch.tokens), np.int32)
     batch = replace(batch, mixture=every, mixtures=(mixture,))
-    (found,) = executor.run({**batch.indices(), **inputs}, batch, batch.mixtures).values()
+    (found,) = executor.run(
+        {**batch.inputs(executor.program.indices), **inputs}, batch, batch.mixtures
+    ).values()
     return found
 
 

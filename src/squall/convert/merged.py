@@ -64,8 +64,8 @@ def merged(
 
     terms, vectors = merged_terms(loras), merged_vectors(loras)
     store = WeightStore(checkpoint, merged=terms, vectors=vectors)
-    target, (part,) = Target.of(checkpoint, recipe), recipe.parts
-    spec, names, metadata = part.spec, dict(part.names), dict(checkpoint.metadata)
+    target, part = Target.of(checkpoint, recipe), recipe.part("decoder")
+    spec, names, metadata = recipe.decoder, dict(part.names), dict(checkpoint.metadata)
     tensors = dict(checkpoint.tensors)
     if spec.tied and terms.keys() & {("embed", 0), ("head", 0)}:
         own, spec, metadata = (
@@ -98,7 +98,8 @@ def merged(
             tensors[piece.tensor] = ByteTensor(t.name, t.format, t.shape, data)
     made = replace(part, spec=spec, names=MappingProxyType(names))
     edited = replace(checkpoint, tensors=MappingProxyType(tensors), metadata=metadata)
-    return edited, replace(recipe, parts=(made,))
+    others = (other for other in recipe.parts if other is not part)
+    return edited, replace(recipe, parts=(made, *others))
 
 
 def merge_folder(

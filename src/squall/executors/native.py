@@ -261,7 +261,8 @@ class NativeExecutor:
 
     def step(self, batch: Batch) -> Floats:
         """See `Executor`."""
-        return self.run(batch.indices(shared=self.whole), batch, batch.mixtures)["logits"]
+        given = batch.inputs(self._indices, self.program.inputs)
+        return self.run(given, batch, batch.mixtures)["logits"]
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         """See `Executor`."""

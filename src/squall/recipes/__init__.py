@@ -5,50 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import cast
 
 from squall.checkpoints.base import Checkpoint, Tensor
 from squall.checkpoints.quantized import zero_biases
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.files import quote
 from squall.program import Names
-from squall.recipes import config, gguf
+from squall.recipes import clip_towers, config, gguf, vision
+from squall.recipes.config_fields import ConfigFields
 from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
 from squall.recipes.linears import linears, named
 from squall.recipes.names import Naming, locate
+from squall.recipes.part import Kind, Part
 from squall.roles import roles
 from squall.spec import Decoder
 
 __all__ = ["KNOWN", "Part", "Recipe", "judge", "load"]
 
-KNOWN = sorted({*gguf.RECIPES, *config.RECIPES})
-
-
-Kind = Literal["decoder", "tower", "connector", "encoder", "vae"]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One network of a model: its Spec, and the places of its weights, found by its naming.
-
-    prefix: what its roles begin with in `names`, so that parts can share a weight store; those of
-        the decoder begin with nothing.
-    """
-
-    kind: Kind
-    spec: Decoder
-    naming: Naming
-    names: Names
-    prefix: str = ""
+TOWERS = (clip_towers,)  # which register what they know
+KNOWN = sorted({*gguf.RECIPES, *config.RECIPES, *config.SEERS})
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a model is, part by part; a language model has a decoder and no more."""
+    """What a model is, part by part; a language model has a decoder and no more.
+
+    text: the architecture of the decoder alone, if that has one.
+    """
 
     architecture: str
     parts: tuple[Part, ...]
+    text: str = ""
 
     def part(self, kind: Kind) -> Part:
         """The first part of a kind; KeyError if there is none."""
@@ -56,12 +45,22 @@ class Recipe:
 
     @property
     def decoder(self) -> Decoder:
-        return self.part("decoder").spec
+        return cast(Decoder, self.part("decoder").spec)
+
+    @property
+    def sees(self) -> bool:
+        """Whether it has a tower."""
+        return any(part.kind == "tower" for part in self.parts)
 
     @property
     def names(self) -> Names:
         """Where the decoder's weights lie."""
         return self.part("decoder").names
+
+    @property
+    def all_names(self) -> Names:
+        """Where the weights of all parts lie."""
+        return {role: place for part in self.parts for role, place in part.names.items()}
 
     @property
     def naming(self) -> Naming:
@@ -84,13 +83,21 @@ def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
     name = config.architecture(checkpoint.metadata, architecture)
     if checkpoint.kind == "uqff":
         return _load_uqff(name, checkpoint)
-    entry = config.RECIPES[name]
     fields = config.fields(checkpoint.metadata, checkpoint.tensors, name)
     config.check_depth(fields)
     fields.tensors_read |= zero_biases(checkpoint.tensors)
-    return _finish(
-        name, checkpoint.tensors, fields, _decoder(entry.function(fields), fields.naming)
-    )
+    return _from_config(name, checkpoint, checkpoint.tensors, fields)
+
+
+def _from_config(
+    name: str, checkpoint: Checkpoint, tensors: Mapping[str, Tensor], fields: ConfigFields
+) -> Recipe:
+    text = config.text_architecture(checkpoint.metadata, name)
+    decoder = config.RECIPES[text].function(fields)
+    parts = vision.parts(name, checkpoint.metadata, fields, decoder)
+    decoder = replace(decoder, sees=any(part.kind == "tower" for part in parts))
+    recipe = _finish(name, tensors, fields, _decoder(decoder, fields.naming), *parts)
+    return replace(recipe, text=text)
 
 
 def judge(metadata: Mapping[str, object], architecture: str | None = None) -> None:
@@ -103,19 +110,25 @@ def judge(metadata: Mapping[str, object], architecture: str | None = None) -> No
 
 def _load_uqff(name: str, checkpoint: Checkpoint) -> Recipe:
     """Once without the linears, for their order, and then with them under their usual names."""
-    entry = config.RECIPES[name]
+    text = config.text_architecture(checkpoint.metadata, name)
     residual = {n: t for n, t in checkpoint.tensors.items() if not n.startswith("uqff.")}
     fields = config.fields(checkpoint.metadata, residual, name)
     config.check_depth(fields)
-    order = linears(name, entry.function(fields), fields.naming)
+    order = linears(text, config.RECIPES[text].function(fields), fields.naming)
     tensors, originals = named(order, checkpoint.tensors)
     fields = config.fields(checkpoint.metadata, tensors, name)
-    recipe = _finish(name, tensors, fields, _decoder(entry.function(fields), fields.naming))
-    names = {
-        role: tuple(replace(part, tensor=originals.get(part.tensor, part.tensor)) for part in parts)
-        for role, parts in recipe.names.items()
-    }
-    return Recipe(name, (replace(recipe.parts[0], names=MappingProxyType(names)),))
+    recipe = _from_config(name, checkpoint, tensors, fields)
+
+    def original(names: Names) -> Names:
+        return MappingProxyType(
+            {
+                role: tuple(replace(p, tensor=originals.get(p.tensor, p.tensor)) for p in places)
+                for role, places in names.items()
+            }
+        )
+
+    parts = tuple(replace(part, names=original(part.names)) for part in recipe.parts)
+    return replace(recipe, parts=parts)
 
 
 def _gguf_architecture(metadata: Mapping[str, object]) -> str:

@@ -39,15 +39,16 @@ F = TypeVar("F", bound=RecipeFunction)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An architecture; `section`: where in config.json it is described, if not at the top."""
+    """A language model."""
 
     function: RecipeFunction
     naming: Naming
-    section: str | None = None
 
 
 RECIPES: dict[str, Entry] = {}
 NAMES: dict[str, str] = {}  # for people -> classes of transformers
+# Models that see, and the kind of language model that they have if their files do not say.
+SEERS: dict[str, str] = {}
 
 
 def recipe(architecture: str, name: str, naming: Naming = names.USUAL) -> Callable[[F], F]:
@@ -71,22 +72,35 @@ def architecture(config: Mapping[str, object], chosen: str | None) -> str:
             f"architectures in config.json is {repr(found)[:99]}; it must be a list of one name, "
             f"or missing with a known model_type, which is {repr(config.get('model_type'))[:99]}"
         )
-    if found[0] not in RECIPES:
-        known = ", ".join([*sorted(RECIPES), *sorted(NAMES)])
+    if found[0] not in RECIPES and found[0] not in SEERS:
+        known = ", ".join([*sorted({*RECIPES, *SEERS}), *sorted(NAMES)])
         raise UnsupportedModel(f"unknown architecture {quote(found[0])}; known: {known}")
     return found[0]
+
+
+def text_architecture(config: Mapping[str, object], name: str) -> str:
+    """The architecture of a model's language model; for most it is the model's own."""
+    if name in RECIPES:
+        return name
+    inner = config.get("text_config")
+    kind = (inner.get("model_type") if isinstance(inner, dict) else None) or SEERS[name]
+    found = by_model_type(kind)
+    if found not in RECIPES:
+        raise UnsupportedModel(f"unknown kind of language model in text_config: {quote(str(kind))}")
+    return found
 
 
 def fields(
     config: Mapping[str, object], tensors: Mapping[str, Tensor], architecture: str
 ) -> ConfigFields:
-    """The values that the architecture's function reads."""
-    entry, keys = RECIPES[architecture], keys_of(architecture)
-    if entry.section is None:
+    """The values that the function of a language model reads."""
+    name = text_architecture(config, architecture)
+    entry, keys = RECIPES[name], keys_of(name)
+    if architecture not in SEERS:
         return ConfigFields(config, tensors, keys, entry.naming)
-    inner = config.get(entry.section)
+    inner = config.get("text_config", config)  # early files have it at the top
     if not isinstance(inner, dict):
-        raise InvalidCheckpoint(f"config.json has no object {entry.section!r}")
+        raise InvalidCheckpoint("text_config in config.json is no object")
     return ConfigFields(inner, tensors, keys, names.in_multimodal(entry.naming, tensors))
 
 
@@ -211,9 +225,7 @@ def gemma3(c: ConfigFields) -> Decoder:
     return sandwich(c, attention(c, turns, window=sizes, scale=scale, qk_norm=norm))
 
 
-RECIPES["Gemma3ForConditionalGeneration"] = replace(
-    RECIPES["Gemma3ForCausalLM"], section="text_config"
-)
+RECIPES["Gemma3ForConditionalGeneration"] = RECIPES["Gemma3ForCausalLM"]
 
 
 def sandwich(c: ConfigFields, heads: Sequence[Attention]) -> Decoder:

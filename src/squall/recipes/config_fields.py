@@ -52,6 +52,12 @@ def keys_of(architecture: str) -> Mapping[str, Any]:
     return found
 
 
+def part_keys(model_type: str) -> Mapping[str, Any] | None:
+    """The same for a part of a model that sees, by its `model_type`; None: it is unknown."""
+    found: Mapping[str, Any] | None = _table()["parts"].get(model_type)
+    return found
+
+
 def by_model_type(model_type: object) -> str | None:
     """The architecture that transformers takes for a `model_type`."""
     table = _table()["architectures"].items()

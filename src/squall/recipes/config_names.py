@@ -89,19 +89,18 @@ NORM_PER_HEAD = replace(
         "attention.k_norm": "self_attn.k_layernorm.norms.{}",
     },
 )
-VISION = re.compile(rf"(model\.)?(vision_tower|multi_modal_projector)\..*|{_ROPE_TABLE}")
+# What the language model of a multimodal one is called in it, without a last `model`.
+_INNER = ("model.language_model.", "language_model.model.", "model.text_model.")
 
 
 def in_multimodal(naming: Naming, tensors: Mapping[str, Tensor]) -> Naming:
-    """The names of a language model within a multimodal one, whose other parts are not used."""
-    inner = "model.language_model."
-    if not any(name.startswith(inner) for name in tensors):
-        inner = "language_model.model."
-    head = "lm_head" if "lm_head.weight" in tensors else "language_model.lm_head"
+    """The names of a language model within a multimodal one."""
+    found = (inner for inner in _INNER if any(name.startswith(inner) for name in tensors))
+    inner = next(found, "model.")
+    heads = (f"{where}lm_head" for where in ("", "language_model.", "model."))
+    head = next((name for name in heads if f"{name}.weight" in tensors), "lm_head")
     moved = {
         role: name.replace("model.", inner, 1) if name.startswith("model.") else name
         for role, name in naming.stems.items()
     }
-    return replace(
-        naming, stems={**moved, "head": head}, layer=f"{inner}layers.{{}}.", harmless=VISION
-    )
+    return replace(naming, stems={**moved, "head": head}, layer=f"{inner}layers.{{}}.")

@@ -90,6 +90,12 @@ def locate(
     return tuple(found)
 
 
+def _alike(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether values in one shape are rows of another: vectors that are matrices, patches."""
+    same = math.prod(stored) == math.prod(shape)
+    return same and (len(shape) == 1 or shape[0] in (1, stored[0], math.prod(stored[:-1])))
+
+
 @dataclass(frozen=True, slots=True)
 class _Finder:
     shapes: Shapes
@@ -101,9 +107,9 @@ class _Finder:
 
     def whole(self, role: str) -> Slice:
         name, shape = self.naming.name(role), self.shapes[role]
-        # A vector may be stored as a matrix with a row a head.
-        flat = name in self.tensors and shape == (math.prod(self.tensors[name].shape),)
-        if not flat:
+        if name not in self.tensors and (bare := name.rpartition(".")[0]) in self.tensors:
+            name = bare  # a parameter that is no module's
+        if name not in self.tensors or not _alike(self.tensors[name].shape, shape):
             self.check(name, shape)
         return self.slice(name, shape)
 

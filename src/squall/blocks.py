@@ -1,0 +1,180 @@
+"""Layers of a transformer as ops: what decoders and towers are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from squall.program import (
+    Add,
+    Attend,
+    Builder,
+    GatedLinear,
+    Index,
+    Linear,
+    Matrix,
+    MixtureOfExperts,
+    Names,
+    Normalize,
+    RopeAngles,
+    Rotate,
+    Value,
+    Vector,
+)
+from squall.roles import HAS_POST_NORM, HAS_PRE_NORM, Shapes
+from squall.spec import Activation, Attention, Layer, Mlp, Moe, Norm, Rope
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What the rows of an attention see: where spans come from, and the cache that it has."""
+
+    spans: Index
+    cache: int | None = None
+
+
+@dataclass
+class Blocks:
+    """Makes ops with the weights of `names`, whose roles have `shapes`.
+
+    rotary: where a row is for its rotary embedding. context: positions that there are.
+    """
+
+    names: Names
+    shapes: Shapes
+    rotary: Index
+    context: int = 1
+    residual_scale: float = 1.0
+    builder: Builder = field(default_factory=Builder)
+    angles: dict[tuple[tuple[float, ...], float, tuple[int, ...]], Value] = field(
+        default_factory=dict
+    )
+
+    def layer(
+        self,
+        x: Value,
+        name: str,
+        layer: Layer,
+        sight: Sight,
+        chosen: Callable[[Value], Value] = lambda value: value,
+    ) -> Value:
+        """One block; see `spec.Layer` for the wirings. chosen: rows that go on after attention."""
+        first, second, norm = f"{name}.attention", f"{name}.feed_forward", layer.norm
+        pre, post = HAS_PRE_NORM[layer.wiring], HAS_POST_NORM[layer.wiring]
+        scales = [self.residual_scale * gate for gate in layer.gates]
+        h = self.norm(x, f"{first}.norm", norm) if pre else x
+        heads, bias = self.attention(h, first, layer.attention, sight), layer.attention.out_bias
+        heads, x = chosen(heads), chosen(x)
+        h = chosen(h) if layer.wiring == "parallel" else h
+        if post:
+            out = self.linear(heads, f"{first}.out", f"{first}.projected", bias=bias)
+            x = self.add_normed(x, out, first, norm, first, scales[0])
+        else:
+            x = self.linear(heads, f"{first}.out", first, bias=bias, residual=x, scale=scales[0])
+        if layer.wiring != "parallel":  # whose branches share h
+            h = self.norm(x, f"{second}.norm", norm) if pre else x
+        if post:
+            out = self.feed_forward(h, second, second, layer.feed_forward)
+            return self.add_normed(x, out, second, norm, name, scales[1])
+        return self.feed_forward(h, second, name, layer.feed_forward, residual=x, scale=scales[1])
+
+    def attention(self, h: Value, name: str, a: Attention, sight: Sight) -> Value:
+        q = self.linear(h, f"{name}.q", f"{name}.q", bias=a.qkv_bias)
+        k = self.linear(h, f"{name}.k", f"{name}.k", bias=a.qkv_bias)
+        v = self.linear(h, f"{name}.v", f"{name}.v", bias=a.qkv_bias)
+        if a.qk_norm is not None:
+            whole = a.qk_norm_scope == "row"
+            q = self.norm(q, f"{name}.q_norm", a.qk_norm, q.width if whole else a.head_dim)
+            k = self.norm(k, f"{name}.k_norm", a.qk_norm, k.width if whole else a.head_dim)
+        if a.rope is not None:
+            q = self.rotate(q, f"{name}.q_rotated", a.rope, a.heads)
+            k = self.rotate(k, f"{name}.k_rotated", a.rope, a.kv_heads)
+        out = self.builder.value(f"{name}.out", a.heads * a.head_dim, h.rows)
+        sizes = a.heads, a.kv_heads, a.head_dim
+        how = (sight.cache, *sizes, a.scale, a.window, a.softcap)
+        return self.builder.emit(Attend(out, q, k, v, sight.spans, *how))
+
+    def rotate(self, x: Value, name: str, rope: Rope, heads: int) -> Value:
+        key = (*rope.frequencies(self.context), rope.axes)
+        if key not in self.angles:
+            suffix = f".{len(self.angles)}" if self.angles else ""
+            out = self.builder.value(f"angles{suffix}", rope.dims, x.rows)
+            self.angles[key] = self.builder.emit(RopeAngles(out, self.rotary, *key))
+        out = self.builder.value(name, x.width, x.rows)
+        dims = x.width // heads
+        return self.builder.emit(Rotate(out, x, self.angles[key], heads, dims, rope.interleaved))
+
+    def feed_forward(
+        self,
+        h: Value,
+        name: str,
+        out: str,
+        f: Mlp | Moe,
+        *,
+        residual: Value | None = None,
+        scale: float = 1.0,
+    ) -> Value:
+        match f:
+            case Moe():
+                return self.experts(h, name, out, f, residual=residual, scale=scale)
+            case Mlp(gated=True):
+                inner = self.gated(h, name, f)
+            case Mlp(activation=activation):
+                up = f"{name}.up"
+                inner = self.linear(h, up, up, bias=f.bias, activation=activation)
+        down = f"{name}.down"
+        return self.linear(inner, down, out, bias=f.bias, residual=residual, scale=scale)
+
+    def gated(self, h: Value, name: str, f: Mlp) -> Value:
+        gate, up = f"{name}.gate", f"{name}.up"
+        out = self.builder.value(up, f.width, h.rows)
+        g_bias, up_bias = (self.vector(f"{r}.bias") if f.bias else None for r in (gate, up))
+        weights = self.matrix(gate), self.matrix(up)
+        return self.builder.emit(GatedLinear(out, h, *weights, f.activation, g_bias, up_bias))
+
+    def experts(
+        self, h: Value, name: str, out: str, f: Moe, *, residual: Value | None, scale: float
+    ) -> Value:
+        value = self.builder.value(out, h.width, h.rows)
+        parts = ("router", "experts.gate", "experts.up", "experts.down")
+        router, gate, up, down = (self.matrix(f"{name}.{part}") for part in parts)
+        how = (f.top_k, f.activation, f.normalize, f.jitter, scale, residual)
+        return self.builder.emit(MixtureOfExperts(value, h, router, gate, up, down, *how))
+
+    def linear(  # noqa: PLR0913
+        self,
+        x: Value,
+        role: str,
+        out: str,
+        *,
+        bias: bool,
+        activation: Activation | None = None,
+        residual: Value | None = None,
+        scale: float = 1.0,
+    ) -> Value:
+        weight = self.matrix(role)
+        b = self.vector(f"{role}.bias") if bias else None
+        value = self.builder.value(out, weight.rows, x.rows)
+        return self.builder.emit(Linear(value, x, weight, b, activation, scale, residual))
+
+    def norm(self, x: Value, role: str, norm: Norm, group: int | None = None) -> Value:
+        weight = self.vector(f"{role}.weight", offset=1.0 if norm.unit_offset else 0.0)
+        bias = self.vector(f"{role}.bias") if norm.bias else None
+        out = self.builder.value(role, x.width, x.rows)
+        run = x.width if group is None else group
+        return self.builder.emit(Normalize(out, x, weight, bias, norm.kind, norm.eps, run))
+
+    def add_normed(
+        self, x: Value, y: Value, role: str, norm: Norm, name: str, scale: float
+    ) -> Value:
+        normed = self.norm(y, f"{role}.post_norm", norm)
+        out = self.builder.value(name, x.width, x.rows)
+        return self.builder.emit(Add(out, x, normed, scale))
+
+    def matrix(self, role: str) -> Matrix:
+        *experts, rows, cols = self.shapes[f"{role}.weight"]
+        return Matrix(self.names[f"{role}.weight"], rows, cols, math.prod(experts), role)
+
+    def vector(self, role: str, *, offset: float = 0.0) -> Vector:
+        return Vector(self.names[role], self.shapes[role][0], offset, role)

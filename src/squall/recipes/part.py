@@ -1,0 +1,28 @@
+"""One network of a model, and where its weights lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from squall.program import Names
+from squall.recipes.names import Naming
+from squall.roles import Network
+
+Kind = Literal["decoder", "tower", "connector", "encoder", "vae"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network of a model: its Spec, and the places of its weights, found by its naming.
+
+    prefix: what its roles begin with in `names`, so that parts can share a weight store; those of
+        the decoder begin with nothing.
+    """
+
+    kind: Kind
+    spec: Network
+    naming: Naming
+    names: Names = field(default_factory=lambda: MappingProxyType({}))
+    prefix: str = ""

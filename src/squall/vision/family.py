@@ -1,0 +1,64 @@
+"""What families of models that see have in common: an image as a tower reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Processed:
+    """An image as a model's tower reads it, and what stands for it in the prompt.
+
+    inputs: of the tower's program, by name.
+    text: what its placeholder becomes, in special tokens of the model. rows: how many of those are
+        the family's `token`, whose embeddings the tower's rows replace.
+    grid: height and width of its rows, where the decoder's positions go by them.
+    """
+
+    inputs: Mapping[str, NDArray[np.generic]]
+    text: str
+    rows: int
+    grid: tuple[int, int] | None = None
+
+
+class Family(Protocol):
+    """How a model reads images, by its preprocessor_config.json.
+
+    placeholder: what its chat template writes for an image. token: what an image's rows replace.
+    mutual: whether the rows of an image see each other in the decoder.
+    """
+
+    placeholder: str
+    token: str
+    mutual: bool
+
+    def process(self, image: Image) -> Processed:
+        """An upright RGB image, of any size from 1 x 1 on."""
+        ...
+
+
+def clip_rows(tiles: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
+    """Tiles [tiles, patches, patch] as a tower with class tokens reads them, each by itself.
+
+    All rows but those tokens' are `merged`.
+    """
+    count, each, width = tiles.shape
+    rows = np.arange(count * (each + 1), dtype=np.int32)
+    place = rows % (each + 1)
+    given = np.zeros((count, each + 1, width), np.float32)
+    given[:, 1:] = tiles
+    first = rows - place
+    return {
+        "patches": given.reshape(-1, width),
+        "patch": np.where(place, rows, -1).astype(np.int32),
+        "class": np.zeros_like(rows),
+        "positions": place,
+        "spans": np.stack([first, first + each + 1]).astype(np.int32),
+        "merged": rows[place > 0],
+    }
