@@ -20,11 +20,13 @@ class Sequences:
     bounds: [sequences + 1]. Rows `bounds[s]:bounds[s + 1]` belong to sequence s; their positions
         ascend by 1.
     block_tables: [sequences, blocks]. Block b of a sequence holds positions `b * block_size ...`.
+    memories: what each sequence has to recall, of an executor; None: nothing. Empty: none has any.
     """
 
     positions: Int32
     bounds: Int32
     block_tables: Int32
+    memories: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
