@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "weights", "decoder", "executors",
     },
     "text": {"errors", "files"},
+    "vision": {"errors", "files"},
     "convert": {
         "errors", "files", "spec", "roles", "program", "checkpoints", "recipes", "quant", "text",
         "weights", "adapters", "_native",
@@ -56,7 +57,7 @@ ABOVE: dict[str, set[str]] = {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model",
     },
-    "server": {"__version__", "errors", "adapters", "engine", "model", "api"},
+    "server": {"__version__", "errors", "adapters", "engine", "model", "api", "vision"},
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api"},
 }  # fmt: skip
