@@ -7,7 +7,7 @@ become one.
 from __future__ import annotations
 
 from squall.blocks import Blocks, Reach
-from squall.program import Add, Embed, GatherRows, Index, Names, Overlay, Program, Value
+from squall.program import Add, Concatenate, Embed, GatherRows, Index, Names, Overlay, Program, Value
 from squall.roles import roles
 from squall.spec import Connector, Tower
 
@@ -51,9 +51,15 @@ def embed(b: Blocks, tower: Tower, patches: Value) -> Value:
 
 
 def _layers(b: Blocks, tower: Tower, x: Value) -> Value:
+    states = [x]
     for index, layer in enumerate(tower.layers):
         reach = Reach(LOCAL if index in tower.local else SPANS)
         x = b.layer(x, f"{TOWER}layers.{index}", layer, reach)
+        states.append(x)
+    for number, at in enumerate(tower.read):
+        read = states[at]
+        out = b.builder.value(f"read.{number}", x.width + read.width, read.rows)
+        x = b.builder.emit(Concatenate(out, x, read)) if number else read
     return x if tower.norm is None else b.norm(x, f"{TOWER}norm", tower.norm)
 
 
