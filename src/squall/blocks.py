@@ -28,10 +28,14 @@ from squall.spec import Activation, Attention, Layer, Mlp, Moe, Norm, Rope
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What the rows of an attention see: where spans come from, and the cache that it has."""
+    """What the rows of an attention see: where spans come from, and the cache that it has.
+
+    read: what keys and values are made of, of the rows themselves; by default of these alone.
+    """
 
     spans: Index
     cache: int | None = None
+    read: Callable[[Value], Value] = lambda value: value
 
 
 @dataclass
@@ -81,8 +85,9 @@ class Blocks:
 
     def attention(self, h: Value, name: str, a: Attention, reach: Reach) -> Value:
         q = self.linear(h, f"{name}.q", f"{name}.q", bias=a.qkv_bias)
-        k = self.linear(h, f"{name}.k", f"{name}.k", bias=a.qkv_bias)
-        v = self.linear(h, f"{name}.v", f"{name}.v", bias=a.qkv_bias)
+        read = reach.read(h)
+        k = self.linear(read, f"{name}.k", f"{name}.k", bias=a.qkv_bias)
+        v = self.linear(read, f"{name}.v", f"{name}.v", bias=a.qkv_bias)
         if a.qk_norm is not None:
             whole = a.qk_norm_scope == "row"
             q = self.norm(q, f"{name}.q_norm", a.qk_norm, q.width if whole else a.head_dim)
@@ -158,12 +163,14 @@ class Blocks:
         value = self.builder.value(out, weight.rows, x.rows)
         return self.builder.emit(Linear(value, x, weight, b, activation, scale, residual))
 
-    def norm(self, x: Value, role: str, norm: Norm, group: int | None = None) -> Value:
+    def norm(
+        self, x: Value, role: str, norm: Norm, group: int | None = None, out: str = ""
+    ) -> Value:
         weight = self.vector(f"{role}.weight", offset=1.0 if norm.unit_offset else 0.0)
         bias = self.vector(f"{role}.bias") if norm.bias else None
-        out = self.builder.value(role, x.width, x.rows)
+        value = self.builder.value(out or role, x.width, x.rows)
         run = x.width if group is None else group
-        return self.builder.emit(Normalize(out, x, weight, bias, norm.kind, norm.eps, run))
+        return self.builder.emit(Normalize(value, x, weight, bias, norm.kind, norm.eps, run))
 
     def add_normed(
         self, x: Value, y: Value, role: str, norm: Norm, name: str, scale: float
