@@ -24,6 +24,7 @@ from squall.recipes.config_parts import (
     long_rope_with_magnitudes,
     mlp,
     rope,
+    sectioned,
     switched_windows,
     upper_layers,
     window,
@@ -130,10 +131,18 @@ def mixtral(c: ConfigFields) -> Decoder:
 
 
 @recipe("Qwen2ForCausalLM", "qwen2")
-def qwen2(c: ConfigFields) -> Decoder:
+def qwen2(c: ConfigFields, turn: Rope | None = None) -> Decoder:
     sizes = switched_windows(c, upper_layers(c))
-    heads = attention(c, rope(c), window=sizes, qkv_bias=True, out_bias=False)
+    heads = attention(c, turn or rope(c), window=sizes, qkv_bias=True, out_bias=False)
     return decoder(c, rms(c), heads, mlp(c))
+
+
+@recipe("Qwen2VLForConditionalGeneration", "qwen2vl")
+def qwen2_vl(c: ConfigFields) -> Decoder:
+    return qwen2(c, sectioned(c, rope(c, scalings={"mrope": lambda _c, _at, _dims: None})))
+
+
+RECIPES["Qwen2_5_VLForConditionalGeneration"] = RECIPES["Qwen2VLForConditionalGeneration"]
 
 
 @recipe("Qwen3ForCausalLM", "qwen3")

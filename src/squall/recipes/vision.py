@@ -35,7 +35,7 @@ class Sections:
         if not isinstance(inner, dict):
             raise InvalidCheckpoint(f"{key} in config.json is no object")
         kind = str(inner.get("model_type", model_type))
-        keys = part_keys(kind)
+        keys = part_keys(f"{kind}_vision") or part_keys(kind)  # early files have the model's
         if keys is None:
             raise UnsupportedModel(f"{key} is of an unknown kind: {quote(kind)}")
         return ConfigFields(inner, self.text.tensors, keys, self.text.naming)
