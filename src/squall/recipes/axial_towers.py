@@ -65,24 +65,25 @@ def layers(
     return tuple(Layer(*pair, norm) for pair in zip(heads, mlp, strict=True))
 
 
-def qwen(s: Sections, v: ConfigFields, out: str, layers: tuple[Layer, ...]) -> tuple[Part, ...]:
-    """The tower and its merger; `out` is the key of the width of their rows."""
+def qwen(
+    s: Sections, v: ConfigFields, made: tuple[Layer, ...], mlp: Mapping[str, str], out: str
+) -> tuple[Part, ...]:
+    """The tower and its merger. mlp: names. out: the key of the width of their rows."""
     hidden, frames = parts.hidden(v), v.count("temporal_patch_size", high=16)
     pixels = v.count("patch_size", high=1 << 10) ** 2 * v.count("in_channels", high=16)
+    merge, width = v.count("spatial_merge_size", high=16) ** 2, v.count(out)
+    if width != s.decoder.hidden:
+        raise InvalidCheckpoint(f"{out} is {width}; it must be {s.decoder.hidden}")
     local: frozenset[int] = frozenset()
     if v.has("window_size"):
-        depth = len(layers)
-        local = frozenset(range(depth)) - v.indices("fullatt_block_indexes", below=depth)
+        local = frozenset(range(len(made)))
+        local -= v.indices("fullatt_block_indexes", below=len(made))
         v.skip("window_size", "tokens_per_second")
-    tower = Tower(frames * pixels, hidden, layers, local=local)
-    merge = v.count("spatial_merge_size", high=16) ** 2
-    widths = merge * hidden, v.count(out)
-    if widths[1] != s.decoder.hidden:
-        raise InvalidCheckpoint(f"{out} is {widths[1]}; it must be {s.decoder.hidden}")
-    norm = layers[0].norm
-    merger = Connector(hidden, widths, "gelu", bias=True, norm=norm, merge=merge)
     v.check_all_read()
-    before, mlp = s.before("patch_embed.proj"), GATED_MLP if local else PLAIN_MLP
+    tower = Tower(frames * pixels, hidden, made, local=local)
+    widths, norm = (merge * hidden, width), made[0].norm
+    merger = Connector(hidden, widths, "gelu", bias=True, norm=norm, merge=merge)
+    before = s.before("patch_embed.proj")
     names = replace(naming(before, {**QWEN_STEMS, **mlp}, "blocks.{}."), fused=QWEN_FUSED)
     return (
         Part("tower", tower, names, prefix="tower."),
@@ -95,16 +96,16 @@ def qwen2_vl(s: Sections) -> tuple[Part, ...]:
     v = s.part("vision_config", "qwen2_vl_vision")
     width = v.count("mlp_ratio", high=1 << 10) * parts.hidden(v)
     mlp = (Mlp(width, config_parts.activation(v), gated=False, bias=True),) * parts.depth(v)
-    norm = Norm("layer", 1e-6, bias=True)
-    return qwen(s, v, "hidden_size", layers(v, axial(v, shared=True), mlp, norm, bias=True))
+    made = layers(v, axial(v, shared=True), mlp, Norm("layer", 1e-6, bias=True), bias=True)
+    return qwen(s, v, made, PLAIN_MLP, "hidden_size")
 
 
 @seer("Qwen2_5_VLForConditionalGeneration", "qwen2.5vl", "qwen2_5_vl")
 def qwen2_5_vl(s: Sections) -> tuple[Part, ...]:
     v = s.part("vision_config", "qwen2_5_vl_vision")
     mlp = parts.mlp(v, config_parts.activation(v), gated=True, bias=True)
-    norm = Norm("rms", 1e-6)
-    return qwen(s, v, "out_hidden_size", layers(v, axial(v, shared=True), mlp, norm, bias=True))
+    made = layers(v, axial(v, shared=True), mlp, Norm("rms", 1e-6), bias=True)
+    return qwen(s, v, made, GATED_MLP, "out_hidden_size")
 
 
 def pixtral(s: Sections, v: ConfigFields) -> Part:
@@ -118,7 +119,9 @@ def pixtral(s: Sections, v: ConfigFields) -> Part:
     v.skip("image_size")
     v.check_all_read()
     names = naming(s.before("patch_conv"), PIXTRAL_STEMS, "transformer.layers.{}.")
-    return Part("tower", Tower(pixels, parts.hidden(v), made, pre_norm=norm), names, prefix="tower.")
+    return Part(
+        "tower", Tower(pixels, parts.hidden(v), made, pre_norm=norm), names, prefix="tower."
+    )
 
 
 @seer("Mistral3ForConditionalGeneration", "mistral3", "mistral")
@@ -128,7 +131,7 @@ def mistral3(s: Sections) -> tuple[Part, ...]:
     made = projector(top, parts.hidden(v), hidden, before)
     assert isinstance(made.spec, Connector)
     merge = top.count("spatial_merge_size", high=16) ** 2
-    spec = replace(made.spec, norm=s.decoder.norm, merge=merge, mix=True)
+    spec = replace(made.spec, norm=Norm("rms", s.decoder.norm.eps), merge=merge, mix=True)
     top.skip("vision_feature_layer", "image_token_index")
     top.check_all_read()
     stems = {**made.naming.stems, **naming(before, MIXER_STEMS, "").stems}

@@ -69,7 +69,8 @@ def rope(
 def sectioned(c: ConfigFields, rope: Rope) -> Rope:
     """The rotary embedding of positions with axes: `mrope_section` says how many turn with each."""
     at = "rope_scaling" if c.has_section("rope_scaling") else "rope_parameters"
-    sizes, key = (16, 24, 24), f"{at}.mrope_section"
+    key = f"{at}.mrope_section"
+    sizes: tuple[int, ...] = (16, 24, 24)
     if c.has(key):
         sizes = c.counts(key, layers=3)
     if sum(sizes) != rope.dims // 2:
