@@ -102,6 +102,8 @@ def fields(
     inner = config.get("text_config", config)  # early files have it at the top
     if not isinstance(inner, dict):
         raise InvalidCheckpoint("text_config in config.json is no object")
+    if config.get("tie_word_embeddings") is True:
+        inner = {**inner, "tie_word_embeddings": True}
     return ConfigFields(inner, tensors, keys, names.in_multimodal(entry.naming, tensors))
 
 

@@ -44,7 +44,9 @@ class Sections:
         """What is said beside the parts."""
         keys = part_keys(model_type)
         assert keys is not None
-        return ConfigFields(self.config, self.text.tensors, keys, self.text.naming)
+        fields = ConfigFields(self.config, self.text.tensors, keys, self.text.naming)
+        fields.skip("tie_word_embeddings")  # the tensors tell
+        return fields
 
     def before(self, stem: str) -> str:
         """What the names of tensors begin with before `stem`, as versions differ in it."""
