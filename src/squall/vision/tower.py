@@ -8,8 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from squall.blocks import Blocks, Reach
-from squall.program import Add, Embed, GatherRows, Index, Names, Overlay, Program, Value
+from squall.program import (
+    Add,
+    Embed,
+    GatherColumns,
+    GatherRows,
+    Index,
+    Names,
+    Overlay,
+    Program,
+    Value,
+)
 from squall.roles import roles
 from squall.spec import Connector, Layer, Perceiver, Tower
 
@@ -73,6 +85,10 @@ def connect(b: Blocks, c: Connector, x: Value) -> Value:
     x = b.builder.emit(GatherRows(b.builder.value("gathered", width, MERGED), x, index, c.mean))
     if c.norm is not None and c.mean:
         x = b.norm(x, f"{CONNECTOR}norm", c.norm)
+    if c.mix:
+        order = np.arange(width, dtype="<u4").reshape(c.merge, -1).T.tobytes()
+        x = b.builder.emit(GatherColumns(b.builder.value("by channel", width, MERGED), x, order))
+        x = b.linear(x, f"{CONNECTOR}mix", "mixed", bias=False)
     if c.early:
         x = _newlines(b, c, x)
     last = len(c.widths) - 1
