@@ -41,6 +41,7 @@ class Batch(Sequences):
     images: float32 [image rows, hidden]. overlay: [rows]. Which of those stands in place of a
         token's embedding; negative: none. Both for programs that ask, by default nothing.
     seen: [2, rows]. The first row of its sequence's memory that a row sees, and one past the last.
+    told: bool [rows]. Which rows an image is before; by default none.
     mixture: [rows]. Which of the `mixtures` each row has; negative: none, which is the default.
     prompts: [sequences]. How many tokens of a sequence are its prompt.
     """
@@ -52,6 +53,7 @@ class Batch(Sequences):
     images: NDArray[np.float32] | None = None
     overlay: Int32 | None = None
     seen: Int32 | None = None
+    told: NDArray[np.bool_] | None = None
     mixture: Int32 | None = None
     mixtures: tuple[Mixture, ...] = ()
     prompts: Int32 | None = None
@@ -85,6 +87,8 @@ class Batch(Sequences):
                 given["overlay"] = self._or(self.overlay, -1)
         if "seen" in wanted:
             given["seen"] = np.zeros((2, rows), np.int32) if self.seen is None else self.seen
+            told = np.zeros(rows, bool) if self.told is None else self.told
+            given |= {"told": _own(told), "told.outputs": _own(told[self.outputs])}
         return given
 
     def _or(self, given: Int32 | None, value: int) -> Int32:
@@ -98,3 +102,8 @@ class Batch(Sequences):
         rows = np.diff(self.bounds)
         firsts, prompts = np.repeat(self.bounds[:-1], rows), np.repeat(self.prompts, rows)
         return np.where(self.positions < prompts, firsts, shared)
+
+
+def _own(marks: NDArray[np.bool_]) -> Int32:
+    """Of each row itself if it is marked, else -1."""
+    return np.where(marks, np.arange(len(marks)), -1).astype(np.int32)
