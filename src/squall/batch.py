@@ -14,6 +14,9 @@ Int32 = NDArray[np.int32]
 Mixture = tuple[tuple[object, float], ...]
 """Adapters of an executor, each with its weight, in the order in which they are added."""
 
+Memory = object
+"""What one sequence may recall, made by an executor."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
@@ -23,11 +26,13 @@ class Sequences:
     bounds: [sequences + 1]. Rows `bounds[s]:bounds[s + 1]` belong to sequence s; their positions
         ascend by 1.
     block_tables: [sequences, blocks]. Block b of a sequence holds positions `b * block_size ...`.
+    memories: what each sequence may recall, made by the executor; empty: nothing.
     """
 
     positions: Int32
     bounds: Int32
     block_tables: Int32
+    memories: tuple[Memory | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +45,8 @@ class Batch(Sequences):
     rotary: [axes, rows]. Positions for the rotary embedding, by default the same.
     images: float32 [image rows, hidden]. overlay: [rows]. Which of those stands in place of a
         token's embedding; negative: none. Both for programs that ask, by default nothing.
-    seen: [2, rows]. The first row of its sequence's memory that a row sees, and one past the last.
-    told: bool [rows]. Which rows an image is before; by default none.
+    seen: [3, rows]. The first row of its sequence's memory that a row sees, one past the last, and
+        whether those are of an image before it; if 0, the row sees all, and makes little of it.
     mixture: [rows]. Which of the `mixtures` each row has; negative: none, which is the default.
     prompts: [sequences]. How many tokens of a sequence are its prompt.
     """
@@ -53,7 +58,6 @@ class Batch(Sequences):
     images: NDArray[np.float32] | None = None
     overlay: Int32 | None = None
     seen: Int32 | None = None
-    told: NDArray[np.bool_] | None = None
     mixture: Int32 | None = None
     mixtures: tuple[Mixture, ...] = ()
     prompts: Int32 | None = None
@@ -86,9 +90,9 @@ class Batch(Sequences):
                 given["images"] = none if self.images is None else self.images
                 given["overlay"] = self._or(self.overlay, -1)
         if "seen" in wanted:
-            given["seen"] = np.zeros((2, rows), np.int32) if self.seen is None else self.seen
-            told = np.zeros(rows, bool) if self.told is None else self.told
-            given |= {"told": _own(told), "told.outputs": _own(told[self.outputs])}
+            seen = np.zeros((3, rows), np.int32) if self.seen is None else self.seen
+            told = {"told": _own(seen[2]), "told.outputs": _own(seen[2, self.outputs])}
+            given |= {"seen": seen[:2], **told}
         return given
 
     def _or(self, given: Int32 | None, value: int) -> Int32:
@@ -104,6 +108,6 @@ class Batch(Sequences):
         return np.where(self.positions < prompts, firsts, shared)
 
 
-def _own(marks: NDArray[np.bool_]) -> Int32:
+def _own(marks: Int32) -> Int32:
     """Of each row itself if it is marked, else -1."""
     return np.where(marks, np.arange(len(marks)), -1).astype(np.int32)

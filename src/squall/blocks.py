@@ -29,7 +29,7 @@ from squall.spec import Activation, Attention, Layer, Mlp, Moe, Norm, Rope
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class Reach:
     """What the rows of an attention see: where spans come from, and its cache, or its memory."""
 
     spans: Index
@@ -58,7 +58,7 @@ class Blocks:
         x: Value,
         name: str,
         layer: Layer,
-        sight: Sight,
+        reach: Reach,
         chosen: Callable[[Value], Value] = lambda value: value,
     ) -> Value:
         """One block; see `spec.Layer` for the wirings. chosen: rows that go on after attention."""
@@ -66,7 +66,7 @@ class Blocks:
         pre, post = HAS_PRE_NORM[layer.wiring], HAS_POST_NORM[layer.wiring]
         scales = [self.residual_scale * gate for gate in layer.gates]
         h = self.norm(x, f"{first}.norm", norm) if pre else x
-        heads, bias = self.attention(h, first, layer.attention, sight), layer.attention.out_bias
+        heads, bias = self.attention(h, first, layer.attention, reach), layer.attention.out_bias
         heads, x = chosen(heads), chosen(x)
         h = chosen(h) if layer.wiring == "parallel" else h
         if post:
@@ -79,22 +79,25 @@ class Blocks:
         if post:
             out = self.feed_forward(h, second, second, layer.feed_forward)
             return self.add_normed(x, out, second, norm, name, scales[1])
-        out = f"{second}.out" if layer.attention.recalls else name
-        y = self.feed_forward(h, second, out, layer.feed_forward, residual=x, scale=scales[1])
+        last = f"{second}.out" if layer.attention.recalls else name
+        y = self.feed_forward(h, second, last, layer.feed_forward, residual=x, scale=scales[1])
         if not layer.attention.recalls:
             return y
         told = Index("told" if y.rows == "tokens" else f"told.{y.rows}", y.rows)
         return self.builder.emit(Overlay(self.builder.value(name, y.width, y.rows), x, y, told))
 
-    def attention(self, h: Value, name: str, a: Attention, sight: Sight) -> Value:
-        q, *kv = self.heads(h, name, a, "q" if a.recalls else "qkv")
-        out = self.builder.value(f"{name}.out", q.width, h.rows)
+    def attention(self, h: Value, name: str, a: Attention, reach: Reach) -> Value:
+        parts = self.heads(h, name, a, "q" if a.recalls else "qkv")
+        out = self.builder.value(f"{name}.out", a.heads * a.head_dim, h.rows)
         sizes = a.heads, a.kv_heads, a.head_dim
         if a.recalls:
-            assert sight.cache is not None
-            return self.builder.emit(Recall(out, q, sight.spans, sight.cache, *sizes, a.scale))
-        how = (sight.cache, *sizes, a.scale, a.window, a.softcap)
-        return self.builder.emit(Attend(out, q, *kv, sight.spans, *how))
+            assert reach.cache is not None
+            return self.builder.emit(
+                Recall(out, parts[0], reach.spans, reach.cache, *sizes, a.scale)
+            )
+        q, k, v = parts
+        how = (reach.cache, *sizes, a.scale, a.window, a.softcap)
+        return self.builder.emit(Attend(out, q, k, v, reach.spans, *how))
 
     def heads(self, h: Value, name: str, a: Attention, parts: str) -> list[Value]:
         """Of rows their queries, keys and values, or some of them."""

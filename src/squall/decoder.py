@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from squall.blocks import Blocks, Sight
+from squall.blocks import Blocks, Reach
 from squall.program import (
     CacheLayer,
     Embed,
@@ -71,9 +71,9 @@ def _program(d: Decoder, b: Blocks, *, whole: bool) -> Program:
         # Other rows than the outputs' are in the last layer for its keys and values only.
         last = {} if whole or index < len(d.layers) - 1 else {"chosen": outputs}
         a = layer.attention
-        sight = Sight(SEEN if a.recalls else SPANS, len(caches[a.recalls]))
+        reach = Reach(SEEN if a.recalls else SPANS, len(caches[a.recalls]))
         caches[a.recalls].append(CacheLayer(a.kv_heads, a.head_dim))
-        x = b.layer(x, f"layers.{index}", layer, sight, **last)
+        x = b.layer(x, f"layers.{index}", layer, reach, **last)
     x = b.norm(x, "norm", d.norm)
     x = outputs(x) if whole else x
     head = replace(table, role="head") if d.tied else b.matrix("head")

@@ -63,8 +63,9 @@ class Adapter(Protocol):
 class Executor(Protocol):
     """Runs a program: one call a step.
 
-    pool: its threads, which others may share between runs. max_rows: tokens of a step. vocab: how
-        wide the logits are.
+    pool: its threads, which others may share between runs. max_rows: tokens of a step.
+    vocab: how wide the logits are. ids: how many tokens can be embedded. image_width: how wide the
+        rows of images are; 0: it takes none.
     plan, formats: what the weights became.
     whole: what a prompt's rows are depends on all of them, so that they have to be one step.
     settles: from so many tokens of an answer on, K and V depend on where the prompt ended.
@@ -73,6 +74,8 @@ class Executor(Protocol):
     program: Program
     context: int
     vocab: int
+    ids: int
+    image_width: int
     blocks: int
     block_size: int
     max_rows: int

@@ -131,6 +131,9 @@ class NativeExecutor:
         self.program = program
         self.context = program.context
         self.vocab = next((out.width for out in program.outputs if out.name == "logits"), 0)
+        embeds = (op for op in program.ops if isinstance(op, p.Embed))
+        self.ids = next((op.table.rows for op in embeds if op.index.name == "tokens"), 0)
+        self.image_width = next((v.width for v in program.inputs if v.name == "images"), 0)
         self.blocks, self.block_size = limits.blocks, limits.block_size
         self.max_rows = limits.rows.get("tokens", 0)
         self.max_outputs = limits.rows.get("outputs", 0)
