@@ -60,6 +60,23 @@ class Adapter(Protocol):
     def nbytes(self) -> int: ...
 
 
+class Memory(Protocol):
+    """What a sequence recalls, for `Sequences.memories`; freed with its last owner."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def write(self, first: int, keys: Sequence[Floats], values: Sequence[Floats]) -> None:
+        """Keep keys and values from row `first` on; not while a run recalls them.
+
+        keys, values: for each of the program's memories, [rows, kv_heads * head_dim].
+        """
+        ...
+
+
 class Executor(Protocol):
     """Runs a program: one call a step.
 
@@ -110,6 +127,10 @@ class Executor(Protocol):
 
         Raises InvalidRequest for a site that the program has not, or that has another shape.
         """
+        ...
+
+    def memory(self, rows: int) -> Memory:
+        """Room for what a sequence recalls; zeros at first. May be made while a run is on."""
         ...
 
     def step(self, batch: Batch) -> Floats:
