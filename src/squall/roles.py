@@ -50,6 +50,13 @@ def _tower(tower: Tower) -> Shapes:
         shapes["positions.weight"] = (tower.positions, tower.hidden)
     for role, norm in (("pre_norm", tower.pre_norm), ("norm", tower.norm)):
         shapes |= _norm(role, norm, tower.hidden) if norm is not None else {}
+    if (tiles := tower.tiles) is not None:
+        rows = {"before": tiles.most, "places": tiles.most * tower.positions, "after": tiles.most}
+        shapes |= {
+            f"tiles.{role}.weight": (tiles.shapes, count, tower.hidden)
+            for role, count in rows.items()
+        }
+        shapes |= _layers(tiles.late, tower.hidden, "late")
     return shapes | _layers(tower.layers, tower.hidden)
 
 
@@ -75,9 +82,9 @@ def _perceiver(p: Perceiver) -> Shapes:
     return shapes | _linear("mlp.down", p.hidden, p.mlp.width) | _norm("norm", p.norm, p.hidden)
 
 
-def _layers(layers: Sequence[Layer], hidden: int) -> Shapes:
+def _layers(layers: Sequence[Layer], hidden: int, name: str = "layers") -> Shapes:
     return {
-        f"layers.{index}.{role}": shape
+        f"{name}.{index}.{role}": shape
         for index, layer in enumerate(layers)
         for role, shape in _layer(layer, hidden).items()
     }
