@@ -19,12 +19,14 @@ class Processed:
     text: what its placeholder becomes, in special tokens of the model. rows: how many of those are
         the family's `token`, whose embeddings the tower's rows replace.
     grid: height and width of its rows, where the decoder's positions go by them.
+    seam: what two images side by side have one of between them.
     """
 
     inputs: Mapping[str, NDArray[np.generic]]
     text: str
     rows: int
     grid: tuple[int, int] | None = None
+    seam: str = ""
 
 
 class Family(Protocol):
