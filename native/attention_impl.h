@@ -153,9 +153,9 @@ inline void merge(Sums& sums, const Sums& later, size_t width) {
 }
 
 inline void write_out(const Query& query, const Sums& sums, size_t head_dim) {
-  // Where no score is above -infinity, there is nothing to mix.
-  const float none = sums.peak[0] > -FLT_MAX ? 0.0f : NAN;
-  const F32x16 total = set1(sum(load(sums.total)) + none);
+  // Where no score is above -infinity, there is nothing to mix; where none is seen, zeros.
+  const bool blind = query.begin >= query.end, none = !(sums.peak[0] > -FLT_MAX);
+  const F32x16 total = set1(blind ? 1.0f : sum(load(sums.total)) + (none ? NAN : 0.0f));
   spans(head_dim,
         [&](size_t i, size_t n) { store_first(query.out + i, div(load(sums.mix + i), total), n); });
 }
@@ -377,14 +377,19 @@ struct Attention {
 
   explicit Attention(const AttendArgs& args) : a(args) {}
 
+  // [begin, end) comes to hold what the query sees, too.
+  static void widen(const Query& query, size_t& begin, size_t& end) {
+    if (query.begin >= query.end) return;
+    const size_t from = static_cast<size_t>(query.begin), to = static_cast<size_t>(query.end);
+    begin = from < begin ? from : begin;
+    end = to > end ? to : end;
+  }
+
   void segment(size_t index) {
     size_t begin = SIZE_MAX, end = 0;
     for (size_t i = 0; i < a.count; ++i) {
       sums[i].clear(width);
-      const size_t from = static_cast<size_t>(a.queries[i].begin);
-      const size_t to = static_cast<size_t>(a.queries[i].end);
-      begin = from < begin ? from : begin;
-      end = to > end ? to : end;
+      widen(a.queries[i], begin, end);
     }
     const size_t first = index * kSegment, last = first + kSegment;
     begin = begin > first ? begin / kTilePositions * kTilePositions : first;
@@ -487,16 +492,15 @@ struct Attention {
 };
 
 template <class Cache>
-void attend(const AttendArgs& a, size_t context) {
+void attend(const AttendArgs& a) {
   Attention<Cache> attention(a);
   Sums* const all = attention.work.all;
-  size_t begin = context;
+  size_t begin = SIZE_MAX, end = 0;
   for (size_t i = 0; i < a.count; ++i) {
     all[i].clear(attention.width);
-    const size_t from = static_cast<size_t>(a.queries[i].begin);
-    begin = from < begin ? from : begin;
+    attention.widen(a.queries[i], begin, end);
   }
-  for (size_t s = begin / kSegment; s * kSegment < context; ++s) {
+  for (size_t s = begin / kSegment; s * kSegment < end; ++s) {
     attention.segment(s);
     for (size_t i = 0; i < a.count; ++i) merge(all[i], attention.sums[i], attention.width);
   }

@@ -75,6 +75,7 @@ Activation activation_named(const std::optional<std::string>& name) {
   if (*name == "silu") return Activation::kSilu;
   if (*name == "gelu") return Activation::kGelu;
   if (*name == "gelu_tanh") return Activation::kGeluTanh;
+  if (*name == "quick_gelu") return Activation::kQuickGelu;
   if (*name == "relu") return Activation::kRelu;
   throw nb::value_error(("unknown activation " + *name).c_str());
 }
@@ -280,10 +281,12 @@ using Numbers = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 void run(Executor& self, std::vector<size_t> rows, const std::vector<Numbers>& indices,
          const std::vector<Matrix>& values, const Ints& positions, const Ints& bounds,
          const IntTable& tables, const std::vector<OutMatrix>& outputs,
-         const std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>& mixtures) {
+         const std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>& mixtures,
+         const std::vector<std::optional<std::shared_ptr<SequenceMemory>>>& memories) {
   Inputs in{std::move(rows), {}, {}, span(positions), span(bounds), {tables.data(), tables.size()},
             tables.shape(1)};
   for (const auto& mixture : mixtures) in.mixtures.emplace_back(mixture.begin(), mixture.end());
+  for (const auto& memory : memories) in.memories.push_back(memory ? memory->get() : nullptr);
   for (const Numbers& index : indices) in.indices.emplace_back(index.data(), index.size());
   const auto check = [&](const std::vector<size_t>& ids, const auto& matrices) {
     if (ids.size() != matrices.size()) throw nb::value_error("a run needs all values and outputs");
@@ -305,6 +308,7 @@ void bind_ops(nb::class_<Executor>& c) {
   c.def("value", &Executor::add_value, "width"_a, "space"_a, "kept"_a, "multiple"_a = 1)
       .def("index", &Executor::add_index, "space"_a, "axes"_a)
       .def("cache", &Executor::add_cache, "kv_heads"_a, "head_dim"_a)
+      .def("memory", &Executor::add_memory, "kv_heads"_a, "head_dim"_a)
       .def("input", &Executor::input, "out"_a)
       .def(
           "embed",
@@ -349,14 +353,14 @@ void bind_ops(nb::class_<Executor>& c) {
           "out"_a, "x"_a, "angles"_a, "heads"_a, "head_dim"_a, "interleaved"_a)
       .def(
           "attend",
-          [](Executor& e, size_t out, size_t q, size_t k, size_t v, size_t spans, MaybeId cache,
+          [](Executor& e, size_t out, size_t q, MaybeId k, MaybeId v, size_t spans, MaybeId cache,
              size_t heads, size_t kv_heads, size_t head_dim, float scale,
              std::optional<size_t> window, std::optional<float> softcap) {
-            e.attend({out, q, k, v, spans, id(cache), heads, kv_heads, head_dim, scale,
+            e.attend({out, q, id(k), id(v), spans, id(cache), heads, kv_heads, head_dim, scale,
                       window.value_or(0), softcap.value_or(0.0f)});
           },
-          "out"_a, "q"_a, "k"_a, "v"_a, "spans"_a, "cache"_a.none(), "heads"_a, "kv_heads"_a,
-          "head_dim"_a, "scale"_a, "window"_a.none(), "softcap"_a.none())
+          "out"_a, "q"_a, "k"_a.none(), "v"_a.none(), "spans"_a, "cache"_a.none(), "heads"_a,
+          "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a.none(), "softcap"_a.none())
       .def(
           "mixture_of_experts",
           [](Executor& e, size_t out, size_t x, TileRef router, const std::vector<TileRef>& gate,
@@ -377,7 +381,8 @@ void bind_ops(nb::class_<Executor>& c) {
           "biases"_a, "shared"_a.none())
       .def("add", &Executor::add, "out"_a, "a"_a, "b"_a, "scale"_a)
       .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
-      .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a, "index"_a)
+      .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a, "index"_a, "mean"_a = false)
+      .def("overlay", &Executor::overlay, "out"_a, "x"_a, "rows"_a, "index"_a)
       .def(
           "gather_columns",
           [](Executor& e, size_t out, size_t x, const Columns& order) {
@@ -471,6 +476,28 @@ NB_MODULE(_native, m) {
           "site"_a, "a"_a.none(), "b"_a.none(), "scale"_a, "bias"_a.none())
       .def_prop_ro("nbytes", &Adapter::nbytes);
 
+  nb::class_<SequenceMemory>(m, "Memory")
+      .def(
+          "write",
+          [](SequenceMemory& self, size_t first, const std::vector<Matrix>& keys,
+             const std::vector<Matrix>& values) {
+            const size_t count = keys.empty() ? 0 : keys[0].shape(0);
+            std::vector<const float*> from[2];
+            for (const auto& [matrices, to] :
+                 {std::pair(&keys, &from[0]), std::pair(&values, &from[1])})
+              for (const Matrix& x : *matrices) {
+                if (to->size() < self.memories() &&
+                    (x.shape(0) != count || x.shape(1) != self.width(to->size())))
+                  throw nb::value_error("keys and values must be [rows, kv_heads * head_dim]");
+                to->push_back(x.data());
+              }
+            const nb::gil_scoped_release release;
+            self.write(first, count, from[0], from[1]);
+          },
+          "first"_a, "keys"_a, "values"_a)
+      .def_prop_ro("rows", &SequenceMemory::rows)
+      .def_prop_ro("nbytes", &SequenceMemory::nbytes);
+
   nb::class_<Executor> executor(m, "Executor");
   executor.def(
       "__init__",
@@ -485,7 +512,9 @@ NB_MODULE(_native, m) {
   executor.def("plan", &Executor::plan, "outputs"_a, "layout"_a = 0)
       .def("run", &run, "rows"_a, "indices"_a, "values"_a, "positions"_a, "bounds"_a,
            "block_tables"_a, "outputs"_a,
-           "mixtures"_a = std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>{})
+           "mixtures"_a = std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>{},
+           "memories"_a = std::vector<std::optional<std::shared_ptr<SequenceMemory>>>{})
+      .def("remember", &Executor::remember, "rows"_a)
       .def(
           "read",
           [](const Executor& e, size_t value) {

@@ -88,6 +88,10 @@ void Executor::add_cache(size_t kv_heads, size_t head_dim) {
   add_layer(cache_, kv_heads, head_dim, cache_.region_bytes);
 }
 
+void Executor::add_memory(size_t kv_heads, size_t head_dim) {
+  add_layer(recalled_, kv_heads, head_dim, recalled_.region_bytes);
+}
+
 void Executor::add_layer(KvCache& cache, size_t kv_heads, size_t head_dim, size_t keys) {
   expect(kv_heads > 0 && head_dim > 0 && head_dim <= kMaxHeadDim, "head_dim must be 1 to 512");
   const size_t slots = product({Plane::kRegion, limits_.block_size, kv_heads});
@@ -301,61 +305,70 @@ void Executor::rotate(RotateOp op) {
   add_phase("rotate", std::move(phase));
 }
 
-size_t Executor::sight_of(const AttendOp& op) {
+size_t Executor::sight_of(const AttendOp& op, Keys keys, size_t from) {
   const size_t space = buffers_.at(op.q)->space;
-  const size_t keys = op.cache == kNone ? buffers_.at(op.k)->space : kNone;
   expect(indices_.at(op.spans).space == space && indices_[op.spans].axes == 2,
          "attention's spans are a begin and an end for each of its rows");
   for (size_t i = 0; i < sights_.size(); ++i) {
     Sight& s = sights_[i];
-    if (s.spans != op.spans || s.keys != keys) continue;
+    if (s.spans != op.spans || s.keys != keys || s.from != from) continue;
     s.kv_heads = std::min(s.kv_heads, op.kv_heads);
     return i;
   }
-  sights_.push_back({op.spans, space, keys, op.kv_heads});
+  sights_.push_back({op.spans, space, keys, from, op.kv_heads});
   return sights_.size() - 1;
 }
 
-void Executor::attend(AttendOp op) {
-  const bool cached = op.cache != kNone;
-  const size_t space = buffers_.at(op.k)->space, sight = sight_of(op);
-  if (!cached) {
-    op.cache = uncached_.layers.size();
-    add_layer(uncached_, op.kv_heads, op.head_dim, 0);
-    const size_t blocks = ceil_div(limits_.rows[space], limits_.block_size);
-    own_blocks_.resize(std::max(own_blocks_.size(), blocks));
-    std::iota(own_blocks_.begin(), own_blocks_.end(), 0);
-  }
-  KvCache& cache = cached ? cache_ : uncached_;
+void Executor::add_attend(const AttendOp& op, Keys keys, size_t from, size_t stored) {
+  const KvCache& cache = keys == Keys::kCached  ? cache_
+                         : keys == Keys::kOfRun ? uncached_
+                                                : recalled_;
+  const Buffer &q = *buffers_.at(op.q), &out = *buffers_.at(op.out);
   expect(op.cache < cache.layers.size(), "attention names a cache that does not exist");
   const CacheLayer& layer = cache.layers[op.cache];
   expect(op.kv_heads == layer.kv_heads && op.head_dim == layer.head_dim &&
-             op.heads % op.kv_heads == 0 &&
-             buffers_.at(op.q)->width == product({op.heads, op.head_dim}) &&
-             buffers_.at(op.out)->width == buffers_[op.q]->width &&
-             buffers_[op.k]->width == op.kv_heads * op.head_dim &&
-             buffers_.at(op.v)->width == buffers_[op.k]->width && buffers_[op.v]->space == space &&
-             buffers_[op.out]->space == buffers_[op.q]->space,
+             op.heads % op.kv_heads == 0 && q.width == product({op.heads, op.head_dim}) &&
+             out.width == q.width && out.space == q.space,
          "attention's heads or rows do not fit its inputs or its cache");
-  expect(!cached || space == buffers_[op.q]->space, "cached keys are of other rows than queries");
+  if (split_value_ == kNone) split_value_ = add_value(1, q.space, false);
+  auto phase =
+      std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op,
+                                    sight_of(op, keys, from), cache, floats(op.q), out, *split_);
+  phase->reads = {op.q, split_value_};
+  if (stored != kNone) phase->reads.push_back(stored);
+  phase->writes = {op.out, split_value_};
+  phase->quantizes = op.head_dim % kGroup == 0;
+  add_phase(keys == Keys::kRecalled ? "recall" : "attend", std::move(phase));
+}
+
+void Executor::attend(AttendOp op) {
+  if (op.k == kNone) return add_attend(op, Keys::kRecalled, kNone, kNone);
+  const bool cached = op.cache != kNone;
+  const size_t space = buffers_.at(op.k)->space;
+  if (!cached) {
+    op.cache = uncached_.layers.size();
+    add_layer(uncached_, op.kv_heads, op.head_dim, 0);
+    uncached_rows_ = std::max(uncached_rows_, limits_.rows[space]);
+  }
+  expect(buffers_[op.k]->width == product({op.kv_heads, op.head_dim}) &&
+             buffers_.at(op.v)->width == buffers_[op.k]->width && buffers_[op.v]->space == space,
+         "attention's keys and values do not fit its heads");
+  expect(!cached || space == buffers_.at(op.q)->space,
+         "cached keys are of other rows than queries");
+  expect(!cached || op.cache < cache_.layers.size(), "attention names a cache that does not exist");
   op.window = std::min(op.window, size_t{INT32_MAX});
-  if (split_value_ == kNone) split_value_ = add_value(1, space, false);
   // The cache has no buffer; this value stands for it, so that the reader waits for the writer,
   // and without a cache the next writer for the reader.
   const size_t stored =
       cached || uncached_key_ == kNone ? add_value(1, space, false) : uncached_key_;
   if (!cached) uncached_key_ = stored;
-  auto store = std::make_unique<StorePhase>(kernels_, limits_, cache, op.cache, cached,
-                                            floats(op.k), floats(op.v));
+  auto store = std::make_unique<StorePhase>(kernels_, limits_, cached ? cache_ : uncached_,
+                                            op.cache, cached, floats(op.k), floats(op.v));
   store->reads = {op.k, op.v};
   store->writes = {stored};
   add_phase("store", std::move(store));
-  auto phase = std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op, sight, cache,
-                                             floats(op.q), *buffers_[op.out], *split_);
-  phase->reads = {op.q, stored, split_value_};
-  phase->writes = {op.out, split_value_};
-  phase->quantizes = op.head_dim % kGroup == 0;
-  add_phase("attend", std::move(phase));
+  const auto keys = cached ? Keys::kCached : Keys::kOfRun;
+  add_attend(op, keys, cached ? kNone : space, stored);
 }
 
 void Executor::mixture_of_experts(MoeOp op) {
@@ -521,23 +534,60 @@ void Executor::softcap(size_t out, size_t x, float cap) {
   add_phase("softcap", std::move(phase));
 }
 
-void Executor::gather_rows(size_t out, size_t x, size_t index) {
-  const Buffer &from = floats(x), &to = *buffers_[out];
-  expect(from.width == to.width, "gathered rows keep their width");
-  expect(indices_.at(index).space == to.space, "the index of gathered rows is of other rows");
-  Index& chosen = indices_[index];
-  expect(chosen.into == kNone || chosen.into == from.space, "an index chooses rows of two spaces");
-  chosen.into = from.space;
-  auto phase = row_phase(to, pool_->threads(),
-                         [&k = kernels_, &from, &to, index](const Step& step, size_t r) {
-                           const size_t row = static_cast<size_t>(step.inputs.indices[index][r]);
-                           std::copy_n(from.row(row), to.width, to.row(r));
-                           if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
-                         });
+Executor::Index& Executor::choosing(size_t index, const Buffer& from, const Buffer& to,
+                                    bool overlays) {
+  Index& i = indices_.at(index);
+  expect(i.space == to.space, "the index of gathered rows is of other rows");
+  expect(i.into == kNone || (i.into == from.space && i.overlays == overlays),
+         "an index chooses rows of two spaces, or is to choose none and some");
+  i.into = from.space;
+  i.overlays = overlays;
+  return i;
+}
+
+void Executor::gather_rows(size_t out, size_t x, size_t index, bool mean) {
+  const Buffer &from = floats(x), &to = *buffers_.at(out);
+  const size_t axes = choosing(index, from, to, false).axes;
+  expect(to.width == product({from.width, mean ? 1 : axes}),
+         "gathered rows lie side by side, or their mean is as wide as one");
+  auto phase = row_phase(
+      to, pool_->threads(),
+      [&k = kernels_, &from, &to, index, axes, mean](const Step& step, size_t r) {
+        const size_t rows = step.rows_of(to);
+        float* const row = to.row(r);
+        for (size_t axis = 0; axis < axes; ++axis) {
+          const size_t chosen = static_cast<size_t>(step.inputs.indices[index][axis * rows + r]);
+          if (mean && axis > 0)
+            k.add_scaled(row, from.row(chosen), 1.0f, to.width, row);
+          else
+            std::copy_n(from.row(chosen), from.width, row + axis * from.width);
+        }
+        if (mean)
+          for (size_t i = 0; i < to.width; ++i) row[i] *= 1.0f / static_cast<float>(axes);
+        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, row);
+      });
   phase->reads = {x};
   phase->writes = {out};
   phase->quantizes = true;
   add_phase("gather rows", std::move(phase));
+}
+
+void Executor::overlay(size_t out, size_t x, size_t rows, size_t index) {
+  const Buffer &under = floats(x), &over = floats(rows), &to = *buffers_.at(out);
+  expect(choosing(index, over, to, true).axes == 1 && under.space == to.space &&
+             under.width == to.width && over.width == to.width,
+         "an overlay's rows differ in width, or lie over rows of another space");
+  auto phase = row_phase(to, pool_->threads(),
+                         [&k = kernels_, &under, &over, &to, index](const Step& step, size_t r) {
+                           const int32_t row = step.inputs.indices[index][r];
+                           std::copy_n(row < 0 ? under.row(r) : over.row(static_cast<size_t>(row)),
+                                       to.width, to.row(r));
+                           if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
+                         });
+  phase->reads = {x, rows};
+  phase->writes = {out};
+  phase->quantizes = true;
+  add_phase("overlay", std::move(phase));
 }
 
 void Executor::gather_columns(size_t out, size_t x, std::vector<uint32_t> order) {
@@ -639,12 +689,9 @@ void Executor::layout() {
     end = std::max(end, life.offset + life.bytes);
   }
   arena_ = std::make_unique<Memory>(end);
-  const auto room = [](KvCache& cache, size_t blocks) {
-    const size_t regions = ceil_div(blocks, Plane::kRegion);
-    cache.memory = std::make_unique<Memory>(product({regions, cache.region_bytes}));
-  };
-  room(cache_, limits_.blocks);
-  room(uncached_, own_blocks_.size());
+  cache_.make(limits_.blocks, false);
+  uncached_.make(ceil_div(uncached_rows_, limits_.block_size), true);
+  recalled_.make(0, false);
   for (const size_t v : placed) {
     Buffer& b = *buffers_[v];
     b.data = reinterpret_cast<float*>(arena_->data() + lives[v].offset);
@@ -652,6 +699,52 @@ void Executor::layout() {
       b.quant = reinterpret_cast<QuantGroup*>(arena_->data() + lives[v].offset +
                                               round_up(rows(b) * b.width * 4, 64));
   }
+}
+
+void KvCache::make(size_t count, bool in_order) {
+  memory = std::make_unique<Memory>(product({ceil_div(count, Plane::kRegion), region_bytes}));
+  blocks.resize(in_order ? count : 0);
+  std::iota(blocks.begin(), blocks.end(), 0);
+}
+
+// ---- what sequences recall ----
+
+SequenceMemory::SequenceMemory(const Kernels& kernels, const Limits& limits, const KvCache& like,
+                               size_t rows)
+    : k_(kernels), limits_(limits), cache_{like.layers, like.region_bytes}, rows_(rows) {
+  expect(!like.layers.empty(), "the program has no memories");
+  expect(rows > 0 && rows <= size_t{INT32_MAX}, "a memory has 1 to 2^31 - 1 rows");
+  cache_.make(ceil_div(rows, limits.block_size), true);
+}
+
+size_t SequenceMemory::width(size_t memory) const {
+  return cache_.layers.at(memory).kv_heads * cache_.layers[memory].head_dim;
+}
+
+bool SequenceMemory::fits(const Limits& limits, const KvCache& like) const {
+  return cache_.layers == like.layers && limits_.block_size == limits.block_size &&
+         limits_.cache == limits.cache;
+}
+
+void SequenceMemory::write(size_t first, size_t count, const std::vector<const float*>& keys,
+                           const std::vector<const float*>& values) {
+  const DefaultFloats rules;
+  expect(keys.size() == memories() && values.size() == memories() && first <= rows_ &&
+             count <= rows_ - first,
+         "keys and values are of each memory, and of rows that it has");
+  for (size_t m = 0; m < keys.size(); ++m)
+    for (size_t h = 0; h < cache_.layers[m].kv_heads; ++h) {
+      const HeadCache head(cache_, m, h, limits_);
+      const size_t dim = cache_.layers[m].head_dim;
+      for (size_t r = 0; r < count; ++r) {
+        const size_t at = r * width(m) + h * dim;
+        head.store(k_, first + r, limits_.block_size, dim, keys[m] + at, values[m] + at);
+      }
+    }
+}
+
+std::shared_ptr<SequenceMemory> Executor::remember(size_t rows) const {
+  return std::make_shared<SequenceMemory>(kernels_, limits_, recalled_, rows);
 }
 
 // ---- running ----
@@ -675,12 +768,17 @@ void Executor::check(const Inputs& in) const {
       expect(adapter != nullptr && adapter->layout() == layout_,
              "an adapter was made for another model");
   for (const Sight& sight : sights_)
-    if (sight.keys == kNone) {
+    if (sight.keys != Keys::kOfRun) {
       expect(in.rows[sight.space] > 0 && in.positions.size() == in.rows[sight.space],
              "cached attention needs rows, and a position for each");
       check_sequences(in);
       break;
     }
+  expect(in.memories.empty() || in.memories.size() == in.sequences(),
+         "memories are one a sequence, or none");
+  for (const SequenceMemory* memory : in.memories)
+    expect(memory == nullptr || memory->fits(limits_, recalled_),
+           "a memory was made for another model");
   for (const Sight& sight : sights_) check_spans(in, sight);
 }
 
@@ -700,8 +798,10 @@ void Executor::check_index(const Inputs& in, size_t index) const {
   }
   const size_t limit = i.into == kNone ? i.limit : std::min(i.limit, in.rows[i.into]);
   for (const int32_t x : in.indices[index])
-    expect(below(x, limit), i.into == kNone ? "a token id is outside the vocabulary"
-                                            : "an output row is outside the step");
+    expect(below(x, limit) || (i.overlays && x < 0),
+           i.into != kNone       ? "a chosen row is outside the step"
+           : i.limit == SIZE_MAX ? "an index is negative"
+                                 : "a token id is outside the vocabulary");
 }
 
 void Executor::check_sequences(const Inputs& in) const {
@@ -730,19 +830,27 @@ void Executor::check_sequences(const Inputs& in) const {
   }
 }
 
+size_t Executor::positions_there(const Inputs& in, const Sight& sight, size_t sequence) const {
+  if (sight.keys == Keys::kOfRun) return in.rows[sight.from];
+  if (sight.keys == Keys::kRecalled) {
+    const SequenceMemory* memory = in.memories.empty() ? nullptr : in.memories[sequence];
+    return memory == nullptr ? size_t{INT32_MAX} : memory->rows();
+  }
+  return static_cast<size_t>(in.positions[static_cast<size_t>(in.bounds[sequence + 1]) - 1]) + 1;
+}
+
 void Executor::check_spans(const Inputs& in, const Sight& sight) const {
-  const size_t rows = in.rows[sight.space], sequences = sight.keys == kNone ? in.sequences() : 1;
+  const bool whole = sight.keys == Keys::kOfRun;
+  const size_t rows = in.rows[sight.space];
   const int32_t *first = in.indices[sight.spans].data(), *last = first + rows;
-  for (size_t s = 0; s < sequences; ++s) {
-    const bool cached = sight.keys == kNone;
-    const size_t begin = cached ? static_cast<size_t>(in.bounds[s]) : 0;
-    const size_t end = cached ? static_cast<size_t>(in.bounds[s + 1]) : rows;
+  for (size_t s = 0; s < (whole ? 1 : in.sequences()); ++s) {
+    const size_t begin = whole ? 0 : static_cast<size_t>(in.bounds[s]);
+    const size_t end = whole ? rows : static_cast<size_t>(in.bounds[s + 1]);
     if (begin == end) continue;
-    const size_t there =
-        cached ? static_cast<size_t>(in.positions[end - 1]) + 1 : in.rows[sight.keys];
+    const size_t there = positions_there(in, sight, s);
     for (size_t row = begin; row < end; ++row)
-      expect(first[row] >= 0 && first[row] < last[row] && static_cast<size_t>(last[row]) <= there,
-             "a row sees no position, or one that is not there");
+      expect(first[row] >= 0 && first[row] <= last[row] && static_cast<size_t>(last[row]) <= there,
+             "a row sees a position that is not there");
   }
 }
 
@@ -751,22 +859,33 @@ void Executor::check_spans(const Inputs& in, const Sight& sight) const {
 View Executor::view(const Inputs& in, const Sight& sight) const {
   const size_t rows = in.rows[sight.space];
   const auto spans = in.indices[sight.spans];
-  View view{spans.first(rows), spans.last(rows), in.block_tables, in.table_width, {}, 1, 0};
+  View view;
+  view.begin.assign(spans.begin(), spans.begin() + static_cast<ptrdiff_t>(rows));
+  view.end.assign(spans.begin() + static_cast<ptrdiff_t>(rows), spans.end());
   view.rows_a_run =
       std::clamp(rows * sight.kv_heads / (4 * pool_->threads()), size_t{1}, kRowsOfAttention);
-  for (const int32_t end : view.end)
-    view.context = std::max(view.context, static_cast<size_t>(end));
   const auto cut = [&](size_t sequence, size_t begin, size_t end) {
     for (size_t r = begin; r < end; r += view.rows_a_run)
       view.runs.push_back({sequence, r, std::min(end, r + view.rows_a_run)});
   };
-  if (sight.keys != kNone) {
-    view.tables = own_blocks_;
+  if (sight.keys == Keys::kOfRun) {
     cut(0, 0, rows);
-    return view;
+  } else {
+    view.positions = in.positions, view.tables = in.block_tables;
+    view.table_width = in.table_width;
   }
-  for (size_t s = 0; s < in.sequences(); ++s)
-    cut(s, static_cast<size_t>(in.bounds[s]), static_cast<size_t>(in.bounds[s + 1]));
+  for (size_t s = 0; sight.keys != Keys::kOfRun && s < in.sequences(); ++s) {
+    const size_t begin = static_cast<size_t>(in.bounds[s]);
+    const size_t end = static_cast<size_t>(in.bounds[s + 1]);
+    cut(s, begin, end);
+    if (sight.keys != Keys::kRecalled) continue;
+    const SequenceMemory* memory = in.memories.empty() ? nullptr : in.memories[s];
+    view.caches.push_back(memory == nullptr ? &recalled_ : &memory->cache());
+    if (memory == nullptr) std::copy_n(&view.begin[begin], end - begin, &view.end[begin]);
+  }
+  for (size_t row = 0; row < rows; ++row)
+    if (view.begin[row] < view.end[row])
+      view.context = std::max(view.context, static_cast<size_t>(view.end[row]));
   return view;
 }
 

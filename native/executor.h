@@ -17,6 +17,8 @@
 
 namespace squall {
 
+class SequenceMemory;
+
 // What a run is given: indices and values by number, and the sequences of cached attention. Rows
 // bounds[s] to bounds[s + 1] belong to sequence s; their K and V go to `positions` of its blocks.
 struct Inputs {
@@ -25,7 +27,8 @@ struct Inputs {
   std::vector<const float*> values;               // [rows][width]
   std::span<const int32_t> positions, bounds, block_tables;
   size_t table_width = 0;
-  std::vector<Mixture> mixtures = {};  // of adapters, which indices name
+  std::vector<Mixture> mixtures = {};                // of adapters, which indices name
+  std::vector<const SequenceMemory*> memories = {};  // of each sequence, null: none; or empty
 
   size_t sequences() const { return bounds.empty() ? 0 : bounds.size() - 1; }
 };
@@ -59,11 +62,15 @@ struct RowRun {
   size_t sequence, begin, end;
 };
 
+struct KvCache;
+
 // What the rows of an attention see, and how they are cut into tasks.
 struct View {
-  std::span<const int32_t> begin, end;  // of each row: the positions it sees
-  std::span<const int32_t> tables;      // [sequences][table_width]
+  std::vector<int32_t> begin, end;     // of each row: the positions it sees
+  std::span<const int32_t> positions;  // its own; empty: rows
+  std::span<const int32_t> tables;     // [sequences][table_width]
   size_t table_width = 0;
+  std::vector<const KvCache*> caches;  // of each sequence; empty: one for all
   std::vector<RowRun> runs;
   size_t rows_a_run = 1;  // at most
   size_t context = 0;     // one past the last position that is seen
@@ -98,12 +105,38 @@ struct Limits {
 struct CacheLayer {
   size_t kv_heads, head_dim;
   size_t keys, values;  // their place in a region, in bytes
+  bool operator==(const CacheLayer&) const = default;
 };
 
 struct KvCache {
   std::vector<CacheLayer> layers;
   size_t region_bytes = 0;
-  std::unique_ptr<Memory> memory;  // once the program is planned
+  std::unique_ptr<Memory> memory = nullptr;  // once the program is planned
+  std::vector<int32_t> blocks = {};          // where it is no sequence's: 0, 1, ...
+  // So many blocks; in order: without tables of sequences.
+  void make(size_t count, bool in_order);
+};
+
+// What a sequence has to recall: rows of keys and values for each memory of a program.
+class SequenceMemory {
+ public:
+  SequenceMemory(const Kernels& kernels, const Limits& limits, const KvCache& like, size_t rows);
+  // keys, values: of each memory, [count][kv_heads * head_dim]. Not while a run recalls the rows.
+  void write(size_t first, size_t count, const std::vector<const float*>& keys,
+             const std::vector<const float*>& values);
+  // Whether an executor with these could recall it.
+  bool fits(const Limits& limits, const KvCache& like) const;
+  const KvCache& cache() const { return cache_; }
+  size_t rows() const { return rows_; }
+  size_t nbytes() const { return cache_.memory->bytes(); }
+  size_t width(size_t memory) const;
+  size_t memories() const { return cache_.layers.size(); }
+
+ private:
+  const Kernels& k_;
+  Limits limits_;
+  KvCache cache_;
+  size_t rows_;
 };
 
 using Vector = std::vector<float>;
@@ -138,9 +171,9 @@ struct RotateOp {
   bool interleaved;
 };
 struct AttendOp {
-  size_t out, q, k, v;
-  size_t spans;  // index [2][rows]: begin and end of what each row sees
-  size_t cache;  // kNone: the rows of k and v in this run
+  size_t out, q, k, v;  // without k and v: of a memory
+  size_t spans;         // index [2][rows]: begin and end of what each row sees
+  size_t cache;         // or memory; kNone: the rows of k and v in this run
   size_t heads, kv_heads, head_dim;
   float scale;
   size_t window;  // 0: none
@@ -172,6 +205,7 @@ class Executor {
   size_t add_value(size_t width, size_t space, bool kept, size_t multiple = 1);
   size_t add_index(size_t space, size_t axes);
   void add_cache(size_t kv_heads, size_t head_dim);
+  void add_memory(size_t kv_heads, size_t head_dim);
 
   // The rows of `out` come with the run.
   void input(size_t out);
@@ -187,7 +221,10 @@ class Executor {
   void mixture_of_experts(MoeOp op);
   void add(size_t out, size_t a, size_t b, float scale);
   void softcap(size_t out, size_t x, float cap);
-  void gather_rows(size_t out, size_t x, size_t index);
+  // Of an index with axes, side by side, or their mean.
+  void gather_rows(size_t out, size_t x, size_t index, bool mean = false);
+  // out[i] = rows[index[i]], where that is negative x[i]
+  void overlay(size_t out, size_t x, size_t rows, size_t index);
   // out[:, i] = x[:, order[i]]
   void gather_columns(size_t out, size_t x, std::vector<uint32_t> order);
   // No more ops: groups the phases and lays out the buffers. adapted: as adapters' layout.
@@ -196,6 +233,8 @@ class Executor {
   // Throws std::invalid_argument when an input is out of range. to: where each of the plan's
   // outputs goes, [rows, width]. Thread-safe.
   void run(const Inputs& inputs, const std::vector<float*>& to);
+  // For a sequence to recall.
+  std::shared_ptr<SequenceMemory> remember(size_t rows) const;
   // A kept value of the last run, [rows, width].
   std::vector<float> value(size_t id, size_t* rows) const;
   // From now on count where the time of steps goes, from zero; or no longer.
@@ -228,6 +267,7 @@ class Executor {
   struct Index {
     size_t space, axes, limit = SIZE_MAX, into = kNone;
     bool mixtures = false;  // chooses mixtures of adapters, or negative: none
+    bool overlays = false;  // chooses rows, or negative: none
     bool shared = false;    // names the first of a group's rows
   };
   // The adapters of a weight; null: none.
@@ -235,17 +275,25 @@ class Executor {
     LowRank* sums = nullptr;
     std::vector<size_t> reads;  // what stands for a(x), and scalings
   };
-  // An attention's rows: those of one space with the same spans, cached or not.
+  // An attention's rows: those of one space with the same spans of the same kind of keys.
+  enum class Keys : uint8_t { kCached, kOfRun, kRecalled };
   struct Sight {
-    size_t spans, space, keys;  // keys: the space of k and v; kNone: cached
-    size_t kv_heads;            // the fewest of its attentions
+    size_t spans, space;
+    Keys keys;
+    size_t from;      // the space of k and v, where they are of the run
+    size_t kv_heads;  // the fewest of its attentions
   };
   void check(const Inputs& inputs) const;
   void check_index(const Inputs& inputs, size_t index) const;
   void check_sequences(const Inputs& inputs) const;
   void check_spans(const Inputs& inputs, const Sight& sight) const;
+  size_t positions_there(const Inputs& inputs, const Sight& sight, size_t sequence) const;
+  // The index, which chooses rows of `from` for `to`.
+  Index& choosing(size_t index, const Buffer& from, const Buffer& to, bool overlays);
   void add_layer(KvCache& cache, size_t kv_heads, size_t head_dim, size_t keys);
-  size_t sight_of(const AttendOp& op);
+  size_t sight_of(const AttendOp& op, Keys keys, size_t from);
+  // What attends to keys and values once they are stored. stored: stands for them; kNone: a memory.
+  void add_attend(const AttendOp& op, Keys keys, size_t from, size_t stored);
   View view(const Inputs& inputs, const Sight& sight) const;
   void add_phase(std::string name, std::unique_ptr<Phase> phase);
   // Adds a phase for a(x) as soon as x is there. first: of the op's weights; rows: a value of its
@@ -278,7 +326,8 @@ class Executor {
   KvCache cache_;
   KvCache uncached_;             // keys and values of attention without a cache, an op at a time
   size_t uncached_key_ = kNone;  // the value that stands for it
-  std::vector<int32_t> own_blocks_;  // its block table: 0, 1, ...
+  size_t uncached_rows_ = 0;     // that it has room for
+  KvCache recalled_;             // how a sequence's memories lie; empty itself
   std::unique_ptr<SplitSums> split_;
   std::vector<std::unique_ptr<Phase>> phases_;
   std::vector<std::unique_ptr<LowRank>> low_ranks_;

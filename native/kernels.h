@@ -10,7 +10,7 @@
 
 namespace squall {
 
-enum class Activation : uint8_t { kNone, kSilu, kGelu, kGeluTanh, kRelu };
+enum class Activation : uint8_t { kNone, kSilu, kGelu, kGeluTanh, kQuickGelu, kRelu };
 
 // out[tiles][rows][16] = x[rows] . `tiles` tiles, which lie tile_bytes apart
 using MatmulQuantized = void (*)(const uint8_t* tile, size_t tiles, size_t tile_bytes, size_t cols,
@@ -23,7 +23,7 @@ struct Query {
   const float* q;  // [head_dim]
   float* out;      // [head_dim]
   int32_t begin;   // first position it sees
-  int32_t end;     // one past the last
+  int32_t end;     // one past the last; where it is not above begin, zeros are mixed
 };
 
 enum class CacheType : uint8_t { kF16, kF32, kQ8_0 };
@@ -107,8 +107,7 @@ struct Kernels : IntegerKernels {
   void (*store_key)(const float* k, size_t head_dim, size_t block_size, uint8_t* block,
                     size_t offset);
   void (*store_value)(const float* v, size_t head_dim, uint8_t* row);
-  // `context`: one past the last position that a query sees
-  void (*attend)(const AttendArgs& args, size_t context);
+  void (*attend)(const AttendArgs& args);
   // The same in pieces: the sums of one segment to parts[query][part_floats], and all of them.
   void (*attend_segment)(const AttendArgs& args, size_t segment, float* parts);
   void (*merge_segments)(const AttendArgs& args, const float* const* parts, size_t segments);

@@ -737,6 +737,8 @@ inline F32x16 activate(Activation act, F32x16 x) {
       const F32x16 inner = fma(mul(mul(x, x), x), set1(0.044715f), x);
       return mul(x, sigmoid(mul(inner, set1(2.0f * 0.79788456080286536f))));
     }
+    case Activation::kQuickGelu:
+      return mul(x, sigmoid(mul(x, set1(1.702f))));
     case Activation::kRelu:
       return add(max(zero(), x), zero());  // -0 becomes 0
     case Activation::kNone:

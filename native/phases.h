@@ -255,6 +255,13 @@ struct HeadCache {
         keys(plane(cache, cache.layers[layer].keys, head,
                    limits.block_size * key_bytes(limits.cache, cache.layers[layer].head_dim))),
         values(plane(cache, cache.layers[layer].values, head, limits.block_size * value_bytes)) {}
+  // slot: block * block_size + offset
+  void store(const Kernels& k, size_t slot, size_t block_size, size_t dim, const float* key,
+             const float* value) const {
+    const size_t block = slot / block_size, offset = slot % block_size;
+    k.store_key(key, dim, block_size, keys.block(block), offset);
+    k.store_value(value, dim, values.block(block) + offset * value_bytes);
+  }
 
  private:
   static Plane plane(const KvCache& cache, size_t at, size_t head, size_t block) {
@@ -286,12 +293,8 @@ class StorePhase final : public Phase {
     find_slots(step.inputs, begin, end, slots);
     for (size_t h = 0; h < layer.kv_heads; ++h) {
       const HeadCache head(cache_, layer_, h, limits_);
-      for (size_t r = begin; r < end; ++r) {
-        const size_t block = slots[r - begin] / size, offset = slots[r - begin] % size;
-        k_.store_key(key_.row(r) + h * dim, dim, size, head.keys.block(block), offset);
-        k_.store_value(value_.row(r) + h * dim, dim,
-                       head.values.block(block) + offset * head.value_bytes);
-      }
+      for (size_t r = begin; r < end; ++r)
+        head.store(k_, slots[r - begin], size, dim, key_.row(r) + h * dim, value_.row(r) + h * dim);
     }
   }
 
@@ -349,11 +352,11 @@ class AttendPhase final : public Phase {
         out_(out),
         split_(split),
         few_(few_tasks(threads)) {
-    const size_t most =
-        std::max(limits.context, *std::max_element(limits.rows.begin(), limits.rows.end()));
-    const size_t segments = ceil_div(most, kSegment);
+    constexpr size_t kLongMemory = 16384;  // memories may be longer than the context
+    const size_t rows = *std::max_element(limits.rows.begin(), limits.rows.end());
+    most_segments_ = ceil_div(std::max({limits.context, rows, kLongMemory}), kSegment);
     split.floats =
-        std::max(split.floats, product({few_, segments, group(), part_floats(op_.head_dim)}));
+        std::max(split.floats, product({few_, most_segments_, group(), part_floats(op_.head_dim)}));
   }
 
   static size_t few_tasks(size_t threads) { return 4 * threads; }
@@ -369,8 +372,7 @@ class AttendPhase final : public Phase {
     const RowRun& rows = view.runs[pair / op_.kv_heads];
     const size_t head = pair % op_.kv_heads;
     if (many == 1) {
-      in_blocks(view, rows, head,
-                [&](const AttendArgs& args, size_t) { k_.attend(args, context(view, rows)); });
+      in_blocks(view, rows, head, [&](const AttendArgs& args, size_t) { k_.attend(args); });
     } else {
       const size_t segment = task % many;
       in_blocks(view, rows, head, [&](const AttendArgs& args, size_t first) {
@@ -398,7 +400,7 @@ class AttendPhase final : public Phase {
         if (first) read += static_cast<size_t>(end - begin);
         begin = first ? q.begin : std::min(begin, q.begin);
         end = first ? q.end : std::max(end, q.end);
-        seen += static_cast<size_t>(q.end - q.begin);
+        seen += static_cast<size_t>(std::max(0, q.end - q.begin));
       }
     read += static_cast<size_t>(end - begin);
     const size_t position =
@@ -409,13 +411,10 @@ class AttendPhase final : public Phase {
  private:
   size_t group() const { return op_.heads / op_.kv_heads; }
   size_t pairs(const View& view) const { return view.runs.size() * op_.kv_heads; }
-  static size_t context(const View& view, const RowRun& rows) {
-    const auto ends = view.end.subspan(rows.begin, rows.end - rows.begin);
-    return static_cast<size_t>(*std::max_element(ends.begin(), ends.end()));
-  }
   // Tasks of a pair; when more than one, its run is a single row.
   size_t segments(const View& view) const {
-    return view.rows_a_run == 1 && pairs(view) < few_ ? ceil_div(view.context, kSegment) : 1;
+    const size_t many = std::max(size_t{1}, ceil_div(view.context, kSegment));
+    return view.rows_a_run == 1 && pairs(view) < few_ && many <= most_segments_ ? many : 1;
   }
   float* part(size_t pair, size_t segment, size_t many, size_t first) const {
     return reinterpret_cast<float*>(split_.memory->data()) +
@@ -425,8 +424,11 @@ class AttendPhase final : public Phase {
   // fn(args, first) for blocks of the queries that share a KV head
   template <class Fn>
   void in_blocks(const View& view, const RowRun& rows, size_t kv_head, Fn fn) const {
-    const HeadCache head(cache_, op_.cache, kv_head, limits_);
-    const int32_t* table = view.tables.data() + rows.sequence * view.table_width;
+    const KvCache& cache = view.caches.empty() ? cache_ : *view.caches[rows.sequence];
+    const HeadCache head(cache, op_.cache, kv_head, limits_);
+    const int32_t* table = cache.blocks.empty()
+                               ? view.tables.data() + rows.sequence * view.table_width
+                               : cache.blocks.data();
     const size_t total = (rows.end - rows.begin) * group();
     Query queries[kMaxQueries];
     for (size_t first = 0; first < total; first += kMaxQueries) {
@@ -440,11 +442,11 @@ class AttendPhase final : public Phase {
     }
   }
   Query query(const View& view, size_t row, size_t head) const {
-    const int32_t begin = view.begin[row], end = view.end[row];
-    const int32_t window = static_cast<int32_t>(op_.window);
+    const int32_t own = view.positions.empty() ? static_cast<int32_t>(row) : view.positions[row];
+    const int32_t from = op_.window == 0 ? 0 : own + 1 - static_cast<int32_t>(op_.window);
     const size_t column = head * op_.head_dim;
-    return {q_.row(row) + column, out_.row(row) + column,
-            window != 0 && end - begin > window ? end - window : begin, end};
+    return {q_.row(row) + column, out_.row(row) + column, std::max(view.begin[row], from),
+            view.end[row]};
   }
   void quantize(const RowRun& rows, size_t kv_head) const {
     if (out_.quant == nullptr || !quantizes) return;
@@ -460,7 +462,7 @@ class AttendPhase final : public Phase {
   const KvCache& cache_;
   const Buffer &q_, &out_;
   SplitSums& split_;
-  size_t few_;
+  size_t few_, most_segments_;
 };
 
 // ---- mixture of experts ----

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from squall import executors
-from squall.checkpoints.base import Checkpoint
+from squall.checkpoints.base import ByteTensor, Checkpoint
 from squall.executors import CacheType, Limits
 from squall.program import Program
 from squall.quant import Plan
@@ -36,3 +40,25 @@ def native(  # noqa: PLR0913
     )
     store = WeightStore(checkpoint, plan=plan, exact=weights == "f32")
     return executors.open(program, store, limits, pool=executors.thread_pool(threads), keep=keep)
+
+
+def in_memory(weights: Mapping[str, NDArray[np.float32]]) -> Checkpoint:
+    """A checkpoint of these tensors, in no file."""
+    tensors = {
+        name: ByteTensor(name, "f32", w.shape, w.reshape(-1).view(np.uint8))
+        for name, w in weights.items()
+    }
+    return Checkpoint(Path(), {}, tensors, 0)
+
+
+def opened(
+    program: Program,
+    checkpoint: Checkpoint,
+    rows: Mapping[str, int],
+    *,
+    plan: str | None = None,
+    **limits: Any,
+) -> Any:
+    """An executor of any program. rows: of each row space, at most."""
+    store = WeightStore(checkpoint, plan=Plan.of(plan) if plan else None)
+    return executors.open(program, store, Limits(rows=rows, **limits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from squall.program import (
     Matrix,
     MixtureOfExperts,
     Normalize,
+    Overlay,
     Program,
+    Recall,
     RopeAngles,
     Rotate,
     Site,
@@ -85,8 +88,22 @@ ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: (
         0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
     ),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x.astype(np.float64))),
     "relu": lambda x: np.maximum(x, 0),
 }
+
+
+class ReferenceMemory:
+    """What a sequence recalls: keys and values, [rows, width], for each of the program's."""
+
+    def __init__(self, program: Program, rows: int) -> None:
+        widths = [layer.kv_heads * layer.head_dim for layer in program.memories]
+        self.at = [np.zeros((2, rows, width), np.float32) for width in widths]
+
+    def write(self, first: int, keys: Sequence[Array], values: Sequence[Array]) -> None:
+        """As `executors.Memory` does."""
+        for own, *new in zip(self.at, keys, values, strict=True):
+            own[:, first : first + len(new[0])] = new
 
 
 class ReferenceExecutor:
@@ -127,6 +144,10 @@ class ReferenceExecutor:
     def adapter(self, terms: Mapping[Site, Term]) -> Mapping[Site, Term]:
         """For mixtures."""
         return terms
+
+    def memory(self, rows: int) -> ReferenceMemory:
+        """For sequences."""
+        return ReferenceMemory(self.program, rows)
 
     def run(
         self,
@@ -248,15 +269,16 @@ class ReferenceExecutor:
     def attend(self, op: Attend) -> Array:
         q, k, v = self.of(op.q), *(self._heads(x, op.kv_heads) for x in (op.k, op.v))
         spans = self.indices[op.spans.name]
+        own = np.arange(len(q)) if op.cache is None else self._sequences.positions
+        if op.window is not None:
+            spans = np.stack([np.maximum(spans[0], own + 1 - op.window), spans[1]])
         if op.cache is None:
             return self._attend(op, q, k, v, spans)
-        sequences, out = self.sequences, np.empty_like(q)
-        assert sequences is not None
-        bounds = sequences.bounds.tolist()
-        for table, start, stop in zip(sequences.block_tables, bounds, bounds[1:], strict=False):
-            if start == stop:
+        sequences, out = self._sequences, np.empty_like(q)
+        for table, rows in zip(sequences.block_tables, self._rows(), strict=False):
+            if rows.start == rows.stop:
                 continue
-            rows, past = slice(start, stop), np.arange(sequences.positions[stop - 1] + 1)
+            past = np.arange(sequences.positions[rows.stop - 1] + 1)
             slots = table[past // self.block_size] * self.block_size + past % self.block_size
             keys, values = self.k[op.cache], self.v[op.cache]
             keys[slots[sequences.positions[rows]]] = k[rows]
@@ -264,25 +286,46 @@ class ReferenceExecutor:
             out[rows] = self._attend(op, q[rows], keys[slots], values[slots], spans[:, rows])
         return out
 
-    def _heads(self, x: Value, heads: int) -> Array:
-        return self.of(x).reshape(-1, heads, x.width // heads)
+    def recall(self, op: Recall) -> Array:
+        q, seen = self.of(op.q), self.indices[op.seen.name]
+        out = np.zeros_like(q)
+        for memory, rows in zip(self._sequences.memories, self._rows(), strict=False):
+            if memory is not None and rows.start < rows.stop:
+                k, v = (x.reshape(len(x), op.kv_heads, -1) for x in memory.at[op.memory])
+                out[rows] = self._attend(op, q[rows], k, v, seen[:, rows])
+        return out
 
-    def _attend(self, op: Attend, q: Array, k: Array, v: Array, spans: NDArray[np.int32]) -> Array:
+    @property
+    def _sequences(self) -> Sequences:
+        assert self.sequences is not None
+        return self.sequences
+
+    def _rows(self) -> list[slice]:
+        bounds = self._sequences.bounds.tolist()
+        return [slice(*pair) for pair in pairwise(bounds)]
+
+    def _heads(self, x: Value, heads: int) -> Array:
+        rows = self.of(x)
+        return rows.reshape(len(rows), heads, x.width // heads)
+
+    def _attend(
+        self, op: Attend | Recall, q: Array, k: Array, v: Array, spans: NDArray[np.int32]
+    ) -> Array:
         group = op.heads // op.kv_heads
         k, v = (np.repeat(x, group, axis=1) for x in (k, v))
-        q = q.reshape(-1, op.heads, op.head_dim)
+        q = q.reshape(len(q), op.heads, op.head_dim)
         scores = np.einsum("qhd,khd->hqk", q, k, optimize=True).astype(np.float64) * op.scale
-        if op.softcap is not None:
+        if isinstance(op, Attend) and op.softcap is not None:
             scores = op.softcap * np.tanh(scores / op.softcap)
         begin, end = spans[:, :, None]
-        if op.window is not None:
-            begin = np.maximum(begin, end - op.window)
         past = np.arange(len(k))
-        scores = np.where((begin <= past) & (past < end), scores, -np.inf)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        seen = np.einsum("hqk,khd->qhd", weights.astype(np.float32), v, optimize=True)
-        return seen.reshape(len(q), -1)
+        seen = (begin <= past) & (past < end)
+        scores = np.where(seen, scores, -1e300)
+        peak = scores.max(axis=-1, keepdims=True, initial=-1e300)
+        weights = np.where(seen, np.exp(scores - peak), 0)
+        weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
+        mixed = np.einsum("hqk,khd->qhd", weights.astype(np.float32), v, optimize=True)
+        return mixed.reshape(len(q), op.heads * op.head_dim)
 
     def mixture(self, op: MixtureOfExperts) -> Array:
         x = self.of(op.x)
@@ -324,7 +367,14 @@ class ReferenceExecutor:
         return op.cap * np.tanh(self.of(op.x) / op.cap)
 
     def gather_rows(self, op: GatherRows) -> Array:
-        return self.of(op.x)[self.indices[op.index.name]]
+        rows = self.of(op.x)[np.atleast_2d(self.indices[op.index.name])]
+        return rows.mean(axis=0) if op.mean else np.concatenate(rows, axis=1)
+
+    def overlay(self, op: Overlay) -> Array:
+        index, rows = self.indices[op.index.name], self.of(op.rows)
+        out = self.of(op.x).copy()
+        out[index >= 0] = rows[index[index >= 0]]
+        return out
 
     def gather_columns(self, op: GatherColumns) -> Array:
         return self.of(op.x)[:, np.frombuffer(op.order, "<u4")]
@@ -341,6 +391,8 @@ HANDLERS: dict[type, Callable[[ReferenceExecutor, Any], Array]] = {
     MixtureOfExperts: ReferenceExecutor.mixture,
     Add: ReferenceExecutor.add,
     Softcap: ReferenceExecutor.softcap,
+    Recall: ReferenceExecutor.recall,
     GatherRows: ReferenceExecutor.gather_rows,
+    Overlay: ReferenceExecutor.overlay,
     GatherColumns: ReferenceExecutor.gather_columns,
 }

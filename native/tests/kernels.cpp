@@ -212,7 +212,7 @@ struct Context {
     for (size_t i = 0; i < count; ++i) all[i] = query(i, length, window, out.data() + i * dim);
     AttendArgs args{all,        count, own_keys, own_values, table.data(),
                     block_size, dim,   row,      0.3f,       softcap};
-    k.attend(args, length);
+    k.attend(args);
     const size_t segments = (length + kSegment - 1) / kSegment;
     std::vector<Floats> parts(segments, Floats(count * part_floats(dim)));
     std::vector<const float*> found;
@@ -312,6 +312,8 @@ double activate(Activation act, double x) {
       return x / 2 * (1 + std::erf(x / std::sqrt(2.0)));
     case Activation::kGeluTanh:
       return x / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::kQuickGelu:
+      return x / (1 + std::exp(-double{1.702f} * x));
     case Activation::kRelu:
       return std::max(x, 0.0);
     case Activation::kNone:
@@ -445,7 +447,7 @@ void test_nan_rows() {
   // One value a row: what is not NaN is elsewhere.
   const Floats one = floats(20);
   for (const Activation act : {Activation::kNone, Activation::kSilu, Activation::kGelu,
-                               Activation::kGeluTanh, Activation::kRelu})
+                               Activation::kGeluTanh, Activation::kQuickGelu, Activation::kRelu})
     for (const bool gated : {false, true})
       spoils_its_row("activation " + std::to_string(static_cast<int>(act)), one, 20, kNan,
                      [&](const Kernels& k, const Floats& in) {
@@ -521,7 +523,7 @@ void test_kernels() {
   test_attention();
   test_norms();
   for (const Activation act : {Activation::kNone, Activation::kSilu, Activation::kGelu,
-                               Activation::kGeluTanh, Activation::kRelu})
+                               Activation::kGeluTanh, Activation::kQuickGelu, Activation::kRelu})
     for (const size_t n : {1, 7, 15, 16}) test_finish(act, n);
   test_rows();
 }

@@ -146,6 +146,7 @@ void test_tiles() {
 
 // ---- a program with every op ----
 
+constexpr size_t kRemembered = 30;
 constexpr size_t kVocab = 50, kHidden = 64, kHeads = 6, kKvHeads = 2, kDim = 20, kBlock = 16;
 
 struct Model {
@@ -159,6 +160,7 @@ struct Model {
   TilePtr router = tile_of(floats(4 * kHidden), 4);
   std::vector<TilePtr> gates, ups, downs;
   Vector norm = floats(kHidden), head_norm = floats(kDim), bias = floats(kHidden);
+  std::vector<float> remembered = floats(kRemembered * kKvHeads * kDim);
   Vector of_router = floats(4), of_ups = floats(4 * 32), of_downs = floats(4 * kHidden);
   std::vector<std::shared_ptr<Adapter>> adapters;
 
@@ -197,10 +199,12 @@ struct Model {
     const size_t tokens = e->add_index(0, 1), rotary = e->add_index(0, 1);
     const size_t spans = e->add_index(0, 2), outputs = e->add_index(1, 1);
     const size_t mixture = e->add_index(0, 1), shared = e->add_index(0, 1);
+    const size_t place = e->add_index(0, 1), near = e->add_index(0, 2), known = e->add_index(0, 2);
     const auto adapted = [&](size_t in, size_t site) {
       return AdaptersOp{in, mixture, kNone, {}, site};
     };
     e->add_cache(kKvHeads, kDim);
+    e->add_memory(kKvHeads, kDim);
     const size_t x = value(kHidden), angles = value(16), n = value(kHidden);
     e->embed(x, tokens, table, 1.5f, adapted(tokens, 0));
     e->rope_angles(angles, rotary, floats_of(8), std::vector<size_t>(8), 1.1f);
@@ -215,15 +219,27 @@ struct Model {
     e->rotate({query2, normed, angles, kHeads, kDim, false});
     e->rotate({key2, key, angles, kKvHeads, kDim, true});
     const size_t seen = value(kHeads * kDim), y = value(kHidden);
+    const size_t recalled = value(kHeads * kDim), both = value(2 * kHeads * kDim);
+    const size_t laid = value(kHeads * kDim), mean = value(kHeads * kDim);
     e->attend({seen, query2, key2, val, spans, 0, kHeads, kKvHeads, kDim, 0.2f, 19, 30.0f});
-    e->linear({y, seen, o, bias, Activation::kGelu, 0.5f, x, adapted(seen, 1)});
+    e->attend({recalled, query2, kNone, kNone, known, 0, kHeads, kKvHeads, kDim, 0.2f, 0, 0.0f});
+    e->overlay(laid, seen, recalled, place);
+    e->gather_rows(mean, laid, near, true);
+    e->gather_rows(both, mean, near);
+    const size_t half = value(kHeads * kDim);
+    std::vector<uint32_t> order(kHeads * kDim);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<uint32_t>(2 * i);
+    e->gather_columns(half, both, order);
+    e->linear({y, half, o, bias, Activation::kGelu, 0.5f, x, adapted(half, 1)});
     const size_t inner = value(96), z = value(kHidden), mixed = value(kHidden),
                  sum = value(kHidden);
     e->gated_linear({inner, y, gate, up, {}, {}, Activation::kSilu, adapted(y, 2)});
+    const size_t quick = value(kHidden);
     e->linear({z, inner, down, {}, Activation::kRelu, 1.0f, y});
+    e->linear({quick, inner, down, {}, Activation::kQuickGelu, 0.1f, z});
     e->mixture_of_experts({mixed, z, router, gates, ups, downs, 2, Activation::kGeluTanh, true,
                            0.01f, 0.5f, z, adapted(z, 4)});
-    e->add(sum, mixed, y, 0.25f);
+    e->add(sum, mixed, quick, 0.25f);
     const size_t last = value(kHidden);
     MoeOp plain{last, sum, router, {}, ups, downs, 1, Activation::kGelu, false, {}, 1.0f, sum};
     plain.router_bias = of_router, plain.up_bias = of_ups, plain.down_bias = of_downs;
@@ -248,8 +264,9 @@ struct Model {
 // Arrays of one step of one sequence, whose blocks are not in order.
 struct Arrays {
   std::vector<int32_t> tokens, positions, spans, bounds, table{5, 2, 7, 0}, outputs, mixture,
-      shared;
+      shared, place, near, known;
   std::vector<Mixture> mixtures;
+  std::vector<const SequenceMemory*> memories;
 
   Arrays(const Model& model, size_t begin, size_t end)
       : bounds{0, static_cast<int32_t>(end - begin)},
@@ -260,28 +277,38 @@ struct Arrays {
       positions.push_back(static_cast<int32_t>(p));
       mixture.push_back(static_cast<int32_t>(p / 3 % 3) - 1);
       shared.push_back(static_cast<int32_t>(p - begin));
+      place.push_back(p % 2 == 0 ? -1 : shared.back());
+      known.push_back(static_cast<int32_t>(p * 3 % (kRemembered + 1)));
     }
+    for (const auto* own : {&shared, &shared}) near.insert(near.end(), own->begin(), own->end());
+    known.insert(known.begin(), end - begin, 0);
     spans.assign(end - begin, 0);
     for (const int32_t p : positions) spans.push_back(p + 1);
     outputs.push_back(bounds[1] - 1);
   }
   Inputs inputs() const {
     return {{tokens.size(), outputs.size()},
-            {tokens, positions, spans, outputs, mixture, shared},
+            {tokens, positions, spans, outputs, mixture, shared, place, near, known},
             {},
             positions,
             bounds,
             table,
             table.size(),
-            mixtures};
+            mixtures,
+            memories};
   }
 };
 
 std::vector<float> last_logits(const Model& model, Executor& e, const std::vector<size_t>& cuts) {
   std::vector<float> logits(kVocab);
+  const auto memory = e.remember(kRemembered);
+  const float* rows = model.remembered.data();
+  memory->write(0, kRemembered, {rows}, {rows});
   size_t begin = 0;
   for (const size_t end : cuts) {
-    e.run(Arrays(model, begin, end).inputs(), {logits.data()});
+    Arrays arrays(model, begin, end);
+    arrays.memories = {memory.get()};
+    e.run(arrays.inputs(), {logits.data()});
     begin = end;
   }
   return logits;
@@ -323,7 +350,19 @@ void test_rejected(const Model& model) {
   rejects("a negative token", [](Arrays& a) { a.tokens[3] = -1; });
   rejects("a position beyond the context", [](Arrays& a) { a.positions[19] = 100; });
   rejects("positions with a gap", [](Arrays& a) { a.positions[19] = 20; });
-  rejects("a row that sees nothing", [](Arrays& a) { a.spans[21] = 0; });
+  rejects("a row that ends before it begins", [](Arrays& a) { a.spans[1] = 3; });
+  rejects("a chosen row beyond the step", [](Arrays& a) { a.place[3] = 20; });
+  rejects("a gathered row beyond the step", [](Arrays& a) { a.near[39] = 20; });
+  rejects("a negative gathered row", [](Arrays& a) { a.near[39] = -1; });
+  rejects("a row that remembers from before the beginning", [](Arrays& a) { a.known[3] = -1; });
+  const auto other = std::make_unique<Executor>("scalar", std::make_shared<ThreadPool>(1),
+                                                Limits{{64, 8}, 8, kBlock, 100, CacheType::kF16});
+  other->add_memory(kKvHeads, kDim + 1);
+  const auto strange = other->remember(40);
+  const auto short_one = e->remember(kRemembered - 1);
+  rejects("another's memory", [&](Arrays& a) { a.memories = {strange.get()}; });
+  rejects("a short memory", [&](Arrays& a) { a.memories = {short_one.get()}; });
+  rejects("two memories of a sequence", [&](Arrays& a) { a.memories = {nullptr, nullptr}; });
   rejects("a row that sees what is not there", [](Arrays& a) { a.spans[21] = 21; });
   rejects("a row that sees from before the beginning", [](Arrays& a) { a.spans[1] = -1; });
   rejects("a block beyond the cache", [](Arrays& a) { a.table[0] = 8; });

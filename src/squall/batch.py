@@ -14,6 +14,9 @@ Int32 = NDArray[np.int32]
 Mixture = tuple[tuple[object, float], ...]
 """Adapters of an executor, each with its weight, in the order in which they are added."""
 
+Memory = object
+"""What one sequence may recall, made by an executor."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
@@ -23,11 +26,13 @@ class Sequences:
     bounds: [sequences + 1]. Rows `bounds[s]:bounds[s + 1]` belong to sequence s; their positions
         ascend by 1.
     block_tables: [sequences, blocks]. Block b of a sequence holds positions `b * block_size ...`.
+    memories: what each sequence may recall, made by the executor; empty: nothing.
     """
 
     positions: Int32
     bounds: Int32
     block_tables: Int32
+    memories: tuple[Memory | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

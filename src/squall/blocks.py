@@ -27,7 +27,7 @@ from squall.spec import Activation, Attention, Layer, Mlp, Moe, Norm, Rope
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class Reach:
     """What the rows of an attention see: where spans come from, and the cache that it has."""
 
     spans: Index
@@ -56,7 +56,7 @@ class Blocks:
         x: Value,
         name: str,
         layer: Layer,
-        sight: Sight,
+        reach: Reach,
         chosen: Callable[[Value], Value] = lambda value: value,
     ) -> Value:
         """One block; see `spec.Layer` for the wirings. chosen: rows that go on after attention."""
@@ -64,7 +64,7 @@ class Blocks:
         pre, post = HAS_PRE_NORM[layer.wiring], HAS_POST_NORM[layer.wiring]
         scales = [self.residual_scale * gate for gate in layer.gates]
         h = self.norm(x, f"{first}.norm", norm) if pre else x
-        heads, bias = self.attention(h, first, layer.attention, sight), layer.attention.out_bias
+        heads, bias = self.attention(h, first, layer.attention, reach), layer.attention.out_bias
         heads, x = chosen(heads), chosen(x)
         h = chosen(h) if layer.wiring == "parallel" else h
         if post:
@@ -79,7 +79,7 @@ class Blocks:
             return self.add_normed(x, out, second, norm, name, scales[1])
         return self.feed_forward(h, second, name, layer.feed_forward, residual=x, scale=scales[1])
 
-    def attention(self, h: Value, name: str, a: Attention, sight: Sight) -> Value:
+    def attention(self, h: Value, name: str, a: Attention, reach: Reach) -> Value:
         q = self.linear(h, f"{name}.q", f"{name}.q", bias=a.qkv_bias)
         k = self.linear(h, f"{name}.k", f"{name}.k", bias=a.qkv_bias)
         v = self.linear(h, f"{name}.v", f"{name}.v", bias=a.qkv_bias)
@@ -92,8 +92,8 @@ class Blocks:
             k = self.rotate(k, f"{name}.k_rotated", a.rope, a.kv_heads)
         out = self.builder.value(f"{name}.out", a.heads * a.head_dim, h.rows)
         sizes = a.heads, a.kv_heads, a.head_dim
-        how = (sight.cache, *sizes, a.scale, a.window, a.softcap)
-        return self.builder.emit(Attend(out, q, k, v, sight.spans, *how))
+        how = (reach.cache, *sizes, a.scale, a.window, a.softcap)
+        return self.builder.emit(Attend(out, q, k, v, reach.spans, *how))
 
     def rotate(self, x: Value, name: str, rope: Rope, heads: int) -> Value:
         key = (*rope.frequencies(self.context), rope.axes)

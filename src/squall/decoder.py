@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from squall.blocks import Blocks, Sight
+from squall.blocks import Blocks, Reach
 from squall.program import (
     CacheLayer,
     Embed,
@@ -58,7 +58,7 @@ def _program(d: Decoder, b: Blocks, *, whole: bool) -> Program:
     for index, layer in enumerate(d.layers):
         # Other rows than the outputs' are in the last layer for its keys and values only.
         last = {} if whole or index < len(d.layers) - 1 else {"chosen": outputs}
-        x = b.layer(x, f"layers.{index}", layer, Sight(SPANS, index), **last)
+        x = b.layer(x, f"layers.{index}", layer, Reach(SPANS, index), **last)
     x = b.norm(x, "norm", d.norm)
     x = outputs(x) if whole else x
     head = replace(table, role="head") if d.tied else b.matrix("head")

@@ -44,6 +44,7 @@ class FakeExecutor:
     """
 
     threads, pool, isa, weight_bytes, kv_bytes, vocab = 1, None, "none", 0, 0, VOCAB
+    ids, image_width = VOCAB, 0
     settles = None
     whole = False
 

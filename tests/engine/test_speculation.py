@@ -200,7 +200,7 @@ def test_several_begin_alike() -> None:
 def test_a_draft_with_a_smaller_context_or_vocabulary() -> None:
     """It has nothing to say of what it does not know, and nobody notices."""
     small = FakeExecutor(context=40, logits=lambda ids: expected(ids)[: VOCAB - 40])
-    small.vocab = VOCAB - 40
+    small.vocab = small.ids = VOCAB - 40
     guesses = Speculation(7, Draft(small, VOCAB))
     guesses.cost = Steady(1.0, 1e-3)
     engine = Engine(FakeExecutor(), text=Numbers, speculation=guesses)

@@ -152,7 +152,7 @@ def test_a_bidirectional_encoder_is_a_program(
         found = executor.run(inputs)[name]
         alone = {key: value[..., : LENGTHS[0]] for key, value in inputs.items()}
         assert np.array_equal(executor.run(alone)[name], found[: LENGTHS[0]])
-        with pytest.raises(InvalidRequest, match="sees no position"):
+        with pytest.raises(InvalidRequest, match="a position that is not there"):
             executor.run(inputs | {"spans": spans + 1})
         with pytest.raises(InvalidRequest, match="lacks 'spans'"):
             executor.run({key: value for key, value in inputs.items() if key != "spans"})

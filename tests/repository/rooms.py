@@ -61,7 +61,7 @@ ABOVE: dict[str, set[str]] = {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model",
     },
-    "server": {"__version__", "errors", "adapters", "engine", "model", "api"},
+    "server": {"__version__", "errors", "adapters", "engine", "model", "api", "vision"},
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api"},
 }  # fmt: skip

@@ -98,7 +98,7 @@ class Engine:
         self._text = text
         self._stop_ids = stop_ids
         self._scheduler = _scheduler(executor, config)
-        self._stepper = Stepper(self._scheduler, executor.vocab, speculation or Speculation(0))
+        self._stepper = Stepper(self._scheduler, executor.ids, speculation or Speculation(0))
         self._replies = self._stepper.replies
         # The lock guards what other threads touch: from here to `_death`.
         self._lock = threading.Condition()
@@ -121,7 +121,7 @@ class Engine:
         Raises InvalidRequest for ids that the model does not have, ContextLengthExceeded for a
         prompt that never fits, QueueFull, and EngineStopped. A sink that raises ends its request.
         """
-        most, largest = self.executor.vocab - 1, max(request.ids)
+        most, largest = self.executor.ids - 1, max(request.ids)
         if largest > most:
             raise InvalidRequest(f"the prompt has the id {largest}; the model's go to {most}")
         if self.executor.whole:
@@ -133,6 +133,7 @@ class Engine:
             raise InvalidRequest(
                 f"the prompt has {sequence.prompt} tokens; a step has room for {step}"
             )
+        self._check_spans(request, step)
         room = self.capacity - len(sequence.tokens)
         reply = Reply(
             sequence,
@@ -148,6 +149,18 @@ class Engine:
             self._inbox.append(reply)
             self._wake()
         return reply
+
+    def _check_spans(self, request: Request, step: int) -> None:
+        """step: the rows that one may have in a step, whoever else is answered."""
+        hidden = self.executor.image_width
+        for span in request.spans:
+            size = span.stop - span.start
+            if span.rows is not None and span.rows.shape != (size, hidden):
+                raise InvalidRequest(
+                    f"an image has rows of shape {span.rows.shape}, not {(size, hidden)}"
+                )
+            if span.mutual and size > step:
+                raise InvalidRequest(f"an image has {size} rows; a step has room for {step}")
 
     @property
     def alive(self) -> bool:
@@ -377,7 +390,10 @@ def _sequence(request: Request, number: int, dropped: int, settles: int | None) 
     # A prefix that others may reuse ends where it depends on the end of this prompt.
     last = () if settles is None else (len(ids) + settles - 1,)
     settled = (Span(at, at + 1, b"settled") for at in last)
-    return Sequence(request, number, ids, scored, (*moved, *settled))
+    rotary = request.rotary
+    if rotary is not None:  # as if nothing had been before
+        rotary = rotary[:, dropped:] - rotary[0, dropped]
+    return Sequence(request, number, ids, scored, (*moved, *settled), rotary)
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

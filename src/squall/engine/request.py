@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.batch import Mixture
+from squall.batch import Memory, Mixture
 from squall.engine.fields import Number, check_fields, shown, whole
 from squall.engine.sampling import MOST_TOP_LOGPROBS, Mask, Sampled, Sampling
 from squall.errors import InvalidRequest
@@ -62,20 +62,38 @@ def _check(right: bool, name: str, value: object, allowed: str) -> None:
 class CacheScope:
     """Requests reuse each other's cached prefixes only where all of this is equal.
 
-    tenant: whose request it is. adapter: what the adapters are, whatever their names.
+    tenant: whose request it is. adapter: what the adapters are, whatever their names. memory: what
+    may be recalled.
     """
 
     tenant: str = ""
     adapter: str = ""
+    memory: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Rows `start:stop` of a prompt come from an embedding with this digest, not from their ids."""
+    """Rows `start:stop` of a prompt come from an embedding with this digest, not from their ids.
+
+    rows: float32 [stop - start, hidden]. mutual: they see each other, and are computed in one step.
+    """
 
     start: int
     stop: int
     digest: bytes
+    rows: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    mutual: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recalled:
+    """What a prompt may recall: int32 [2, ids], the rows of the memory that each token sees.
+
+    Those of the answer see what the last one does.
+    """
+
+    memory: Memory
+    seen: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +131,8 @@ class Request:
     shown: control tokens whose names are part of the text; others have none.
     adapters: of the executor, each with its weight; `scope` has to tell them from others.
     whole: the prompt is computed in one step, and nothing of it is used by others.
+    rotary: int32 [axes, ids], where tokens are for the rotary embedding; None: at their places.
+    recalled: what they see of a memory, which `scope` has to tell from others.
     """
 
     ids: Sequence[int]
@@ -133,6 +153,8 @@ class Request:
     shown: frozenset[int] = frozenset()
     adapters: Mixture = ()
     whole: bool = False
+    rotary: NDArray[np.int32] | None = None
+    recalled: Recalled | None = None
 
     def __post_init__(self) -> None:
         # Copies, so that nobody can change what was checked.

@@ -169,19 +169,25 @@ class Scheduler:
             share = min(rows, rows if sequence is more[-1] else max(rows // 2, LEAST_ROWS), free)
             if sequence.request.whole and not sequence.computed:
                 share = sequence.prompt if sequence.prompt <= free else 0
-            if share:
-                chunk = self._chunk(sequence, share, outputs)
+            chunk = self._chunk(sequence, share, free, outputs) if share else None
+            if chunk is not None:
                 chunks.append(chunk)
                 rows = max(rows - (chunk.stop - chunk.start), 0)
                 free -= chunk.stop - chunk.start
                 outputs -= max(len(chunk.outputs) - 1, 0)
         return chunks
 
-    def _chunk(self, sequence: Sequence, rows: int, outputs: int) -> Chunk:
-        """A chunk of at most `rows`, with at most `outputs` beside the sequence's own one."""
+    def _chunk(self, sequence: Sequence, rows: int, most: int, outputs: int) -> Chunk | None:
+        """A chunk of about `rows`, with at most `outputs` beside the sequence's own one.
+
+        most: rows that there are, for an image of which all have to be in one step.
+        """
         start, whole = sequence.computed, sequence.request.whole and not sequence.computed
         chunk = rows if whole else sequence.request.chunk
         stop = min(start + rows, len(sequence.tokens), start + (chunk or rows))
+        stop = _uncut(sequence, start, stop, most)
+        if start == stop:
+            return None
         first = max(start, sequence.scored)
         if first >= stop:
             return Chunk(sequence, start, stop, range(stop, stop))
@@ -279,3 +285,13 @@ class Scheduler:
     def _unqueue(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         self.waiting_tokens -= len(sequence.tokens)
+
+
+def _uncut(sequence: Sequence, start: int, stop: int, most: int) -> int:
+    """Where tokens from `start` to about `stop` may end: images may have to be in one step."""
+    for span in sequence.spans:
+        if span.mutual and span.start < stop < span.stop:
+            if span.start > start:
+                return span.start
+            return span.stop if span.stop - start <= most else start
+    return stop

@@ -46,17 +46,17 @@ class Counts:
 class Stepper:
     """Owns who is being answered. Everything is done on the engine's thread.
 
-    service_s: how long an answer takes lately. vocab: as many ids there are. speculation: guesses
+    service_s: how long an answer takes lately. ids: as many there are. speculation: guesses
     for requests that have none of their own.
     """
 
-    def __init__(self, scheduler: Scheduler, vocab: int, speculation: Speculation) -> None:
+    def __init__(self, scheduler: Scheduler, ids: int, speculation: Speculation) -> None:
         self.replies: dict[int, Reply] = {}
         self.counts = Counts()
         self.service_s = 1.0
         self._scheduler = scheduler
         self._speculation = speculation
-        self._vocab = vocab
+        self._ids = ids
         # Constraints prepare here, beside the steps; the thread begins with the first of them.
         self._beside = ThreadPoolExecutor(1, "squall-prepare")
 
@@ -129,7 +129,7 @@ class Stepper:
 
     def _propose(self, reply: Reply, most: int) -> list[int]:
         try:
-            return reply.propose(most, self._vocab)
+            return reply.propose(most, self._ids)
         except Exception as error:
             self.end(reply, "error", error)
             return []
@@ -137,7 +137,7 @@ class Stepper:
     def _compute(self, executor: Executor, chunks: Collection[Chunk]) -> Logits:
         """The logits; while they are computed, constraints prepare what is needed to draw."""
         due = [self.replies[c.of.number] for c in chunks if c.of.request.constraint and c.due]
-        batch = batch_of(chunks, self._vocab)
+        batch = batch_of(chunks, self._ids)
         prepared = [
             (reply, self._beside.submit(reply.prepare)) for reply in due if reply.max_tokens
         ]

@@ -60,11 +60,29 @@ class Adapter(Protocol):
     def nbytes(self) -> int: ...
 
 
+class Memory(Protocol):
+    """What a sequence recalls, for `Sequences.memories`; freed with its last owner."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def write(self, first: int, keys: Sequence[Floats], values: Sequence[Floats]) -> None:
+        """Keep keys and values from row `first` on; not while a run recalls them.
+
+        keys, values: for each of the program's memories, [rows, kv_heads * head_dim].
+        """
+        ...
+
+
 class Executor(Protocol):
     """Runs a program: one call a step.
 
-    pool: its threads, which others may share between runs. max_rows: tokens of a step. vocab: how
-        wide the logits are.
+    pool: its threads, which others may share between runs. max_rows: tokens of a step.
+    vocab: how wide the logits are. ids: how many tokens can be embedded. image_width: how wide the
+        rows of images are; 0: it takes none.
     plan, formats: what the weights became.
     whole: what a prompt's rows are depends on all of them, so that they have to be one step.
     settles: from so many tokens of an answer on, K and V depend on where the prompt ended.
@@ -73,6 +91,8 @@ class Executor(Protocol):
     program: Program
     context: int
     vocab: int
+    ids: int
+    image_width: int
     blocks: int
     block_size: int
     max_rows: int
@@ -107,6 +127,10 @@ class Executor(Protocol):
 
         Raises InvalidRequest for a site that the program has not, or that has another shape.
         """
+        ...
+
+    def memory(self, rows: int) -> Memory:
+        """Room for what a sequence recalls; zeros at first. May be made while a run is on."""
         ...
 
     def step(self, batch: Batch) -> Floats:

@@ -14,7 +14,7 @@ from squall import _native
 from squall import program as p
 from squall.batch import Batch, Int32, Mixture, Sequences
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.executors import Adapter, Floats, Limits, Phase, thread_pool
+from squall.executors import Adapter, Floats, Limits, Memory, Phase, thread_pool
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, Weight, WeightStore
 
@@ -131,6 +131,9 @@ class NativeExecutor:
         self.program = program
         self.context = program.context
         self.vocab = next((out.width for out in program.outputs if out.name == "logits"), 0)
+        embeds = (op for op in program.ops if isinstance(op, p.Embed))
+        self.ids = next((op.table.rows for op in embeds if op.index.name == "tokens"), 0)
+        self.image_width = next((v.width for v in program.inputs if v.name == "images"), 0)
         self.blocks, self.block_size = limits.blocks, limits.block_size
         self.max_rows = limits.rows.get("tokens", 0)
         self.max_outputs = limits.rows.get("outputs", 0)
@@ -175,7 +178,7 @@ class NativeExecutor:
             isa=self.isa, pool=self.pool, rows=[limits.rows[space] for space in spaces],
             blocks=limits.blocks, block_size=limits.block_size, context=program.context,
             # Without caches keys and values are kept for a moment only.
-            cache=limits.kv_dtype if program.caches else "f32",
+            cache=limits.kv_dtype if program.caches or program.memories else "f32",
         )  # fmt: skip
         ids: dict[p.Value | p.Index | None, int] = {}
         for value in program.values:
@@ -185,6 +188,8 @@ class NativeExecutor:
             ids[index] = executor.index(spaces.index(index.rows), index.axes)
         for cache in program.caches:
             executor.cache(cache.kv_heads, cache.head_dim)
+        for memory in program.memories:
+            executor.memory(memory.kv_heads, memory.head_dim)
         for value in program.inputs:
             executor.input(ids[value])
         self._sites = _sites(program)
@@ -252,12 +257,22 @@ class NativeExecutor:
                 [rows[space] for space in self._spaces], indices, values,
                 at.positions, at.bounds, at.block_tables, list(outputs.values()),
                 mixtures,  # type: ignore[arg-type]  # of adapters made here
+                at.memories,  # type: ignore[arg-type]  # made here
             )  # fmt: skip
         except KeyError as error:
             raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
         except (ValueError, TypeError) as error:
             raise InvalidRequest(str(error)) from None
         return outputs
+
+    def memory(self, rows: int) -> Memory:
+        """See `Executor`."""
+        try:
+            return self._native.remember(rows)
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest(str(error)) from None
+        except MemoryError:
+            raise OutOfMemory(f"{rows} rows of an image do not fit in memory") from None
 
     def step(self, batch: Batch) -> Floats:
         """See `Executor`."""
@@ -376,6 +391,14 @@ def _(op: p.Attend, to: _Lowering) -> None:
 
 
 @_lower.register
+def _(op: p.Recall, to: _Lowering) -> None:
+    to.core.attend(
+        to[op.out], to[op.q], None, None, to[op.seen], op.memory, op.heads, op.kv_heads,
+        op.head_dim, op.scale, None, None,
+    )  # fmt: skip
+
+
+@_lower.register
 def _(op: p.MixtureOfExperts, to: _Lowering) -> None:
     tiles = to.weights.tiles
     gates = [] if op.gate is None else tiles(op.gate)
@@ -399,7 +422,12 @@ def _(op: p.Softcap, to: _Lowering) -> None:
 
 @_lower.register
 def _(op: p.GatherRows, to: _Lowering) -> None:
-    to.core.gather_rows(to[op.out], to[op.x], to[op.index])
+    to.core.gather_rows(to[op.out], to[op.x], to[op.index], op.mean)
+
+
+@_lower.register
+def _(op: p.Overlay, to: _Lowering) -> None:
+    to.core.overlay(to[op.out], to[op.x], to[op.rows], to[op.index])
 
 
 @_lower.register

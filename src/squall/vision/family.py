@@ -36,9 +36,12 @@ class Family(Protocol):
     mutual: whether the rows of an image see each other in the decoder.
     """
 
-    placeholder: str
-    token: str
-    mutual: bool
+    @property
+    def placeholder(self) -> str: ...
+    @property
+    def token(self) -> str: ...
+    @property
+    def mutual(self) -> bool: ...
 
     def process(self, image: Image) -> Processed:
         """An upright RGB image, of any size from 1 x 1 on."""

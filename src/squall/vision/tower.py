@@ -6,7 +6,7 @@ become one.
 
 from __future__ import annotations
 
-from squall.blocks import Blocks, Sight
+from squall.blocks import Blocks, Reach
 from squall.program import Add, Embed, GatherRows, Index, Names, Overlay, Program, Value
 from squall.roles import roles
 from squall.spec import Connector, Tower
@@ -52,8 +52,8 @@ def embed(b: Blocks, tower: Tower, patches: Value) -> Value:
 
 def _layers(b: Blocks, tower: Tower, x: Value) -> Value:
     for index, layer in enumerate(tower.layers):
-        sight = Sight(LOCAL if index in tower.local else SPANS)
-        x = b.layer(x, f"{TOWER}layers.{index}", layer, sight)
+        reach = Reach(LOCAL if index in tower.local else SPANS)
+        x = b.layer(x, f"{TOWER}layers.{index}", layer, reach)
     return x if tower.norm is None else b.norm(x, f"{TOWER}norm", tower.norm)
 
 

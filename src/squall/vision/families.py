@@ -1,0 +1,37 @@
+"""Which family reads the images of which architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from squall.checkpoints.base import Checkpoint
+from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.files import read_json
+from squall.vision.family import Family
+from squall.vision.llava import Llava
+
+# By config.json and preprocessor_config.json.
+FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]] = {
+    "LlavaForConditionalGeneration": Llava.of,
+}
+
+
+def family(architecture: str, checkpoint: Checkpoint, max_edge: int | None = None) -> Family:
+    """The family of a model, with what its folder says of images.
+
+    max_edge: pictures are made smaller first, until their longer edge is at most so long.
+    """
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if architecture not in FAMILIES:
+        raise UnsupportedModel(f"images of {architecture} are not known")
+    processor = read_json(folder / "preprocessor_config.json") or {}
+    more = read_json(folder / "processor_config.json") or {}
+    processor = {**more.get("image_processor", {}), **processor, "processor": more}
+    processor |= {} if max_edge is None else {"max_edge": max_edge}
+    try:
+        return FAMILIES[architecture](checkpoint.metadata, processor)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidCheckpoint(
+            f"preprocessor_config.json does not say how images are read: {error!r:.200}"
+        ) from None

@@ -1,0 +1,165 @@
+"""Images from the web, as far as a server's rules allow.
+
+A name is resolved once, the address that was checked is dialled, and redirects are followed by
+hand, so that nothing leads to what is not public.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING, Any
+
+import httpcore
+import httpx
+
+from squall.errors import InvalidRequest
+from squall.files import quote
+
+if TYPE_CHECKING:
+    from squall.vision.images import Clock, Media
+
+_PORTS = {"http": 80, "https": 443}
+_REDIRECTS = (301, 302, 303, 307, 308)
+_HEADERS = (
+    ("User-Agent", "squall"), ("Accept", "image/png, image/jpeg, image/webp, image/gif, image/bmp"),
+    ("Accept-Encoding", "identity"), ("Connection", "close"),
+)  # fmt: skip
+_NAT64, _UNICAST = IPv6Network("64:ff9b::/96"), IPv6Network("2000::/3")
+_MOST_URL = 8192  # characters
+
+
+def fetch(url: str, media: Media, clock: Clock) -> bytes:
+    """What is at a URL. Raises InvalidRequest."""
+    for _ in range(media.redirects + 1):
+        found = _get(_parsed(url), media, clock)
+        if isinstance(found, bytes):
+            return found
+        url = found
+    raise InvalidRequest(f"an image's URL is redirected more than {media.redirects} times")
+
+
+def _parsed(url: str) -> httpx.URL:
+    try:
+        found = httpx.URL(url if len(url) <= _MOST_URL else "")
+    except httpx.InvalidURL:
+        found = httpx.URL("")
+    if found.scheme not in _PORTS or not found.host or found.userinfo:
+        what = "http or https, a host, and no user name"
+        raise InvalidRequest(f"an image's URL is {quote(url)}; it must have {what}")
+    return found
+
+
+def _get(url: httpx.URL, media: Media, clock: Clock) -> bytes | str:
+    """The body, or where to look instead. Raises InvalidRequest."""
+    host, data = quote(url.host), bytearray()
+    headers = [("Host", url.netloc.decode("ascii")), *_HEADERS]
+    target = httpcore.URL(
+        scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
+    )
+    try:
+        with (
+            httpcore.ConnectionPool(network_backend=_Dialler(url, media, clock)) as pool,
+            pool.stream("GET", target, headers=headers) as response,
+        ):
+            told = {name.lower(): value.decode("latin-1") for name, value in response.headers}
+            if response.status in _REDIRECTS and b"location" in told:
+                return str(url.join(told[b"location"]))
+            if response.status != 200 or told.get(b"content-encoding", "identity") != "identity":
+                what = f"{response.status}, " + told.get(b"content-encoding", "not compressed")
+                raise InvalidRequest(f"{host} answered {what:.99}; an image must be 200, as it is")
+            for part in response.iter_stream():
+                data += part
+                if len(data) > media.file_bytes:
+                    raise InvalidRequest(f"{host} sent more than {media.file_bytes} bytes")
+            return bytes(data)
+    except InvalidRequest:
+        raise
+    except (OSError, ValueError, httpcore.ProtocolError, httpx.InvalidURL):
+        clock.left_s()
+        raise InvalidRequest(f"no image can be had from {host}") from None
+
+
+class _Dialler(httpcore.NetworkBackend):
+    """Connects to a URL's host, if that is allowed, at the address that was checked."""
+
+    def __init__(self, url: httpx.URL, media: Media, clock: Clock) -> None:
+        self._clock = clock
+        host = url.raw_host.decode("ascii").lower().rstrip(".")
+        port = url.port or _PORTS[url.scheme]
+        shown = f"[{host}]" if ":" in host else host
+        names = {shown, "*", *(host[i:] for i, letter in enumerate(host) if letter == ".")}
+        fitting = {f"{name}:{port}" for name in names} | (
+            names if port in _PORTS.values() else set()
+        )
+        found = fitting & {*media.hosts}
+        if not found:
+            allowed = ", ".join(media.hosts) or "none"
+            raise InvalidRequest(f"images from {quote(shown)} are not allowed; hosts: {allowed}")
+        # No server of names can say where these are.
+        fixed = host == "localhost" or _is_address(host)
+        self._any_address = fixed and not found.isdisjoint({shown, f"{shown}:{port}"})
+
+    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for entry in found:
+            if not (self._any_address or is_public(ip_address(str(entry[4][0])))):
+                raise InvalidRequest(f"{quote(host)} has no public address, and is not allowed")
+        stream = _Stream(socket.socket(found[0][0], socket.SOCK_STREAM), self._clock)
+        try:
+            stream.timed().connect(found[0][4])
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return bool(ip_address(host))
+    except ValueError:
+        return False
+
+
+def is_public(address: IPv4Address | IPv6Address) -> bool:
+    """Whether an address, and one that it stands for, is of the public internet."""
+    if isinstance(address, IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            inner = IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(inner)
+        if address not in _UNICAST:
+            return False
+    return address.is_global and not address.is_multicast
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connection that ends in time, however slowly it moves."""
+
+    def __init__(self, connection: socket.socket, clock: Clock) -> None:
+        self._socket, self._clock = connection, clock
+
+    def timed(self) -> socket.socket:
+        """The connection, with the time that is left."""
+        self._socket.settimeout(self._clock.left_s())
+        return self._socket
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
+        return self.timed().recv(max_bytes)
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
+        self.timed().sendall(buffer)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, *_: Any, **__: Any
+    ) -> httpcore.NetworkStream:
+        tls = ssl_context.wrap_socket(self.timed(), server_hostname=server_hostname)
+        return _Stream(tls, self._clock)
+
+    def get_extra_info(self, info: str) -> Any:  # noqa: ARG002
+        return None
