@@ -44,7 +44,7 @@ def conversation(
             made = _result(form, message, names)
             if made["role"] == "user" and i and messages[i - 1].get("role") == "tool":
                 # Roles take turns in many templates.
-                made["content"] = _joined(shown.pop()["content"], "\n", made["content"])
+                made["content"] = f"{shown.pop()['content']}\n{made['content']}"
         shown.append(made)
     given = [tool.shown() for tool in tools]
     if not given or form.template.tools == "variable":
@@ -85,7 +85,7 @@ def _result(form: ToolFormat, message: Mapping[str, Any], names: Mapping[str, st
     """A result, with the name of the function; as a user's where the template does not know it."""
     content, call = message.get("content") or "", message.get("tool_call_id")
     if form.template.results == "user":
-        made: Message = {"content": _joined("<tool_response>\n", content, "\n</tool_response>")}
+        made: Message = {"content": f"<tool_response>\n{content}\n</tool_response>"}
     else:
         made = {**message, "content": content}
     if call is not None and call not in names:
@@ -96,14 +96,6 @@ def _result(form: ToolFormat, message: Mapping[str, Any], names: Mapping[str, st
     if call is not None and form.template.results != "user":
         made |= {"tool_call_id": _id(form, call), "name": message.get("name") or names[call]}
     return {**made, "role": form.template.results}
-
-
-def _joined(*contents: str | list[Message]) -> str | list[Message]:
-    """Contents as one: a text, or parts if one has parts."""
-    if all(isinstance(content, str) for content in contents):
-        return "".join(map(str, contents))
-    lists = ([{"type": "text", "text": c}] if isinstance(c, str) else c for c in contents if c)
-    return [part for parts in lists for part in parts]
 
 
 def _id(form: ToolFormat, call: str) -> str:
@@ -129,6 +121,8 @@ def _add_system(form: ToolFormat, shown: list[Message], tools: Sequence[Message]
         tools="\n".join(map(_json, tools)), example=form.text([("NAME", "{ARGUMENTS}")])
     )
     said = shown[at]["content"]
-    gap = "\n\n" if said else ""
-    joined = _joined(said, gap, text) if role == "system" else _joined(text, gap, said)
-    shown[at] |= {"content": joined}
+    if isinstance(said, list):
+        shown[at] |= {"content": [{"type": "text", "text": f"{text}\n\n"}, *said]}
+        return
+    before = [said, text] if role == "system" else [text, said]
+    shown[at] |= {"content": "\n\n".join(filter(None, before))}

@@ -80,15 +80,14 @@ def take(
     return taken, tuple(pictures)
 
 
-def _part(part: object, where: str) -> str | Picture:
+def _part(part: Any, where: str) -> str | Picture:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if isinstance(part, Mapping) and kind in TEXTS and isinstance(part.get("text"), str):
+    if kind in TEXTS and isinstance(part.get("text"), str):
         return str(part["text"])
-    if not isinstance(part, Mapping) or kind not in IMAGES:
-        raise InvalidRequest(
-            f"{where} has a part that is neither a text nor an image: {part!r:.99}"
-        )
-    source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
+    if kind not in IMAGES:
+        raise InvalidRequest(f"{where} has a part that is no text and no image: {part!r:.99}")
+    given = (part[name] for name in _SOURCES if part.get(name) is not None)
+    source: Any = next(given, None)
     detail = part.get("detail")
     if isinstance(source, Mapping):
         source, detail = source.get("url"), source.get("detail", detail)

@@ -19,7 +19,7 @@ class Processed:
     text: what its placeholder becomes, in special tokens of the model. rows: how many of those are
         the family's `token`, whose embeddings the tower's rows replace.
     grid: height and width of its rows, where the decoder's positions go by them.
-    seam: what two images side by side have one of between them.
+    seam: what two images side by side have one of between them; a word after it gets a space.
     """
 
     inputs: Mapping[str, NDArray[np.generic]]
