@@ -159,6 +159,7 @@ class Attention:
 
     qk_norm_scope: of each head with weights that all share (head) or its own (each_head), or of the
         whole row.
+    recalls: keys and values are those of the sequence's memory, not its own.
     """
 
     heads: int
@@ -172,6 +173,7 @@ class Attention:
     out_bias: bool = False
     qk_norm: Norm | None = None
     qk_norm_scope: NormScope = "head"
+    recalls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,8 @@ class Layer:
     post:     x += norm(attn(x)); x += norm(ffn(x))
     parallel: h = norm(x); x += attn(h) + ffn(h)
 
-    gates: what attn and ffn are multiplied by before they are added.
+    gates: what attn and ffn are multiplied by before they are added. Where attention recalls, ffn
+        is added only to rows that see an image.
     """
 
     attention: Attention
@@ -243,6 +246,24 @@ class Decoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Tiles:
+    """How rows know the tile of a picture that they are of, and its shape.
+
+    shapes, most: shapes of a picture that there are, and tiles of one.
+    gates: of what is learned for a tile and added to its patches; for its positions, which give up
+        that share of their own; and for a tile again, after the norm.
+    late: layers after the norm. read: layers before it whose rows are read too, after the last's,
+        value by value beside each other.
+    """
+
+    shapes: int
+    most: int
+    gates: tuple[float, float, float]
+    late: tuple[Layer, ...]
+    read: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tower:
     """A vision transformer: patches of pixels in, a row for each out.
 
@@ -262,6 +283,23 @@ class Tower:
     pre_norm: Norm | None = None
     norm: Norm | None = None
     local: frozenset[int] = frozenset()
+    tiles: Tiles | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Perceiver:
+    """A connector of learned rows, the latents, which read those of a tower.
+
+    An MLP makes the tower's rows `hidden` wide. In each layer latents attend to these, normed by a
+    norm of their own, and to each other.
+    """
+
+    tower: int
+    hidden: int
+    mlp: Mlp
+    latents: int
+    layers: tuple[Layer, ...]
+    norm: Norm
 
 
 @dataclass(frozen=True, slots=True)

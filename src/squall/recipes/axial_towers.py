@@ -78,7 +78,7 @@ def qwen(
     local: frozenset[int] = frozenset()
     if v.has("window_size"):
         local = frozenset(range(len(made)))
-        local -= v.indices("fullatt_block_indexes", below=len(made))
+        local -= {*v.indices("fullatt_block_indexes", below=len(made))}
         v.skip("window_size", "tokens_per_second")
     v.check_all_read()
     tower = Tower(frames * pixels, hidden, made, local=local)

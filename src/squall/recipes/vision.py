@@ -36,9 +36,10 @@ class Sections:
             raise InvalidCheckpoint(f"{key} in config.json is no object")
         return str(inner.get("model_type", model_type))
 
-    def part(self, key: str, model_type: str) -> ConfigFields:
-        """The object `key`, of a `model_type` if it does not say."""
+    def part(self, key: str, model_type: str, *, fixed: bool = False) -> ConfigFields:
+        """The object `key`, of a `model_type` if it does not say; fixed: whatever it says."""
         kind, inner = self.kind(key, model_type), self.config.get(key, {})
+        kind = model_type if fixed else kind
         keys = part_keys(f"{kind}_vision") or part_keys(kind)  # early files have the model's
         if keys is None:
             raise UnsupportedModel(f"{key} is of an unknown kind: {quote(kind)}")
