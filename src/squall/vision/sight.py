@@ -16,7 +16,7 @@ from PIL.Image import Image
 from squall import executors
 from squall.engine.request import Recalled, Span
 from squall.errors import InvalidRequest
-from squall.executors import Executor, Limits, Memory, ThreadPool
+from squall.executors import Executor, Limits, Memory
 from squall.program import Program
 from squall.vision import memory
 from squall.vision.family import Family, Processed
@@ -87,7 +87,7 @@ class Sight:
         self._tower = self._open(LEAST_ROWS)
         limits = Limits(rows={"image": memory.MOST})
         pool = decoder.pool
-        self._keys = keys and executors.open(keys, store, limits, pool=pool)
+        self._keys = None if keys is None else executors.open(keys, store, limits, pool=pool)
 
     def process(self, image: Image) -> Seen:
         """What is to be read of an upright RGB image."""
