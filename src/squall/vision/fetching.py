@@ -97,14 +97,14 @@ class _Dialler(httpcore.NetworkBackend):
         if not found:
             allowed = ", ".join(media.hosts) or "none"
             raise InvalidRequest(f"images from {quote(shown)} are not allowed; hosts: {allowed}")
-        # No server of names can say where these are.
-        fixed = host == "localhost" or _is_address(host)
-        self._any_address = fixed and not found.isdisjoint({shown, f"{shown}:{port}"})
+        self._named = not found.isdisjoint({shown, f"{shown}:{port}"})
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for entry in found:
-            if not (self._any_address or is_public(ip_address(str(entry[4][0])))):
+        for address in (str(entry[4][0]) for entry in found):
+            # No server of names can say where these are.
+            meant = self._named and host in ("localhost", address)
+            if not (meant or is_public(ip_address(address))):
                 raise InvalidRequest(f"{quote(host)} has no public address, and is not allowed")
         stream = _Stream(socket.socket(found[0][0], socket.SOCK_STREAM), self._clock)
         try:
@@ -113,13 +113,6 @@ class _Dialler(httpcore.NetworkBackend):
             stream.close()
             raise
         return stream
-
-
-def _is_address(host: str) -> bool:
-    try:
-        return bool(ip_address(host))
-    except ValueError:
-        return False
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
