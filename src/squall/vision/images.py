@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ _OTHERS = {
 }  # fmt: skip
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\[\]:/@A-Z]+)(:\d{1,5})?")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*")
+_FILE = re.compile("file:(//(localhost(?=/))?)?", re.IGNORECASE)
 _MOST_PATH = 4096  # characters
 # Pillow's transpositions that set right what EXIF says of how the camera was held.
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
@@ -136,15 +137,15 @@ def _read(source: object, media: Media, clock: Clock) -> Image:
                 image = _of_array(source)
             else:
                 image = source if isinstance(source, Image.Image) else _opened(data, clock)
-            if image.width * image.height > media.pixels or max(image.size) > media.edge:
+            if not 0 < image.width * image.height <= media.pixels or max(image.size) > media.edge:
                 raise Image.DecompressionBombError
             image.load()
             return _upright_rgb(image)
         except InvalidRequest:
             raise
         except Image.DecompressionBombError:
-            limits = f"{media.pixels} pixels and an edge of {media.edge} are allowed"
-            raise InvalidRequest(f"an image is too large; {limits}") from None
+            limits = f"at most {media.pixels} pixels and an edge of {media.edge} are allowed"
+            raise InvalidRequest(f"an image is too large, or empty; {limits}") from None
         except Exception:  # whatever decoders raise; what they say may be about the process
             raise InvalidRequest("an image is damaged, or was cut; send the whole file") from None
 
@@ -223,8 +224,7 @@ def _data(source: object, media: Media, clock: Clock) -> bytes:
         whole = head[-7:].lower() != ";base64"
         found = unquote_to_bytes(body) if whole else _of_base64(unquote(body))
     elif scheme == "file":
-        parts = urlsplit(text)
-        found = _of_file(unquote(parts.netloc.replace("localhost", "") + parts.path), media)
+        found = _of_file(unquote(_FILE.sub("", text)), media)
     else:
         found = _of_file(text, media)
         found = _of_base64(text) if found is None else found
