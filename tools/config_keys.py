@@ -36,6 +36,8 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 # Of parts that see: of other heads than those that language models have.
 UNUSED = {"initializer_factor", "projection_dim", "vision_use_head", "torch_dtype"}
+# Of the text's keys without effect: what an image is.
+OF_IMAGES = {"mm_tokens_per_image"}
 # Whose parts are described, and the parts of others that models may have.
 SEEING = (
     "Gemma3", "Idefics2", "Idefics3", "Llava", "LlavaNext", "Mistral3", "Mllama", "Qwen2VL",
@@ -96,7 +98,7 @@ def describe_part(config: Any) -> dict[str, Any]:
     base = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
     fields = {field.name for field in dataclasses.fields(config)} - base
     parts = {name for name in fields if name.endswith("_config")}
-    known = {name for name in fields if name in WITHOUT_EFFECT | UNUSED} | parts
+    known = (fields & (WITHOUT_EFFECT | UNUSED)) - OF_IMAGES | parts
     return {
         "reads": {name: getattr(config, name) for name in sorted(fields - known)},
         "known": sorted(known | {"tie_word_embeddings"}),

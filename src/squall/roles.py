@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from squall.spec import Attention, Connector, Decoder, Layer, Mlp, Moe, Norm, Tower
+from squall.spec import Attention, Connector, Decoder, Layer, Mlp, Moe, Norm, Perceiver, Tower
 
-Network = Decoder | Tower | Connector
+Network = Decoder | Tower | Connector | Perceiver
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -27,6 +27,8 @@ def roles(network: Network) -> Shapes:
             return _tower(network)
         case Connector():
             return _connector(network)
+        case Perceiver():
+            return _perceiver(network)
 
 
 def _decoder(decoder: Decoder) -> Shapes:
@@ -67,6 +69,14 @@ def _connector(connector: Connector) -> Shapes:
         shapes |= _linear(f"linear{index}", rows, width, bias=connector.bias)
         width = rows
     return shapes | (_linear("newline", connector.newlines, hidden) if connector.newlines else {})
+
+
+def _perceiver(p: Perceiver) -> Shapes:
+    shapes = {"latents.weight": (p.latents, p.hidden)} | _layers(p.layers, p.hidden)
+    shapes |= _linear("mlp.gate", p.mlp.width, p.tower) | _linear("mlp.up", p.mlp.width, p.tower)
+    for index, layer in enumerate(p.layers):
+        shapes |= _norm(f"layers.{index}.attention.context_norm", layer.norm, p.hidden)
+    return shapes | _linear("mlp.down", p.hidden, p.mlp.width) | _norm("norm", p.norm, p.hidden)
 
 
 def _layers(layers: Sequence[Layer], hidden: int, name: str = "layers") -> Shapes:

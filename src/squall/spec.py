@@ -285,6 +285,22 @@ class Tower:
 
 
 @dataclass(frozen=True, slots=True)
+class Perceiver:
+    """A connector of learned rows, the latents, which read those of a tower.
+
+    An MLP makes the tower's rows `hidden` wide. In each layer latents attend to these, normed by a
+    norm of their own, and to each other.
+    """
+
+    tower: int
+    hidden: int
+    mlp: Mlp
+    latents: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
 class Connector:
     """Makes a decoder's rows of a tower's: norm, merging, linears; in this order.
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Checkpoint, Pages, Tensor
+from squall.checkpoints.base import Checkpoint, Pages, Tensor, transposed
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.program import (
     GatedLinear,
@@ -197,7 +197,8 @@ class WeightStore:
         return Stored(format.name, np.concatenate(parts), None)
 
     def _tensor(self, part: Slice) -> Tensor:
-        return self.checkpoints[part.source].tensors[part.tensor]
+        tensor = self.checkpoints[part.source].tensors[part.tensor]
+        return transposed(tensor) if part.transposed else tensor
 
     def _restored(self, tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.uint8]]:
         if tensor.order is None:

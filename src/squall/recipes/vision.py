@@ -29,12 +29,12 @@ class Sections:
     text: ConfigFields
     decoder: Decoder
 
-    def part(self, key: str, model_type: str) -> ConfigFields:
-        """The object `key`, of a `model_type` if it does not say."""
+    def part(self, key: str, model_type: str, *, fixed: bool = False) -> ConfigFields:
+        """The object `key`, of a `model_type` if it does not say; fixed: whatever it says."""
         inner = self.config.get(key, {})
         if not isinstance(inner, dict):
             raise InvalidCheckpoint(f"{key} in config.json is no object")
-        kind = str(inner.get("model_type", model_type))
+        kind = model_type if fixed else str(inner.get("model_type", model_type))
         keys = part_keys(kind)
         if keys is None:
             raise UnsupportedModel(f"{key} is of an unknown kind: {quote(kind)}")

@@ -6,6 +6,7 @@ become one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from squall.program import (
     Value,
 )
 from squall.roles import roles
-from squall.spec import Connector, Tiles, Tower
+from squall.spec import Connector, Layer, Perceiver, Tiles, Tower
 
 TOWER, CONNECTOR = "tower.", "connector."
 # The input, [rows, patch]: pixels in the order of the weight's columns; a class token has zeros.
@@ -41,17 +42,24 @@ TILE, PLACE, FULL = Index("tile", "rows"), Index("place", "rows"), Index("full",
 MERGED = "merged"
 # Of each row that goes to the decoder: the merged one, or negative: a newline; and which.
 TAKEN, NEWLINE = Index("taken", "image"), Index("newline", "image")
+# Of each row that a perceiver gives: which latent it begins as; the merged rows that it reads. Of
+# each merged row: which of those rows stands there, or negative: none.
+LATENTS, READ = Index("latents", "image"), Index("read", "image", 2)
+LATENT = Index("latent", "merged")
 # The output, [rows for the decoder, width].
 IMAGE = "image"
 
 
-def compile(tower: Tower, connector: Connector, names: Names) -> Program:
+def compile(tower: Tower, connector: Connector | Perceiver, names: Names) -> Program:
     """The program of both."""
     shapes = {TOWER + role: shape for role, shape in roles(tower).items()}
     shapes |= {CONNECTOR + role: shape for role, shape in roles(connector).items()}
     b = Blocks(names, shapes, ROTARY)
     patches = b.builder.value(PATCHES, tower.patch, "rows")
-    out = connect(b, connector, _layers(b, tower, embed(b, tower, patches)))
+    x = _layers(b, tower, embed(b, tower, patches))
+    out = (
+        perceive(b, connector, x) if isinstance(connector, Perceiver) else connect(b, connector, x)
+    )
     return b.builder.build(out, inputs=[patches])
 
 
@@ -128,6 +136,29 @@ def connect(b: Blocks, c: Connector, x: Value) -> Value:
         activation = None if number == last else c.activation
         x = b.linear(x, role, name, bias=c.bias, activation=activation)
     return x if c.early else _newlines(b, c, x)
+
+
+def perceive(b: Blocks, p: Perceiver, x: Value) -> Value:
+    """Latents that have read."""
+    context = b.feed_forward(x, f"{CONNECTOR}mlp", f"{CONNECTOR}mlp", p.mlp)
+    out = b.builder.value("context", p.hidden, MERGED)
+    context = b.builder.emit(GatherRows(out, context, Index(MERGED, MERGED)))
+    x = _learned(b, f"{CONNECTOR}latents", LATENTS)
+    for index, layer in enumerate(p.layers):
+        name = f"{CONNECTOR}layers.{index}"
+        x = b.layer(x, name, layer, Reach(READ, read=_beside(b, context, name, layer)))
+    return b.norm(x, f"{CONNECTOR}norm", p.norm, out=IMAGE)
+
+
+def _beside(b: Blocks, context: Value, name: str, layer: Layer) -> Callable[[Value], Value]:
+    """Makes the rows that latents read: the context, and they themselves."""
+
+    def read(latents: Value) -> Value:
+        normed = b.norm(context, f"{name}.attention.context_norm", layer.norm)
+        out = b.builder.value(f"{name}.attention.read", context.width, MERGED)
+        return b.builder.emit(Overlay(out, normed, latents, LATENT))
+
+    return read
 
 
 def _newlines(b: Blocks, c: Connector, x: Value) -> Value:
