@@ -17,6 +17,8 @@ from squall.program import (
     MixtureOfExperts,
     Names,
     Normalize,
+    Overlay,
+    Recall,
     RopeAngles,
     Rotate,
     Value,
@@ -28,10 +30,14 @@ from squall.spec import Activation, Attention, Layer, Mlp, Moe, Norm, Rope
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What the rows of an attention see: where spans come from, and the cache that it has."""
+    """What the rows of an attention see: where spans come from, and its cache, or its memory.
+
+    read: what keys and values are made of, of the rows themselves; by default of these alone.
+    """
 
     spans: Index
     cache: int | None = None
+    read: Callable[[Value], Value] = lambda value: value
 
 
 @dataclass
@@ -77,23 +83,42 @@ class Blocks:
         if post:
             out = self.feed_forward(h, second, second, layer.feed_forward)
             return self.add_normed(x, out, second, norm, name, scales[1])
-        return self.feed_forward(h, second, name, layer.feed_forward, residual=x, scale=scales[1])
+        last = f"{second}.out" if layer.attention.recalls else name
+        y = self.feed_forward(h, second, last, layer.feed_forward, residual=x, scale=scales[1])
+        if not layer.attention.recalls:
+            return y
+        told = Index("told" if y.rows == "tokens" else f"told.{y.rows}", y.rows)
+        return self.builder.emit(Overlay(self.builder.value(name, y.width, y.rows), x, y, told))
 
     def attention(self, h: Value, name: str, a: Attention, reach: Reach) -> Value:
-        q = self.linear(h, f"{name}.q", f"{name}.q", bias=a.qkv_bias)
-        k = self.linear(h, f"{name}.k", f"{name}.k", bias=a.qkv_bias)
-        v = self.linear(h, f"{name}.v", f"{name}.v", bias=a.qkv_bias)
-        if a.qk_norm is not None:
-            whole = a.qk_norm_scope == "row"
-            q = self.norm(q, f"{name}.q_norm", a.qk_norm, q.width if whole else a.head_dim)
-            k = self.norm(k, f"{name}.k_norm", a.qk_norm, k.width if whole else a.head_dim)
-        if a.rope is not None:
-            q = self.rotate(q, f"{name}.q_rotated", a.rope, a.heads)
-            k = self.rotate(k, f"{name}.k_rotated", a.rope, a.kv_heads)
+        if a.recalls:
+            parts = self.heads(h, name, a, "q")
+        else:
+            parts = self.heads(h, name, a, "q") + self.heads(reach.read(h), name, a, "kv")
         out = self.builder.value(f"{name}.out", a.heads * a.head_dim, h.rows)
         sizes = a.heads, a.kv_heads, a.head_dim
+        if a.recalls:
+            assert reach.cache is not None
+            return self.builder.emit(
+                Recall(out, parts[0], reach.spans, reach.cache, *sizes, a.scale)
+            )
+        q, k, v = parts
         how = (reach.cache, *sizes, a.scale, a.window, a.softcap)
         return self.builder.emit(Attend(out, q, k, v, reach.spans, *how))
+
+    def heads(self, h: Value, name: str, a: Attention, parts: str) -> list[Value]:
+        """Of rows their queries, keys and values, or some of them."""
+        found = [self.linear(h, f"{name}.{p}", f"{name}.{p}", bias=a.qkv_bias) for p in parts]
+        turned = [p for p in parts if p != "v"]
+        for i, part in enumerate(turned):
+            if a.qk_norm is not None:
+                group = found[i].width if a.qk_norm_scope == "row" else a.head_dim
+                found[i] = self.norm(found[i], f"{name}.{part}_norm", a.qk_norm, group)
+        for i, part in enumerate(turned):
+            if a.rope is not None:
+                heads = found[i].width // a.head_dim
+                found[i] = self.rotate(found[i], f"{name}.{part}_rotated", a.rope, heads)
+        return found
 
     def rotate(self, x: Value, name: str, rope: Rope, heads: int) -> Value:
         key = (*rope.frequencies(self.context), rope.axes)
@@ -158,12 +183,14 @@ class Blocks:
         value = self.builder.value(out, weight.rows, x.rows)
         return self.builder.emit(Linear(value, x, weight, b, activation, scale, residual))
 
-    def norm(self, x: Value, role: str, norm: Norm, group: int | None = None) -> Value:
+    def norm(
+        self, x: Value, role: str, norm: Norm, group: int | None = None, out: str = ""
+    ) -> Value:
         weight = self.vector(f"{role}.weight", offset=1.0 if norm.unit_offset else 0.0)
         bias = self.vector(f"{role}.bias") if norm.bias else None
-        out = self.builder.value(role, x.width, x.rows)
+        value = self.builder.value(out or role, x.width, x.rows)
         run = x.width if group is None else group
-        return self.builder.emit(Normalize(out, x, weight, bias, norm.kind, norm.eps, run))
+        return self.builder.emit(Normalize(value, x, weight, bias, norm.kind, norm.eps, run))
 
     def add_normed(
         self, x: Value, y: Value, role: str, norm: Norm, name: str, scale: float

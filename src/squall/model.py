@@ -73,6 +73,7 @@ class Model(Closing):
         self.spec: Decoder = parts.recipe.decoder
         self.program: Program = parts.engine.executor.program
         self.tokenizer = parts.tokenizer
+        self.sight = parts.sight
         self._engine: Engine | None = parts.engine
         self._adapters: Shelf | None = parts.adapters
         if parts.template is not None:

@@ -40,12 +40,14 @@ class Slice:
     """Rows `start:stop` of a checkpoint tensor seen as a matrix; elements, if it is a vector.
 
     source: which checkpoint's, where there are others beside the model's own.
+    transposed: the tensor has columns where the matrix has rows.
     """
 
     tensor: str
     start: int
     stop: int
     source: str = ""
+    transposed: bool = False
 
 
 Names = Mapping[str, tuple[Slice, ...]]

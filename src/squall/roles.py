@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from squall.spec import Attention, Connector, Decoder, Layer, Mlp, Moe, Norm, Tower
+from squall.spec import Attention, Connector, Decoder, Layer, Mlp, Moe, Norm, Perceiver, Tower
 
-Network = Decoder | Tower | Connector
+Network = Decoder | Tower | Connector | Perceiver
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -27,6 +27,8 @@ def roles(network: Network) -> Shapes:
             return _tower(network)
         case Connector():
             return _connector(network)
+        case Perceiver():
+            return _perceiver(network)
 
 
 def _decoder(decoder: Decoder) -> Shapes:
@@ -48,13 +50,23 @@ def _tower(tower: Tower) -> Shapes:
         shapes["positions.weight"] = (tower.positions, tower.hidden)
     for role, norm in (("pre_norm", tower.pre_norm), ("norm", tower.norm)):
         shapes |= _norm(role, norm, tower.hidden) if norm is not None else {}
+    if (tiles := tower.tiles) is not None:
+        rows = {"before": tiles.most, "places": tiles.most * tower.positions, "after": tiles.most}
+        shapes |= {
+            f"tiles.{role}.weight": (tiles.shapes, count, tower.hidden)
+            for role, count in rows.items()
+        }
+        shapes |= _layers(tiles.late, tower.hidden, "late")
     return shapes | _layers(tower.layers, tower.hidden)
 
 
 def _connector(connector: Connector) -> Shapes:
     width = connector.tower
     shapes = _norm("norm", connector.norm, width) if connector.norm is not None else {}
-    width *= 1 if connector.mean else connector.merge
+    merged = width * connector.merge
+    if connector.mix:
+        shapes |= _linear("mix", width, merged)
+    width = width if connector.mean or connector.mix else merged
     hidden = width if connector.early else connector.widths[-1]
     for index, rows in enumerate(connector.widths):
         shapes |= _linear(f"linear{index}", rows, width, bias=connector.bias)
@@ -62,9 +74,17 @@ def _connector(connector: Connector) -> Shapes:
     return shapes | (_linear("newline", connector.newlines, hidden) if connector.newlines else {})
 
 
-def _layers(layers: Sequence[Layer], hidden: int) -> Shapes:
+def _perceiver(p: Perceiver) -> Shapes:
+    shapes = {"latents.weight": (p.latents, p.hidden)} | _layers(p.layers, p.hidden)
+    shapes |= _linear("mlp.gate", p.mlp.width, p.tower) | _linear("mlp.up", p.mlp.width, p.tower)
+    for index, layer in enumerate(p.layers):
+        shapes |= _norm(f"layers.{index}.attention.context_norm", layer.norm, p.hidden)
+    return shapes | _linear("mlp.down", p.hidden, p.mlp.width) | _norm("norm", p.norm, p.hidden)
+
+
+def _layers(layers: Sequence[Layer], hidden: int, name: str = "layers") -> Shapes:
     return {
-        f"layers.{index}.{role}": shape
+        f"{name}.{index}.{role}": shape
         for index, layer in enumerate(layers)
         for role, shape in _layer(layer, hidden).items()
     }

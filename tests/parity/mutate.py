@@ -1,12 +1,14 @@
-"""Every way to alter one field of a Spec: a walk of the dataclass tree, not a list of fields."""
+"""Every way to alter one field of a spec: a walk of the dataclass tree, not a list of fields."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from squall.spec import Decoder, Layer, LinearScaling, Norm, Rope
+from squall.spec import Connector, Decoder, Layer, LinearScaling, Norm, Rope, Tower
+
+Spec = TypeVar("Spec", Decoder, Tower, Connector)
 
 # What an absent option becomes.
 PRESENT: dict[str, Any] = {
@@ -18,6 +20,9 @@ PRESENT: dict[str, Any] = {
     "long_magnitude": 1.5,
     "jitter": 0.3,
     "qk_norm": Norm("rms", 0.01),
+    "pre_norm": Norm("layer", 0.01, bias=True),
+    "norm": Norm("layer", 0.01, bias=True),
+    "activation": "relu",
     "rope": Rope(10000.0, 32),
 }
 # Where one more would be out of range, or would not cross a rounding or a threshold.
@@ -27,24 +32,29 @@ OWN: dict[str, Callable[[Any, int], Any]] = {
     "beta_fast": lambda value, _: value * 4,
     "beta_slow": lambda value, _: value * 4,
     "original_context": lambda value, context: value // 4 if context <= value else value * 4,
+    "axes": lambda value, _: tuple(max(value) - axis for axis in value),
+    "widths": lambda value, _: tuple(width + 1 for width in value),
+    "local": lambda value, _: value ^ {0},
+    "read": lambda value, _: tuple(max(layer - 1, 0) for layer in value),
 }
 
 
-def mutations(decoder: Decoder, context: int) -> Iterator[tuple[str, Decoder]]:
-    """(what changed, the changed decoder); parts that layers have in common change together."""
-    yield from _fields(decoder, context)
+def mutations(spec: Spec, context: int) -> Iterator[tuple[str, Spec]]:
+    """(what changed, the changed spec); parts that layers have in common change together."""
+    yield from _fields(spec, context)
+    own = () if isinstance(spec, Connector) else spec.layers
     for field in dataclasses.fields(Layer):
-        parts = [getattr(layer, field.name) for layer in decoder.layers]
+        parts = [getattr(layer, field.name) for layer in own]
         for part in dict.fromkeys(parts):
-            first = decoder.layers[parts.index(part)]
+            first = own[parts.index(part)]
             for name, changed in _field(first, field.name, context):
                 new = getattr(changed, field.name)
                 layers = tuple(
                     dataclasses.replace(layer, **{field.name: new}) if old == part else layer
-                    for layer, old in zip(decoder.layers, parts, strict=True)
+                    for layer, old in zip(own, parts, strict=True)
                 )
                 where = f"layers[{parts.index(part)}]"
-                yield f"{where}.{name}", dataclasses.replace(decoder, layers=layers)
+                yield f"{where}.{name}", dataclasses.replace(spec, layers=layers)
 
 
 def _fields(item: Any, context: int) -> Iterator[tuple[str, Any]]:
@@ -62,6 +72,8 @@ def _field(item: Any, name: str, context: int) -> Iterator[tuple[str, Any]]:
 def _values(name: str, value: Any, hint: Any, context: int) -> Iterator[tuple[str, Any]]:
     if value is None:
         yield "=present", PRESENT[name]
+        return
+    if value == ():  # what is there without others to turn with
         return
     if type(None) in get_args(hint):
         yield "=None", None
@@ -88,5 +100,6 @@ def _altered(name: str, value: Any, context: int) -> tuple[str, Any]:
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    assert get_origin(hint) is Literal, hint
-    return get_args(hint)
+    kinds = hint if get_origin(hint) is Literal else get_args(hint)[0]
+    assert get_origin(kinds) is Literal, hint
+    return get_args(kinds)

@@ -27,6 +27,7 @@ MOVED = 1e-4
 # pattern of the mutation: (of which decoders, why nothing can move)
 EQUIVALENT: dict[str, tuple[Callable[[Decoder], bool], str]] = {
     r"context\+1": (lambda _: True, "it bounds what callers may ask for"),
+    r"sees=True": (lambda _: True, "the prompt has no image"),
     r".*qk_norm_scope=\w+": (
         lambda d: d.layers[0].attention.qk_norm is None,
         "there is no norm to scope",

@@ -165,6 +165,15 @@ class Deferred(Tensor):
         return self.make()[start * row_bytes : stop * row_bytes]
 
 
+def transposed(tensor: Tensor) -> Tensor:
+    """A matrix with its columns as rows."""
+
+    def made() -> NDArray[np.uint8]:
+        return np.ascontiguousarray(tensor.to_float32().T).reshape(-1).view(np.uint8)
+
+    return Deferred(tensor.name, "f32", tensor.shape[::-1], made)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """An open checkpoint; reading a tensor's `data` is what brings its pages in.

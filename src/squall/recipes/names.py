@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from squall.checkpoints.base import Tensor
@@ -27,6 +27,7 @@ class Naming:
     fused: name -> roles that lie in one tensor, one after another, where they have none of their
         own.
     harmless: what may be in a checkpoint unused.
+    transposed: roles of matrices that are stored [cols, rows].
     """
 
     stems: Mapping[str, str]
@@ -34,6 +35,7 @@ class Naming:
     pieces: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     harmless: re.Pattern[str] = _NONE
+    transposed: frozenset[str] = frozenset()
 
     def name(self, role: str) -> str:
         """The tensor of a role such as `layers.3.attention.q.weight`."""
@@ -109,6 +111,9 @@ class _Finder:
         name, shape = self.naming.name(role), self.shapes[role]
         if name not in self.tensors and (bare := name.rpartition(".")[0]) in self.tensors:
             name = bare  # a parameter that is no module's
+        if self.naming.split(role)[1] in self.naming.transposed:
+            self.check(name, shape[::-1])
+            return replace(self.slice(name, shape), transposed=True)
         if name not in self.tensors or not _alike(self.tensors[name].shape, shape):
             self.check(name, shape)
         return self.slice(name, shape)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from squall import executors
-from squall.batch import Mixture
 from squall.engine.request import Span
 from squall.errors import InvalidRequest
 from squall.executors import Executor, Limits, ThreadPool
@@ -22,7 +21,6 @@ from squall.vision.placing import Placed
 from squall.weights import WeightStore
 
 Floats = NDArray[np.float32]
-Key = tuple[bytes, str]
 
 LEAST_ROWS, MOST_ROWS = 1024, 1 << 16
 
@@ -55,7 +53,7 @@ class Sight:
         self.encoded = self.reused = 0
         self._program, self._store, self._pool = program, store, pool
         self._limit_bytes, self._kept_bytes = limit_bytes, 0
-        self._kept: OrderedDict[Key, Floats] = OrderedDict()
+        self._kept: OrderedDict[bytes, Floats] = OrderedDict()
         # One image is read at a time: two that are the same are read once.
         self._lock = threading.Lock()
         self._rows = 0
@@ -67,11 +65,9 @@ class Sight:
 
         return Seen(self.family.process(image), digest(image))
 
-    def spans(
-        self, placed: Placed, images: Sequence[Seen], mixture: Mixture = (), adapters: str = ""
-    ) -> tuple[Span, ...]:
-        """The images as parts of a prompt. mixture: adapters, which have this digest."""
-        rows = [self.rows(image, mixture, adapters) for image in images]
+    def spans(self, placed: Placed, images: Sequence[Seen]) -> tuple[Span, ...]:
+        """The images as parts of a prompt."""
+        rows = [self.rows(image) for image in images]
         return tuple(
             Span(
                 run.start, run.stop, images[run.image].digest,
@@ -81,9 +77,9 @@ class Sight:
             for run in placed.runs
         )  # fmt: skip
 
-    def rows(self, image: Seen, mixture: Mixture = (), adapters: str = "") -> Floats:
+    def rows(self, image: Seen) -> Floats:
         """Rows of an image for the decoder, [rows, hidden]."""
-        key = image.digest, adapters
+        key = image.digest
         with self._lock:
             found = self._kept.get(key)
             if found is not None:
@@ -111,7 +107,7 @@ class Sight:
         limits = Limits(rows=dict.fromkeys(self._program.spaces, rows))
         return executors.open(self._program, self._store, limits, pool=self._pool)
 
-    def _keep(self, key: Key, rows: Floats) -> None:
+    def _keep(self, key: bytes, rows: Floats) -> None:
         self._kept[key] = rows
         self._kept_bytes += rows.nbytes
         while self._kept_bytes > self._limit_bytes:

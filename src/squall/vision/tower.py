@@ -6,10 +6,26 @@ become one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
 from squall.blocks import Blocks, Reach
-from squall.program import Add, Embed, GatherRows, Index, Names, Overlay, Program, Value
+from squall.program import (
+    Add,
+    Concatenate,
+    Embed,
+    GatherColumns,
+    GatherRows,
+    Index,
+    Names,
+    Overlay,
+    Program,
+    Value,
+)
 from squall.roles import roles
-from squall.spec import Connector, Tower
+from squall.spec import Connector, Layer, Perceiver, Tiles, Tower
 
 TOWER, CONNECTOR = "tower.", "connector."
 # The input, [rows, patch]: pixels in the order of the weight's columns; a class token has zeros.
@@ -19,42 +35,87 @@ PATCHES = "patches"
 PATCH, CLASS = Index("patch", "rows"), Index("class", "rows")
 POSITIONS, ROTARY = Index("positions", "rows"), Index("rotary", "rows", 2)
 SPANS, LOCAL = Index("spans", "rows", 2), Index("local", "rows", 2)
+# Of each row of a picture in tiles: its tile, and its place in it, by shape; itself, or negative:
+# it fills its tile up, with nothing in it.
+TILE, PLACE, FULL = Index("tile", "rows"), Index("place", "rows"), Index("full", "rows")
 # Of each merged row the rows that become it. MERGED has as many axes as the connector merges.
 MERGED = "merged"
 # Of each row that goes to the decoder: the merged one, or negative: a newline; and which.
 TAKEN, NEWLINE = Index("taken", "image"), Index("newline", "image")
+# Of each row that a perceiver gives: which latent it begins as; the merged rows that it reads. Of
+# each merged row: which of those rows stands there, or negative: none.
+LATENTS, READ = Index("latents", "image"), Index("read", "image", 2)
+LATENT = Index("latent", "merged")
 # The output, [rows for the decoder, width].
 IMAGE = "image"
 
 
-def compile(tower: Tower, connector: Connector, names: Names) -> Program:
+def compile(tower: Tower, connector: Connector | Perceiver, names: Names) -> Program:
     """The program of both."""
     shapes = {TOWER + role: shape for role, shape in roles(tower).items()}
     shapes |= {CONNECTOR + role: shape for role, shape in roles(connector).items()}
     b = Blocks(names, shapes, ROTARY)
     patches = b.builder.value(PATCHES, tower.patch, "rows")
-    out = connect(b, connector, _layers(b, tower, embed(b, tower, patches)))
+    x = _layers(b, tower, embed(b, tower, patches))
+    out = (
+        perceive(b, connector, x) if isinstance(connector, Perceiver) else connect(b, connector, x)
+    )
     return b.builder.build(out, inputs=[patches])
 
 
 def embed(b: Blocks, tower: Tower, patches: Value) -> Value:
     """The rows that layers begin with."""
-    new = b.builder.value
-    x = b.linear(patches, f"{TOWER}patches", "embedded", bias=tower.bias)
+    new, tiles = b.builder.value, tower.tiles
+    x = embedded = b.linear(patches, f"{TOWER}patches", "embedded", bias=tower.bias)
+    if tiles is not None:
+        x = _tiled(b, x, "before", TILE, tiles.gates[0])
     if tower.class_token:
         token = _learned(b, f"{TOWER}class", CLASS)
         x = b.builder.emit(Overlay(new("classed", x.width, "rows"), token, x, PATCH))
     if tower.positions:
         places = _learned(b, f"{TOWER}positions", POSITIONS)
-        x = b.builder.emit(Add(new("placed", x.width, "rows"), x, places))
-    return x if tower.pre_norm is None else b.norm(x, f"{TOWER}pre_norm", tower.pre_norm)
+        share = 1.0 if tiles is None else 1.0 - tiles.gates[1]
+        x = b.builder.emit(Add(new("placed", x.width, "rows"), x, places, share))
+    if tiles is not None:
+        x = _tiled(b, x, "places", PLACE, tiles.gates[1])
+    x = x if tower.pre_norm is None else b.norm(x, f"{TOWER}pre_norm", tower.pre_norm)
+    if tiles is None:
+        return x
+    return b.builder.emit(Overlay(new("filled", x.width, "rows"), embedded, x, FULL))
+
+
+def _tiled(b: Blocks, x: Value, role: str, index: Index, gate: float) -> Value:
+    """With what is learned for tiles."""
+    learned = _learned(b, f"{TOWER}tiles.{role}", index)
+    out = b.builder.value(f"tiled.{role}", x.width, x.rows)
+    return b.builder.emit(Add(out, x, learned, gate))
 
 
 def _layers(b: Blocks, tower: Tower, x: Value) -> Value:
+    made = []
     for index, layer in enumerate(tower.layers):
         reach = Reach(LOCAL if index in tower.local else SPANS)
         x = b.layer(x, f"{TOWER}layers.{index}", layer, reach)
-    return x if tower.norm is None else b.norm(x, f"{TOWER}norm", tower.norm)
+        made.append(x)
+    x = x if tower.norm is None else b.norm(x, f"{TOWER}norm", tower.norm)
+    return x if tower.tiles is None else _late(b, tower.tiles, x, made)
+
+
+def _late(b: Blocks, tiles: Tiles, x: Value, made: list[Value]) -> Value:
+    """The layers after the norm, and what some of those before it made."""
+    x = _tiled(b, x, "after", TILE, tiles.gates[2])
+    for index, layer in enumerate(tiles.late):
+        x = b.layer(x, f"{TOWER}late.{index}", layer, Reach(SPANS))
+    width, count = x.width, len(tiles.read)
+    if not count:
+        return x
+    for index in tiles.read:
+        new = b.builder.value(f"read.{x.width // width}", x.width + width, "rows")
+        x = b.builder.emit(Concatenate(new, x, made[index]))
+    columns = np.arange(x.width, dtype="<u4")
+    columns[width:] = columns[width:].reshape(count, width).T.reshape(-1)
+    out = b.builder.value("read", x.width, "rows")
+    return b.builder.emit(GatherColumns(out, x, columns.tobytes()))
 
 
 def connect(b: Blocks, c: Connector, x: Value) -> Value:
@@ -66,6 +127,10 @@ def connect(b: Blocks, c: Connector, x: Value) -> Value:
     x = b.builder.emit(GatherRows(b.builder.value("gathered", width, MERGED), x, index, c.mean))
     if c.norm is not None and c.mean:
         x = b.norm(x, f"{CONNECTOR}norm", c.norm)
+    if c.mix:
+        order = np.arange(width, dtype="<u4").reshape(c.merge, -1).T.tobytes()
+        x = b.builder.emit(GatherColumns(b.builder.value("by channel", width, MERGED), x, order))
+        x = b.linear(x, f"{CONNECTOR}mix", "mixed", bias=False)
     if c.early:
         x = _newlines(b, c, x)
     last = len(c.widths) - 1
@@ -75,6 +140,29 @@ def connect(b: Blocks, c: Connector, x: Value) -> Value:
         activation = None if number == last else c.activation
         x = b.linear(x, role, name, bias=c.bias, activation=activation)
     return x if c.early else _newlines(b, c, x)
+
+
+def perceive(b: Blocks, p: Perceiver, x: Value) -> Value:
+    """Latents that have read."""
+    context = b.feed_forward(x, f"{CONNECTOR}mlp", f"{CONNECTOR}mlp", p.mlp)
+    out = b.builder.value("context", p.hidden, MERGED)
+    context = b.builder.emit(GatherRows(out, context, Index(MERGED, MERGED)))
+    x = _learned(b, f"{CONNECTOR}latents", LATENTS)
+    for index, layer in enumerate(p.layers):
+        name = f"{CONNECTOR}layers.{index}"
+        x = b.layer(x, name, layer, Reach(READ, read=_beside(b, context, name, layer)))
+    return b.norm(x, f"{CONNECTOR}norm", p.norm, out=IMAGE)
+
+
+def _beside(b: Blocks, context: Value, name: str, layer: Layer) -> Callable[[Value], Value]:
+    """Makes the rows that latents read: the context, and they themselves."""
+
+    def read(latents: Value) -> Value:
+        normed = b.norm(context, f"{name}.attention.context_norm", layer.norm)
+        out = b.builder.value(f"{name}.attention.read", context.width, MERGED)
+        return b.builder.emit(Overlay(out, normed, latents, LATENT))
+
+    return read
 
 
 def _newlines(b: Blocks, c: Connector, x: Value) -> Value:
@@ -88,4 +176,5 @@ def _newlines(b: Blocks, c: Connector, x: Value) -> Value:
 
 def _learned(b: Blocks, role: str, index: Index) -> Value:
     table = b.matrix(role)
+    table = replace(table, rows=table.rows * table.experts, experts=1)
     return b.builder.emit(Embed(b.builder.value(role, table.cols, index.rows), index, table))
