@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from squall.spec import Connector, Decoder, Layer, LinearScaling, Norm, Rope, Tower
+from squall.spec import Connector, Decoder, Layer, LinearScaling, Norm, Rope, Tiles, Tower
 
 Spec = TypeVar("Spec", Decoder, Tower, Connector)
 
@@ -23,6 +23,7 @@ PRESENT: dict[str, Any] = {
     "pre_norm": Norm("layer", 0.01, bias=True),
     "norm": Norm("layer", 0.01, bias=True),
     "activation": "relu",
+    "tiles": Tiles(2, 4, (0.5, 0.5, 0.5), (), ()),
     "rope": Rope(10000.0, 32),
 }
 # Where one more would be out of range, or would not cross a rounding or a threshold.

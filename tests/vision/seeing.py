@@ -331,6 +331,7 @@ EQUIVALENT: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda tower: tower.layers[0].attention.qk_norm is None,
         "there is no norm to scope",
     ),
+    r".*recalls=True": (lambda _: True, "a tower has nothing to recall"),
     r"mean=True": (lambda connector: connector.merge == 1, "the mean of one row"),
     r"early=True": (lambda connector: not connector.newlines, "there are no newlines"),
     r"activation=\w+": (lambda connector: len(connector.widths) < 2, "nothing is between linears"),
