@@ -64,10 +64,10 @@ def idefics2(s: Sections) -> tuple[Part, ...]:
     heads, kv_heads = p.count("resampler_n_heads"), p.count("num_key_value_heads")
     size, act = p.count("resampler_head_dim", high=1 << 16), config_parts.activation(p)
     if heads % kv_heads:
-        raise InvalidCheckpoint(f"{heads} resampler_n_heads cannot share {kv_heads} key-value heads")
-    layer = Layer(
-        Attention(heads, kv_heads, size, size**-0.5, None), Mlp(4 * hidden, act), norm
-    )
+        raise InvalidCheckpoint(
+            f"{heads} resampler_n_heads cannot share {kv_heads} key-value heads"
+        )
+    layer = Layer(Attention(heads, kv_heads, size, size**-0.5, None), Mlp(4 * hidden, act), norm)
     mlp = Mlp(s.text.count("feed_forward_length"), config_parts.activation(s.text))
     latents = p.count("resampler_n_latents", high=1 << 16)
     blocks = (layer,) * p.count("resampler_depth", high=4096)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from squall.checkpoints.base import Checkpoint
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import read_json
 from squall.vision.family import Family
+from squall.vision.gemma3 import Gemma3
+from squall.vision.idefics import Idefics2, Idefics3
 from squall.vision.llava import Llava
 
 # By config.json and preprocessor_config.json.
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]] = {
+    "Gemma3ForConditionalGeneration": Gemma3.of,
+    "Idefics2ForConditionalGeneration": Idefics2.of,
+    "Idefics3ForConditionalGeneration": Idefics3.of,
     "LlavaForConditionalGeneration": Llava.of,
+    "SmolVLMForConditionalGeneration": partial(Idefics3.of, kind="smolvlm"),
 }
 
 

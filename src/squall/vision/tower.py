@@ -40,7 +40,9 @@ def compile(tower: Tower, connector: Connector | Perceiver, names: Names) -> Pro
     b = Blocks(names, shapes, ROTARY)
     patches = b.builder.value(PATCHES, tower.patch, "rows")
     x = _layers(b, tower, embed(b, tower, patches))
-    out = perceive(b, connector, x) if isinstance(connector, Perceiver) else connect(b, connector, x)
+    out = (
+        perceive(b, connector, x) if isinstance(connector, Perceiver) else connect(b, connector, x)
+    )
     return b.builder.build(out, inputs=[patches])
 
 
