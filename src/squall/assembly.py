@@ -30,6 +30,7 @@ from squall.locate import locate, locate_uqff
 from squall.opening import Opening
 from squall.quant import Plan, Topology
 from squall.recipes import Recipe
+from squall.spec import Connector, Tower
 from squall.text.chat import ChatTemplate
 from squall.text.hf_tokenizer import HfTokenizer
 from squall.text.stream import TextStream
@@ -38,6 +39,7 @@ from squall.weights import WeightStore
 
 if TYPE_CHECKING:
     from squall.adapters.lora import Lora
+    from squall.vision.sight import Sight
 
 Prepared = tuple[Checkpoint, Recipe, Plan]
 
@@ -62,6 +64,7 @@ class Assembly:
     template: ChatTemplate | None
     engine: Engine
     adapters: Shelf
+    sight: Sight | None = None
 
 
 def assemble(opening: Opening) -> Assembly:
@@ -90,7 +93,8 @@ def assemble(opening: Opening) -> Assembly:
         draft = Draft(_executor(models[1], small, room, encode), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
-    return Assembly(checkpoint, recipe, tokenizer, template or None, answering, adapters)
+    sight = _sight(model, opening, executor)
+    return Assembly(checkpoint, recipe, tokenizer, template or None, answering, adapters, sight)
 
 
 def open_tokenizer(
@@ -195,6 +199,24 @@ def _executor(
         return open_experts(experts, own, limits, **given)
     program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=context))
     return executors.open(program, store(**_merged(model, opening)), limits, **given)
+
+
+def _sight(model: Prepared, opening: Opening, executor: Executor) -> Sight | None:
+    """What a model with a tower sees with."""
+    checkpoint, recipe, plan = model
+    if not recipe.sees:
+        return None
+    from squall.vision import families, tower
+    from squall.vision.sight import Sight
+
+    family = families.family(recipe.architecture, checkpoint, opening.max_edge)
+    seeing, connector = recipe.part("tower").spec, recipe.part("connector").spec
+    names = recipe.all_names
+    program = tower.compile(cast(Tower, seeing), cast(Connector, connector), names)
+    recalls = any(layer.attention.recalls for layer in recipe.decoder.layers)
+    keys = decoder.compile_memory(recipe.decoder, names) if recalls else None
+    store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
+    return Sight(family, executor, store, (program, keys), limit_bytes=opening.image_bytes)
 
 
 def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:

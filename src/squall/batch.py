@@ -45,7 +45,8 @@ class Batch(Sequences):
     rotary: [axes, rows]. Positions for the rotary embedding, by default the same.
     images: float32 [image rows, hidden]. overlay: [rows]. Which of those stands in place of a
         token's embedding; negative: none. Both for programs that ask, by default nothing.
-    seen: [2, rows]. The first row of its sequence's memory that a row sees, and one past the last.
+    seen: [3, rows]. The first row of its sequence's memory that a row sees, one past the last, and
+        whether those are of an image before it; if 0, the row sees all, and makes little of it.
     mixture: [rows]. Which of the `mixtures` each row has; negative: none, which is the default.
     prompts: [sequences]. How many tokens of a sequence are its prompt.
     """
@@ -89,7 +90,9 @@ class Batch(Sequences):
                 given["images"] = none if self.images is None else self.images
                 given["overlay"] = self._or(self.overlay, -1)
         if "seen" in wanted:
-            given["seen"] = np.zeros((2, rows), np.int32) if self.seen is None else self.seen
+            seen = np.zeros((3, rows), np.int32) if self.seen is None else self.seen
+            told = {"told": _own(seen[2]), "told.outputs": _own(seen[2, self.outputs])}
+            given |= {"seen": seen[:2], **told}
         return given
 
     def _or(self, given: Int32 | None, value: int) -> Int32:
@@ -103,3 +106,8 @@ class Batch(Sequences):
         rows = np.diff(self.bounds)
         firsts, prompts = np.repeat(self.bounds[:-1], rows), np.repeat(self.prompts, rows)
         return np.where(self.positions < prompts, firsts, shared)
+
+
+def _own(marks: Int32) -> Int32:
+    """Of each row itself if it is marked, else -1."""
+    return np.where(marks, np.arange(len(marks)), -1).astype(np.int32)

@@ -17,6 +17,8 @@ from squall.program import (
     MixtureOfExperts,
     Names,
     Normalize,
+    Overlay,
+    Recall,
     RopeAngles,
     Rotate,
     Value,
@@ -28,7 +30,7 @@ from squall.spec import Activation, Attention, Layer, Mlp, Moe, Norm, Rope
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What the rows of an attention see: where spans come from, and the cache that it has.
+    """What the rows of an attention see: where spans come from, and its cache, or its memory.
 
     read: what keys and values are made of, of the rows themselves; by default of these alone.
     """
@@ -81,24 +83,43 @@ class Blocks:
         if post:
             out = self.feed_forward(h, second, second, layer.feed_forward)
             return self.add_normed(x, out, second, norm, name, scales[1])
-        return self.feed_forward(h, second, name, layer.feed_forward, residual=x, scale=scales[1])
+        last = f"{second}.out" if layer.attention.recalls else name
+        y = self.feed_forward(h, second, last, layer.feed_forward, residual=x, scale=scales[1])
+        if not layer.attention.recalls:
+            return y
+        told = Index("told" if y.rows == "tokens" else f"told.{y.rows}", y.rows)
+        return self.builder.emit(Overlay(self.builder.value(name, y.width, y.rows), x, y, told))
 
     def attention(self, h: Value, name: str, a: Attention, reach: Reach) -> Value:
-        q = self.linear(h, f"{name}.q", f"{name}.q", bias=a.qkv_bias)
-        read = reach.read(h)
-        k = self.linear(read, f"{name}.k", f"{name}.k", bias=a.qkv_bias)
-        v = self.linear(read, f"{name}.v", f"{name}.v", bias=a.qkv_bias)
-        if a.qk_norm is not None:
-            whole = a.qk_norm_scope == "row"
-            q = self.norm(q, f"{name}.q_norm", a.qk_norm, q.width if whole else a.head_dim)
-            k = self.norm(k, f"{name}.k_norm", a.qk_norm, k.width if whole else a.head_dim)
-        if a.rope is not None:
-            q = self.rotate(q, f"{name}.q_rotated", a.rope, a.heads)
-            k = self.rotate(k, f"{name}.k_rotated", a.rope, a.kv_heads)
-        out = self.builder.value(f"{name}.out", a.heads * a.head_dim, h.rows)
         sizes = a.heads, a.kv_heads, a.head_dim
+        if a.recalls:
+            assert reach.cache is not None
+            (q,) = self.heads(name, a, q=h)
+            out = self.builder.value(f"{name}.out", q.width, h.rows)
+            return self.builder.emit(Recall(out, q, reach.spans, reach.cache, *sizes, a.scale))
+        read = reach.read(h)
+        q, k, v = self.heads(name, a, q=h, k=read, v=read)
+        out = self.builder.value(f"{name}.out", q.width, h.rows)
         how = (reach.cache, *sizes, a.scale, a.window, a.softcap)
         return self.builder.emit(Attend(out, q, k, v, reach.spans, *how))
+
+    def heads(self, name: str, a: Attention, **of: Value) -> list[Value]:
+        """Of rows queries (q), keys (k) and values (v), in this order, or some of them."""
+        made = {
+            part: self.linear(x, f"{name}.{part}", f"{name}.{part}", bias=a.qkv_bias)
+            for part, x in of.items()
+        }
+        turned = [part for part in made if part != "v"]
+        if a.qk_norm is not None:
+            whole = a.qk_norm_scope == "row"
+            for part in turned:
+                group = made[part].width if whole else a.head_dim
+                made[part] = self.norm(made[part], f"{name}.{part}_norm", a.qk_norm, group)
+        if a.rope is not None:
+            for part in turned:
+                heads = made[part].width // a.head_dim
+                made[part] = self.rotate(made[part], f"{name}.{part}_rotated", a.rope, heads)
+        return list(made.values())
 
     def rotate(self, x: Value, name: str, rope: Rope, heads: int) -> Value:
         key = (*rope.frequencies(self.context), rope.axes)

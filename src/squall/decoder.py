@@ -25,6 +25,8 @@ SPANS = Index("spans", axes=2)
 OUTPUTS = Index("outputs", rows="outputs")
 # Rows of images in this run, and which of them stands in place of a token's embedding.
 IMAGES, OVERLAY = "images", Index("overlay")
+# What a row sees of its sequence's memory.
+SEEN = Index("seen", axes=2)
 
 
 def compile(decoder: Decoder, names: Names, *, context: int, whole: bool = False) -> Program:
@@ -37,6 +39,15 @@ def compile(decoder: Decoder, names: Names, *, context: int, whole: bool = False
     rotary = Index("rotary", axes=axes)
     b = Blocks(names, roles(decoder), rotary, context, decoder.residual_scale)
     return _program(decoder, b, whole=whole)
+
+
+def compile_memory(decoder: Decoder, names: Names) -> Program:
+    """Rows of images in; out the keys and values of each layer that recalls, one layer's by one."""
+    b = Blocks(names, roles(decoder), Index("rotary", "image"))
+    image = b.builder.value("image", decoder.hidden, "image")
+    layers = [(i, layer.attention) for i, layer in enumerate(decoder.layers)]
+    made = [b.heads(f"layers.{i}.attention", a, k=image, v=image) for i, a in layers if a.recalls]
+    return b.builder.build(*(value for pair in made for value in pair), inputs=[image])
 
 
 def _ropes(decoder: Decoder) -> list[Rope]:
@@ -55,10 +66,14 @@ def _program(d: Decoder, b: Blocks, *, whole: bool) -> Program:
     def outputs(x: Value) -> Value:
         return b.builder.emit(GatherRows(new(f"{x.name}.outputs", x.width, "outputs"), x, OUTPUTS))
 
+    caches: dict[bool, list[CacheLayer]] = {False: [], True: []}
     for index, layer in enumerate(d.layers):
         # Other rows than the outputs' are in the last layer for its keys and values only.
         last = {} if whole or index < len(d.layers) - 1 else {"chosen": outputs}
-        x = b.layer(x, f"layers.{index}", layer, Reach(SPANS, index), **last)
+        a = layer.attention
+        reach = Reach(SEEN if a.recalls else SPANS, len(caches[a.recalls]))
+        caches[a.recalls].append(CacheLayer(a.kv_heads, a.head_dim))
+        x = b.layer(x, f"layers.{index}", layer, reach, **last)
     x = b.norm(x, "norm", d.norm)
     x = outputs(x) if whole else x
     head = replace(table, role="head") if d.tied else b.matrix("head")
@@ -69,6 +84,5 @@ def _program(d: Decoder, b: Blocks, *, whole: bool) -> Program:
     if d.logit_softcap is not None:
         out = new("logits", d.vocab, "outputs")
         logits = b.builder.emit(Softcap(out, logits, d.logit_softcap))
-    attentions = [layer.attention for layer in d.layers]
-    caches = tuple(CacheLayer(a.kv_heads, a.head_dim) for a in attentions)
-    return b.builder.build(logits, inputs=inputs, caches=caches, context=b.context)
+    kept = {"caches": caches[False], "memories": caches[True]}
+    return b.builder.build(logits, inputs=inputs, context=b.context, **kept)

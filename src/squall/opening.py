@@ -25,7 +25,10 @@ KvDtype = Literal["f16", "f32", "q8_0"]
 
 _CHOICES = {"weights": get_args(Weights), "kv_dtype": get_args(KvDtype)}
 _KINDS = {
-    (int, "a whole number"): "context threads kv_tokens draft_tokens gqa adapter_bytes",
+    (
+        int,
+        "a whole number",
+    ): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge image_bytes",
     (str, "text"): "architecture chat_template",
     (str | os.PathLike, "a path"): "path tokenizer_json write_uqff from_uqff",
 }
@@ -85,6 +88,8 @@ class Opening:
     adapter_bytes: so much memory for adapters; those that were not used for longest make room.
     xlora: adapters that the model itself weighs, token by token (X-LoRA).
     anymoe: experts made of other models or adapters, and gates between them (AnyMoE).
+    max_edge: images are made smaller first, until their longer edge is at most so many pixels.
+    image_bytes: so much memory for what models made of images lately, so that it is not made again.
     progress: called with (done, in all): bytes loaded; then adapters, or steps of a training.
     """
 
@@ -116,6 +121,8 @@ class Opening:
     adapter_bytes: int | None = None
     xlora: XLora | None = None
     anymoe: AnyMoe | None = None
+    max_edge: int | None = None
+    image_bytes: int = 256 << 20
     progress: Callable[[int, int], None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

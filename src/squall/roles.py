@@ -50,13 +50,23 @@ def _tower(tower: Tower) -> Shapes:
         shapes["positions.weight"] = (tower.positions, tower.hidden)
     for role, norm in (("pre_norm", tower.pre_norm), ("norm", tower.norm)):
         shapes |= _norm(role, norm, tower.hidden) if norm is not None else {}
+    if (tiles := tower.tiles) is not None:
+        rows = {"before": tiles.most, "places": tiles.most * tower.positions, "after": tiles.most}
+        shapes |= {
+            f"tiles.{role}.weight": (tiles.shapes, count, tower.hidden)
+            for role, count in rows.items()
+        }
+        shapes |= _layers(tiles.late, tower.hidden, "late")
     return shapes | _layers(tower.layers, tower.hidden)
 
 
 def _connector(connector: Connector) -> Shapes:
     width = connector.tower
     shapes = _norm("norm", connector.norm, width) if connector.norm is not None else {}
-    width *= 1 if connector.mean else connector.merge
+    merged = width * connector.merge
+    if connector.mix:
+        shapes |= _linear("mix", width, merged)
+    width = width if connector.mean or connector.mix else merged
     hidden = width if connector.early else connector.widths[-1]
     for index, rows in enumerate(connector.widths):
         shapes |= _linear(f"linear{index}", rows, width, bias=connector.bias)
@@ -72,9 +82,9 @@ def _perceiver(p: Perceiver) -> Shapes:
     return shapes | _linear("mlp.down", p.hidden, p.mlp.width) | _norm("norm", p.norm, p.hidden)
 
 
-def _layers(layers: Sequence[Layer], hidden: int) -> Shapes:
+def _layers(layers: Sequence[Layer], hidden: int, name: str = "layers") -> Shapes:
     return {
-        f"layers.{index}.{role}": shape
+        f"{name}.{index}.{role}": shape
         for index, layer in enumerate(layers)
         for role, shape in _layer(layer, hidden).items()
     }

@@ -83,6 +83,7 @@ class Rope:
     """Rotary embedding of a head's first `dims`; `interleaved` pairs (0, 1), else (0, dims / 2).
 
     axes: which axis of its position each frequency turns with, if positions have several.
+    order: which frequency each is, if they are not all there in descending order.
     """
 
     theta: float
@@ -90,6 +91,7 @@ class Rope:
     interleaved: bool = False
     scaling: RopeScaling | None = None
     axes: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
     def frequencies(self, context: int) -> tuple[tuple[float, ...], float]:
         """The `dims / 2` frequencies (radians a position), and the magnitude of cos and sin.
@@ -97,7 +99,7 @@ class Rope:
         What depends on the length goes by `context`, the tokens there is room for, and not by how
         many there are: so a token's result does not depend on when it was computed.
         """
-        base = [self.theta ** (-2 * i / self.dims) for i in range(self.dims // 2)]
+        base = [self.theta ** (-2 * i / self.dims) for i in self.order or range(self.dims // 2)]
         match self.scaling:
             case None:
                 return tuple(base), 1.0
@@ -157,6 +159,7 @@ class Attention:
 
     qk_norm_scope: of each head with weights that all share (head) or its own (each_head), or of the
         whole row.
+    recalls: keys and values are those of the sequence's memory, not its own.
     """
 
     heads: int
@@ -170,6 +173,7 @@ class Attention:
     out_bias: bool = False
     qk_norm: Norm | None = None
     qk_norm_scope: NormScope = "head"
+    recalls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +211,8 @@ class Layer:
     post:     x += norm(attn(x)); x += norm(ffn(x))
     parallel: h = norm(x); x += attn(h) + ffn(h)
 
-    gates: what attn and ffn are multiplied by before they are added.
+    gates: what attn and ffn are multiplied by before they are added. Where attention recalls, ffn
+        is added only to rows that see an image.
     """
 
     attention: Attention
@@ -241,6 +246,24 @@ class Decoder:
 
 
 @dataclass(frozen=True, slots=True)
+class Tiles:
+    """How rows know the tile of a picture that they are of, and its shape.
+
+    shapes, most: shapes of a picture that there are, and tiles of one.
+    gates: of what is learned for a tile and added to its patches; for its positions, which give up
+        that share of their own; and for a tile again, after the norm.
+    late: layers after the norm. read: layers before it whose rows are read too, after the last's,
+        value by value beside each other.
+    """
+
+    shapes: int
+    most: int
+    gates: tuple[float, float, float]
+    late: tuple[Layer, ...]
+    read: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tower:
     """A vision transformer: patches of pixels in, a row for each out.
 
@@ -248,7 +271,7 @@ class Tower:
     class_token: a learned row stands before those of each tile.
     positions: learned ones that there are; 0: none.
     pre_norm, norm: before and after the layers. local: of the layers, those that see less than the
-        whole image.
+        whole image. read: after how many layers rows are read, side by side; by default after all.
     """
 
     patch: int
@@ -260,6 +283,8 @@ class Tower:
     pre_norm: Norm | None = None
     norm: Norm | None = None
     local: frozenset[int] = frozenset()
+    read: tuple[int, ...] = ()
+    tiles: Tiles | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +307,8 @@ class Perceiver:
 class Connector:
     """Makes a decoder's rows of a tower's: norm, merging, linears; in this order.
 
-    merge: so many rows become one, side by side; mean: their mean instead.
+    merge: so many rows become one, side by side; mean: their mean instead; mix: a linear over them,
+        channel by channel, of the tower's width, without bias.
     widths: of the linears' outputs, the last the decoder's. activation: between linears.
     newlines: learned rows that stand between those of images; `early`: before the linears.
     """
@@ -294,5 +320,6 @@ class Connector:
     norm: Norm | None = None
     merge: int = 1
     mean: bool = False
+    mix: bool = False
     newlines: int = 0
     early: bool = False

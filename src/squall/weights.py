@@ -211,10 +211,11 @@ class WeightStore:
 
     def _nbytes(self, weight: Weight) -> int:
         """Bytes of a weight in the checkpoint."""
-        size = weight.size if isinstance(weight, Vector) else weight.experts * weight.rows
         tensor = self._tensor(weight.slices[0])
-        units = tensor.rows * tensor.cols if isinstance(weight, Vector) else tensor.rows
-        return size * tensor.nbytes // units
+        units = tensor.rows * tensor.cols
+        if isinstance(weight, Vector):
+            return weight.size * tensor.nbytes // units
+        return weight.experts * weight.rows * weight.cols * tensor.nbytes // units
 
     def _pages(self, weight: Weight | None) -> list[Pages]:
         slices = () if weight is None else weight.slices
@@ -320,12 +321,13 @@ def gather(
         start, stop = max(first, at), min(last, at + part.stop - part.start)
         if start < stop:
             tensor, offset = tensor_of(part), part.start - at
-            each = max(cols // max(tensor.cols, 1), 1)  # rows of pixels, as a patch has
-            if tensor.cols * each != cols or (stop + offset) * each > tensor.rows:
+            # A row may be several of the tensor's, as a patch of pixels is, or a part of one.
+            rows = [(row + offset) * cols / max(tensor.cols, 1) for row in (start, stop)]
+            if not all(row.is_integer() and row <= tensor.rows for row in rows):
                 raise InvalidCheckpoint(
                     f"tensor {tensor.name} has shape {tensor.shape}, not [{stop + offset}, {cols}]"
                 )
-            format, data = read(tensor, (start + offset) * each, (stop + offset) * each)
+            format, data = read(tensor, *map(int, rows))
             parts.append(data)
             formats.add(format)
             factors.append(np.full(stop - start, tensor.factor, np.float32))

@@ -45,7 +45,7 @@ class KvSize:
 def token_bytes(decoder: Decoder, kv_dtype: str) -> int:
     """Bytes of KV cache that one token takes."""
     attentions = (layer.attention for layer in decoder.layers)
-    values = sum(2 * a.kv_heads * a.head_dim for a in attentions)
+    values = sum(2 * a.kv_heads * a.head_dim for a in attentions if not a.recalls)
     return round(KV_BITS[kv_dtype] * values / 8)
 
 

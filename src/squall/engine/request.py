@@ -87,7 +87,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recalled:
-    """What a prompt may recall: int32 [2, ids], the rows of the memory that each token sees.
+    """What a prompt may recall: int32 [3, ids], as `Batch.seen` has it for each token.
 
     Those of the answer see what the last one does.
     """

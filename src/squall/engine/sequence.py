@@ -146,7 +146,7 @@ def _rotary(chunks: Collection[Chunk]) -> NDArray[np.int32] | None:
 
 
 def _recalling(chunks: Collection[Chunk], bounds: list[int]) -> dict[str, Any]:
-    seen = np.zeros((2, bounds[-1]), np.int32)
+    seen = np.zeros((3, bounds[-1]), np.int32)
     memories: list[Memory | None] = []
     for chunk, first in zip(chunks, bounds, strict=False):
         recalled = chunk.of.request.recalled

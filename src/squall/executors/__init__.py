@@ -27,7 +27,8 @@ DEVICES = ("cpu",)
 class Limits:
     """How large runs may be; buffers and caches are laid out once for them.
 
-    rows: of each row space. blocks, block_size: the paged KV cache; block_size a multiple of 16.
+    rows: of each row space; of those that are not named as of tokens.
+    blocks, block_size: the paged KV cache; block_size a multiple of 16.
     """
 
     rows: Mapping[str, int] = field(default_factory=lambda: {"tokens": 512, "outputs": 64})

@@ -175,7 +175,8 @@ class NativeExecutor:
     def _lower(self, program: p.Program, tiles: Tiles) -> _native.Executor:
         spaces, limits = self._spaces, self._limits
         executor = _native.Executor(
-            isa=self.isa, pool=self.pool, rows=[limits.rows[space] for space in spaces],
+            isa=self.isa, pool=self.pool, 
+            rows=[limits.rows.get(space, self.max_rows) for space in spaces],
             blocks=limits.blocks, block_size=limits.block_size, context=program.context,
             # Without caches keys and values are kept for a moment only.
             cache=limits.kv_dtype if program.caches or program.memories else "f32",

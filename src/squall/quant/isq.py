@@ -26,6 +26,7 @@ FALLBACKS = {
     "q8_k": "q8_1", "hqq8": "q8_0", "hqq4": "q4_1", "hqq3": "q4_1", "hqq2": "q4_0",
     "hqq1": "q4_0",
 }  # fmt: skip
+_KEPT = ("embed", "classifier", "router", "patches", "class", "positions", "newline")
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -111,8 +112,8 @@ class Plan:
     def target(self, role: str, stored: str, cols: int) -> str:
         """The format for rows of `cols` values, now `stored`, of a role as `layers.3.attention.q`.
 
-        Embeddings, norms, biases, classifiers and the router of a mixture of experts stay as they
-        are, and so does what has no rows of whole blocks, not even of a replacement's.
+        Embeddings, of pixels too, norms, biases, classifiers and the router of a mixture of experts
+        stay as they are, and so does what has no rows of whole blocks, not even of a replacement's.
         """
         wanted = self._wanted(role)
         found = None if wanted is None else fitting(wanted, cols)
@@ -121,10 +122,10 @@ class Plan:
         return stored if self.dtype == "auto" or FORMATS[stored].block > 1 else self.dtype
 
     def _wanted(self, role: str) -> str | None:
-        if role in ("embed", "classifier") or role.endswith(".router"):
+        if role.rpartition(".")[2] in _KEPT:
             return None
         layer = _LAYER.match(role)
-        if self.experts_only and layer and ".experts." not in role:
+        if self.experts_only and role != "head" and ".experts." not in role:
             return None
         chosen = self.topology.isq_of(int(layer[1])) if layer else None
         return self.isq if chosen is None else parse_type(chosen)

@@ -88,12 +88,12 @@ class Fields:
         items = self._list(key, self._value(key, None), layers)
         return tuple(str(item) for item in items)
 
-    def indices(self, key: str, *, below: int) -> frozenset[int]:
+    def indices(self, key: str, *, below: int) -> tuple[int, ...]:
         """A list of layers, empty when the key is missing."""
         value = self._value(key, [])
         if not isinstance(value, list) or len(value) > below:
             raise self._invalid(key, value, "a list of layers")
-        return frozenset(self._integer(key, item, 0, below - 1) for item in value)
+        return tuple(self._integer(key, item, 0, below - 1) for item in value)
 
     def pattern(self, key: str, default: int, *, layers: int) -> tuple[bool, ...]:
         """A mark a layer: the file's list, or all but every n-th layer (all, where n is 0)."""

@@ -13,13 +13,25 @@ from squall.vision.family import Family
 from squall.vision.gemma3 import Gemma3
 from squall.vision.idefics import Idefics2, Idefics3
 from squall.vision.llava import Llava
+from squall.vision.pixtral import Pixtral
+from squall.vision.qwen import Qwen
+
+
+def llava(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Family:
+    """By its tower."""
+    kind = config["vision_config"].get("model_type")
+    return Pixtral.of(config, processor) if kind == "pixtral" else Llava.of(config, processor)
+
 
 # By config.json and preprocessor_config.json.
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]] = {
     "Gemma3ForConditionalGeneration": Gemma3.of,
     "Idefics2ForConditionalGeneration": Idefics2.of,
     "Idefics3ForConditionalGeneration": Idefics3.of,
-    "LlavaForConditionalGeneration": Llava.of,
+    "LlavaForConditionalGeneration": llava,
+    "Mistral3ForConditionalGeneration": partial(Pixtral.of, merge=2),
+    "Qwen2VLForConditionalGeneration": Qwen.of,
+    "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
     "SmolVLMForConditionalGeneration": partial(Idefics3.of, kind="smolvlm"),
 }
 

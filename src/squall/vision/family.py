@@ -19,12 +19,17 @@ class Processed:
     text: what its placeholder becomes, in special tokens of the model. rows: how many of those are
         the family's `token`, whose embeddings the tower's rows replace.
     grid: height and width of its rows, where the decoder's positions go by them.
+    recalled: how many rows the tower makes for the decoder's memory: of the image, and after them
+        of what fills it up; None: it makes `rows`.
+    seam: what two images side by side have one of between them; a word after it gets a space.
     """
 
     inputs: Mapping[str, NDArray[np.generic]]
     text: str
     rows: int
     grid: tuple[int, int] | None = None
+    recalled: tuple[int, int] | None = None
+    seam: str = ""
 
 
 class Family(Protocol):

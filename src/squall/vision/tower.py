@@ -7,11 +7,25 @@ become one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
 
 from squall.blocks import Blocks, Reach
-from squall.program import Add, Embed, GatherRows, Index, Names, Overlay, Program, Value
+from squall.program import (
+    Add,
+    Concatenate,
+    Embed,
+    GatherColumns,
+    GatherRows,
+    Index,
+    Names,
+    Overlay,
+    Program,
+    Value,
+)
 from squall.roles import roles
-from squall.spec import Connector, Layer, Perceiver, Tower
+from squall.spec import Connector, Layer, Perceiver, Tiles, Tower
 
 TOWER, CONNECTOR = "tower.", "connector."
 # The input, [rows, patch]: pixels in the order of the weight's columns; a class token has zeros.
@@ -21,6 +35,9 @@ PATCHES = "patches"
 PATCH, CLASS = Index("patch", "rows"), Index("class", "rows")
 POSITIONS, ROTARY = Index("positions", "rows"), Index("rotary", "rows", 2)
 SPANS, LOCAL = Index("spans", "rows", 2), Index("local", "rows", 2)
+# Of each row of a picture in tiles: its tile, and its place in it, by shape; itself, or negative:
+# it fills its tile up, with nothing in it.
+TILE, PLACE, FULL = Index("tile", "rows"), Index("place", "rows"), Index("full", "rows")
 # Of each merged row the rows that become it. MERGED has as many axes as the connector merges.
 MERGED = "merged"
 # Of each row that goes to the decoder: the merged one, or negative: a newline; and which.
@@ -48,22 +65,65 @@ def compile(tower: Tower, connector: Connector | Perceiver, names: Names) -> Pro
 
 def embed(b: Blocks, tower: Tower, patches: Value) -> Value:
     """The rows that layers begin with."""
-    new = b.builder.value
-    x = b.linear(patches, f"{TOWER}patches", "embedded", bias=tower.bias)
+    new, tiles = b.builder.value, tower.tiles
+    x = embedded = b.linear(patches, f"{TOWER}patches", "embedded", bias=tower.bias)
+    if tiles is not None:
+        x = _tiled(b, x, "before", TILE, tiles.gates[0])
     if tower.class_token:
         token = _learned(b, f"{TOWER}class", CLASS)
         x = b.builder.emit(Overlay(new("classed", x.width, "rows"), token, x, PATCH))
     if tower.positions:
         places = _learned(b, f"{TOWER}positions", POSITIONS)
-        x = b.builder.emit(Add(new("placed", x.width, "rows"), x, places))
-    return x if tower.pre_norm is None else b.norm(x, f"{TOWER}pre_norm", tower.pre_norm)
+        share = 1.0 if tiles is None else 1.0 - tiles.gates[1]
+        x = b.builder.emit(Add(new("placed", x.width, "rows"), x, places, share))
+    if tiles is not None:
+        x = _tiled(b, x, "places", PLACE, tiles.gates[1])
+    x = x if tower.pre_norm is None else b.norm(x, f"{TOWER}pre_norm", tower.pre_norm)
+    if tiles is None:
+        return x
+    return b.builder.emit(Overlay(new("filled", x.width, "rows"), embedded, x, FULL))
+
+
+def _tiled(b: Blocks, x: Value, role: str, index: Index, gate: float) -> Value:
+    """With what is learned for tiles."""
+    learned = _learned(b, f"{TOWER}tiles.{role}", index)
+    out = b.builder.value(f"tiled.{role}", x.width, x.rows)
+    return b.builder.emit(Add(out, x, learned, gate))
 
 
 def _layers(b: Blocks, tower: Tower, x: Value) -> Value:
+    states = [x]
     for index, layer in enumerate(tower.layers):
         reach = Reach(LOCAL if index in tower.local else SPANS)
         x = b.layer(x, f"{TOWER}layers.{index}", layer, reach)
-    return x if tower.norm is None else b.norm(x, f"{TOWER}norm", tower.norm)
+        states.append(x)
+    x = _joined(b, [states[at] for at in tower.read]) if tower.read else x
+    x = x if tower.norm is None else b.norm(x, f"{TOWER}norm", tower.norm)
+    return x if tower.tiles is None else _late(b, tower.tiles, x, states[1:])
+
+
+def _joined(b: Blocks, values: list[Value]) -> Value:
+    """Rows of several, side by side."""
+    x = values[0]
+    for value in values[1:]:
+        out = b.builder.value(f"{x.name}+", x.width + value.width, x.rows)
+        x = b.builder.emit(Concatenate(out, x, value))
+    return x
+
+
+def _late(b: Blocks, tiles: Tiles, x: Value, made: list[Value]) -> Value:
+    """The layers after the norm, and what some of those before it made."""
+    x = _tiled(b, x, "after", TILE, tiles.gates[2])
+    for index, layer in enumerate(tiles.late):
+        x = b.layer(x, f"{TOWER}late.{index}", layer, Reach(SPANS))
+    width, count = x.width, len(tiles.read)
+    if not count:
+        return x
+    x = _joined(b, [x, *(made[index] for index in tiles.read)])
+    columns = np.arange(x.width, dtype="<u4")
+    columns[width:] = columns[width:].reshape(count, width).T.reshape(-1)
+    out = b.builder.value("read", x.width, "rows")
+    return b.builder.emit(GatherColumns(out, x, columns.tobytes()))
 
 
 def connect(b: Blocks, c: Connector, x: Value) -> Value:
@@ -75,6 +135,10 @@ def connect(b: Blocks, c: Connector, x: Value) -> Value:
     x = b.builder.emit(GatherRows(b.builder.value("gathered", width, MERGED), x, index, c.mean))
     if c.norm is not None and c.mean:
         x = b.norm(x, f"{CONNECTOR}norm", c.norm)
+    if c.mix:
+        order = np.arange(width, dtype="<u4").reshape(c.merge, -1).T.tobytes()
+        x = b.builder.emit(GatherColumns(b.builder.value("by channel", width, MERGED), x, order))
+        x = b.linear(x, f"{CONNECTOR}mix", "mixed", bias=False)
     if c.early:
         x = _newlines(b, c, x)
     last = len(c.widths) - 1
@@ -120,4 +184,5 @@ def _newlines(b: Blocks, c: Connector, x: Value) -> Value:
 
 def _learned(b: Blocks, role: str, index: Index) -> Value:
     table = b.matrix(role)
+    table = replace(table, rows=table.rows * table.experts, experts=1)
     return b.builder.emit(Embed(b.builder.value(role, table.cols, index.rows), index, table))

@@ -1,0 +1,117 @@
+"""Llama 3.2 Vision: a picture in up to so many tiles, which is recalled instead of read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from squall.vision.family import Processed
+from squall.vision.pixels import Floats, Scale, patches, resample
+
+# Rows of a tile are filled up to a multiple of it.
+FULL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Mllama:
+    """See `Family`. size: of a tile's edge. tiles: of the largest picture.
+
+    shapes: of pictures, in tiles, by the number less 1 that the tower knows them by. room: tiles
+        that the tower reads, whether there is something in them or not.
+    """
+
+    scale: Scale
+    filter: Image.Resampling
+    size: int
+    patch: int
+    shapes: tuple[tuple[int, int], ...]
+    room: int
+    placeholder: str = "<|image|>"
+    token: str = "<|image|>"
+    mutual: bool = False
+    cost: str = "no tokens but its own; in memory, a row of every patch of 4 tiles"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Mllama:
+        """By config.json and preprocessor_config.json."""
+        vision, tiles = config["vision_config"], processor.get("max_image_tiles", 4)
+        size, room = processor["size"]["height"], vision.get("max_num_tiles", 4)
+        sides = range(1, tiles + 1)
+        shapes = tuple((h, w) for h in sides for w in sides if h * w <= tiles)
+        if processor["size"]["width"] != size or vision.get("image_size", 448) != size:
+            raise ValueError(f"size must be that of a tile, {vision.get('image_size', 448)}")
+        if not 1 <= tiles <= room:
+            raise ValueError(f"max_image_tiles is {tiles}; it must be between 1 and {room}")
+        scale = Scale.of(processor, (0.5,) * 3, (0.5,) * 3)
+        patch = vision.get("patch_size", 14)
+        return cls(scale, resample(processor, 2), size, patch, shapes, room)
+
+    def process(self, image: Image.Image) -> Processed:
+        """The picture in the upper left of its tiles."""
+        high, wide = shape = self.shape(image)
+        canvas = Image.new("RGB", (wide * self.size, high * self.size))
+        canvas.paste(image.resize(self.fitted(image, shape), self.filter))
+        pixels = self.scale(canvas).reshape(3, high, self.size, wide, self.size)
+        tiles = pixels.transpose(1, 3, 0, 2, 4).reshape(-1, 3, self.size, self.size)
+        cut = np.stack([patches(tile, self.patch) for tile in tiles])
+        rows, real = self.rows(cut, self.shapes.index(shape) + 1)
+        recalled = (real, len(rows["merged"]) - real)
+        return Processed(rows, self.token, 0, recalled=recalled)
+
+    def shape(self, image: Image.Image) -> tuple[int, int]:
+        """The tiles, down and across, that make least of it larger, or most of it smaller."""
+
+        def scale(shape: tuple[int, int]) -> float:
+            high, wide = shape
+            return min(high * self.size / image.height, wide * self.size / image.width)
+
+        scales = [scale(shape) for shape in self.shapes]
+        larger = [found for found in scales if found >= 1]
+        best = min(larger) if larger else max(scales)
+        fits = [shape for shape, found in zip(self.shapes, scales, strict=True) if found == best]
+        return min(fits, key=math.prod)
+
+    def fitted(self, image: Image.Image, shape: tuple[int, int]) -> tuple[int, int]:
+        """Width and height in these tiles, of which it fills one at least in one direction."""
+        high, wide = (
+            min(max(length, self.size), count * self.size)
+            for length, count in zip((image.height, image.width), shape, strict=True)
+        )
+        down, across = high / image.height, wide / image.width
+        if across < down:
+            return wide, min(math.floor(image.height * across) or 1, high)
+        return min(math.floor(image.width * down) or 1, wide), high
+
+    def rows(self, tiles: Floats, shape: int) -> tuple[dict[str, NDArray[np.generic]], int]:
+        """Tiles [tiles, patches, patch] as the tower reads them, and how many rows are theirs.
+
+        Those stand before what fills up tiles and the room, which they see, but not it itself.
+        """
+        count, each = len(tiles), tiles.shape[1] + 1
+        tile, place = np.indices((self.room, -(-each // FULL) * FULL), np.int32).reshape(2, -1)
+        there = (tile < count) & (place < each)
+        order = np.argsort(~there, kind="stable")
+        tile, place, real = tile[order], place[order], int(there.sum())
+        own, full = np.arange(len(tile), dtype=np.int32), place < each
+        given = np.zeros((len(tile), tiles.shape[2]), np.float32)
+        filled = there[order] & (place > 0)
+        given[filled] = tiles[tile[filled], place[filled] - 1]
+        place = np.where(full, place, 0)
+        at = shape * self.room + tile
+        return {
+            "patches": given,
+            "patch": np.where(place | ~full, own, -1),
+            "class": np.zeros_like(own),
+            "positions": place,
+            "tile": at,
+            "place": at * each + place,
+            "full": np.where(full, own, -1),
+            "spans": np.stack([np.zeros_like(own), np.where(own < real, len(own), real)]),
+            "merged": own[full],
+        }, real
