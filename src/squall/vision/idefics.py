@@ -14,7 +14,7 @@ from PIL import Image
 from squall.errors import InvalidCheckpoint
 from squall.recipes.clip_towers import side
 from squall.vision.family import Processed
-from squall.vision.pixels import Floats, Scale, resample
+from squall.vision.pixels import Scale, resample, shrunk
 from squall.vision.squares import HALF, Inputs, edge, rows, section, settings, windows
 
 FAKE = "<fake_token_around_image>"
@@ -25,7 +25,7 @@ MOST = 4096  # pixels of an edge of Idefics 3's pictures, whatever their files s
 class Idefics2:
     """See `Family`. edges: the least and the most pixels of an edge. split: four quarters, too.
 
-    side: learned positions in a row. latents: rows of a picture.
+    side: learned positions in a row. latents: rows of a picture. max_edge: see `families.family`.
     """
 
     scale: Scale
@@ -35,6 +35,7 @@ class Idefics2:
     patch: int
     side: int
     latents: int
+    max_edge: int | None = None
     placeholder: str = "<image>"
     token: str = "<image>"
     mutual: bool = False
@@ -57,15 +58,15 @@ class Idefics2:
         return cls(
             Scale.of(processor, HALF, HALF), resample(processor, 2), edges,
             found.flag("do_image_splitting", False), patch, side(vision),
-            perceiver.count("resampler_n_latents", high=1 << 16),
+            perceiver.count("resampler_n_latents", high=1 << 16), processor.get("max_edge"),
         )  # fmt: skip
 
     def process(self, image: Image.Image) -> Processed:
-        """Its quarters and the whole, with black below and right of what is smaller."""
+        """Its quarters and the whole, of each as many patches as it is wide and high."""
+        image = shrunk(image, self.max_edge)
         parts = [*(_quarters(image) if self.split else []), image]
         found = [self.scale(part.resize(self._size(part), self.filter)) for part in parts]
-        height, width = (max(p.shape[axis] for p in found) for axis in (1, 2))
-        inputs = rows([self._padded(p, height, width) for p in found], self.patch, self.side)
+        inputs = rows(found, self.patch, self.side)
         text = FAKE + (self.token * self.latents + FAKE) * len(parts)
         return Processed(self._read(inputs, len(parts)), text, self.latents * len(parts))
 
@@ -82,17 +83,6 @@ class Idefics2:
         elif height > width and height > most:
             width, height = int(most * ratio), most
         return max(width, least), max(height, least)
-
-    def _padded(self, picture: Floats, height: int, width: int) -> Floats:
-        """With as much below and right as its last patches need, where the largest has as much."""
-        sizes = zip(picture.shape[1:], (height, width), strict=True)
-        kept = [
-            min(-(-size // self.patch), most // self.patch) * self.patch for size, most in sizes
-        ]
-        made = np.zeros((3, *kept), np.float32)
-        cut = picture[:, : kept[0], : kept[1]]
-        made[:, : cut.shape[1], : cut.shape[2]] = cut
-        return made
 
     def _read(self, inputs: Inputs, pictures: int) -> Inputs:
         """What latents read: a picture's rows, and themselves after them."""
