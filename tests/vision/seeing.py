@@ -259,9 +259,8 @@ def step(seen: Seen, prompt: Prompt, start: int, stop: int) -> Floats:
     positions = np.arange(start, stop, dtype=np.int32)
     ends = positions + 1
     if seen.family.mutual:
-        for begin, end, _ in prompt.images:
-            inside = (positions >= begin) & (positions < end) & (overlay >= 0)
-            ends[inside] = begin + 1 + np.flatnonzero(np.array(prompt.overlay[begin:end]) >= 0)[-1]
+        stops = np.flatnonzero(np.array([*prompt.overlay, -1]) < 0)
+        ends = np.where(overlay >= 0, stops[np.searchsorted(stops, positions)], ends)
     rotary = None if seen.case.rotary is None else seen.case.rotary(prompt)[:, start:stop]
     batch = Batch(
         tokens=np.array(prompt.tokens[start:stop], np.int32), positions=positions,
