@@ -84,16 +84,16 @@ def case(name: str, model: str, tower: dict[str, Any], **more: Any) -> Seer:
 
 def wide(tower: dict[str, Any], size: int) -> dict[str, Any]:
     """Two heads of another size."""
-    return tower | {
-        "embed_dim" if "embed_dim" in tower else "hidden_size": 2 * size,
-        "num_heads": 2,
-    }
+    key = "embed_dim" if "embed_dim" in tower else "hidden_size"
+    return tower | {key: 2 * size, "num_heads": 2}
 
 
+# What is added to the rows of a tower.
+ADDED = r"visual.*(patch_embed|attn\.proj|fc2|down_proj)"
 CASES = [
-    case("2", OLD, TOWER),
+    case("2", OLD, TOWER, faint=ADDED),
     case("2 published", OLD, wide(TOWER, 80), rename=published),
-    case("2.5", NEW, WINDOWED),
+    case("2.5", NEW, WINDOWED, faint=ADDED),
     case("2.5 published", NEW, wide(WINDOWED, 72), rename=published),
     case("2.5 without windows", NEW, WINDOWED | {"fullatt_block_indexes": [0, 1, 2]}),
 ]
@@ -116,7 +116,8 @@ def test_answers(seen: Seen) -> None:
 
 
 def test_every_field_matters(seen: Seen) -> None:
-    assert not unmoved(seen, draw("noise", 40, 30))
+    found = unmoved(seen, draw("noise", 40, 30))
+    assert not [name for name in found if seen.case.faint == ADDED or ".eps" not in name]
 
 
 @pytest.fixture(scope="module")
@@ -237,17 +238,11 @@ def test_positions_of_random_mixes() -> None:
     assert (rope_positions(3, [], []) == np.arange(3)).all()
 
 
-def flat(model: dict[str, Any], **changed: Any) -> dict[str, Any]:
+def flat(tower: dict[str, Any], **changed: Any) -> dict[str, Any]:
     """A config.json of the first versions: what the text is stands beside the tower."""
     text = {k: v for k, v in INNER.items() if k != "rope_parameters"}
     text |= {"rope_theta": 1000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 2]}}
-    return {
-        "model_type": "qwen2_vl",
-        "vision_config": model,
-        "video_token_id": 83,
-        **text,
-        **IDS,
-    } | (changed)
+    return {"vision_config": tower, "video_token_id": 83, **text, **IDS, **changed}
 
 
 @pytest.mark.parametrize("name", ["2", "2.5"])
