@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from squall.spec import Connector, Decoder, Layer, LinearScaling, Norm, Rope, Tower
+from squall.spec import Connector, Decoder, Layer, LinearScaling, Norm, Rope, Tiles, Tower
 
 Spec = TypeVar("Spec", Decoder, Tower, Connector)
 
@@ -24,6 +24,7 @@ PRESENT: dict[str, Any] = {
     "norm": Norm("layer", 0.01, bias=True),
     "activation": "relu",
     "rope": Rope(10000.0, 32),
+    "tiles": Tiles(1, 1, (0.5, 0.5, 0.5), (), ()),
 }
 # Where one more would be out of range, or would not cross a rounding or a threshold.
 OWN: dict[str, Callable[[Any, int], Any]] = {
@@ -33,6 +34,7 @@ OWN: dict[str, Callable[[Any, int], Any]] = {
     "beta_slow": lambda value, _: value * 4,
     "original_context": lambda value, context: value // 4 if context <= value else value * 4,
     "axes": lambda value, _: tuple(max(value) - axis for axis in value),
+    "order": lambda value, _: tuple(reversed(value)),
     "widths": lambda value, _: tuple(width + 1 for width in value),
     "local": lambda value, _: value ^ {0},
     "read": lambda value, _: tuple(max(layer - 1, 0) for layer in value),
