@@ -75,18 +75,23 @@ def describe(architecture: str) -> dict[str, Any]:
     module = inspect.getmodule(model)
     assert module is not None
     fields = {field.name: field.default for field in dataclasses.fields(text)}
+    # Early files of models that see have the language model's keys beside these.
+    whole = [config, *(getattr(config(), part) for part in config.sub_configs)]
+    others = {field.name for part in whole for field in dataclasses.fields(part)} - fields.keys()
+    own = {field.name for field in dataclasses.fields(config)}
     base = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
     reads = read_names(inspect.getsource(module), "config self.config")
     reads |= read_names(inspect.getsource(text), "self")
     reads = reads & (fields.keys() - base) | (reads - fields.keys() - vars(text).keys()) | SHARED
     reads -= {name for name in reads if hasattr(transformers.PreTrainedConfig, name)} - SHARED
+    reads -= others - SHARED
     reads -= WITHOUT_EFFECT if text.model_type == WITH_JITTER else {*WITHOUT_EFFECT, JITTER}
     reads -= {name for name in reads if name.startswith("_") or name.endswith("_config")} - SHARED
     defaults = {name: fields.get(name) for name in reads} | rope_defaults(text())
     return {
         "model_type": config.model_type,
         "reads": {name: defaults.get(name) for name in sorted(reads)},
-        "known": sorted(fields.keys() - reads - base),
+        "known": sorted((fields.keys() | own) - reads - base),
         "aliases": dict(text.attribute_map),
     }
 
@@ -99,8 +104,12 @@ def describe_part(config: Any) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(config)} - base
     parts = {name for name in fields if name.endswith("_config")}
     known = (fields & (WITHOUT_EFFECT | UNUSED)) - OF_IMAGES | parts
+    reads = {name: getattr(config, name) for name in fields - known}
+    if rope := reads.get("rope_parameters"):
+        none = dict.fromkeys(("head_dim", "rope_parameters", "rope_scaling"))
+        reads |= none | {"rope_theta": rope["rope_theta"]}
     return {
-        "reads": {name: getattr(config, name) for name in sorted(fields - known)},
+        "reads": {name: reads[name] for name in sorted(reads)},
         "known": sorted(known | {"tie_word_embeddings"}),
         "aliases": dict(config.attribute_map),
     }

@@ -63,7 +63,10 @@ def _tower(tower: Tower) -> Shapes:
 def _connector(connector: Connector) -> Shapes:
     width = connector.tower
     shapes = _norm("norm", connector.norm, width) if connector.norm is not None else {}
-    width *= 1 if connector.mean else connector.merge
+    merged = width * connector.merge
+    if connector.mix:
+        shapes |= _linear("mix", width, merged)
+    width = width if connector.mean or connector.mix else merged
     hidden = width if connector.early else connector.widths[-1]
     for index, rows in enumerate(connector.widths):
         shapes |= _linear(f"linear{index}", rows, width, bias=connector.bias)

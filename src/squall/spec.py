@@ -83,6 +83,7 @@ class Rope:
     """Rotary embedding of a head's first `dims`; `interleaved` pairs (0, 1), else (0, dims / 2).
 
     axes: which axis of its position each frequency turns with, if positions have several.
+    order: which frequency each is, if they are not all there in descending order.
     """
 
     theta: float
@@ -90,6 +91,7 @@ class Rope:
     interleaved: bool = False
     scaling: RopeScaling | None = None
     axes: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
     def frequencies(self, context: int) -> tuple[tuple[float, ...], float]:
         """The `dims / 2` frequencies (radians a position), and the magnitude of cos and sin.
@@ -97,7 +99,7 @@ class Rope:
         What depends on the length goes by `context`, the tokens there is room for, and not by how
         many there are: so a token's result does not depend on when it was computed.
         """
-        base = [self.theta ** (-2 * i / self.dims) for i in range(self.dims // 2)]
+        base = [self.theta ** (-2 * i / self.dims) for i in self.order or range(self.dims // 2)]
         match self.scaling:
             case None:
                 return tuple(base), 1.0
@@ -304,7 +306,8 @@ class Perceiver:
 class Connector:
     """Makes a decoder's rows of a tower's: norm, merging, linears; in this order.
 
-    merge: so many rows become one, side by side; mean: their mean instead.
+    merge: so many rows become one, side by side; mean: their mean instead; mix: a linear over them,
+        channel by channel, of the tower's width, without bias.
     widths: of the linears' outputs, the last the decoder's. activation: between linears.
     newlines: learned rows that stand between those of images; `early`: before the linears.
     """
@@ -316,5 +319,6 @@ class Connector:
     norm: Norm | None = None
     merge: int = 1
     mean: bool = False
+    mix: bool = False
     newlines: int = 0
     early: bool = False

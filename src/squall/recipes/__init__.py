@@ -12,7 +12,15 @@ from squall.checkpoints.quantized import zero_biases
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.files import quote
 from squall.program import Names
-from squall.recipes import clip_towers, config, gguf, mllama_tower, siglip_towers, vision
+from squall.recipes import (
+    axial_towers,
+    clip_towers,
+    config,
+    gguf,
+    mllama_tower,
+    siglip_towers,
+    vision,
+)
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
@@ -24,7 +32,7 @@ from squall.spec import Decoder
 
 __all__ = ["KNOWN", "Part", "Recipe", "judge", "load"]
 
-TOWERS = (clip_towers, mllama_tower, siglip_towers)  # which register what they know
+TOWERS = (axial_towers, clip_towers, mllama_tower, siglip_towers)  # which register what they know
 KNOWN = sorted({*gguf.RECIPES, *config.RECIPES, *config.SEERS})
 
 

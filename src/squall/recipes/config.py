@@ -24,6 +24,7 @@ from squall.recipes.config_parts import (
     long_rope_with_magnitudes,
     mlp,
     rope,
+    sectioned,
     switched_windows,
     upper_layers,
     window,
@@ -101,6 +102,8 @@ def fields(
     inner = config.get("text_config", config)  # early files have it at the top
     if not isinstance(inner, dict):
         raise InvalidCheckpoint("text_config in config.json is no object")
+    if config.get("tie_word_embeddings") is True:
+        inner = {**inner, "tie_word_embeddings": True}
     return ConfigFields(inner, tensors, keys, names.in_multimodal(entry.naming, tensors))
 
 
@@ -130,10 +133,18 @@ def mixtral(c: ConfigFields) -> Decoder:
 
 
 @recipe("Qwen2ForCausalLM", "qwen2")
-def qwen2(c: ConfigFields) -> Decoder:
+def qwen2(c: ConfigFields, turn: Rope | None = None) -> Decoder:
     sizes = switched_windows(c, upper_layers(c))
-    heads = attention(c, rope(c), window=sizes, qkv_bias=True, out_bias=False)
+    heads = attention(c, turn or rope(c), window=sizes, qkv_bias=True, out_bias=False)
     return decoder(c, rms(c), heads, mlp(c))
+
+
+@recipe("Qwen2VLForConditionalGeneration", "qwen2vl")
+def qwen2_vl(c: ConfigFields) -> Decoder:
+    return qwen2(c, sectioned(c, rope(c, scalings={"mrope": lambda _c, _at, _dims: None})))
+
+
+RECIPES["Qwen2_5_VLForConditionalGeneration"] = RECIPES["Qwen2VLForConditionalGeneration"]
 
 
 @recipe("Qwen3ForCausalLM", "qwen3")

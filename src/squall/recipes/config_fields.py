@@ -15,14 +15,14 @@ from squall.recipes.names import Naming
 
 # The key of GGUF files, by which the shared parts ask -> those of config.json; the first there is.
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "attention.head_count": ("num_attention_heads", "attention_heads"),
+    "attention.head_count": ("num_attention_heads", "num_heads", "attention_heads"),
     "attention.head_count_kv": ("num_key_value_heads",),
     "attention.key_length": ("head_dim",),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "norm_eps"),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "block_count": ("num_hidden_layers",),
+    "block_count": ("num_hidden_layers", "depth"),
     "context_length": ("max_position_embeddings",),
-    "embedding_length": ("hidden_size",),
+    "embedding_length": ("embed_dim", "hidden_size"),
     "expert_count": ("num_local_experts",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_used_count": ("num_experts_per_tok",),

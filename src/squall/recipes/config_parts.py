@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,18 @@ def rope(
             f"{dims} of {head_dim(c)} elements of a head would be rotated; it must be an even count"
         )
     return Rope(base, dims, interleaved, scaling(c, at, dims, SCALINGS | dict(scalings or {})))
+
+
+def sectioned(c: ConfigFields, rope: Rope) -> Rope:
+    """The rotary embedding of positions with axes: `mrope_section` says how many turn with each."""
+    at = "rope_scaling" if c.has_section("rope_scaling") else "rope_parameters"
+    key = f"{at}.mrope_section"
+    sizes: tuple[int, ...] = (16, 24, 24)
+    if c.has(key):
+        sizes = c.counts(key, layers=3)
+    if sum(sizes) != rope.dims // 2:
+        raise InvalidCheckpoint(f"{key} is {sizes}; its sum must be {rope.dims // 2}")
+    return replace(rope, axes=tuple(axis for axis in range(3) for _ in range(sizes[axis])))
 
 
 def scaling(

@@ -35,7 +35,7 @@ class Sections:
         if not isinstance(inner, dict):
             raise InvalidCheckpoint(f"{key} in config.json is no object")
         kind = model_type if fixed else str(inner.get("model_type", model_type))
-        keys = part_keys(kind)
+        keys = part_keys(f"{kind}_vision") or part_keys(kind)  # early files have the model's
         if keys is None:
             raise UnsupportedModel(f"{key} is of an unknown kind: {quote(kind)}")
         return ConfigFields(inner, self.text.tensors, keys, self.text.naming)
@@ -44,7 +44,9 @@ class Sections:
         """What is said beside the parts."""
         keys = part_keys(model_type)
         assert keys is not None
-        return ConfigFields(self.config, self.text.tensors, keys, self.text.naming)
+        fields = ConfigFields(self.config, self.text.tensors, keys, self.text.naming)
+        fields.skip("tie_word_embeddings")  # the tensors tell
+        return fields
 
     def before(self, stem: str) -> str:
         """What the names of tensors begin with before `stem`, as versions differ in it."""

@@ -19,6 +19,7 @@ from typing import Any
 from squall.errors import InvalidRequest, TemplateError
 from squall.files import parse_json, read_json, read_text
 from squall.text.answer import AnswerParser
+from squall.text.images import Picture, Placeholder, as_parts, as_texts, take
 from squall.text.reasoning import Reasoning, reasoning_of
 from squall.text.tokenizer import Piece, Tokenizer
 from squall.text.tool_formats import ToolFormat, tool_format
@@ -36,6 +37,7 @@ RESERVED = frozenset({
 })  # fmt: skip
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_PROBE = "a text that is tried"
 _REMEDY = "give one with --chat-template, or send a plain prompt instead of messages"
 
 
@@ -43,12 +45,13 @@ _REMEDY = "give one with --chat-template, or send a plain prompt instead of mess
 class ChatPrompt:
     """A conversation as the model reads it; what its answer may have beside a text.
 
-    format: how calls look; None without tools.
+    format: how calls look; None without tools. images: what the placeholders in it stand for.
     """
 
     pieces: Sequence[Piece]
     format: ToolFormat | None
     reasoning: Reasoning | None
+    images: tuple[Picture, ...] = ()
 
     @property
     def text(self) -> str:
@@ -155,17 +158,47 @@ class ChatTemplate:
         tools: Sequence[Tool] = (),
         kwargs: Mapping[str, object] = MappingProxyType({}),
         continues: bool = False,
+        placeholder: Placeholder | None = None,
     ) -> ChatPrompt:
-        """The prompt with what it says of the answer, which may go on with the last message."""
+        """The prompt with what it says of the answer, which may go on with the last message.
+
+        placeholder: of models that read images.
+        """
         source = self.source(with_tools=bool(tools))
         format_ = tool_format(source, tokenizer)
+        messages, images = take(messages, placeholder)
         messages, given = format_.conversation(messages, tools)
+        shown = messages if placeholder is None else self._shown(messages, placeholder, source)
         new = not continues
-        pieces = self.render(messages, add_generation_prompt=new, tools=given, kwargs=kwargs)
+        pieces = self.render(shown, add_generation_prompt=new, tools=given, kwargs=kwargs)
+        if placeholder and (count := placeholder.count(pieces)) != len(images):
+            raise TemplateError(
+                f"the chat template makes {count} placeholders {placeholder.text} of "
+                f"{len(images)} images; {_REMEDY}"
+            )
         if continues:
             pieces, source = _open_ended(pieces, str(messages[-1]["content"])), ""
         reasoning = reasoning_of(source, "".join(piece.text for piece in pieces))
-        return ChatPrompt(pieces, format_ if tools else None, reasoning)
+        return ChatPrompt(pieces, format_ if tools else None, reasoning, images)
+
+    def _shown(
+        self, messages: list[dict[str, Any]], placeholder: Placeholder, source: str
+    ) -> list[dict[str, Any]]:
+        """The messages as this template shows them: with contents as texts, as parts, or both."""
+        as_list = [{"type": "image"}, {"type": "text", "text": _PROBE}]
+        texts = _PROBE in self._tried(source, _PROBE)
+        found = self._tried(source, as_list)
+        if _PROBE not in found or "type" in found or placeholder.of(1) not in found:
+            return as_texts(messages, placeholder)
+        return messages if texts else as_parts(messages)
+
+    def _tried(self, source: str, content: object) -> str:
+        """What the template makes of a user's message; nothing if that fails."""
+        message = {"role": "user", "content": content}
+        try:
+            return _rendered(source, {**self._constants, "messages": [message]})
+        except TemplateError:
+            return ""
 
     def source(self, *, with_tools: bool) -> str:
         """The template that is used for a chat."""
@@ -274,7 +307,7 @@ def _written(value: object, where: str, depth: int = MAX_DEPTH) -> Any:
     from squall.text.traced import Traced
 
     if isinstance(value, str):
-        return Traced(str.__str__(value)) if value else value
+        return Traced(str.__str__(value)) if value and not isinstance(value, Traced) else value
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if not depth:

@@ -120,5 +120,9 @@ def _add_system(form: ToolFormat, shown: list[Message], tools: Sequence[Message]
     text = _SYSTEM.format(
         tools="\n".join(map(_json, tools)), example=form.text([("NAME", "{ARGUMENTS}")])
     )
-    before = [shown[at]["content"], text] if role == "system" else [text, shown[at]["content"]]
+    said = shown[at]["content"]
+    if isinstance(said, list):
+        shown[at] |= {"content": [{"type": "text", "text": f"{text}\n\n"}, *said]}
+        return
+    before = [said, text] if role == "system" else [text, said]
     shown[at] |= {"content": "\n\n".join(filter(None, before))}

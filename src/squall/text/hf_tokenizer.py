@@ -165,6 +165,9 @@ def _mark_special(library: Any, files: _Files) -> None:
         token_text(files.config.get(f"{name}_token")) for name in ("bos", "eos", "unk")
     ]
     texts += [token_text(value) for value in (extra if isinstance(extra, list) else ())]
+    # What stands for images.
+    named = [i for name in ("image_token_id", "image_token_index") for i in files.ids(name)]
+    texts += [library.id_to_token(i) for i in named]
     texts += [library.id_to_token(i) for i in stops(vocabulary.items(), _named(library, files))]
     added = {token.content: token for token in library.get_added_tokens_decoder().values()}
     for text in filter(None, texts):

@@ -58,6 +58,12 @@ def parts(text: str) -> Iterator[tuple[str, bool]]:
         start += len(part)
 
 
+def mixed(given: Iterable[tuple[str, bool]]) -> Traced:
+    """A text of such parts."""
+    made = [(text, Traced(text)._mask if content else text) for text, content in given]
+    return Traced("".join(text for text, _ in made), "".join(mask for _, mask in made))
+
+
 def holds_content(value: Any) -> bool:
     """Whether a message wrote some of the value; unknown values may show anything."""
     if isinstance(value, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from squall.checkpoints.base import Checkpoint
@@ -10,10 +11,15 @@ from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import read_json
 from squall.vision.family import Family
 from squall.vision.llava import Llava
+from squall.vision.pixtral import Pixtral
+from squall.vision.qwen import Qwen
 
 # By config.json and preprocessor_config.json.
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]] = {
     "LlavaForConditionalGeneration": Llava.of,
+    "Mistral3ForConditionalGeneration": partial(Pixtral.of, merge=2),
+    "Qwen2VLForConditionalGeneration": Qwen.of,
+    "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
 }
 
 

@@ -21,6 +21,7 @@ class Processed:
     grid: height and width of its rows, where the decoder's positions go by them.
     recalled: how many rows the tower makes for the decoder's memory: of the image, and after them
         of what fills it up; None: it makes `rows`.
+    seam: what two images side by side have one of between them; a word after it gets a space.
     """
 
     inputs: Mapping[str, NDArray[np.generic]]
@@ -28,6 +29,7 @@ class Processed:
     rows: int
     grid: tuple[int, int] | None = None
     recalled: tuple[int, int] | None = None
+    seam: str = ""
 
 
 class Family(Protocol):

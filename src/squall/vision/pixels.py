@@ -64,6 +64,26 @@ def resample(config: Mapping[str, Any], default: int = 3) -> Image.Resampling:
     return Image.Resampling(config.get("resample", default))
 
 
+def count(
+    config: Mapping[str, Any], key: str, default: int | None = None, *, high: int = 1 << 16
+) -> int:
+    """An integer in `1..high`; null is as if it were not there."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+        raise InvalidCheckpoint(f"{key} is {value!r:.99}; it must be an integer in 1..{high}")
+    return value
+
+
+def shrunk(image: Image.Image, edge: int | None) -> Image.Image:
+    """The picture, its longer side at most `edge` pixels."""
+    by = max(image.size) / (edge or max(image.size))
+    if by <= 1:
+        return image
+    width, height = (max(round(side / by), 1) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The middle, with black around what is smaller."""
     left, top = (image.width - width) // 2, (image.height - height) // 2

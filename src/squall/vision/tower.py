@@ -127,6 +127,10 @@ def connect(b: Blocks, c: Connector, x: Value) -> Value:
     x = b.builder.emit(GatherRows(b.builder.value("gathered", width, MERGED), x, index, c.mean))
     if c.norm is not None and c.mean:
         x = b.norm(x, f"{CONNECTOR}norm", c.norm)
+    if c.mix:
+        order = np.arange(width, dtype="<u4").reshape(c.merge, -1).T.tobytes()
+        x = b.builder.emit(GatherColumns(b.builder.value("by channel", width, MERGED), x, order))
+        x = b.linear(x, f"{CONNECTOR}mix", "mixed", bias=False)
     if c.early:
         x = _newlines(b, c, x)
     last = len(c.widths) - 1

@@ -1,0 +1,161 @@
+"""Images in messages: taken out of them, and what stands for each in a prompt.
+
+Where a message's text has as many of the model's placeholders as the message has images, these are
+where the images go; in texts without images placeholders are words like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from squall.errors import InvalidRequest
+from squall.text.tokenizer import Piece
+
+IMAGES = ("image", "image_url", "input_image")  # types of parts
+TEXTS = ("text", "input_text", "output_text")
+_SOURCES = ("source", "image", "image_url", "url", "path", "base64")  # where a part has its image
+DETAILS = ("auto", "low", "high")
+_NUMBER = "{}"
+
+
+class Picture(NamedTuple):
+    """An image of a message: a URL, a path, bytes, base64, or an image of Pillow's.
+
+    detail: "low" for as few tokens as the model can read one as.
+    """
+
+    source: object
+    detail: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Placeholder:
+    """What stands for an image in a prompt, such as `<image>`; {} is its number, from 1 on."""
+
+    text: str
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """Splits a text into what is between placeholders, and placeholders in turn."""
+        return re.compile("(" + re.escape(self.text).replace(re.escape(_NUMBER), r"\d{1,4}") + ")")
+
+    def of(self, number: int) -> str:
+        """That of an image."""
+        return self.text.replace(_NUMBER, str(number))
+
+    def count(self, pieces: Sequence[Piece]) -> int:
+        """Those in a prompt that the template wrote, or that messages were allowed to."""
+        owned = (piece.text for piece in pieces if not piece.content)
+        return sum(len(self.pattern.findall(text)) for text in owned)
+
+
+def take(
+    messages: Sequence[Mapping[str, Any]], placeholder: Placeholder | None
+) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
+    """The messages for a template, and their images in order.
+
+    The content of a message with images becomes a list of parts `{"type": "image"}` and `{"type":
+    "text", "text": ...}`, that of others a text. placeholder: None for models that read no images.
+    """
+    taken: list[dict[str, Any]] = []
+    pictures: list[Picture] = []
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, list | tuple):
+            taken.append(dict(message))
+            continue
+        parts = [_part(part, f"messages[{i}].content") for part in content]
+        found = [part for part in parts if isinstance(part, Picture)]
+        if found and placeholder is None:
+            raise InvalidRequest("this model reads no images; send text, or open one that does")
+        if found and placeholder:
+            made: Any = list(_placed(parts, len(found), placeholder, len(pictures), i))
+        else:
+            made = "".join(part for part in parts if isinstance(part, str))
+        taken.append({**message, "content": made})
+        pictures += found
+    return taken, tuple(pictures)
+
+
+def _part(part: Any, where: str) -> str | Picture:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in TEXTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind not in IMAGES:
+        raise InvalidRequest(f"{where} has a part that is no text and no image: {part!r:.99}")
+    given = (part[name] for name in _SOURCES if part.get(name) is not None)
+    source: Any = next(given, None)
+    detail = part.get("detail")
+    if isinstance(source, Mapping):
+        source, detail = source.get("url"), source.get("detail", detail)
+    if source is None:
+        raise InvalidRequest(f"{where} has a part of type {kind!r} without an image")
+    if detail not in (None, *DETAILS):
+        raise InvalidRequest(f"{where} has the detail {detail!r:.99}; known: {', '.join(DETAILS)}")
+    return Picture(source, detail or "auto")
+
+
+def _placed(
+    parts: Sequence[str | Picture], count: int, placeholder: Placeholder, before: int, message: int
+) -> Iterator[dict[str, Any]]:
+    """The parts for a template; `before`: images of earlier messages."""
+    from squall.text.traced import mixed
+
+    pattern = placeholder.pattern
+    written = [name for part in parts if isinstance(part, str) for name in pattern.findall(part)]
+    if len(written) not in (0, count):
+        raise InvalidRequest(
+            f"messages[{message}] has images: {count}, and placeholders {placeholder.text} in its "
+            f"text: {len(written)}; write one for each image, or none"
+        )
+    wanted = [placeholder.of(before + n) for n in range(1, count + 1)]
+    if written and written != wanted:
+        raise InvalidRequest(
+            f"messages[{message}] has the placeholders {', '.join(written):.200}; it must have "
+            f"{', '.join(wanted):.200}, in this order"
+        )
+    for part in parts:
+        if isinstance(part, str):
+            # A placeholder is the template's own, as if it had written it.
+            texts = enumerate(pattern.split(part) if written else [part])
+            yield {"type": "text", "text": mixed((text, n % 2 == 0) for n, text in texts)}
+        elif not written:
+            yield {"type": "image"}
+
+
+def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages for templates that show parts alone."""
+    made = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        made.append({**message, "content": content})
+    return made
+
+
+def as_texts(
+    messages: Sequence[Mapping[str, Any]], placeholder: Placeholder
+) -> list[dict[str, Any]]:
+    """The messages for templates that show no parts: images are lines of their own."""
+    from squall.text.traced import mixed, parts
+
+    made, images = [], 0
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            shown: list[Piece] = []
+            for part in content:
+                if part["type"] == "text":
+                    own = [Piece(*piece) for piece in parts(part["text"])]
+                    images += placeholder.count(own)
+                    shown += own
+                else:
+                    images += 1
+                    shown.append(Piece(placeholder.of(images) + "\n"))
+            content = mixed(shown)
+        made.append({**message, "content": content})
+    return made

@@ -1,0 +1,117 @@
+"""Qwen2-VL and Qwen2.5-VL: pictures at their own size, and positions with three axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from squall.errors import InvalidCheckpoint, InvalidRequest
+from squall.vision.axial import axial_rows
+from squall.vision.family import Processed
+from squall.vision.pixels import Scale, count, resample, shrunk
+from squall.vision.placing import Run
+
+MOST_ASPECT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen:
+    """See `Family`. pixels: the fewest and the most of a picture.
+
+    patch: pixels of a patch's side; merge: patches of a row's. frames: the tower sees videos of so
+    many. window: rows of a window's side; 0: there are none. max_edge: see `families.family`.
+    """
+
+    scale: Scale
+    filter: Image.Resampling
+    pixels: tuple[int, int]
+    patch: int = 14
+    merge: int = 2
+    frames: int = 2
+    window: int = 0
+    max_edge: int | None = None
+    placeholder: str = "<|image_pad|>"
+    token: str = "<|image_pad|>"
+    mutual: bool = False
+    cost: str = "one token for each 28 x 28 pixels; `min_pixels` and `max_pixels` bound it"
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], processor: Mapping[str, Any], window: int | None = None
+    ) -> Qwen:
+        """By config.json and preprocessor_config.json. window: pixels of its side, by default."""
+        size, vision = processor.get("size") or {}, config["vision_config"]
+        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        bounds = {k: processor.get(k) or size.get(e) or size.get(k) for k, e in edges.items()}
+        least = count(bounds, "min_pixels", 56 * 56, high=1 << 24)
+        most = count(bounds, "max_pixels", 28 * 28 * 1280, high=1 << 40)
+        patch = count(vision, "patch_size", 14, high=1 << 10)
+        merge = count(vision, "spatial_merge_size", 2, high=16)
+        frames = count(vision, "temporal_patch_size", 2, high=16)
+        wide = window and count(vision, "window_size", window)
+        if wide is not None and wide < merge * patch:
+            raise InvalidCheckpoint(f"window_size is {wide}; it must be at least {merge * patch}")
+        return cls(
+            Scale.of(processor), resample(processor), (least, most), patch, merge, frames,
+            (wide or 0) // merge // patch, processor.get("max_edge"),
+        )  # fmt: skip
+
+    def process(self, image: Image.Image) -> Processed:
+        """The whole picture, at nearly its own size."""
+        image = shrunk(image, self.max_edge)
+        height, width = self.size(image.height, image.width)
+        tile = self.scale(image.resize((width, height), self.filter))
+        inputs = axial_rows(tile, self.patch, self.merge, self.window)
+        frame = inputs["patches"].reshape(-1, len(tile), 1, self.patch**2)
+        inputs["patches"] = frame.repeat(self.frames, axis=2).reshape(len(frame), -1)
+        side = self.patch * self.merge
+        grid = height // side, width // side
+        return Processed(inputs, self.token * math.prod(grid), math.prod(grid), grid)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Whole rows, within bounds, nearly of the picture's proportions."""
+        short, long = sorted((height, width))
+        if long > MOST_ASPECT * short:
+            raise InvalidRequest(
+                f"an image has {width} x {height} pixels; this model reads those whose longer "
+                f"side is at most {MOST_ASPECT} times the shorter one"
+            )
+        side, (least, most) = self.patch * self.merge, self.pixels
+        rounded = round(height / side) * side, round(width / side) * side
+        if math.prod(rounded) > most:
+            by = math.sqrt(height * width / most)
+            rounded = self._whole(height / by, math.floor), self._whole(width / by, math.floor)
+        elif math.prod(rounded) < least:
+            by = math.sqrt(least / (height * width))
+            rounded = self._whole(height * by, math.ceil), self._whole(width * by, math.ceil)
+        return rounded
+
+    def _whole(self, length: float, rounded: Callable[[float], int]) -> int:
+        side = self.patch * self.merge
+        return max(rounded(length / side), 1) * side
+
+
+def rope_positions(
+    tokens: int, runs: Sequence[Run], grids: Sequence[tuple[int, int]]
+) -> NDArray[np.int32]:
+    """Where a prompt's tokens are: time, line and column, [3, tokens].
+
+    An image's rows, on their `grids`, are at one time; what follows is after all of its lines and
+    columns.
+    """
+    places = np.empty((3, tokens), np.int32)
+    done = at = 0
+    for run in runs:
+        places[:, done : run.start] = np.arange(at, at + run.start - done)
+        at += run.start - done
+        line, column = np.indices(grids[run.image]).reshape(2, -1) + at
+        places[:, run.start : run.stop] = at, line, column
+        at, done = at + max(grids[run.image]), run.stop
+    places[:, done:] = np.arange(at, at + tokens - done)
+    return places
