@@ -28,6 +28,7 @@ from squall.spec import Decoder
 from squall.text.chat import ChatPrompt, ChatTemplate
 from squall.text.grammar import Grammar, Grammars
 from squall.text.tools import Tool
+from squall.vision.images import OWN
 from squall.weights import Progress
 
 Message = Mapping[str, str]
@@ -74,6 +75,7 @@ class Model(Closing):
         self.program: Program = parts.engine.executor.program
         self.tokenizer = parts.tokenizer
         self.sight = parts.sight
+        self.media = OWN  # where its images may come from
         self._engine: Engine | None = parts.engine
         self._adapters: Shelf | None = parts.adapters
         if parts.template is not None:

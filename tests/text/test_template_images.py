@@ -164,7 +164,7 @@ def test_numbers_go_from_1_on(tokenizer: HfTokenizer) -> None:
     mixed = [named(1), user(picture(), text("and?"))]
     assert "<|image_2|>\nand?" in prompt("phi-3-vision", mixed, tokenizer).text
     for wrong in ([named(2, 1)], [named(2)], [named(1), named(1)], [named(0)]):
-        with pytest.raises(InvalidRequest, match="it must have <.image_"):
+        with pytest.raises(InvalidRequest, match="it must have <"):
             prompt("phi-3-vision", wrong, tokenizer)
 
 

@@ -6,6 +6,7 @@ import json
 from itertools import groupby
 from operator import attrgetter
 
+from squall.api.messages import images_of
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.api.responses import CalledFunction, Delta, ResponseMessage, ToolCall, ToolCallDelta
 from squall.api.structure import Structure
@@ -30,6 +31,8 @@ CHARACTERS_PER_TOKEN = 64
 def chat_prompt(model: Model, request: ChatCompletionRequest) -> ChatPrompt:
     """The prompt of a chat, in the model's chat template."""
     messages = [dict(message) for message in request.messages if not isinstance(message, str)]
+    if images_of(messages):
+        raise InvalidRequest("this model reads no images; send texts only")
     check_characters(model, len(json.dumps(messages, ensure_ascii=False)))
     kwargs, tools = request.template_kwargs, request.offer().tools
     continues = request.continue_final_message
