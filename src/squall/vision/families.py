@@ -11,6 +11,7 @@ from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import read_json
 from squall.vision.family import Family
 from squall.vision.llava import Llava
+from squall.vision.mllama import Mllama
 from squall.vision.pixtral import Pixtral
 from squall.vision.qwen import Qwen
 
@@ -25,6 +26,7 @@ def llava(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Family:
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]] = {
     "LlavaForConditionalGeneration": llava,
     "Mistral3ForConditionalGeneration": partial(Pixtral.of, merge=2),
+    "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
     "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
 }
