@@ -13,6 +13,7 @@ from squall.vision.family import Family
 from squall.vision.gemma3 import Gemma3
 from squall.vision.idefics import Idefics2, Idefics3
 from squall.vision.llava import Llava, LlavaNext
+from squall.vision.mllama import Mllama
 from squall.vision.phi3v import Phi3V
 from squall.vision.pixtral import Pixtral
 from squall.vision.qwen import Qwen
@@ -33,6 +34,7 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
     "LlavaNextForConditionalGeneration": LlavaNext.of,
     "Mistral3ForConditionalGeneration": partial(Pixtral.of, merge=2),
     "Phi3VForCausalLM": Phi3V.of,
+    "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
     "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
     "SmolVLMForConditionalGeneration": partial(Idefics3.of, kind="smolvlm"),
