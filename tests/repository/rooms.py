@@ -55,7 +55,7 @@ ABOVE: dict[str, set[str]] = {
     "assembly": set(MAY_IMPORT) - {"measure"},
     "model": {
         "errors", "closing", "adapters", "assembly", "engine", "executors", "opening", "program",
-        "quant", "spec", "text", "weights",
+        "quant", "spec", "text", "vision", "weights",
     },
     "api": {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",

@@ -42,7 +42,7 @@ def test_import_is_light() -> None:
         "import sys, squall; squall.Model; squall.Runner; "
         "print(*sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'gguf', "
         "'rich', 'prompt_toolkit', 'typer', 'huggingface_hub', 'fastapi', 'starlette', "
-        "'uvicorn', 'pydantic', 'prometheus_client', 'httpx'}))"
+        "'uvicorn', 'pydantic', 'prometheus_client', 'httpx', 'PIL'}))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""

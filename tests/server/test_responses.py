@@ -259,7 +259,7 @@ def test_fields_that_are_accepted(client: openai.OpenAI, fields: dict[str, Any])
                 "input": [
                     {"role": "user", "content": "x"},
                     {"type": "reasoning", "summary": []},
-                    {"role": "user", "content": [{"type": "input_image", "image_url": "x"}]},
+                    {"role": "user", "content": [{"type": "input_image"}]},
                 ],
                 "instructions": "Look.",
             },

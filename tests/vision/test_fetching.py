@@ -10,7 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
@@ -154,6 +154,9 @@ def answers(
     real = socket.getaddrinfo
 
     def resolve(host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
+        with suppress(ValueError):
+            ip_address(host)
+            return real(host, port, *args, **kwargs)
         if seen is not None:
             seen.append(host)
         return real(left.pop(0) if len(left) > 1 else left[0], port, *args, **kwargs)

@@ -214,6 +214,8 @@ def test_sizes_are_checked_of_everything() -> None:
         with pytest.raises(InvalidRequest, match="100 pixels"):
             read(source, few)
     assert read(picture(size=(10, 10)), few).size == (10, 10)
+    with pytest.raises(InvalidRequest, match="empty"):
+        read(Image.new("RGB", (0, 5)))
     with pytest.raises(InvalidRequest, match="an edge of 12"):
         read(picture(), replace(OWN, edge=12))
     with pytest.raises(InvalidRequest, match="more than the 50 bytes"):
@@ -258,7 +260,7 @@ def test_what_is_no_source(source: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["ftp://a/b.png", "no such file.png", "data:;base64,%", "\0", "é"]
+    "source", ["ftp://a/b.png", "no such file.png", "data:;base64,%", "\0", "file://[x", "é"]
 )
 def test_texts_that_are_no_sources(source: str) -> None:
     with pytest.raises(InvalidRequest, match=r"it must be an http, https or data: URL"):

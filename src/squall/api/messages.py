@@ -16,22 +16,40 @@ MOST_CALLS = 128
 
 Messages = str | Sequence[Mapping[str, Any]]
 ROLES: Mapping[str, str] = MappingProxyType({"developer": "system", "function": "tool"})
-# Parts of a message's content that are texts, with where the text is.
-TEXT_PARTS: Mapping[str, str] = MappingProxyType({
-    "text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"
-})  # fmt: skip
+DETAILS = ("auto", "low", "high")
+Content = str | list[dict[str, Any]]
 _TEXTS = ("name", "tool_call_id", *REASONING)
 
 
 def conversation(messages: Messages) -> list[dict[str, Any]]:
-    """What templates are to see of messages as clients send them; a text is a user's."""
+    """What templates are to see of messages as clients send them; a text is a user's.
+
+    Where there are images the content is a list of parts: {"type": "text", "text"}, and {"type":
+    "image", "source", "detail"} with the source as it was sent.
+    """
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     check(isinstance(messages, Sequence), "messages", messages, "a text or a list of messages")
     check_short("messages", messages, MOST_MESSAGES)
     if not len(messages):
         raise InvalidRequest("messages is empty; give at least one")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    said = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return _results_as_texts(said) if images_of(said) else said
+
+
+def images_of(messages: Messages) -> list[dict[str, Any]]:
+    """The parts of a checked conversation that are images, in reading order."""
+    contents = [message["content"] for message in messages if not isinstance(message, str)]
+    lists = [content for content in contents if isinstance(content, list)]
+    return [part for parts in lists for part in parts if part["type"] == "image"]
+
+
+def joined(*contents: Content) -> Content:
+    """One content of several."""
+    if all(isinstance(content, str) for content in contents):
+        return "".join(map(str, contents))
+    lists = ([{"type": "text", "text": c}] if isinstance(c, str) else c for c in contents if c)
+    return [part for parts in lists for part in parts]
 
 
 def check_short(name: str, values: Sized, most: int, what: str = "entries") -> None:
@@ -49,7 +67,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if role == "assistant" and content is None:
         # So do clients that send back what they got: a refusal, or an answer without a text.
         content = message.get("refusal") or ""
-    content = text_of(content, f"{where}.content")
+    content = content_of(content, f"{where}.content", role)
     checked: dict[str, Any] = {"role": ROLES.get(role, role), "content": content}
     if calls := message.get("tool_calls"):
         checked["tool_calls"] = _calls(calls, f"{where}.tool_calls")
@@ -74,20 +92,66 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return found
 
 
+def _results_as_texts(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Images of tools' results follow these as the user's, as templates know them nowhere else."""
+    after = len(said)
+    for i in reversed(range(after)):
+        if said[i]["role"] != "tool":
+            after = i
+        elif images := images_of([said[i]]):
+            texts = [part["text"] for part in said[i]["content"] if part["type"] == "text"]
+            said[i]["content"] = "".join(texts)
+            if [message["role"] for message in said[after : after + 1]] != ["user"]:
+                said.insert(after, {"role": "user", "content": ""})
+            said[after]["content"] = joined(images, said[after]["content"])
+    return said
+
+
 def text_of(content: object, where: str) -> str:
     """The text of a content, or of its parts."""
+    return str(content_of(content, where, "system"))
+
+
+def content_of(content: object, where: str, role: str) -> Content:
+    """The text of a content, or if it has images its parts: a user's, or a tool's result."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise InvalidRequest(f"{where} must be a text, or a list of text parts")
+        raise InvalidRequest(f"{where} must be a text, or a list of parts")
     check_short(where, content, MOST_PARTS)
-    found = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if not isinstance(kind, str) or kind not in TEXT_PARTS:
-            raise InvalidRequest(f"{where} has a part of type {shown(kind)}; only 'text' is known")
-        text = part.get(TEXT_PARTS[kind])
-        if not isinstance(text, str):
-            raise InvalidRequest(f"{where} has a part of type {kind!r} without a text")
-        found.append(text)
-    return "".join(found)
+    sees = role in ("user", "tool", "function")
+    parts = [_part(part, where, sees=sees) for part in content]
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _part(part: object, where: str, *, sees: bool) -> dict[str, Any]:
+    match part:
+        case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "refusal", "refusal": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "image" | "image_url" | "input_image", **image} if sees:
+            return _image(image, f"{where} has an image")
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    known = "a whole 'text' or 'image_url'" if sees else "a whole 'text'"
+    raise InvalidRequest(f"{where} has a part of type {shown(kind)}; it must be {known}")
+
+
+def _image(image: Mapping[object, Any], what: str) -> dict[str, Any]:
+    """An image in the words of OpenAI's chats or Responses, Anthropic's, or transformers'."""
+    source, detail = None, image.get("detail")
+    match image:
+        case {"image_url": {"url": source, **own}}:
+            detail = own.get("detail")
+        case {"source": {"url": source}} | {"source": {"data": source}} | {"source": source}:
+            pass
+        case {"image_url": source} | {"image": source} | {"base64": source}:
+            pass
+        case {"url": source} | {"path": source}:
+            pass
+    if source is None or isinstance(source, Mapping | list | tuple | int | float):
+        raise InvalidRequest(f"{what} that is neither a URL nor data; give image_url")
+    check(detail in (None, *DETAILS), f"{what} whose detail", detail, f"one of {DETAILS}")
+    return {"type": "image", "source": source, "detail": detail}

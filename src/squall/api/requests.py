@@ -129,7 +129,7 @@ class _Request(StructureFields, SamplingFields):
 class ChatCompletionRequest(_Request):
     """The next message of a conversation.
 
-    messages: of `role` and `content`, a text or a list of text parts; a text alone is a user's.
+    messages: of `role` and `content`, a text or texts and images; a text alone is a user's.
     tools: what the model may call, in OpenAI's shape; `tool_schemas`: the same, each as JSON.
     tool_choice: "none", "auto", "required", a function, or allowed_tools; or a ToolChoice.
     parallel_tool_calls: whether an answer may have several calls.

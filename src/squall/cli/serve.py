@@ -57,6 +57,15 @@ class ServeFlags(ModelFlags):
         list[str] | None,
         typer.Option(metavar="NAME", help="A name, beside the address, the server may go by."),
     ] = None
+    allow_media_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="Images may be loaded from here; .HOST: below it; *: all."
+        ),
+    ] = None
+    allow_media_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Or may be files within this one.")
+    ] = None
     served_model_name: Annotated[
         str | None, typer.Option(help="The model's name for clients; by default its file's.")
     ] = None
@@ -175,6 +184,7 @@ class ServeFlags(ModelFlags):
     def options(self) -> ServerOptions:
         """What the server allows."""
         from squall.server.options import LOOPBACK, ServerOptions, keep_alive_s
+        from squall.vision.images import Media
 
         local = self.serve_ip in LOOPBACK
         hosts = {*LOOPBACK, *(self.allow_host or ())} if local or self.allow_host else None
@@ -185,6 +195,7 @@ class ServeFlags(ModelFlags):
             api_keys=tuple(self.api_key or ()),
             origins=tuple(self.cors or ()),
             hosts=None if hosts is None else frozenset(hosts),
+            media=Media(hosts=tuple(self.allow_media_url or ()), folder=self.allow_media_path),
             truncate=self.truncate_sequence,
             seed=self.seed,
             log=self.log,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from squall.api.messages import text_of
+from squall.api.messages import Content, joined, text_of
 from squall.api.requests import ChatCompletionRequest
 from squall.server.schemas import GenerationBody
 
@@ -57,10 +57,10 @@ def turn(said: list[Object], role: str, *, new: bool = False) -> Object:
     return said[-1]
 
 
-def say(said: list[Object], role: str, text: str, *, new: bool = False) -> None:
+def say(said: list[Object], role: str, content: Content, *, new: bool = False) -> None:
     """Somebody says something."""
     last = turn(said, role, new=new)
-    last["content"] = last.get("content", "") + text
+    last["content"] = joined(last.get("content", ""), content)
 
 
 def call(said: list[Object], id: str, name: str, arguments: str) -> None:

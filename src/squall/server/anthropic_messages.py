@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic_core import from_json
 
-from squall.api.messages import MOST_MESSAGES, text_of
+from squall.api.messages import MOST_MESSAGES, content_of, joined
 from squall.api.requests import ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
@@ -75,8 +75,8 @@ class MessagesBody(CountBody, frozen=True):
 
 def _add(said: list[Object], role: str, block: Any, where: str) -> None:
     match block:
-        case {"type": "text", "text": str(text)}:
-            agents.say(said, role, text)
+        case {"type": "text", "text": str()} | {"type": "image"}:
+            agents.say(said, role, content_of([block], where, role))
         case {"type": "thinking", "thinking": str(text)}:
             agents.turn(said, "assistant")["reasoning_content"] = text
         case {"type": "redacted_thinking"}:
@@ -84,11 +84,11 @@ def _add(said: list[Object], role: str, block: Any, where: str) -> None:
         case {"type": "tool_use", "id": str(id), "name": str(name), "input": dict(arguments)}:
             agents.call(said, id, name, json.dumps(arguments, ensure_ascii=False))
         case {"type": "tool_result", "tool_use_id": str(id)}:
-            text = text_of(block.get("content") or "", where)
-            text = "error: " + text if block.get("is_error") is True else text
-            said.append({"role": "tool", "tool_call_id": id, "content": text})
+            result = content_of(block.get("content") or "", where, "tool")
+            result = joined("error: ", result) if block.get("is_error") is True else result
+            said.append({"role": "tool", "tool_call_id": id, "content": result})
         case _:
-            known = "complete blocks of text, thinking, tool_use or tool_result"
+            known = "complete blocks of text, image, thinking, tool_use or tool_result"
             raise InvalidRequest(f"{where} has {shown(block)}; it must have {known}")
 
 

@@ -120,6 +120,7 @@ class Visit:
         self.status = 0
         self.started = False
         self.notes: dict[str, object] = {}
+        self._held = 0
         self._body = bytearray() if service.log.keeps_bodies else None
         scope.setdefault("state", {})["visit"] = self
 
@@ -154,6 +155,11 @@ class Visit:
         if self._served is not None:
             self._served.entering.discard(self)
 
+    def hold(self, size: int) -> None:
+        """So many bytes of the body are needed until the request is over."""
+        self._held += size
+        self._service.bodies.hold(size)
+
     def ignore(self, names: list[str]) -> None:
         """Tell the client, and the log, of fields that are without effect."""
         if names:
@@ -164,6 +170,7 @@ class Visit:
     def close(self) -> None:
         """The request is over: log and count it."""
         self.entered()
+        self._service.bodies.hold(-self._held)
         service, route = self._service, self._scope.get("route")
         # Paths that clients make up are not counted one by one.
         path = getattr(route, "path", "other")

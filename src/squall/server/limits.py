@@ -64,6 +64,10 @@ class Bodies:
         finally:
             self._held -= len(data)
 
+    def hold(self, size: int) -> None:
+        """So many bytes are held for longer; or no more, if it is below 0."""
+        self._held += size
+
     async def _fill(self, data: bytearray, receive: Receive) -> None:
         more = True
         while more:

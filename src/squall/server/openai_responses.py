@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from squall.api.messages import text_of
+from squall.api.messages import content_of
 from squall.api.requests import ChatCompletionRequest
 from squall.engine.fields import shown
 from squall.errors import InvalidRequest
@@ -72,8 +72,8 @@ def _add(said: list[Object], item: Object, where: str) -> None:
         case {"type": "function_call", "call_id": str(id), "name": str(name)}:
             agents.call(said, id, name, item.get("arguments", ""))
         case {"type": "function_call_output", "call_id": str(id), "output": output}:
-            text = text_of(output, f"{where}.output")
-            said.append({"role": "tool", "tool_call_id": id, "content": text})
+            result = content_of(output, f"{where}.output", "tool")
+            said.append({"role": "tool", "tool_call_id": id, "content": result})
         case {"type": "reasoning", "content": [{"text": str(text)}, *_]}:
             agents.turn(said, "assistant")["reasoning_content"] = text
         case {"type": "reasoning"}:  # of another server, which has not told it
@@ -81,7 +81,8 @@ def _add(said: list[Object], item: Object, where: str) -> None:
         case {"role": str(role), "content": str() | [*_] as content, **rest} if (
             rest.get("type", "message") == "message"
         ):
-            agents.say(said, role, text_of(content, f"{where}.content"), new=role != "assistant")
+            told = content_of(content, f"{where}.content", role)
+            agents.say(said, role, told, new=role != "assistant")
         case _:
             known = "a complete message, function_call, function_call_output or reasoning"
             raise InvalidRequest(f"{where} is {shown(item)}; it must be {known}")

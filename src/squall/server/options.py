@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from squall.errors import InvalidRequest
+from squall.vision.images import Media
 
 MIB = 2**20
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -37,6 +38,7 @@ class ServerOptions:
     seed: for requests that give none; by default each draws its own.
     log: a file that gets every request and response.
     throughput: tell tokens a second in the access log.
+    media: which images may come from where, beside those in requests.
     body_bytes, all_bodies_bytes: of one request's body, and of those being read or parsed together.
     header_s, body_s, write_s: how long a client may take to send its header, to send its body, and
         to take what is written to it. keep_alive_s: a comment for streams that are silent.
@@ -56,7 +58,8 @@ class ServerOptions:
     seed: int | None = None
     log: Path | None = None
     throughput: bool = False
-    body_bytes: int = 16 * MIB
+    media: Media = field(default_factory=Media)
+    body_bytes: int = 32 * MIB
     all_bodies_bytes: int = 256 * MIB
     kept_responses: int = 1000
     kept_bytes: int = 64 * MIB

@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from squall.adapters.shelf import Info
 from squall.api.chats import chat_prompt
 from squall.api.jobs import chat_ids, start_chat, start_completion
+from squall.api.messages import images_of
 from squall.api.requests import ChatCompletionRequest
 from squall.errors import InvalidRequest
 from squall.model import Model
@@ -94,11 +95,15 @@ async def _answer(
     defaults = served.asked(body)
     told = tell(body, defaults["model"], visit.id)
 
+    asked = await _work(service, partial(told.request, **defaults))
+    images = [part["source"] for part in images_of(getattr(asked, "messages", ()))]
+    visit.hold(sum(map(len, images)))
+
     def start() -> AnyJob:
-        asked = told.request(**defaults)
         return begin(served.model, asked, id=told.id, tenant=visit.tenant)
 
-    reads = not served.model.adapters.ready(defaults.get("adapters", body.adapters))
+    ready = served.model.adapters.ready(defaults.get("adapters", body.adapters))
+    reads = not ready or bool(images)
     return Answer(service, served, start, told, stream=bool(body.stream), reads=reads)
 
 
@@ -121,20 +126,26 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of a conversation."""
         body, served = await _read(service, request, TokenizeBody)
-        ids, most = await _work(service, partial(_ids, served.model, body)), served.model.context
+        model = served.model
+        if body.prompt is not None and body.messages is None:
+            encode = partial(model.encode, body.prompt, add_bos=body.add_special_tokens)
+            ids = await _work(service, encode)
+        else:
+            ids = await _chat(service, partial(_as_chat, body), partial(chat_ids, model))
+        most = model.context
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
 
     @router.post("/render", openapi_extra=_takes(ChatBody))
     async def render(request: Request) -> Response:
         """The prompt of a chat as the model reads it, as text and as token ids."""
         body, served = await _read(service, request, ChatBody)
-        return JSONResponse(await _work(service, partial(_rendered, served.model, body)))
+        return JSONResponse(await _chat(service, body.request, partial(_rendered, served.model)))
 
     @router.post(f"{MESSAGES}/count_tokens", openapi_extra=_takes(CountBody))
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of a message would have."""
         body, served = await _read(service, request, CountBody)
-        ids = await _work(service, lambda: chat_ids(served.model, body.request()))
+        ids = await _chat(service, body.request, partial(chat_ids, served.model))
         return JSONResponse({"input_tokens": len(ids)})
 
     @router.post("/detokenize", openapi_extra=_takes(DetokenizeBody))
@@ -144,19 +155,17 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         return JSONResponse({"prompt": await _work(service, partial(_text, served.model, body))})
 
 
-def _ids(model: Model, body: TokenizeBody) -> list[int]:
-    if (body.prompt is None) == (body.messages is None):
+def _as_chat(body: TokenizeBody) -> ChatCompletionRequest:
+    if body.prompt is not None or body.messages is None:
         raise InvalidRequest("give a prompt or messages, one of them")
-    if body.prompt is not None:
-        return model.encode(body.prompt, add_bos=body.add_special_tokens)
     given = body.given()
     del given["add_special_tokens"]
-    return chat_ids(model, ChatCompletionRequest(**given))
+    return ChatCompletionRequest(**given)
 
 
-def _rendered(model: Model, body: ChatBody) -> dict[str, object]:
-    prompt = chat_prompt(model, ChatCompletionRequest(**body.given()))
-    ids = model.tokenizer.encode_pieces(prompt.pieces)
+def _rendered(model: Model, asked: ChatCompletionRequest) -> dict[str, object]:
+    prompt = chat_prompt(model, asked)
+    ids = model.encode_prompt(prompt)
     found = {"prompt": prompt.text, "prompt_token_ids": ids, "count": len(ids)}
     return found | {"max_model_len": model.context}
 
@@ -342,6 +351,14 @@ def _parse(kind: type[_BodyT], data: bytes, context: int) -> _BodyT:
 
 async def _work(service: Service, function: Callable[[], _Value]) -> _Value:
     return await asyncio.wrap_future(service.submit(function))
+
+
+async def _chat(
+    service: Service, ask: Callable[[], Any], answer: Callable[[Any], _Value]
+) -> _Value:
+    asked = await _work(service, ask)
+    reads = bool(images_of(asked.messages))
+    return await asyncio.wrap_future(service.submit(partial(answer, asked), reads=reads))
 
 
 def _page(document: dict[str, Any]) -> str:

@@ -24,8 +24,8 @@ from squall.server.schemas import GenerationBody
 
 # Requests are parsed, rendered and tokenized by so many threads; more would only fight for the GIL.
 WORKERS = 2
-# Adapters are read by so many others, as they may be large, and on slow disks.
-READERS = 4
+# Adapters and images are read by so many others, as they may be large, or slow to come.
+READERS = 8
 # How many more than run and wait may be on their way into the queue or out of it.
 SLACK = 32
 
@@ -44,6 +44,7 @@ class Served:
     def __init__(self, name: str, model: Model, options: ServerOptions) -> None:
         self.name = name
         self.model = model
+        self.model.media = options.media
         self.created = int(time.time())
         self.defaults: dict[str, Any] = {
             "model": name, "truncate_sequence": options.truncate, "seed": options.seed
@@ -125,7 +126,7 @@ class Service:
         configs = [model.engine.config for model in models.values()]
         self._most_active = SLACK + sum(config.max_seqs + config.max_queue for config in configs)
         self._workers = ThreadPoolExecutor(WORKERS, "squall-request")
-        self._readers = ThreadPoolExecutor(READERS, "squall-adapter")
+        self._readers = ThreadPoolExecutor(READERS, "squall-reader")
 
     @property
     def sole(self) -> Served | None:
@@ -208,7 +209,7 @@ class Service:
             raise QueueFull(f"{self.active} requests are under way already", retry_after_s=1)
 
     def submit(self, function: Callable[[], _Value], *, reads: bool = False) -> Future[_Value]:
-        """Run what takes long beside the event loop. reads: an adapter, from files."""
+        """Run what takes long beside the event loop. reads: adapters or images."""
         return (self._readers if reads else self._workers).submit(function)
 
     async def run(self) -> None:

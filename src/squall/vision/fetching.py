@@ -7,7 +7,6 @@ hand, so that nothing leads to what is not public.
 from __future__ import annotations
 
 import socket
-import ssl
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ _HEADERS = (
     ("Accept-Encoding", "identity"), ("Connection", "close"),
 )  # fmt: skip
 _NAT64, _UNICAST = IPv6Network("64:ff9b::/96"), IPv6Network("2000::/3")
+_HTTPCORE = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 _MOST_URL = 8192  # characters
 
 
@@ -54,6 +54,7 @@ def _parsed(url: str) -> httpx.URL:
 def _get(url: httpx.URL, media: Media, clock: Clock) -> bytes | str:
     """The body, or where to look instead. Raises InvalidRequest."""
     host, data = quote(url.host), bytearray()
+    limits = {"timeout": {"write": clock.left_s()}}
     headers = [("Host", url.netloc.decode("ascii")), *_HEADERS]
     target = httpcore.URL(
         scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
@@ -61,7 +62,7 @@ def _get(url: httpx.URL, media: Media, clock: Clock) -> bytes | str:
     try:
         with (
             httpcore.ConnectionPool(network_backend=_Dialler(url, media, clock)) as pool,
-            pool.stream("GET", target, headers=headers) as response,
+            pool.stream("GET", target, headers=headers, extensions=limits) as response,
         ):
             told = {name.lower(): value.decode("latin-1") for name, value in response.headers}
             if response.status in _REDIRECTS and b"location" in told:
@@ -76,7 +77,7 @@ def _get(url: httpx.URL, media: Media, clock: Clock) -> bytes | str:
             return bytes(data)
     except InvalidRequest:
         raise
-    except (OSError, ValueError, httpcore.ProtocolError, httpx.InvalidURL):
+    except (OSError, ValueError, httpx.InvalidURL, *_HTTPCORE):
         clock.left_s()
         raise InvalidRequest(f"no image can be had from {host}") from None
 
@@ -97,29 +98,17 @@ class _Dialler(httpcore.NetworkBackend):
         if not found:
             allowed = ", ".join(media.hosts) or "none"
             raise InvalidRequest(f"images from {quote(shown)} are not allowed; hosts: {allowed}")
-        # No server of names can say where these are.
-        fixed = host == "localhost" or _is_address(host)
-        self._any_address = fixed and not found.isdisjoint({shown, f"{shown}:{port}"})
+        self._named = not found.isdisjoint({shown, f"{shown}:{port}"})
 
-    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
+    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> Any:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for entry in found:
-            if not (self._any_address or is_public(ip_address(str(entry[4][0])))):
+        for address in (str(entry[4][0]) for entry in found):
+            # No server of names can say where these are.
+            meant = self._named and host in ("localhost", address)
+            if not (meant or is_public(ip_address(address))):
                 raise InvalidRequest(f"{quote(host)} has no public address, and is not allowed")
-        stream = _Stream(socket.socket(found[0][0], socket.SOCK_STREAM), self._clock)
-        try:
-            stream.timed().connect(found[0][4])
-        except BaseException:
-            stream.close()
-            raise
-        return stream
-
-
-def _is_address(host: str) -> bool:
-    try:
-        return bool(ip_address(host))
-    except ValueError:
-        return False
+        dial = httpcore.SyncBackend().connect_tcp
+        return _Stream(dial(str(found[0][4][0]), port, self._clock.left_s()), self._clock)
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
@@ -135,31 +124,18 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
     return address.is_global and not address.is_multicast
 
 
-class _Stream(httpcore.NetworkStream):
+class _Stream:
     """A connection that ends in time, however slowly it moves."""
 
-    def __init__(self, connection: socket.socket, clock: Clock) -> None:
-        self._socket, self._clock = connection, clock
+    def __init__(self, stream: httpcore.NetworkStream, clock: Clock) -> None:
+        self._stream, self._clock = stream, clock
 
-    def timed(self) -> socket.socket:
-        """The connection, with the time that is left."""
-        self._socket.settimeout(self._clock.left_s())
-        return self._socket
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
-        return self.timed().recv(max_bytes)
+        return self._stream.read(max_bytes, self._clock.left_s())
 
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
-        self.timed().sendall(buffer)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, *_: Any, **__: Any
-    ) -> httpcore.NetworkStream:
-        tls = ssl_context.wrap_socket(self.timed(), server_hostname=server_hostname)
-        return _Stream(tls, self._clock)
-
-    def get_extra_info(self, info: str) -> Any:  # noqa: ARG002
-        return None
+    def start_tls(self, *args: Any, **kwargs: Any) -> _Stream:
+        kwargs["timeout"] = self._clock.left_s()
+        return _Stream(self._stream.start_tls(*args, **kwargs), self._clock)

@@ -6,7 +6,7 @@ out. Only grey of 16 bits, which that would clip, is scaled.
 
 from __future__ import annotations
 
-import base64
+import binascii
 import hashlib
 import io
 import os
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,8 @@ _OTHERS = {
     rb"....jP  |\xff\x4f\xff\x51": "JPEG 2000", rb"\Z": "empty",
 }  # fmt: skip
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\[\]:/@A-Z]+)(:\d{1,5})?")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*")
+_FILE = re.compile("file:(//(localhost(?=/))?)?", re.IGNORECASE)
 _MOST_PATH = 4096  # characters
 # Pillow's transpositions that set right what EXIF says of how the camera was held.
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
@@ -135,15 +137,15 @@ def _read(source: object, media: Media, clock: Clock) -> Image:
                 image = _of_array(source)
             else:
                 image = source if isinstance(source, Image.Image) else _opened(data, clock)
-            if image.width * image.height > media.pixels or max(image.size) > media.edge:
+            if not 0 < image.width * image.height <= media.pixels or max(image.size) > media.edge:
                 raise Image.DecompressionBombError
             image.load()
             return _upright_rgb(image)
         except InvalidRequest:
             raise
         except Image.DecompressionBombError:
-            limits = f"{media.pixels} pixels and an edge of {media.edge} are allowed"
-            raise InvalidRequest(f"an image is too large; {limits}") from None
+            limits = f"at most {media.pixels} pixels and an edge of {media.edge} are allowed"
+            raise InvalidRequest(f"an image is too large, or empty; {limits}") from None
         except Exception:  # whatever decoders raise; what they say may be about the process
             raise InvalidRequest("an image is damaged, or was cut; send the whole file") from None
 
@@ -208,63 +210,50 @@ def _data(source: object, media: Media, clock: Clock) -> bytes:
     """The file that a source is, or names."""
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
-    if isinstance(source, os.PathLike):
-        return _of_file(os.fsdecode(source), media)
-    if not isinstance(source, str):
+    if not isinstance(source, str | os.PathLike):
         kinds = "a URL, path, data: URI, base64, bytes, a NumPy array or an image of Pillow's"
         raise InvalidRequest(f"an image is given as {type(source).__name__}; give {kinds}")
-    scheme = source[:20].partition(":")[0].lower()
+    text = os.fsdecode(source)
+    scheme = text[:20].partition(":")[0].lower() if isinstance(source, str) else ""
     if scheme in ("http", "https"):
         from squall.vision.fetching import fetch
 
-        return fetch(source, media, clock)
+        return fetch(text, media, clock)
     if scheme == "data":
-        head, _, body = source.partition(",")
+        head, _, body = text.partition(",")
         whole = head[-7:].lower() != ";base64"
         found = unquote_to_bytes(body) if whole else _of_base64(unquote(body))
     elif scheme == "file":
-        parts = urlsplit(source)
-        host = "" if parts.netloc == "localhost" else parts.netloc
-        return _of_file(unquote(host + parts.path), media)
-    elif _place(source, media.folder):
-        return _of_file(source, media)
+        found = _of_file(unquote(_FILE.sub("", text)), media)
     else:
-        found = _of_base64(source)
+        found = _of_file(text, media)
+        found = _of_base64(text) if found is None else found
     if found is None:
         kinds = "an http, https or data: URL" + (", a file" if media.folder else "") + ", or base64"
-        raise InvalidRequest(f"an image is {quote(source)}; it must be {kinds}")
+        raise InvalidRequest(f"an image is {quote(text)}; it must be {kinds}")
     return found
 
 
 def _of_base64(text: str) -> bytes | None:
     """Also without padding, with spaces, or of the alphabet for URLs; None for what is none."""
-    packed = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    if not _BASE64.fullmatch(text[:1000]):
+        return None
     try:
-        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+        return binascii.a2b_base64(text.replace("-", "+").replace("_", "/") + "==")
     except ValueError:
         return None
 
 
-def _of_file(path: str, media: Media) -> bytes:
-    place = _place(path, media.folder)
-    if place is None:
-        where = "" if media.folder else "; files are not allowed here, send a data: URL"
-        raise InvalidRequest(f"there is no image at {quote(path)}{where}")
-    try:
-        with open(place, "rb") as file:
-            return file.read(media.file_bytes + 1)
-    except OSError:
-        raise InvalidRequest(f"the image at {quote(path)} cannot be read") from None
-
-
-def _place(path: str, folder: Path | None) -> str | None:
-    """Where a path leads to, if that is a file within the folder, and no link out of it."""
-    if folder is None or len(path) > _MOST_PATH:
+def _of_file(path: str, media: Media) -> bytes | None:
+    """None for what is no file within the folder, or a link out of it."""
+    if media.folder is None or len(path) > _MOST_PATH:
         return None
     try:
-        root = os.path.realpath(folder)
+        root = os.path.realpath(media.folder)
         place = os.path.realpath(os.path.join("" if root == os.sep else root, path))
-        inside = os.path.commonpath([root, place]) == root
-        return place if inside and stat.S_ISREG(os.stat(place).st_mode) else None
+        if os.path.commonpath([root, place]) != root or not stat.S_ISREG(os.stat(place).st_mode):
+            return None
+        with open(place, "rb") as file:
+            return file.read(media.file_bytes + 1)
     except (OSError, ValueError):
         return None
