@@ -93,7 +93,7 @@ def assemble(opening: Opening) -> Assembly:
         draft = Draft(_executor(models[1], small, room, encode), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
-    sight = _sight(model, opening, room.pool)
+    sight = _sight(model, opening, executor)
     return Assembly(checkpoint, recipe, tokenizer, template or None, answering, adapters, sight)
 
 
@@ -201,7 +201,7 @@ def _executor(
     return executors.open(program, store(**_merged(model, opening)), limits, **given)
 
 
-def _sight(model: Prepared, opening: Opening, pool: ThreadPool) -> Sight | None:
+def _sight(model: Prepared, opening: Opening, executor: Executor) -> Sight | None:
     """What a model with a tower sees with."""
     checkpoint, recipe, plan = model
     if not recipe.sees:
@@ -211,9 +211,12 @@ def _sight(model: Prepared, opening: Opening, pool: ThreadPool) -> Sight | None:
 
     family = families.family(recipe.architecture, checkpoint, opening.max_edge)
     seeing, connector = recipe.part("tower").spec, recipe.part("connector").spec
-    program = tower.compile(cast(Tower, seeing), cast(Connector, connector), recipe.all_names)
+    names = recipe.all_names
+    program = tower.compile(cast(Tower, seeing), cast(Connector, connector), names)
+    recalls = any(layer.attention.recalls for layer in recipe.decoder.layers)
+    keys = decoder.compile_memory(recipe.decoder, names) if recalls else None
     store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-    return Sight(family, program, store, pool=pool, limit_bytes=opening.image_bytes)
+    return Sight(family, executor, store, (program, keys), limit_bytes=opening.image_bytes)
 
 
 def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:

@@ -91,34 +91,35 @@ class Blocks:
         return self.builder.emit(Overlay(self.builder.value(name, y.width, y.rows), x, y, told))
 
     def attention(self, h: Value, name: str, a: Attention, reach: Reach) -> Value:
-        if a.recalls:
-            parts = self.heads(h, name, a, "q")
-        else:
-            parts = self.heads(h, name, a, "q") + self.heads(reach.read(h), name, a, "kv")
-        out = self.builder.value(f"{name}.out", a.heads * a.head_dim, h.rows)
         sizes = a.heads, a.kv_heads, a.head_dim
         if a.recalls:
             assert reach.cache is not None
-            return self.builder.emit(
-                Recall(out, parts[0], reach.spans, reach.cache, *sizes, a.scale)
-            )
-        q, k, v = parts
+            (q,) = self.heads(name, a, q=h)
+            out = self.builder.value(f"{name}.out", q.width, h.rows)
+            return self.builder.emit(Recall(out, q, reach.spans, reach.cache, *sizes, a.scale))
+        read = reach.read(h)
+        q, k, v = self.heads(name, a, q=h, k=read, v=read)
+        out = self.builder.value(f"{name}.out", q.width, h.rows)
         how = (reach.cache, *sizes, a.scale, a.window, a.softcap)
         return self.builder.emit(Attend(out, q, k, v, reach.spans, *how))
 
-    def heads(self, h: Value, name: str, a: Attention, parts: str) -> list[Value]:
-        """Of rows their queries, keys and values, or some of them."""
-        found = [self.linear(h, f"{name}.{p}", f"{name}.{p}", bias=a.qkv_bias) for p in parts]
-        turned = [p for p in parts if p != "v"]
-        for i, part in enumerate(turned):
-            if a.qk_norm is not None:
-                group = found[i].width if a.qk_norm_scope == "row" else a.head_dim
-                found[i] = self.norm(found[i], f"{name}.{part}_norm", a.qk_norm, group)
-        for i, part in enumerate(turned):
-            if a.rope is not None:
-                heads = found[i].width // a.head_dim
-                found[i] = self.rotate(found[i], f"{name}.{part}_rotated", a.rope, heads)
-        return found
+    def heads(self, name: str, a: Attention, **of: Value) -> list[Value]:
+        """Of rows queries (q), keys (k) and values (v), in this order, or some of them."""
+        made = {
+            part: self.linear(x, f"{name}.{part}", f"{name}.{part}", bias=a.qkv_bias)
+            for part, x in of.items()
+        }
+        turned = [part for part in made if part != "v"]
+        if a.qk_norm is not None:
+            whole = a.qk_norm_scope == "row"
+            for part in turned:
+                group = made[part].width if whole else a.head_dim
+                made[part] = self.norm(made[part], f"{name}.{part}_norm", a.qk_norm, group)
+        if a.rope is not None:
+            for part in turned:
+                heads = made[part].width // a.head_dim
+                made[part] = self.rotate(made[part], f"{name}.{part}_rotated", a.rope, heads)
+        return list(made.values())
 
     def rotate(self, x: Value, name: str, rope: Rope, heads: int) -> Value:
         key = (*rope.frequencies(self.context), rope.axes)

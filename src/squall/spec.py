@@ -271,7 +271,7 @@ class Tower:
     class_token: a learned row stands before those of each tile.
     positions: learned ones that there are; 0: none.
     pre_norm, norm: before and after the layers. local: of the layers, those that see less than the
-        whole image.
+        whole image. read: after how many layers rows are read, side by side; by default after all.
     """
 
     patch: int
@@ -283,6 +283,7 @@ class Tower:
     pre_norm: Norm | None = None
     norm: Norm | None = None
     local: frozenset[int] = frozenset()
+    read: tuple[int, ...] = ()
     tiles: Tiles | None = None
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.recipes import config_parts, parts
-from squall.recipes.clip_towers import naming, projector
+from squall.recipes.clip_towers import OTHERS, naming, projector
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.part import Part
 from squall.recipes.vision import Sections, seer
@@ -108,9 +109,10 @@ def qwen2_5_vl(s: Sections) -> tuple[Part, ...]:
     return qwen(s, v, made, GATED_MLP, "out_hidden_size")
 
 
-def pixtral(s: Sections, v: ConfigFields) -> Part:
-    """The tower alone, of which the last layer is read."""
-    if s.config.get("vision_feature_layer", -1) != -1:
+def pixtral(s: Sections, *, read: int) -> Part:
+    """The tower alone. read: the layer that is, if config.json does not say."""
+    v = s.part("vision_config", "pixtral")
+    if s.config.get("vision_feature_layer", read) != -1:
         raise UnsupportedModel("vision_feature_layer of Pixtral's tower must be -1")
     norm = Norm("rms", 1e-5)
     pixels = v.count("patch_size", high=1 << 10) ** 2 * v.count("num_channels", high=16)
@@ -119,20 +121,36 @@ def pixtral(s: Sections, v: ConfigFields) -> Part:
     v.skip("image_size")
     v.check_all_read()
     names = naming(s.before("patch_conv"), PIXTRAL_STEMS, "transformer.layers.{}.")
-    return Part(
-        "tower", Tower(pixels, parts.hidden(v), made, pre_norm=norm), names, prefix="tower."
-    )
+    spec = Tower(pixels, parts.hidden(v), made, pre_norm=norm)
+    return Part("tower", spec, names, prefix="tower.")
+
+
+def connected(s: Sections, tower: Part, top: ConfigFields, **fields: Any) -> tuple[Part, ...]:
+    """With LLaVA's connector, which has these fields too."""
+    assert isinstance(tower.spec, Tower)
+    before = s.before("multi_modal_projector.linear_1")
+    made = projector(top, tower.spec.hidden, s.decoder.hidden, before)
+    assert isinstance(made.spec, Connector)
+    stems = {**made.naming.stems, **naming(before, MIXER_STEMS, "").stems}
+    top.skip("vision_feature_layer", "image_token_index")
+    top.check_all_read()
+    spec, names = replace(made.spec, **fields), replace(made.naming, stems=stems)
+    return tower, replace(made, spec=spec, naming=names)
 
 
 @seer("Mistral3ForConditionalGeneration", "mistral3", "mistral")
 def mistral3(s: Sections) -> tuple[Part, ...]:
-    v, top = s.part("vision_config", "pixtral"), s.top("mistral3")
-    before, hidden = s.before("multi_modal_projector.linear_1"), s.decoder.hidden
-    made = projector(top, parts.hidden(v), hidden, before)
-    assert isinstance(made.spec, Connector)
-    merge = top.count("spatial_merge_size", high=16) ** 2
-    spec = replace(made.spec, norm=Norm("rms", s.decoder.norm.eps), merge=merge, mix=True)
-    top.skip("vision_feature_layer", "image_token_index")
-    top.check_all_read()
-    stems = {**made.naming.stems, **naming(before, MIXER_STEMS, "").stems}
-    return pixtral(s, v), replace(made, spec=spec, naming=replace(made.naming, stems=stems))
+    tower, top = pixtral(s, read=-1), s.top("mistral3")
+    merge, norm = top.count("spatial_merge_size", high=16) ** 2, Norm("rms", s.decoder.norm.eps)
+    return connected(s, tower, top, norm=norm, merge=merge, mix=True)
+
+
+def llava(s: Sections) -> tuple[Part, ...]:
+    tower, top = pixtral(s, read=-2), s.top("llava")
+    if top.word("vision_feature_select_strategy") != "full":
+        raise UnsupportedModel("vision_feature_select_strategy of Pixtral's tower must be full")
+    top.skip("image_seq_length")
+    return connected(s, tower, top)
+
+
+OTHERS["pixtral"] = llava

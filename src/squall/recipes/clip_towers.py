@@ -10,7 +10,7 @@ from squall.recipes import config_parts, parts
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.names import Naming
 from squall.recipes.part import Part
-from squall.recipes.vision import Sections, seer
+from squall.recipes.vision import PartsFunction, Sections, seer
 from squall.spec import Connector, Layer, Tower
 
 CLIP_STEMS: Mapping[str, str] = {
@@ -28,6 +28,8 @@ CLIP_STEMS: Mapping[str, str] = {
     "feed_forward.up": "mlp.fc1",
     "feed_forward.down": "mlp.fc2",
 }
+# Models of LLaVA's class with towers of another kind.
+OTHERS: dict[str, PartsFunction] = {}
 IN_LAYERS = ("attention.", "feed_forward.")
 
 
@@ -88,9 +90,12 @@ def projector(top: ConfigFields, tower: int, hidden: int, before: str, newlines:
 
 @seer("LlavaForConditionalGeneration", "llava", "llama")
 def llava(s: Sections) -> tuple[Part, ...]:
+    kind = s.kind("vision_config", "clip_vision_model")
+    if kind in OTHERS:
+        return OTHERS[kind](s)
     v, top = s.part("vision_config", "clip_vision_model"), s.top("llava")
-    if v.word("model_type", "clip_vision_model") != "clip_vision_model":
-        raise UnsupportedModel("the tower of LLaVA must be CLIP's")
+    if kind != "clip_vision_model":
+        raise UnsupportedModel("the tower of LLaVA must be CLIP's or Pixtral's")
     read = s.config.get("vision_feature_layer", -2)
     if not isinstance(read, int):
         raise UnsupportedModel("vision_feature_layer names several layers, or none")

@@ -29,12 +29,17 @@ class Sections:
     text: ConfigFields
     decoder: Decoder
 
-    def part(self, key: str, model_type: str, *, fixed: bool = False) -> ConfigFields:
-        """The object `key`, of a `model_type` if it does not say; fixed: whatever it says."""
+    def kind(self, key: str, model_type: str) -> str:
+        """The `model_type` of the object `key`, or this if it does not say."""
         inner = self.config.get(key, {})
         if not isinstance(inner, dict):
             raise InvalidCheckpoint(f"{key} in config.json is no object")
-        kind = model_type if fixed else str(inner.get("model_type", model_type))
+        return str(inner.get("model_type", model_type))
+
+    def part(self, key: str, model_type: str, *, fixed: bool = False) -> ConfigFields:
+        """The object `key`, of a `model_type` if it does not say; fixed: whatever it says."""
+        kind, inner = self.kind(key, model_type), self.config.get(key, {})
+        kind = model_type if fixed else kind
         keys = part_keys(f"{kind}_vision") or part_keys(kind)  # early files have the model's
         if keys is None:
             raise UnsupportedModel(f"{key} is of an unknown kind: {quote(kind)}")

@@ -14,9 +14,16 @@ from squall.vision.llava import Llava
 from squall.vision.pixtral import Pixtral
 from squall.vision.qwen import Qwen
 
+
+def llava(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Family:
+    """By its tower."""
+    kind = config["vision_config"].get("model_type")
+    return Pixtral.of(config, processor) if kind == "pixtral" else Llava.of(config, processor)
+
+
 # By config.json and preprocessor_config.json.
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]] = {
-    "LlavaForConditionalGeneration": Llava.of,
+    "LlavaForConditionalGeneration": llava,
     "Mistral3ForConditionalGeneration": partial(Pixtral.of, merge=2),
     "Qwen2VLForConditionalGeneration": Qwen.of,
     "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),

@@ -25,9 +25,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A prompt's ids, and the runs of them that images replace, in order."""
+    """A prompt's ids, and the runs of the family's `token` in them that images replace."""
 
     ids: tuple[int, ...]
+    token: int
     runs: tuple[Run, ...] = ()
 
 
@@ -52,7 +53,7 @@ def place(
             runs[-1] = replace(runs[-1], stop=place + 1)
         else:
             runs.append(Run(image, place, place + 1, row))
-    return Placed(tuple(ids), tuple(runs))
+    return Placed(tuple(ids), token, tuple(runs))
 
 
 def _expanded(

@@ -92,13 +92,23 @@ def _tiled(b: Blocks, x: Value, role: str, index: Index, gate: float) -> Value:
 
 
 def _layers(b: Blocks, tower: Tower, x: Value) -> Value:
-    made = []
+    states = [x]
     for index, layer in enumerate(tower.layers):
         reach = Reach(LOCAL if index in tower.local else SPANS)
         x = b.layer(x, f"{TOWER}layers.{index}", layer, reach)
-        made.append(x)
+        states.append(x)
+    x = _joined(b, [states[at] for at in tower.read]) if tower.read else x
     x = x if tower.norm is None else b.norm(x, f"{TOWER}norm", tower.norm)
-    return x if tower.tiles is None else _late(b, tower.tiles, x, made)
+    return x if tower.tiles is None else _late(b, tower.tiles, x, states[1:])
+
+
+def _joined(b: Blocks, values: list[Value]) -> Value:
+    """Rows of several, side by side."""
+    x = values[0]
+    for value in values[1:]:
+        out = b.builder.value(f"{x.name}+", x.width + value.width, x.rows)
+        x = b.builder.emit(Concatenate(out, x, value))
+    return x
 
 
 def _late(b: Blocks, tiles: Tiles, x: Value, made: list[Value]) -> Value:
@@ -109,9 +119,7 @@ def _late(b: Blocks, tiles: Tiles, x: Value, made: list[Value]) -> Value:
     width, count = x.width, len(tiles.read)
     if not count:
         return x
-    for index in tiles.read:
-        new = b.builder.value(f"read.{x.width // width}", x.width + width, "rows")
-        x = b.builder.emit(Concatenate(new, x, made[index]))
+    x = _joined(b, [x, *(made[index] for index in tiles.read)])
     columns = np.arange(x.width, dtype="<u4")
     columns[width:] = columns[width:].reshape(count, width).T.reshape(-1)
     out = b.builder.value("read", x.width, "rows")
