@@ -176,10 +176,10 @@ class Model(Closing):
         continues: bool = False,
     ) -> ChatPrompt:
         """A conversation in the chat template; it tells how answers reason and call tools, too."""
-        family = self.sight and self.sight.family
+        placeholder = Placeholder(self.sight.family.placeholder) if self.sight else None
         return self.chat_template.prompt(
             messages, self.tokenizer, tools=tools, kwargs=template_kwargs or {},
-            continues=continues, placeholder=family and Placeholder(family.placeholder),
+            continues=continues, placeholder=placeholder,
         )  # fmt: skip
 
     def constraint(self, grammar: Grammar | type | Mapping[str, Any], prompt: object) -> Constraint:

@@ -62,20 +62,21 @@ class Kept:
 class Sight:
     """Reads images with a family's processor and a tower, for the decoder that an executor runs.
 
+    families: for images in full, and with little detail.
     tower, keys: programs of one store; keys makes what the decoder recalls of rows, if it does.
     limit_bytes: of what is kept. encoded: how many images the tower has read.
     """
 
     def __init__(
         self,
-        family: Family,
+        families: tuple[Family, Family],
         decoder: Executor,
         store: WeightStore,
         programs: tuple[Program, Program | None],
         *,
         limit_bytes: int,
     ) -> None:
-        self.family = family
+        self.family, self._low = families
         self.encoded = 0
         self._decoder, self._store, (self._program, keys) = decoder, store, programs
         indices = {index.name: index.axes for index in decoder.program.indices}
@@ -89,10 +90,12 @@ class Sight:
         pool = decoder.pool
         self._keys = None if keys is None else executors.open(keys, store, limits, pool=pool)
 
-    def process(self, image: Image) -> Seen:
+    def process(self, image: Image, detail: str = "auto") -> Seen:
         """What is to be read of an upright RGB image."""
         from squall.vision.images import digest
 
+        if detail == "low":
+            return Seen(self._low.process(image), digest(image) + b"low")
         return Seen(self.family.process(image), digest(image))
 
     def fields(self, placed: Placed, images: Sequence[Seen]) -> dict[str, Any]:
