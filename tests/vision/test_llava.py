@@ -84,7 +84,8 @@ CASES = [
         multimodal_projector_bias=False,
     ),
     seer(
-        "llava-full", LLAVA, CLIP | {"hidden_act": "gelu"}, QWEN, EDGE | {"size": SQUARE, "resample": 2},
+        "llava-full", LLAVA, CLIP | {"hidden_act": "gelu"}, QWEN,
+        EDGE | {"size": SQUARE, "resample": 2},
         vision_feature_select_strategy="full", vision_feature_layer=-1,
     ),
     seer(
