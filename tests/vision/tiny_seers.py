@@ -1,4 +1,4 @@
-"""Tiny models that see, as folders with everything that a chat needs: tokenizer, template, sizes."""
+"""Tiny models that see, as folders with all that a chat needs: tokenizer, template, sizes."""
 
 from __future__ import annotations
 
