@@ -34,6 +34,7 @@ OWN: dict[str, Callable[[Any, int], Any]] = {
     "beta_slow": lambda value, _: value * 4,
     "original_context": lambda value, context: value // 4 if context <= value else value * 4,
     "axes": lambda value, _: tuple(max(value) - axis for axis in value),
+    "order": lambda value, _: tuple(reversed(value)),
     "widths": lambda value, _: tuple(width + 1 for width in value),
     "local": lambda value, _: value ^ {0},
     "read": lambda value, _: tuple(max(layer - 1, 0) for layer in value),

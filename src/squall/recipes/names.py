@@ -26,6 +26,7 @@ class Naming:
     pieces: role -> name of one piece of several, `{}` being its index: experts, or heads.
     fused: name -> roles that lie in one tensor, one after another, where they have none of their
         own.
+    rows: role -> parameters of which each is a row of the matrix.
     harmless: what may be in a checkpoint unused.
     transposed: roles of matrices that are stored [cols, rows].
     """
@@ -34,6 +35,7 @@ class Naming:
     layer: str
     pieces: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     harmless: re.Pattern[str] = _NONE
     transposed: frozenset[str] = frozenset()
 
@@ -105,10 +107,13 @@ class _Finder:
     naming: Naming
 
     def find(self, role: str) -> tuple[Slice, ...]:
-        return self.fused(role) or self.pieces(role) or (self.whole(role),)
+        if names := self.naming.rows.get(self.naming.split(role)[1]):
+            shape = (1, *self.shapes[role][1:])
+            return tuple(self.whole(role, name, shape) for name in names)
+        found = self.fused(role) or self.pieces(role)
+        return found or (self.whole(role, self.naming.name(role), self.shapes[role]),)
 
-    def whole(self, role: str) -> Slice:
-        name, shape = self.naming.name(role), self.shapes[role]
+    def whole(self, role: str, name: str, shape: tuple[int, ...]) -> Slice:
         if name not in self.tensors and (bare := name.rpartition(".")[0]) in self.tensors:
             name = bare  # a parameter that is no module's
         if self.naming.split(role)[1] in self.naming.transposed:

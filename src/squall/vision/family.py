@@ -37,6 +37,7 @@ class Family(Protocol):
 
     placeholder: what its chat template writes for an image. token: what an image's rows replace.
     mutual: whether the rows of an image see each other in the decoder.
+    cost: for people, how many tokens an image takes.
     """
 
     @property
@@ -45,28 +46,48 @@ class Family(Protocol):
     def token(self) -> str: ...
     @property
     def mutual(self) -> bool: ...
+    @property
+    def cost(self) -> str: ...
 
     def process(self, image: Image) -> Processed:
         """An upright RGB image, of any size from 1 x 1 on."""
         ...
 
 
-def clip_rows(tiles: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
-    """Tiles [tiles, patches, patch] as a tower with class tokens reads them, each by itself.
+def clip_rows(
+    tiles: NDArray[np.float32], *, class_token: bool = True, skipped: int = 1
+) -> dict[str, NDArray[np.generic]]:
+    """Tiles [tiles, patches, patch] as a tower reads them, each by itself.
 
-    All rows but those tokens' are `merged`.
+    class_token: one stands before the patches. All but the first `skipped` of a tile are `merged`.
     """
     count, each, width = tiles.shape
-    rows = np.arange(count * (each + 1), dtype=np.int32)
-    place = rows % (each + 1)
-    given = np.zeros((count, each + 1, width), np.float32)
-    given[:, 1:] = tiles
+    each += class_token
+    rows = np.arange(count * each, dtype=np.int32)
+    place = rows % each
+    given = np.zeros((count, each, width), np.float32)
+    given[:, class_token:] = tiles
     first = rows - place
     return {
         "patches": given.reshape(-1, width),
         "patch": np.where(place, rows, -1).astype(np.int32),
         "class": np.zeros_like(rows),
         "positions": place,
-        "spans": np.stack([first, first + each + 1]).astype(np.int32),
-        "merged": rows[place > 0],
+        "spans": np.stack([first, first + each]).astype(np.int32),
+        "merged": rows[place >= skipped],
     }
+
+
+def line_ends(grid: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The rows of an image line by line, and a newline, -1, after each line."""
+    return np.pad(grid, ((0, 0), (0, 1)), constant_values=-1).reshape(-1).astype(np.int32)
+
+
+def tiled(side: int, lines: int, columns: int, first: int = 0) -> NDArray[np.int32]:
+    """Of a picture cut into tiles, side by side in lines, the place of each row.
+
+    The rows of a tile, side * side, follow each other; they begin at `first`.
+    """
+    rows = np.arange(first, first + lines * columns * side * side, dtype=np.int32)
+    cut = rows.reshape(lines, columns, side, side).transpose(0, 2, 1, 3)
+    return cut.reshape(lines * side, columns * side)

@@ -1,54 +1,232 @@
-"""LLaVA: one square picture, a row for each of its patches."""
+"""LLaVA: a square picture, a row for each of its patches; and LLaVA-Next: its tiles beside it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from squall.vision.family import Processed, clip_rows
-from squall.vision.pixels import Scale, center_crop, patches, resample
+from squall.errors import InvalidCheckpoint
+from squall.vision.family import Processed, clip_rows, line_ends, tiled
+from squall.vision.pixels import (
+    Floats,
+    Scale,
+    center_crop,
+    check_size,
+    count,
+    edges,
+    patches,
+    resample,
+    resized,
+    shrunk,
+)
+
+Size = tuple[int, int]
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 @dataclass(frozen=True, slots=True)
 class Llava:
-    """See `Family`. size: of the shortest edge. crop: height and width of what is left.
+    """See `Family`.
 
-    full: the class token is a row too.
+    size: what pictures are resized to, a height and width or the shortest edge. crop: height and
+        width of the middle that is left. Either may be None: nothing is done.
+    pad: the colour that makes pictures square before.
+    side: patches in a line of what is left, which has `patch` pixels each.
+    class_token, skipped: see `clip_rows`.
     """
 
     scale: Scale
     filter: Image.Resampling
-    size: int
-    crop: tuple[int, int]
+    size: Size | int | None
+    crop: Size | None
+    pad: tuple[int, ...] | None
+    side: int
     patch: int
-    full: bool
-    pad: bool
+    class_token: bool
+    skipped: int
+    max_edge: int | None = None
     placeholder: str = "<image>"
     token: str = "<image>"
     mutual: bool = False
+    cost: str = "one a patch: 576 for 336 x 336 pixels in patches of 14"
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Llava:
         """By config.json and preprocessor_config.json."""
-        size = processor.get("size", {"shortest_edge": 224})
-        crop = processor.get("crop_size", {"height": 224, "width": 224})
-        return cls(
-            Scale.of(processor), resample(processor), size["shortest_edge"],
-            (crop["height"], crop["width"]), config["vision_config"]["patch_size"],
-            config.get("vision_feature_select_strategy", "default") == "full",
-            processor.get("do_pad", False),
-        )  # fmt: skip
+        vision, scale = config["vision_config"], Scale.of(processor)
+        class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+        image_size = count(vision, "image_size", 336 if class_token else 224)
+        patch = count(vision, "patch_size", 14 if class_token else 16)
+        size, crop = (
+            edges(processor, key, 224, square=key == "crop_size")
+            if processor.get(do, True)
+            else None
+            for key, do in (("size", "do_resize"), ("crop_size", "do_center_crop"))
+        )
+        means = Scale.of({**processor, "do_normalize": True}).mean
+        pad = tuple(int(mean * 255) for mean in means) if processor.get("do_pad") else None
+        left = crop or ((size, size) if isinstance(size, int) and pad is not None else size)
+        side = image_size // patch
+        if (
+            isinstance(crop, int)
+            or not isinstance(left, tuple)
+            or _lines(left, patch) != (side,) * 2
+        ):
+            raise InvalidCheckpoint(
+                f"size and crop_size leave {left} of a picture; its tower reads {image_size} x "
+                f"{image_size} pixels in patches of {patch}"
+            )
+        skipped = int(config.get("vision_feature_select_strategy", "default") == "default")
+        edge = processor.get("max_edge")
+        how = (size, crop, pad, side, patch, class_token, skipped, edge)
+        return cls(scale, resample(processor), *how)
 
     def process(self, image: Image.Image) -> Processed:
-        """The middle of the picture."""
-        short, long = sorted(image.size)
-        longest = int(self.size * long / short)
-        wide = image.width > image.height
-        size = (longest, self.size) if wide else (self.size, longest)
-        tile = self.scale(center_crop(image.resize(size, self.filter), *self.crop))
-        inputs = clip_rows(patches(tile, self.patch)[None])
+        """The picture, or its middle."""
+        image = shrunk(image, self.max_edge)
+        if self.pad is not None:
+            image = square(image, self.pad)
+        return self.read(self.tile(image)[None])
+
+    def tile(self, image: Image.Image) -> Floats:
+        """What is left of a picture, in patches."""
+        if self.size is not None:
+            image = resized(image, self.size, self.filter)
+        if self.crop is not None:
+            image = center_crop(image, *self.crop)
+        return patches(self.scale(image), self.patch)
+
+    def read(self, tiles: Floats) -> Processed:
+        """[tiles, patches, patch] as the tower reads them."""
+        inputs = clip_rows(tiles, class_token=self.class_token, skipped=self.skipped)
         rows = len(inputs["merged"])
         return Processed(inputs, self.token * rows, rows)
+
+
+def _lines(size: Size, patch: int) -> Size:
+    height, width = size
+    return height // patch, width // patch
+
+
+def square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    """In the middle of a square of this color."""
+    edge = max(image.size)
+    check_size(image, edge, edge)
+    made = Image.new("RGB", (edge, edge), color)
+    made.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaNext:
+    """See `Family`: anyres, where a picture is followed by tiles with more detail.
+
+    whole: how the picture and a tile are read. pinpoints: heights and widths of pictures in tiles.
+    cut: height and width of a tile. base: what the whole picture is resized to.
+    """
+
+    whole: Llava
+    pinpoints: tuple[Size, ...]
+    cut: int
+    base: Size
+    placeholder: str = "<image>"
+    token: str = "<image>"
+    mutual: bool = False
+    cost: str = "one a patch of the picture and of up to 4 tiles, without their edges: 576 to 2928"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> LlavaNext:
+        """By config.json and preprocessor_config.json."""
+        size = edges(processor, "size", 224, square=False)
+        crop = edges(processor, "crop_size", 224, square=True)
+        base = (size, size) if isinstance(size, int) else size
+        cut = crop[0] if isinstance(crop, tuple) else 0
+        points, *others = (
+            at.get("image_grid_pinpoints") or PINPOINTS for at in (config, processor)
+        )
+        sizes = [point for point in points[:256] if _fits(point, cut)]
+        if not sizes or any(sizes != found for found in (points, *others)):
+            raise InvalidCheckpoint(
+                f"image_grid_pinpoints must be, in both files, up to 256 heights and widths of "
+                f"tiles of {cut} pixels; it is {points!r:.99}"
+            )
+        whole = Llava.of(config, {**processor, "do_pad": False})
+        if whole.class_token != bool(whole.skipped):
+            raise InvalidCheckpoint("vision_feature_select_strategy must leave whole lines of rows")
+        return cls(whole, tuple((height, width) for height, width in sizes), cut, base)
+
+    def process(self, image: Image.Image) -> Processed:
+        """The whole picture, and line by line that in tiles, each line with a newline."""
+        image = shrunk(image, self.whole.max_edge)
+        best = best_size(image, self.pinpoints)
+        canvas = _fitted(image, best, self.whole.filter)
+        lines, columns = _lines(best, self.cut)
+        boxes = [(x * self.cut, y * self.cut) for y in range(lines) for x in range(columns)]
+        tiles = [canvas.crop((x, y, x + self.cut, y + self.cut)) for x, y in boxes]
+        whole = image.resize(self.base[::-1], self.whole.filter)
+        read = self.whole.read(np.stack([self.whole.tile(tile) for tile in (whole, *tiles)]))
+        side = self.whole.side
+        grid = unpadded(tiled(side, lines, columns, side * side), image)
+        taken = np.concatenate([np.arange(side * side, dtype=np.int32), line_ends(grid)])
+        kept = np.unique(taken[taken >= 0])
+        inputs = {
+            **read.inputs,
+            "merged": read.inputs["merged"][kept],
+            "taken": np.where(taken < 0, -1, np.searchsorted(kept, taken)).astype(np.int32),
+            "newline": np.zeros_like(taken),
+        }
+        return Processed(inputs, self.token * len(taken), len(taken))
+
+
+def _fits(point: object, cut: int) -> bool:
+    if not isinstance(point, list) or len(point) != 2:
+        return False
+    return all(isinstance(n, int) and n in range(cut, 17 * cut, cut) for n in point)
+
+
+def best_size(image: Image.Image, sizes: tuple[Size, ...]) -> Size:
+    """The height and width that keep most of a picture's pixels, and of these the smallest."""
+
+    def kept(size: Size) -> tuple[int, int]:
+        height, width = size
+        scale = min(width / image.width, height / image.height)
+        inside = int(image.width * scale) * int(image.height * scale)
+        most = min(inside, image.width * image.height)
+        return most, most - height * width
+
+    return max(sizes, key=kept)
+
+
+def _fitted(image: Image.Image, size: Size, filter: Image.Resampling) -> Image.Image:
+    """As large as it can be within this height and width, in the middle of black."""
+    height, width = size
+    across, down = width / image.width, height / image.height
+    if across < down:
+        fitted = (width, min(math.ceil(image.height * across), height))
+    else:
+        fitted = (min(math.ceil(image.width * down), width), height)
+    canvas = Image.new("RGB", (width, height))
+    at = ((width - fitted[0]) // 2, (height - fitted[1]) // 2)
+    canvas.paste(image.resize(fitted, filter), at)
+    return canvas
+
+
+def unpadded(grid: NDArray[np.int32], image: Image.Image) -> NDArray[np.int32]:
+    """A grid of rows without those of the black around a picture.
+
+    Rounded as transformers does it, in the model and in the count of tokens.
+    """
+    height, width = grid.shape
+    if image.width / image.height > width / height:
+        lines = int(round(image.height * (width / image.width), 7))
+        edge = (height - lines) // 2
+        return grid[edge : height - edge]
+    columns = int(round(image.width * (height / image.height), 7))
+    edge = (width - columns) // 2
+    return grid[:, edge : width - edge]

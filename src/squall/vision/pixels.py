@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from squall.errors import InvalidCheckpoint
+from squall.errors import InvalidCheckpoint, InvalidRequest
 
 Floats = NDArray[np.float32]
+MOST_EDGE, MOST_PIXELS = 1 << 13, 1 << 26  # of what images are resized to
 CLIP_MEAN, CLIP_STD = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
@@ -84,6 +85,45 @@ def shrunk(image: Image.Image, edge: int | None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def edges(
+    config: Mapping[str, Any], key: str, default: int, *, square: bool
+) -> tuple[int, int] | int:
+    """A height and width, or how long the shortest edge is; square: an int alone is both."""
+    value = config.get(key)
+    if value is None or isinstance(value, int):
+        edge = count(config, key, default, high=MOST_EDGE)
+        return (edge, edge) if square else edge
+    if isinstance(value, Mapping) and value.keys() == {"shortest_edge"}:
+        return count(value, "shortest_edge", high=MOST_EDGE)
+    if not isinstance(value, Mapping) or value.keys() != {"height", "width"}:
+        raise InvalidCheckpoint(
+            f"{key} is {value!r:.99}; it must have a height and a width, or a shortest_edge"
+        )
+    height, width = (count(value, edge, high=MOST_EDGE) for edge in ("height", "width"))
+    return height, width
+
+
+def resized(
+    image: Image.Image, size: tuple[int, int] | int, filter: Image.Resampling
+) -> Image.Image:
+    """With this height and width, or shortest edge."""
+    if isinstance(size, int):
+        short, long = sorted(image.size)
+        longest = int(size * long / short)
+        size = (size, longest) if image.width > image.height else (longest, size)
+    check_size(image, *size)
+    return image.resize(size[::-1], filter)
+
+
+def check_size(image: Image.Image, height: int, width: int) -> None:
+    """Raise InvalidRequest where what an image would become does not fit."""
+    if height * width > MOST_PIXELS:
+        raise InvalidRequest(
+            f"an image of {image.width} x {image.height} pixels is too long for its width: it "
+            f"would become {width} x {height} pixels; at most {MOST_PIXELS} are possible"
+        )
+
+
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The middle, with black around what is smaller."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -91,7 +131,7 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def patches(tile: Floats, size: int) -> Floats:
-    """[3, height, width] -> [patches, 3 * size * size], line by line."""
-    channels, height, width = tile.shape
-    cut = tile.reshape(channels, height // size, size, width // size, size)
+    """[3, height, width] -> [patches, 3 * size * size], line by line; what is over is left out."""
+    channels, height, width = tile.shape[0], *(edge // size for edge in tile.shape[1:])
+    cut = tile[:, : height * size, : width * size].reshape(channels, height, size, width, size)
     return np.ascontiguousarray(cut.transpose(1, 3, 0, 2, 4)).reshape(-1, channels * size * size)

@@ -110,8 +110,8 @@ def rope_positions(
     for run in runs:
         places[:, done : run.start] = np.arange(at, at + run.start - done)
         at += run.start - done
-        line, column = np.indices(grids[run.image]).reshape(2, -1) + at
-        places[:, run.start : run.stop] = at, line, column
+        places[0, run.start : run.stop] = at
+        places[1:, run.start : run.stop] = np.indices(grids[run.image]).reshape(2, -1) + at
         at, done = at + max(grids[run.image]), run.stop
     places[:, done:] = np.arange(at, at + tokens - done)
     return places
