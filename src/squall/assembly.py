@@ -209,7 +209,8 @@ def _sight(model: Prepared, opening: Opening, executor: Executor) -> Sight | Non
     from squall.vision import families, tower
     from squall.vision.sight import Sight
 
-    family = families.family(recipe.architecture, checkpoint, opening.max_edge)
+    given = recipe.architecture, checkpoint, opening.max_edge
+    both = families.family(*given), families.family(*given, low=True)
     seeing, connector = recipe.part("tower").spec, recipe.part("connector").spec
     names = recipe.all_names
     program = adaptable(tower.compile(cast(Tower, seeing), cast(Connector, connector), names))
@@ -217,7 +218,7 @@ def _sight(model: Prepared, opening: Opening, executor: Executor) -> Sight | Non
     keys = adaptable(decoder.compile_memory(recipe.decoder, names)) if recalls else None
     exact = opening.weights == "f32"
     store = WeightStore(checkpoint, plan=plan, exact=exact, **_merged(model, opening))
-    return Sight(family, executor, store, (program, keys), limit_bytes=opening.image_bytes)
+    return Sight(both, executor, store, (program, keys), limit_bytes=opening.image_bytes)
 
 
 def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Concatenate, ParamSpec, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from squall.engine.engine import Engine
 from squall.engine.generation import Generation
 from squall.engine.request import CacheScope, Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
-from squall.errors import InvalidRequest
+from squall.errors import ContextLengthExceeded, InvalidRequest
 from squall.executors import Executor
 from squall.opening import Opening
 from squall.program import Program
@@ -27,11 +27,16 @@ from squall.quant import FormatTotal, Plan
 from squall.spec import Decoder
 from squall.text.chat import ChatPrompt, ChatTemplate
 from squall.text.grammar import Grammar, Grammars
+from squall.text.images import BLIND, Placeholder
 from squall.text.tools import Tool
 from squall.vision.images import OWN
 from squall.weights import Progress
 
-Message = Mapping[str, str]
+if TYPE_CHECKING:
+    from squall.vision.placing import Placed
+    from squall.vision.sight import Seen
+
+Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
 
 _NO_PROMPT = (
@@ -154,8 +159,13 @@ class Model(Closing):
 
         template_kwargs: more variables for the template, such as `enable_thinking`.
         """
-        prompt = self.chat_prompt(messages, template_kwargs=template_kwargs)
-        return self.tokenizer.encode_pieces(prompt.pieces)
+        return self.encode_prompt(self.chat_prompt(messages, template_kwargs=template_kwargs))
+
+    def encode_prompt(self, prompt: ChatPrompt) -> list[int]:
+        """Its token ids, with those that images stand in the place of."""
+        if not prompt.images:
+            return self.tokenizer.encode_pieces(prompt.pieces)
+        return list(self._seen(prompt)[0].ids)
 
     def chat_prompt(
         self,
@@ -166,10 +176,11 @@ class Model(Closing):
         continues: bool = False,
     ) -> ChatPrompt:
         """A conversation in the chat template; it tells how answers reason and call tools, too."""
-        kwargs, tokenizer = template_kwargs or {}, self.tokenizer
+        placeholder = Placeholder(self.sight.family.placeholder) if self.sight else None
         return self.chat_template.prompt(
-            messages, tokenizer, tools=tools, kwargs=kwargs, continues=continues
-        )
+            messages, self.tokenizer, tools=tools, kwargs=template_kwargs or {},
+            continues=continues, placeholder=placeholder,
+        )  # fmt: skip
 
     def constraint(self, grammar: Grammar | type | Mapping[str, Any], prompt: object) -> Constraint:
         """What an answer to `prompt` may be, once it has reasoned."""
@@ -280,16 +291,30 @@ class Model(Closing):
         stop_ids: Iterable[int] = (),
         constraint: Constraint | None = None,
         adapters: Adapters | None = None,
+        truncate: bool = False,
     ) -> Request:
         """What `generate` asks of the engine, checked against this model."""
         sampling.check_ids(self.spec.vocab)
         read = self._read(prompt)
         chat = read if isinstance(read, ChatPrompt) else None
-        ids = read if chat is None else self.tokenizer.encode_pieces(chat.pieces)
-        in_text = chat is None or any(piece.content for piece in chat.pieces[-1:])
         mixture, digest = self.adapters.choose(adapters)
+        shown: dict[str, Any] = {"adapters": mixture, "scope": CacheScope(adapter=digest)}
+        placed: Placed | None = None
+        images: list[Seen] = []
+        if chat is None:
+            ids: Sequence[int] = self._check_ids(read)
+        elif not chat.images:
+            ids = self.encode_prompt(chat)
+        else:
+            placed, images = self._seen(chat)
+            ids = placed.ids
+            if not truncate:
+                self._check_room(placed, len(images))
+        if self.sight is not None:
+            shown = self.sight.fields(placed, images, **shown)
+        in_text = chat is None or any(piece.content for piece in chat.pieces[-1:])
         return Request(
-            ids=self._check_ids(ids),
+            ids=ids,
             sampling=sampling,
             max_tokens=max_tokens,
             stop=_check_stop(stop),
@@ -297,9 +322,34 @@ class Model(Closing):
             continues=constraint is not None or in_text,
             constraint=constraint,
             shown=frozenset() if chat is None else chat.shown(self.tokenizer),
-            adapters=mixture,
-            scope=CacheScope(adapter=digest),
+            truncate=truncate,
+            **shown,
         )
+
+    def _seen(self, prompt: ChatPrompt) -> tuple[Placed, list[Seen]]:
+        """Where a prompt's images stand in its ids, and the images, which no tower has read yet."""
+        from squall.vision.images import read_all
+        from squall.vision.placing import place
+
+        if self.sight is None:
+            raise InvalidRequest(BLIND)
+        images = read_all([picture.source for picture in prompt.images], self.media)
+        seen = [
+            self.sight.process(image, picture.detail)
+            for picture, image in zip(prompt.images, images, strict=True)
+        ]
+        read = [image.processed for image in seen]
+        return place(prompt.pieces, read, self.sight.family, self.tokenizer), seen
+
+    def _check_room(self, placed: Placed, images: int) -> None:
+        """Raises ContextLengthExceeded before the tower reads images that have no room."""
+        if (count := len(placed.ids)) >= self.context:
+            of_images = sum(run.stop - run.start for run in placed.runs)
+            raise ContextLengthExceeded(
+                f"{count} tokens, {of_images} of them of {images} images, do not fit the context "
+                f"of {self.context} tokens; send fewer images or smaller ones, or open the model "
+                "with a longer context"
+            )
 
     def dry(
         self,
@@ -382,4 +432,5 @@ def _check_messages(messages: Sequence[object]) -> None:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise InvalidRequest(f"a message has a role and a content; this one is {message!r}")
         if not isinstance(message["role"], str) or not isinstance(message["content"], str | list):
-            raise InvalidRequest(f"role and content of a message are text; this one is {message!r}")
+            what = "role and content of a message are text, or content a list of texts and images"
+            raise InvalidRequest(f"{what}; this one is {message!r:.200}")

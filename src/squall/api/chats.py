@@ -6,7 +6,7 @@ import json
 from itertools import groupby
 from operator import attrgetter
 
-from squall.api.messages import images_of
+from squall.api.messages import Content
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.api.responses import CalledFunction, Delta, ResponseMessage, ToolCall, ToolCallDelta
 from squall.api.structure import Structure
@@ -31,12 +31,17 @@ CHARACTERS_PER_TOKEN = 64
 def chat_prompt(model: Model, request: ChatCompletionRequest) -> ChatPrompt:
     """The prompt of a chat, in the model's chat template."""
     messages = [dict(message) for message in request.messages if not isinstance(message, str)]
-    if images_of(messages):
-        raise InvalidRequest("this model reads no images; send texts only")
-    check_characters(model, len(json.dumps(messages, ensure_ascii=False)))
+    # Images are counted when they are read.
+    texts = [{**message, "content": _texts(message["content"])} for message in messages]
+    check_characters(model, len(json.dumps(texts, ensure_ascii=False)))
     kwargs, tools = request.template_kwargs, request.offer().tools
     continues = request.continue_final_message
     return model.chat_prompt(messages, tools=tools, template_kwargs=kwargs, continues=continues)
+
+
+def _texts(content: Content) -> Content | list[str]:
+    """A content without its images, which are counted once they are read."""
+    return content if isinstance(content, str) else [part.get("text", "") for part in content]
 
 
 def check_characters(model: Model, count: int) -> None:

@@ -59,7 +59,7 @@ def start_chat(
 
 def chat_ids(model: Model, request: ChatCompletionRequest) -> list[int]:
     """The prompt of a chat, in the model's chat template."""
-    return model.tokenizer.encode_pieces(chats.chat_prompt(model, request).pieces)
+    return model.encode_prompt(chats.chat_prompt(model, request))
 
 
 def start_completion(
@@ -369,10 +369,10 @@ def _request(
             constraint = model.constraint(structure.grammar, prompt)
     asked = model.request(
         prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids,
-        constraint=constraint, adapters=request.adapters,
+        constraint=constraint, adapters=request.adapters, truncate=request.truncate_sequence,
     )  # fmt: skip
-    scope, truncate = replace(asked.scope, tenant=tenant), request.truncate_sequence
-    return replace(asked, scope=scope, truncate=truncate, ignore_eos=request.ignore_eos)
+    scope = replace(asked.scope, tenant=tenant)
+    return replace(asked, scope=scope, ignore_eos=request.ignore_eos)
 
 
 def _completion(

@@ -22,7 +22,7 @@ from squall.opening import Opening
 if TYPE_CHECKING:
     from squall.adapters.anymoe import AnyMoe
 
-_OF_FLOATS = (Which.Plain, Which.Lora, Which.XLora)
+_OF_FLOATS = (Which.Plain, Which.Lora, Which.XLora, Which.VisionPlain)
 
 
 class _Runner:

@@ -18,7 +18,14 @@ Architecture = Enum(
     "Architecture",
     "Mistral Gemma Mixtral Llama Phi2 Phi3 Qwen2 Gemma2 Starcoder2 Phi3_5MoE",
 )
-VisionArchitecture = Enum("VisionArchitecture", "Phi3V Idefics2 LLaVANext LLaVA VLlama Qwen2VL")
+VisionArchitecture = Enum(
+    "VisionArchitecture",
+    {
+        "Phi3V": "phi3v", "Idefics2": "idefics2", "LLaVANext": "llava_next", "LLaVA": "llava",
+        "VLlama": "vllama", "Qwen2VL": "qwen2vl", "Idefics3": "idefics3", "SmolVLM": "smolvlm",
+        "Qwen2_5VL": "qwen2.5vl", "Gemma3": "gemma3-vision", "Mistral3": "mistral3",
+    },
+)  # fmt: skip
 DiffusionArchitecture = Enum("DiffusionArchitecture", "Flux FluxOffloaded")
 IsqOrganization = Enum("IsqOrganization", "Default MoQE")
 ModelDType = Enum("ModelDType", "Auto BF16 F16 F32")
@@ -223,16 +230,23 @@ class Which:
 
     @dataclass(frozen=True)
     class VisionPlain(Selection):
-        """Models that see images."""
+        """Models that see: as Plain, which opens them too; max_edge: see `Opening`."""
 
         model_id: str
-        arch: VisionArchitecture
+        arch: VisionArchitecture | str | None = None
         tokenizer_json: str | None = None
         topology: str | None = None
         write_uqff: str | None = None
         from_uqff: str | None = None
         dtype: ModelDType = ModelDType.Auto
         max_edge: int | None = None
+
+        def opening(self, others: Opening = DEFAULTS) -> Opening:
+            """See `Selection`."""
+            names = ("tokenizer_json", "topology", "write_uqff", "from_uqff", "dtype")
+            plain = Which.Plain(self.model_id, **{name: getattr(self, name) for name in names})
+            arch = self.arch.value if isinstance(self.arch, Enum) else self.arch
+            return replace(plain.opening(others), architecture=arch, max_edge=self.max_edge)
 
     @dataclass(frozen=True)
     class DiffusionPlain(Selection):

@@ -3,26 +3,32 @@ r"""The interactive chat: history and a few commands; Ctrl-C stops the answer, n
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from squall.cli.run import Settings, show, summary
 from squall.embedded import user_folder
 from squall.errors import SquallError
+from squall.files import quote
+from squall.text.images import BLIND
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
     from squall.model import Model
 
-HELP = r"""\help          this text
-\system TEXT   set the system message, from here on
-\clear         forget the conversation; the system message stays
-\exit          leave (so do Ctrl-D, and Ctrl-C at the prompt)
+HELP = r"""\help              this text
+\system TEXT       set the system message, from here on
+\image PLACE TEXT  say TEXT about an image: a file, in quotes if its name has spaces, or a URL
+\clear             forget the conversation; the system message stays
+\exit              leave (so do Ctrl-D, and Ctrl-C at the prompt)
 Ctrl-C stops an answer. Everything else is said to the model."""
 
+# A place may be quoted.
+_PLACE_TEXT = re.compile(r"""(?:"([^"]+)"|'([^']+)'|(\S+))\s+(.+)""", re.DOTALL)
 # One part in so many of the context is kept for the next answer.
 ROOM = 4
 
@@ -34,10 +40,11 @@ class Chat:
         self._model = model
         self._settings = settings
         self._system = system
-        self._history: list[dict[str, str]] = []
+        self._history: list[dict[str, Any]] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "\\help": lambda _: _note(HELP),
             "\\system": self._set_system,
+            "\\image": self._show_image,
             "\\clear": lambda _: self._history.clear(),
         }
 
@@ -66,12 +73,33 @@ class Chat:
         self._system = text or None
         _note("system message set" if text else "system message removed")
 
-    def _messages(self) -> list[dict[str, str]]:
+    def _show_image(self, argument: str) -> None:
+        """Answer a text about an image, which stays in the conversation."""
+        from squall.vision.images import read
+
+        sight, found = self._model.sight, _PLACE_TEXT.fullmatch(argument)
+        if sight is None or found is None:
+            _note(f"error: {BLIND}" if sight is None else r"say \image PLACE TEXT")
+            return
+        *places, text = found.groups()
+        place = "".join(filter(None, places))
+        try:
+            image = read(place, self._model.media)
+            rows = sight.process(image).processed.rows
+        except SquallError as error:
+            _note(f"error: {error}")
+            return
+        number = 1 + sum(isinstance(message["content"], list) for message in self._history)
+        name = quote(re.split(r"[/\\]", place)[-1])[1:-1]
+        _note(f"[image {number}: {name}, {image.width} x {image.height}, {rows} tokens]")
+        self._reply([{"type": "image", "source": image}, {"type": "text", "text": text}])
+
+    def _messages(self) -> list[dict[str, Any]]:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         return [*system, *self._history]
 
-    def _reply(self, text: str) -> None:
-        self._history.append({"role": "user", "content": text})
+    def _reply(self, content: str | list[dict[str, Any]]) -> None:
+        self._history.append({"role": "user", "content": content})
         try:
             self._make_room()
             prompt = self._model.chat_prompt(self._messages())

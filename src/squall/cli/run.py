@@ -59,6 +59,10 @@ class RunFlags(SamplingFields, ModelFlags):
         Path | None, typer.Option(help="A file with a grammar, yacc's or Lark's, of the answer.")
     ] = None
     regex: Annotated[str | None, typer.Option(help="What the whole answer must match.")] = None
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE|URL", help="An image that the PROMPT is about, or several."),
+    ] = None
     prompt: Annotated[str | None, typer.Argument(metavar=TEXT, help=HELP_OF[TEXT])] = None
 
     @property
@@ -95,6 +99,8 @@ def run(flags: RunFlags, selected: Selected) -> None:
     squall run owner/name:Q4_K_M "What is this?" < notes.txt
 
     squall run plain -m FOLDER --isq Q4K "Why is the sky blue?"
+
+    squall run FOLDER --image cat.png "What is this?"
 
     A pipe or a file on stdin is one prompt, behind the PROMPT if there is one.
 
@@ -143,22 +149,25 @@ def _stdin() -> str:
 
 
 def _converse(model: Model, flags: RunFlags) -> None:
-    if (text := flags.prompt) is None:
+    if flags.prompt is None:
         from squall.cli.chat import Chat
 
+        if flags.image:
+            raise InvalidRequest("--image needs a PROMPT; in a chat say \\image FILE TEXT")
         Chat(model, flags.settings, flags.system).loop()
     else:
-        _answer_once(model, flags.settings, _prompt(model, text, flags.system, raw=flags.raw))
+        _answer_once(model, flags.settings, _prompt(model, flags.prompt, flags))
 
 
-def _prompt(model: Model, text: str, system: str | None, *, raw: bool) -> str | ChatPrompt:
-    if raw:
+def _prompt(model: Model, text: str, flags: RunFlags) -> str | ChatPrompt:
+    if not flags.image and (flags.raw or not model.chat_template.sources):
+        if not flags.raw:
+            sys.stderr.write("note: this model has no chat template; it continues the text\n")
         return text
-    if not model.chat_template.sources:
-        sys.stderr.write("note: this model has no chat template; it continues the text\n")
-        return text
-    first = [{"role": "system", "content": system}] if system is not None else []
-    return model.chat_prompt([*first, {"role": "user", "content": text}])
+    first = [{"role": "system", "content": flags.system}] if flags.system is not None else []
+    images = [{"type": "image", "source": source} for source in flags.image or ()]
+    content = [*images, {"type": "text", "text": text}]
+    return model.chat_prompt([*first, {"role": "user", "content": content}])
 
 
 def _answer_once(model: Model, settings: Settings, prompt: str | ChatPrompt) -> None:

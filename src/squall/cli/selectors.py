@@ -18,7 +18,8 @@ from squall.errors import InvalidRequest
 Selected = Selection | TomlSelection | str | None
 
 # Words whose models cannot be opened yet, and what they are for.
-NOT_YET = {"vision-plain": "vision models", "diffusion-plain": "diffusion models"}
+NOT_YET = {"diffusion-plain": "diffusion models"}
+_NUMBERS = {"gqa": 1, "max_edge": 1, "tgt_non_granular_index": None}  # with the least
 _CHOICES: dict[str, type[Enum]] = {"dtype": ModelDType, "organization": IsqOrganization}
 # The fields of kinds as flags: letter and help; where two have one letter, the first has it.
 _FLAGS: dict[str, tuple[str, str]] = {
@@ -38,6 +39,7 @@ _FLAGS: dict[str, tuple[str, str]] = {
     "write_uqff": ("w", "Write what --isq makes to this file."),
     "from_uqff": ("f", "A UQFF file, as in the model's folder."),
     "gqa": ("g", "Query heads that share a KV head."),
+    "max_edge": ("e", "Make images smaller, until their longer edge is at most so many pixels."),
 }
 
 
@@ -61,11 +63,11 @@ def _selector(
         flags = [f"-{letter}"] * bool(letter and letter not in letters)
         letters.add(letter)
         option = typer.Option(
-            *flags, f"--{name.replace('_', '-')}", help=help, min=1 if name == "gqa" else None,
+            *flags, f"--{name.replace('_', '-')}", help=help, min=_NUMBERS.get(name),
             hidden=as_stored and name == "topology",
         )  # fmt: skip
         needed = names[name].default is MISSING and name not in optional
-        text: Any = int if name in ("gqa", "tgt_non_granular_index") else str
+        text: Any = int if name in _NUMBERS else str
         default = inspect.Parameter.empty if needed else None
         listed.append(_parameter(name, text if needed else text | None, option, default))
     select.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
@@ -117,6 +119,7 @@ def _not_yet(word: str, what: str) -> Callable[..., Selected]:
 _FILE = frozenset(("quantized_model_id", "quantized_filename"))
 SELECTORS: dict[str, Callable[..., Any]] = {
     "plain": _selector(Which.Plain, "A folder of transformers, or a model of the hub."),
+    "vision-plain": _selector(Which.VisionPlain, "As plain, of a model that sees."),
     "gguf": _selector(Which.GGUF, "A GGUF file. With neither -m nor -f, the default model.", _FILE),
     "ggml": _selector(Which.GGML, "A LLaMA file from before GGUF."),
     "toml": toml,

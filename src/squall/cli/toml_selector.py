@@ -54,7 +54,7 @@ _KINDS: tuple[type[Selection], ...] = (
     Which.Plain,
 )
 _ENUMS: Mapping[str, type[Enum]] = {"dtype": ModelDType, "organization": IsqOrganization}
-_VISION = {str(arch.name).lower().replace("llavanext", "llava_next") for arch in VisionArchitecture}
+_VISION = {arch.value for arch in VisionArchitecture}
 _NUMBERS = ("gqa", "max_edge", "tgt_non_granular_index")
 
 

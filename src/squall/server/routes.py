@@ -165,7 +165,7 @@ def _as_chat(body: TokenizeBody) -> ChatCompletionRequest:
 
 def _rendered(model: Model, asked: ChatCompletionRequest) -> dict[str, object]:
     prompt = chat_prompt(model, asked)
-    ids = model.tokenizer.encode_pieces(prompt.pieces)
+    ids = model.encode_prompt(prompt)
     found = {"prompt": prompt.text, "prompt_token_ids": ids, "count": len(ids)}
     return found | {"max_model_len": model.context}
 

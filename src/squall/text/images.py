@@ -18,6 +18,7 @@ IMAGES = ("image", "image_url", "input_image")  # types of parts
 TEXTS = ("text", "input_text", "output_text")
 _SOURCES = ("source", "image", "image_url", "url", "path", "base64")  # where a part has its image
 DETAILS = ("auto", "low", "high")
+BLIND = "this model reads no images; send texts only"
 _NUMBER = "{}"
 
 
@@ -70,7 +71,7 @@ def take(
         parts = [_part(part, f"messages[{i}].content") for part in content]
         found = [part for part in parts if isinstance(part, Picture)]
         if found and placeholder is None:
-            raise InvalidRequest("this model reads no images; send text, or open one that does")
+            raise InvalidRequest(BLIND)
         if found and placeholder:
             made: Any = list(_placed(parts, len(found), placeholder, len(pictures), i))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ from squall.vision.mllama import Mllama
 from squall.vision.phi3v import Phi3V
 from squall.vision.pixtral import Pixtral
 from squall.vision.qwen import Qwen
+
+LOW_EDGE = 512
 
 
 def llava(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Family:
@@ -41,10 +44,20 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
 }
 
 
-def family(architecture: str, checkpoint: Checkpoint, max_edge: int | None = None) -> Family:
+def _low(processor: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"do_image_splitting": False, "num_crops": 1}
+    if tiles := processor.get("image_grid_pinpoints"):
+        found["image_grid_pinpoints"] = [min(tiles, key=math.prod)]
+    return found | {"max_edge": min(LOW_EDGE, processor.get("max_edge", LOW_EDGE))}
+
+
+def family(
+    architecture: str, checkpoint: Checkpoint, max_edge: int | None = None, *, low: bool = False
+) -> Family:
     """The family of a model, with what its folder says of images.
 
     max_edge: pictures are made smaller first, until their longer edge is at most so long.
+    low: as few tiles as can be, and where pictures keep their size, an edge of at most LOW_EDGE.
     """
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     if architecture not in FAMILIES:
@@ -53,6 +66,7 @@ def family(architecture: str, checkpoint: Checkpoint, max_edge: int | None = Non
     more = read_json(folder / "processor_config.json") or {}
     processor = {**more.get("image_processor", {}), **processor, "processor": more}
     processor |= {} if max_edge is None else {"max_edge": max_edge}
+    processor |= _low(processor) if low else {}
     try:
         return FAMILIES[architecture](checkpoint.metadata, processor)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

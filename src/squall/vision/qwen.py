@@ -36,7 +36,7 @@ class Qwen:
     frames: int = 2
     window: int = 0
     max_edge: int | None = None
-    placeholder: str = "<|image_pad|>"
+    placeholder: str = "<|vision_start|><|image_pad|><|vision_end|>"
     token: str = "<|image_pad|>"
     mutual: bool = False
     cost: str = "one token for each 28 x 28 pixels; `min_pixels` and `max_pixels` bound it"
@@ -72,7 +72,8 @@ class Qwen:
         inputs["patches"] = frame.repeat(self.frames, axis=2).reshape(len(frame), -1)
         side = self.patch * self.merge
         grid = height // side, width // side
-        return Processed(inputs, self.token * math.prod(grid), math.prod(grid), grid)
+        text = self.placeholder.replace(self.token, self.token * math.prod(grid))
+        return Processed(inputs, text, math.prod(grid), grid)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Whole rows, within bounds, nearly of the picture's proportions."""

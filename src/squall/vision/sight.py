@@ -79,20 +79,21 @@ class Kept:
 class Sight:
     """Reads images with a family's processor and a tower, for the decoder that an executor runs.
 
+    families: for images in full, and with little detail.
     programs: of the tower, and of keys and values for the decoder's memory, if it recalls.
     limit_bytes: of what is kept. encoded: how many images the tower has read.
     """
 
     def __init__(
         self,
-        family: Family,
+        families: tuple[Family, Family],
         decoder: Executor,
         store: WeightStore,
         programs: tuple[Program, Program | None],
         *,
         limit_bytes: int,
     ) -> None:
-        self.family = family
+        self.family, self._low = families
         self.encoded = 0
         self._decoder, self._store, (self._program, keys) = decoder, store, programs
         self._turns = any(i.name == "rotary" and i.axes > 1 for i in decoder.program.indices)
@@ -107,10 +108,12 @@ class Sight:
         pool = decoder.pool
         self._keys = None if keys is None else executors.open(keys, store, limits, pool=pool)
 
-    def process(self, image: Image) -> Seen:
+    def process(self, image: Image, detail: str = "auto") -> Seen:
         """What is to be read of an upright RGB image."""
         from squall.vision.images import digest
 
+        if detail == "low":
+            return Seen(self._low.process(image), digest(image) + b"low")
         return Seen(self.family.process(image), digest(image))
 
     def adapter(self, terms: Mapping[Site, Term]) -> Adapted:
@@ -124,7 +127,11 @@ class Sight:
         return Adapted(self._decoder.adapter(rest), tower, keys[0] if keys else None)
 
     def fields(
-        self, placed: Placed, images: Sequence[Seen], adapters: Adapting, scope: CacheScope
+        self,
+        placed: Placed | None,
+        images: Sequence[Seen],
+        adapters: Adapting,
+        scope: CacheScope,
     ) -> dict[str, Any]:
         """What a `Request` has of images besides ids; the tower reads those that it has to.
 
@@ -132,7 +139,7 @@ class Sight:
         """
         decoder = tuple((adapter.decoder, weight) for adapter, weight in adapters)
         found = {"adapters": decoder, "scope": scope}
-        if not images:
+        if placed is None:
             return found
         if self._keys is not None:
             together = b"".join(image.digest for image in images)
