@@ -180,7 +180,7 @@ def test_processor(seen: Seen) -> None:
         assert not pixels[tiles * ROWS :].any()
         assert set(found.inputs["tile"] // 4) == {shape}, name
         assert found.recalled == (tiles * ROWS, (4 - tiles) * ROWS), name
-        assert (found.text, found.rows) == ("<|image|>", 0)
+        assert (found.text, found.rows) == ("<|image|>", 1)
 
 
 def features(seen: Seen, image: Image.Image) -> Floats:
