@@ -85,7 +85,10 @@ def case(name: str, model: str, tower: dict[str, Any], **more: Any) -> Seer:
 
 def wide(tower: dict[str, Any], size: int) -> dict[str, Any]:
     """Two heads of another size."""
-    return tower | {"embed_dim" if "embed_dim" in tower else "hidden_size": 2 * size, "num_heads": 2}
+    return tower | {
+        "embed_dim" if "embed_dim" in tower else "hidden_size": 2 * size,
+        "num_heads": 2,
+    }
 
 
 CASES = [

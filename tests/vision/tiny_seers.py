@@ -1,4 +1,4 @@
-"""Tiny models that see, as folders with everything that a chat needs: tokenizer, template, sizes."""
+"""Tiny models that see, as folders with everything that a chat needs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ QWEN_TOWER: dict[str, Any] = {
     "embed_dim": 32, "hidden_size": 48, "depth": 2, "num_heads": 4, "mlp_ratio": 2,
     "patch_size": 14,
 }  # fmt: skip
-CONTROLS = (
-    "<image> <|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|> <|video_pad|>"
-).split()
+CONTROLS = """
+<image> <|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|> <|video_pad|>
+"""
 FIRST = 258  # ids of bytes, and two before
 
 
@@ -92,7 +92,7 @@ def _write_tokenizer(folder: Path) -> None:
     library = Tokenizer(models.BPE(vocab, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(name, special=True) for name in CONTROLS])
+    library.add_special_tokens([AddedToken(name, special=True) for name in CONTROLS.split()])
     PreTrainedTokenizerFast(
         tokenizer_object=library, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
