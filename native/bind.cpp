@@ -383,6 +383,7 @@ void bind_ops(nb::class_<Executor>& c) {
       .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
       .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a, "index"_a, "mean"_a = false)
       .def("overlay", &Executor::overlay, "out"_a, "x"_a, "rows"_a, "index"_a)
+      .def("concatenate", &Executor::concatenate, "out"_a, "a"_a, "b"_a)
       .def(
           "gather_columns",
           [](Executor& e, size_t out, size_t x, const Columns& order) {

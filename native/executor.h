@@ -225,6 +225,8 @@ class Executor {
   void gather_rows(size_t out, size_t x, size_t index, bool mean = false);
   // out[i] = rows[index[i]], where that is negative x[i]
   void overlay(size_t out, size_t x, size_t rows, size_t index);
+  // out = the columns of a, then those of b
+  void concatenate(size_t out, size_t a, size_t b);
   // out[:, i] = x[:, order[i]]
   void gather_columns(size_t out, size_t x, std::vector<uint32_t> order);
   // No more ops: groups the phases and lays out the buffers. adapted: as adapters' layout.

@@ -33,7 +33,7 @@ def native(  # noqa: PLR0913
 ) -> Any:
     """See `squall.executors.open`; weights: "f32" computes with exact values."""
     limits = Limits(
-        rows={"tokens": max_rows, "outputs": max_outputs},
+        rows={"tokens": max_rows, "outputs": max_outputs, "images": max_rows},
         blocks=blocks,
         block_size=block_size,
         kv_dtype=kv_dtype,

@@ -15,6 +15,7 @@ from squall.checkpoints.base import Checkpoint
 from squall.program import (
     Add,
     Attend,
+    Concatenate,
     Embed,
     GatedLinear,
     GatherColumns,
@@ -376,6 +377,9 @@ class ReferenceExecutor:
         out[index >= 0] = rows[index[index >= 0]]
         return out
 
+    def concatenate(self, op: Concatenate) -> Array:
+        return np.concatenate([self.of(op.a), self.of(op.b)], axis=1)
+
     def gather_columns(self, op: GatherColumns) -> Array:
         return self.of(op.x)[:, np.frombuffer(op.order, "<u4")]
 
@@ -394,5 +398,6 @@ HANDLERS: dict[type, Callable[[ReferenceExecutor, Any], Array]] = {
     Recall: ReferenceExecutor.recall,
     GatherRows: ReferenceExecutor.gather_rows,
     Overlay: ReferenceExecutor.overlay,
+    Concatenate: ReferenceExecutor.concatenate,
     GatherColumns: ReferenceExecutor.gather_columns,
 }

@@ -87,13 +87,13 @@ def assemble(opening: Opening) -> Assembly:
         return tokenizer.encode_pieces(prompt.pieces)
 
     executor = _executor(model, opening, room, encode)
-    adapters = _shelf(model, opening, executor)
+    sight = _sight(model, opening, executor)
+    adapters = _shelf(model, opening, sight or executor)
     most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
     if small is not None:
         draft = Draft(_executor(models[1], small, room, encode), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
-    sight = _sight(model, opening, executor)
     return Assembly(checkpoint, recipe, tokenizer, template or None, answering, adapters, sight)
 
 
@@ -213,11 +213,18 @@ def _sight(model: Prepared, opening: Opening, executor: Executor) -> Sight | Non
     both = families.family(*given), families.family(*given, low=True)
     seeing, connector = recipe.part("tower").spec, recipe.part("connector").spec
     names = recipe.all_names
-    program = tower.compile(cast(Tower, seeing), cast(Connector, connector), names)
+    program = adaptable(tower.compile(cast(Tower, seeing), cast(Connector, connector), names))
     recalls = any(layer.attention.recalls for layer in recipe.decoder.layers)
+<<<<<<< HEAD
     keys = decoder.compile_memory(recipe.decoder, names) if recalls else None
     store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
     return Sight(both, executor, store, (program, keys), limit_bytes=opening.image_bytes)
+=======
+    keys = adaptable(decoder.compile_memory(recipe.decoder, names)) if recalls else None
+    exact = opening.weights == "f32"
+    store = WeightStore(checkpoint, plan=plan, exact=exact, **_merged(model, opening))
+    return Sight(family, executor, store, (program, keys), limit_bytes=opening.image_bytes)
+>>>>>>> main
 
 
 def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:
@@ -251,7 +258,7 @@ def _merged(model: Prepared, opening: Opening) -> dict[str, Any]:
     return {"merged": merged_terms(loras), "vectors": merged_vectors(loras)}
 
 
-def _shelf(model: Prepared, opening: Opening, executor: Executor) -> Shelf:
+def _shelf(model: Prepared, opening: Opening, executor: Executor | Sight) -> Shelf:
     """The adapters that requests may have; at first those of the opening."""
     limit, free = opening.adapter_bytes, available_bytes()
     if limit is None and free is not None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from squall.spec import Connector, Decoder, Layer, LinearScaling, Norm, Rope, Tower
+from squall.spec import Connector, Decoder, Layer, LinearScaling, Norm, Rope, Tiles, Tower
 
 Spec = TypeVar("Spec", Decoder, Tower, Connector)
 
@@ -24,6 +24,7 @@ PRESENT: dict[str, Any] = {
     "norm": Norm("layer", 0.01, bias=True),
     "activation": "relu",
     "rope": Rope(10000.0, 32),
+    "tiles": Tiles(2, 1, (0.5, 0.5, 0.5), (), (0,)),
 }
 # Where one more would be out of range, or would not cross a rounding or a threshold.
 OWN: dict[str, Callable[[Any, int], Any]] = {
@@ -33,6 +34,7 @@ OWN: dict[str, Callable[[Any, int], Any]] = {
     "beta_slow": lambda value, _: value * 4,
     "original_context": lambda value, context: value // 4 if context <= value else value * 4,
     "axes": lambda value, _: tuple(max(value) - axis for axis in value),
+    "order": lambda value, _: tuple(reversed(value)),
     "widths": lambda value, _: tuple(width + 1 for width in value),
     "local": lambda value, _: value ^ {0},
     "read": lambda value, _: tuple(max(layer - 1, 0) for layer in value),
@@ -42,7 +44,11 @@ OWN: dict[str, Callable[[Any, int], Any]] = {
 def mutations(spec: Spec, context: int) -> Iterator[tuple[str, Spec]]:
     """(what changed, the changed spec); parts that layers have in common change together."""
     yield from _fields(spec, context)
-    own = () if isinstance(spec, Connector) else spec.layers
+    for name, layers in _layers(() if isinstance(spec, Connector) else spec.layers, context):
+        yield f"layers{name}", dataclasses.replace(spec, layers=layers)
+
+
+def _layers(own: tuple[Layer, ...], context: int) -> Iterator[tuple[str, tuple[Layer, ...]]]:
     for field in dataclasses.fields(Layer):
         parts = [getattr(layer, field.name) for layer in own]
         for part in dict.fromkeys(parts):
@@ -53,8 +59,7 @@ def mutations(spec: Spec, context: int) -> Iterator[tuple[str, Spec]]:
                     dataclasses.replace(layer, **{field.name: new}) if old == part else layer
                     for layer, old in zip(own, parts, strict=True)
                 )
-                where = f"layers[{parts.index(part)}]"
-                yield f"{where}.{name}", dataclasses.replace(spec, layers=layers)
+                yield f"[{parts.index(part)}].{name}", layers
 
 
 def _fields(item: Any, context: int) -> Iterator[tuple[str, Any]]:
@@ -77,6 +82,13 @@ def _values(name: str, value: Any, hint: Any, context: int) -> Iterator[tuple[st
         return
     if type(None) in get_args(hint):
         yield "=None", None
+    if name == "late":
+        yield from _layers(value, context)
+        return
+    if name == "gates":
+        for i, gate in enumerate(value):
+            yield f"[{i}]*1.5", (*value[:i], 1.5 * gate, *value[i + 1 :])
+        return
     if dataclasses.is_dataclass(value):
         yield from ((f".{how}", new) for how, new in _fields(value, context))
     elif isinstance(value, str):

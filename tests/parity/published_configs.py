@@ -475,7 +475,7 @@ PUBLISHED: dict[str, Json] = {
     "google/gemma-3-4b-it": {
         "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
         "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
-        "initializer_range": 0.02, "mm_tokens_per_image": 256, "model_type": "gemma3",
+        "initializer_range": 0.02, "mm_tokens_per_image": 4, "model_type": "gemma3",
         "text_config": {
             "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
             "num_hidden_layers": 34, "sliding_window": 1024,

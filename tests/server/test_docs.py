@@ -80,6 +80,13 @@ def test_numbers() -> None:
     assert MOST_VALUES == 10**6
     assert f"room for {USUAL_TOKENS} tokens" in TEXT
     assert f"over {options.all_bodies_bytes >> 20} MiB together" in TEXT
+    media = options.media
+    assert f"| images of a request | {media.images} |" in TEXT
+    assert f"| a file | {media.file_bytes >> 20} MiB |" in TEXT
+    assert f"| an image | {media.pixels:,} pixels" in TEXT
+    assert f"{media.edge:,} of an edge" in TEXT
+    assert f"| reading all images of a request | {media.seconds:g} s |" in TEXT
+    assert media.redirects == 3
     assert f"header slower than {options.header_s:g} s" in TEXT
     assert f"body slower than {options.body_s:g} s" in TEXT
     assert f"nothing for {options.write_s:g} s" in TEXT

@@ -1,4 +1,4 @@
-"""A base as adapters see it: what their names of modules mean in its decoder."""
+"""A base as adapters see it: what their names of modules mean in its decoder and its tower."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from squall.checkpoints.base import Checkpoint
 from squall.program import Matrix, Names, Site, Vector
 from squall.recipes import Recipe, modules
 from squall.recipes.names import Naming
+from squall.recipes.part import Part
 from squall.roles import Shapes, roles
 from squall.spec import Decoder
 from squall.weights import MERGEABLE, WeightStore, values
@@ -23,10 +24,10 @@ Places = tuple[tuple[Site, int, int], ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """A decoder with the weights of a checkpoint.
+    """A decoder, perhaps with a tower, with the weights of a checkpoint.
 
     names, shapes: of its weights; the head is one also where it shares the table of embeddings.
-    gguf: what GGUF calls the architecture.
+    gguf: what GGUF calls the architecture. others: of other parts than the decoder.
     """
 
     checkpoint: Checkpoint
@@ -35,16 +36,18 @@ class Target:
     shapes: Shapes
     namings: tuple[Naming, ...]
     gguf: str | None
+    others: tuple[Part, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe) -> Target:
-        """The decoder of a recipe, with the weights of its checkpoint."""
-        decoder, architecture = recipe.decoder, recipe.architecture
-        names = {"head.weight": recipe.names["embed.weight"], **recipe.names}
-        shapes = roles(decoder)
+        """The networks of a recipe, with the weights of its checkpoint."""
+        architecture = recipe.text or recipe.architecture
+        names = {"head.weight": recipe.names["embed.weight"], **recipe.all_names}
+        shapes = {p.prefix + role: s for p in recipe.parts for role, s in roles(p.spec).items()}
         shapes = {"head.weight": shapes["embed.weight"], **shapes}
         known = modules.namings(architecture), modules.gguf_architecture(architecture)
-        return cls(checkpoint, decoder, names, shapes, *known)
+        others = tuple(part for part in recipe.parts if part.kind != "decoder")
+        return cls(checkpoint, recipe.decoder, names, shapes, *known, others)
 
     def sites(self, module: str) -> Places:
         """The weights that a module is, by its path in transformers or its name in GGUF files.
@@ -108,3 +111,8 @@ class Target:
         name = module.replace("language_model.", "").removesuffix(".weight")
         for naming in self.namings:
             yield from naming.meanings(name)
+        # Towers too have had other names; those of the checkpoint may be others than PEFT saw.
+        inner = modules.OUTER.sub("", name)
+        for part in self.others:
+            for stems, piece in modules.inner(part.naming).meanings(inner):
+                yield tuple(part.prefix + stem for stem in stems), piece

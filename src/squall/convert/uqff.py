@@ -67,16 +67,18 @@ class _Job(Work):
 
     def residual(self) -> list[Item]:
         """The tensors that hold no linear."""
-        taken = {role for linear in self.linears for role in linear.roles}
-        used = {
+        roles = {role for linear in self.linears for role in linear.roles}
+        taken = {
             part.tensor
             for role, parts in self.recipe.names.items()
-            if role.rsplit(".", 1)[0] not in taken
+            if role.rsplit(".", 1)[0] in roles
             for part in parts
         }
         tensors = self.quantizer.checkpoint.tensors
         return [
-            Item(name, t.format, t.shape, copy_of(t)) for name, t in tensors.items() if name in used
+            Item(name, t.format, t.shape, copy_of(t))
+            for name, t in tensors.items()
+            if name not in taken
         ]
 
     def item(self, index: int, linear: Linear) -> Item:

@@ -432,5 +432,10 @@ def _(op: p.Overlay, to: _Lowering) -> None:
 
 
 @_lower.register
+def _(op: p.Concatenate, to: _Lowering) -> None:
+    to.core.concatenate(to[op.out], to[op.a], to[op.b])
+
+
+@_lower.register
 def _(op: p.GatherColumns, to: _Lowering) -> None:
     to.core.gather_columns(to[op.out], to[op.x], np.frombuffer(op.order, "<u4"))

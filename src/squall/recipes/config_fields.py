@@ -83,7 +83,7 @@ class ConfigFields(Fields):
             for values in (config, keys["reads"])
         )
         read = {key: value for key, value in given.items() if key in defaults}
-        super().__init__(dict(_flatten(defaults | read)), tensors)
+        super().__init__(dict(flatten(defaults | read)), tensors)
         self.naming = naming
         unread = given.keys() - read.keys() - {*keys["known"], *_table()["known"], *USUAL}
         self.ignored += [key for key in unread if not key.startswith("_")]
@@ -106,13 +106,14 @@ class ConfigFields(Fields):
         return value == [] or (isinstance(value, int | float | str) and value in NEUTRAL)
 
 
-def _flatten(
+def flatten(
     values: Mapping[str, object], prefix: str = "", depth: int = 0
 ) -> Iterator[tuple[str, object]]:
+    """Values that are not null, by their dotted keys."""
     if depth > 8:
         raise InvalidCheckpoint(f"{prefix[:80]!r} in config.json is nested too deeply")
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.", depth + 1)
+            yield from flatten(value, f"{prefix}{key}.", depth + 1)
         elif value is not None:
             yield f"{prefix}{key}", value

@@ -15,6 +15,8 @@ from squall.spec import Decoder, Moe
 FUSED = ("Phi3ForCausalLM",)
 # Whose router of the experts is quantized.
 ROUTED = ("MixtralForCausalLM",)
+# Whose head is not, nor the layers that recall.
+HEADLESS = ("MllamaForConditionalGeneration",)
 _ATTENTION = ("attention.q", "attention.k", "attention.v", "attention.out")
 _MLP = ("feed_forward.gate", "feed_forward.up", "feed_forward.down")
 _EXPERT = tuple(f"feed_forward.experts.{part}" for part in ("gate", "down", "up"))
@@ -34,8 +36,10 @@ class Linear:
 
 def linears(architecture: str, decoder: Decoder, naming: Naming) -> tuple[Linear, ...]:
     """All linears of a model, the head first."""
-    found = [_single(naming, "head")]
+    found = [] if architecture in HEADLESS else [_single(naming, "head")]
     for index, layer in enumerate(decoder.layers):
+        if layer.attention.recalls:
+            continue
         stems = [*_ATTENTION, *([] if isinstance(layer.feed_forward, Moe) else _MLP)]
         if not getattr(layer.feed_forward, "gated", True):
             stems.remove("feed_forward.gate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -26,8 +27,19 @@ _STACKED = replace(
         "mlp.router": ("feed_forward.router",),
     },
 )
+# What names of towers and connectors begin with, in one version or another.
+OUTER = re.compile(
+    r"^(model\.)?(vision_tower\.|vision_model\.|visual\.|vision_embed_tokens\.img_processor\.)*"
+)
 # What is adapted without a module of its own, in the order in which it is wrapped.
 PARAMETERS = ("gate_up_proj", "down_proj", "weight")
+
+
+def inner(naming: Naming) -> Naming:
+    """The names of a tower without what they begin with."""
+    stems = {role: OUTER.sub("", name) for role, name in naming.stems.items()}
+    fused = {OUTER.sub("", name): stems for name, stems in naming.fused.items()}
+    return replace(naming, stems=stems, fused=fused, layer=OUTER.sub("", naming.layer))
 
 
 def gguf_architecture(architecture: str) -> str | None:

@@ -11,7 +11,10 @@ from squall.checkpoints.base import Checkpoint
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import read_json
 from squall.vision.family import Family
+from squall.vision.gemma3 import Gemma3
+from squall.vision.idefics import Idefics2, Idefics3
 from squall.vision.llava import Llava, LlavaNext
+from squall.vision.mllama import Mllama
 from squall.vision.phi3v import Phi3V
 from squall.vision.pixtral import Pixtral
 from squall.vision.qwen import Qwen
@@ -27,12 +30,17 @@ def llava(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Family:
 
 # By config.json and preprocessor_config.json.
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]] = {
+    "Gemma3ForConditionalGeneration": Gemma3.of,
+    "Idefics2ForConditionalGeneration": Idefics2.of,
+    "Idefics3ForConditionalGeneration": Idefics3.of,
     "LlavaForConditionalGeneration": llava,
     "LlavaNextForConditionalGeneration": LlavaNext.of,
     "Mistral3ForConditionalGeneration": partial(Pixtral.of, merge=2),
     "Phi3VForCausalLM": Phi3V.of,
+    "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
     "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
+    "SmolVLMForConditionalGeneration": partial(Idefics3.of, kind="smolvlm"),
 }
 
 

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from squall import executors
-from squall.engine.request import Recalled, Span
+from squall.engine.request import CacheScope, Recalled, Span
 from squall.errors import InvalidRequest
-from squall.executors import Executor, Limits, Memory
-from squall.program import Program
+from squall.executors import Adapter, Executor, Limits, Memory
+from squall.program import Program, Site, sites
 from squall.vision import memory
 from squall.vision.family import Family, Processed
 from squall.vision.placing import Placed
 from squall.vision.qwen import rope_positions
-from squall.weights import WeightStore
+from squall.weights import Term, WeightStore
 
 Floats = NDArray[np.float32]
 T = TypeVar("T", Floats, Memory)
@@ -36,6 +36,23 @@ class Seen:
 
     processed: Processed
     digest: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapted:
+    """An adapter for every program of a model that sees."""
+
+    decoder: Adapter
+    tower: Adapter
+    keys: Adapter | None
+
+    @property
+    def nbytes(self) -> int:
+        more = 0 if self.keys is None else self.keys.nbytes
+        return self.decoder.nbytes + self.tower.nbytes + more
+
+
+Adapting = Sequence[tuple[Adapted, float]]
 
 
 class Kept:
@@ -62,8 +79,12 @@ class Kept:
 class Sight:
     """Reads images with a family's processor and a tower, for the decoder that an executor runs.
 
+<<<<<<< HEAD
     families: for images in full, and with little detail.
     tower, keys: programs of one store; keys makes what the decoder recalls of rows, if it does.
+=======
+    programs: of the tower, and of keys and values for the decoder's memory, if it recalls.
+>>>>>>> main
     limit_bytes: of what is kept. encoded: how many images the tower has read.
     """
 
@@ -79,8 +100,9 @@ class Sight:
         self.family, self._low = families
         self.encoded = 0
         self._decoder, self._store, (self._program, keys) = decoder, store, programs
-        indices = {index.name: index.axes for index in decoder.program.indices}
-        self._turns = indices.get("rotary", 1) > 1
+        self._turns = any(i.name == "rotary" and i.axes > 1 for i in decoder.program.indices)
+        self._indices = self._program.indices
+        self._mixtures = [i for i in self._indices if i.name.startswith("mixture")]
         self._kept = Kept(limit_bytes)
         # One image is read at a time: two that are the same are read once.
         self._lock = threading.Lock()
@@ -98,13 +120,33 @@ class Sight:
             return Seen(self._low.process(image), digest(image) + b"low")
         return Seen(self.family.process(image), digest(image))
 
-    def fields(self, placed: Placed, images: Sequence[Seen]) -> dict[str, Any]:
-        """What a `Request` has of images besides ids; the tower reads those that it has to."""
+    def adapter(self, terms: Mapping[Site, Term]) -> Adapted:
+        """An adapter for all programs; see `Executor.adapter`."""
+        executors = [one for one in (self._tower, self._keys) if one is not None]
+        made, rest = [], dict(terms)
+        for executor in executors:
+            places = {site for op in executor.program.ops for site in sites(op)}
+            made.append(executor.adapter({site: rest.pop(site) for site in places & rest.keys()}))
+        tower, *keys = made
+        return Adapted(self._decoder.adapter(rest), tower, keys[0] if keys else None)
+
+    def fields(
+        self, placed: Placed, images: Sequence[Seen], adapters: Adapting, scope: CacheScope
+    ) -> dict[str, Any]:
+        """What a `Request` has of images besides ids; the tower reads those that it has to.
+
+        adapters: with their weights, for which the scope stands.
+        """
+        decoder = tuple((adapter.decoder, weight) for adapter, weight in adapters)
+        found = {"adapters": decoder, "scope": scope}
         if not images:
-            return {}
+            return found
         if self._keys is not None:
-            return {"recalled": self._recalled(placed, images)}
-        rows = [self.rows(image) for image in images]
+            together = b"".join(image.digest for image in images)
+            memory = hashlib.sha256(together).hexdigest()
+            recalled = self._recalled(placed, images, adapters, f"{memory} {scope.adapter}")
+            return found | {"scope": replace(scope, memory=memory), "recalled": recalled}
+        rows = [self._seen(image, adapters, scope.adapter) for image in images]
         spans = tuple(
             Span(
                 run.start, run.stop, images[run.image].digest,
@@ -113,41 +155,46 @@ class Sight:
             )
             for run in placed.runs
         )  # fmt: skip
-        if not self._turns:
-            return {"spans": spans}
-        grids = [image.processed.grid or (1, 1) for image in images]
-        return {"spans": spans, "rotary": rope_positions(len(placed.ids), placed.runs, grids)}
+        found["spans"] = spans
+        if self._turns:
+            grids = [image.processed.grid or (1, 1) for image in images]
+            found["rotary"] = rope_positions(len(placed.ids), placed.runs, grids)
+        return found
 
-    def memory_digest(self, images: Sequence[Seen]) -> str:
-        """Which images a prompt recalls, for `CacheScope`; "" if they stand in the prompt."""
-        together = b"".join(image.digest for image in images)
-        return hashlib.sha256(together).hexdigest() if images and self._keys is not None else ""
-
-    def rows(self, image: Seen) -> Floats:
-        """Rows of an image for the decoder, [rows, hidden]."""
+    def _seen(self, image: Seen, adapters: Adapting, digest: str) -> Floats:
+        key = image.digest + digest.encode()
         with self._lock:
-            return self._kept.get(image.digest, lambda: self._read(image.processed.inputs))
+            return self._kept.get(key, lambda: self._read(image.processed.inputs, adapters))
 
-    def _recalled(self, placed: Placed, images: Sequence[Seen]) -> Recalled:
+    def _recalled(
+        self, placed: Placed, images: Sequence[Seen], adapters: Adapting, digest: str
+    ) -> Recalled:
         processed = [image.processed for image in images]
+        mixture = tuple((adapter.keys, weight) for adapter, weight in adapters)
 
         def remember() -> Memory:
             assert self._keys is not None
-            rows = [self._read(image.inputs) for image in processed]
+            rows = [self._read(image.inputs, adapters) for image in processed]
             ordered = memory.ordered(list(zip(processed, rows, strict=True)))
-            return memory.remember(self._keys, self._decoder, ordered)
+            return memory.remember(self._keys, self._decoder, ordered, mixture)
 
         with self._lock:
-            found = self._kept.get(self.memory_digest(images).encode(), remember)
+            found = self._kept.get(digest.encode(), remember)
         return Recalled(found, memory.seen(placed.ids, placed.token, processed))
 
-    def _read(self, inputs: Mapping[str, NDArray[np.generic]]) -> Floats:
+    def _read(self, inputs: Mapping[str, NDArray[np.generic]], adapters: Adapting) -> Floats:
+        """The tower's rows; the lock is held."""
         most = max(array.shape[-1 if array.dtype == np.int32 else 0] for array in inputs.values())
         if most > MOST_ROWS:
             raise InvalidRequest(f"an image has {most} patches; at most {MOST_ROWS} are read")
         if most > self._rows:
             self._tower = self._open(1 << (most - 1).bit_length())
-        (rows,) = self._tower.run(inputs).values()
+        mixtures = (tuple((one.tower, weight) for one, weight in adapters),) if adapters else ()
+        sizes = {i.rows: inputs[i.name].shape[-1] for i in self._indices if i.name in inputs}
+        given = {
+            i.name: np.full(sizes[i.rows], len(mixtures) - 1, np.int32) for i in self._mixtures
+        }
+        (rows,) = self._tower.run({**inputs, **given}, mixtures=mixtures).values()
         rows.flags.writeable = False
         self.encoded += 1
         return rows

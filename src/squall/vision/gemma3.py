@@ -1,0 +1,93 @@
+"""Gemma 3: a square picture, and squares cut from one that is long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from squall.errors import InvalidCheckpoint
+from squall.recipes.clip_towers import side
+from squall.vision.family import Processed
+from squall.vision.pixels import Scale, resample
+from squall.vision.squares import HALF, edge, rows, section, settings, windows
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Crops of a picture whose edges are at least 1 : `ratio`. least: pixels of a crop's edges."""
+
+    least: int
+    most: int
+    ratio: float
+
+    def crops(self, image: Image.Image) -> list[Image.Image]:
+        """In order from the left, or from the top."""
+        short, long = sorted(image.size)
+        count = min(max(2, min(long // self.least, math.floor(long / short + 0.5))), self.most)
+        step = math.ceil(long / count)
+        if long / short < self.ratio or min(step, short) < self.least:
+            return []
+        ends = [(at * step, min((at + 1) * step, long)) for at in range(count)]
+        if image.width >= image.height:
+            return [image.crop((start, 0, stop, short)) for start, stop in ends]
+        return [image.crop((0, start, short, stop)) for start, stop in ends]
+
+
+@dataclass(frozen=True, slots=True)
+class Gemma3:
+    """See `Family`. side: patches in a row of a picture. tokens: of a picture. scan: None: off."""
+
+    scale: Scale
+    filter: Image.Resampling
+    side: int
+    patch: int
+    tokens: int
+    scan: Scan | None = None
+    placeholder: str = "<start_of_image>"
+    token: str = "<image_soft_token>"
+    mutual: bool = True
+    cost: str = "256 and 4 around them; with pan and scan as much for each crop of a long picture"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Gemma3:
+        """By config.json and preprocessor_config.json."""
+        found, vision = settings(processor), section(config, "vision_config", "siglip_vision_model")
+        patch, across = vision.count("patch_size"), side(vision)
+        size = edge(processor, "size", "height", 224), edge(processor, "size", "width", 224)
+        if size != (patch * across,) * 2:
+            raise InvalidCheckpoint(
+                f"pictures are {size[0]} x {size[1]}, and the tower reads {across * patch}"
+            )
+        scan = Scan(
+            found.count("pan_and_scan_min_crop_size", 256, high=1 << 14),
+            found.count("pan_and_scan_max_num_crops", 4, high=64),
+            found.number("pan_and_scan_min_ratio_to_activate", 1.2),
+        )
+        if scan.least < scan.most:
+            raise InvalidCheckpoint(
+                "pan_and_scan_min_crop_size is below pan_and_scan_max_num_crops"
+            )
+        return cls(
+            Scale.of(processor, HALF, HALF), resample(processor, 2), across, patch,
+            section(config, "", "gemma3").count("mm_tokens_per_image"),
+            scan if found.flag("do_pan_and_scan", False) else None,
+        )  # fmt: skip
+
+    def process(self, image: Image.Image) -> Processed:
+        """The picture, and crops of it."""
+        crops = self.scan.crops(image) if self.scan else []
+        size = (self.side * self.patch,) * 2
+        pictures = [self.scale(part.resize(size, self.filter)) for part in (image, *crops)]
+        inputs = rows(pictures, self.patch, self.side)
+        merge = self.side // math.isqrt(self.tokens)
+        inputs["merged"] = windows(len(pictures), self.side, merge)
+        text = f"\n\n{self.placeholder}{self.token * self.tokens}<end_of_image>\n\n"
+        if crops:
+            seen = " ".join([text] * len(crops))
+            text = f"Here is the original image {text} and here are some crops"
+            text += f" to help you see better {seen}"
+        return Processed(inputs, text, self.tokens * len(pictures))
