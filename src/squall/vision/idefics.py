@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,11 +67,8 @@ class Idefics2:
         found = [self.scale(part.resize(self._size(part), self.filter)) for part in parts]
         inputs = rows(found, self.patch, self.side)
         text = FAKE + (self.token * self.latents + FAKE) * len(parts)
-        return Processed(self._read(inputs, len(parts)), text, self.latents * len(parts))
-
-    def prompt(self, text: str) -> str:
-        """A prompt with the texts of its images: neighbours share what is around them."""
-        return re.sub(rf"{FAKE}(?=[^\s<])", f"{FAKE} ", text.replace(FAKE * 2, FAKE))
+        count = self.latents * len(parts)
+        return Processed(self._read(inputs, len(parts)), text, count, seam=FAKE)
 
     def _size(self, image: Image.Image) -> tuple[int, int]:
         """Width and height."""
