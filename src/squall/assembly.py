@@ -215,16 +215,10 @@ def _sight(model: Prepared, opening: Opening, executor: Executor) -> Sight | Non
     names = recipe.all_names
     program = adaptable(tower.compile(cast(Tower, seeing), cast(Connector, connector), names))
     recalls = any(layer.attention.recalls for layer in recipe.decoder.layers)
-<<<<<<< HEAD
-    keys = decoder.compile_memory(recipe.decoder, names) if recalls else None
-    store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-    return Sight(both, executor, store, (program, keys), limit_bytes=opening.image_bytes)
-=======
     keys = adaptable(decoder.compile_memory(recipe.decoder, names)) if recalls else None
     exact = opening.weights == "f32"
     store = WeightStore(checkpoint, plan=plan, exact=exact, **_merged(model, opening))
-    return Sight(family, executor, store, (program, keys), limit_bytes=opening.image_bytes)
->>>>>>> main
+    return Sight(both, executor, store, (program, keys), limit_bytes=opening.image_bytes)
 
 
 def _read_adapter(model: Prepared, opening: Opening, path: str | os.PathLike[str]) -> Lora:

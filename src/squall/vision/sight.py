@@ -79,12 +79,8 @@ class Kept:
 class Sight:
     """Reads images with a family's processor and a tower, for the decoder that an executor runs.
 
-<<<<<<< HEAD
     families: for images in full, and with little detail.
-    tower, keys: programs of one store; keys makes what the decoder recalls of rows, if it does.
-=======
     programs: of the tower, and of keys and values for the decoder's memory, if it recalls.
->>>>>>> main
     limit_bytes: of what is kept. encoded: how many images the tower has read.
     """
 
@@ -131,7 +127,11 @@ class Sight:
         return Adapted(self._decoder.adapter(rest), tower, keys[0] if keys else None)
 
     def fields(
-        self, placed: Placed, images: Sequence[Seen], adapters: Adapting, scope: CacheScope
+        self,
+        placed: Placed | None,
+        images: Sequence[Seen],
+        adapters: Adapting,
+        scope: CacheScope,
     ) -> dict[str, Any]:
         """What a `Request` has of images besides ids; the tower reads those that it has to.
 
@@ -139,7 +139,7 @@ class Sight:
         """
         decoder = tuple((adapter.decoder, weight) for adapter, weight in adapters)
         found = {"adapters": decoder, "scope": scope}
-        if not images:
+        if placed is None:
             return found
         if self._keys is not None:
             together = b"".join(image.digest for image in images)
