@@ -297,17 +297,22 @@ class Model(Closing):
         sampling.check_ids(self.spec.vocab)
         read = self._read(prompt)
         chat = read if isinstance(read, ChatPrompt) else None
-        memory, shown = "", dict[str, Any]()
-        if chat is not None and chat.images and self.sight:
+        mixture, digest = self.adapters.choose(adapters)
+        shown: dict[str, Any] = {"adapters": mixture, "scope": CacheScope(adapter=digest)}
+        placed: Placed | None = None
+        images: list[Seen] = []
+        if chat is None:
+            ids: Sequence[int] = self._check_ids(read)
+        elif not chat.images:
+            ids = self.encode_prompt(chat)
+        else:
             placed, images = self._seen(chat)
+            ids = placed.ids
             if not truncate:
                 self._check_room(placed, len(images))
-            shown, memory = self.sight.fields(placed, images), self.sight.memory_digest(images)
-            ids: Sequence[int] = placed.ids
-        else:
-            ids = self._check_ids(read) if chat is None else self.encode_prompt(chat)
+        if self.sight is not None:
+            shown = self.sight.fields(placed, images, **shown)
         in_text = chat is None or any(piece.content for piece in chat.pieces[-1:])
-        mixture, digest = self.adapters.choose(adapters)
         return Request(
             ids=ids,
             sampling=sampling,
@@ -317,8 +322,6 @@ class Model(Closing):
             continues=constraint is not None or in_text,
             constraint=constraint,
             shown=frozenset() if chat is None else chat.shown(self.tokenizer),
-            adapters=mixture,
-            scope=CacheScope(adapter=digest, memory=memory),
             truncate=truncate,
             **shown,
         )
