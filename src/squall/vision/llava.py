@@ -133,19 +133,18 @@ class LlavaNext:
         crop = edges(processor, "crop_size", 224, square=True)
         base = (size, size) if isinstance(size, int) else size
         cut = crop[0] if isinstance(crop, tuple) else 0
-        points, *others = (
-            at.get("image_grid_pinpoints") or PINPOINTS for at in (config, processor)
-        )
-        sizes = [point for point in points[:256] if _fits(point, cut)]
-        if not sizes or any(sizes != found for found in (points, *others)):
+        key = "image_grid_pinpoints"
+        points = processor.get(key) or config.get(key) or PINPOINTS
+        sizes = [(point[0], point[1]) for point in points[:256] if _fits(point, cut)]
+        if len(sizes) < len(points):
             raise InvalidCheckpoint(
-                f"image_grid_pinpoints must be, in both files, up to 256 heights and widths of "
-                f"tiles of {cut} pixels; it is {points!r:.99}"
+                f"{key} must be up to 256 heights and widths of tiles of {cut} pixels; it is "
+                f"{points!r:.99}"
             )
         whole = Llava.of(config, {**processor, "do_pad": True})  # all that it reads is square
         if whole.class_token != bool(whole.skipped):
             raise InvalidCheckpoint("vision_feature_select_strategy must leave whole lines of rows")
-        return cls(whole, tuple((height, width) for height, width in sizes), cut, base)
+        return cls(whole, tuple(sizes), cut, base)
 
     def process(self, image: Image.Image) -> Processed:
         """The whole picture, and line by line that in tiles, each line with a newline."""
