@@ -235,7 +235,7 @@ def test_a_smaller_picture_first() -> None:
 # The keys of config.json as published; the sizes are smaller.
 LLAMA: dict[str, Any] = {
     **TEXT, "_flash_attn_2_enabled": True, "architectures": ["VLlama3ForCausalLM"],
-    "is_llama_config": True, "neftune_noise_alpha": 0.0, "perceiver_config": {
+    "head_dim": 10, "is_llama_config": True, "neftune_noise_alpha": 0.0, "perceiver_config": {
         "model_type": "vllama3", "resampler_depth": 6, "resampler_n_latents": 64},
     "pixel_shuffle_factor": 4, "qk_layer_norms": False, "rope_interleaved": False,
     "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": False,
