@@ -40,7 +40,7 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
     "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
     "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
-    "SmolVLMForConditionalGeneration": partial(Idefics3.of, kind="smolvlm"),
+    "SmolVLMForConditionalGeneration": Idefics3.of,
 }
 
 
