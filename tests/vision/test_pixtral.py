@@ -163,6 +163,13 @@ def test_nothing_is_too_thin() -> None:
     assert found.rows == 4
 
 
+def test_a_longest_edge() -> None:
+    found = Pixtral.of({"vision_config": {}}, {"max_edge": 64}).process(draw("text", 400, 200))
+    assert found.rows == 4 * 2
+    found = Pixtral.of({"vision_config": {}}, {"max_edge": 9999}).process(draw("text", 1040, 65))
+    assert found.rows == 64 * 4
+
+
 @pytest.fixture(scope="module")
 def pixtral(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return build(next(c for c in CASES if c.name == "pixtral"), tmp_path_factory.mktemp("small"))

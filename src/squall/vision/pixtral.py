@@ -40,7 +40,8 @@ class Pixtral:
         size = processor.get("size") or {"longest_edge": 1024}
         if size.get("longest_edge"):
             size = dict.fromkeys(("height", "width"), size["longest_edge"])
-        height, width = (count(size, key, high=1 << 14) for key in ("height", "width"))
+        edge = processor.get("max_edge") or 1 << 14
+        height, width = (min(count(size, key, high=1 << 14), edge) for key in ("height", "width"))
         merge = count(config, "spatial_merge_size", merge, high=16)
         patch = count(config["vision_config"], "patch_size", 16, high=1 << 10)
         return cls(Scale.of(processor), resample(processor), (height, width), patch, merge)
