@@ -361,8 +361,8 @@ def unmoved(seen: Seen, image: Image.Image) -> list[str]:
 
 def _effect(seen: Seen, part: Part, changed: Any, processed: Processed, wanted: Floats) -> float:
     """How far the rows move; infinitely, where the files or the pixels do not fit."""
-    others = (p.names for p in seen.recipe.parts if p is not part)
-    read = {place.tensor for names in others for places in names.values() for place in places}
+    own = {place.tensor for places in part.names.values() for place in places}
+    read = seen.checkpoint.tensors.keys() - own
     stems = {part.naming.split(role)[1] for role in roles(changed)}
     if not stems <= part.naming.stems.keys():
         return math.inf

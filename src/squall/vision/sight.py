@@ -103,7 +103,7 @@ class Sight:
         self._mixtures = [i for i in self._indices if i.name.startswith("mixture")]
         self._limit_bytes = limit_bytes
         # One image is read at a time: two that are the same are read once.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._use(store, *self._opened(store))
 
     def replanned(self, plan: Plan) -> Callable[[], None]:
@@ -156,9 +156,9 @@ class Sight:
             return found
         if self._keys is not None:
             together = b"".join(image.digest for image in images)
-            memory = hashlib.sha256(together).hexdigest()
-            recalled = self._recalled(placed, images, adapters, f"{memory} {scope.adapter}")
-            return found | {"scope": replace(scope, memory=memory), "recalled": recalled}
+            scope = replace(scope, memory=hashlib.sha256(together).hexdigest())
+            recalled = self._recalled(placed, images, adapters, scope)
+            return found | {"scope": scope, "recalled": recalled}
         rows = [self.rows(image, adapters, scope.adapter) for image in images]
         spans = tuple(
             Span(
@@ -181,19 +181,19 @@ class Sight:
             return self._kept.get(key, lambda: self._read(image.processed.inputs, adapters))
 
     def _recalled(
-        self, placed: Placed, images: Sequence[Seen], adapters: Adapting, digest: str
+        self, placed: Placed, images: Sequence[Seen], adapters: Adapting, scope: CacheScope
     ) -> Recalled:
         processed = [image.processed for image in images]
         mixture = tuple((adapter.keys, weight) for adapter, weight in adapters)
 
         def remember() -> Memory:
             assert self._keys is not None
-            rows = [self._read(image.inputs, adapters) for image in processed]
+            rows = [self.rows(image, adapters, scope.adapter) for image in images]
             ordered = memory.ordered(list(zip(processed, rows, strict=True)))
             return memory.remember(self._keys, self._decoder, ordered, mixture)
 
         with self._lock:
-            found = self._kept.get(digest.encode(), remember)
+            found = self._kept.get(f"{scope.memory} {scope.adapter}".encode(), remember)
         return Recalled(found, memory.seen(placed.ids, placed.token, processed))
 
     def _read(self, inputs: Mapping[str, NDArray[np.generic]], adapters: Adapting) -> Floats:
@@ -209,7 +209,7 @@ class Sight:
         given = {
             i.name: np.full(sizes[i.rows], len(mixtures) - 1, np.int32) for i in self._mixtures
         }
-        (rows,) = self._tower.run({**inputs, **given}, mixtures=mixtures).values()
+        (rows,) = self._tower.run({**inputs, **given}, mixtures=mixtures, patient=True).values()
         rows.flags.writeable = False
         self.encoded += 1
         return rows
