@@ -176,7 +176,7 @@ def test_pixels(processor: dict[str, Any]) -> None:
         merge = vision["spatial_merge_size"]
         assert found["image_grid_thw"][0].tolist() == [1, *(n * merge for n in mine.grid or ())]
         assert mine.rows == math.prod(mine.grid or ()) == len(found["pixel_values"]) // merge**2
-        assert mine.text == "<|image_pad|>" * mine.rows
+        assert mine.text == f"<|vision_start|>{'<|image_pad|>' * mine.rows}<|vision_end|>"
         return found["pixel_values"]
 
     same_pixels(family.process, wanted)
