@@ -9,20 +9,16 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import mllama_oracle
 import numpy as np
 import pytest
 import torch
-import transformers
 from mutate import mutations
 from pictures import PICTURES, draw
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from seeing import BLOCK, CLOSE, MOVED, Floats, Part_, Seen, Seer, build, distance, unfold, unmoved
 from test_mutations import is_equivalent
-from transformers.models.mllama.processing_mllama import (
-    convert_sparse_cross_attention_mask_to_dense,
-    get_cross_attention_token_mask,
-)
 
 from squall import convert, decoder, executors
 from squall.adapters.edits import adaptable
@@ -144,29 +140,12 @@ def logits(
     return ids, np.concatenate(found)
 
 
-def theirs(seen: Seen, ids: list[int], images: Sequence[Image.Image], size: int) -> Floats:
-    """Logits of transformers for a prompt of `size` tokens and its answer."""
-    inputs: dict[str, Any] = {}
-    if images:
-        make = getattr(transformers, PIL)(**PROCESSOR)
-        inputs = dict(make(images=[list(images)], return_tensors="pt"))
-        mask = convert_sparse_cross_attention_mask_to_dense(
-            [get_cross_attention_token_mask(ids[:size], IMAGE)], inputs.pop("num_tiles"), 4, size
-        )
-        mask = np.concatenate([mask, np.repeat(mask[:, -1:], len(ids) - size, axis=1)], axis=1)
-        inputs["cross_attention_mask"] = torch.tensor(mask)
-    with torch.no_grad():
-        out = seen.model(input_ids=torch.tensor([ids]), **inputs)
-    found: Floats = out.logits[0].numpy()
-    return found
-
-
 def check(seen: Seen, parts: Sequence[Part_], cut: int = 64, drawn: int = 16) -> None:
     ids, found = logits(seen, parts, cut, drawn)
-    wanted = theirs(seen, ids, prompt(parts)[1], len(parts))
+    size, images = len(parts), prompt(parts)[1]
+    wanted = mllama_oracle.logits(seen.model, ids[:size], ids[size:], images, PROCESSOR)
     assert distance(found, wanted) < CLOSE
-    answer = wanted[len(parts) - 1 : -1].argmax(-1)
-    assert answer.tolist() == ids[len(parts) :]
+    assert wanted[size - 1 : -1].argmax(-1).tolist() == ids[size:]
 
 
 def test_processor(seen: Seen) -> None:
@@ -296,9 +275,7 @@ def test_what_tokens_see() -> None:
     ends = np.cumsum([0, *(size // ROWS for size, _ in sizes)])
     for places in combinations(range(7), 3):
         ids = [IMAGE if at in places else 5 for at in range(7)]
-        mask = convert_sparse_cross_attention_mask_to_dense(
-            [get_cross_attention_token_mask(ids, IMAGE)], [[2, 4, 1]], 4, 7
-        )[0]
+        mask = mllama_oracle.mask(ids, IMAGE, [2, 4, 1])
         for begin, end, told, wanted in zip(*memory.seen(ids, IMAGE, images), mask, strict=True):
             found = np.zeros((3, 4), int)
             for image, (first, last) in enumerate(pairwise(ends)):

@@ -29,6 +29,7 @@ CONTROLS = [
     "<|image_pad|>",
     "<|vision_end|>",
     "<|video_pad|>",
+    "<|image|>",
 ]
 FIRST = 258  # ids of bytes, and two before
 
@@ -70,6 +71,22 @@ SEERS = {
         "qwen2-vl",
         {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 64},
     ),
+    "mllama": Tiny(
+        "MllamaForConditionalGeneration",
+        {
+            "vision_config": {
+                "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
+                "num_global_layers": 1, "attention_heads": 3, "image_size": 28, "patch_size": 7,
+                "intermediate_layers_indices": [0], "vision_output_dim": 48, "max_num_tiles": 4,
+            },
+            "text_config": TEXT | {
+                "vocab_size": FIRST + 7, "num_hidden_layers": 3, "cross_attention_layers": [1],
+            },
+            "image_token_index": FIRST + 7,
+        },
+        "mllama",
+        {"size": {"height": 28, "width": 28}, "max_image_tiles": 4},
+    ),
 }  # fmt: skip
 
 
@@ -81,7 +98,11 @@ def write_seer(folder: Path, name: str = "llava") -> Path:
     made = SEERS[name]
     torch.manual_seed(11)
     kind = getattr(transformers, made.model)
-    kind(kind.config_class(**made.config)).save_pretrained(folder)
+    model = kind(kind.config_class(**made.config))
+    for name, weight in model.named_parameters():
+        if "gate" in name and weight.numel() == 1:  # which begin closed
+            weight.data.fill_(0.7)
+    model.save_pretrained(folder)
     _write_tokenizer(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(made.images))
     template = (TEMPLATES / f"{made.template}.jinja").read_text()
