@@ -326,7 +326,7 @@ def test_adapters_of_keys(seen: Seen) -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(0, 1, (2, 128)), rng.normal(0, 1, (64, 2))
     stored = [Stored("f32", np.float32(part).reshape(-1).view(np.uint8), None) for part in (a, b)]
-    adapter = keys.adapter({(f"layers.{at}.attention.v", 0): Term(*stored, 2)})
+    adapter = keys.adapter({(f"layers.{at}.recall.v", 0): Term(*stored, 2)})
     rows = np.float32(rng.normal(0, 1, (5, 128)))
 
     class Kept:
