@@ -55,7 +55,7 @@ def _tower(tower: Tower) -> Shapes:
     if (tiles := tower.tiles) is not None:
         rows = {"before": tiles.most, "places": tiles.most * tower.positions, "after": tiles.most}
         shapes |= {
-            f"tiles.{role}.weight": (tiles.shapes, count, tower.hidden)
+            f"tiles.{role}.positions.weight": (tiles.shapes, count, tower.hidden)
             for role, count in rows.items()
         }
         shapes |= _layers(tiles.late, tower.hidden, "late")

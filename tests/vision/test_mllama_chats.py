@@ -54,7 +54,7 @@ CHATS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_seer(tmp_path_factory.mktemp("mllama"), "mllama")
+    return write_seer(tmp_path_factory.mktemp("mllama"), "vllama")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def check(oracle: Any, model: Model, messages: Any, answer: Any) -> None:
     parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
     images = [part["image"] for part in parts if part["type"] == "image"]
     told = [sampled for piece in answer for sampled in piece.logprobs]
-    found = mllama_oracle.logits(oracle, prompt, answer.ids, images, SEERS["mllama"].images)
+    found = mllama_oracle.logits(oracle, prompt, answer.ids, images, SEERS["vllama"].images)
     found = found[len(prompt) - 1 : -1]
     assert answer.ids == found.argmax(-1).tolist()
     right = torch.log_softmax(torch.tensor(found), -1).max(-1).values.numpy()

@@ -32,9 +32,9 @@ _STEMS = {
     "positions": "gated_positional_embedding.embedding",
     "pre_norm": "layernorm_pre",
     "norm": "layernorm_post",
-    "tiles.before": "pre_tile_positional_embedding.embedding",
-    "tiles.places": "gated_positional_embedding.tile_embedding",
-    "tiles.after": "post_tile_positional_embedding.embedding",
+    "tiles.before.positions": "pre_tile_positional_embedding.embedding",
+    "tiles.places.positions": "gated_positional_embedding.tile_embedding",
+    "tiles.after.positions": "post_tile_positional_embedding.embedding",
     **{role: stem for role, stem in _NAMES.items() if role.startswith(IN_LAYERS)},
     "feed_forward.up": "mlp.fc1",
     "feed_forward.down": "mlp.fc2",
@@ -109,7 +109,7 @@ def _layer(v: ConfigFields) -> Layer:
 
 
 def _tiles(c: ConfigFields, v: ConfigFields, before: str) -> Tiles:
-    table = c.tensors.get(f"{before}{_STEMS['tiles.before']}.weight")
+    table = c.tensors.get(f"{before}{_STEMS['tiles.before.positions']}.weight")
     v.skip("supported_aspect_ratios")  # the table tells how many
     late = [f"{before}{_LATE}{i}.gate_" for i in range(v.count("num_global_layers", high=4096))]
     stems = ("pre_tile", "gated", "post_tile")

@@ -70,7 +70,7 @@ def clip_rows(
     first = rows - place
     return {
         "patches": given.reshape(-1, width),
-        "patch": np.where(place, rows, -1).astype(np.int32),
+        "patch": np.where(place >= class_token, rows, -1).astype(np.int32),
         "class": np.zeros_like(rows),
         "positions": place,
         "spans": np.stack([first, first + each]).astype(np.int32),

@@ -209,7 +209,7 @@ class Sight:
         given = {
             i.name: np.full(sizes[i.rows], len(mixtures) - 1, np.int32) for i in self._mixtures
         }
-        (rows,) = self._tower.run({**inputs, **given}, mixtures=mixtures).values()
+        (rows,) = self._tower.run({**inputs, **given}, mixtures=mixtures, patient=True).values()
         rows.flags.writeable = False
         self.encoded += 1
         return rows
