@@ -44,11 +44,11 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
 }
 
 
-def _low(processor: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"do_image_splitting": False, "num_crops": 1}
-    if tiles := processor.get("image_grid_pinpoints"):
+def _low(said: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {**said, "do_image_splitting": False, "num_crops": 1}
+    if tiles := said.get("image_grid_pinpoints"):
         found["image_grid_pinpoints"] = [min(tiles, key=math.prod)]
-    return found | {"max_edge": min(LOW_EDGE, processor.get("max_edge", LOW_EDGE))}
+    return found | {"max_edge": min(LOW_EDGE, said.get("max_edge", LOW_EDGE))}
 
 
 def family(
@@ -66,9 +66,11 @@ def family(
     more = read_json(folder / "processor_config.json") or {}
     processor = {**more.get("image_processor", {}), **processor, "processor": more}
     processor |= {} if max_edge is None else {"max_edge": max_edge}
-    processor |= _low(processor) if low else {}
+    config = checkpoint.metadata
     try:
-        return FAMILIES[architecture](checkpoint.metadata, processor)
+        if low:
+            config, processor = _low(config), _low(processor)
+        return FAMILIES[architecture](config, processor)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidCheckpoint(
             f"preprocessor_config.json does not say how images are read: {error!r:.200}"
