@@ -282,7 +282,8 @@ void run(Executor& self, std::vector<size_t> rows, const std::vector<Numbers>& i
          const std::vector<Matrix>& values, const Ints& positions, const Ints& bounds,
          const IntTable& tables, const std::vector<OutMatrix>& outputs,
          const std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>& mixtures,
-         const std::vector<std::optional<std::shared_ptr<SequenceMemory>>>& memories) {
+         const std::vector<std::optional<std::shared_ptr<SequenceMemory>>>& memories,
+         bool patient) {
   Inputs in{std::move(rows), {}, {}, span(positions), span(bounds), {tables.data(), tables.size()},
             tables.shape(1)};
   for (const auto& mixture : mixtures) in.mixtures.emplace_back(mixture.begin(), mixture.end());
@@ -301,7 +302,7 @@ void run(Executor& self, std::vector<size_t> rows, const std::vector<Numbers>& i
   std::vector<float*> to;
   for (const OutMatrix& output : outputs) to.push_back(output.data());
   const nb::gil_scoped_release release;
-  self.run(in, to);
+  self.run(in, to, patient);
 }
 
 void bind_ops(nb::class_<Executor>& c) {
@@ -514,7 +515,8 @@ NB_MODULE(_native, m) {
       .def("run", &run, "rows"_a, "indices"_a, "values"_a, "positions"_a, "bounds"_a,
            "block_tables"_a, "outputs"_a,
            "mixtures"_a = std::vector<std::vector<std::pair<std::shared_ptr<Adapter>, float>>>{},
-           "memories"_a = std::vector<std::optional<std::shared_ptr<SequenceMemory>>>{})
+           "memories"_a = std::vector<std::optional<std::shared_ptr<SequenceMemory>>>{},
+           "patient"_a = false)
       .def("remember", &Executor::remember, "rows"_a)
       .def(
           "read",

@@ -907,14 +907,14 @@ View Executor::view(const Inputs& in, const Sight& sight) const {
   return view;
 }
 
-void Executor::run(const Inputs& inputs, const std::vector<float*>& to) {
+void Executor::run(const Inputs& inputs, const std::vector<float*>& to, bool patient) {
   const std::lock_guard lock(mutex_);
   check(inputs);
   Step step{inputs, {}};
   for (const Sight& sight : sights_) step.views.push_back(view(inputs, sight));
   for (const auto& sums : low_ranks_) sums->prepare(step);
   split_->clear();
-  run_groups(step);
+  run_groups(step, patient ? Turn::kPatient : Turn::kFirst);
   rows_seen_ = inputs.rows;
   for (size_t i = 0; i < outputs_.size(); ++i) {
     const Buffer& b = *buffers_[outputs_[i]];
@@ -922,7 +922,7 @@ void Executor::run(const Inputs& inputs, const std::vector<float*>& to) {
   }
 }
 
-void Executor::run_groups(const Step& step) {
+void Executor::run_groups(const Step& step, Turn turn) {
   std::vector<size_t> totals;
   for (const auto& group : groups_) {
     size_t total = 0;
@@ -935,13 +935,14 @@ void Executor::run_groups(const Step& step) {
     (*phase)->run(step, i);
     return *phase;
   };
-  if (!profiling_) return pool_->run(totals, run);
+  if (!profiling_) return pool_->run(totals, run, turn);
   const int64_t start = now_ns();
-  pool_->run(totals, [&](size_t group, size_t i) {
+  const auto timed = [&](size_t group, size_t i) {
     const int64_t begin = now_ns();
     Phase* const phase = run(group, i);
     phase->timing.add(begin, now_ns());
-  });
+  };
+  pool_->run(totals, timed, turn);
   account(step, start);
 }
 

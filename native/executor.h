@@ -234,7 +234,8 @@ class Executor {
 
   // Throws std::invalid_argument when an input is out of range. to: where each of the plan's
   // outputs goes, [rows, width]. Thread-safe.
-  void run(const Inputs& inputs, const std::vector<float*>& to);
+  // A patient run gives way to others of the pool that are not.
+  void run(const Inputs& inputs, const std::vector<float*>& to, bool patient = false);
   // For a sequence to recall.
   std::shared_ptr<SequenceMemory> remember(size_t rows) const;
   // A kept value of the last run, [rows, width].
@@ -310,7 +311,7 @@ class Executor {
   void add_quantize_phases();
   void group_phases();
   void layout();
-  void run_groups(const Step& step);
+  void run_groups(const Step& step, Turn turn);
   // A group's time, from the end of the one before on, goes to its phases as their tasks took it.
   void account(const Step& step, int64_t start_ns);
 

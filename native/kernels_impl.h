@@ -590,43 +590,58 @@ void matmul_float_blocks(const Tiles& tiles, const FloatColumns& c, size_t row =
   if constexpr (kBlock > 1) matmul_float_blocks<Element, kTiles, kNext>(tiles, c, row);
 }
 
-constexpr size_t kFloatSlice = 128;  // columns made float32 at a time
+// Columns at a time, of all tiles: those of two tiles stay in the first-level cache while all rows
+// are multiplied with them, those of the rows in the second until all tiles are.
+constexpr size_t kFloatSlice = 128;
 
-// Makes the weights float32 once for all rows.
+// Columns `begin` on of some tiles, made float32 once for all rows.
 template <class Element, int kTiles>
-void matmul_float_expanded(const Tiles& tiles, FloatColumns c) {
-  alignas(64) float slice[kTiles][kFloatSlice * kLanes];
-  const size_t cols = c.count;
-  for (size_t begin = 0; begin < cols; begin += kFloatSlice, c.x += kFloatSlice, c.more = true) {
-    c.count = cols - begin < kFloatSlice ? cols - begin : kFloatSlice;
-    for (int t = 0; t < kTiles; ++t) {
-      const uint8_t* const from = tiles.tile(t) + Element::kHead + begin * kLanes * Element::kBytes;
+void matmul_float_slice(const Tiles& tiles, const FloatColumns& c, size_t begin) {
+  const size_t at = Element::kHead + begin * kLanes * Element::kBytes;
+  if constexpr (std::is_same_v<Element, Float32>) {
+    matmul_float_blocks<Float32, kTiles>({tiles.data + at, tiles.bytes, tiles.out, tiles.rows}, c);
+  } else {
+    alignas(64) float slice[kTiles][kFloatSlice * kLanes];
+    for (int t = 0; t < kTiles; ++t)
       for (size_t k = 0; k < c.count; ++k)
-        store(slice[t] + k * kLanes, Element::of(from + k * kLanes * Element::kBytes));
-    }
+        store(slice[t] + k * kLanes,
+              Element::of(tiles.tile(t) + at + k * kLanes * Element::kBytes));
     const uint8_t* const data = reinterpret_cast<const uint8_t*>(slice[0]);
     matmul_float_blocks<Float32, kTiles>({data, sizeof slice[0], tiles.out, tiles.rows}, c);
   }
 }
 
-template <class Element, int kTiles = kTileBlock>
+// fn.operator()<n>(tiles) for all tiles, as many at once as the registers hold.
+template <int kTiles = kTileBlock, class Fn>
+inline void each_tiles(Tiles tiles, size_t count, const Fn& fn) {
+  for (; count >= kTiles; count -= kTiles) {
+    fn.template operator()<kTiles>(tiles);
+    tiles.data += kTiles * tiles.bytes;
+    tiles.out += kTiles * tiles.rows * kLanes;
+  }
+  if constexpr (kTiles > 1) each_tiles<kTiles / 2>(tiles, count, fn);
+}
+
+template <class Element>
 void matmul_float(const uint8_t* data, size_t count, size_t bytes, size_t cols, const float* x,
                   size_t stride, size_t rows, float* out) {
-  for (; count >= kTiles; count -= kTiles, data += kTiles * bytes, out += kTiles * rows * kLanes) {
-    const Tiles tiles{data, bytes, out, rows};
-    if (!std::is_same_v<Element, Float32> && rows > kFloatRowBlock)
-      matmul_float_expanded<Element, kTiles>(tiles, {cols, x, stride, false});
-    else
-      matmul_float_blocks<Element, kTiles>(tiles, {cols, x, stride, false});
-    if constexpr (Element::kHead != 0)
-      for (int t = 0; t < kTiles; ++t) {
-        const F32x16 factor = load(reinterpret_cast<const float*>(tiles.tile(t)));
-        for (size_t row = 0; row < rows; ++row)
-          store(tiles.at(t, row), mul(load(tiles.at(t, row)), factor));
-      }
+  const Tiles all{data, bytes, out, rows};
+  const size_t slice = rows > kFloatRowBlock ? kFloatSlice : cols;
+  for (size_t begin = 0; begin < cols; begin += slice) {
+    const FloatColumns c{cols - begin < slice ? cols - begin : slice, x + begin, stride, begin > 0};
+    each_tiles(all, count, [&]<int kTiles>(const Tiles& tiles) {
+      if (slice == cols)
+        matmul_float_blocks<Element, kTiles>(tiles, c);
+      else
+        matmul_float_slice<Element, kTiles>(tiles, c, begin);
+    });
   }
-  if constexpr (kTiles > 1)
-    if (count > 0) matmul_float<Element, 1>(data, count, bytes, cols, x, stride, rows, out);
+  if constexpr (Element::kHead != 0)
+    each_tiles<1>(all, count, [&]<int>(const Tiles& tile) {
+      const F32x16 factor = load(reinterpret_cast<const float*>(tile.data));
+      for (size_t row = 0; row < rows; ++row)
+        store(tile.at(0, row), mul(load(tile.at(0, row)), factor));
+    });
 }
 
 // ---- activations to int8 ----

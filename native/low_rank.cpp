@@ -110,8 +110,7 @@ void LowRank::down(const Step& step, size_t begin, size_t end) {
 }
 
 void LowRank::project(const Tile& a, size_t row, size_t end, size_t column) {
-  alignas(64) float acc[kProductsAtOnce * kLanes];
-  constexpr size_t kRows = kProductsAtOnce / kTilesAtOnce;
+  alignas(64) float acc[kTilesAtOnce * kRows * kLanes];
   for (; row < end; row += kRows)
     for (size_t tile = 0; tile < a.tiles(); tile += kTilesAtOnce) {
       const size_t rows = std::min(kRows, end - row);
@@ -127,29 +126,38 @@ void LowRank::project(const Tile& a, size_t row, size_t end, size_t column) {
 void LowRank::add(const Step& step, size_t tile, size_t tiles, size_t row, size_t rows,
                   float* acc) const {
   if (!active_) return;
-  alignas(64) float part[kProductsAtOnce * kLanes];
-  each_run(step, row, row + rows, [&](const Mixture& mixture, size_t of, size_t first, size_t end) {
-    const size_t n = end - first;
-    each_term(mixture, of, [&](const LowRankTerm& term, size_t i, size_t column) {
-      up(term, tile, tiles, first, n, column, part);
-      const float weight = mixture[i].second;
-      for (size_t t = 0; t < tiles; ++t) {
-        float* const to = acc + (t * rows + first - row) * kLanes;
-        const float* const from = part + t * n * kLanes;
-        if (scalings_ == nullptr) k_.add_scaled(to, from, weight * term.scale, n * kLanes, to);
-        for (size_t r = 0; r < n; ++r) {
-          float* const out = to + r * kLanes;
-          if (scalings_ != nullptr) {
-            const size_t at = static_cast<size_t>(op_.columns[first_ + of]) + i;
-            const float own = scalings_->row(token(first + r))[at];
-            k_.add_scaled(out, from + r * kLanes, own * weight * term.scale, kLanes, out);
-          }
-          if (!term.bias.empty())
-            k_.add_scaled(out, term.bias.data() + (tile + t) * kLanes, weight, kLanes, out);
-        }
-      }
-    });
-  });
+  for (size_t done = 0; done < rows; done += kRows)
+    add_rows(step, tile, tiles, row, rows, {row + done, row + std::min(rows, done + kRows)}, acc);
+}
+
+void LowRank::add_rows(const Step& step, size_t tile, size_t tiles, size_t row, size_t rows,
+                       std::pair<size_t, size_t> of_them, float* acc) const {
+  alignas(64) float part[kTilesAtOnce * kRows * kLanes];
+  each_run(step, of_them.first, of_them.second,
+           [&](const Mixture& mixture, size_t of, size_t first, size_t end) {
+             const size_t n = end - first;
+             each_term(mixture, of, [&](const LowRankTerm& term, size_t i, size_t column) {
+               up(term, tile, tiles, first, n, column, part);
+               const float weight = mixture[i].second;
+               for (size_t t = 0; t < tiles; ++t) {
+                 float* const to = acc + (t * rows + first - row) * kLanes;
+                 const float* const from = part + t * n * kLanes;
+                 if (scalings_ == nullptr)
+                   k_.add_scaled(to, from, weight * term.scale, n * kLanes, to);
+                 for (size_t r = 0; r < n; ++r) {
+                   float* const out = to + r * kLanes;
+                   if (scalings_ != nullptr) {
+                     const size_t at = static_cast<size_t>(op_.columns[first_ + of]) + i;
+                     const float own = scalings_->row(token(first + r))[at];
+                     k_.add_scaled(out, from + r * kLanes, own * weight * term.scale, kLanes, out);
+                   }
+                   if (!term.bias.empty())
+                     k_.add_scaled(out, term.bias.data() + (tile + t) * kLanes, weight, kLanes,
+                                   out);
+                 }
+               }
+             });
+           });
 }
 
 // part[tiles][rows][16] = b(a(x))

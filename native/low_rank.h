@@ -82,6 +82,10 @@ class LowRank {
   void add(const Step& step, size_t tile, size_t tiles, size_t row, size_t rows, float* acc) const;
 
  private:
+  static constexpr size_t kRows = 64;  // at once
+
+  void add_rows(const Step& step, size_t tile, size_t tiles, size_t row, size_t rows,
+                std::pair<size_t, size_t> of_them, float* acc) const;
   template <class Fn>
   void each_run(const Step& step, size_t begin, size_t end, Fn fn) const;
   template <class Fn>

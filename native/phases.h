@@ -13,8 +13,9 @@
 namespace squall {
 
 // What is multiplied at once: up to eight tiles with up to 64 rows, whose activations stay in the
-// cache, or two tiles of floats with up to 256 rows, for which they become float32 once.
-constexpr size_t kTilesAtOnce = 8, kProductsAtOnce = 512, kMostRowsAtOnce = 256;
+// cache, or with up to 256 of floats, for which they become float32 once.
+constexpr size_t kTilesAtOnce = 8, kMostRowsAtOnce = 256;
+constexpr size_t kProductsAtOnce = kTilesAtOnce * kMostRowsAtOnce;
 constexpr size_t kRowsAThread = 64;  // from so many on, threads share the rows
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -107,9 +108,8 @@ class TilePhase : public Phase {
   void blocks(const TileRange& tiles, size_t row, size_t end, Fn fn) const {
     for (; row < end; row += rows_at_once_) {
       const size_t rows = std::min(rows_at_once_, end - row);
-      const size_t many = std::clamp(kProductsAtOnce / rows / 2 * 2, size_t{2}, kTilesAtOnce);
-      for (size_t tile = tiles.begin; tile < tiles.end; tile += many)
-        fn(TileRange{tile, std::min(tiles.end, tile + many)}, row, rows);
+      for (size_t tile = tiles.begin; tile < tiles.end; tile += kTilesAtOnce)
+        fn(TileRange{tile, std::min(tiles.end, tile + kTilesAtOnce)}, row, rows);
     }
   }
 
@@ -127,7 +127,7 @@ class TilePhase : public Phase {
 inline void linear_block(const Kernels& k, const LinearOp& op, const Buffer& x, const Buffer& out,
                          const Buffer* residual, const Step& step, const LowRank* added,
                          const TileRange& tiles, size_t row, size_t rows) {
-  alignas(64) float acc[kProductsAtOnce * kLanes];
+  auto* const acc = static_cast<float*>(thread_memory(kProductsAtOnce * kLanes * sizeof(float)));
   matmul(k, *op.weight, tiles, x, row, rows, acc);
   if (added != nullptr) added->add(step, tiles.begin, tiles.count(), row, rows, acc);
   for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {

@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "profile.h"
+
 namespace squall {
 namespace {
 
@@ -79,6 +81,8 @@ struct ThreadPool::Job {
   const std::function<void(size_t, size_t)>* task = nullptr;  // alive while a task is left
   std::atomic<bool> failed{false};
   std::exception_ptr error;
+  const std::atomic<uint32_t>* first = nullptr;  // of a patient run: how many go first
+  std::atomic<int64_t> turn_end{0};
 
   Job(size_t threads, size_t most)
       : parts(threads),
@@ -100,32 +104,40 @@ struct ThreadPool::Job {
     }
   }
 
-  void work(size_t thread) {
+  bool gives_way() const {
+    return first != nullptr && first->load(std::memory_order_relaxed) != 0 && now_ns() >= turn_end;
+  }
+
+  // False: it gave way, and what is left can be taken up again.
+  bool work(size_t thread) {
     for (size_t stage = 0; stage < stages; ++stage) {
       if (totals[stage] == 0) continue;
       for (size_t p = 0; p < parts && complete[stage].load(std::memory_order_acquire) == 0; ++p)
-        work(stage, (thread + p) % parts);
+        if (!work(stage, (thread + p) % parts)) return false;
       wait_for_change(complete[stage], 0);
     }
+    return true;
   }
 
-  void work(size_t stage, size_t part) {
+  bool work(size_t stage, size_t part) {
     const size_t total = totals[stage], begin = total * part / parts;
     const size_t count = total * (part + 1) / parts - begin;
     std::atomic<size_t>& counter = next[part * stride + stage];
     size_t finished = 0;
+    bool stays = true;
     // Looks before it adds: to add would take the line from those who still need it.
-    while (counter.load(std::memory_order_relaxed) < count) {
+    while (counter.load(std::memory_order_relaxed) < count && (stays = !gives_way())) {
       const size_t i = counter.fetch_add(1, std::memory_order_relaxed);
       if (i >= count) break;
       run(stage, begin + i);
       ++finished;
     }
-    if (finished == 0) return;
-    if (done[stage].value.fetch_add(finished, std::memory_order_acq_rel) + finished == total) {
+    if (finished > 0 &&
+        done[stage].value.fetch_add(finished, std::memory_order_acq_rel) + finished == total) {
       complete[stage].store(1, std::memory_order_release);
       complete[stage].notify_all();
     }
+    return stays;
   }
 
   void run(size_t stage, size_t i) {
@@ -181,25 +193,54 @@ void ThreadPool::work(size_t thread) {
 }
 
 void ThreadPool::run(std::span<const size_t> totals,
-                     const std::function<void(size_t, size_t)>& task) {
+                     const std::function<void(size_t, size_t)>& task, Turn turn) {
   const DefaultFloats floats;
-  if (workers_.empty()) {
+  struct Guard {
+    ThreadPool* pool;
+    ~Guard() {
+      if (pool == nullptr) return;
+      pool->first_.fetch_sub(1);
+      pool->gone_.fetch_add(1);
+      pool->gone_.notify_all();
+    }
+  } const guard{turn == Turn::kFirst ? this : nullptr};
+  if (turn == Turn::kFirst) first_.fetch_add(1);
+  if (workers_.empty() && turn != Turn::kPatient) {
     for (size_t stage = 0; stage < totals.size(); ++stage)
       for (size_t i = 0; i < totals[stage]; ++i) task(stage, i);
     return;
   }
+  run_job(totals, task, turn == Turn::kPatient);
+}
+
+void ThreadPool::publish(const std::shared_ptr<Job>& job) {
+  job_ = job;
+  round_.fetch_add(1, std::memory_order_release);
+  round_.notify_all();
+}
+
+void ThreadPool::run_job(std::span<const size_t> totals,
+                         const std::function<void(size_t, size_t)>& task, bool patient) {
   std::shared_ptr<Job> job;
   {
     const std::lock_guard lock(mutex_);
-    if (!job_ || job_->users.load(std::memory_order_acquire) != 0 || job_->capacity < totals.size())
-      job_ = std::make_shared<Job>(threads(), totals.size());
-    job_->reset(totals, task);
-    ++job_->users;
     job = job_;
-    round_.fetch_add(1, std::memory_order_release);
-    round_.notify_all();
+    if (!job || job->users.load(std::memory_order_acquire) != 0 || job->capacity < totals.size())
+      job = std::make_shared<Job>(threads(), totals.size());
+    job->reset(totals, task);
+    job->first = patient ? &first_ : nullptr;
+    job->turn_end = 0;
+    ++job->users;
+    publish(job);
   }
-  job->work(0);
+  while (!job->work(0)) {
+    // Until one of those that go first is done: others may follow it without end.
+    const uint32_t gone = gone_.load();
+    if (first_.load() != 0) gone_.wait(gone);
+    job->turn_end = now_ns() + kTurnNs;
+    const std::lock_guard lock(mutex_);
+    publish(job);
+  }
   const std::exception_ptr error = std::exchange(job->error, nullptr);
   job->users.fetch_sub(1, std::memory_order_release);
   if (error) std::rethrow_exception(error);

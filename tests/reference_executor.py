@@ -155,6 +155,7 @@ class ReferenceExecutor:
         inputs: dict[str, NDArray[Any]],
         sequences: Sequences | None = None,
         mixtures: Sequence[Mixture] = (),
+        **_unused: Any,
     ) -> dict[str, Array]:
         """The outputs by name."""
         program, self.sequences, self.mixtures = self.program, sequences, mixtures

@@ -2,6 +2,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -152,18 +153,56 @@ void test_failing_worker() {
 
 void test_several_callers() {
   ThreadPool pool(3);
-  const auto call = [&pool](size_t seed) {
+  const auto call = [&pool](size_t seed, Turn turn) {
     for (size_t round = 0; round < 300; ++round) {
       std::vector<size_t> totals(1 + (round * seed) % 5, round % 9);
       std::vector<std::atomic<size_t>> sums(totals.size());
-      pool.run(totals, [&](size_t stage, size_t i) { sums[stage] += i + 1; });
+      pool.run(totals, [&](size_t stage, size_t i) { sums[stage] += i + 1; }, turn);
       for (const auto& sum : sums)
         expect(sum == round % 9 * (round % 9 + 1) / 2, "two callers share a pool");
     }
   };
-  std::thread other(call, 3);
-  call(7);
-  other.join();
+  std::thread other(call, 3, Turn::kPatient), another(call, 5, Turn::kPatient);
+  std::thread step(call, 4, Turn::kFirst);
+  call(7, Turn::kAny);
+  for (std::thread* thread : {&other, &another, &step}) thread->join();
+}
+
+// A run that goes first waits inside its only task until patient tasks begin no more, however many
+// there are; once it is done they go on.
+void test_patient_run() {
+  for (size_t threads = 1; threads <= 3; ++threads) {
+    ThreadPool pool(threads);
+    std::atomic<size_t> begun{0}, after{0};
+    std::atomic<bool> done{false};
+    std::thread tower([&] {
+      const std::vector<size_t> totals{3, 1000000, 5};
+      pool.run(
+          totals,
+          [&](size_t, size_t) {
+            ++(done ? after : begun);
+            if (!done) std::this_thread::sleep_for(std::chrono::microseconds(100));
+          },
+          Turn::kPatient);
+    });
+    while (begun == 0) std::this_thread::yield();
+    bool stood_still = false;
+    const size_t one = 1;
+    pool.run(
+        {&one, 1},
+        [&](size_t, size_t) {
+          for (int look = 0; look < 100 && !stood_still; ++look) {
+            const size_t before = begun;
+            std::this_thread::sleep_for(std::chrono::milliseconds(100));
+            stood_still = begun == before;
+          }
+          done = true;
+        },
+        Turn::kFirst);
+    tower.join();
+    expect(stood_still, "a patient run gives way");
+    expect(begun + after == 1000008 && after > 0, "and is done whole afterwards");
+  }
 }
 
 // ---- programs ----
@@ -272,6 +311,7 @@ void test_faults() {
   test_failing_tasks();
   test_failing_worker();
   test_several_callers();
+  test_patient_run();
   test_independent_attends();
   test_no_memory();
 }

@@ -176,6 +176,8 @@ def _executor(
     context, limits = min(room.context, recipe.decoder.context), room.limits
     store = partial(WeightStore, checkpoint, plan=plan, exact=opening.weights == "f32")
     given: dict[str, Any] = {"pool": room.pool, "progress": opening.progress}
+    if opening.xlora is not None and recipe.sees:
+        raise InvalidRequest("X-LoRA is for models that read no images")
     if opening.xlora is not None:
         from squall.adapters.target import Target
         from squall.adapters.xlora import CLASSIFIER, Parts, TwoPasses

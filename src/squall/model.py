@@ -128,9 +128,16 @@ class Model(Closing):
         Answers that are under way wait, and go on with the new weights. Needs memory for the old
         and the new weights together.
         """
-        executor = self.executor
+        executor, sight = self.executor, self.sight
         plan = replace(executor.plan, isq=Plan.of(isq).isq)
-        self.engine.change_model(lambda: executor.requantize(plan, progress=progress))
+
+        def change() -> None:
+            ready = None if sight is None else sight.replanned(plan)
+            executor.requantize(plan, progress=progress)
+            if ready is not None:
+                ready()
+
+        self.engine.change_model(change)
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -368,7 +375,7 @@ class Model(Closing):
         """End all answers, and free weights and cache. A closed model cannot be used."""
         if self._engine is not None:
             self._engine.close()
-            self._engine = self._adapters = None
+            self._engine = self._adapters = self.sight = None
 
     def _read(self, prompt: Prompt) -> Sequence[int] | ChatPrompt:
         """The prompt as ids, or as a chat in the template."""

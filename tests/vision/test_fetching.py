@@ -71,7 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(307, b"", Location=f"/round/{left - 1}" if left else "/image")
 
     def at_gzip(self, _: str) -> None:
-        self._send(200, gzip.compress(bytes(10**8)), Content_Encoding="gzip")
+        self._send(200, gzip.compress(bytes(10**6)), Content_Encoding="gzip")
 
     def at_long(self, _: str) -> None:
         self._send(200, image_file(), Content_Length="999999")
@@ -338,6 +338,7 @@ def test_endless_bodies(local: Any, media: Media) -> None:
         fetched("endless", local, replace(media, file_bytes=10**6))
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("path", ["slow", "slowheader", "silent"])
 def test_slow_servers(local: Any, media: Media, path: str) -> None:
     """However they spread what they say."""

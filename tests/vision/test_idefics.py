@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
+import transformers
+from numpy.typing import NDArray
 from pictures import PICTURES, draw
-from seeing import TEXT, Seen, Seer, build, check_answers, check_rows, unmoved
+from PIL import Image
+from seeing import (
+    TEXT,
+    Seen,
+    Seer,
+    build,
+    check_answers,
+    check_rows,
+    expansion,
+    same_pixels,
+    unfold,
+    unmoved,
+)
 
-from squall.vision.idefics import FAKE, Idefics2, Idefics3
+from squall.errors import InvalidCheckpoint
+from squall.vision.families import FAMILIES
+from squall.vision.idefics import FAKE, Idefics2
 
 VISION: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3, "num_attention_heads": 3,
     "image_size": 28, "patch_size": 7, "layer_norm_eps": 0.01,
 }  # fmt: skip
 PERCEIVER: dict[str, Any] = {
-    "hidden_size": 40, "resampler_n_latents": 5, "resampler_depth": 2, "resampler_n_heads": 4,
+    "hidden_size": 40, "resampler_n_latents": 7, "resampler_depth": 2, "resampler_n_heads": 4,
     "resampler_head_dim": 6, "num_key_value_heads": 2, "rms_norm_eps": 0.01,
 }  # fmt: skip
 SIZES2: dict[str, Any] = {"size": {"shortest_edge": 17, "longest_edge": 37}}
@@ -43,15 +61,9 @@ def idefics3(name: str, model: str = "Idefics3", side: int = 28, **processor: An
         "vision_config": VISION | {"image_size": side}, "text_config": TEXT, "scale_factor": 2,
         "image_token_id": 80,
     }  # fmt: skip
-    kind = "idefics3" if model == "Idefics3" else "smolvlm"
-
-    def family(config: Any, processor: Any) -> Idefics3:
-        return Idefics3.of(config, processor, kind)
-
-    return Seer(
-        name, f"{model}ForConditionalGeneration", config, family, f"{model}ImageProcessorPil",
-        SIZES3 | processor, IDS,
-    )  # fmt: skip
+    model = f"{model}ForConditionalGeneration"
+    pil = model.replace("ForConditionalGeneration", "ImageProcessorPil")
+    return Seer(name, model, config, FAMILIES[model], pil, SIZES3 | processor, IDS)
 
 
 CASES = [
@@ -83,3 +95,132 @@ def test_answers(seen: Seen) -> None:
 
 def test_every_field_matters(seen: Seen) -> None:
     assert not unmoved(seen, draw("noise", 40, 30))
+
+
+def unpadded(found: Any, patch: int) -> NDArray[np.float32]:
+    """The whole patches of frames, without what makes them as large as each other."""
+    frames = zip(found["pixel_values"][0], found["pixel_attention_mask"][0], strict=True)
+    return np.concatenate(
+        [unfold(frame[None, :, : m.any(1).sum(), : m.any(0).sum()], patch) for frame, m in frames]
+    )
+
+
+# As published, but for what says nothing.
+IDEFICS2: dict[str, Any] = {
+    "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True,
+    "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    "image_processor_type": "Idefics2ImageProcessor", "resample": 2, "rescale_factor": 1 / 255,
+    "size": {"longest_edge": 980, "shortest_edge": 378},
+}  # fmt: skip
+IDEFICS3: dict[str, Any] = {
+    **IDEFICS2, "image_processor_type": "Idefics3ImageProcessor", "resample": 1,
+    "max_image_size": {"longest_edge": 364}, "size": {"longest_edge": 1456},
+}  # fmt: skip
+SMOLVLM: dict[str, Any] = {
+    **IDEFICS3, "max_image_size": {"longest_edge": 512}, "size": {"longest_edge": 2048},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_processor_of_idefics2(split: bool) -> None:
+    processor = SIZES2 | {"do_image_splitting": split}
+    family = Idefics2.of({"vision_config": VISION, "perceiver_config": PERCEIVER}, processor)
+    pil = transformers.Idefics2ImageProcessorPil(**processor)
+    wide = draw("text", 9, 7)
+
+    def thick(image: Image.Image) -> Image.Image:
+        return wide if split and min(image.size) == 1 else image  # which fail there
+
+    same_pixels(
+        lambda image: family.process(thick(image)),
+        lambda image: unpadded(pil(thick(image)), 7),
+    )
+    for image in PICTURES.values():
+        found = family.process(image)
+        assert found.rows == 7 * (5 if split else 1) == found.text.count("<image>")
+        assert found.text.replace("<image>" * 7, "i").replace(FAKE, "f") == "f" + "if" * (
+            5 if split else 1
+        )
+
+
+@pytest.mark.parametrize("kind", ["Idefics3", "SmolVLM"])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("sizes", [SIZES3, SIZES3 | {"size": {"longest_edge": 99}}])
+def test_processor_of_idefics3(kind: str, split: bool, sizes: dict[str, Any]) -> None:
+    processor = sizes | {"do_image_splitting": split}
+    config = {"vision_config": VISION, "scale_factor": 2}
+    family = FAMILIES[f"{kind}ForConditionalGeneration"](config, processor)
+    pil = getattr(transformers, f"{kind}ImageProcessorPil")(**processor)
+    same_pixels(family.process, lambda image: unfold(np.array(pil(image)["pixel_values"][0]), 7))
+    said = {"fake_image_token": FAKE, "image_token": "<image>", "image_seq_len": 4}
+    said |= {"global_image_tag": "<global-img>", "global_image_token": "<global-img>"}
+    for image in PICTURES.values():
+        found = family.process(image)
+        wanted = pil(image, return_row_col_info=True)
+        assert found.text == expansion(f"{kind}Processor", wanted, **said)
+        assert found.rows == 4 * len(wanted["pixel_values"][0])
+
+
+@pytest.mark.parametrize(
+    ("model", "vision", "processor", "rows"),
+    [
+        ("Idefics2", {"image_size": 980, "patch_size": 14}, IDEFICS2, 320),
+        ("Idefics3", {"image_size": 364, "patch_size": 14}, IDEFICS3, 169 * 13),
+        ("Idefics3", {"image_size": 512, "patch_size": 16}, SMOLVLM, 256 * 13),
+    ],
+)
+def test_published_processors(
+    model: str, vision: dict[str, Any], processor: dict[str, Any], rows: int
+) -> None:
+    family = FAMILIES[f"{model}ForConditionalGeneration"]({"vision_config": vision}, processor)
+    image = draw("gradient", 1200, 800)
+    found = family.process(image)
+    wanted = getattr(transformers, f"{model}ImageProcessorPil")(**processor)(image)
+    assert found.rows == rows
+    assert np.abs(found.inputs["patches"] - unpadded(wanted, vision["patch_size"])).max() < 1e-5
+
+
+@pytest.mark.parametrize("side", [26, 27, 32, 70])
+@pytest.mark.parametrize("shape", [(26, 26), (27, 52), (70, 27), (1, 32), (61, 68)])
+def test_positions_are_fractions_of_the_picture(side: int, shape: tuple[int, int]) -> None:
+    import torch
+    from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
+
+    from squall.vision.squares import positions
+
+    config = transformers.Idefics2VisionConfig(image_size=side, patch_size=1, hidden_size=1)
+    made, seen = Idefics2VisionEmbeddings(config), []
+    made.position_embedding.register_forward_pre_hook(lambda _, ids: seen.append(ids[0]))
+    made(torch.zeros(1, 3, *shape), torch.ones(1, *shape, dtype=torch.bool))
+    assert np.array_equal(positions(*shape, side), seen[0][0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("model", "processor", "says"),
+    [
+        ("Idefics2", {"size": {"shortest_edge": 6, "longest_edge": 37}}, "must hold a patch"),
+        ("Idefics2", {"size": {"shortest_edge": 38, "longest_edge": 37}}, "from 38 to 37"),
+        ("Idefics2", {"size": {"shortest_edge": 8, "longest_edge": 10**9}}, r"size\.longest_edge"),
+        ("Idefics2", {"size": {"height": 8, "width": 8}}, r"size\.shortest_edge"),
+        ("Idefics2", {"do_image_splitting": "no"}, "do_image_splitting"),
+        ("Idefics3", {"do_resize": False}, "do_resize"),
+        ("Idefics3", {"size": {"longest_edge": 10**6}}, r"size\.longest_edge"),
+        ("Idefics3", {"size": {"longest_edge": 900}}, "a 16th of 900"),
+        ("Idefics3", {"max_image_size": {"longest_edge": 6}}, "max_image_size is 6"),
+        ("Idefics3", {"max_image_size": {"longest_edge": 22}}, "a multiple of 2 patches"),
+        ("Idefics3", {"max_image_size": {"longest_edge": 1.5}}, r"max_image_size\.longest"),
+    ],
+)
+def test_processors_that_cannot_be(model: str, processor: dict[str, Any], says: str) -> None:
+    sizes = SIZES2 if model == "Idefics2" else SIZES3
+    with pytest.raises(InvalidCheckpoint, match=says):
+        FAMILIES[f"{model}ForConditionalGeneration"]({"vision_config": VISION}, sizes | processor)
+
+
+def test_a_smaller_picture_first() -> None:
+    config = {"vision_config": VISION, "perceiver_config": PERCEIVER}
+    family = partial(Idefics2.of, config)
+    image = draw("text", 36, 24)
+    small = image.resize((18, 12), Image.Resampling.BICUBIC)
+    found = family(SIZES2 | {"max_edge": 18}).process(image)
+    assert np.array_equal(found.inputs["patches"], family(SIZES2).process(small).inputs["patches"])

@@ -10,6 +10,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 import warnings
 import zlib
@@ -348,6 +349,20 @@ def test_decoding_ends_in_time() -> None:
     data = b"GIF89a" + bytes(7) + (b"!\xfe" + b"\x01a" * 10**6)  # a comment a byte at a time
     with pytest.raises(InvalidRequest, match=r"longer than 0\.1 s"):
         read(data, replace(OWN, seconds=0.1))
+
+
+@pytest.mark.serial
+def test_many_scans_of_a_jpeg_end_in_time() -> None:
+    """Each goes over all of the image, and is a few bytes."""
+    file = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(file, "JPEG", progressive=True, quality=10)
+    data = file.getvalue()
+    at = data.rindex(b"\xff\xda")
+    many = data[:at] + data[at:-2] * 20_000 + data[-2:]
+    start_s = time.monotonic()
+    with pytest.raises(InvalidRequest, match=r"longer than 0\.2 s"):
+        read(many, replace(OWN, seconds=0.2))
+    assert time.monotonic() - start_s < 5  # of over twenty
 
 
 def test_errors_and_warnings_say_nothing_of_the_process(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,33 +1,107 @@
-"""LLaVA: pixels, rows and answers as transformers has them."""
+"""LLaVA and LLaVA-Next: pixels, rows and answers as transformers has them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from pictures import PICTURES, draw
-from seeing import TEXT, Seen, Seer, build, check_answers, check_rows, same_pixels, unfold, unmoved
+from PIL import Image
+from seeing import (
+    TEXT,
+    Seen,
+    Seer,
+    build,
+    check_answers,
+    check_rows,
+    expansion,
+    same_pixels,
+    unfold,
+    unmoved,
+)
 
-from squall.vision.llava import Llava
+from squall.errors import InvalidCheckpoint, InvalidRequest
+from squall.vision.llava import Llava, LlavaNext
 
-CLIP: dict[str, Any] = {
-    "model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 36,
-    "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 21, "patch_size": 7,
-    "layer_norm_eps": 0.01,
+SMALL: dict[str, Any] = {
+    "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3, "num_attention_heads": 3,
+    "image_size": 21, "patch_size": 7, "layer_norm_eps": 0.01,
 }  # fmt: skip
-PROCESSOR: dict[str, Any] = {
-    "size": {"shortest_edge": 21}, "crop_size": {"height": 21, "width": 21},
+CLIP = SMALL | {"model_type": "clip_vision_model"}
+SIGLIP = SMALL | {"model_type": "siglip_vision_model", "image_size": 23}
+ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
-MODEL, PIL = "LlavaForConditionalGeneration", "LlavaImageProcessorPil"
+MISTRAL = TEXT | {"model_type": "mistral", "sliding_window": 60}
+QWEN = TEXT | {"model_type": "qwen2", "tie_word_embeddings": True}
+SQUARE = {"height": 21, "width": 21}
+EDGE: dict[str, Any] = {"size": {"shortest_edge": 21}, "crop_size": SQUARE}
+POINTS = [[21, 42], [42, 21], [42, 42], [63, 21], [21, 63]]
+ANYRES = EDGE | {"image_grid_pinpoints": POINTS}
+LLAVA = ("LlavaForConditionalGeneration", Llava.of, "LlavaImageProcessorPil")
+NEXT = ("LlavaNextForConditionalGeneration", LlavaNext.of, "LlavaNextImageProcessorPil")
 
 
-def config(vision: dict[str, Any] = CLIP, text: dict[str, Any] = TEXT, **more: Any) -> Any:
-    return {"vision_config": vision, "text_config": text, "image_token_index": 80, **more}
+def published(name: str) -> str:
+    """As the hub's files have it, from before transformers 4.52."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def moved(name: str) -> str:
+    """As transformers 4.52 and later have it in memory."""
+    if name.startswith("language_model."):
+        name = name.removeprefix("language_model.")
+        return (
+            name if name.startswith("lm_head") else name.replace("model.", "model.language_model.")
+        )
+    return f"model.{name}"
+
+
+def seer(
+    name: str,
+    kind: tuple[str, Any, str],
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    processor: dict[str, Any],
+    rename: Callable[[str], str] | None = None,
+    **more: Any,
+) -> Seer:
+    model, family, pil = kind
+    config = {"vision_config": vision, "text_config": text, "image_token_index": 80, **more}
+    if "image_grid_pinpoints" in processor:
+        config["image_grid_pinpoints"] = processor["image_grid_pinpoints"]
+    return Seer(name, model, config, family, pil, processor, rename=rename)
 
 
 CASES = [
-    Seer("llava", MODEL, config(), Llava.of, PIL, PROCESSOR),
-]
+    seer("llava", LLAVA, CLIP, TEXT, EDGE, published),
+    seer(
+        "llava-layers", LLAVA, CLIP, MISTRAL, EDGE | {"do_pad": True, "size": 21}, moved,
+        vision_feature_layer=[-2, 0, 3], projector_hidden_act="relu",
+        multimodal_projector_bias=False,
+    ),
+    seer(
+        "llava-full", LLAVA, CLIP | {"hidden_act": "gelu"}, QWEN,
+        EDGE | {"size": SQUARE, "resample": 2},
+        vision_feature_select_strategy="full", vision_feature_layer=-1,
+    ),
+    seer(
+        "llava-siglip", LLAVA, SIGLIP, QWEN, {
+            "size": {"height": 23, "width": 23}, "do_center_crop": False,
+            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.4, 0.5], "resample": 1},
+        vision_feature_select_strategy="full",
+    ),
+    seer("llava-siglip-default", LLAVA, SIGLIP | {"image_size": 21}, TEXT, EDGE, published),
+    seer("next", NEXT, CLIP, MISTRAL, ANYRES, published),
+    seer(
+        "next-siglip", NEXT, SIGLIP | {"image_size": 21}, TEXT | {"rope_parameters": ROPE},
+        ANYRES | {"size": SQUARE, "do_center_crop": False}, moved,
+        vision_feature_select_strategy="full", vision_feature_layer=[1, -2],
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -36,7 +110,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_rows(seen: Seen) -> None:
-    check_rows(seen, list(PICTURES.values())[::5])
+    check_rows(seen, PICTURES.values() if "next" in seen.case.name else [draw("noise", 40, 30)])
 
 
 def test_answers(seen: Seen) -> None:
@@ -50,8 +124,126 @@ def test_every_field_matters(seen: Seen) -> None:
     assert not unmoved(seen, draw("noise", 40, 30))
 
 
-def test_processor(seen: Seen) -> None:
+def test_small_pixels(seen: Seen) -> None:
+    """With each case's options."""
+    size = SMALL["patch_size"]
     same_pixels(
         seen.family.process,
-        lambda image: unfold(seen.case.pixels([image])["pixel_values"].numpy(), 7),
+        lambda image: unfold(seen.case.pixels([image])["pixel_values"].numpy(), size),
     )
+
+
+# ---- at the sizes of published models ----
+
+LARGE = {"vision_config": {"image_size": 336, "patch_size": 14}}
+PUBLISHED: dict[str, Any] = {
+    "crop_size": {"height": 336, "width": 336}, "do_center_crop": True, "do_convert_rgb": True,
+    "do_normalize": True, "do_rescale": True, "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3,
+    "rescale_factor": 0.00392156862745098, "size": {"shortest_edge": 336},
+}  # fmt: skip
+PROCESSOR = {
+    "patch_size": 14, "vision_feature_select_strategy": "default", "image_token": "<image>",
+    "num_additional_image_tokens": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_llava_1_5(padded: bool) -> None:
+    import transformers
+
+    processor = PUBLISHED | {"do_pad": padded}
+    family, theirs = Llava.of(LARGE, processor), transformers.LlavaImageProcessorPil(**processor)
+
+    def wanted(image: Image.Image) -> Any:
+        pixels = theirs(images=image)["pixel_values"]
+        text = family.process(image).text
+        assert text == expansion("LlavaProcessor", {"pixel_values": pixels}, **PROCESSOR)
+        return unfold(pixels[0], 14)
+
+    same_pixels(family.process, wanted)
+
+
+def test_llava_next() -> None:
+    import transformers
+
+    theirs = transformers.LlavaNextImageProcessorPil(**PUBLISHED)
+    family = LlavaNext.of(LARGE, PUBLISHED)
+
+    def wanted(image: Image.Image) -> Any:
+        found = theirs(images=image)
+        text = family.process(image).text
+        assert text == expansion("LlavaNextProcessor", found, image_processor=theirs, **PROCESSOR)
+        return unfold(found["pixel_values"][0], 14)
+
+    same_pixels(family.process, wanted)
+
+
+def test_counts_of_anyres() -> None:
+    """Where the rounding of what is left without padding matters: many sizes."""
+    import transformers
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    from squall.vision.family import tiled
+    from squall.vision.llava import best_size, unpadded
+
+    points = transformers.LlavaNextImageProcessorPil.image_grid_pinpoints
+    made = object.__new__(transformers.LlavaNextProcessor)
+    made.__dict__.update(PROCESSOR, image_processor=transformers.LlavaNextImageProcessorPil())
+    sizes = [(w, h) for w in range(1, 700, 13) for h in range(1, 700, 17)]
+    for width, height in [*sizes, (1000, 3), (3, 1000), (1021, 509), (9999, 1)]:
+        image = Image.new("L", (width, height)) if width * height < 1 << 20 else None
+        assert image is not None
+        lines, columns = (n // 336 for n in best_size(image, tuple(map(tuple, points))))
+        grid = unpadded(tiled(24, lines, columns), image)
+        rows = torch.from_numpy(tiled(24, lines, columns))[None]
+        assert grid.tolist() == unpad_image(rows, (height, width))[0].tolist()
+        count = grid.size + grid.shape[0] + 576
+        assert count == made._get_number_of_features(height, width, 336, 336) - 1
+
+
+# ---- what cannot be ----
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "problem"),
+    [
+        ({}, {"size": {"shortest_edge": 0}}, "shortest_edge is 0"),
+        ({}, {"size": {"shortest_edge": 10**9}}, "shortest_edge is 1000000000"),
+        ({}, {"size": {"longest_edge": 336}}, "must have a height and a width"),
+        ({}, {"size": "336"}, "must have a height and a width"),
+        ({}, {"crop_size": {"height": 224, "width": 336}}, r"leave \(224, 336\)"),
+        ({}, {"crop_size": 224}, r"leave \(224, 224\)"),
+        ({}, {"do_center_crop": False}, "leave 336 of a picture"),
+        ({}, {"do_resize": False, "do_center_crop": False}, "leave None of a picture"),
+        ({"patch_size": 0}, {}, "patch_size is 0"),
+        ({"image_size": True}, {}, "image_size is True"),
+        ({}, {"image_mean": [1, 2]}, "image_mean is"),
+    ],
+)
+def test_bad_numbers(config: Any, processor: Any, problem: str) -> None:
+    vision = {"vision_config": LARGE["vision_config"] | config}
+    with pytest.raises(InvalidCheckpoint, match=problem):
+        Llava.of(vision, PUBLISHED | processor)
+
+
+@pytest.mark.parametrize(
+    "points", [[[336, 672], [0, 672]], [[336, 500]], [[336]], [[336, 336 * 20]], [[336, 672]] * 300]
+)
+def test_bad_pinpoints(points: Any) -> None:
+    both = {"image_grid_pinpoints": points}
+    with pytest.raises(InvalidCheckpoint, match="image_grid_pinpoints"):
+        LlavaNext.of(LARGE | both, PUBLISHED | both)
+    with pytest.raises(InvalidCheckpoint, match="in both files"):
+        LlavaNext.of(LARGE | {"image_grid_pinpoints": [[336, 336]]}, PUBLISHED)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_long_images(padded: bool) -> None:
+    """What would take gigabytes is refused, before anything is made of it."""
+    family = Llava.of(LARGE, PUBLISHED | {"do_pad": padded})
+    with pytest.raises(InvalidRequest, match="100000 x 1 pixels is too long for its width"):
+        family.process(Image.new("RGB", (100000, 1)))
+    found = LlavaNext.of(LARGE, PUBLISHED).process(Image.new("RGB", (100000, 1)))
+    assert found.rows == 576

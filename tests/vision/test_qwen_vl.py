@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -69,9 +70,10 @@ def kinds(ids: torch.Tensor) -> dict[str, Any]:
     return {"mm_token_type_ids": (ids == 80).int()}
 
 
-def published(name: str) -> str:
-    """As the first versions of transformers called tensors."""
-    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+def by_modules(name: str) -> str:
+    """As some files have them, after the modules of transformers 4.52."""
+    name = name.replace("visual.", "model.visual.")
+    return re.sub(r"^model\.(layers|embed_tokens|norm)\b", r"model.language_model.\1", name)
 
 
 def case(name: str, model: str, tower: dict[str, Any], **more: Any) -> Seer:
@@ -92,9 +94,9 @@ def wide(tower: dict[str, Any], size: int) -> dict[str, Any]:
 ADDED = r"visual.*(patch_embed|attn\.proj|fc2|down_proj)"
 CASES = [
     case("2", OLD, TOWER, faint=ADDED),
-    case("2 published", OLD, wide(TOWER, 80), rename=published),
+    case("2 by modules", OLD, wide(TOWER, 80), rename=by_modules),
     case("2.5", NEW, WINDOWED, faint=ADDED),
-    case("2.5 published", NEW, wide(WINDOWED, 72), rename=published),
+    case("2.5 by modules", NEW, wide(WINDOWED, 72), rename=by_modules),
     case("2.5 without windows", NEW, WINDOWED | {"fullatt_block_indexes": [0, 1, 2]}),
 ]
 
@@ -252,7 +254,7 @@ def test_early_files(
 ) -> None:
     old, new = next(c for c in CASES if c.name == name), name == "2.5"
     inner = old.config | {"tie_word_embeddings": tied}
-    made = build(replace(old, config=inner, rename=published), tmp_path)
+    made = build(replace(old, config=inner), tmp_path)
     kind = "qwen2_5_vl" if new else "qwen2_vl"
     tower = (WINDOWED if new else TOWER) | {"model_type": kind, "in_chans": 3}
     metadata = flat(tower, model_type=kind, architectures=[old.model], tie_word_embeddings=tied)

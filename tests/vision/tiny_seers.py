@@ -1,4 +1,4 @@
-"""Tiny models that see, as folders with everything that a chat needs: tokenizer, template, sizes."""
+"""Tiny models that see, as folders with everything that a chat needs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,23 @@ QWEN_TOWER: dict[str, Any] = {
     "embed_dim": 32, "hidden_size": 48, "depth": 2, "num_heads": 4, "mlp_ratio": 2,
     "patch_size": 14,
 }  # fmt: skip
-CONTROLS = [
-    "<image>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|image_pad|>",
-    "<|vision_end|>",
-    "<|video_pad|>",
-]
+SIGLIP: dict[str, Any] = {
+    "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "image_size": 28, "patch_size": 7,
+}  # fmt: skip
+PERCEIVER: dict[str, Any] = {
+    "hidden_size": 48, "resampler_n_latents": 5, "resampler_depth": 1, "resampler_n_heads": 4,
+    "resampler_head_dim": 6, "num_key_value_heads": 2,
+}  # fmt: skip
+MLLAMA_TOWER: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1,
+    "attention_heads": 4, "image_size": 42, "patch_size": 14, "vision_output_dim": 64,
+    "intermediate_layers_indices": [0], "max_num_tiles": 4,
+}  # fmt: skip
+CONTROLS = """
+<image> <|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|> <|video_pad|>
+<|image|> <fake_token_around_image> <end_of_utterance> <|user|> <|assistant|> <|end|>
+"""
 FIRST = 258  # ids of bytes, and two before
 
 
@@ -70,7 +78,46 @@ SEERS = {
         "qwen2-vl",
         {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 64},
     ),
+    "llava_next": Tiny(
+        "LlavaNextForConditionalGeneration",
+        {
+            "vision_config": {"model_type": "clip_vision_model", **TOWER},
+            "text_config": {"model_type": "mistral", **TEXT},
+            "image_token_index": FIRST, "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+        },
+        "llava",
+        {
+            "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28},
+            "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+        },
+    ),
+    "idefics2": Tiny(
+        "Idefics2ForConditionalGeneration",
+        {
+            "vision_config": SIGLIP, "perceiver_config": PERCEIVER, "image_token_id": FIRST,
+            "text_config": {"model_type": "mistral", **TEXT},
+        },
+        "idefics2",
+        {"size": {"shortest_edge": 14, "longest_edge": 28}, "do_image_splitting": True},
+    ),
+    "vllama": Tiny(
+        "MllamaForConditionalGeneration",
+        {
+            "vision_config": MLLAMA_TOWER, "image_token_index": FIRST + 7,
+            "text_config": TEXT | {"cross_attention_layers": [1], "num_hidden_layers": 3},
+        },
+        "mllama",
+        {"size": {"height": 42, "width": 42}, "max_image_tiles": 4},
+    ),
+    "phi3v": Tiny("Phi3ForCausalLM", TEXT, "phi-3-vision", {"num_crops": 4}),
 }  # fmt: skip
+# What Phi 3 Vision has beside Phi 3.
+PHI3V: dict[str, Any] = {
+    "architectures": ["Phi3VForCausalLM"],
+    "model_type": "phi3_v",
+    "img_processor": {"name": "clip_vision_model", "num_img_tokens": 144},
+    "embd_layer": {"embedding_cls": "image", "use_hd_transform": True},
+}
 
 
 def write_seer(folder: Path, name: str = "llava") -> Path:
@@ -82,11 +129,38 @@ def write_seer(folder: Path, name: str = "llava") -> Path:
     torch.manual_seed(11)
     kind = getattr(transformers, made.model)
     kind(kind.config_class(**made.config)).save_pretrained(folder)
+    if name == "phi3v":
+        _add_eyes(folder)
     _write_tokenizer(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(made.images))
     template = (TEMPLATES / f"{made.template}.jinja").read_text()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     return folder
+
+
+def _add_eyes(folder: Path) -> None:
+    """CLIP, newlines and a projector, with the makers' names."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = TOWER | {"hidden_size": 64, "image_size": 336, "patch_size": 14}
+    clip = CLIPVisionModel(CLIPVisionConfig(**sizes | {"num_attention_heads": 1}))
+    before = "model.vision_embed_tokens."
+    wide, hidden = 4 * sizes["hidden_size"], TEXT["hidden_size"]
+    made = {
+        "glb_GN": torch.randn(1, 1, wide), "sub_GN": torch.randn(1, 1, 1, wide),
+        "img_projection.0.weight": torch.randn(hidden, wide) / 16,
+        "img_projection.0.bias": torch.randn(hidden),
+        "img_projection.2.weight": torch.randn(hidden, hidden),
+        "img_projection.2.bias": torch.randn(hidden),
+    }  # fmt: skip
+    for name, tensor in clip.state_dict().items():
+        made[f"img_processor.vision_model.{name.removeprefix('vision_model.')}"] = tensor
+    text = load_file(folder / "model.safetensors")
+    save_file(text | {before + name: t for name, t in made.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | PHI3V))
 
 
 def _write_tokenizer(folder: Path) -> None:
@@ -98,7 +172,7 @@ def _write_tokenizer(folder: Path) -> None:
     library = Tokenizer(models.BPE(vocab, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(name, special=True) for name in CONTROLS])
+    library.add_special_tokens([AddedToken(name, special=True) for name in CONTROLS.split()])
     PreTrainedTokenizerFast(
         tokenizer_object=library, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)

@@ -77,6 +77,8 @@ class Parts:
         found = (p for p in readings if self._shapes(p, rank) == (a.shape, b.shape))
         places = next(found, ())
         twice = self._terms.keys() & {site for site, _, _ in places}
+        if not places and self.target.is_unused(module):
+            return
         if not places or not 1 <= rank <= MAX_RANK or twice:
             raise self.misfit(module, a.shape[1:], b.shape[1:])
         linear = len(b) == 1 and places[0][0][0] != TABLE

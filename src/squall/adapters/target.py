@@ -80,6 +80,13 @@ class Target:
                 return f"{role}.{kind}", start
         return None
 
+    def is_unused(self, module: str) -> bool:
+        """Whether the checkpoint has the module in a tower of which it is not read."""
+        name = modules.OUTER.sub("", module)
+        outer = (modules.OUTER.match(part.naming.layer) for part in self.others)
+        names = [f"{match[0]}{name}.weight" for match in outer if match]
+        return any(part.naming.harmless.fullmatch(n) for part in self.others for n in names)
+
     def matrix(self, role: str) -> Matrix | None:
         """The weight of a role such as `layers.3.attention.q`."""
         *more, rows, cols = (0, *self.shapes.get(f"{role}.weight", (0,)))

@@ -115,11 +115,14 @@ class Executor(Protocol):
         inputs: Mapping[str, NDArray[np.generic]],
         sequences: Sequences | None = None,
         mixtures: Sequence[Mixture] = (),
+        *,
+        patient: bool = False,
     ) -> dict[str, Floats]:
         """The program's outputs, by name, [rows, width].
 
         inputs: its indices (int32) and inputs (float32), by name. sequences: of cached attention;
             K and V are in the caches afterwards. mixtures: of adapters, which rows name.
+        patient: in slices, between which other runs on the pool go first; the bytes are the same.
         """
         ...
 

@@ -237,6 +237,8 @@ class NativeExecutor:
         inputs: Mapping[str, NDArray[np.generic]],
         sequences: Sequences | None = None,
         mixtures: Sequence[Mixture] = (),
+        *,
+        patient: bool = False,
     ) -> dict[str, Floats]:
         """See `Executor`. Raises InvalidRequest for what is missing, misshapen or out of range."""
         rows: dict[str, int] = {}
@@ -259,6 +261,7 @@ class NativeExecutor:
                 at.positions, at.bounds, at.block_tables, list(outputs.values()),
                 mixtures,  # type: ignore[arg-type]  # of adapters made here
                 at.memories,  # type: ignore[arg-type]  # made here
+                patient,
             )  # fmt: skip
         except KeyError as error:
             raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None

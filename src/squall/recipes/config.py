@@ -100,7 +100,7 @@ def fields(
     if architecture not in SEERS:
         return ConfigFields(config, tensors, keys, entry.naming)
     inner = config.get("text_config", config)  # early files have it at the top
-    if not isinstance(inner, dict):
+    if not isinstance(inner, Mapping):
         raise InvalidCheckpoint("text_config in config.json is no object")
     if config.get("tie_word_embeddings") is True:
         inner = {**inner, "tie_word_embeddings": True}

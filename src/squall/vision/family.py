@@ -19,8 +19,8 @@ class Processed:
     text: what its placeholder becomes, in special tokens of the model. rows: how many of those are
         the family's `token`, whose embeddings the tower's rows replace.
     grid: height and width of its rows, where the decoder's positions go by them.
-    recalled: how many rows the tower makes for the decoder's memory: of the image, and after them
-        of what fills it up; None: it makes `rows`.
+    recalled: where the decoder recalls images, which then replace nothing: how many rows the tower
+        makes of the image, and after them of what fills it up.
     seam: what two images side by side have one of between them; a word after it gets a space.
     """
 
@@ -70,7 +70,7 @@ def clip_rows(
     first = rows - place
     return {
         "patches": given.reshape(-1, width),
-        "patch": np.where(place, rows, -1).astype(np.int32),
+        "patch": np.where(place >= class_token, rows, -1).astype(np.int32),
         "class": np.zeros_like(rows),
         "positions": place,
         "spans": np.stack([first, first + each]).astype(np.int32),

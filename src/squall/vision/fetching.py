@@ -27,39 +27,29 @@ _HEADERS = (
 )  # fmt: skip
 _NAT64, _UNICAST = IPv6Network("64:ff9b::/96"), IPv6Network("2000::/3")
 _HTTPCORE = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
-_MOST_URL = 8192  # characters
 
 
 def fetch(url: str, media: Media, clock: Clock) -> bytes:
     """What is at a URL. Raises InvalidRequest."""
     for _ in range(media.redirects + 1):
-        found = _get(_parsed(url), media, clock)
+        found = _get(url, media, clock)
         if isinstance(found, bytes):
             return found
         url = found
     raise InvalidRequest(f"an image's URL is redirected more than {media.redirects} times")
 
 
-def _parsed(url: str) -> httpx.URL:
-    try:
-        found = httpx.URL(url if len(url) <= _MOST_URL else "")
-    except httpx.InvalidURL:
-        found = httpx.URL("")
-    if found.scheme not in _PORTS or not found.host or found.userinfo:
-        what = "http or https, a host, and no user name"
-        raise InvalidRequest(f"an image's URL is {quote(url)}; it must have {what}")
-    return found
-
-
-def _get(url: httpx.URL, media: Media, clock: Clock) -> bytes | str:
+def _get(given: str, media: Media, clock: Clock) -> bytes | str:
     """The body, or where to look instead. Raises InvalidRequest."""
-    host, data = quote(url.host), bytearray()
-    limits = {"timeout": {"write": clock.left_s()}}
-    headers = [("Host", url.netloc.decode("ascii")), *_HEADERS]
-    target = httpcore.URL(
-        scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
-    )
+    what, data, limits = quote(given), bytearray(), {"timeout": {"write": clock.left_s()}}
     try:
+        url = httpx.URL(given)
+        if url.scheme not in _PORTS or not url.host or url.userinfo:
+            raise httpx.InvalidURL("")
+        headers = [("Host", url.netloc.decode("ascii")), *_HEADERS]
+        target = httpcore.URL(
+            scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
+        )
         with (
             httpcore.ConnectionPool(network_backend=_Dialler(url, media, clock)) as pool,
             pool.stream("GET", target, headers=headers, extensions=limits) as response,
@@ -67,19 +57,22 @@ def _get(url: httpx.URL, media: Media, clock: Clock) -> bytes | str:
             told = {name.lower(): value.decode("latin-1") for name, value in response.headers}
             if response.status in _REDIRECTS and b"location" in told:
                 return str(url.join(told[b"location"]))
-            if response.status != 200 or told.get(b"content-encoding", "identity") != "identity":
-                what = f"{response.status}, " + told.get(b"content-encoding", "not compressed")
-                raise InvalidRequest(f"{host} answered {what:.99}; an image must be 200, as it is")
+            coding = told.get(b"content-encoding", "identity")
+            if response.status != 200 or coding != "identity":
+                raise InvalidRequest(f"{what} answered {response.status} ({coding:.99}), not 200")
             for part in response.iter_stream():
                 data += part
                 if len(data) > media.file_bytes:
-                    raise InvalidRequest(f"{host} sent more than {media.file_bytes} bytes")
+                    raise InvalidRequest(f"{what} sent more than {media.file_bytes} bytes")
             return bytes(data)
     except InvalidRequest:
         raise
-    except (OSError, ValueError, httpx.InvalidURL, *_HTTPCORE):
+    except httpx.InvalidURL:
+        rule = "an http or https URL with a host, and without a user name"
+        raise InvalidRequest(f"an image's URL is {what}; it must be {rule}") from None
+    except (OSError, ValueError, *_HTTPCORE):
         clock.left_s()
-        raise InvalidRequest(f"no image can be had from {host}") from None
+        raise InvalidRequest(f"no image can be had from {what}") from None
 
 
 class _Dialler(httpcore.NetworkBackend):

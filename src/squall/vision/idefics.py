@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,11 +67,8 @@ class Idefics2:
         found = [self.scale(part.resize(self._size(part), self.filter)) for part in parts]
         inputs = rows(found, self.patch, self.side)
         text = FAKE + (self.token * self.latents + FAKE) * len(parts)
-        return Processed(self._read(inputs, len(parts)), text, self.latents * len(parts))
-
-    def prompt(self, text: str) -> str:
-        """A prompt with the texts of its images: neighbours share what is around them."""
-        return re.sub(rf"{FAKE}(?=[^\s<])", f"{FAKE} ", text.replace(FAKE * 2, FAKE))
+        inputs = self._read(inputs, len(parts))
+        return Processed(inputs, text, self.latents * len(parts), seam=FAKE)
 
     def _size(self, image: Image.Image) -> tuple[int, int]:
         """Width and height."""
@@ -144,7 +140,7 @@ class Idefics3:
             vision.count("patch_size"),
         )
         merge = section(config, "", kind).count("scale_factor", high=64)
-        if tile < patch or tile // patch % merge or longest > 16 * tile:
+        if tile < patch or tile // patch % merge or min(longest, MOST) > 16 * tile:
             raise InvalidCheckpoint(
                 f"max_image_size is {tile}; it must hold a multiple of {merge} patches of {patch} "
                 f"pixels, and be at least a 16th of {longest}"

@@ -51,6 +51,7 @@ _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _ORIENTATION = 0x0112
 # Each may take some hundreds of MiB.
 _DECODING = threading.BoundedSemaphore(2)
+_QUIET = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +130,8 @@ def _read(source: object, media: Media, clock: Clock) -> Image:
     data = b"" if ready else _data(source, media, clock)
     if len(data) > media.file_bytes:
         raise InvalidRequest(f"an image has more than the {media.file_bytes} bytes allowed")
-    # About files that are odd; for all threads, as what is for one would not be safe among others.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    with _QUIET:  # about odd files; for good, as no thread may set filters back under others
+        warnings.filterwarnings("ignore", module=r"PIL\.")
     with _DECODING:
         try:
             if isinstance(source, np.ndarray):
@@ -173,7 +174,9 @@ def _opened(data: bytes, clock: Clock) -> Image:
         other = (name for magic, name in _OTHERS.items() if re.match(magic, data[:1000], flags))
         raise InvalidRequest(f"an image is {next(other, 'of an unknown kind')}; send {_ALLOWED}")
     plugin = import_module(f"PIL.{kind}ImagePlugin")
-    image: Image = getattr(plugin, f"{kind}ImageFile")(_Timed(data, clock))
+    file = getattr(plugin, f"{kind}ImageFile")(_Timed(data, clock))
+    file.decodermaxblock = 2**10  # bytes of a JPEG between two looks at the clock
+    image: Image = file
     return image
 
 

@@ -51,6 +51,6 @@ def remember(keys: Executor, decoder: Executor, rows: Floats, mixture: Mixture =
         part = rows[start : start + MOST]
         chosen = np.full(len(part), 0 if mixture else -1, np.int32)
         given = {"image": part, "mixture.image": chosen}
-        made = list(keys.run(given, mixtures=(mixture,) if mixture else ()).values())
+        made = list(keys.run(given, mixtures=(mixture,) if mixture else (), patient=True).values())
         memory.write(start, made[::2], made[1::2])
     return memory

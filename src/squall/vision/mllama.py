@@ -62,7 +62,7 @@ class Mllama:
         cut = np.stack([patches(tile, self.patch) for tile in tiles])
         rows, real = self.rows(cut, self.shapes.index(shape) + 1)
         recalled = (real, len(rows["merged"]) - real)
-        return Processed(rows, self.token, 0, recalled=recalled)
+        return Processed(rows, self.token, 1, recalled=recalled)
 
     def shape(self, image: Image.Image) -> tuple[int, int]:
         """The tiles, down and across, that make least of it larger, or most of it smaller."""

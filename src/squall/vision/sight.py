@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from squall.engine.request import CacheScope, Recalled, Span
 from squall.errors import InvalidRequest
 from squall.executors import Adapter, Executor, Limits, Memory
 from squall.program import Program, Site, sites
+from squall.quant import Plan
 from squall.vision import memory
 from squall.vision.family import Family, Processed
 from squall.vision.placing import Placed
@@ -95,18 +97,29 @@ class Sight:
     ) -> None:
         self.family, self._low = families
         self.encoded = 0
-        self._decoder, self._store, (self._program, keys) = decoder, store, programs
+        self._decoder, (self._program, self._key_program) = decoder, programs
         self._turns = any(i.name == "rotary" and i.axes > 1 for i in decoder.program.indices)
         self._indices = self._program.indices
         self._mixtures = [i for i in self._indices if i.name.startswith("mixture")]
-        self._kept = Kept(limit_bytes)
+        self._limit_bytes = limit_bytes
         # One image is read at a time: two that are the same are read once.
-        self._lock = threading.Lock()
-        self._rows = 0
-        self._tower = self._open(LEAST_ROWS)
-        limits = Limits(rows={"image": memory.MOST})
-        pool = decoder.pool
-        self._keys = None if keys is None else executors.open(keys, store, limits, pool=pool)
+        self._lock = threading.RLock()
+        self._use(store, *self._opened(store))
+
+    def replanned(self, plan: Plan) -> Callable[[], None]:
+        """Its weights by another plan; what this gives makes it see with them."""
+        store = self._store.replanned(plan)
+        return partial(self._use, store, *self._opened(store))
+
+    def _opened(self, store: WeightStore) -> tuple[Executor, Executor | None]:
+        keys, limits = self._key_program, Limits(rows={"image": memory.MOST})
+        pool, tower = self._decoder.pool, self._open(store, LEAST_ROWS)
+        return tower, None if keys is None else executors.open(keys, store, limits, pool=pool)
+
+    def _use(self, store: WeightStore, tower: Executor, keys: Executor | None) -> None:
+        with self._lock:
+            self._store, self._tower, self._keys = store, tower, keys
+            self._kept, self._rows = Kept(self._limit_bytes), LEAST_ROWS
 
     def process(self, image: Image, detail: str = "auto") -> Seen:
         """What is to be read of an upright RGB image."""
@@ -143,10 +156,10 @@ class Sight:
             return found
         if self._keys is not None:
             together = b"".join(image.digest for image in images)
-            memory = hashlib.sha256(together).hexdigest()
-            recalled = self._recalled(placed, images, adapters, f"{memory} {scope.adapter}")
-            return found | {"scope": replace(scope, memory=memory), "recalled": recalled}
-        rows = [self._seen(image, adapters, scope.adapter) for image in images]
+            scope = replace(scope, memory=hashlib.sha256(together).hexdigest())
+            recalled = self._recalled(placed, images, adapters, scope)
+            return found | {"scope": scope, "recalled": recalled}
+        rows = [self.rows(image, adapters, scope.adapter) for image in images]
         spans = tuple(
             Span(
                 run.start, run.stop, images[run.image].digest,
@@ -161,25 +174,26 @@ class Sight:
             found["rotary"] = rope_positions(len(placed.ids), placed.runs, grids)
         return found
 
-    def _seen(self, image: Seen, adapters: Adapting, digest: str) -> Floats:
+    def rows(self, image: Seen, adapters: Adapting = (), digest: str = "") -> Floats:
+        """Rows of an image for the decoder, [rows, hidden]. digest: of the adapters."""
         key = image.digest + digest.encode()
         with self._lock:
             return self._kept.get(key, lambda: self._read(image.processed.inputs, adapters))
 
     def _recalled(
-        self, placed: Placed, images: Sequence[Seen], adapters: Adapting, digest: str
+        self, placed: Placed, images: Sequence[Seen], adapters: Adapting, scope: CacheScope
     ) -> Recalled:
         processed = [image.processed for image in images]
         mixture = tuple((adapter.keys, weight) for adapter, weight in adapters)
 
         def remember() -> Memory:
             assert self._keys is not None
-            rows = [self._read(image.inputs, adapters) for image in processed]
+            rows = [self.rows(image, adapters, scope.adapter) for image in images]
             ordered = memory.ordered(list(zip(processed, rows, strict=True)))
             return memory.remember(self._keys, self._decoder, ordered, mixture)
 
         with self._lock:
-            found = self._kept.get(digest.encode(), remember)
+            found = self._kept.get(f"{scope.memory} {scope.adapter}".encode(), remember)
         return Recalled(found, memory.seen(placed.ids, placed.token, processed))
 
     def _read(self, inputs: Mapping[str, NDArray[np.generic]], adapters: Adapting) -> Floats:
@@ -188,19 +202,19 @@ class Sight:
         if most > MOST_ROWS:
             raise InvalidRequest(f"an image has {most} patches; at most {MOST_ROWS} are read")
         if most > self._rows:
-            self._tower = self._open(1 << (most - 1).bit_length())
+            self._rows = 1 << (most - 1).bit_length()
+            self._tower = self._open(self._store, self._rows)
         mixtures = (tuple((one.tower, weight) for one, weight in adapters),) if adapters else ()
         sizes = {i.rows: inputs[i.name].shape[-1] for i in self._indices if i.name in inputs}
         given = {
             i.name: np.full(sizes[i.rows], len(mixtures) - 1, np.int32) for i in self._mixtures
         }
-        (rows,) = self._tower.run({**inputs, **given}, mixtures=mixtures).values()
+        (rows,) = self._tower.run({**inputs, **given}, mixtures=mixtures, patient=True).values()
         rows.flags.writeable = False
         self.encoded += 1
         return rows
 
-    def _open(self, rows: int) -> Executor:
+    def _open(self, store: WeightStore, rows: int) -> Executor:
         """An executor for so many rows of each space; weights are there once."""
-        self._rows = rows
         limits = Limits(rows=dict.fromkeys(self._program.spaces, rows))
-        return executors.open(self._program, self._store, limits, pool=self._decoder.pool)
+        return executors.open(self._program, store, limits, pool=self._decoder.pool)
