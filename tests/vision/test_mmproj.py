@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from mmproj_files import Change, write_mmproj, write_text
+from mmproj_files import write_mmproj, write_text
 from pictures import PICTURES, draw
 from seeing import Seen, Seer, check_answers, check_rows, distance, features, randomize
 from test_qwen_vl import kinds as qwen_kinds
