@@ -104,7 +104,10 @@ SEERS = {
         "MllamaForConditionalGeneration",
         {
             "vision_config": MLLAMA_TOWER, "image_token_index": FIRST + 7,
-            "text_config": TEXT | {"cross_attention_layers": [1], "num_hidden_layers": 3},
+            "text_config": {
+                **TEXT, "cross_attention_layers": [1], "num_hidden_layers": 3,
+                "vocab_size": FIRST + 7,
+            },
         },
         "mllama",
         {"size": {"height": 42, "width": 42}, "max_image_tiles": 4},
@@ -128,7 +131,11 @@ def write_seer(folder: Path, name: str = "llava") -> Path:
     made = SEERS[name]
     torch.manual_seed(11)
     kind = getattr(transformers, made.model)
-    kind(kind.config_class(**made.config)).save_pretrained(folder)
+    model = kind(kind.config_class(**made.config))
+    for weight_name, weight in model.named_parameters():
+        if "gate" in weight_name and weight.numel() == 1:  # which begin closed
+            weight.data.fill_(0.7)
+    model.save_pretrained(folder)
     if name == "phi3v":
         _add_eyes(folder)
     write_tokenizer(folder)
