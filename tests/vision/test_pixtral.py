@@ -179,6 +179,7 @@ def pixtral(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 @pytest.mark.parametrize(
     "top",
     [
+        {"architectures": ["LlavaNextForConditionalGeneration"]},
         {"vision_feature_layer": -2},
         {"vision_feature_layer": [-1, 1]},
         {"vision_feature_select_strategy": "default"},

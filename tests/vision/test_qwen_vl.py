@@ -271,31 +271,29 @@ def test_early_files(
     check_answers(replace(made, recipe=recipe), [[1, draw("text", 40, 30), 6]], drawn=3)
 
 
-INVALID: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
-    ({"embed_dim": 25}, {}, {}),
-    ({"embed_dim": 18}, {}, {}),
-    ({"num_heads": 0}, {}, {}),
-    ({"patch_size": 0}, {}, {}),
-    ({"patch_size": 5}, {}, {}),
-    ({"patch_size": [4, 4]}, {}, {}),
-    ({"temporal_patch_size": 1}, {}, {}),
-    ({"spatial_merge_size": 3}, {}, {}),
-    ({"depth": 10**9}, {}, {}),
-    ({"hidden_size": 41}, {}, {}),
-    ({"mlp_ratio": 2.5}, {}, {}),
-    ({}, {"rope_parameters": ROPE | {"mrope_section": [1, 2, 3]}}, {}),
-    ({}, {"rope_parameters": ROPE | {"mrope_section": [3, 2]}}, {}),
-    ({}, {"rope_parameters": ROPE | {"mrope_section": "x"}}, {}),
-    ({}, {"rope_parameters": ROPE | {"mrope_section": [5, 0, 0]}}, {}),
-    ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}, {}),
+INVALID: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"embed_dim": 25}, {}),
+    ({"embed_dim": 18}, {}),
+    ({"num_heads": 0}, {}),
+    ({"patch_size": 0}, {}),
+    ({"patch_size": 5}, {}),
+    ({"patch_size": [4, 4]}, {}),
+    ({"temporal_patch_size": 1}, {}),
+    ({"spatial_merge_size": 3}, {}),
+    ({"depth": 10**9}, {}),
+    ({"hidden_size": 41}, {}),
+    ({"mlp_ratio": 2.5}, {}),
+    ({}, {"rope_parameters": ROPE | {"mrope_section": [1, 2, 3]}}),
+    ({}, {"rope_parameters": ROPE | {"mrope_section": [3, 2]}}),
+    ({}, {"rope_parameters": ROPE | {"mrope_section": "x"}}),
+    ({}, {"rope_parameters": ROPE | {"mrope_section": [5, 0, 0]}}),
+    ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}),
 ]
 
 
-@pytest.mark.parametrize(("tower", "text", "top"), INVALID, ids=str)
-def test_refused_configs(
-    small: Seen, tower: dict[str, Any], text: dict[str, Any], top: dict[str, Any]
-) -> None:
-    metadata = {"architectures": [OLD], **config(TOWER | tower, **text), **top}
+@pytest.mark.parametrize(("tower", "text"), INVALID, ids=str)
+def test_refused_configs(small: Seen, tower: dict[str, Any], text: dict[str, Any]) -> None:
+    metadata = {"architectures": [OLD], **config(TOWER | tower, **text)}
     with pytest.raises((InvalidCheckpoint, UnsupportedModel)):
         load(replace(small.checkpoint, metadata=metadata))
 
@@ -321,3 +319,20 @@ def test_refused_configs(
 def test_refused_processors(vision: dict[str, Any], processor: dict[str, Any]) -> None:
     with pytest.raises(InvalidCheckpoint, match=r"\w+ is .*; it must be"):
         Qwen.of({"vision_config": vision}, processor, WINDOWS)
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [{"window_size": 0}, {"fullatt_block_indexes": [3]}, {"fullatt_block_indexes": "all"},
+     {"out_hidden_size": 48}, {"intermediate_size": 35}],
+    ids=str,
+)  # fmt: skip
+def test_refused_windows(tower: dict[str, Any], windowed: Seen) -> None:
+    metadata = {"architectures": [NEW], **config(WINDOWED | tower)}
+    with pytest.raises(InvalidCheckpoint):
+        load(replace(windowed.checkpoint, metadata=metadata))
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return build(next(c for c in CASES if c.name == "2.5"), tmp_path_factory.mktemp("windowed"))
