@@ -78,10 +78,10 @@ def _connector(connector: Connector) -> Shapes:
 
 def _perceiver(p: Perceiver) -> Shapes:
     shapes = {"latents.weight": (p.latents, p.hidden)} | _layers(p.layers, p.hidden)
-    shapes |= _linear("mlp.gate", p.mlp.width, p.tower) | _linear("mlp.up", p.mlp.width, p.tower)
+    shapes |= _mlp("mlp", p.mlp, p.tower, p.hidden) | _norm("norm", p.norm, p.hidden)
     for index, layer in enumerate(p.layers):
         shapes |= _norm(f"layers.{index}.attention.context_norm", layer.norm, p.hidden)
-    return shapes | _linear("mlp.down", p.hidden, p.mlp.width) | _norm("norm", p.norm, p.hidden)
+    return shapes
 
 
 def _layers(layers: Sequence[Layer], hidden: int, name: str = "layers") -> Shapes:
@@ -130,12 +130,16 @@ def _attention(kind: str, a: Attention, hidden: int) -> Shapes:
     return shapes | _linear(f"{kind}.out", hidden, q, bias=a.out_bias)
 
 
+def _mlp(role: str, f: Mlp, cols: int, rows: int) -> Shapes:
+    gate = _linear(f"{role}.gate", f.width, cols, bias=f.bias) if f.gated else {}
+    up = _linear(f"{role}.up", f.width, cols, bias=f.bias)
+    return gate | up | _linear(f"{role}.down", rows, f.width, bias=f.bias)
+
+
 def _feed_forward(f: Mlp | Moe, hidden: int) -> Shapes:
     match f:
-        case Mlp(width=width, gated=gated, bias=bias):
-            gate = _linear("feed_forward.gate", width, hidden, bias=bias) if gated else {}
-            up = _linear("feed_forward.up", width, hidden, bias=bias)
-            return gate | up | _linear("feed_forward.down", hidden, width, bias=bias)
+        case Mlp():
+            return _mlp("feed_forward", f, hidden, hidden)
         case Moe(experts=experts, width=width):
             return {
                 "feed_forward.router.weight": (experts, hidden),

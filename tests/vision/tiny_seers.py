@@ -138,7 +138,7 @@ def write_seer(folder: Path, name: str = "llava") -> Path:
     model.save_pretrained(folder)
     if name == "phi3v":
         _add_eyes(folder)
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(made.images))
     template = (TEMPLATES / f"{made.template}.jinja").read_text()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
@@ -170,7 +170,8 @@ def _add_eyes(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | PHI3V))
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Of bytes, and the special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
