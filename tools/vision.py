@@ -17,7 +17,7 @@ BEGIN, END = "<!-- families -->\n", "<!-- end of families -->\n"
 # What "low" means, by a field that a family has.
 LOW = {
     "split": "not split", "pinpoints": "the fewest tiles", "crops": "one crop",
-    "max_edge": "an edge of 512",
+    "max_edge": "an edge of 512", "most": "an edge of 512",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from squall.vision.axial import axial_rows
 from squall.vision.family import Processed
-from squall.vision.pixels import Scale, count, resample, shrunk
+from squall.vision.pixels import MOST_EDGE, Scale, count, resample
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,6 @@ class Pixtral:
     token: str = "[IMG]"
     line: str = "[IMG_BREAK]"
     end: str = "[IMG_END]"
-    max_edge: int | None = None
     mutual: bool = False
     cost: str = (
         "one token for each 16 x 16 pixels, of Mistral 3 for each 28 x 28, and one for each line"
@@ -41,17 +40,14 @@ class Pixtral:
         size = processor.get("size") or {"longest_edge": 1024}
         if size.get("longest_edge"):
             size = dict.fromkeys(("height", "width"), size["longest_edge"])
-        height, width = (count(size, key, high=1 << 14) for key in ("height", "width"))
+        edge = processor.get("max_edge") or MOST_EDGE
+        height, width = (min(count(size, key, high=MOST_EDGE), edge) for key in ("height", "width"))
         merge = count(config, "spatial_merge_size", merge, high=16)
         patch = count(config["vision_config"], "patch_size", 16, high=1 << 10)
-        return cls(
-            Scale.of(processor), resample(processor), (height, width), patch, merge,
-            max_edge=processor.get("max_edge"),
-        )  # fmt: skip
+        return cls(Scale.of(processor), resample(processor), (height, width), patch, merge)
 
     def process(self, image: Image.Image) -> Processed:
         """The whole picture, made smaller where it is too large."""
-        image = shrunk(image, self.max_edge)
         most, side = self.most, self.patch * self.merge
         by = max(image.height / most[0], image.width / most[1], 1.0)
         lines, columns = (max(-(-int(n / by) // side), 1) for n in (image.height, image.width))
