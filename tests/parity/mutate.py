@@ -23,7 +23,6 @@ PRESENT: dict[str, Any] = {
     "pre_norm": Norm("layer", 0.01, bias=True),
     "norm": Norm("layer", 0.01, bias=True),
     "activation": "relu",
-    "tiles": Tiles(2, 4, (0.5, 0.5, 0.5), (), ()),
     "rope": Rope(10000.0, 32),
     "tiles": Tiles(2, 1, (0.5, 0.5, 0.5), (), (0,)),
 }

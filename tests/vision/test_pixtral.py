@@ -128,7 +128,7 @@ def test_pixels(merge: int, patch: int, processor: dict[str, Any]) -> None:
         mine = family.process(image)
         by = max(image.height / family.most[0], image.width / family.most[1], 1)
         if min(image.size) < by:  # no pixel would be left of the shorter side
-            with pytest.raises(ValueError, match="(height|width)=0"):
+            with pytest.raises(ValueError, match=r"(height|width)=0"):
                 pil(images=[image], return_tensors="np")
             return given(mine)
         found = pil(images=[image], return_tensors="np")
@@ -163,6 +163,13 @@ def test_nothing_is_too_thin() -> None:
     assert found.rows == 4
 
 
+def test_a_longest_edge() -> None:
+    found = Pixtral.of({"vision_config": {}}, {"max_edge": 64}).process(draw("text", 400, 200))
+    assert found.rows == 4 * 2
+    found = Pixtral.of({"vision_config": {}}, {"max_edge": 9999}).process(draw("text", 1040, 65))
+    assert found.rows == 64 * 4
+
+
 @pytest.fixture(scope="module")
 def pixtral(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return build(next(c for c in CASES if c.name == "pixtral"), tmp_path_factory.mktemp("small"))
@@ -192,12 +199,28 @@ def test_refused_configs(pixtral: Seen, top: dict[str, Any]) -> None:
         load(replace(pixtral.checkpoint, metadata=metadata))
 
 
-def test_theta_stands_beside_the_tower(pixtral: Seen) -> None:
-    """As in the first files."""
-    tower = {k: v for k, v in TOWER.items() if k != "rope_parameters"} | {"rope_theta": 50.0}
-    metadata = {**pixtral.checkpoint.metadata, "vision_config": tower}
-    found = load(replace(pixtral.checkpoint, metadata=metadata))
-    assert found.parts == pixtral.recipe.parts
+@pytest.mark.parametrize("name", ["mistral3", "pixtral"])
+def test_the_keys_of_published_files(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = next(c for c in CASES if c.name == name)
+    seen = build(case, tmp_path)
+    tower = {k: v for k, v in TOWER.items() if k != "rope_parameters"}
+    tower |= {"rope_theta": 50.0, "head_dim": 8, "attention_dropout": 0.0, "num_channels": 3}
+    text = {**INNER, "rms_norm_eps": 0.01, "use_cache": True, "head_dim": 10}
+    metadata = {
+        "architectures": [case.model], "model_type": "mistral3" if name == "mistral3" else "llava",
+        "image_token_index": 80, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
+        "text_config": text, "vision_config": tower, "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+    } | (
+        {"multimodal_projector_bias": False, "spatial_merge_size": 2} if name == "mistral3"
+        else {"vision_feature_select_strategy": "full", "image_seq_length": 1, "ignore_index": -100}
+    )  # fmt: skip
+    caplog.clear()
+    found = load(replace(seen.checkpoint, metadata=metadata))
+    assert found.parts == seen.recipe.parts
+    assert {r.args for r in caplog.records} <= {("'ignore_index'",)}
 
 
 @pytest.mark.parametrize(

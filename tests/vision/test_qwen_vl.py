@@ -176,7 +176,7 @@ def test_pixels(processor: dict[str, Any]) -> None:
         merge = vision["spatial_merge_size"]
         assert found["image_grid_thw"][0].tolist() == [1, *(n * merge for n in mine.grid or ())]
         assert mine.rows == math.prod(mine.grid or ()) == len(found["pixel_values"]) // merge**2
-        assert mine.text == "<|image_pad|>" * mine.rows
+        assert mine.text == f"<|vision_start|>{'<|image_pad|>' * mine.rows}<|vision_end|>"
         return found["pixel_values"]
 
     same_pixels(family.process, wanted)
@@ -257,13 +257,17 @@ def test_early_files(
     made = build(replace(old, config=inner), tmp_path)
     kind = "qwen2_5_vl" if new else "qwen2_vl"
     tower = (WINDOWED if new else TOWER) | {"model_type": kind, "in_chans": 3}
+    tower |= {"spatial_patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    tower |= {"tokens_per_second": 2} if new else {}
+    more = {"vision_token_id": 84, "torch_dtype": "bfloat16", "transformers_version": "4.41.2"}
     metadata = flat(tower, model_type=kind, architectures=[old.model], tie_word_embeddings=tied)
+    metadata |= more
     caplog.clear()
     recipe = load(replace(made.checkpoint, metadata=metadata))
     assert recipe.parts == made.recipe.parts
     assert recipe.decoder.tied == tied
     told = {name for record in caplog.records for name in str(record.args).split("'")[1::2]}
-    assert told <= {"in_chans"}
+    assert told <= {"in_chans", "spatial_patch_size", "vision_token_id"}
     check_answers(replace(made, recipe=recipe), [[1, draw("text", 40, 30), 6]], drawn=3)
 
 

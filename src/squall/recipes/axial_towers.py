@@ -17,9 +17,7 @@ from squall.spec import Connector, Layer, Mlp, Norm, Rope, Tower
 QWEN_STEMS: Mapping[str, str] = {
     "patches": "patch_embed.proj",
     "attention.norm": "norm1",
-    "attention.q": "attn.q",
-    "attention.k": "attn.k",
-    "attention.v": "attn.v",
+    **{f"attention.{role}": f"attn.{role}" for role in ("q", "k", "v")},
     "attention.out": "attn.proj",
     "feed_forward.norm": "norm2",
 }
@@ -31,18 +29,10 @@ PIXTRAL_STEMS: Mapping[str, str] = {
     "patches": "patch_conv",
     "pre_norm": "ln_pre",
     "attention.norm": "attention_norm",
-    "attention.q": "attention.q_proj",
-    "attention.k": "attention.k_proj",
-    "attention.v": "attention.v_proj",
+    **{f"attention.{role}": f"attention.{role}_proj" for role in ("q", "k", "v")},
     "attention.out": "attention.o_proj",
     "feed_forward.norm": "ffn_norm",
-    "feed_forward.gate": "feed_forward.gate_proj",
-    "feed_forward.up": "feed_forward.up_proj",
-    "feed_forward.down": "feed_forward.down_proj",
-}
-MIXER_STEMS = {
-    "norm": "multi_modal_projector.norm",
-    "mix": "multi_modal_projector.patch_merger.merging_layer",
+    **{f"feed_forward.{role}": f"feed_forward.{role}_proj" for role in ("gate", "up", "down")},
 }
 
 
@@ -114,8 +104,11 @@ def qwen2_5_vl(s: Sections) -> tuple[Part, ...]:
     return qwen(s, v, made, GATED_MLP, "out_hidden_size")
 
 
-def pixtral(s: Sections, *, read: int) -> Part:
-    """The tower alone. read: the layer that is, if config.json does not say."""
+def pixtral(s: Sections, top: ConfigFields, *, read: int, **fields: Any) -> tuple[Part, ...]:
+    """The tower, and LLaVA's connector, which has these fields too.
+
+    read: the layer that is, if config.json does not say.
+    """
     v = s.part("vision_config", "pixtral")
     if s.config.get("vision_feature_layer", read) != -1:
         raise UnsupportedModel("vision_feature_layer of Pixtral's tower must be -1")
@@ -123,39 +116,30 @@ def pixtral(s: Sections, *, read: int) -> Part:
     pixels = v.count("patch_size", high=1 << 10) ** 2 * v.count("num_channels", high=16)
     mlp = parts.mlp(v, config_parts.activation(v), gated=True, bias=False)
     made = layers(v, axial(v, shared=False), mlp, norm, bias=False)
-    v.skip("image_size")
-    v.check_all_read()
-    names = naming(s.before("patch_conv"), PIXTRAL_STEMS, "transformer.layers.{}.")
     spec = Tower(pixels, parts.hidden(v), made, pre_norm=norm)
-    return Part("tower", spec, names, prefix="tower.")
-
-
-def connected(s: Sections, tower: Part, top: ConfigFields, **fields: Any) -> tuple[Part, ...]:
-    """With LLaVA's connector, which has these fields too."""
-    assert isinstance(tower.spec, Tower)
+    names = naming(s.before("patch_conv"), PIXTRAL_STEMS, "transformer.layers.{}.")
     before = s.before("multi_modal_projector.linear_1")
-    made = projector(top, tower.spec.hidden, s.decoder.hidden, before)
-    assert isinstance(made.spec, Connector)
-    stems = {**made.naming.stems, **naming(before, MIXER_STEMS, "").stems}
-    top.skip("vision_feature_layer", "image_token_index")
+    connector = projector(top, spec.hidden, s.decoder.hidden, before)
+    v.skip("image_size")
+    top.skip("vision_feature_layer", "image_token_index", "image_seq_length")
+    v.check_all_read()
     top.check_all_read()
-    spec, names = replace(made.spec, **fields), replace(made.naming, stems=stems)
-    return tower, replace(made, spec=spec, naming=names)
+    tower = Part("tower", spec, names, prefix="tower.")
+    return tower, replace(connector, spec=replace(connector.spec, **fields))
 
 
 @seer("Mistral3ForConditionalGeneration", "mistral3", "mistral")
 def mistral3(s: Sections) -> tuple[Part, ...]:
-    tower, top = pixtral(s, read=-1), s.top("mistral3")
-    merge, norm = top.count("spatial_merge_size", high=16) ** 2, Norm("rms", s.decoder.norm.eps)
-    return connected(s, tower, top, norm=norm, merge=merge, mix=True)
+    top, norm = s.top("mistral3"), Norm("rms", s.decoder.norm.eps)
+    merge = top.count("spatial_merge_size", high=16) ** 2
+    return pixtral(s, top, read=-1, norm=norm, merge=merge, mix=True)
 
 
 def llava(s: Sections) -> tuple[Part, ...]:
-    tower, top = pixtral(s, read=-2), s.top("llava")
+    top = s.top("llava")
     if top.word("vision_feature_select_strategy") != "full":
         raise UnsupportedModel("vision_feature_select_strategy of Pixtral's tower must be full")
-    top.skip("image_seq_length")
-    return connected(s, tower, top)
+    return pixtral(s, top, read=-2)
 
 
 OTHERS["pixtral"] = llava

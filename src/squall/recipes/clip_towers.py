@@ -92,6 +92,8 @@ def projector(top: ConfigFields, tower: int, hidden: int, before: str, newlines:
     bias = top.flag("multimodal_projector_bias", True)
     spec = Connector(tower, (hidden, hidden), act, bias, newlines=newlines)
     stems = {
+        "norm": "multi_modal_projector.norm",
+        "mix": "multi_modal_projector.patch_merger.merging_layer",
         "linear0": "multi_modal_projector.linear_1",
         "linear1": "multi_modal_projector.linear_2",
         "newline": "image_newline",
@@ -102,7 +104,7 @@ def projector(top: ConfigFields, tower: int, hidden: int, before: str, newlines:
 @seer("LlavaForConditionalGeneration", "llava", "llama")
 def llava(s: Sections, architecture: str = "llava", newlines: int = 0) -> tuple[Part, ...]:
     kind = s.kind("vision_config", CLIP)
-    if kind in OTHERS:
+    if kind in OTHERS and not newlines:
         return OTHERS[kind](s)
     if kind not in (CLIP, "siglip_vision_model"):
         known = ", ".join([CLIP, "siglip_vision_model", *OTHERS])

@@ -41,15 +41,15 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
     "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
     "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
-    "SmolVLMForConditionalGeneration": partial(Idefics3.of, kind="smolvlm"),
+    "SmolVLMForConditionalGeneration": Idefics3.of,
 }
 
 
-def _low(processor: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"do_image_splitting": False, "num_crops": 1}
-    if tiles := processor.get("image_grid_pinpoints"):
+def _low(said: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {**said, "do_image_splitting": False, "num_crops": 1}
+    if tiles := said.get("image_grid_pinpoints"):
         found["image_grid_pinpoints"] = [min(tiles, key=math.prod)]
-    return found | {"max_edge": min(LOW_EDGE, processor.get("max_edge", LOW_EDGE))}
+    return found | {"max_edge": min(LOW_EDGE, said.get("max_edge", LOW_EDGE))}
 
 
 def family(
@@ -71,8 +71,10 @@ def family(
     if architecture not in FAMILIES:
         raise UnsupportedModel(f"images of {architecture} are not known")
     processor |= {} if max_edge is None else {"max_edge": max_edge}
-    processor |= _low(processor) if low else {}
+    config = checkpoint.metadata
     try:
+        if low:
+            config, processor = _low(config), _low(processor)
         return FAMILIES[architecture](config, processor)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidCheckpoint(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from squall.vision.axial import axial_rows
 from squall.vision.family import Processed
-from squall.vision.pixels import Scale, count, resample
+from squall.vision.pixels import MOST_EDGE, Scale, count, resample
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,8 @@ class Pixtral:
         size = processor.get("size") or {"longest_edge": 1024}
         if size.get("longest_edge"):
             size = dict.fromkeys(("height", "width"), size["longest_edge"])
-        height, width = (count(size, key, high=1 << 14) for key in ("height", "width"))
+        edge = processor.get("max_edge") or MOST_EDGE
+        height, width = (min(count(size, key, high=MOST_EDGE), edge) for key in ("height", "width"))
         merge = count(config, "spatial_merge_size", merge, high=16)
         patch = count(config["vision_config"], "patch_size", 16, high=1 << 10)
         return cls(Scale.of(processor), resample(processor), (height, width), patch, merge)
