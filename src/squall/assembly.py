@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from squall import convert, decoder, executors, recipes
 from squall.adapters.edits import adaptable
 from squall.adapters.shelf import Shelf
-from squall.checkpoints import UQFF, Checkpoint, open_checkpoint
+from squall.checkpoints import UQFF, Checkpoint, open_checkpoint, open_gguf
 from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.memory import (
@@ -24,12 +24,13 @@ from squall.engine.memory import (
 )
 from squall.engine.request import Request
 from squall.engine.speculation import MOST_GUESSES, Speculation
-from squall.errors import InvalidRequest
+from squall.errors import InvalidRequest, SquallError
 from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_threads, thread_pool
-from squall.locate import locate, locate_uqff
-from squall.opening import Opening
+from squall.locate import find_mmproj, locate, locate_uqff
+from squall.opening import NO_MMPROJ, Opening
 from squall.quant import Plan, Topology
-from squall.recipes import Recipe
+from squall.recipes import Recipe, mmproj
+from squall.recipes.fields import LOG
 from squall.spec import Connector, Tower
 from squall.text.chat import ChatTemplate
 from squall.text.hf_tokenizer import HfTokenizer
@@ -87,7 +88,7 @@ def assemble(opening: Opening) -> Assembly:
         return tokenizer.encode_pieces(prompt.pieces)
 
     executor = _executor(model, opening, room, encode)
-    sight = _sight(model, opening, executor)
+    sight = _sight(model, opening, executor, tokenizer)
     adapters = _shelf(model, opening, sight or executor)
     most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
     if small is not None:
@@ -117,6 +118,7 @@ def prepare(opening: Opening) -> Prepared:
     """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
     checkpoint = open_checkpoint(_locate(opening), gqa=opening.gqa)
     recipe = recipes.load(checkpoint, opening.architecture)
+    checkpoint, recipe = _seeing(checkpoint, recipe, opening)
     topology = opening.topology
     if isinstance(topology, str | os.PathLike):
         topology = Topology.from_file(Path(topology))
@@ -125,9 +127,41 @@ def prepare(opening: Opening) -> Prepared:
     return checkpoint, recipe, plan
 
 
+def _seeing(checkpoint: Checkpoint, recipe: Recipe, opening: Opening) -> tuple[Checkpoint, Recipe]:
+    """A GGUF model with the tower of an mmproj file, where one is named, or one beside it fits."""
+    text, asked = checkpoint.path, opening.mmproj is not None
+    gguf = checkpoint.kind == "gguf" and text.suffix == ".gguf"
+    if opening.mmproj == NO_MMPROJ or not (gguf or asked):
+        return checkpoint, recipe
+    if not gguf:
+        raise InvalidRequest(f"mmproj is for GGUF models, and {text} is none")
+    files = find_mmproj(text, opening.mmproj, opening.hub, opening.progress)
+    fitting = [found for path in files if (found := _with_tower(recipe, path, asked=asked))]
+    if len(fitting) > 1:
+        names = ", ".join(file.path.name for file, _ in fitting)
+        raise InvalidRequest(f"several mmproj files fit {text.name}; name one as mmproj: {names}")
+    if not fitting:
+        return checkpoint, recipe
+    file, recipe = fitting[0]
+    size = checkpoint.size_bytes + file.size_bytes
+    return replace(checkpoint, beside={mmproj.SOURCE: file}, size_bytes=size), recipe
+
+
+def _with_tower(recipe: Recipe, path: Path, *, asked: bool) -> tuple[Checkpoint, Recipe] | None:
+    """An mmproj file, and the model with it; None where it was not asked for and does not fit."""
+    try:
+        file = mmproj.opened(open_gguf(path))
+        return file, recipes.seeing(recipe, file)
+    except SquallError as error:
+        if asked:
+            raise
+        LOG.warning("%s is left out: %s", path.name, error)
+        return None
+
+
 def _prepared_draft(opening: Opening, tokenizer: Tokenizer) -> Prepared:
     """What opening a draft model begins with; raises InvalidRequest for another vocabulary."""
-    prepared = prepare(opening)
+    prepared = prepare(replace(opening, mmproj=NO_MMPROJ))
     found = open_tokenizer(prepared[0], opening.tokenizer_json)
     if (id_ := tokenizer.differs(found)) is not None:
         raise InvalidRequest(
@@ -203,16 +237,22 @@ def _executor(
     return executors.open(program, store(**_merged(model, opening)), limits, **given)
 
 
-def _sight(model: Prepared, opening: Opening, executor: Executor) -> Sight | None:
+def _sight(
+    model: Prepared, opening: Opening, executor: Executor, tokenizer: Tokenizer
+) -> Sight | None:
     """What a model with a tower sees with."""
     checkpoint, recipe, plan = model
     if not recipe.sees:
         return None
     from squall.vision import families, tower
+    from squall.vision.placing import stand_in
     from squall.vision.sight import Sight
 
     given = recipe.architecture, checkpoint, opening.max_edge
     both = families.family(*given), families.family(*given, low=True)
+    if checkpoint.beside:
+        shown = f"{checkpoint.metadata.get('tokenizer.chat_template')}{opening.chat_template}"
+        both = stand_in(both[0], tokenizer, shown), stand_in(both[1], tokenizer, shown)
     seeing, connector = recipe.part("tower").spec, recipe.part("connector").spec
     names = recipe.all_names
     program = adaptable(tower.compile(cast(Tower, seeing), cast(Connector, connector), names))
@@ -293,7 +333,8 @@ def _locate(opening: Opening) -> Path:
     if name is not None and (path is None or Path(path).expanduser().is_dir()):
         return locate_uqff(Path(path or "").expanduser(), name)
     judge = partial(recipes.judge, architecture=opening.architecture)
-    found = locate(path, opening.hub, opening.progress, judge)
+    seen = opening.mmproj is None
+    found = locate(path, opening.hub, opening.progress, judge, mmproj=seen)
     return found if name is None else locate_uqff(found, name)
 
 

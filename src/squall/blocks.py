@@ -25,7 +25,7 @@ from squall.program import (
     Value,
     Vector,
 )
-from squall.roles import HAS_POST_NORM, HAS_PRE_NORM, Shapes
+from squall.roles import ATTENTION, HAS_POST_NORM, HAS_PRE_NORM, Shapes
 from squall.spec import Activation, Attention, Layer, Mlp, Moe, Norm, Rope
 
 
@@ -67,7 +67,8 @@ class Blocks:
         chosen: Callable[[Value], Value] = lambda value: value,
     ) -> Value:
         """One block; see `spec.Layer` for the wirings. chosen: rows that go on after attention."""
-        first, second, norm = f"{name}.attention", f"{name}.feed_forward", layer.norm
+        recalls, norm = layer.attention.recalls, layer.norm
+        first, second = f"{name}.{ATTENTION[recalls]}", f"{name}.feed_forward"
         pre, post = HAS_PRE_NORM[layer.wiring], HAS_POST_NORM[layer.wiring]
         scales = [self.residual_scale * gate for gate in layer.gates]
         h = self.norm(x, f"{first}.norm", norm) if pre else x
@@ -84,9 +85,9 @@ class Blocks:
         if post:
             out = self.feed_forward(h, second, second, layer.feed_forward)
             return self.add_normed(x, out, second, norm, name, scales[1])
-        last = f"{second}.out" if layer.attention.recalls else name
+        last = f"{second}.out" if recalls else name
         y = self.feed_forward(h, second, last, layer.feed_forward, residual=x, scale=scales[1])
-        if not layer.attention.recalls:
+        if not recalls:
             return y
         told = Index("told" if y.rows == "tokens" else f"told.{y.rows}", y.rows)
         return self.builder.emit(Overlay(self.builder.value(name, y.width, y.rows), x, y, told))

@@ -46,7 +46,7 @@ def compile_memory(decoder: Decoder, names: Names) -> Program:
     b = Blocks(names, roles(decoder), Index("rotary", "image"))
     image = b.builder.value("image", decoder.hidden, "image")
     layers = [(i, layer.attention) for i, layer in enumerate(decoder.layers)]
-    made = [b.heads(f"layers.{i}.attention", a, k=image, v=image) for i, a in layers if a.recalls]
+    made = [b.heads(f"layers.{i}.recall", a, k=image, v=image) for i, a in layers if a.recalls]
     return b.builder.build(*(value for pair in made for value in pair), inputs=[image])
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from squall.checkpoints import UQFF
-from squall.checkpoints.hub import Hub, Judge, Progress, folder_weights, is_id
+from squall.checkpoints.hub import Hub, Judge, Progress, folder_weights, is_id, is_mmproj
 from squall.errors import ModelNotFound
 
 _ENDINGS = (".gguf", ".ggml", ".uqff", ".safetensors")
@@ -21,13 +21,15 @@ def locate(
     hub: Hub | None = None,
     progress: Progress | None = None,
     judge: Judge | None = None,
+    *,
+    mmproj: bool = True,
 ) -> Path:
     """What to open: a GGUF file, of a split one the first part, or a folder with config.json.
 
     Of a folder that has both kinds, its safetensors or PyTorch weights, as of a model of the hub.
 
     What is here wins over a model of the hub, which is `owner/name` or `owner/name:file`; `judge`
-    may refuse one before it is downloaded.
+    may refuse one before it is downloaded. mmproj: of GGUF models there the towers, too.
     """
     if path is None:
         # Imported here because importlib.metadata is slow, and needed for the default model only.
@@ -44,7 +46,7 @@ def locate(
             f"{str(path)!r} does not exist; name a GGUF file, the folder of a model, or a model of "
             "the hub as owner/name or owner/name:file"
         )
-    fetched = (hub or Hub()).fetch(str(path), progress, judge)
+    fetched = (hub or Hub()).fetch(str(path), progress, judge, mmproj=mmproj)
     return _in_folder(fetched) if fetched.is_dir() else fetched
 
 
@@ -62,6 +64,7 @@ def looks_like_model(word: str) -> bool:
 def _in_folder(folder: Path) -> Path:
     names = [file.name for file in folder.iterdir()]
     found = sorted(folder / name for name in names if name.endswith(".gguf"))
+    found = [file for file in found if not is_mmproj(file.name)] or found
     models = [
         file for file in found if (part := _PART.search(file.name)) is None or part[1] == "00001"
     ]
@@ -80,6 +83,17 @@ def _in_folder(folder: Path) -> Path:
         choice = ", ".join(file.name for file in models)
         raise ModelNotFound(f"{folder} has {len(models)} models; name one of them: {choice}")
     return models[0]
+
+
+def find_mmproj(
+    text: Path, wanted: str | os.PathLike[str] | None, hub: Hub | None, progress: Progress | None
+) -> list[Path]:
+    """The towers for a GGUF model: the file that is named, or those beside it."""
+    if wanted is not None:
+        return [locate(wanted, hub, progress)]
+    if is_mmproj(text.name):
+        return []
+    return sorted(file for file in text.parent.glob("*.gguf") if is_mmproj(file.name))
 
 
 def locate_uqff(path: Path, name: str | os.PathLike[str]) -> Path:

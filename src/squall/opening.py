@@ -23,6 +23,7 @@ Path = str | os.PathLike[str]
 Weights = Literal["packed", "f32"]
 KvDtype = Literal["f16", "f32", "q8_0"]
 
+NO_MMPROJ = "none"
 _CHOICES = {"weights": get_args(Weights), "kv_dtype": get_args(KvDtype)}
 _KINDS = {
     (
@@ -30,7 +31,7 @@ _KINDS = {
         "a whole number",
     ): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge image_bytes",
     (str, "text"): "architecture chat_template",
-    (str | os.PathLike, "a path"): "path tokenizer_json write_uqff from_uqff",
+    (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff",
 }
 # Named, as their modules are slow to import; who has such an object has its module too.
 _CLASSES = {
@@ -76,6 +77,8 @@ class Opening:
     architecture: such as "mistral", in place of what a folder's config.json says.
     hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
     tokenizer_json: a file to use in place of the model's own tokenizer.
+    mmproj: the GGUF file of the tower that a GGUF model sees with; by default the one beside it
+        that fits it. "none": it is to see nothing.
     chat_template: in place of the model's own: a name, a .jinja or .json file, or Jinja.
     gqa: query heads to a KV head, which files from before GGUF do not say.
     write_uqff: write the quantized weights to this new UQFF file, and open that.
@@ -111,6 +114,7 @@ class Opening:
     architecture: str | None = None
     hub: Hub | None = None
     tokenizer_json: Path | None = None
+    mmproj: Path | None = None
     chat_template: str | None = None
     gqa: int = 1
     write_uqff: Path | None = None

@@ -15,6 +15,8 @@ Network = Decoder | Tower | Connector | Perceiver
 Shapes = dict[str, tuple[int, ...]]
 
 HAS_PRE_NORM = {"pre": True, "sandwich": True, "post": False, "parallel": True}
+# By whether it recalls.
+ATTENTION = {False: "attention", True: "recall"}
 HAS_POST_NORM = {"pre": False, "sandwich": True, "post": True, "parallel": False}
 
 
@@ -53,7 +55,7 @@ def _tower(tower: Tower) -> Shapes:
     if (tiles := tower.tiles) is not None:
         rows = {"before": tiles.most, "places": tiles.most * tower.positions, "after": tiles.most}
         shapes |= {
-            f"tiles.{role}.weight": (tiles.shapes, count, tower.hidden)
+            f"tiles.{role}.positions.weight": (tiles.shapes, count, tower.hidden)
             for role, count in rows.items()
         }
         shapes |= _layers(tiles.late, tower.hidden, "late")
@@ -76,10 +78,10 @@ def _connector(connector: Connector) -> Shapes:
 
 def _perceiver(p: Perceiver) -> Shapes:
     shapes = {"latents.weight": (p.latents, p.hidden)} | _layers(p.layers, p.hidden)
-    shapes |= _linear("mlp.gate", p.mlp.width, p.tower) | _linear("mlp.up", p.mlp.width, p.tower)
+    shapes |= _mlp("mlp", p.mlp, p.tower, p.hidden) | _norm("norm", p.norm, p.hidden)
     for index, layer in enumerate(p.layers):
         shapes |= _norm(f"layers.{index}.attention.context_norm", layer.norm, p.hidden)
-    return shapes | _linear("mlp.down", p.hidden, p.mlp.width) | _norm("norm", p.norm, p.hidden)
+    return shapes
 
 
 def _layers(layers: Sequence[Layer], hidden: int, name: str = "layers") -> Shapes:
@@ -102,11 +104,12 @@ def _norm(role: str, norm: Norm, size: int) -> Shapes:
 
 def _layer(layer: Layer, hidden: int) -> Shapes:
     shapes: Shapes = {}
+    kind = ATTENTION[layer.attention.recalls]
     if HAS_PRE_NORM[layer.wiring]:
-        shapes |= _norm("attention.norm", layer.norm, hidden)
-    shapes |= _attention(layer.attention, hidden)
+        shapes |= _norm(f"{kind}.norm", layer.norm, hidden)
+    shapes |= _attention(kind, layer.attention, hidden)
     if HAS_POST_NORM[layer.wiring]:
-        shapes |= _norm("attention.post_norm", layer.norm, hidden)
+        shapes |= _norm(f"{kind}.post_norm", layer.norm, hidden)
     if HAS_PRE_NORM[layer.wiring] and layer.wiring != "parallel":
         shapes |= _norm("feed_forward.norm", layer.norm, hidden)
     shapes |= _feed_forward(layer.feed_forward, hidden)
@@ -115,24 +118,28 @@ def _layer(layer: Layer, hidden: int) -> Shapes:
     return shapes
 
 
-def _attention(a: Attention, hidden: int) -> Shapes:
+def _attention(kind: str, a: Attention, hidden: int) -> Shapes:
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    shapes = _linear("attention.q", q, hidden, bias=a.qkv_bias)
-    shapes |= _linear("attention.k", kv, hidden, bias=a.qkv_bias)
-    shapes |= _linear("attention.v", kv, hidden, bias=a.qkv_bias)
+    shapes = _linear(f"{kind}.q", q, hidden, bias=a.qkv_bias)
+    shapes |= _linear(f"{kind}.k", kv, hidden, bias=a.qkv_bias)
+    shapes |= _linear(f"{kind}.v", kv, hidden, bias=a.qkv_bias)
     if a.qk_norm is not None:
         shared = a.qk_norm_scope == "head"
-        shapes |= _norm("attention.q_norm", a.qk_norm, a.head_dim if shared else q)
-        shapes |= _norm("attention.k_norm", a.qk_norm, a.head_dim if shared else kv)
-    return shapes | _linear("attention.out", hidden, q, bias=a.out_bias)
+        shapes |= _norm(f"{kind}.q_norm", a.qk_norm, a.head_dim if shared else q)
+        shapes |= _norm(f"{kind}.k_norm", a.qk_norm, a.head_dim if shared else kv)
+    return shapes | _linear(f"{kind}.out", hidden, q, bias=a.out_bias)
+
+
+def _mlp(role: str, f: Mlp, cols: int, rows: int) -> Shapes:
+    gate = _linear(f"{role}.gate", f.width, cols, bias=f.bias) if f.gated else {}
+    up = _linear(f"{role}.up", f.width, cols, bias=f.bias)
+    return gate | up | _linear(f"{role}.down", rows, f.width, bias=f.bias)
 
 
 def _feed_forward(f: Mlp | Moe, hidden: int) -> Shapes:
     match f:
-        case Mlp(width=width, gated=gated, bias=bias):
-            gate = _linear("feed_forward.gate", width, hidden, bias=bias) if gated else {}
-            up = _linear("feed_forward.up", width, hidden, bias=bias)
-            return gate | up | _linear("feed_forward.down", hidden, width, bias=bias)
+        case Mlp():
+            return _mlp("feed_forward", f, hidden, hidden)
         case Moe(experts=experts, width=width):
             return {
                 "feed_forward.router.weight": (experts, hidden),

@@ -88,7 +88,7 @@ class WeightStore:
     ) -> None:
         self.plan = plan or Plan()
         self.exact = exact
-        self.checkpoints = {"": checkpoint, **others}
+        self.checkpoints = {"": checkpoint, **checkpoint.beside, **others}
         self.merged, self.vectors = merged, vectors
         self.layouts: dict[type, object] = {}
         self._changed = {role for role, _ in merged}

@@ -189,7 +189,6 @@ def test_arguments_not_there_yet(model: Model, argument: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     "which",
     [
-        Which.VisionPlain("a", squall.VisionArchitecture.Phi3V),
         Which.DiffusionPlain("a", squall.DiffusionArchitecture.Flux),
     ],
     ids=lambda which: type(which).__name__,

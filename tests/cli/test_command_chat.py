@@ -102,14 +102,14 @@ PROMPT, ANSWER = "\x1b[?2004h", "\x1b[?2004l"
 
 
 class Terminal:
-    """`squall run` on a pseudo-terminal."""
+    """`squall run`, or another command, on a pseudo-terminal."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *command: str) -> None:
         self.output = ""
         master, slave = pty.openpty()
         self._master = master
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "squall", *OPTIONS],
+            [sys.executable, "-m", "squall", *(command or OPTIONS)],
             stdin=slave,
             stdout=slave,
             stderr=slave,

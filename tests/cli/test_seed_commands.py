@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pictures import draw
 from tiny_models import TEMPLATE, write_adapter, write_folder, write_gguf, write_xlora
+from tiny_seers import write_seer
 from typer.testing import CliRunner, Result
 
 from squall.cli.serve import server
@@ -28,6 +30,8 @@ ZEPHYR, ORDER = "HuggingFaceH4/zephyr-7b-beta", "orderings/xlora-paper-ordering.
 ZEPHYR_GGUF = "-m TheBloke/zephyr-7B-beta-GGUF -f zephyr-7b-beta.Q5_0.gguf"
 PHI3, PHI_MOE = "microsoft/Phi-3.5-mini-instruct", "microsoft/Phi-3.5-MoE-instruct"
 GGUF = "-m bartowski/Phi-3.5-mini-instruct-GGUF -f Phi-3.5-mini-instruct-Q4_K_M.gguf"
+LLAMA = "lamm-mit/Cephalo-Llama-3.2-11B-Vision-Instruct-128k"
+PHI3V, QWEN = "microsoft/Phi-3.5-vision-instruct", "Qwen/Qwen2-VL-2B-Instruct"
 CHATS = [
     f"-i plain -m {PHI3} -a phi3",
     f"-i plain -m {PHI_MOE} -a phi3.5moe",
@@ -39,6 +43,11 @@ CHATS = [
     f"-i plain -m {PHI3} -a phi3 --topology topologies/isq.yml",
     f"-i --isq HQQ8 plain -m {PHI_MOE} -o moqe",
     f"--isq Q4K -s 5 -i plain -m {PHI3} -w phi3.5-mini-instruct-q4k.uqff",
+    f"-i vision-plain -m {LLAMA} -a vllama",
+    f"-i vision-plain -m {PHI3V} -a phi3v -d f32",
+    f"-i --isq Q4K vision-plain -m {LLAMA} -a vllama",
+    f"-i vision-plain -m {QWEN} -a qwen2vl --max-edge 500",
+    "-i toml -f toml-selectors/vision.toml",
     "-i toml -f toml-selectors/plain.toml",
     "-i toml -f toml-selectors/anymoe_lora.toml",
     "-i toml -f toml-selectors/lora.toml",
@@ -55,6 +64,8 @@ SERVERS = [
     "-m TheBloke/zephyr-7B-beta-GGUF -f zephyr-7b-beta.Q5_0.gguf",
     f"--port 1234 --throughput --max-seqs 2 --no-kv-cache --prefix-cache-n 0 plain -m {PHI3}",
     f"--port 1234 --pa-ctxt-len 512 --pa-blk-size 32 --no-paged-attn -n 0 plain -m {PHI3}",
+    f"--port 1234 vision-plain -m {PHI3V} -a phi3v",
+    f"--port 1234 vision-plain -e 300 -m {QWEN} -a qwen2vl",
     f"--port 1234 x-lora -o {ORDER} -x lamm-mit/x-lora",
     f"--port 1234 x-lora -o {ORDER} -x lamm-mit/x-lora -m {ZEPHYR} -a mistral "
     "--tgt-non-granular-index 2",
@@ -64,8 +75,6 @@ SERVERS = [
     f"--port 1234 lora-gguf -o {ORDER} {ZEPHYR_GGUF} -a lamm-mit/x-lora",
 ]
 NOT_YET = {
-    "-i vision-plain -m lamm-mit/Cephalo-Llama-3.2-11B-Vision-Instruct-128k -a vllama": "vision",
-    "--port 1234 vision-plain -m microsoft/Phi-3.5-vision-instruct -a phi3v": "vision models",
     "--port 1234 diffusion-plain -m black-forest-labs/FLUX.1-schnell -a flux": "diffusion models",
     "-i diffusion-plain -m black-forest-labs/FLUX.1-schnell -a flux": "diffusion models",
 }
@@ -81,6 +90,12 @@ FILES = {
         [model]
         model_id = "{PHI3}"
         arch = "phi3"
+        """,
+    "toml-selectors/vision.toml": f"""
+        [model]
+        model_id = "{QWEN}"
+        arch = "qwen2vl"
+        max_edge = 500
         """,
     "toml-selectors/lora.toml": """
         [model]
@@ -117,6 +132,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     phi3 = write_folder(root / PHI3, "Phi3ForCausalLM")
     (root / "microsoft/Phi-3-mini-128k-instruct").symlink_to(phi3)
     write_folder(root / PHI_MOE, "PhimoeForCausalLM", num_local_experts=4)
+    for name, model in {"vllama": LLAMA, "phi3v": PHI3V, "qwen2vl": QWEN}.items():
+        write_seer(root / model, name)
+    draw("text", 80, 60).save(root / "picture.png")
     zephyr = write_folder(root / ZEPHYR, "MistralForCausalLM")
     (root / "here").symlink_to(zephyr)
     name = "Phi-3.5-mini-instruct-Q4_K_M.gguf"
@@ -160,7 +178,9 @@ def answers(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict
 
 
 def invoke(command: str) -> Result:
-    return CliRunner().invoke(server, shlex.split(command), input="Hi\n\\exit\n")
+    sees = "vision" in command
+    said = "\\image picture.png What is shown here?\nAnd where?\n" if sees else "Hi\n"
+    return CliRunner().invoke(server, shlex.split(command), input=f"{said}\\exit\n")
 
 
 @pytest.mark.parametrize("command", CHATS)
@@ -169,6 +189,7 @@ def test_chats(command: str) -> None:
     done = invoke(command)
     assert done.exit_code == 0, (done.output, done.exception)
     assert "answer tokens" in done.stderr
+    assert ("[image 1: picture.png, 80 x 60, " in done.stderr) == ("vision" in command)
     if "-w" in command:
         made = Path("phi3.5-mini-instruct-q4k.uqff")
         assert made.is_file()

@@ -51,7 +51,12 @@ def convert(
     writer = gguf.GGUFWriter(path, architecture)
     _metadata(writer, architecture, config)
     for key, value in (extra or {}).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add: dict[type, Any] = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            list: writer.add_array,
+        }
         add[type(value)](f"{architecture}.{key}", value)
     tensors = dict(_tensors(model, architecture, single_experts=single_experts))
     if fuse_qkv:
@@ -144,7 +149,7 @@ def _tensors(
     names = [*NAMES, (POST_NORM, rf"blk.\1.{post}")]
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     for name, value in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and getattr(config, "tie_word_embeddings", False):
             continue
         if match := EXPERTS.fullmatch(name):
             yield from _experts(match, value, single=single_experts)

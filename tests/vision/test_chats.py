@@ -14,7 +14,11 @@ import torch
 import transformers
 from pictures import draw
 from PIL import Image
-from tiny_seers import SEERS, write_seer
+from tiny_seers import FIRST, SEERS, write_seer
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
 
 from squall import ContextLengthExceeded, InvalidRequest, Model
 from squall.api.jobs import chat_ids, start_chat
@@ -22,7 +26,10 @@ from squall.api.requests import ChatCompletionRequest
 
 CAT, DOG = draw("text", 60, 40), draw("gradient", 90, 140)
 EXACT: dict[str, Any] = {"weights": "f32", "kv_dtype": "f32", "threads": 2}
-PIL = {"llava": "LlavaImageProcessorPil", "qwen2vl": "Qwen2VLImageProcessorPil"}
+PIL = {
+    "llava": "Llava", "qwen2vl": "Qwen2VL", "llava_next": "LlavaNext", "idefics2": "Idefics2",
+    "vllama": "Mllama",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=SEERS)
@@ -65,10 +72,17 @@ def theirs(folder: Path, ids: list[int], pictures: list[Image.Image]) -> tuple[i
     name = folder.name
     kind = getattr(transformers, SEERS[name].model)
     model = kind.from_pretrained(folder, dtype=torch.float32)
-    processor = getattr(transformers, PIL[name])(**SEERS[name].images)
-    given: dict[str, Any] = dict(processor(pictures, return_tensors="pt")) if pictures else {}
+    processor = getattr(transformers, f"{PIL[name]}ImageProcessorPil")(**SEERS[name].images)
+    nested: Any = [pictures] if name in ("idefics2", "vllama") else pictures
+    given: dict[str, Any] = dict(processor(nested, return_tensors="pt")) if pictures else {}
+    given["attention_mask"] = torch.ones(1, len(ids), dtype=torch.long)
     if name == "qwen2vl":
         given["mm_token_type_ids"] = torch.tensor([[int(i == 262) for i in ids]])
+    if name == "vllama" and pictures:
+        seen = get_cross_attention_token_mask(ids, FIRST + 7)
+        tiles = given.pop("num_tiles")
+        mask = convert_sparse_cross_attention_mask_to_dense([seen], tiles, 4, len(ids))
+        given["cross_attention_mask"] = torch.tensor(mask)
     asked = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 299, "pad_token_id": 0}
     with torch.no_grad():
         found = model.generate(input_ids=torch.tensor([ids]), **given, **asked)
@@ -83,7 +97,7 @@ def test_answers_of_transformers(model: Model, folder: Path) -> None:
         [user(image(DOG), text("a")), answer, user(text("b"), image(CAT))],
         [user(text("Hi"))],
     ]
-    for chat in chats:
+    for chat in chats if folder.name in PIL else ():  # transformers has no Phi 3 Vision
         ids = model.encode_chat(chat)
         pictures = [part["image"] for m in chat for part in m["content"] if "image" in part]
         assert ask(model, *chat, ignore_eos=True) == theirs(folder, ids, pictures)

@@ -63,7 +63,15 @@ def case(name: str, tokens: int, **processor: Any) -> Seer:
     )  # fmt: skip
 
 
-CASES = [case("gemma3", 4), case("gemma3-scan", 4, **SCAN), case("gemma3-single", 1)]
+def newer(name: str) -> str:
+    """As some versions of transformers save it; others as it was published."""
+    return "model." + name.replace("language_model.model.", "language_model.")
+
+
+CASES = [
+    case("gemma3", 4), case("gemma3-scan", 4, **SCAN), case("gemma3-single", 1),
+    replace(case("gemma3-newer", 4), rename=newer),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -136,16 +144,14 @@ def test_published_processor(more: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("processor", "says"),
     [
-        ({"size": {"height": 28, "width": 27}}, "28 x 27"),
-        ({"size": {"height": 10**9, "width": 28}}, r"size\.height"),
-        ({"size": {"height": -28, "width": 28}}, r"size\.height"),
-        ({"size": {"shortest_edge": 28}}, r"size\.height"),
+        ({"size": {"height": 28, "width": 27}}, "size is .28, 27"),
+        ({"size": {"height": 10**9, "width": 28}}, "height is 1000000000"),
+        ({"size": {"height": -28, "width": 28}}, "height is -28"),
+        ({"size": {"shortest_edge": 28}}, "size is 28"),
         ({"do_resize": False}, "do_resize"),
-        ({"do_pan_and_scan": 1}, "do_pan_and_scan"),
         ({"pan_and_scan_min_crop_size": 0}, "min_crop_size"),
         ({"pan_and_scan_max_num_crops": 10**6}, "max_num_crops"),
         ({"pan_and_scan_min_crop_size": 3, "pan_and_scan_max_num_crops": 5}, "is below"),
-        ({"pan_and_scan_min_ratio_to_activate": -1}, "min_ratio"),
     ],
 )
 def test_processors_that_cannot_be(processor: dict[str, Any], says: str) -> None:

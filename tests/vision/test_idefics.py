@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,9 @@ from seeing import (
     unmoved,
 )
 
+from squall.checkpoints.folder import open_folder
 from squall.errors import InvalidCheckpoint
+from squall.recipes import load
 from squall.vision.families import FAMILIES
 from squall.vision.idefics import FAKE, Idefics2
 
@@ -200,15 +205,16 @@ def test_positions_are_fractions_of_the_picture(side: int, shape: tuple[int, int
     [
         ("Idefics2", {"size": {"shortest_edge": 6, "longest_edge": 37}}, "must hold a patch"),
         ("Idefics2", {"size": {"shortest_edge": 38, "longest_edge": 37}}, "from 38 to 37"),
-        ("Idefics2", {"size": {"shortest_edge": 8, "longest_edge": 10**9}}, r"size\.longest_edge"),
-        ("Idefics2", {"size": {"height": 8, "width": 8}}, r"size\.shortest_edge"),
-        ("Idefics2", {"do_image_splitting": "no"}, "do_image_splitting"),
+        ("Idefics2", {"size": {"shortest_edge": 8, "longest_edge": 10**9}}, "longest_edge is 1"),
+        ("Idefics2", {"size": {"height": 8, "width": 8}}, "shortest_edge is None"),
+        ("Idefics2", {"do_resize": False}, "do_resize"),
+        ("Idefics2", {"image_mean": 1}, "image_mean"),
         ("Idefics3", {"do_resize": False}, "do_resize"),
-        ("Idefics3", {"size": {"longest_edge": 10**6}}, r"size\.longest_edge"),
+        ("Idefics3", {"size": {"longest_edge": 10**6}}, "longest_edge is 1"),
         ("Idefics3", {"size": {"longest_edge": 900}}, "a 16th of 900"),
         ("Idefics3", {"max_image_size": {"longest_edge": 6}}, "max_image_size is 6"),
         ("Idefics3", {"max_image_size": {"longest_edge": 22}}, "a multiple of 2 patches"),
-        ("Idefics3", {"max_image_size": {"longest_edge": 1.5}}, r"max_image_size\.longest"),
+        ("Idefics3", {"max_image_size": {"longest_edge": 1.5}}, "longest_edge is 1.5"),
     ],
 )
 def test_processors_that_cannot_be(model: str, processor: dict[str, Any], says: str) -> None:
@@ -224,3 +230,52 @@ def test_a_smaller_picture_first() -> None:
     small = image.resize((18, 12), Image.Resampling.BICUBIC)
     found = family(SIZES2 | {"max_edge": 18}).process(image)
     assert np.array_equal(found.inputs["patches"], family(SIZES2).process(small).inputs["patches"])
+
+
+# The keys of config.json as published; the sizes are smaller.
+LLAMA: dict[str, Any] = {
+    **TEXT, "_flash_attn_2_enabled": True, "architectures": ["VLlama3ForCausalLM"],
+    "head_dim": 10, "is_llama_config": True, "neftune_noise_alpha": 0.0, "perceiver_config": {
+        "model_type": "vllama3", "resampler_depth": 6, "resampler_n_latents": 64},
+    "pixel_shuffle_factor": 4, "qk_layer_norms": False, "rope_interleaved": False,
+    "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_resampler": False, "transformers.js_config": {"dtype": "q4"},
+}  # fmt: skip
+TILED = {
+    "max_image_size": {"longest_edge": 28}, "size": {"longest_edge": 112},
+    "tie_word_embeddings": False, "use_base_siglip": True,
+}  # fmt: skip
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "HuggingFaceM4/idefics2-8b": {
+        "architectures": ["Idefics2ForConditionalGeneration"], "image_token_id": 80,
+        "model_type": "idefics2", "perceiver_config": {"model_type": "idefics2"},
+        "text_config": {**TEXT, "model_type": "mistral"}, "tie_word_embeddings": False,
+        "transformers_version": "4.40.0.dev0", "use_cache": True,
+        "vision_config": {**VISION, "model_type": "idefics2"}},
+    "HuggingFaceTB/SmolVLM-256M-Instruct": {
+        "architectures": ["Idefics3ForConditionalGeneration"], "image_token_id": 80,
+        "model_type": "idefics3", "scale_factor": 4, "text_config": LLAMA,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 90,
+        "transformers_version": "4.46.0", "use_cache": True, "use_reentrant_checkpointing": False,
+        "vision_config": {**VISION, **TILED, "model_type": "idefics3"}},
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": {
+        "architectures": ["SmolVLMForConditionalGeneration"], "image_token_id": 80,
+        "model_type": "smolvlm", "pad_token_id": 2, "scale_factor": 4, "text_config": LLAMA,
+        "tie_word_embeddings": False, "vocab_size": 90, "transformers_version": "4.47.1",
+        "vision_config": {**VISION, **TILED, "model_type": "smolvlm_vision"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name: str, tmp_path: Path) -> None:
+    config = PUBLISHED[name]
+    (model,) = config["architectures"]
+    processor = SIZES2 if "Idefics2" in model else SIZES3 | {"max_image_size": {"longest_edge": 28}}
+    pil = model.replace("ForConditionalGeneration", "ImageProcessorPil")
+    seen = build(Seer(name, model, config, FAMILIES[model], pil, processor, IDS), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = open_folder(tmp_path)
+    family = FAMILIES[model](config, processor)
+    again = replace(seen, checkpoint=checkpoint, recipe=load(checkpoint), family=family)
+    check_rows(again, [draw("text", 40, 30)])
+    check_answers(again, [[1, draw("text", 40, 30), 6]], drawn=2)

@@ -232,11 +232,16 @@ def test_bad_numbers(config: Any, processor: Any, problem: str) -> None:
     "points", [[[336, 672], [0, 672]], [[336, 500]], [[336]], [[336, 336 * 20]], [[336, 672]] * 300]
 )
 def test_bad_pinpoints(points: Any) -> None:
-    both = {"image_grid_pinpoints": points}
-    with pytest.raises(InvalidCheckpoint, match="image_grid_pinpoints"):
-        LlavaNext.of(LARGE | both, PUBLISHED | both)
-    with pytest.raises(InvalidCheckpoint, match="in both files"):
-        LlavaNext.of(LARGE | {"image_grid_pinpoints": [[336, 336]]}, PUBLISHED)
+    given = {"image_grid_pinpoints": points}
+    for files in ((LARGE | given, PUBLISHED), (LARGE, PUBLISHED | given)):
+        with pytest.raises(InvalidCheckpoint, match="image_grid_pinpoints must be"):
+            LlavaNext.of(*files)
+
+
+def test_few_tiles() -> None:
+    """As `detail: low` asks for."""
+    family = LlavaNext.of(LARGE, PUBLISHED | {"image_grid_pinpoints": [[336, 672]]})
+    assert family.process(draw("text", 800, 600)).rows == 576 + 24 * 32 + 24
 
 
 @pytest.mark.parametrize("padded", [False, True])

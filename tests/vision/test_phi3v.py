@@ -20,9 +20,10 @@ from pictures import draw
 from PIL import Image
 from safetensors.torch import save_file
 from seeing import TEXT, Seen, Seer, build, check_answers, check_rows, same_pixels, unfold, unmoved
+from tiny_seers import FIRST, TEMPLATES, write_tokenizer
 from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config, Phi3ForCausalLM
 
-from squall import recipes
+from squall import Model, recipes
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.vision.phi3v import Phi3V
 
@@ -77,7 +78,7 @@ def prepare(images: Sequence[Image.Image], num_crops: int, **_: Any) -> dict[str
     }
 
 
-class Model(torch.nn.Module):
+class Oracle(torch.nn.Module):
     """The model, with the makers' names of its tensors."""
 
     config_class = dict
@@ -87,6 +88,7 @@ class Model(torch.nn.Module):
         self.clip = CLIPVisionModel(CLIPVisionConfig(**config["clip"]))
         self.text = Phi3ForCausalLM(Phi3Config(**config["text"]))
         wide, hidden = 4 * config["clip"]["hidden_size"], config["text"]["hidden_size"]
+        self.image = config.get("image", 80)
         self.between = torch.nn.Parameter(torch.empty(wide))
         self.line = torch.nn.Parameter(torch.empty(wide))
         self.projection = torch.nn.Sequential(
@@ -115,7 +117,7 @@ class Model(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, **pixels: torch.Tensor) -> Any:
         embeds = self.text.model.embed_tokens(input_ids)
         if pixels:
-            embeds[input_ids == 80] = self.get_image_features(**pixels)
+            embeds[input_ids == self.image] = self.get_image_features(**pixels)
         return self.text(inputs_embeds=embeds)
 
     def save_pretrained(self, path: Path) -> None:
@@ -139,7 +141,7 @@ class Model(torch.nn.Module):
 
 
 CASE = Seer(
-    "phi3v", Model,
+    "phi3v", Oracle,
     {"clip": CLIP | {"layer_norm_eps": 1e-5}, "text": TEXT | {"model_type": "phi3"}},
     Phi3V.of, partial(prepare, num_crops=2),
     {"num_crops": 2, "image_mean": MEAN, "image_std": STD, "num_img_tokens": 144},
@@ -226,3 +228,31 @@ def test_bad_files(seen: Seen) -> None:
     ]
     with pytest.raises(InvalidCheckpoint, match="patch_embedding"):
         recipes.load(replace(seen.checkpoint, tensors=tensors))
+
+
+def test_a_chat(tmp_path: Path) -> None:
+    """With the makers' template: images by number, and a text's first token after each."""
+    image = FIRST + 7
+    config = dict(CASE.config) | {"image": image}
+    config["text"] = config["text"] | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1}
+    seen = build(replace(CASE, name="chat", config=config), tmp_path)
+    write_tokenizer(tmp_path)
+    template = (TEMPLATES / "phi-3-vision.jinja").read_text()
+    (tmp_path / "chat_template.jinja").write_text(template)
+    first, second = draw("text", 70, 40), draw("gradient", 30, 30)
+    parts: list[Any] = [{"type": "image", "image": first}, {"type": "image", "image": second}]
+    with Model.open(tmp_path, weights="f32", kv_dtype="f32", threads=2) as model:
+        chat = [{"role": "user", "content": [*parts, {"type": "text", "text": "Which?"}]}]
+        ids = model.encode_chat(chat)
+        generation = model.generate(chat, temperature=0, max_tokens=6, ignore_eos=True)
+        generation.read()
+        shown = model.decode(ids)
+    rows = [Phi3V.of({}, CASE.processor).process(picture).rows for picture in (first, second)]
+    starts = "".join("<|image|>" * count + "<s>\n" for count in rows)
+    assert shown == f"<|user|>\n{starts}Which?<|end|>\n<|assistant|>\n"
+    pixels = seen.case.pixels([first, second])
+    with torch.no_grad():
+        for drawn in generation.ids:
+            logits = seen.model(torch.tensor([ids]), **pixels).logits[0, -1]
+            assert int(logits.argmax()) == drawn
+            ids = [*ids, drawn]

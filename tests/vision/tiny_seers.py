@@ -104,7 +104,10 @@ SEERS = {
         "MllamaForConditionalGeneration",
         {
             "vision_config": MLLAMA_TOWER, "image_token_index": FIRST + 7,
-            "text_config": TEXT | {"cross_attention_layers": [1], "num_hidden_layers": 3},
+            "text_config": {
+                **TEXT, "cross_attention_layers": [1], "num_hidden_layers": 3,
+                "vocab_size": FIRST + 7,
+            },
         },
         "mllama",
         {"size": {"height": 42, "width": 42}, "max_image_tiles": 4},
@@ -128,10 +131,14 @@ def write_seer(folder: Path, name: str = "llava") -> Path:
     made = SEERS[name]
     torch.manual_seed(11)
     kind = getattr(transformers, made.model)
-    kind(kind.config_class(**made.config)).save_pretrained(folder)
+    model = kind(kind.config_class(**made.config))
+    for weight_name, weight in model.named_parameters():
+        if "gate" in weight_name and weight.numel() == 1:  # which begin closed
+            weight.data.fill_(0.7)
+    model.save_pretrained(folder)
     if name == "phi3v":
         _add_eyes(folder)
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(made.images))
     template = (TEMPLATES / f"{made.template}.jinja").read_text()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
@@ -163,7 +170,8 @@ def _add_eyes(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | PHI3V))
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Of bytes, and the special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -7,7 +7,7 @@ import math
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,6 +182,7 @@ class Checkpoint:
     config.json says; other files in it (tokenizer, generation defaults) are for who needs them.
     quantization: how the weights of a folder are quantized, for people; "": they are not.
     uqff: the same, with weights that are known by number (see `checkpoints.uqff`).
+    beside: other files of the model, by the `source` that slices name.
     """
 
     path: Path
@@ -192,3 +193,4 @@ class Checkpoint:
     parts: tuple[Path, ...] = ()
     kind: Kind = "gguf"
     quantization: str = ""
+    beside: Mapping[str, Checkpoint] = field(default_factory=dict)

@@ -67,14 +67,20 @@ class Hub:
         return path if os.path.exists(path) or not is_id(str(name)) else self.fetch(str(name))
 
     def fetch(
-        self, name: str, progress: Progress | None = None, judge: Judge | None = None
+        self,
+        name: str,
+        progress: Progress | None = None,
+        judge: Judge | None = None,
+        *,
+        mmproj: bool = False,
     ) -> Path:
         """The folder of the model `owner/name`, or the file of `owner/name:file`.
 
         file: a GGUF file of the repository, or a part of its name such as `Q4_K_M`. Downloads
         what is not in the cache, and calls `progress` with bytes done and bytes in all. Before,
         `judge` gets what the hub knows of the model, keys of config.json or of GGUF metadata, and
-        may raise. Raises ModelNotFound if the model cannot be had.
+        may raise. mmproj: the tower of a GGUF model comes too, if it has one. Raises ModelNotFound
+        if the model cannot be had.
         """
         id, _, file = name.partition(":")
         check_id(id)
@@ -87,7 +93,7 @@ class Hub:
                 )
             return found
         try:
-            return _Download(self, id, file, progress or (lambda *_: None)).run(judge)
+            return _Download(self, id, file, progress or (lambda *_: None)).run(judge, mmproj)
         except ConnectionError as error:
             found = self._cached(id, file)
             if found is None:
@@ -176,12 +182,31 @@ def _parts(name: str) -> list[str]:
     return [_OF.sub(rf"-{n:05}-of-\2.", name) for n in range(1, last + 1)]
 
 
-def choose(names: Collection[str], file: str) -> tuple[list[str], str | None]:
-    """Which files of a repository are needed; and the GGUF file to open, if it is one."""
+def is_mmproj(name: str) -> bool:
+    """Whether a GGUF file has a tower for others, by its name."""
+    return "mmproj" in name.lower()
+
+
+def tower(names: Collection[str]) -> list[str]:
+    """Of a repository's files the mmproj one; of several that with f16, as they are the same."""
+    found = sorted(n for n in names if _GGUF.fullmatch(n) and is_mmproj(n) and ".." not in n)
+    half = [name for name in found if re.search("(?<!b)f16", name.lower())]
+    return found if len(found) == 1 else half if len(half) == 1 else []
+
+
+def choose(
+    names: Collection[str], file: str, *, mmproj: bool = False
+) -> tuple[list[str], str | None]:
+    """Which files of a repository are needed; and the GGUF file to open, if it is one.
+
+    mmproj: the tower that goes with it, too.
+    """
     if not file and (weights := folder_weights(names)):
         return sorted(filter(_CONFIGURATION.fullmatch, names)) + weights, None
     ggufs = sorted(name for name in names if _GGUF.fullmatch(name) and ".." not in name)
     first = [name for name in ggufs if (of := _OF.search(name)) is None or of[1] == "00001"]
+    if not is_mmproj(file):
+        first = [name for name in first if not is_mmproj(name)]
     found = [name for name in first if name == file] or [
         name for name in first if file.lower() in name.lower()
     ]
@@ -193,7 +218,8 @@ def choose(names: Collection[str], file: str) -> tuple[list[str], str | None]:
             + (f"; name one as owner/name:file, of {', '.join(first[:40])}" if first else
                ", and no model.safetensors or pytorch_model.bin")
         )  # fmt: skip
-    return [part for part in _parts(found[0]) if part in names], found[0]
+    more = tower(names) if mmproj and not is_mmproj(found[0]) else []
+    return [part for part in _parts(found[0]) if part in names] + more, found[0]
 
 
 def _adapters(names: Collection[str], file: str) -> tuple[list[str], str | None] | None:
@@ -232,7 +258,7 @@ class _Download:
             "token": token(hub.token_source) or False,
         }
 
-    def run(self, judge: Judge | None) -> Path:
+    def run(self, judge: Judge | None, mmproj: bool) -> Path:
         """Raises ConnectionError where the hub could not be asked."""
         from huggingface_hub import HfApi, snapshot_download
 
@@ -242,7 +268,7 @@ class _Download:
         if not _COMMIT.fullmatch(str(info.sha)):
             raise ModelNotFound(f"the hub gives no commit for {self._id}; try again later")
         try:
-            names, main = choose(sizes, self._file)
+            names, main = choose(sizes, self._file, mmproj=mmproj)
         except ModelNotFound as error:
             raise ModelNotFound(f"cannot open {self._id} of the hub: {error}") from None
         if judge is not None:

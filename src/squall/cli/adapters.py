@@ -13,7 +13,7 @@ from squall.cli.inspect import inspect
 from squall.cli.opening import named_adapters
 from squall.cli.options import Json, Threads, progress
 from squall.errors import InvalidRequest, ModelNotFound
-from squall.opening import Opening
+from squall.opening import NO_MMPROJ, Opening
 
 app = typer.Typer(
     name="adapters", help="List, show and merge LoRA adapters.", context_settings=HELP
@@ -86,7 +86,7 @@ def merge(
     from squall.executors import default_threads
 
     with progress("fetching") as shown:
-        checkpoint, recipe, plan = prepare(Opening(base, isq=isq, progress=shown))
+        checkpoint, recipe, plan = prepare(Opening(base, isq=isq, mmproj=NO_MMPROJ, progress=shown))
     target = Target.of(checkpoint, recipe)
     named = named_adapters(adapters)
     loras = [(read(path, target), weight) for path, weight in named.values()]

@@ -85,13 +85,14 @@ class Chat:
         place = "".join(filter(None, places))
         try:
             image = read(place, self._model.media)
-            rows = sight.process(image).processed.rows
+            seen = sight.process(image).processed.text
+            count = len(self._model.tokenizer.encode(seen, add_bos=False, specials=True))
         except SquallError as error:
             _note(f"error: {error}")
             return
         number = 1 + sum(isinstance(message["content"], list) for message in self._history)
         name = quote(re.split(r"[/\\]", place)[-1])[1:-1]
-        _note(f"[image {number}: {name}, {image.width} x {image.height}, {rows} tokens]")
+        _note(f"[image {number}: {name}, {image.width} x {image.height}, {count} tokens]")
         self._reply([{"type": "image", "source": image}, {"type": "text", "text": text}])
 
     def _messages(self) -> list[dict[str, Any]]:

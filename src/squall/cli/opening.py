@@ -17,6 +17,7 @@ from squall.cli.options import (
     Isq,
     KvDtypeOption,
     Merge,
+    Mmproj,
     Offline,
     Revision,
     Threads,
@@ -42,6 +43,7 @@ class ModelFlags:
 
     file: File = None
     model: Folder = None
+    mmproj: Mmproj = None
     isq: Isq = None
     topology: TopologyFile = None
     threads: Threads = None

@@ -32,6 +32,14 @@ Folder = Annotated[
         help="A folder with one GGUF model, or a model of the hub: owner/name, owner/name:file.",
     ),
 ]
+Mmproj = Annotated[
+    str | None,
+    typer.Option(
+        "--mmproj",
+        metavar="FILE|none",
+        help="The tower that a GGUF model sees with; by default the one beside it.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads; by default as many as this process may use.")
 ]

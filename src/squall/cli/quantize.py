@@ -13,7 +13,7 @@ import typer
 from squall.cli.opening import check_one
 from squall.cli.options import File, Folder, Json, Threads, progress
 from squall.errors import InvalidRequest
-from squall.opening import Opening
+from squall.opening import NO_MMPROJ, Opening
 
 if TYPE_CHECKING:
     from squall.checkpoints import Checkpoint
@@ -69,7 +69,9 @@ def quantize(
     _check(output, path, topology if isq is None else isq)
     outputs = {out: Plan.of(name).isq for out, name in _outputs(output, isq).items()}
     with progress("fetching") as shown:
-        opening = Opening(path, topology=topology, experts_only=experts_only, progress=shown)
+        opening = Opening(
+            path, topology=topology, experts_only=experts_only, mmproj=NO_MMPROJ, progress=shown
+        )
         checkpoint, recipe, plan = prepare(opening)
     _warn_of_loss(checkpoint)
     importance = None if imatrix is None else convert.read_imatrix(imatrix)

@@ -18,6 +18,7 @@ from squall.recipes import (
     config,
     gguf,
     mllama_tower,
+    mmproj,
     siglip_towers,
     vision,
 )
@@ -30,7 +31,7 @@ from squall.recipes.part import Kind, Part
 from squall.roles import roles
 from squall.spec import Decoder
 
-__all__ = ["KNOWN", "Part", "Recipe", "judge", "load"]
+__all__ = ["KNOWN", "Part", "Recipe", "judge", "load", "seeing"]
 
 TOWERS = (axial_towers, clip_towers, mllama_tower, siglip_towers)  # which register what they know
 KNOWN = sorted({*gguf.RECIPES, *config.RECIPES, *config.SEERS})
@@ -110,6 +111,12 @@ def _from_config(
     return replace(recipe, text=text)
 
 
+def seeing(recipe: Recipe, tower: Checkpoint) -> Recipe:
+    """The same model with the tower of an mmproj file, which `mmproj.opened` has opened."""
+    seen, text = mmproj.add(recipe.decoder, tower), recipe.part("decoder")
+    return replace(recipe, parts=(replace(text, spec=replace(recipe.decoder, sees=True)), *seen))
+
+
 def judge(metadata: Mapping[str, object], architecture: str | None = None) -> None:
     """Raise UnsupportedModel if there is no recipe for what is known of a model's metadata."""
     if "general.architecture" in metadata:
@@ -152,6 +159,12 @@ def _gguf_architecture(metadata: Mapping[str, object]) -> str:
 
 
 def _load_gguf(checkpoint: Checkpoint) -> Recipe:
+    if checkpoint.metadata.get("general.architecture") == "clip":
+        kind = checkpoint.metadata.get("clip.projector_type", "mlp")
+        raise UnsupportedModel(
+            f"the file is the tower of a model that sees (mmproj, {quote(str(kind))}); open the "
+            "model's own GGUF file, with --mmproj and this one"
+        )
     kind = checkpoint.metadata.get("general.type", "model")
     if kind != "model":
         raise UnsupportedModel(

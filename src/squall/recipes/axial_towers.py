@@ -37,11 +37,16 @@ PIXTRAL_STEMS: Mapping[str, str] = {
 
 
 def axial(v: ConfigFields, *, shared: bool) -> Rope:
+    """The rotary embedding of config.json, see `turned`."""
+    scalings = {"axial": lambda _v, _at, _dims: None}
+    return turned(config_parts.rope(v, scalings=scalings), shared=shared)
+
+
+def turned(turn: Rope, *, shared: bool) -> Rope:
     """Half of the frequencies turn with the line, half with the column.
 
     shared: both have the same, every other one; else they take turns.
     """
-    turn = config_parts.rope(v, scalings={"axial": lambda _v, _at, _dims: None})
     if turn.dims % 4:
         raise InvalidCheckpoint(f"{turn.dims} elements of a head cannot turn with two axes")
     half = turn.dims // 4

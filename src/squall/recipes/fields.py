@@ -89,10 +89,10 @@ class Fields:
         return tuple(str(item) for item in items)
 
     def indices(self, key: str, *, below: int) -> tuple[int, ...]:
-        """A list of layers, empty when the key is missing."""
+        """A list of integers such as layers, empty when the key is missing."""
         value = self._value(key, [])
-        if not isinstance(value, list) or len(value) > below:
-            raise self._invalid(key, value, "a list of layers")
+        if not isinstance(value, np.ndarray | list) or len(value) > below:
+            raise self._invalid(key, value, "a list of integers")
         return tuple(self._integer(key, item, 0, below - 1) for item in value)
 
     def pattern(self, key: str, default: int, *, layers: int) -> tuple[bool, ...]:
@@ -168,7 +168,7 @@ class Fields:
         if not isinstance(value, np.ndarray | list) or len(value) != size:
             shown = f"a list of {len(value)}" if isinstance(value, np.ndarray | list) else value
             raise self._invalid(key, shown, f"a list of {size}")
-        return list(value)
+        return value.tolist() if isinstance(value, np.ndarray) else value
 
     def _invalid(self, key: str, value: object, allowed: str) -> InvalidCheckpoint:
         return InvalidCheckpoint(

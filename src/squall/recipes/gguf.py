@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from squall.recipes.fields import Fields
-from squall.recipes.gguf_parts import attention, decoder, mlp, mlp_or_moe, rope, windows
+from squall.recipes.gguf_parts import attention, decoder, mlp, mlp_or_moe, rope, sectioned, windows
 from squall.recipes.parts import context, depth, head_dim, hidden, layer_norm, rms
 from squall.spec import Attention, Decoder
 
@@ -37,6 +37,11 @@ def llama(c: Fields) -> Decoder:
 @recipe("qwen2")
 def qwen2(c: Fields) -> Decoder:
     return decoder(c, rms(c), attention(c, rope(c)), mlp(c, "silu"))
+
+
+@recipe("qwen2vl")
+def qwen2vl(c: Fields) -> Decoder:
+    return decoder(c, rms(c), attention(c, sectioned(c, rope(c))), mlp(c, "silu"))
 
 
 @recipe("qwen3")

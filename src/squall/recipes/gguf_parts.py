@@ -74,6 +74,15 @@ def rope(
     return Rope(base, dims, interleaved, scaling(c, dims) if scaled else None)
 
 
+def sectioned(c: Fields, rope: Rope) -> Rope:
+    """The rotary embedding of positions with axes: how many frequencies turn with each."""
+    sizes = c.indices("rope.dimension_sections", below=rope.dims + 1)
+    if sum(sizes) != rope.dims // 2:
+        key = c.shown("rope.dimension_sections")
+        raise InvalidCheckpoint(f"{key} is {list(sizes)}; its sum must be {rope.dims // 2}")
+    return replace(rope, axes=tuple(axis for axis, size in enumerate(sizes) for _ in range(size)))
+
+
 def scaling(c: Fields, dims: int) -> spec.RopeScaling | None:
     """The rope scaling of the metadata, or of the tensors that hold one factor a frequency."""
     factors = _factors(c, dims)

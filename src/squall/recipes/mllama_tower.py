@@ -20,20 +20,22 @@ from squall.spec import Connector, Decoder, Layer, Norm, Tiles, Tower
 MLLAMA = "MllamaForConditionalGeneration"
 # Embeddings after those of the vocabulary; the first of them is of <|image|>.
 MORE_IDS = 8
-# What layers that recall have in place of self_attn.
-_RECALLING = {f"cross_attn.{part}": (f"attention.{part}",) for part in ("q_norm", "k_norm")}
-_RECALLING |= {f"cross_attn.{part}_proj": (f"attention.{part}",) for part in "qkv"}
-_RECALLING["cross_attn.o_proj"] = ("attention.out",)
+_NAMES = config_names.USUAL.stems
+_RECALL = {
+    role.replace("attention", "recall"): stem.replace("self_attn", "cross_attn")
+    for role, stem in _NAMES.items()
+    if role.startswith("attention")
+}
 _STEMS = {
     "patches": "patch_embedding",
     "class": "class_embedding",
     "positions": "gated_positional_embedding.embedding",
     "pre_norm": "layernorm_pre",
     "norm": "layernorm_post",
-    "tiles.before": "pre_tile_positional_embedding.embedding",
-    "tiles.places": "gated_positional_embedding.tile_embedding",
-    "tiles.after": "post_tile_positional_embedding.embedding",
-    **{role: stem for role, stem in config_names.USUAL.stems.items() if role.startswith(IN_LAYERS)},
+    "tiles.before.positions": "pre_tile_positional_embedding.embedding",
+    "tiles.places.positions": "gated_positional_embedding.tile_embedding",
+    "tiles.after.positions": "post_tile_positional_embedding.embedding",
+    **{role: stem for role, stem in _NAMES.items() if role.startswith(IN_LAYERS)},
     "feed_forward.up": "mlp.fc1",
     "feed_forward.down": "mlp.fc2",
 }
@@ -66,7 +68,7 @@ def language(c: ConfigFields) -> Decoder:
     return replace(made, layers=tuple(layers))
 
 
-RECIPES[MLLAMA] = Entry(language, replace(config_names.USUAL, fused=_RECALLING))
+RECIPES[MLLAMA] = Entry(language, replace(config_names.USUAL, stems={**_NAMES, **_RECALL}))
 
 
 @seer(MLLAMA, "vllama", "mllama")
@@ -107,7 +109,7 @@ def _layer(v: ConfigFields) -> Layer:
 
 
 def _tiles(c: ConfigFields, v: ConfigFields, before: str) -> Tiles:
-    table = c.tensors.get(f"{before}{_STEMS['tiles.before']}.weight")
+    table = c.tensors.get(f"{before}{_STEMS['tiles.before.positions']}.weight")
     v.skip("supported_aspect_ratios")  # the table tells how many
     late = [f"{before}{_LATE}{i}.gate_" for i in range(v.count("num_global_layers", high=4096))]
     stems = ("pre_tile", "gated", "post_tile")

@@ -50,7 +50,8 @@ def gguf_architecture(architecture: str) -> str | None:
 def namings(architecture: str) -> tuple[Naming, ...]:
     """How adapters may call the modules of a model, whatever file it came from."""
     classes = [name for name, written in ARCHITECTURES.items() if written == architecture]
-    own = [config.RECIPES[name].naming for name in classes or [architecture]]
+    known = (name for name in classes or [architecture] if name in config.RECIPES)
+    own = [config.RECIPES[name].naming for name in known]
     return (*own, _STACKED, NAMING)
 
 

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from squall.errors import InvalidCheckpoint, UnsupportedModel
-from squall.recipes import config_parts, parts
-from squall.recipes.clip_towers import CLIP_STEMS, layers, naming, side
+from squall.recipes import clip_towers, config_parts, parts
+from squall.recipes.clip_towers import naming, side
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.config_names import USUAL
 from squall.recipes.part import Part
 from squall.recipes.vision import Sections, seer
-from squall.spec import Attention, Connector, Layer, Mlp, Norm, Perceiver, Tower
+from squall.spec import Attention, Connector, Layer, Mlp, Norm, Perceiver
 
 PATCHES = "embeddings.patch_embedding"
 
 
 def tower(s: Sections, v: ConfigFields) -> Part:
-    """A tower of SigLIP, without the head that makes one row of an image."""
-    before, norm = s.before(PATCHES), parts.layer_norm(v)
-    pixels, blocks = v.count("patch_size") ** 2 * v.count("num_channels"), layers(v, parts.depth(v))
-    spec = Tower(pixels, parts.hidden(v), blocks, bias=True, positions=side(v) ** 2, norm=norm)
-    v.check_all_read()
-    harmless = rf"{re.escape(before)}(embeddings\.position_ids|head\..*)"
-    names = naming(before, CLIP_STEMS, "encoder.layers.{}.", harmless)
-    return Part("tower", spec, names, prefix="tower.")
+    """A tower of SigLIP with the norm after it, and without the head that makes one row."""
+    norm = parts.layer_norm(v)
+    part = clip_towers.tower(v, s.before(PATCHES), -1, class_token=False)
+    return replace(part, spec=replace(part.spec, norm=norm))
 
 
 @seer("Gemma3ForConditionalGeneration", "gemma3-vision", "gemma3_text")

@@ -68,8 +68,8 @@ class Tokenizer:
         self._rstrip = rstrip
         special = vocabulary.of_type(CONTROL, UNKNOWN)
         self._special = frozenset(special)
-        self._controls = {vocabulary.tokens[i]: i for i in special}
-        self._control_pattern = literals(self._controls)
+        self.controls = {vocabulary.tokens[i]: i for i in special}
+        self._control_pattern = literals(self.controls)
         self._bytes: dict[tuple[int, bool], bytes] = {}
 
     @classmethod
@@ -111,7 +111,7 @@ class Tokenizer:
                 if n % 2 == 0:
                     run.append(part)
                     continue
-                token = self._controls[part]
+                token = self.controls[part]
                 ids += self._encode_run(run, ids, strip=token in self._lstrip)
                 ids.append(token)
                 run = []

@@ -10,6 +10,7 @@ from typing import Any
 from squall.checkpoints.base import Checkpoint
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import read_json
+from squall.recipes import mmproj
 from squall.vision.family import Family
 from squall.vision.gemma3 import Gemma3
 from squall.vision.idefics import Idefics2, Idefics3
@@ -40,15 +41,15 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
     "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
     "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, kind="qwen2_5_vl_vision"),
-    "SmolVLMForConditionalGeneration": partial(Idefics3.of, kind="smolvlm"),
+    "SmolVLMForConditionalGeneration": Idefics3.of,
 }
 
 
-def _low(processor: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"do_image_splitting": False, "num_crops": 1}
-    if tiles := processor.get("image_grid_pinpoints"):
+def _low(said: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {**said, "do_image_splitting": False, "num_crops": 1}
+    if tiles := said.get("image_grid_pinpoints"):
         found["image_grid_pinpoints"] = [min(tiles, key=math.prod)]
-    return found | {"max_edge": min(LOW_EDGE, processor.get("max_edge", LOW_EDGE))}
+    return found | {"max_edge": min(LOW_EDGE, said.get("max_edge", LOW_EDGE))}
 
 
 def family(
@@ -59,16 +60,22 @@ def family(
     max_edge: pictures are made smaller first, until their longer edge is at most so long.
     low: as few tiles as can be, and where pictures keep their size, an edge of at most LOW_EDGE.
     """
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    config: Mapping[str, Any] = checkpoint.metadata
+    if mmproj.SOURCE in checkpoint.beside:
+        architecture, config, processor = mmproj.described(checkpoint.beside[mmproj.SOURCE])
+    else:
+        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        processor = read_json(folder / "preprocessor_config.json") or {}
+        more = read_json(folder / "processor_config.json") or {}
+        processor = {**more.get("image_processor", {}), **processor, "processor": more}
     if architecture not in FAMILIES:
         raise UnsupportedModel(f"images of {architecture} are not known")
-    processor = read_json(folder / "preprocessor_config.json") or {}
-    more = read_json(folder / "processor_config.json") or {}
-    processor = {**more.get("image_processor", {}), **processor, "processor": more}
     processor |= {} if max_edge is None else {"max_edge": max_edge}
-    processor |= _low(processor) if low else {}
+    config = checkpoint.metadata
     try:
-        return FAMILIES[architecture](checkpoint.metadata, processor)
+        if low:
+            config, processor = _low(config), _low(processor)
+        return FAMILIES[architecture](config, processor)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidCheckpoint(
             f"preprocessor_config.json does not say how images are read: {error!r:.200}"

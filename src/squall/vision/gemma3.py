@@ -10,10 +10,9 @@ from typing import Any
 from PIL import Image
 
 from squall.errors import InvalidCheckpoint
-from squall.recipes.clip_towers import side
 from squall.vision.family import Processed
-from squall.vision.pixels import Scale, resample
-from squall.vision.squares import HALF, edge, rows, section, settings, windows
+from squall.vision.pixels import Scale, count, edges, resample
+from squall.vision.squares import rows, scale, windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +54,24 @@ class Gemma3:
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Gemma3:
         """By config.json and preprocessor_config.json."""
-        found, vision = settings(processor), section(config, "vision_config", "siglip_vision_model")
-        patch, across = vision.count("patch_size"), side(vision)
-        size = edge(processor, "size", "height", 224), edge(processor, "size", "width", 224)
-        if size != (patch * across,) * 2:
-            raise InvalidCheckpoint(
-                f"pictures are {size[0]} x {size[1]}, and the tower reads {across * patch}"
-            )
+        vision, size = config["vision_config"], edges(processor, "size", 224, square=True)
+        patch = count(vision, "patch_size", 16)
+        side = count(vision, "image_size", 224) // patch
+        if size != (patch * side,) * 2:
+            raise InvalidCheckpoint(f"size is {size}; the tower reads {side * patch} pixels")
         scan = Scan(
-            found.count("pan_and_scan_min_crop_size", 256, high=1 << 14),
-            found.count("pan_and_scan_max_num_crops", 4, high=64),
-            found.number("pan_and_scan_min_ratio_to_activate", 1.2),
+            count(processor, "pan_and_scan_min_crop_size", 256),
+            count(processor, "pan_and_scan_max_num_crops", 4, high=64),
+            float(processor.get("pan_and_scan_min_ratio_to_activate") or 1.2),
         )
         if scan.least < scan.most:
             raise InvalidCheckpoint(
                 "pan_and_scan_min_crop_size is below pan_and_scan_max_num_crops"
             )
         return cls(
-            Scale.of(processor, HALF, HALF), resample(processor, 2), across, patch,
-            section(config, "", "gemma3").count("mm_tokens_per_image"),
-            scan if found.flag("do_pan_and_scan", False) else None,
+            scale(processor), resample(processor, 2), side, patch,
+            count(config, "mm_tokens_per_image", 256),
+            scan if processor.get("do_pan_and_scan") else None,
         )  # fmt: skip
 
     def process(self, image: Image.Image) -> Processed:

@@ -11,13 +11,12 @@ import numpy as np
 from PIL import Image
 
 from squall.errors import InvalidCheckpoint
-from squall.recipes.clip_towers import side
 from squall.vision.family import Processed
-from squall.vision.pixels import Scale, resample, shrunk
-from squall.vision.squares import HALF, Inputs, edge, rows, section, settings, windows
+from squall.vision.pixels import Scale, count, resample, shrunk
+from squall.vision.squares import Inputs, rows, scale, windows
 
 FAKE = "<fake_token_around_image>"
-MOST = 4096  # pixels of an edge of Idefics 3's pictures, whatever their files say
+MOST = 4096  # pixels of an edge
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +42,18 @@ class Idefics2:
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Idefics2:
         """By config.json and preprocessor_config.json."""
-        found, vision = settings(processor), section(config, "vision_config", "idefics2_vision")
-        perceiver = section(config, "perceiver_config", "idefics2_perceiver")
-        edges = (
-            edge(processor, "size", "shortest_edge", 378),
-            edge(processor, "size", "longest_edge", 980),
-        )
-        patch = vision.count("patch_size")
-        if not patch <= edges[0] <= edges[1]:
+        patch, side = _patches(config)
+        size = processor.get("size") or {"shortest_edge": 378, "longest_edge": 980}
+        least, most = (count(size, f"{edge}est_edge", high=MOST) for edge in ("short", "long"))
+        if not patch <= least <= most:
             raise InvalidCheckpoint(
-                f"size is from {edges[0]} to {edges[1]}; it must hold a patch, of {patch} pixels"
+                f"size is from {least} to {most}; it must hold a patch, of {patch} pixels"
             )
+        latents = count(config.get("perceiver_config") or {}, "resampler_n_latents", 64)
         return cls(
-            Scale.of(processor, HALF, HALF), resample(processor, 2), edges,
-            found.flag("do_image_splitting", False), patch, side(vision),
-            perceiver.count("resampler_n_latents", high=1 << 16), processor.get("max_edge"),
+            scale(processor), resample(processor, 2), (least, most),
+            bool(processor.get("do_image_splitting")), patch, side, latents,
+            processor.get("max_edge"),
         )  # fmt: skip
 
     def process(self, image: Image.Image) -> Processed:
@@ -71,33 +67,39 @@ class Idefics2:
         return Processed(inputs, text, self.latents * len(parts), seam=FAKE)
 
     def _size(self, image: Image.Image) -> tuple[int, int]:
-        """Width and height."""
-        (width, height), (least, most) = image.size, self.edges
-        ratio = width / height
-        if width >= height and width > most:
-            width, height = most, int(most / ratio)
-        elif height > width and height > most:
-            width, height = int(most * ratio), most
-        return max(width, least), max(height, least)
+        least, most = self.edges
+        size = _fitted(image, most) if max(image.size) > most else image.size
+        return max(size[0], least), max(size[1], least)
 
     def _read(self, inputs: Inputs, pictures: int) -> Inputs:
         """What latents read: a picture's rows, and themselves after them."""
-        ends = np.unique(inputs["spans"][1])
-        starts = np.concatenate([[0], ends[:-1]])
-        merged, latent, read = [], [], []
-        for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            first = number * self.latents
-            own = np.arange(first, first + self.latents)
-            merged.append(np.concatenate([np.arange(start, end), np.full(self.latents, start)]))
-            latent.append(np.concatenate([np.full(end - start, -1), own]))
-            read += [(start + first, end + own[-1] + 1)] * self.latents
+        each, merged, latent, read = self.latents, [], [], []
+        for n, (start, end) in enumerate(np.unique(inputs["spans"], axis=1).T.tolist()):
+            merged += [*range(start, end), *[start] * each]
+            latent += [-1] * (end - start) + [*range(n * each, (n + 1) * each)]
+            read += [(start + n * each, end + (n + 1) * each)] * each
         more = {
-            "merged": np.concatenate(merged),
-            "latent": np.concatenate(latent),
-            "latents": np.tile(np.arange(self.latents), pictures),
-            "read": np.ascontiguousarray(np.array(read).T),
+            "merged": np.array(merged, np.int32),
+            "latent": np.array(latent, np.int32),
+            "latents": np.tile(np.arange(each, dtype=np.int32), pictures),
+            "read": np.ascontiguousarray(np.array(read, np.int32).T),
         }
-        return inputs | {name: index.astype(np.int32) for name, index in more.items()}
+        return inputs | more
+
+
+def _patches(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Pixels of a patch's edges, and learned positions in a row."""
+    vision = config.get("vision_config") or {}
+    patch = count(vision, "patch_size", 32)
+    return patch, count(vision, "image_size", 224) // patch
+
+
+def _fitted(image: Image.Image, edge: int) -> tuple[int, int]:
+    """Width and height with the longer one so long."""
+    ratio = image.width / image.height
+    if image.width >= image.height:
+        return edge, int(edge / ratio)
+    return int(edge * ratio), edge
 
 
 def _quarters(image: Image.Image) -> list[Image.Image]:
@@ -129,80 +131,53 @@ class Idefics3:
     cost: str = "169 (Idefics 3), 81 or 64 (SmolVLM) and 2 for each tile and for the whole picture"
 
     @classmethod
-    def of(
-        cls, config: Mapping[str, Any], processor: Mapping[str, Any], kind: str = "idefics3"
-    ) -> Idefics3:
+    def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Idefics3:
         """By config.json and preprocessor_config.json."""
-        found, vision = settings(processor), section(config, "vision_config", f"{kind}_vision")
-        longest = edge(processor, "size", "longest_edge", 4 * 364, 1 << 16)
-        tile, patch = (
-            edge(processor, "max_image_size", "longest_edge", 364),
-            vision.count("patch_size"),
+        (patch, side), merge = _patches(config), count(config, "scale_factor", 2, high=64)
+        longest, tile = (
+            count(processor.get(key) or {"longest_edge": default}, "longest_edge", high=MOST)
+            for key, default in (("size", 4 * 364), ("max_image_size", 364))
         )
-        merge = section(config, "", kind).count("scale_factor", high=64)
-        if tile < patch or tile // patch % merge or min(longest, MOST) > 16 * tile:
+        if tile < patch or tile // patch % merge or longest > 16 * tile:
             raise InvalidCheckpoint(
                 f"max_image_size is {tile}; it must hold a multiple of {merge} patches of {patch} "
                 f"pixels, and be at least a 16th of {longest}"
             )
-        return cls(
-            Scale.of(processor, HALF, HALF), resample(processor, 1), longest, tile,
-            found.flag("do_image_splitting", True), patch, side(vision), merge,
-        )  # fmt: skip
+        split = bool(processor.get("do_image_splitting", True))
+        how = (longest, tile, split, patch, side, merge)
+        return cls(scale(processor), resample(processor, 1), *how)
 
     def process(self, image: Image.Image) -> Processed:
         """Tiles row by row, then the whole picture as one."""
         image = image.resize(self._size(image), self.filter)
-        height, width = 1, 1
+        tile, parts, text = self.tile, [], ""
+        each = self.token * (tile // self.patch // self.merge) ** 2
         if self.split:
-            width, height = self._tiles(image)
-            image = image.resize((width * self.tile, height * self.tile), self.filter)
-        parts = self._cut(image, width, height) if width * height > 1 else []
-        if parts or not self.split:
-            image = image.resize((self.tile, self.tile), self.filter)
-        inputs = rows([self.scale(part) for part in (*parts, image)], self.patch, self.side)
-        inputs["merged"] = windows(len(parts) + 1, self.tile // self.patch, self.merge)
-        count = (self.tile // self.patch // self.merge) ** 2
-        text = self._text(width, height, self.token * count) if parts else ""
-        text += f"{FAKE}<global-img>{self.token * count}{FAKE}"
-        return Processed(inputs, text, count * (len(parts) + 1))
+            size = _fitted(image, math.ceil(max(image.size) / tile) * tile)
+            across, down = (max(math.ceil(edge / tile), 1) for edge in size)
+            image = image.resize((across * tile, down * tile), self.filter)
+            if across * down > 1:
+                corners = [(x * tile, y * tile) for y in range(down) for x in range(across)]
+                parts = [image.crop((x, y, x + tile, y + tile)) for x, y in corners]
+                text = _places(across, down, each)
+        whole = image.resize((tile, tile), self.filter)
+        inputs = rows([self.scale(part) for part in (*parts, whole)], self.patch, self.side)
+        inputs["merged"] = windows(len(parts) + 1, tile // self.patch, self.merge)
+        text += f"{FAKE}<global-img>{each}{FAKE}"
+        return Processed(inputs, text, text.count(self.token))
 
     def _size(self, image: Image.Image) -> tuple[int, int]:
-        """Width and height with the longer edge as it must be, the other even."""
-        width, height = image.size
-        ratio, long = width / height, self.longest
-        if width >= height:
-            short = int(long / ratio)
-            width, height = long, short + short % 2
-        else:
-            short = int(long * ratio)
-            width, height = short + short % 2, long
-        width, height = max(width, 1), max(height, 1)
-        ratio = width / height
-        if width >= height and width > MOST:
-            width, height = MOST, int(MOST / ratio)
-        elif height > width and height > MOST:
-            width, height = int(MOST * ratio), MOST
-        return max(width, 1), max(height, 1)
+        """The longer edge as it must be, the other even."""
+        width, height = _fitted(image, self.longest)
+        if image.width >= image.height:
+            return width, max(height + height % 2, 1)
+        return max(width + width % 2, 1), height
 
-    def _tiles(self, image: Image.Image) -> tuple[int, int]:
-        """How many tiles wide and high."""
-        width, height = image.size
-        ratio = width / height
-        if width >= height:
-            across = math.ceil(width / self.tile)
-            return across, math.ceil(int(across * self.tile / ratio) / self.tile)
-        down = math.ceil(height / self.tile)
-        return math.ceil(int(down * self.tile * ratio) / self.tile), down
 
-    def _cut(self, image: Image.Image, width: int, height: int) -> list[Image.Image]:
-        corners = [(x * self.tile, y * self.tile) for y in range(height) for x in range(width)]
-        return [image.crop((x, y, x + self.tile, y + self.tile)) for x, y in corners]
-
-    def _text(self, width: int, height: int, tokens: str) -> str:
-        """Of the tiles, which say where they are."""
-        lines = (
-            "".join(f"{FAKE}<row_{y + 1}_col_{x + 1}>{tokens}" for x in range(width)) + "\n"
-            for y in range(height)
-        )
-        return "".join(lines) + "\n"
+def _places(across: int, down: int, tokens: str) -> str:
+    """The text of tiles, which says where they are."""
+    lines = (
+        "".join(f"{FAKE}<row_{y + 1}_col_{x + 1}>{tokens}" for x in range(across))
+        for y in range(down)
+    )
+    return "\n".join([*lines, "\n"])

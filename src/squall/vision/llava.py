@@ -12,19 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from squall.errors import InvalidCheckpoint
+from squall.vision import pixels
 from squall.vision.family import Processed, clip_rows, line_ends, tiled
-from squall.vision.pixels import (
-    Floats,
-    Scale,
-    center_crop,
-    check_size,
-    count,
-    edges,
-    patches,
-    resample,
-    resized,
-    shrunk,
-)
+from squall.vision.pixels import Floats, Scale, count, edges
 
 Size = tuple[int, int]
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -72,12 +62,8 @@ class Llava:
         means = Scale.of({**processor, "do_normalize": True}).mean
         pad = tuple(int(mean * 255) for mean in means) if processor.get("do_pad") else None
         left = crop or ((size, size) if isinstance(size, int) and pad is not None else size)
-        side = image_size // patch
-        if (
-            isinstance(crop, int)
-            or not isinstance(left, tuple)
-            or _lines(left, patch) != (side,) * 2
-        ):
+        side, lines = image_size // patch, _lines(left, patch) if isinstance(left, tuple) else ()
+        if isinstance(crop, int) or lines != (side, side):
             raise InvalidCheckpoint(
                 f"size and crop_size leave {left} of a picture; its tower reads {image_size} x "
                 f"{image_size} pixels in patches of {patch}"
@@ -85,11 +71,11 @@ class Llava:
         skipped = int(config.get("vision_feature_select_strategy", "default") == "default")
         edge = processor.get("max_edge")
         how = (size, crop, pad, side, patch, class_token, skipped, edge)
-        return cls(scale, resample(processor), *how)
+        return cls(scale, pixels.resample(processor), *how)
 
     def process(self, image: Image.Image) -> Processed:
         """The picture, or its middle."""
-        image = shrunk(image, self.max_edge)
+        image = pixels.shrunk(image, self.max_edge)
         if self.pad is not None:
             image = square(image, self.pad)
         return self.read(self.tile(image)[None])
@@ -97,10 +83,10 @@ class Llava:
     def tile(self, image: Image.Image) -> Floats:
         """What is left of a picture, in patches."""
         if self.size is not None:
-            image = resized(image, self.size, self.filter)
+            image = pixels.resized(image, self.size, self.filter)
         if self.crop is not None:
-            image = center_crop(image, *self.crop)
-        return patches(self.scale(image), self.patch)
+            image = pixels.center_crop(image, *self.crop)
+        return pixels.patches(self.scale(image), self.patch)
 
     def read(self, tiles: Floats) -> Processed:
         """[tiles, patches, patch] as the tower reads them."""
@@ -117,7 +103,7 @@ def _lines(size: Size, patch: int) -> Size:
 def square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     """In the middle of a square of this color."""
     edge = max(image.size)
-    check_size(image, edge, edge)
+    pixels.check_size(image, edge, edge)
     made = Image.new("RGB", (edge, edge), color)
     made.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
     return made
@@ -147,23 +133,22 @@ class LlavaNext:
         crop = edges(processor, "crop_size", 224, square=True)
         base = (size, size) if isinstance(size, int) else size
         cut = crop[0] if isinstance(crop, tuple) else 0
-        points, *others = (
-            at.get("image_grid_pinpoints") or PINPOINTS for at in (config, processor)
-        )
-        sizes = [point for point in points[:256] if _fits(point, cut)]
-        if not sizes or any(sizes != found for found in (points, *others)):
+        key = "image_grid_pinpoints"
+        points = processor.get(key) or config.get(key) or PINPOINTS
+        sizes = [(point[0], point[1]) for point in points[:256] if _fits(point, cut)]
+        if len(sizes) < len(points):
             raise InvalidCheckpoint(
-                f"image_grid_pinpoints must be, in both files, up to 256 heights and widths of "
-                f"tiles of {cut} pixels; it is {points!r:.99}"
+                f"{key} must be up to 256 heights and widths of tiles of {cut} pixels; it is "
+                f"{points!r:.99}"
             )
-        whole = Llava.of(config, {**processor, "do_pad": False})
+        whole = Llava.of(config, {**processor, "do_pad": True})  # all that it reads is square
         if whole.class_token != bool(whole.skipped):
             raise InvalidCheckpoint("vision_feature_select_strategy must leave whole lines of rows")
-        return cls(whole, tuple((height, width) for height, width in sizes), cut, base)
+        return cls(whole, tuple(sizes), cut, base)
 
     def process(self, image: Image.Image) -> Processed:
         """The whole picture, and line by line that in tiles, each line with a newline."""
-        image = shrunk(image, self.whole.max_edge)
+        image = pixels.shrunk(image, self.whole.max_edge)
         best = best_size(image, self.pinpoints)
         canvas = _fitted(image, best, self.whole.filter)
         lines, columns = _lines(best, self.cut)
@@ -174,13 +159,7 @@ class LlavaNext:
         side = self.whole.side
         grid = unpadded(tiled(side, lines, columns, side * side), image)
         taken = np.concatenate([np.arange(side * side, dtype=np.int32), line_ends(grid)])
-        kept = np.unique(taken[taken >= 0])
-        inputs = {
-            **read.inputs,
-            "merged": read.inputs["merged"][kept],
-            "taken": np.where(taken < 0, -1, np.searchsorted(kept, taken)).astype(np.int32),
-            "newline": np.zeros_like(taken),
-        }
+        inputs = {**read.inputs, "taken": taken, "newline": np.zeros_like(taken)}
         return Processed(inputs, self.token * len(taken), len(taken))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.text.images import Placeholder
@@ -32,6 +33,16 @@ class Placed:
     runs: tuple[Run, ...] = ()
 
 
+def stand_in(family: Family, tokenizer: Tokenizer, template: str) -> Family:
+    """The family with a token that the vocabulary has: its own, or one that prompts do not have."""
+    if control_id(tokenizer, family.token) is not None:
+        return family
+    ends = {tokenizer.bos, tokenizer.eos}
+    names = [n for n, i in tokenizer.controls.items() if i not in ends and n not in template]
+    token = min(names, key=lambda n: tokenizer.controls[n] in tokenizer.stop_ids, default=None)
+    return family if token is None else cast(Family, replace(cast(Any, family), token=token))
+
+
 def place(
     pieces: Sequence[Piece], images: Sequence[Processed], family: Family, tokenizer: Tokenizer
 ) -> Placed:
@@ -40,6 +51,8 @@ def place(
     if token is None:
         raise UnsupportedModel(f"the tokenizer has no token {family.token}, which images become")
     ids = tokenizer.encode_pieces(_expanded(pieces, images, Placeholder(family.placeholder)))
+    if any(image.recalled is not None for image in images):
+        return Placed(tuple(ids), token)
     places = [i for i, id_ in enumerate(ids) if id_ == token]
     rows = [(image, row) for image, of in enumerate(images) for row in range(of.rows)]
     if len(places) != len(rows):

@@ -86,7 +86,7 @@ def embed(b: Blocks, tower: Tower, patches: Value) -> Value:
 
 def _tiled(b: Blocks, x: Value, role: str, index: Index, gate: float) -> Value:
     """With what is learned for tiles."""
-    learned = _learned(b, f"{TOWER}tiles.{role}", index)
+    learned = _learned(b, f"{TOWER}tiles.{role}.positions", index)
     out = b.builder.value(f"tiled.{role}", x.width, x.rows)
     return b.builder.emit(Add(out, x, learned, gate))
 
