@@ -71,7 +71,6 @@ def family(
     if architecture not in FAMILIES:
         raise UnsupportedModel(f"images of {architecture} are not known")
     processor |= {} if max_edge is None else {"max_edge": max_edge}
-    config = checkpoint.metadata
     try:
         if low:
             config, processor = _low(config), _low(processor)

@@ -13,8 +13,6 @@ from squall.vision.pixels import Floats, Scale, patches
 
 Int32 = NDArray[np.int32]
 Inputs = dict[str, NDArray[np.generic]]
-
-
 HALF = (0.5, 0.5, 0.5)
 
 
