@@ -35,7 +35,9 @@ class Mllama:
     placeholder: str = "<|image|>"
     token: str = "<|image|>"
     mutual: bool = False
-    cost: str = "no tokens but its own; in memory, a row of every patch of 4 tiles"
+    cost: str = (
+        "one token; whatever its size 4 tiles are read, which stay in memory beside the cache"
+    )
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Mllama:
@@ -85,8 +87,8 @@ class Mllama:
         )
         down, across = high / image.height, wide / image.width
         if across < down:
-            return wide, min(math.floor(image.height * across) or 1, high)
-        return min(math.floor(image.width * down) or 1, wide), high
+            return wide, min(int(image.height * across) or 1, high)
+        return min(int(image.width * down) or 1, wide), high
 
     def rows(self, tiles: Floats, shape: int) -> tuple[dict[str, NDArray[np.generic]], int]:
         """Tiles [tiles, patches, patch] as the tower reads them, and how many rows are theirs.
