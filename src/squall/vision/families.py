@@ -36,12 +36,14 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
     "Idefics3ForConditionalGeneration": Idefics3.of,
     "LlavaForConditionalGeneration": llava,
     "LlavaNextForConditionalGeneration": LlavaNext.of,
-    "Mistral3ForConditionalGeneration": partial(Pixtral.of, merge=2),
+    "Mistral3ForConditionalGeneration": partial(Pixtral.of, kind="mistral3"),
     "Phi3VForCausalLM": Phi3V.of,
     "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
     "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
     "SmolVLMForConditionalGeneration": Idefics3.of,
+    "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, kind="qwen2_5_vl_vision"),
+    "SmolVLMForConditionalGeneration": partial(Idefics3.of, kind="smolvlm"),
 }
 
 
@@ -71,7 +73,6 @@ def family(
     if architecture not in FAMILIES:
         raise UnsupportedModel(f"images of {architecture} are not known")
     processor |= {} if max_edge is None else {"max_edge": max_edge}
-    config = checkpoint.metadata
     try:
         if low:
             config, processor = _low(config), _low(processor)
