@@ -40,10 +40,8 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
     "Phi3VForCausalLM": Phi3V.of,
     "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
-    "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
-    "SmolVLMForConditionalGeneration": Idefics3.of,
     "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, kind="qwen2_5_vl_vision"),
-    "SmolVLMForConditionalGeneration": partial(Idefics3.of, kind="smolvlm"),
+    "SmolVLMForConditionalGeneration": Idefics3.of,
 }
 
 
