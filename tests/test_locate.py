@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from squall.checkpoints.hub import Hub
 from squall.errors import ModelNotFound
-from squall.locate import locate, looks_like_model
+from squall.locate import find_mmproj, locate, looks_like_model
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -25,6 +25,14 @@ def test_a_file(tmp_path: Path) -> None:
 
 def test_a_folder_with_one(tmp_path: Path) -> None:
     assert locate(make(tmp_path, "a.gguf", "README.md")) == tmp_path / "a.gguf"
+
+
+def test_a_folder_with_one_that_sees(tmp_path: Path) -> None:
+    make(tmp_path, "a.gguf", "mmproj-a-f16.gguf", "a-mmproj-q8_0.gguf")
+    assert locate(tmp_path) == tmp_path / "a.gguf"
+    towers = [tmp_path / "a-mmproj-q8_0.gguf", tmp_path / "mmproj-a-f16.gguf"]
+    assert find_mmproj(tmp_path / "a.gguf", None, None, None) == towers
+    assert find_mmproj(tmp_path / "a.gguf", towers[0], None, None) == towers[:1]
 
 
 def test_a_folder_with_a_split_one(tmp_path: Path) -> None:

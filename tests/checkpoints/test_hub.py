@@ -240,6 +240,19 @@ def test_all_of_an_adapter(server: Server) -> None:
             Hub().fetch(f"o/adapters:{file}")
 
 
+def test_a_tower_comes_with_its_model(server: Server) -> None:
+    files = ["m-Q4_K_M.gguf", "mmproj-m-BF16.gguf", "mmproj-m-f16.gguf", "README.md"]
+    server.repositories["o/sees"] = Repository({name: name.encode() for name in files})
+    alone = locate("o/sees:q4_k_m", mmproj=False)
+    assert (alone.name, server.downloads()) == (files[0], [files[0]])
+    steps: list[tuple[int, int]] = []
+    assert locate("o/sees", progress=lambda *step: steps.append(step)) == alone
+    assert steps[-1] == (len(files[0]) + len(files[2]),) * 2
+    assert names(alone.parent) == {files[0], files[2]}
+    assert Hub().fetch("o/sees:mmproj-m-bf16").name == files[1]
+    assert locate("o/sees", Hub(offline=True)) == alone
+
+
 @pytest.mark.usefixtures("server")
 def test_a_split_gguf_file() -> None:
     found = Hub().fetch("o/ggufs:F16")

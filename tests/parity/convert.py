@@ -56,8 +56,10 @@ def convert(
             int: writer.add_uint32,
             float: writer.add_float32,
             list: writer.add_array,
+            str: writer.add_string,
         }
-        add[type(value)](f"{architecture}.{key}", value)
+        own = key.startswith("tokenizer.")
+        add[type(value)](key if own else f"{architecture}.{key}", value)
     tensors = dict(_tensors(model, architecture, single_experts=single_experts))
     if fuse_qkv:
         _fuse(tensors, config.num_hidden_layers)

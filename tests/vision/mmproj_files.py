@@ -32,11 +32,15 @@ KINDS = {
 }
 
 
-def write_text(model: Any, architecture: str, path: Path, extra: Mapping[str, Any]) -> None:
-    """The language model alone."""
+def write_text(
+    model: Any, architecture: str, path: Path, extra: Mapping[str, Any], rows: int | None = None
+) -> None:
+    """The language model alone. rows: tokens of its vocabulary."""
     inner = getattr(model.model, "language_model", None) or model.model.text_model
     weights = {f"model.{name}": tensor for name, tensor in inner.state_dict().items()}
     weights["lm_head.weight"] = model.lm_head.weight.detach()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = weights[name][:rows]
     text = SimpleNamespace(config=model.config.get_text_config(), state_dict=lambda: weights)
     convert(text, architecture, path, extra=dict(extra))  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ MOST_CALLS = 128
 
 Messages = str | Sequence[Mapping[str, Any]]
 ROLES: Mapping[str, str] = MappingProxyType({"developer": "system", "function": "tool"})
+_SOURCES = ("url", "data", "image_url", "source", "image", "base64", "path")
 DETAILS = ("auto", "low", "high")
 Content = str | list[dict[str, Any]]
 _TEXTS = ("name", "tool_call_id", *REASONING)
@@ -141,16 +142,10 @@ def _part(part: object, where: str, *, sees: bool) -> dict[str, Any]:
 
 def _image(image: Mapping[object, Any], what: str) -> dict[str, Any]:
     """An image in the words of OpenAI's chats or Responses, Anthropic's, or transformers'."""
-    source, detail = None, image.get("detail")
-    match image:
-        case {"image_url": {"url": source, **own}}:
-            detail = own.get("detail")
-        case {"source": {"url": source}} | {"source": {"data": source}} | {"source": source}:
-            pass
-        case {"image_url": source} | {"image": source} | {"base64": source}:
-            pass
-        case {"url": source} | {"path": source}:
-            pass
+    named = image.get("image_url", image.get("source"))
+    own = named if isinstance(named, Mapping) else image
+    source = next((own[name] for name in _SOURCES if own.get(name) is not None), None)
+    detail = own.get("detail")
     if source is None or isinstance(source, Mapping | list | tuple | int | float):
         raise InvalidRequest(f"{what} that is neither a URL nor data; give image_url")
     check(detail in (None, *DETAILS), f"{what} whose detail", detail, f"one of {DETAILS}")

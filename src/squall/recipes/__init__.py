@@ -152,6 +152,12 @@ def _gguf_architecture(metadata: Mapping[str, object]) -> str:
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise InvalidCheckpoint("the metadata key general.architecture is missing or not a string")
+    if architecture == "clip":
+        kind = metadata.get("clip.projector_type", "mlp")
+        raise UnsupportedModel(
+            f"the file is the tower of a model that sees (mmproj, {quote(str(kind))}); open the "
+            "model's own GGUF file, with --mmproj and this one"
+        )
     if architecture not in gguf.RECIPES:
         known = ", ".join(sorted(gguf.RECIPES))
         raise UnsupportedModel(f"unknown architecture {quote(architecture)}; known: {known}")
@@ -159,18 +165,12 @@ def _gguf_architecture(metadata: Mapping[str, object]) -> str:
 
 
 def _load_gguf(checkpoint: Checkpoint) -> Recipe:
-    if checkpoint.metadata.get("general.architecture") == "clip":
-        kind = checkpoint.metadata.get("clip.projector_type", "mlp")
-        raise UnsupportedModel(
-            f"the file is the tower of a model that sees (mmproj, {quote(str(kind))}); open the "
-            "model's own GGUF file, with --mmproj and this one"
-        )
+    architecture = _gguf_architecture(checkpoint.metadata)
     kind = checkpoint.metadata.get("general.type", "model")
     if kind != "model":
         raise UnsupportedModel(
             f"the file is of type {quote(str(kind))}; only whole models can be run"
         )
-    architecture = _gguf_architecture(checkpoint.metadata)
     fields = GgufFields(architecture, checkpoint.metadata, checkpoint.tensors)
     decoder = _decoder(gguf.RECIPES[architecture](fields), NAMING)
     return _finish(architecture, checkpoint.tensors, fields, decoder)

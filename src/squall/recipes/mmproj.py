@@ -112,7 +112,7 @@ class _File:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         metadata, self.tensors = checkpoint.metadata, checkpoint.tensors
-        if metadata.get("general.architecture") != "clip":
+        if str(metadata.get("general.architecture")) != "clip":
             raise InvalidCheckpoint(f"{quote(checkpoint.path.name)} is no mmproj file")
         inner = {k: v for k, v in metadata.items() if k.startswith("clip.vision.")}
         outer = {k: v for k, v in metadata.items() if k.startswith("clip.") and k not in inner}
@@ -219,10 +219,10 @@ def _tower(f: _File) -> Part:
         layers.append(Layer(heads, Mlp(width, act, gated, mlp_bias), norm))
     token, read = f.has("v.class_embd"), _read(f, depth)
     spec = Tower(
-        3 * f.patch**2, hidden, tuple(layers), bias=f.has("v.patch_embd.bias"), class_token=token,
+        3 * f.patch**2, hidden, tuple(layers), bias=f.siglip, class_token=token,
         positions=f.side**2 + token if token or f.siglip else 0,
-        pre_norm=norm if f.has("v.pre_ln.weight") else None,
-        norm=norm if f.has("v.post_ln.weight") else None,
+        pre_norm=norm if token or f.kind == "pixtral" else None,
+        norm=norm if f.kind not in ("mlp", "pixtral") else None,
         local=local, read=() if read == (depth,) else read,
     )  # fmt: skip
     return Part("tower", spec, Naming(stems, LAYER, fused=FUSED), prefix="tower.")
@@ -259,7 +259,9 @@ def _connector(f: _File, decoder: Decoder) -> Part:
 
 
 def _newline(f: _File) -> bool:
-    return f.has(f.projector.stems.get("newline", ""))
+    """Whether pictures are in tiles, and each line of one ends with a learned row."""
+    pinned = f.vision.has("image_grid_pinpoints")
+    return f.kind == "mlp" and (pinned or f.has(f.projector.stems["newline"]))
 
 
 def _check_windows(f: _File, decoder: Decoder) -> None:

@@ -36,11 +36,11 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
     "Idefics3ForConditionalGeneration": Idefics3.of,
     "LlavaForConditionalGeneration": llava,
     "LlavaNextForConditionalGeneration": LlavaNext.of,
-    "Mistral3ForConditionalGeneration": partial(Pixtral.of, merge=2),
+    "Mistral3ForConditionalGeneration": partial(Pixtral.of, kind="mistral3"),
     "Phi3VForCausalLM": Phi3V.of,
     "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
-    "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
+    "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, kind="qwen2_5_vl_vision"),
     "SmolVLMForConditionalGeneration": Idefics3.of,
 }
 
@@ -71,7 +71,6 @@ def family(
     if architecture not in FAMILIES:
         raise UnsupportedModel(f"images of {architecture} are not known")
     processor |= {} if max_edge is None else {"max_edge": max_edge}
-    config = checkpoint.metadata
     try:
         if low:
             config, processor = _low(config), _low(processor)

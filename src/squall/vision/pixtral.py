@@ -10,7 +10,8 @@ from PIL import Image
 
 from squall.vision.axial import axial_rows
 from squall.vision.family import Processed
-from squall.vision.pixels import MOST_EDGE, Scale, count, resample
+from squall.vision.pixels import MOST_EDGE, Scale, resample
+from squall.vision.squares import section, settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +36,21 @@ class Pixtral:
     )
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any], merge: int = 1) -> Pixtral:
-        """By config.json and preprocessor_config.json. merge: see above, by default."""
-        size = processor.get("size") or {"longest_edge": 1024}
-        if size.get("longest_edge"):
-            size = dict.fromkeys(("height", "width"), size["longest_edge"])
+    def of(
+        cls, config: Mapping[str, Any], processor: Mapping[str, Any], kind: str = "llava"
+    ) -> Pixtral:
+        """By config.json and preprocessor_config.json. kind: of the model."""
+        v, found = section(config, "vision_config", "pixtral"), settings(processor)
         edge = processor.get("max_edge") or MOST_EDGE
-        height, width = (min(count(size, key, high=MOST_EDGE), edge) for key in ("height", "width"))
-        merge = count(config, "spatial_merge_size", merge, high=16)
-        patch = count(config["vision_config"], "patch_size", 16, high=1 << 10)
-        return cls(Scale.of(processor), resample(processor), (height, width), patch, merge)
+        keys = ["size.longest_edge"] * 2
+        if found.has("size.height") and not found.has(keys[0]):
+            keys = ["size.height", "size.width"]
+        height, width = (min(found.count(key, 1024, high=MOST_EDGE), edge) for key in keys)
+        merge = section(config, "", kind).count("spatial_merge_size", 1, high=16)
+        return cls(
+            Scale.of(processor), resample(processor), (height, width),
+            v.count("patch_size", high=1 << 10), merge,
+        )  # fmt: skip
 
     def process(self, image: Image.Image) -> Processed:
         """The whole picture, made smaller where it is too large."""
