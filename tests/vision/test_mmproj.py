@@ -15,10 +15,12 @@ from PIL import Image
 from seeing import Floats, Seen, Seer, check_answers, check_rows, distance, features, randomize
 from test_qwen_vl import kinds as qwen_kinds
 from test_qwen_vl import positions
+from typer.testing import CliRunner
 
 from squall import Model
 from squall.checkpoints import open_gguf
 from squall.checkpoints.base import ByteTensor, Deferred
+from squall.cli.app import app
 from squall.errors import (
     InvalidCheckpoint,
     InvalidRequest,
@@ -401,5 +403,7 @@ def test_which_tower(vicuna: Made, tmp_path: Path, caplog: pytest.LogCaptureFixt
     with pytest.raises(InvalidRequest, match=r"several .*: MMPROJ-b\.gguf, mmproj-a\.gguf"):
         sees()
     assert sees(mmproj=tower)
+    told = CliRunner().invoke(app, ["inspect", str(tower)])
+    assert "the tower of a model that sees (mmproj, 'mlp')" in " ".join(told.stdout.split())
     with pytest.raises(UnsupportedModel, match=r"the tower of a model that sees .mmproj, 'mlp'."):
         Model.open(tower)
