@@ -58,9 +58,10 @@ demo: $(VENV)/built $(VENV)/model ## Start from nothing and let the default mode
 stub: $(VENV)/dev ## Write src/squall/_native.pyi anew, after a change of the bindings
 	@$(BIN)/python -m nanobind.stubgen -q -m squall._native -o src/squall/_native.pyi
 
-docs: $(VENV)/built ## Write the tables of docs/supported.md and docs/sampling.md anew
+docs: $(VENV)/built ## Write the tables of docs/supported.md, docs/sampling.md and docs/vision.md anew
 	@$(BIN)/python tools/supported.py
 	@$(BIN)/python tools/sampling.py
+	@$(BIN)/python tools/vision.py
 	@$(BIN)/python tests/repository/rooms.py
 
 lint: setup ## ruff, mypy, clang-format

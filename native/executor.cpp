@@ -8,7 +8,7 @@
 namespace squall {
 namespace {
 
-constexpr size_t kRowsOfAttention = 16;  // rows of a sequence in one attention task
+constexpr size_t kRowsOfAttention = 48;  // rows of a sequence in one attention task
 
 const Kernels& require(std::string_view isa, CacheType cache) {
   const Kernels* kernels = find_kernels(isa, cache);

@@ -557,7 +557,7 @@ void matmul_float_rows(const Tiles& tiles, const FloatColumns& c, size_t row) {
   Block<F32x16, kTiles, kRows> acc;
 #pragma GCC unroll 4
   for (int t = 0; t < kTiles; ++t)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
       acc[t][r] = c.more ? load(tiles.at(t, row + static_cast<size_t>(r))) : zero();
   const float* const x = c.x + row * c.stride;
@@ -569,7 +569,7 @@ void matmul_float_rows(const Tiles& tiles, const FloatColumns& c, size_t row) {
       if constexpr (kRows <= 2 && kFetchAll) prefetch(p + kPrefetch);
       w[t] = Element::of(p);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const F32x16 value = set1(x[static_cast<size_t>(r) * c.stride + k]);
 #pragma GCC unroll 4
@@ -578,7 +578,7 @@ void matmul_float_rows(const Tiles& tiles, const FloatColumns& c, size_t row) {
   }
 #pragma GCC unroll 4
   for (int t = 0; t < kTiles; ++t)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
 }
 
@@ -586,7 +586,7 @@ template <class Element, int kTiles, size_t kBlock = kFloatRowBlock>
 void matmul_float_blocks(const Tiles& tiles, const FloatColumns& c, size_t row = 0) {
   for (; tiles.rows - row >= kBlock; row += kBlock)
     matmul_float_rows<Element, kTiles, kBlock>(tiles, c, row);
-  constexpr size_t kNext = kBlock > 4 ? 4 : kBlock / 2;
+  constexpr size_t kNext = kBlock > 8 ? 8 : kBlock > 4 ? 4 : kBlock / 2;
   if constexpr (kBlock > 1) matmul_float_blocks<Element, kTiles, kNext>(tiles, c, row);
 }
 

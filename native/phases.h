@@ -14,8 +14,8 @@ namespace squall {
 
 // What is multiplied at once: up to eight tiles with up to 64 rows, whose activations stay in the
 // cache, or with up to 256 of floats, for which they become float32 once.
-constexpr size_t kTilesAtOnce = 8, kMostRowsAtOnce = 256;
-constexpr size_t kProductsAtOnce = kTilesAtOnce * kMostRowsAtOnce;
+constexpr size_t kTilesAtOnce = 8, kMostRows = 256;
+constexpr size_t kProductsAtOnce = kTilesAtOnce * kMostRows;
 constexpr size_t kRowsAThread = 64;  // from so many on, threads share the rows
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -93,7 +93,7 @@ class TilePhase : public Phase {
       : tiles_(weight.tiles()),
         threads_(threads),
         tiles_a_task_(std::clamp(tiles_ / (threads * 6) / 2 * 2, size_t{2}, kTilesAtOnce)),
-        rows_at_once_(weight.is_integer() ? 64 : kMostRowsAtOnce) {}
+        rows_at_once_(weight.is_integer() ? 64 : kMostRows) {}
 
  protected:
   size_t tasks_for(size_t rows) const { return parts(rows) * chunks(); }
@@ -101,8 +101,8 @@ class TilePhase : public Phase {
   // fn(tiles, row, rows) over blocks of a task's rows; their tiles begin at an even one
   template <class Fn>
   void blocks(size_t task, size_t rows, Fn fn) const {
-    const size_t part = task / chunks(), many = parts(rows);
-    blocks(range(task % chunks()), rows * part / many, rows * (part + 1) / many, fn);
+    const size_t part = task / chunks();
+    blocks(range(task % chunks()), first(part, rows), first(part + 1, rows), fn);
   }
   template <class Fn>
   void blocks(const TileRange& tiles, size_t row, size_t end, Fn fn) const {
@@ -118,7 +118,15 @@ class TilePhase : public Phase {
   }
 
  private:
-  size_t parts(size_t rows) const { return rows >= threads_ * kRowsAThread ? threads_ : 1; }
+  // As many for each thread, none so large that a patient run could not give way soon.
+  size_t parts(size_t rows) const {
+    return rows < threads_ * kRowsAThread ? 1 : ceil_div(rows, threads_ * kMostRows) * threads_;
+  }
+  // Whole blocks of the kernels' rows, but for the last.
+  size_t first(size_t part, size_t rows) const {
+    constexpr size_t kRows = 24;
+    return part == parts(rows) ? rows : rows / kRows * part / parts(rows) * kRows;
+  }
   size_t chunks() const { return ceil_div(tiles_, tiles_a_task_); }
 
   size_t tiles_, threads_, tiles_a_task_, rows_at_once_;
@@ -179,7 +187,7 @@ inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer&
                         const TileRange& tiles, size_t row, size_t rows) {
   constexpr size_t kSums = kProductsAtOnce * kLanes;
   auto* const gate =
-      static_cast<float*>(thread_memory((2 * kSums + kMostRowsAtOnce * kGroup) * sizeof(float)));
+      static_cast<float*>(thread_memory((2 * kSums + kMostRows * kGroup) * sizeof(float)));
   float *const up = gate + kSums, *const pair = up + kSums;  // two tiles' columns: a group
   matmul(k, *op.gate, tiles, x, row, rows, gate);
   matmul(k, *op.up, tiles, x, row, rows, up);

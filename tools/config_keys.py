@@ -121,7 +121,7 @@ def parts() -> dict[str, Any]:
 
     configs = [getattr(transformers, f"{name}Config")() for name in (*MORE_PARTS, *SEEING)]
     inner = [
-        getattr(config, part)
+        type(getattr(config, part))()  # of which a model that gives no part has another
         for config in configs
         for part in config.sub_configs
         if part != "text_config"

@@ -30,7 +30,7 @@ MODELS = {
     "starcoder2": "StarCoder 2",
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
-    "gemma3": "Gemma 3 (text; of models that see, their text part)",
+    "gemma3": "Gemma 3",
     "granite": "Granite 3, dense",
     "olmo2": "OLMo 2",
     "cohere": "Command R, R+",
@@ -40,9 +40,23 @@ MODELS = {
     "glm4": "GLM-4 0414",
     "smollm3": "SmolLM 3",
 }
+SEERS = {
+    "llava": "LLaVA 1.5; Pixtral 12B",
+    "llava_next": "LLaVA-NeXT (1.6)",
+    "phi3v": "Phi 3 Vision, Phi 3.5 Vision",
+    "qwen2vl": "Qwen2-VL",
+    "qwen2.5vl": "Qwen2.5-VL",
+    "mistral3": "Mistral Small 3.1, 3.2; Ministral 3",
+    "vllama": "Llama 3.2 Vision",
+    "gemma3-vision": "Gemma 3 4B, 12B, 27B",
+    "idefics2": "Idefics 2",
+    "idefics3": "Idefics 3",
+    "smolvlm": "SmolVLM, SmolVLM 2 (images)",
+}
 GGML = "llama"  # there are no others from before GGUF that can be read
 KINDS = {
     "plain": "folders of transformers, UQFF files",
+    "vision-plain": "the same, of models that see",
     "gguf": "GGUF files",
     "ggml": "LLaMA files from before GGUF",
     "toml": "any of these, named in a TOML file",
@@ -85,6 +99,11 @@ missing and its `model_type` is that of one, whoever made it; a GGUF file if its
   activations, tensors, and keys of config.json that the class of transformers reads. Keys that it
   does not read are named in the log.
 
+## Models that see
+
+{seers()}
+[vision.md](vision.md) tells how they are asked, and what an image costs.
+
 ## Kinds
 
 What may follow `squall run`, `serve`, `bench`, `perplexity` and `squall-server`:
@@ -108,10 +127,19 @@ column instead. [quantization.md](quantization.md) tells which to choose, and ha
 """
 
 
+def seers() -> str:
+    """Names and classes of models that see."""
+    named = [(name, of) for name, of in config.NAMES.items() if of in config.SEERS]
+    rows = [(f"`{name}`", f"`{main_class}`", SEERS[name]) for name, main_class in named]
+    return table(("name", "class in config.json", "models"), rows)
+
+
 def models() -> str:
     """Names and classes of each recipe."""
     rows = []
     for name, main_class in config.NAMES.items():
+        if main_class in config.SEERS:
+            continue
         function = config.RECIPES[main_class].function
         classes = [c for c, entry in config.RECIPES.items() if entry.function is function]
         written = ARCHITECTURES.get(main_class)

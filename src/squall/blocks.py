@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from squall.errors import UnsupportedModel
 from squall.program import (
     Add,
     Attend,
@@ -95,8 +94,7 @@ class Blocks:
     def attention(self, h: Value, name: str, a: Attention, reach: Reach) -> Value:
         sizes = a.heads, a.kv_heads, a.head_dim
         if a.recalls:
-            if reach.cache is None:
-                raise UnsupportedModel("a tower has nothing to recall")
+            assert reach.cache is not None
             (q,) = self.heads(name, a, q=h)
             out = self.builder.value(f"{name}.out", q.width, h.rows)
             return self.builder.emit(Recall(out, q, reach.spans, reach.cache, *sizes, a.scale))

@@ -340,10 +340,10 @@ class Model(Closing):
 
         if self.sight is None:
             raise InvalidRequest(BLIND)
-        images = read_all([picture.source for picture in prompt.images], self.media)
+        images = read_all([part["source"] for part in prompt.images], self.media)
         seen = [
-            self.sight.process(image, picture.detail)
-            for picture, image in zip(prompt.images, images, strict=True)
+            self.sight.process(image, part["detail"])
+            for part, image in zip(prompt.images, images, strict=True)
         ]
         read = [image.processed for image in seen]
         return place(prompt.pieces, read, self.sight.family, self.tokenizer), seen

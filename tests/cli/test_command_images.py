@@ -2,6 +2,7 @@ r"""Images in `squall run` and in its chat, on a terminal and with lines from a 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,3 +141,20 @@ def test_a_terminal(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatc
         assert terminal.process.wait(30) == 0
     finally:
         terminal.close()
+
+
+def test_inspect_tells_what_an_image_costs(folder: Path) -> None:
+    report = json.loads(squall("inspect", "--json", str(folder / "llava")).stdout)
+    assert report["runs"]
+    assert report["sees"].startswith(
+        "a tower of 1 layers, 24 wide; tokens of an image of 640 x 480 pixels: 16 (one a patch"
+    )
+    shown = squall("inspect", str(folder / "llava")).stdout
+    assert "It sees images: a tower of 1 layers" in shown
+    assert json.loads(squall("inspect", "--json").stdout)["sees"] is None
+
+
+def test_doctor_names_what_reads_images() -> None:
+    report = json.loads(squall("doctor", "--json").stdout)
+    assert report["pillow"]
+    assert report["httpx"]

@@ -42,8 +42,7 @@ def test_a_patient_run_beside_steps_gives_the_same_bytes(rng: np.random.Generato
     found: list[bytes] = []
 
     def encode(tower: executors.Executor) -> None:
-        for _ in range(3):
-            found.append(tower.run({"x": image}, patient=True)[name].tobytes())
+        found.extend(tower.run({"x": image}, patient=True)[name].tobytes() for _ in range(3))
 
     threads = [threading.Thread(target=encode, args=(tower,)) for tower in towers]
     for thread in threads:

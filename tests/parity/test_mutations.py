@@ -90,6 +90,11 @@ def effect(decoder: Decoder, model: Built, make_executor: MakeExecutor) -> float
     """How far the logits move; infinitely, when the file lacks weights of the changed decoder."""
     shapes, names = roles(decoder), model.recipe.names
     known = roles(model.recipe.decoder)
+    if (
+        not {model.recipe.naming.split(role)[1] for role in shapes}
+        <= model.recipe.naming.stems.keys()
+    ):
+        return math.inf  # as it recalls
     if any(known.get(role) != shape for role, shape in shapes.items()):
         with pytest.raises((InvalidCheckpoint, UnsupportedModel)):
             locate([(shapes, model.recipe.naming)], model.checkpoint.tensors, read=set())

@@ -9,19 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from pictures import draw
 from project import ROOT
 from tiny_models import write_adapter, write_folder
+from tiny_seers import write_seer
 
 from squall.embedded import find
 
 PAGES = {
     name: "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL))
-    for name in ("docs/python-api.md", "docs/structured-output.md")
+    for name in ("docs/python-api.md", "docs/structured-output.md", "docs/vision.md")
 }
 EXPECTED = {
     "adapters": "['law']: ",
     "chat": "Paris",
     "gguf": "",
+    "images": "tokens asked)",
     "json_answer": "Paris",
     "log_probabilities": "' sky'",
     "logits_processor": "",
@@ -48,20 +51,38 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(base), str(write_adapter(root / "law", base))]
 
 
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny model that sees, what to ask it, and an image."""
+    root = tmp_path_factory.mktemp("shown")
+    draw("text", 60, 40).save(root / "cat.png")
+    return [str(write_seer(root / "llava")), "What is this?", str(root / "cat.png")]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
-def test_example_runs(path: Path, adapted: list[str]) -> None:
-    given = adapted if path.stem == "adapters" else ARGUMENTS.get(path.stem, [])
-    out = run(str(path), *given)
+def test_example_runs(path: Path, adapted: list[str], shown: list[str]) -> None:
+    given = {"adapters": adapted, "images": shown} | ARGUMENTS
+    out = run(str(path), *given.get(path.stem, []))
     assert EXPECTED[path.stem] in out
     assert out.strip()
     if path.stem == "logits_processor":
         assert "e" not in out
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if "vision" not in page])
 def test_page_runs(page: str) -> None:
     assert "Paris" in run("-c", PAGES[page])
+
+
+def test_the_page_of_vision_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiny models in place of the hub's, and a file in place of the web's."""
+    write_seer(tmp_path / "llava-hf/llava-1.5-7b-hf")
+    write_seer(tmp_path / "microsoft/Phi-3.5-vision-instruct", "phi3v")
+    draw("text", 60, 40).save(tmp_path / "cat.png")
+    monkeypatch.chdir(tmp_path)
+    text = PAGES["docs/vision.md"].replace("https://example.org/", "")
+    assert run("-c", text).strip()
 
 
 def test_what_is_shown_passes_a_type_checker(tmp_path: Path) -> None:

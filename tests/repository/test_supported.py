@@ -33,6 +33,18 @@ def test_the_page_is_up_to_date() -> None:
     assert done.returncode == 0, "run `make docs`"
 
 
+def test_what_images_cost_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools/vision.py", "--check"])
+    assert done.returncode == 0, "run `make docs`"
+
+
+@pytest.mark.parametrize("name", ["phi3v", "idefics2", "llava_next", "llava", "vllama", "qwen2vl"])
+def test_models_of_the_seed_that_see(name: str) -> None:
+    _, main_class, models = ROWS[name]
+    assert main_class.strip("`") in config.SEERS
+    assert models
+
+
 @pytest.mark.parametrize("name", SEED)
 def test_models_of_the_seed(name: str) -> None:
     _, _, gguf, ggml, models = ROWS[name]

@@ -115,7 +115,7 @@ def test_the_prompt_of_transformers(
     found = prompt(name, messages, tokenizer)
     assert found.text == wanted
     parts = [part for message in messages for part in message["content"] if "image" in part]
-    assert [picture.source for picture in found.images] == [part["image"] for part in parts]
+    assert [part["source"] for part in found.images] == [part["image"] for part in parts]
 
 
 @pytest.mark.parametrize("name", PLACEHOLDERS)
@@ -126,7 +126,7 @@ def test_placeholders_in_a_text_say_where_images_go(name: str, tokenizer: HfToke
     found = prompt(name, [user(picture("a"), picture("b"), text(said))], tokenizer)
     assert said in found.text
     assert placeholder.count(found.pieces) == 2
-    assert [picture.source for picture in found.images] == ["a", "b"]
+    assert [part["source"] for part in found.images] == ["a", "b"]
     words = "".join(piece.text for piece in found.pieces if piece.content)
     assert (first in words, "First" in words, "then" in words) == (False, True, True)
     alone = prompt(name, [user(picture(), text(first))], tokenizer)
@@ -172,30 +172,30 @@ def test_numbers_go_from_1_on(tokenizer: HfTokenizer) -> None:
     ("part", "source", "detail"),
     [
         ({"type": "image_url", "image_url": {"url": "u", "detail": "low"}}, "u", "low"),
-        ({"type": "image_url", "image_url": "u"}, "u", "auto"),
+        ({"type": "image_url", "image_url": "u"}, "u", None),
         ({"type": "input_image", "image_url": "u", "detail": "high"}, "u", "high"),
-        ({"type": "image", "source": b"u", "detail": None}, b"u", "auto"),
-        ({"type": "image", "path": "u"}, "u", "auto"),
-        ({"type": "image", "url": "u"}, "u", "auto"),
-        ({"type": "image", "base64": "u"}, "u", "auto"),
+        ({"type": "image", "source": b"u", "detail": None}, b"u", None),
+        ({"type": "image", "path": "u"}, "u", None),
+        ({"type": "image", "url": "u"}, "u", None),
+        ({"type": "image", "base64": "u"}, "u", None),
     ],
 )
 def test_forms_of_images(
-    part: dict[str, Any], source: object, detail: str, tokenizer: HfTokenizer
+    part: dict[str, Any], source: object, detail: str | None, tokenizer: HfTokenizer
 ) -> None:
     (found,) = prompt("llava", [user(part, text("x"))], tokenizer).images
-    assert (found.source, found.detail) == (source, detail)
+    assert (found["source"], found["detail"]) == (source, detail)
 
 
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"type": "image"}, "without an image"),
-        ({"type": "image_url", "image_url": {}}, "without an image"),
-        ({"type": "image", "image": "x", "detail": "most"}, "auto, low, high"),
-        ({"type": "video", "video": "x"}, "no text and no image"),
-        ({"type": "text"}, "no text and no image"),
-        ("x", "no text and no image"),
+        ({"type": "image"}, "neither a URL nor data"),
+        ({"type": "image_url", "image_url": {}}, "neither a URL nor data"),
+        ({"type": "image", "image": "x", "detail": "most"}, "whose detail is 'most'"),
+        ({"type": "video", "video": "x"}, "it must be a whole 'text'"),
+        ({"type": "text"}, "it must be a whole 'text'"),
+        ("x", "it must be a whole 'text'"),
     ],
 )
 def test_parts_that_are_wrong(part: Any, message: str, tokenizer: HfTokenizer) -> None:

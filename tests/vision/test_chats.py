@@ -28,7 +28,7 @@ CAT, DOG = draw("text", 60, 40), draw("gradient", 90, 140)
 EXACT: dict[str, Any] = {"weights": "f32", "kv_dtype": "f32", "threads": 2}
 PIL = {
     "llava": "Llava", "qwen2vl": "Qwen2VL", "llava_next": "LlavaNext", "idefics2": "Idefics2",
-    "vllama": "Mllama",
+    "vllama": "Mllama", "smolvlm": "SmolVLM", "gemma3": "Gemma3",
 }  # fmt: skip
 
 
@@ -73,11 +73,14 @@ def theirs(folder: Path, ids: list[int], pictures: list[Image.Image]) -> tuple[i
     kind = getattr(transformers, SEERS[name].model)
     model = kind.from_pretrained(folder, dtype=torch.float32)
     processor = getattr(transformers, f"{PIL[name]}ImageProcessorPil")(**SEERS[name].images)
-    nested: Any = [pictures] if name in ("idefics2", "vllama") else pictures
+    nested: Any = [pictures] if name in ("idefics2", "vllama", "smolvlm") else pictures
     given: dict[str, Any] = dict(processor(nested, return_tensors="pt")) if pictures else {}
     given["attention_mask"] = torch.ones(1, len(ids), dtype=torch.long)
     if name == "qwen2vl":
         given["mm_token_type_ids"] = torch.tensor([[int(i == 262) for i in ids]])
+    if name == "gemma3":
+        given["token_type_ids"] = torch.tensor([[int(i == FIRST + 15) for i in ids]])
+        given.pop("num_crops", None)
     if name == "vllama" and pictures:
         seen = get_cross_attention_token_mask(ids, FIRST + 7)
         tiles = given.pop("num_tiles")

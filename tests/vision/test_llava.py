@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +24,8 @@ from seeing import (
     unmoved,
 )
 
-from squall.errors import InvalidCheckpoint, InvalidRequest
+from squall import recipes
+from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.vision.llava import Llava, LlavaNext
 
 SMALL: dict[str, Any] = {
@@ -107,6 +110,11 @@ CASES = [
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return build(request.param, tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return build(CASES[0], tmp_path_factory.mktemp("plain"))
 
 
 def test_rows(seen: Seen) -> None:
@@ -252,3 +260,71 @@ def test_long_images(padded: bool) -> None:
         family.process(Image.new("RGB", (100000, 1)))
     found = LlavaNext.of(LARGE, PUBLISHED).process(Image.new("RGB", (100000, 1)))
     assert found.rows == 576
+
+
+# ---- config.json as published ----
+
+KEYS: dict[str, Any] = {
+    "ignore_index": -100, "image_token_index": 32000, "pad_token_id": 32001,
+    "projector_hidden_act": "gelu", "tie_word_embeddings": False, "torch_dtype": "float16",
+    "transformers_version": "4.36.0.dev0", "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default", "vocab_size": 32064,
+}  # fmt: skip
+VISION = SMALL | {"model_type": "clip_vision_model", "projection_dim": 768, "vocab_size": 32000}
+VICUNA = TEXT | {
+    "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
+    "torch_dtype": "float16",
+}  # fmt: skip
+INSTRUCT = TEXT | {
+    "_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2", "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral", "rope_theta": 1000000.0, "sliding_window": None,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "more"),
+    [
+        (LLAVA, VICUNA, {"model_type": "llava"}),
+        (NEXT, VICUNA, {"model_type": "llava_next", "use_image_newline_parameter": True}),
+        (
+            NEXT,
+            INSTRUCT,
+            {
+                "model_type": "llava_next",
+                "image_grid_pinpoints": POINTS,
+                "image_seq_length": 9,
+                "multimodal_projector_bias": True,
+            },
+        ),
+    ],
+)
+def test_published_keys(kind: Any, text: Any, more: Any, tmp_path: Path) -> None:
+    processor = ANYRES if kind is NEXT else EDGE
+    seen = build(seer(more["model_type"], kind, VISION, text, processor, published), tmp_path)
+    config = (
+        KEYS | more | {"architectures": [kind[0]], "text_config": text, "vision_config": VISION}
+    )
+    found = recipes.load(replace(seen.checkpoint, metadata=config))
+    assert [part.spec for part in found.parts] == [part.spec for part in seen.recipe.parts]
+    assert found.all_names == seen.recipe.all_names
+
+
+@pytest.mark.parametrize(
+    ("vision", "more", "problem"),
+    [
+        ({"model_type": "dinov2"}, {}, "vision_config is of the kind 'dinov2'; known: clip_vision"),
+        ({}, {"vision_feature_layer": 7}, "vision_feature_layer is 7; it must be a number between"),
+        ({}, {"vision_feature_layer": [-2, "x"]}, r"vision_feature_layer is \[-2, 'x'\]"),
+        ({}, {"vision_feature_layer": []}, r"vision_feature_layer is \[\]"),
+        ({}, {"projector_hidden_act": "tanh"}, "projector_hidden_act"),
+        ({"hidden_act": "tanh"}, {}, "hidden_act"),
+        ({"image_size": 28}, {}, "position_embedding"),
+        ({"num_hidden_layers": 2}, {}, r"encoder\.layers\.2"),
+    ],
+)
+def test_refused_configs(vision: Any, more: Any, problem: str, plain: Seen) -> None:
+    config: dict[str, Any] = dict(plain.checkpoint.metadata) | more
+    config["vision_config"] = config["vision_config"] | vision
+    with pytest.raises((InvalidCheckpoint, UnsupportedModel), match=problem):
+        recipes.load(replace(plain.checkpoint, metadata=config))

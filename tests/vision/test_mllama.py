@@ -348,14 +348,16 @@ def test_adapters_of_keys(seen: Seen) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"size": {"height": 42, "width": 43}}, "that of a tile"),
-        ({"size": {"height": 28, "width": 28}}, "that of a tile"),
-        ({"max_image_tiles": 5}, "between 1 and 4"),
-        ({"max_image_tiles": 0}, "between 1 and 4"),
+        ({"size": {"height": 42, "width": 43}}, "must be a tile's, 42"),
+        ({"size": {"height": 28, "width": 28}}, "must be a tile's, 42"),
+        ({"size": {"height": "42", "width": 42}}, "an integer"),
+        ({"max_image_tiles": 5}, r"in 1\.\.4"),
+        ({"max_image_tiles": 0}, r"in 1\.\.4"),
+        ({"do_resize": False}, "do_resize"),
     ],
 )
 def test_processors_that_do_not_fit(change: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(InvalidCheckpoint, match=text):
         Mllama.of(config(), PROCESSOR | change)
 
 
@@ -369,3 +371,12 @@ def test_gates_that_are_none(gate: list[float] | None, tmp_path: Path) -> None:
     save_file(tensors | ({} if gate is None else {name: torch.tensor(gate)}), file)
     with pytest.raises(InvalidCheckpoint, match=r"gate.*with one number"):
         load(open_folder(tmp_path))
+
+
+def test_a_longest_edge() -> None:
+    small = Mllama.of(config(), PROCESSOR | {"max_edge": 40})
+    assert small.process(draw("noise", 200, 90)).recalled == (ROWS, 3 * ROWS)
+    assert Mllama.of(config(), PROCESSOR).process(draw("noise", 200, 90)).recalled != (
+        ROWS,
+        3 * ROWS,
+    )

@@ -120,7 +120,8 @@ def test_every_field_matters(seen: Seen) -> None:
     ],
 )
 def test_pixels(merge: int, patch: int, processor: dict[str, Any]) -> None:
-    family = Pixtral.of({"vision_config": {"patch_size": patch}}, processor, merge)
+    config = {"vision_config": {"patch_size": patch}, "spatial_merge_size": merge}
+    family = Pixtral.of(config, processor)
     side = merge * patch
     pil = getattr(transformers, PIL)(**processor | {"patch_size": {"height": side, "width": side}})
 
@@ -178,6 +179,7 @@ def pixtral(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 @pytest.mark.parametrize(
     "top",
     [
+        {"architectures": ["LlavaNextForConditionalGeneration"]},
         {"vision_feature_layer": -2},
         {"vision_feature_layer": [-1, 1]},
         {"vision_feature_select_strategy": "default"},
@@ -228,8 +230,9 @@ def test_the_keys_of_published_files(
     [
         ({}, {"size": {"longest_edge": -5}}),
         ({}, {"size": {"longest_edge": 1 << 20}}),
-        ({}, {"size": {"height": 100}}),
+        ({}, {"size": {"height": 100, "width": 0}}),
         ({}, {"image_std": 3}),
+        ({}, {"do_resize": False}),
         ({"patch_size": "large"}, {}),
     ],
     ids=str,

@@ -235,7 +235,7 @@ def test_runs_of_an_image_and_of_neighbours(tokenizer: HfTokenizer) -> None:
     pieces = [Piece("[IMG]"), Piece("[IMG]", content=True), Piece("[IMG]")]
     placed = place(pieces, [line, Processed({}, "[IMG]", 1)], KINDS["pixtral"], tokenizer)
     runs = (Run(0, 0, 2, 0), Run(0, 3, 4, 2), Run(1, 10, 11, 0))
-    assert placed == Placed(placed.ids, runs)
+    assert placed == Placed(placed.ids, placed.token, runs)
     side = place(
         [Piece("[IMG][IMG]")], [Processed({}, "[IMG]", 1)] * 2, KINDS["pixtral"], tokenizer
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from seeing import (
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.recipes import load
 from squall.spec import Rope
+from squall.vision.families import FAMILIES
 from squall.vision.placing import Run
 from squall.vision.qwen import Qwen, rope_positions
 
@@ -50,6 +50,7 @@ WINDOWED: dict[str, Any] = {
 }  # fmt: skip
 PROCESSOR: dict[str, Any] = {"patch_size": 4, "min_pixels": 300, "max_pixels": 3000}
 OLD, NEW = "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
+WINDOWS = 112
 PIL = "Qwen2VLImageProcessorPil"
 
 
@@ -77,9 +78,8 @@ def by_modules(name: str) -> str:
 
 
 def case(name: str, model: str, tower: dict[str, Any], **more: Any) -> Seer:
-    family = Qwen.of if model == OLD else partial(Qwen.of, window=112)
     return Seer(
-        name, model, more.pop("config", config(tower)), family, PIL, PROCESSOR,
+        name, model, more.pop("config", config(tower)), FAMILIES[model], PIL, PROCESSOR,
         {"<|image_pad|>": 80}, more=kinds, rotary=positions, **more,
     )  # fmt: skip
 
@@ -194,7 +194,7 @@ def test_sizes_under_older_names() -> None:
 
 def test_windows_are_whole_rows() -> None:
     tower = {"patch_size": 4, "window_size": 24}
-    inputs = Qwen.of({"vision_config": tower}, {}, 112).process(draw("noise", 100, 60)).inputs
+    inputs = Qwen.of({"vision_config": tower}, {}, WINDOWS).process(draw("noise", 100, 60)).inputs
     begin, end = inputs["local"]
     lines, columns = inputs["rotary"] // (2 * 3)
     for row in range(len(begin)):
@@ -271,31 +271,29 @@ def test_early_files(
     check_answers(replace(made, recipe=recipe), [[1, draw("text", 40, 30), 6]], drawn=3)
 
 
-INVALID: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
-    ({"embed_dim": 25}, {}, {}),
-    ({"embed_dim": 18}, {}, {}),
-    ({"num_heads": 0}, {}, {}),
-    ({"patch_size": 0}, {}, {}),
-    ({"patch_size": 5}, {}, {}),
-    ({"patch_size": [4, 4]}, {}, {}),
-    ({"temporal_patch_size": 1}, {}, {}),
-    ({"spatial_merge_size": 3}, {}, {}),
-    ({"depth": 10**9}, {}, {}),
-    ({"hidden_size": 41}, {}, {}),
-    ({"mlp_ratio": 2.5}, {}, {}),
-    ({}, {"rope_parameters": ROPE | {"mrope_section": [1, 2, 3]}}, {}),
-    ({}, {"rope_parameters": ROPE | {"mrope_section": [3, 2]}}, {}),
-    ({}, {"rope_parameters": ROPE | {"mrope_section": "x"}}, {}),
-    ({}, {"rope_parameters": ROPE | {"mrope_section": [5, 0, 0]}}, {}),
-    ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}, {}),
+INVALID: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"embed_dim": 25}, {}),
+    ({"embed_dim": 18}, {}),
+    ({"num_heads": 0}, {}),
+    ({"patch_size": 0}, {}),
+    ({"patch_size": 5}, {}),
+    ({"patch_size": [4, 4]}, {}),
+    ({"temporal_patch_size": 1}, {}),
+    ({"spatial_merge_size": 3}, {}),
+    ({"depth": 10**9}, {}),
+    ({"hidden_size": 41}, {}),
+    ({"mlp_ratio": 2.5}, {}),
+    ({}, {"rope_parameters": ROPE | {"mrope_section": [1, 2, 3]}}),
+    ({}, {"rope_parameters": ROPE | {"mrope_section": [3, 2]}}),
+    ({}, {"rope_parameters": ROPE | {"mrope_section": "x"}}),
+    ({}, {"rope_parameters": ROPE | {"mrope_section": [5, 0, 0]}}),
+    ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}),
 ]
 
 
-@pytest.mark.parametrize(("tower", "text", "top"), INVALID, ids=str)
-def test_refused_configs(
-    small: Seen, tower: dict[str, Any], text: dict[str, Any], top: dict[str, Any]
-) -> None:
-    metadata = {"architectures": [OLD], **config(TOWER | tower, **text), **top}
+@pytest.mark.parametrize(("tower", "text"), INVALID, ids=str)
+def test_refused_configs(small: Seen, tower: dict[str, Any], text: dict[str, Any]) -> None:
+    metadata = {"architectures": [OLD], **config(TOWER | tower, **text)}
     with pytest.raises((InvalidCheckpoint, UnsupportedModel)):
         load(replace(small.checkpoint, metadata=metadata))
 
@@ -309,6 +307,7 @@ def test_refused_configs(
         ({}, {"size": {"shortest_edge": 1.5}}),
         ({}, {"size": {"longest_edge": 1 << 70}}),
         ({}, {"image_mean": [0.5]}),
+        ({}, {"do_resize": False}),
         ({"patch_size": 0}, {}),
         ({"patch_size": True}, {}),
         ({"spatial_merge_size": 99}, {}),
@@ -319,4 +318,21 @@ def test_refused_configs(
 )
 def test_refused_processors(vision: dict[str, Any], processor: dict[str, Any]) -> None:
     with pytest.raises(InvalidCheckpoint, match=r"\w+ is .*; it must be"):
-        Qwen.of({"vision_config": vision}, processor, 112)
+        Qwen.of({"vision_config": vision}, processor, WINDOWS)
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [{"window_size": 0}, {"fullatt_block_indexes": [3]}, {"fullatt_block_indexes": "all"},
+     {"out_hidden_size": 48}, {"intermediate_size": 35}],
+    ids=str,
+)  # fmt: skip
+def test_refused_windows(tower: dict[str, Any], windowed: Seen) -> None:
+    metadata = {"architectures": [NEW], **config(WINDOWED | tower)}
+    with pytest.raises(InvalidCheckpoint):
+        load(replace(windowed.checkpoint, metadata=metadata))
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return build(next(c for c in CASES if c.name == "2.5"), tmp_path_factory.mktemp("windowed"))

@@ -37,6 +37,9 @@ MLLAMA_TOWER: dict[str, Any] = {
 CONTROLS = """
 <image> <|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|> <|video_pad|>
 <|image|> <fake_token_around_image> <end_of_utterance> <|user|> <|assistant|> <|end|>
+<start_of_image> <end_of_image> <image_soft_token> <start_of_turn> <end_of_turn>
+<global-img> <row_1_col_1> <row_1_col_2> <row_1_col_3> <row_2_col_1> <row_2_col_2> <row_2_col_3>
+<row_3_col_1> <row_3_col_2>
 """
 FIRST = 258  # ids of bytes, and two before
 
@@ -99,6 +102,34 @@ SEERS = {
         },
         "idefics2",
         {"size": {"shortest_edge": 14, "longest_edge": 28}, "do_image_splitting": True},
+    ),
+    "smolvlm": Tiny(
+        "SmolVLMForConditionalGeneration",
+        {
+            "vision_config": SIGLIP, "image_token_id": FIRST, "scale_factor": 2,
+            "text_config": {"model_type": "llama", **TEXT},
+        },
+        "idefics2",
+        {"size": {"longest_edge": 84}, "max_image_size": {"longest_edge": 28}},
+    ),
+    "gemma3": Tiny(
+        "Gemma3ForConditionalGeneration",
+        {
+            "vision_config": SIGLIP | {"model_type": "siglip_vision_model"},
+            "text_config": {
+                **TEXT, "model_type": "gemma3_text", "head_dim": 12, "query_pre_attn_scalar": 12,
+                "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "mm_tokens_per_image": 16, "boi_token_index": FIRST + 13,
+            "eoi_token_index": FIRST + 14, "image_token_index": FIRST + 15,
+            "tie_word_embeddings": False,
+        },
+        "gemma3",
+        {
+            "size": {"height": 28, "width": 28}, "do_pan_and_scan": True,
+            "pan_and_scan_min_crop_size": 24, "pan_and_scan_max_num_crops": 3,
+            "pan_and_scan_min_ratio_to_activate": 1.3,
+        },
     ),
     "vllama": Tiny(
         "MllamaForConditionalGeneration",

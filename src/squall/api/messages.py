@@ -9,6 +9,7 @@ from typing import Any
 from squall.engine.fields import check, shown
 from squall.errors import InvalidRequest
 from squall.text.chat import REASONING
+from squall.text.images import part_of
 
 MOST_MESSAGES = 4096
 MOST_PARTS = 1024
@@ -16,7 +17,6 @@ MOST_CALLS = 128
 
 Messages = str | Sequence[Mapping[str, Any]]
 ROLES: Mapping[str, str] = MappingProxyType({"developer": "system", "function": "tool"})
-DETAILS = ("auto", "low", "high")
 Content = str | list[dict[str, Any]]
 _TEXTS = ("name", "tool_call_id", *REASONING)
 
@@ -120,38 +120,7 @@ def content_of(content: object, where: str, role: str) -> Content:
         raise InvalidRequest(f"{where} must be a text, or a list of parts")
     check_short(where, content, MOST_PARTS)
     sees = role in ("user", "tool", "function")
-    parts = [_part(part, where, sees=sees) for part in content]
+    parts = [part_of(part, where, sees=sees) for part in content]
     if any(part["type"] == "image" for part in parts):
         return parts
     return "".join(part["text"] for part in parts)
-
-
-def _part(part: object, where: str, *, sees: bool) -> dict[str, Any]:
-    match part:
-        case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
-            return {"type": "text", "text": text}
-        case {"type": "refusal", "refusal": str(text)}:
-            return {"type": "text", "text": text}
-        case {"type": "image" | "image_url" | "input_image", **image} if sees:
-            return _image(image, f"{where} has an image")
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    known = "a whole 'text' or 'image_url'" if sees else "a whole 'text'"
-    raise InvalidRequest(f"{where} has a part of type {shown(kind)}; it must be {known}")
-
-
-def _image(image: Mapping[object, Any], what: str) -> dict[str, Any]:
-    """An image in the words of OpenAI's chats or Responses, Anthropic's, or transformers'."""
-    source, detail = None, image.get("detail")
-    match image:
-        case {"image_url": {"url": source, **own}}:
-            detail = own.get("detail")
-        case {"source": {"url": source}} | {"source": {"data": source}} | {"source": source}:
-            pass
-        case {"image_url": source} | {"image": source} | {"base64": source}:
-            pass
-        case {"url": source} | {"path": source}:
-            pass
-    if source is None or isinstance(source, Mapping | list | tuple | int | float):
-        raise InvalidRequest(f"{what} that is neither a URL nor data; give image_url")
-    check(detail in (None, *DETAILS), f"{what} whose detail", detail, f"one of {DETAILS}")
-    return {"type": "image", "source": source, "detail": detail}

@@ -20,12 +20,8 @@ Architecture = Enum(
 )
 VisionArchitecture = Enum(
     "VisionArchitecture",
-    {
-        "Phi3V": "phi3v", "Idefics2": "idefics2", "LLaVANext": "llava_next", "LLaVA": "llava",
-        "VLlama": "vllama", "Qwen2VL": "qwen2vl", "Idefics3": "idefics3", "SmolVLM": "smolvlm",
-        "Qwen2_5VL": "qwen2.5vl", "Gemma3": "gemma3-vision", "Mistral3": "mistral3",
-    },
-)  # fmt: skip
+    "Phi3V Idefics2 LLaVANext LLaVA VLlama Qwen2VL Idefics3 SmolVLM Qwen2_5VL Mistral3 Gemma3",
+)
 DiffusionArchitecture = Enum("DiffusionArchitecture", "Flux FluxOffloaded")
 IsqOrganization = Enum("IsqOrganization", "Default MoQE")
 ModelDType = Enum("ModelDType", "Auto BF16 F16 F32")
@@ -47,6 +43,12 @@ class Selection:
 
 def _name(of: Enum | str) -> str:
     return str(of.name if isinstance(of, Enum) else of).lower().replace("_", ".")
+
+
+def vision_name(of: Enum | str) -> str:
+    """What commands and recipes call an architecture of models that see."""
+    others = {"LLaVANext": "llava_next", "Gemma3": "gemma3-vision"}
+    return of if isinstance(of, str) else others.get(of.name) or _name(of)
 
 
 Files = str | Sequence[str]
@@ -245,7 +247,7 @@ class Which:
             """See `Selection`."""
             names = ("tokenizer_json", "topology", "write_uqff", "from_uqff", "dtype")
             plain = Which.Plain(self.model_id, **{name: getattr(self, name) for name in names})
-            arch = self.arch.value if isinstance(self.arch, Enum) else self.arch
+            arch = self.arch and vision_name(self.arch)
             return replace(plain.opening(others), architecture=arch, max_edge=self.max_edge)
 
     @dataclass(frozen=True)

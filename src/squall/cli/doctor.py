@@ -13,7 +13,7 @@ from squall import __version__
 from squall.cli.options import Json
 from squall.errors import SquallError
 
-PACKAGES = ("numpy", "tokenizers", "jinja2", "typer", "rich", "prompt_toolkit")
+PACKAGES = ("numpy", "tokenizers", "jinja2", "typer", "rich", "prompt_toolkit", "pillow", "httpx")
 
 
 def doctor(as_json: Json = False) -> None:

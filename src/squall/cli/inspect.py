@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
@@ -17,7 +17,10 @@ from squall.errors import SquallError
 
 if TYPE_CHECKING:
     from squall.checkpoints import Checkpoint, Inspection
+    from squall.recipes import Recipe
+    from squall.text.tokenizer import Tokenizer
 
+USUAL = 640, 480  # pixels of an image whose cost is told
 _LORA = re.compile(r"(.+?)\.lora_(?:embedding_)?([aAbB])(?:\..*)?")
 
 
@@ -50,15 +53,16 @@ def inspect(
     header = adapter or read_header(path)
     found, modules = describe(header), list[_Adapted]()
     if adapter or header.metadata.get("general.type") == "adapter":
-        obstacle = f"it is an adapter; open a model with it: squall run MODEL --adapter {path}"
+        run = _Run(f"it is an adapter; open a model with it: squall run MODEL --adapter {path}")
         modules = _modules(found)
     else:
-        obstacle = _obstacle(path)
+        run = _tried(path)
     if as_json:
-        report = asdict(found) | {"runs": not obstacle, "obstacle": obstacle or None}
-        typer.echo(json.dumps(report | {"modules": [m._asdict() for m in modules]}))
+        report = asdict(found) | {"runs": not run.obstacle, "obstacle": run.obstacle or None}
+        report |= {"sees": run.sees or None, "modules": [m._asdict() for m in modules]}
+        typer.echo(json.dumps(report))
     else:
-        _print(found, obstacle, modules)
+        _print(found, run, modules)
 
 
 def _adapter(folder: Path) -> Checkpoint | None:
@@ -109,22 +113,43 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-def _obstacle(path: Path) -> str:
-    """Why Squall cannot run the model; "" if it can."""
+class _Run(NamedTuple):
+    """Why Squall cannot run a model, or ""; and what it sees with, and at what cost, or ""."""
+
+    obstacle: str = ""
+    sees: str = ""
+
+
+def _tried(path: Path) -> _Run:
     from squall import recipes
     from squall.assembly import open_tokenizer
     from squall.checkpoints import open_checkpoint
 
     try:
         checkpoint = open_checkpoint(path)
-        recipes.load(checkpoint)
-        open_tokenizer(checkpoint)
+        recipe = recipes.load(checkpoint)
+        tokenizer = open_tokenizer(checkpoint)
+        return _Run(sees=_sight(checkpoint, recipe, tokenizer) if recipe.sees else "")
     except SquallError as error:
-        return str(error)
-    return ""
+        return _Run(str(error))
 
 
-def _print(found: Inspection, obstacle: str, modules: list[_Adapted]) -> None:
+def _sight(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) -> str:
+    from PIL import Image
+
+    from squall.spec import Tower
+    from squall.vision.families import family
+
+    found, tower = family(recipe.architecture, checkpoint), cast(Tower, recipe.part("tower").spec)
+    text = found.process(Image.new("RGB", USUAL)).text
+    count = len(tokenizer.encode(text, add_bos=False, specials=True))
+    return (
+        f"a tower of {len(tower.layers)} layers, {tower.hidden} wide; tokens of an image of "
+        f"{USUAL[0]} x {USUAL[1]} pixels: {count} ({found.cost})"
+    )
+
+
+def _print(found: Inspection, run: _Run, modules: list[_Adapted]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -154,4 +179,6 @@ def _print(found: Inspection, obstacle: str, modules: list[_Adapted]) -> None:
     form += f" ({found.quantization})" if found.quantization else ""
     size = f"{found.parameters / 1e6:.1f} million parameters, {found.size_bytes / 2**20:.1f} MiB"
     console.print(Text(f"{found.path}: {form}, {size}"))
-    console.print(Text(f"Squall can run it: {'yes' if not obstacle else f'no: {obstacle}'}"))
+    if run.sees:
+        console.print(Text(f"It sees images: {run.sees}"))
+    console.print(Text(f"Squall can run it: {'no: ' * bool(run.obstacle)}{run.obstacle or 'yes'}"))

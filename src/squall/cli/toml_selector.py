@@ -27,6 +27,7 @@ from squall.api.which import (
     Selection,
     VisionArchitecture,
     Which,
+    vision_name,
 )
 from squall.cli.options import read_text
 from squall.errors import InvalidRequest
@@ -54,7 +55,7 @@ _KINDS: tuple[type[Selection], ...] = (
     Which.Plain,
 )
 _ENUMS: Mapping[str, type[Enum]] = {"dtype": ModelDType, "organization": IsqOrganization}
-_VISION = {arch.value for arch in VisionArchitecture}
+_VISION = set(map(vision_name, VisionArchitecture))
 _NUMBERS = ("gqa", "max_edge", "tgt_non_granular_index")
 
 

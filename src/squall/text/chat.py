@@ -19,7 +19,7 @@ from typing import Any
 from squall.errors import InvalidRequest, TemplateError
 from squall.files import parse_json, read_json, read_text
 from squall.text.answer import AnswerParser
-from squall.text.images import Picture, Placeholder, as_parts, as_texts, take
+from squall.text.images import Image, Placeholder, as_parts, as_texts, take
 from squall.text.reasoning import Reasoning, reasoning_of
 from squall.text.tokenizer import Piece, Tokenizer
 from squall.text.tool_formats import ToolFormat, tool_format
@@ -51,7 +51,7 @@ class ChatPrompt:
     pieces: Sequence[Piece]
     format: ToolFormat | None
     reasoning: Reasoning | None
-    images: tuple[Picture, ...] = ()
+    images: tuple[Image, ...] = ()
 
     @property
     def text(self) -> str:

@@ -9,27 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from squall.errors import InvalidRequest
 from squall.text.tokenizer import Piece
 
-IMAGES = ("image", "image_url", "input_image")  # types of parts
-TEXTS = ("text", "input_text", "output_text")
-_SOURCES = ("source", "image", "image_url", "url", "path", "base64")  # where a part has its image
+_SOURCES = ("url", "data", "image_url", "source", "image", "base64", "path")
 DETAILS = ("auto", "low", "high")
 BLIND = "this model reads no images; send texts only"
 _NUMBER = "{}"
-
-
-class Picture(NamedTuple):
-    """An image of a message: a URL, a path, bytes, base64, or an image of Pillow's.
-
-    detail: "low" for as few tokens as the model can read one as.
-    """
-
-    source: object
-    detail: str = "auto"
+# {"type": "image", "source": a URL, a path, bytes..., "detail": "low" for few tokens, or None}
+Image = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,58 +45,71 @@ class Placeholder:
 
 def take(
     messages: Sequence[Mapping[str, Any]], placeholder: Placeholder | None
-) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
+) -> tuple[list[dict[str, Any]], tuple[Image, ...]]:
     """The messages for a template, and their images in order.
 
     The content of a message with images becomes a list of parts `{"type": "image"}` and `{"type":
     "text", "text": ...}`, that of others a text. placeholder: None for models that read no images.
     """
     taken: list[dict[str, Any]] = []
-    pictures: list[Picture] = []
+    images: list[Image] = []
     for i, message in enumerate(messages):
         content = message.get("content")
         if not isinstance(content, list | tuple):
             taken.append(dict(message))
             continue
-        parts = [_part(part, f"messages[{i}].content") for part in content]
-        found = [part for part in parts if isinstance(part, Picture)]
+        parts = [part_of(part, f"messages[{i}].content") for part in content]
+        found = [part for part in parts if part["type"] == "image"]
         if found and placeholder is None:
             raise InvalidRequest(BLIND)
         if found and placeholder:
-            made: Any = list(_placed(parts, len(found), placeholder, len(pictures), i))
+            made: Any = list(_placed(parts, len(found), placeholder, len(images), i))
         else:
-            made = "".join(part for part in parts if isinstance(part, str))
+            made = "".join(part["text"] for part in parts)
         taken.append({**message, "content": made})
-        pictures += found
-    return taken, tuple(pictures)
+        images += found
+    return taken, tuple(images)
 
 
-def _part(part: Any, where: str) -> str | Picture:
+def part_of(part: object, where: str, *, sees: bool = True) -> dict[str, Any]:
+    """A part of a content, in any client's words, as a text or an image of this module's."""
+    match part:
+        case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "refusal", "refusal": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "image" | "image_url" | "input_image", **image} if sees:
+            return _image(image, f"{where} has an image")
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in TEXTS and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if kind not in IMAGES:
-        raise InvalidRequest(f"{where} has a part that is no text and no image: {part!r:.99}")
-    given = (part[name] for name in _SOURCES if part.get(name) is not None)
-    source: Any = next(given, None)
-    detail = part.get("detail")
-    if isinstance(source, Mapping):
-        source, detail = source.get("url"), source.get("detail", detail)
-    if source is None:
-        raise InvalidRequest(f"{where} has a part of type {kind!r} without an image")
+    known = "a whole 'text' or 'image_url'" if sees else "a whole 'text'"
+    raise InvalidRequest(f"{where} has a part of type {kind!r:.99}; it must be {known}")
+
+
+def _image(image: Mapping[object, Any], what: str) -> dict[str, Any]:
+    """An image in the words of OpenAI's chats or Responses, Anthropic's, or transformers'."""
+    named = image.get("image_url", image.get("source"))
+    own = named if isinstance(named, Mapping) else image
+    source = next((own[name] for name in _SOURCES if own.get(name) is not None), None)
+    detail = own.get("detail")
+    if source is None or isinstance(source, Mapping | list | tuple | int | float):
+        raise InvalidRequest(f"{what} that is neither a URL nor data; give image_url")
     if detail not in (None, *DETAILS):
-        raise InvalidRequest(f"{where} has the detail {detail!r:.99}; known: {', '.join(DETAILS)}")
-    return Picture(source, detail or "auto")
+        raise InvalidRequest(f"{what} whose detail is {detail!r:.99}; it must be one of {DETAILS}")
+    return {"type": "image", "source": source, "detail": detail}
 
 
 def _placed(
-    parts: Sequence[str | Picture], count: int, placeholder: Placeholder, before: int, message: int
+    parts: Sequence[Mapping[str, Any]],
+    count: int,
+    placeholder: Placeholder,
+    before: int,
+    message: int,
 ) -> Iterator[dict[str, Any]]:
     """The parts for a template; `before`: images of earlier messages."""
     from squall.text.traced import mixed
 
     pattern = placeholder.pattern
-    written = [name for part in parts if isinstance(part, str) for name in pattern.findall(part)]
+    written = [name for part in parts for name in pattern.findall(part.get("text", ""))]
     if len(written) not in (0, count):
         raise InvalidRequest(
             f"messages[{message}] has images: {count}, and placeholders {placeholder.text} in its "
@@ -119,9 +122,9 @@ def _placed(
             f"{', '.join(wanted):.200}, in this order"
         )
     for part in parts:
-        if isinstance(part, str):
+        if part["type"] == "text":
             # A placeholder is the template's own, as if it had written it.
-            texts = enumerate(pattern.split(part) if written else [part])
+            texts = enumerate(pattern.split(part["text"]) if written else [part["text"]])
             yield {"type": "text", "text": mixed((text, n % 2 == 0) for n, text in texts)}
         elif not written:
             yield {"type": "image"}

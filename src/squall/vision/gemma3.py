@@ -84,7 +84,8 @@ class Gemma3:
         inputs["merged"] = windows(len(pictures), self.side, merge)
         text = f"\n\n{self.placeholder}{self.token * self.tokens}<end_of_image>\n\n"
         if crops:
-            seen = " ".join([text] * len(crops))
-            text = f"Here is the original image {text} and here are some crops"
-            text += f" to help you see better {seen}"
+            said = (
+                f"Here is the original image {text} and here are some crops to help you see better"
+            )
+            text = " ".join([said, *[text] * len(crops)])
         return Processed(inputs, text, self.tokens * len(pictures))

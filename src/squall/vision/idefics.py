@@ -91,7 +91,7 @@ def _patches(config: Mapping[str, Any]) -> tuple[int, int]:
     """Pixels of a patch's edges, and learned positions in a row."""
     vision = config.get("vision_config") or {}
     patch = count(vision, "patch_size", 32)
-    return patch, count(vision, "image_size", 224) // patch
+    return patch, max(count(vision, "image_size", 224) // patch, 1)
 
 
 def _fitted(image: Image.Image, edge: int) -> tuple[int, int]:

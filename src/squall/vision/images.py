@@ -202,8 +202,11 @@ def _upright_rgb(image: Image) -> Image:
     except Exception:  # nothing but a picture's metadata is wrong
         turn = None
     if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+        wide = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        wide *= 255  # in place: there may be many
+        wide += 32767
+        wide //= 65535
+        image = fromarray(wide.astype(np.uint8))
     made = image.convert("RGB")
     made.info.clear()
     return made if turn is None else made.transpose(Transpose(turn))

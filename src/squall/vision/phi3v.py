@@ -32,7 +32,7 @@ class Phi3V:
     placeholder: str = "<|image_{}|>"
     token: str = "<|image|>"
     mutual: bool = False
-    cost: str = "144 a crop and 144 for the whole picture, and its lines' ends: 313 to 2509"
+    cost: str = "144 a crop and 144 for the whole picture, and its lines' ends: 313 to 2653"
 
     @classmethod
     def of(cls, _config: Mapping[str, Any], processor: Mapping[str, Any]) -> Phi3V:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from squall.vision.axial import axial_rows
 from squall.vision.family import Processed
-from squall.vision.pixels import MOST_EDGE, Scale, count, resample
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, MOST_EDGE, Scale, count, resample
+from squall.vision.squares import scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,11 @@ class Pixtral:
             size = dict.fromkeys(("height", "width"), size["longest_edge"])
         edge = processor.get("max_edge") or MOST_EDGE
         height, width = (min(count(size, key, high=MOST_EDGE), edge) for key in ("height", "width"))
-        merge = count(config, "spatial_merge_size", merge, high=16)
-        patch = count(config["vision_config"], "patch_size", 16, high=1 << 10)
-        return cls(Scale.of(processor), resample(processor), (height, width), patch, merge)
+        return cls(
+            scale(processor, CLIP_MEAN, CLIP_STD), resample(processor), (height, width),
+            count(config["vision_config"], "patch_size", 16, high=1 << 10),
+            count(config, "spatial_merge_size", merge, high=16),
+        )  # fmt: skip
 
     def process(self, image: Image.Image) -> Processed:
         """The whole picture, made smaller where it is too large."""

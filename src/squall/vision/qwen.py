@@ -14,8 +14,9 @@ from PIL import Image
 from squall.errors import InvalidCheckpoint, InvalidRequest
 from squall.vision.axial import axial_rows
 from squall.vision.family import Processed
-from squall.vision.pixels import Scale, count, resample, shrunk
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, Scale, count, resample, shrunk
 from squall.vision.placing import Run
+from squall.vision.squares import scale
 
 MOST_ASPECT = 200
 
@@ -49,17 +50,17 @@ class Qwen:
         size, vision = processor.get("size") or {}, config["vision_config"]
         edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
         bounds = {k: processor.get(k) or size.get(e) or size.get(k) for k, e in edges.items()}
-        least = count(bounds, "min_pixels", 56 * 56, high=1 << 24)
-        most = count(bounds, "max_pixels", 28 * 28 * 1280, high=1 << 40)
         patch = count(vision, "patch_size", 14, high=1 << 10)
         merge = count(vision, "spatial_merge_size", 2, high=16)
-        frames = count(vision, "temporal_patch_size", 2, high=16)
-        wide = window and count(vision, "window_size", window)
-        if wide is not None and wide < merge * patch:
-            raise InvalidCheckpoint(f"window_size is {wide}; it must be at least {merge * patch}")
+        wide, side = window and count(vision, "window_size", window), patch * merge
+        if wide is not None and wide < side:
+            raise InvalidCheckpoint(f"window_size is {wide}; it must be at least {side}")
+        least = count(bounds, "min_pixels", 56 * 56, high=1 << 24)
+        most = count(bounds, "max_pixels", 28 * 28 * 1280, high=1 << 40)
         return cls(
-            Scale.of(processor), resample(processor), (least, most), patch, merge, frames,
-            (wide or 0) // merge // patch, processor.get("max_edge"),
+            scale(processor, CLIP_MEAN, CLIP_STD), resample(processor), (least, most), patch, merge,
+            count(vision, "temporal_patch_size", 2, high=16), (wide or 0) // side,
+            processor.get("max_edge"),
         )  # fmt: skip
 
     def process(self, image: Image.Image) -> Processed:

@@ -13,13 +13,16 @@ from squall.vision.pixels import Floats, Scale, patches
 
 Int32 = NDArray[np.int32]
 Inputs = dict[str, NDArray[np.generic]]
+HALF = (0.5, 0.5, 0.5)
 
 
-def scale(processor: Mapping[str, Any]) -> Scale:
+def scale(
+    processor: Mapping[str, Any], mean: Sequence[float] = HALF, std: Sequence[float] = HALF
+) -> Scale:
     """Of a preprocessor_config.json, which must be to resize; by default from -1 to 1."""
     if not processor.get("do_resize", True):
         raise InvalidCheckpoint("do_resize in preprocessor_config.json is false; it must be true")
-    return Scale.of(processor, (0.5,) * 3, (0.5,) * 3)
+    return Scale.of(processor, mean, std)
 
 
 def rows(pictures: Sequence[Floats], patch: int, side: int) -> Inputs:

@@ -6,8 +6,8 @@ become one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from squall.program import (
     Value,
 )
 from squall.roles import roles
-from squall.spec import Connector, Layer, Perceiver, Tiles, Tower
+from squall.spec import Connector, Perceiver, Tiles, Tower
 
 TOWER, CONNECTOR = "tower.", "connector."
 # The input, [rows, patch]: pixels in the order of the weight's columns; a class token has zeros.
@@ -158,19 +158,15 @@ def perceive(b: Blocks, p: Perceiver, x: Value) -> Value:
     x = _learned(b, f"{CONNECTOR}latents", LATENTS)
     for index, layer in enumerate(p.layers):
         name = f"{CONNECTOR}layers.{index}"
-        x = b.layer(x, name, layer, Reach(READ, read=_beside(b, context, name, layer)))
+        normed = b.norm(context, f"{name}.attention.context_norm", layer.norm)
+        x = b.layer(x, name, layer, Reach(READ, read=partial(_beside, b, normed)))
     return b.norm(x, f"{CONNECTOR}norm", p.norm, out=IMAGE)
 
 
-def _beside(b: Blocks, context: Value, name: str, layer: Layer) -> Callable[[Value], Value]:
-    """Makes the rows that latents read: the context, and they themselves."""
-
-    def read(latents: Value) -> Value:
-        normed = b.norm(context, f"{name}.attention.context_norm", layer.norm)
-        out = b.builder.value(f"{name}.attention.read", context.width, MERGED)
-        return b.builder.emit(Overlay(out, normed, latents, LATENT))
-
-    return read
+def _beside(b: Blocks, context: Value, latents: Value) -> Value:
+    """The rows that latents read: the context, and they themselves."""
+    out = b.builder.value(f"{context.name}.read", context.width, MERGED)
+    return b.builder.emit(Overlay(out, context, latents, LATENT))
 
 
 def _newlines(b: Blocks, c: Connector, x: Value) -> Value:
