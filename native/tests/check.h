@@ -19,6 +19,7 @@ TilePtr tile(Format format, size_t rows, size_t cols);
 
 void test_kernels();
 void test_faults();
+void test_callers();  // of a pool; test_faults has them
 // Calls fn on a thread with as little stack as some systems give.
 void on_small_stack(const std::function<void()>& fn);
 

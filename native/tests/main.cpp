@@ -513,7 +513,7 @@ int main(int count, char** arguments) {
   rng.seed(seed);
   if (!words.empty() && !says(0, "any"))
     expect(isas().front() == words[0], std::string(isas().front()) + " is used");
-  if (says(1, "pool")) return test_pool(), failures != 0;
+  if (says(1, "pool")) return test_pool(), test_callers(), failures != 0;
   test_halves();
   test_tiles();
   test_pool();

@@ -12,7 +12,17 @@ from native_executor import in_memory, opened
 from reference_executor import ReferenceExecutor
 from squall import _native
 from squall.errors import InvalidRequest
-from squall.program import Builder, GatherRows, Index, Linear, Matrix, Overlay, Program, Slice
+from squall.program import (
+    Builder,
+    Concatenate,
+    GatherRows,
+    Index,
+    Linear,
+    Matrix,
+    Overlay,
+    Program,
+    Slice,
+)
 
 ROWS = (0, 1, 2, 3, 5, 23, 512)
 WIDTHS = (1, 7, 33, 64)
@@ -33,7 +43,8 @@ def placed(width: int) -> Program:
     near = Index("near", "images", 3)
     beside = b.emit(GatherRows(b.value("beside", 3 * width, "images"), overlaid, near))
     mean = b.emit(GatherRows(b.value("mean", width, "images"), overlaid, near, mean=True))
-    return b.build(overlaid, beside, mean, inputs=(x, rows))
+    joined = b.emit(Concatenate(b.value("joined", 4 * width, "images"), beside, rows))
+    return b.build(overlaid, beside, mean, joined, inputs=(x, rows))
 
 
 def given(rng: np.random.Generator, tokens: int, images: int, width: int) -> dict[str, Any]:
@@ -57,7 +68,7 @@ def test_rows_lie_over_others_and_side_by_side(
     for tokens, images in zip(ROWS, (0, 0, 5, 1, 512, 3, 23), strict=True):
         inputs = given(rng, tokens, images if tokens else 0, width)
         found, wanted = executor.run(inputs), reference.run(inputs)
-        for name in ("overlaid", "beside"):
+        for name in ("overlaid", "beside", "joined"):
             assert found[name].tobytes() == wanted[name].tobytes(), (name, tokens, images)
         np.testing.assert_allclose(found["mean"], wanted["mean"], rtol=1e-6, atol=1e-6)
 

@@ -24,6 +24,7 @@ PRESENT: dict[str, Any] = {
     "norm": Norm("layer", 0.01, bias=True),
     "activation": "relu",
     "rope": Rope(10000.0, 32),
+    "tiles": Tiles(2, 1, (0.5, 0.5, 0.5), (), (0,)),
 }
 # Where one more would be out of range, or would not cross a rounding or a threshold.
 OWN: dict[str, Callable[[Any, int], Any]] = {

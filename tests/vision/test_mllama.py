@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -348,14 +349,16 @@ def test_adapters_of_keys(seen: Seen) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"size": {"height": 42, "width": 43}}, "that of a tile"),
-        ({"size": {"height": 28, "width": 28}}, "that of a tile"),
-        ({"max_image_tiles": 5}, "between 1 and 4"),
-        ({"max_image_tiles": 0}, "between 1 and 4"),
+        ({"size": {"height": 42, "width": 43}}, "must be a tile's, 42"),
+        ({"size": {"height": 28, "width": 28}}, "must be a tile's, 42"),
+        ({"size": {"height": "42", "width": 42}}, "an integer"),
+        ({"max_image_tiles": 5}, r"in 1\.\.4"),
+        ({"max_image_tiles": 0}, r"in 1\.\.4"),
+        ({"do_resize": False}, "do_resize"),
     ],
 )
 def test_processors_that_do_not_fit(change: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(InvalidCheckpoint, match=text):
         Mllama.of(config(), PROCESSOR | change)
 
 
@@ -369,3 +372,33 @@ def test_gates_that_are_none(gate: list[float] | None, tmp_path: Path) -> None:
     save_file(tensors | ({} if gate is None else {name: torch.tensor(gate)}), file)
     with pytest.raises(InvalidCheckpoint, match=r"gate.*with one number"):
         load(open_folder(tmp_path))
+
+
+def test_a_longest_edge() -> None:
+    small = Mllama.of(config(), PROCESSOR | {"max_edge": 40})
+    assert small.process(draw("noise", 200, 90)).recalled == (ROWS, 3 * ROWS)
+    assert Mllama.of(config(), PROCESSOR).process(draw("noise", 200, 90)).recalled != (
+        ROWS,
+        3 * ROWS,
+    )
+
+
+def test_published_configurations(tmp_path: Path) -> None:
+    """As on the hub: rope in keys of its own, and what the classes of 4.45 had besides."""
+    seen = build(CASES[0], tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    rope = found["text_config"].pop("rope_parameters")
+    found["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    usual = {
+        "_name_or_path": "",
+        "add_cross_attention": False,
+        "top_k": 50,
+        "torch_dtype": "bfloat16",
+    }
+    for part in ("text_config", "vision_config"):
+        found[part] |= usual | {"architectures": None, "output_hidden_states": False}
+    found["vision_config"] |= {"attention_heads": 4, "return_dict": True}
+    del found["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    again = load(open_folder(tmp_path))
+    assert [part.spec for part in again.parts] == [part.spec for part in seen.recipe.parts]

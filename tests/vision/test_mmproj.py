@@ -15,10 +15,12 @@ from PIL import Image
 from seeing import Floats, Seen, Seer, check_answers, check_rows, distance, features, randomize
 from test_qwen_vl import kinds as qwen_kinds
 from test_qwen_vl import positions
+from typer.testing import CliRunner
 
 from squall import Model
 from squall.checkpoints import open_gguf
 from squall.checkpoints.base import ByteTensor, Deferred
+from squall.cli.app import app
 from squall.errors import (
     InvalidCheckpoint,
     InvalidRequest,
@@ -369,10 +371,13 @@ def test_text_alone(tmp_path: Path) -> None:
     ids, exact = list(range(40, 60)), {"weights": "f32", "kv_dtype": "f32", "threads": 1}
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    found = []
     for tower in (None, "none"):
         with Model.open(tmp_path / "text.gguf", mmproj=tower, **exact) as opened:
             assert (opened.sight is None) == (tower == "none")
-            assert distance(opened.logits(ids), wanted) < 1e-4
+            found.append(opened.logits(ids))
+    assert distance(found[0], wanted) < 1e-4
+    assert found[0].tobytes() == found[1].tobytes()
 
 
 def test_which_tower(vicuna: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -388,6 +393,7 @@ def test_which_tower(vicuna: Made, tmp_path: Path, caplog: pytest.LogCaptureFixt
         with Model.open(text, threads=1, **options) as model:
             return model.sight is not None
 
+    caplog.set_level("INFO", "squall")
     assert sees()
     assert "other-mmproj.gguf is left out" in caplog.text
     assert not sees(mmproj="none")
@@ -401,5 +407,7 @@ def test_which_tower(vicuna: Made, tmp_path: Path, caplog: pytest.LogCaptureFixt
     with pytest.raises(InvalidRequest, match=r"several .*: MMPROJ-b\.gguf, mmproj-a\.gguf"):
         sees()
     assert sees(mmproj=tower)
+    told = CliRunner().invoke(app, ["inspect", str(tower)])
+    assert "the tower of a model that sees (mmproj, 'mlp')" in " ".join(told.stdout.split())
     with pytest.raises(UnsupportedModel, match=r"the tower of a model that sees .mmproj, 'mlp'."):
         Model.open(tower)

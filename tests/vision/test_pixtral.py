@@ -121,7 +121,7 @@ def test_every_field_matters(seen: Seen) -> None:
 )
 def test_pixels(merge: int, patch: int, processor: dict[str, Any]) -> None:
     config = {"vision_config": {"patch_size": patch}, "spatial_merge_size": merge}
-    family = Pixtral.of(config, processor, "mistral3")
+    family = Pixtral.of(config, processor)
     side = merge * patch
     pil = getattr(transformers, PIL)(**processor | {"patch_size": {"height": side, "width": side}})
 

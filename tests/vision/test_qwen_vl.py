@@ -50,7 +50,7 @@ WINDOWED: dict[str, Any] = {
 }  # fmt: skip
 PROCESSOR: dict[str, Any] = {"patch_size": 4, "min_pixels": 300, "max_pixels": 3000}
 OLD, NEW = "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
-WINDOWS = "qwen2_5_vl_vision"
+WINDOWS = 112
 PIL = "Qwen2VLImageProcessorPil"
 
 

@@ -105,6 +105,7 @@ _PICTURES = "image_mean image_std image_min_pixels image_max_pixels preproc_imag
 _TOLD = "feed_forward_length projection_dim image_crop_resolution image_aspect_ratio"
 _TOLD += " image_split_resolution mm_patch_merge_type mm_projector_type image_grid_pinpoints"
 _ALSO = "has_vision_encoder has_text_encoder has_audio_encoder has_llava_projector"
+_ALSO += " has_qwen2vl_merger"
 
 
 class _File:

@@ -36,11 +36,11 @@ FAMILIES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Family]]
     "Idefics3ForConditionalGeneration": Idefics3.of,
     "LlavaForConditionalGeneration": llava,
     "LlavaNextForConditionalGeneration": LlavaNext.of,
-    "Mistral3ForConditionalGeneration": partial(Pixtral.of, kind="mistral3"),
+    "Mistral3ForConditionalGeneration": partial(Pixtral.of, merge=2),
     "Phi3VForCausalLM": Phi3V.of,
     "MllamaForConditionalGeneration": Mllama.of,
     "Qwen2VLForConditionalGeneration": Qwen.of,
-    "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, kind="qwen2_5_vl_vision"),
+    "Qwen2_5_VLForConditionalGeneration": partial(Qwen.of, window=112),
     "SmolVLMForConditionalGeneration": Idefics3.of,
 }
 

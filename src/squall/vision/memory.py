@@ -18,10 +18,8 @@ MOST = 512
 
 def ordered(images: Sequence[tuple[Processed, Floats]]) -> Floats:
     """The rows of all images, and after them those of what fills them up."""
-    counts = [0 if image.recalled is None else image.recalled[0] for image, _ in images]
-    rows = [found for _, found in images]
-    first = [found[:count] for found, count in zip(rows, counts, strict=True)]
-    return np.concatenate([*first, *(r[c:] for r, c in zip(rows, counts, strict=True))])
+    cut = [np.split(rows, [(image.recalled or (0,))[0]]) for image, rows in images]
+    return np.concatenate([rows for part in zip(*cut, strict=True) for rows in part])
 
 
 def seen(ids: Sequence[int], token: int, images: Sequence[Processed]) -> NDArray[np.int32]:
@@ -34,13 +32,10 @@ def seen(ids: Sequence[int], token: int, images: Sequence[Processed]) -> NDArray
     ends = np.cumsum([0, *(size[0] for size in sizes)])
     found = np.zeros((3, len(ids)), np.int32)
     found[1] = sum(map(sum, sizes))
-    first, count = 0, 0
-    for at, id_ in enumerate(ids):
-        if id_ == token:
-            first = first if at and ids[at - 1] == token else count
-            count += 1
-        if count:
-            found[:, at] = ends[first], ends[count], 1
+    first = 0
+    for image, at in enumerate(at for at, id_ in enumerate(ids) if id_ == token):
+        first = first if at and ids[at - 1] == token else image
+        found[:, at:] = [[ends[first]], [ends[image + 1]], [1]]
     return found
 
 

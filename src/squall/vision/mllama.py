@@ -11,8 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from squall.errors import InvalidCheckpoint
 from squall.vision.family import Processed
-from squall.vision.pixels import Floats, Scale, patches, resample
+from squall.vision.pixels import (
+    MOST_EDGE,
+    MOST_PIXELS,
+    Floats,
+    Scale,
+    count,
+    patches,
+    resample,
+    shrunk,
+)
+from squall.vision.squares import scale
 
 # Rows of a tile are filled up to a multiple of it.
 FULL = 8
@@ -20,7 +31,7 @@ FULL = 8
 
 @dataclass(frozen=True, slots=True)
 class Mllama:
-    """See `Family`. size: of a tile's edge. tiles: of the largest picture.
+    """See `Family`. size: of a tile's edge. max_edge: see `families.family`.
 
     shapes: of pictures, in tiles, by the number less 1 that the tower knows them by. room: tiles
         that the tower reads, whether there is something in them or not.
@@ -32,28 +43,32 @@ class Mllama:
     patch: int
     shapes: tuple[tuple[int, int], ...]
     room: int
+    max_edge: int | None = None
     placeholder: str = "<|image|>"
     token: str = "<|image|>"
     mutual: bool = False
-    cost: str = "no tokens but its own; in memory, a row of every patch of 4 tiles"
+    cost: str = (
+        "one token; whatever its size 4 tiles are read, which stay in memory beside the cache"
+    )
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Mllama:
         """By config.json and preprocessor_config.json."""
-        vision, tiles = config["vision_config"], processor.get("max_image_tiles", 4)
-        size, room = processor["size"]["height"], vision.get("max_num_tiles", 4)
+        v, edges = config["vision_config"], processor.get("size") or {}
+        size = count(v, "image_size", 448, high=MOST_EDGE)
+        room = count(v, "max_num_tiles", 4, high=MOST_PIXELS // size**2)
+        if [count(edges, side, 224) for side in ("height", "width")] != [size] * 2:
+            raise InvalidCheckpoint(f"size in preprocessor_config.json must be a tile's, {size}")
+        tiles = count(processor, "max_image_tiles", 4, high=room)
         sides = range(1, tiles + 1)
         shapes = tuple((h, w) for h in sides for w in sides if h * w <= tiles)
-        if processor["size"]["width"] != size or vision.get("image_size", 448) != size:
-            raise ValueError(f"size must be that of a tile, {vision.get('image_size', 448)}")
-        if not 1 <= tiles <= room:
-            raise ValueError(f"max_image_tiles is {tiles}; it must be between 1 and {room}")
-        scale = Scale.of(processor, (0.5,) * 3, (0.5,) * 3)
-        patch = vision.get("patch_size", 14)
-        return cls(scale, resample(processor, 2), size, patch, shapes, room)
+        patch = count(v, "patch_size", 14, high=size)
+        edge = processor.get("max_edge")
+        return cls(scale(processor), resample(processor, 2), size, patch, shapes, room, edge)
 
     def process(self, image: Image.Image) -> Processed:
         """The picture in the upper left of its tiles."""
+        image = shrunk(image, self.max_edge)
         high, wide = shape = self.shape(image)
         canvas = Image.new("RGB", (wide * self.size, high * self.size))
         canvas.paste(image.resize(self.fitted(image, shape), self.filter))
@@ -67,11 +82,9 @@ class Mllama:
     def shape(self, image: Image.Image) -> tuple[int, int]:
         """The tiles, down and across, that make least of it larger, or most of it smaller."""
 
-        def scale(shape: tuple[int, int]) -> float:
-            high, wide = shape
-            return min(high * self.size / image.height, wide * self.size / image.width)
-
-        scales = [scale(shape) for shape in self.shapes]
+        scales = [
+            min(h * self.size / image.height, w * self.size / image.width) for h, w in self.shapes
+        ]
         larger = [found for found in scales if found >= 1]
         best = min(larger) if larger else max(scales)
         fits = [shape for shape, found in zip(self.shapes, scales, strict=True) if found == best]
@@ -85,8 +98,8 @@ class Mllama:
         )
         down, across = high / image.height, wide / image.width
         if across < down:
-            return wide, min(math.floor(image.height * across) or 1, high)
-        return min(math.floor(image.width * down) or 1, wide), high
+            return wide, min(int(image.height * across) or 1, high)
+        return min(int(image.width * down) or 1, wide), high
 
     def rows(self, tiles: Floats, shape: int) -> tuple[dict[str, NDArray[np.generic]], int]:
         """Tiles [tiles, patches, patch] as the tower reads them, and how many rows are theirs.

@@ -10,8 +10,8 @@ from PIL import Image
 
 from squall.vision.axial import axial_rows
 from squall.vision.family import Processed
-from squall.vision.pixels import MOST_EDGE, Scale, resample
-from squall.vision.squares import section, settings
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, MOST_EDGE, Scale, count, resample
+from squall.vision.squares import scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +36,17 @@ class Pixtral:
     )
 
     @classmethod
-    def of(
-        cls, config: Mapping[str, Any], processor: Mapping[str, Any], kind: str = "llava"
-    ) -> Pixtral:
-        """By config.json and preprocessor_config.json. kind: of the model."""
-        v, found = section(config, "vision_config", "pixtral"), settings(processor)
+    def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any], merge: int = 1) -> Pixtral:
+        """By config.json and preprocessor_config.json. merge: see above, by default."""
+        size = processor.get("size") or {"longest_edge": 1024}
+        if size.get("longest_edge"):
+            size = dict.fromkeys(("height", "width"), size["longest_edge"])
         edge = processor.get("max_edge") or MOST_EDGE
-        keys = ["size.longest_edge"] * 2
-        if found.has("size.height") and not found.has(keys[0]):
-            keys = ["size.height", "size.width"]
-        height, width = (min(found.count(key, 1024, high=MOST_EDGE), edge) for key in keys)
-        merge = section(config, "", kind).count("spatial_merge_size", 1, high=16)
+        height, width = (min(count(size, key, high=MOST_EDGE), edge) for key in ("height", "width"))
         return cls(
-            Scale.of(processor), resample(processor), (height, width),
-            v.count("patch_size", high=1 << 10), merge,
+            scale(processor, CLIP_MEAN, CLIP_STD), resample(processor), (height, width),
+            count(config["vision_config"], "patch_size", 16, high=1 << 10),
+            count(config, "spatial_merge_size", merge, high=16),
         )  # fmt: skip
 
     def process(self, image: Image.Image) -> Processed:

@@ -51,8 +51,6 @@ def place(
     if token is None:
         raise UnsupportedModel(f"the tokenizer has no token {family.token}, which images become")
     ids = tokenizer.encode_pieces(_expanded(pieces, images, Placeholder(family.placeholder)))
-    if any(image.recalled is not None for image in images):
-        return Placed(tuple(ids), token)
     places = [i for i, id_ in enumerate(ids) if id_ == token]
     rows = [(image, row) for image, of in enumerate(images) for row in range(of.rows)]
     if len(places) != len(rows):

@@ -14,9 +14,9 @@ from PIL import Image
 from squall.errors import InvalidCheckpoint, InvalidRequest
 from squall.vision.axial import axial_rows
 from squall.vision.family import Processed
-from squall.vision.pixels import Scale, resample, shrunk
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, Scale, count, resample, shrunk
 from squall.vision.placing import Run
-from squall.vision.squares import section, settings
+from squall.vision.squares import scale
 
 MOST_ASPECT = 200
 
@@ -44,24 +44,23 @@ class Qwen:
 
     @classmethod
     def of(
-        cls, config: Mapping[str, Any], processor: Mapping[str, Any], kind: str = "qwen2_vl_vision"
+        cls, config: Mapping[str, Any], processor: Mapping[str, Any], window: int | None = None
     ) -> Qwen:
-        """By config.json and preprocessor_config.json. kind: of the tower."""
-        v, found = section(config, "vision_config", kind), settings(processor)
-
-        def bound(key: str, edge: str, default: int, high: int) -> int:
-            keys = (key, f"size.{edge}", f"size.{key}")
-            return found.count(next(filter(found.has, keys), key), default, high=high)
-
-        patch, merge = v.count("patch_size", high=1 << 10), v.count("spatial_merge_size", high=16)
-        window, side = v.optional_count("window_size") or 0, patch * merge
-        if 0 < window < side:
-            raise InvalidCheckpoint(f"window_size is {window}; it must be at least {side}")
-        least = bound("min_pixels", "shortest_edge", 56 * 56, 1 << 24)
-        most = bound("max_pixels", "longest_edge", 28 * 28 * 1280, 1 << 40)
+        """By config.json and preprocessor_config.json. window: pixels of its side, by default."""
+        size, vision = processor.get("size") or {}, config["vision_config"]
+        edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        bounds = {k: processor.get(k) or size.get(e) or size.get(k) for k, e in edges.items()}
+        patch = count(vision, "patch_size", 14, high=1 << 10)
+        merge = count(vision, "spatial_merge_size", 2, high=16)
+        wide, side = window and count(vision, "window_size", window), patch * merge
+        if wide is not None and wide < side:
+            raise InvalidCheckpoint(f"window_size is {wide}; it must be at least {side}")
+        least = count(bounds, "min_pixels", 56 * 56, high=1 << 24)
+        most = count(bounds, "max_pixels", 28 * 28 * 1280, high=1 << 40)
         return cls(
-            Scale.of(processor), resample(processor), (least, most), patch, merge,
-            v.count("temporal_patch_size", high=16), window // side, processor.get("max_edge"),
+            scale(processor, CLIP_MEAN, CLIP_STD), resample(processor), (least, most), patch, merge,
+            count(vision, "temporal_patch_size", 2, high=16), (wide or 0) // side,
+            processor.get("max_edge"),
         )  # fmt: skip
 
     def process(self, image: Image.Image) -> Processed:

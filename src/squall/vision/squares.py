@@ -9,37 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.errors import InvalidCheckpoint
-from squall.recipes.config_fields import ConfigFields, flatten, part_keys
-from squall.recipes.config_names import USUAL
-from squall.recipes.fields import Fields
 from squall.vision.pixels import Floats, Scale, patches
 
 Int32 = NDArray[np.int32]
 Inputs = dict[str, NDArray[np.generic]]
+HALF = (0.5, 0.5, 0.5)
 
 
-def section(config: Mapping[str, Any], key: str, kind: str) -> ConfigFields:
-    """What config.json says in the object `key`, and the class of this model_type else.
-
-    key: "": what it says beside its objects.
-    """
-    found = (config.get(key) or {}) if key else config
-    return ConfigFields(found, {}, part_keys(kind) or {}, USUAL)
-
-
-def settings(processor: Mapping[str, Any]) -> Fields:
-    """What preprocessor_config.json says, which must be to resize."""
-    found = Fields(dict(flatten(processor)), {})
-    if not found.flag("do_resize", True):
-        raise InvalidCheckpoint("do_resize in preprocessor_config.json is false; it must be true")
-    return found
-
-
-def scale(processor: Mapping[str, Any]) -> Scale:
+def scale(
+    processor: Mapping[str, Any], mean: Sequence[float] = HALF, std: Sequence[float] = HALF
+) -> Scale:
     """Of a preprocessor_config.json, which must be to resize; by default from -1 to 1."""
     if not processor.get("do_resize", True):
         raise InvalidCheckpoint("do_resize in preprocessor_config.json is false; it must be true")
-    return Scale.of(processor, (0.5,) * 3, (0.5,) * 3)
+    return Scale.of(processor, mean, std)
 
 
 def rows(pictures: Sequence[Floats], patch: int, side: int) -> Inputs:
