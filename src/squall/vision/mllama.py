@@ -13,8 +13,17 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint
 from squall.vision.family import Processed
-from squall.vision.pixels import MOST_EDGE, MOST_PIXELS, Floats, Scale, patches, resample, shrunk
-from squall.vision.squares import scale, section, settings
+from squall.vision.pixels import (
+    MOST_EDGE,
+    MOST_PIXELS,
+    Floats,
+    Scale,
+    count,
+    patches,
+    resample,
+    shrunk,
+)
+from squall.vision.squares import scale
 
 # Rows of a tile are filled up to a multiple of it.
 FULL = 8
@@ -45,15 +54,15 @@ class Mllama:
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Mllama:
         """By config.json and preprocessor_config.json."""
-        v, found = section(config, "vision_config", "mllama_vision_model"), settings(processor)
-        size = v.count("image_size", high=MOST_EDGE)
-        room = v.count("max_num_tiles", high=MOST_PIXELS // size**2)
-        if [found.count(f"size.{side}", 224) for side in ("height", "width")] != [size] * 2:
+        v, edges = config["vision_config"], processor.get("size") or {}
+        size = count(v, "image_size", 448, high=MOST_EDGE)
+        room = count(v, "max_num_tiles", 4, high=MOST_PIXELS // size**2)
+        if [count(edges, side, 224) for side in ("height", "width")] != [size] * 2:
             raise InvalidCheckpoint(f"size in preprocessor_config.json must be a tile's, {size}")
-        tiles = found.count("max_image_tiles", 4, high=room)
+        tiles = count(processor, "max_image_tiles", 4, high=room)
         sides = range(1, tiles + 1)
         shapes = tuple((h, w) for h in sides for w in sides if h * w <= tiles)
-        patch = v.count("patch_size", high=size)
+        patch = count(v, "patch_size", 14, high=size)
         edge = processor.get("max_edge")
         return cls(scale(processor), resample(processor, 2), size, patch, shapes, room, edge)
 
