@@ -212,7 +212,7 @@ def _connector(f: _File, decoder: Decoder) -> Part:
     return Part("connector", spec, names, prefix="connector.")
 
 
-def described(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def described(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
     """A class of transformers, and what its config.json and preprocessor_config.json would say."""
     f = _File(checkpoint)
     v, size = f.vision, f.image
@@ -221,14 +221,12 @@ def described(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], dict[str, An
         "image_size": size, "patch_size": f.patch, "temporal_patch_size": 1,
         "spatial_merge_size": f.merge, "window_size": v.count("window_size", 112),
     }  # fmt: skip
-    config: dict[str, Any] = {
+    longest = 4 * size if f.kind == "idefics3" else size
+    longest = v.count("preproc_image_size", longest, high=1 << 16)
+    said: dict[str, Any] = {
         "vision_config": vision, "scale_factor": f.merge, "spatial_merge_size": f.merge,
         "mm_tokens_per_image": (f.side // f.merge) ** 2,
         "vision_feature_select_strategy": "full" if f.siglip else "default",
-    }  # fmt: skip
-    longest = 4 * size if f.kind == "idefics3" else size
-    longest = v.count("preproc_image_size", longest, high=1 << 16)
-    processor: dict[str, Any] = {
         "image_mean": v.numbers("image_mean", 3), "image_std": v.numbers("image_std", 3),
         "size": dict.fromkeys(f.projector.sizes, longest),
         "crop_size": {"height": size, "width": size},
@@ -236,10 +234,9 @@ def described(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], dict[str, An
     }  # fmt: skip
     for key in ("min_pixels", "max_pixels"):
         if v.has(f"image_{key}"):
-            processor[key] = v.count(f"image_{key}", high=1 << 40)
+            said[key] = v.count(f"image_{key}", high=1 << 40)
     if f.tiled:
         flat = v.indices("image_grid_pinpoints", below=1 << 16)
-        pairs = [list(pair) for pair in zip(flat[::2], flat[1::2], strict=False)]
-        config["image_grid_pinpoints"] = processor["image_grid_pinpoints"] = pairs
-    seer = f.projector.seer + "Next" * f.tiled
-    return f"{seer}ForConditionalGeneration", config, processor
+        pairs = zip(flat[::2], flat[1::2], strict=False)
+        said["image_grid_pinpoints"] = [list(pair) for pair in pairs]
+    return f"{f.projector.seer}{'Next' * f.tiled}ForConditionalGeneration", said
