@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmproj_files import write_mmproj, write_text
+from mmproj_files import Change, write_mmproj, write_text
 from pictures import PICTURES, draw
 from PIL import Image
 from seeing import Floats, Seen, Seer, check_answers, check_rows, distance, features, randomize
@@ -181,12 +182,14 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def opened(pair: Pair, model: Any, folder: Path, form: str = "f32") -> Seen:
+def opened(
+    pair: Pair, model: Any, folder: Path, form: str = "f32", change: Change = lambda *_: None
+) -> Seen:
     """What Squall makes of both files."""
     text, tower = folder / "text.gguf", folder / f"mmproj-{form}.gguf"
     if not text.exists():
         write_text(model, pair.architecture, text, pair.extra)
-    write_mmproj(model, pair.seer.processor, tower, form)
+    write_mmproj(model, pair.seer.processor, tower, form, change)
     beside = {mmproj.SOURCE: mmproj.opened(open_gguf(tower))}
     checkpoint = replace(open_gguf(text), beside=beside)
     recipe = seeing(load(checkpoint), beside[mmproj.SOURCE])
@@ -225,6 +228,24 @@ def test_answers(made: Made) -> None:
 def test_smaller_formats(made: Made, form: str, close: float) -> None:
     seen, image = made.open(form), draw("text", 60, 40)
     assert 1e-6 < distance(seen.rows(image), features(seen, image)) < close
+
+
+def test_what_other_versions_of_the_converter_write(tmp_path: Path) -> None:
+    def change(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
+        metadata |= {"clip.has_qwen2vl_merger": True, "clip.vision.image_max_pixels": 5000}
+        metadata["clip.vision.feed_forward_length"] = 0
+        for layer, kind in itertools.product(range(4), ("weight", "bias")):
+            before = f"v.blk.{layer}."
+            parts = [tensors.pop(f"{before}attn_{part}.{kind}") for part in "qkv"]
+            tensors[f"{before}attn_qkv.{kind}"] = np.concatenate(parts)
+            names = [f"{before}ffn_{way}.{kind}" for way in ("up", "down")]
+            up, down = (tensors.pop(name) for name in names)
+            tensors |= dict(zip(names, (down, up), strict=True))
+
+    pair = qwen("other", QWEN_TOWER)
+    seer = replace(pair.seer, processor={**pair.seer.processor, "max_pixels": 5000})
+    seen = opened(replace(pair, seer=seer), randomize(seer), tmp_path, change=change)
+    check_rows(seen, [draw("text", 200, 100)])
 
 
 # ---- files that lie ----

@@ -62,7 +62,8 @@ def family(
     """
     config: Mapping[str, Any] = checkpoint.metadata
     if mmproj.SOURCE in checkpoint.beside:
-        architecture, config, processor = mmproj.described(checkpoint.beside[mmproj.SOURCE])
+        architecture, processor = mmproj.described(checkpoint.beside[mmproj.SOURCE])
+        config = processor
     else:
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         processor = read_json(folder / "preprocessor_config.json") or {}
