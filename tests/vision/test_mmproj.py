@@ -389,7 +389,7 @@ def test_text_alone(tmp_path: Path) -> None:
     model = randomize(replace(pair.seer, config={**pair.seer.config, "text_config": text}))
     write_text(model, "qwen2vl", tmp_path / "text.gguf", {**pair.extra, **VOCABULARY})
     write_mmproj(model, pair.seer.processor, tmp_path / "mmproj.gguf")
-    ids, exact = list(range(40, 60)), {"weights": "f32", "kv_dtype": "f32", "threads": 1}
+    ids, exact = list(range(40, 60)), dict[str, Any](weights="f32", kv_dtype="f32", threads=1)
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
     found = []
