@@ -66,9 +66,11 @@ def family(
         config = processor
     else:
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        processor = read_json(folder / "preprocessor_config.json") or {}
-        more = read_json(folder / "processor_config.json") or {}
-        processor = {**more.get("image_processor", {}), **processor, "processor": more}
+        whole = read_json(folder / "processor_config.json") or {}
+        own = read_json(folder / "preprocessor_config.json") or {}
+        inner = whole.get("image_processor")
+        said = inner if isinstance(inner, dict) else own
+        processor = {key: value for key, value in said.items() if value is not None}
     if architecture not in FAMILIES:
         raise UnsupportedModel(f"images of {architecture} are not known")
     processor |= {} if max_edge is None else {"max_edge": max_edge}
