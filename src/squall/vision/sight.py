@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -120,6 +121,8 @@ class Sight:
         with self._lock:
             self._store, self._tower, self._keys = store, tower, keys
             self._kept, self._rows = Kept(self._limit_bytes), LEAST_ROWS
+            # What other weights made of an image is found in no prefix.
+            self._version = os.urandom(8)
 
     def process(self, image: Image, detail: str = "auto") -> Seen:
         """What is to be read of an upright RGB image."""
@@ -155,14 +158,17 @@ class Sight:
         if placed is None:
             return found
         if self._keys is not None:
-            together = b"".join(image.digest for image in images)
-            scope = replace(scope, memory=hashlib.sha256(together).hexdigest())
-            recalled = self._recalled(placed, images, adapters, scope)
+            with self._lock:
+                together = b"".join([self._version, *(image.digest for image in images)])
+                scope = replace(scope, memory=hashlib.sha256(together).hexdigest())
+                recalled = self._recalled(placed, images, adapters, scope)
             return found | {"scope": scope, "recalled": recalled}
-        rows = [self.rows(image, adapters, scope.adapter) for image in images]
+        with self._lock:
+            rows = [self.rows(image, adapters, scope.adapter) for image in images]
+            digests = [image.digest + self._version for image in images]
         spans = tuple(
             Span(
-                run.start, run.stop, images[run.image].digest,
+                run.start, run.stop, digests[run.image],
                 rows[run.image][run.offset : run.offset + run.stop - run.start],
                 self.family.mutual,
             )
@@ -192,8 +198,7 @@ class Sight:
             ordered = memory.ordered(list(zip(processed, rows, strict=True)))
             return memory.remember(self._keys, self._decoder, ordered, mixture)
 
-        with self._lock:
-            found = self._kept.get(f"{scope.memory} {scope.adapter}".encode(), remember)
+        found = self._kept.get(f"{scope.memory} {scope.adapter}".encode(), remember)
         return Recalled(found, memory.seen(placed.ids, placed.token, processed))
 
     def _read(self, inputs: Mapping[str, NDArray[np.generic]], adapters: Adapting) -> Floats:
