@@ -1,4 +1,4 @@
-"""Answers about images are the same bytes, however requests are cut, cached and answered together."""
+"""Answers about images are the same bytes, however they are cut, cached and computed together."""
 
 from __future__ import annotations
 
