@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 from tiny_seers import write_seer
 
 from squall import EngineConfig, Model
+from squall.api.jobs import start_chat
+from squall.api.requests import ChatCompletionRequest
 from squall.engine.generation import Generation
 from squall.engine.memory import KvSize
 
@@ -194,3 +196,24 @@ def test_other_weights_see_images_anew(folder: Path) -> None:
         request.read()
         Generation(model.engine, late).read()
         assert together(model, asked()) == before
+
+
+def test_nobody_notices_what_others_have_sent(folder: Path) -> None:
+    """Neither prefixes nor images are found again by another tenant, or by another image."""
+
+    def ask(image: object, tenant: str) -> tuple[bool, bool]:
+        request = ChatCompletionRequest(messages=user(image, "What is that?"), max_tokens=2)
+        assert model.sight
+        encoded = model.sight.encoded
+        usage = start_chat(model, request, tenant=tenant).response().usage
+        cached = usage.prompt_tokens_details.cached_tokens
+        return model.sight.encoded == encoded, cached > usage.prompt_tokens - 18
+
+    with opened(folder) as model:
+        assert [ask(A, tenant) for tenant in "abab"] == [(False, False)] * 2 + [(True, True)] * 2
+        other = A.copy()
+        other.putpixel((59, 39), (1, 2, 3))
+        assert [ask(image, "a") for image in (other, A, other)] == [
+            (False, False),
+            *[(True, True)] * 2,
+        ]

@@ -31,6 +31,7 @@ Floats = NDArray[np.float32]
 T = TypeVar("T", Floats, Memory)
 
 LEAST_ROWS, MOST_ROWS = 1024, 1 << 16
+_ANYONE = CacheScope()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,7 +165,7 @@ class Sight:
                 recalled = self._recalled(placed, images, adapters, scope)
             return found | {"scope": scope, "recalled": recalled}
         with self._lock:
-            rows = [self.rows(image, adapters, scope.adapter) for image in images]
+            rows = [self.rows(image, adapters, scope) for image in images]
             digests = [image.digest + self._version for image in images]
         spans = tuple(
             Span(
@@ -180,9 +181,10 @@ class Sight:
             found["rotary"] = rope_positions(len(placed.ids), placed.runs, grids)
         return found
 
-    def rows(self, image: Seen, adapters: Adapting = (), digest: str = "") -> Floats:
-        """Rows of an image for the decoder, [rows, hidden]. digest: of the adapters."""
-        key = image.digest + digest.encode()
+    def rows(self, image: Seen, adapters: Adapting = (), scope: CacheScope = _ANYONE) -> Floats:
+        """Rows of an image for the decoder, [rows, hidden], which are kept for that scope."""
+        # Nor may anyone find out, by how long it takes, what images others have sent.
+        key = image.digest + repr(replace(scope, memory="")).encode()
         with self._lock:
             return self._kept.get(key, lambda: self._read(image.processed.inputs, adapters))
 
@@ -194,11 +196,11 @@ class Sight:
 
         def remember() -> Memory:
             assert self._keys is not None
-            rows = [self.rows(image, adapters, scope.adapter) for image in images]
+            rows = [self.rows(image, adapters, scope) for image in images]
             ordered = memory.ordered(list(zip(processed, rows, strict=True)))
             return memory.remember(self._keys, self._decoder, ordered, mixture)
 
-        found = self._kept.get(f"{scope.memory} {scope.adapter}".encode(), remember)
+        found = self._kept.get(repr(scope).encode(), remember)
         return Recalled(found, memory.seen(placed.ids, placed.token, processed))
 
     def _read(self, inputs: Mapping[str, NDArray[np.generic]], adapters: Adapting) -> Floats:
