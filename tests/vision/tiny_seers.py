@@ -166,6 +166,8 @@ def write_seer(folder: Path, name: str = "llava") -> Path:
     for weight_name, weight in model.named_parameters():
         if "gate" in weight_name and weight.numel() == 1:  # which begin closed
             weight.data.fill_(0.7)
+        if "input_projection" in weight_name:  # of zeros, so that nothing would be seen
+            weight.data.normal_()
     model.save_pretrained(folder)
     if name == "phi3v":
         _add_eyes(folder)
