@@ -301,13 +301,14 @@ class Model(Closing):
         constraint: Constraint | None = None,
         adapters: Adapters | None = None,
         truncate: bool = False,
+        tenant: str = "",
     ) -> Request:
-        """What `generate` asks of the engine, checked against this model."""
+        """What `generate` asks of the engine, checked against this model. tenant: for whom."""
         sampling.check_ids(self.spec.vocab)
         read = self._read(prompt)
         chat = read if isinstance(read, ChatPrompt) else None
         mixture, digest = self.adapters.choose(adapters)
-        shown: dict[str, Any] = {"adapters": mixture, "scope": CacheScope(adapter=digest)}
+        shown: dict[str, Any] = {"adapters": mixture, "scope": CacheScope(tenant, digest)}
         placed: Placed | None = None
         images: list[Seen] = []
         if chat is None:

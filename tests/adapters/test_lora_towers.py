@@ -14,6 +14,7 @@ from pictures import PICTURES
 from tiny_seers import write_seer
 
 from squall import Model
+from squall.engine.request import CacheScope
 from squall.vision.sight import Seen
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -86,8 +87,8 @@ def test_rows_of_towers(seen: Any) -> None:
     with Model.open(folder / "base", adapters=adapters, weights="f32", context=512) as model:
         assert model.sight is not None
         image = model.sight.process(IMAGE)
-        chosen = model.adapters.choose("a")
-        rows = model.sight.rows(image, *chosen)
+        mixture, digest = model.adapters.choose("a")
+        rows = model.sight.rows(image, mixture, CacheScope(adapter=digest))
         right = wanted(peft_model, image)
         assert distance(rows, right) < 1e-4
         assert distance(model.sight.rows(image), right) > 1e-2  # without

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -115,7 +116,7 @@ class Target:
 
     def _meanings(self, module: str) -> Iterator[tuple[tuple[str, ...], int | None]]:
         # Models that see have their language model in a part of that name, or have had.
-        name = module.replace("language_model.", "").removesuffix(".weight")
+        name = re.sub(r"\b(language|text)_model\.", "", module).removesuffix(".weight")
         for naming in self.namings:
             yield from naming.meanings(name)
         # Towers too have had other names; those of the checkpoint may be others than PEFT saw.

@@ -370,9 +370,9 @@ def _request(
     asked = model.request(
         prompt, sampling, stop=request.stops, stop_ids=request.stop_token_ids,
         constraint=constraint, adapters=request.adapters, truncate=request.truncate_sequence,
+        tenant=tenant,
     )  # fmt: skip
-    scope = replace(asked.scope, tenant=tenant)
-    return replace(asked, scope=scope, ignore_eos=request.ignore_eos)
+    return replace(asked, ignore_eos=request.ignore_eos)
 
 
 def _completion(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ Floats = NDArray[np.float32]
 T = TypeVar("T", Floats, Memory)
 
 LEAST_ROWS, MOST_ROWS = 1024, 1 << 16
+_ANYONE = CacheScope()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,6 +122,8 @@ class Sight:
         with self._lock:
             self._store, self._tower, self._keys = store, tower, keys
             self._kept, self._rows = Kept(self._limit_bytes), LEAST_ROWS
+            # What other weights made of an image is found in no prefix.
+            self._version = os.urandom(8)
 
     def process(self, image: Image, detail: str = "auto") -> Seen:
         """What is to be read of an upright RGB image."""
@@ -155,14 +159,17 @@ class Sight:
         if placed is None:
             return found
         if self._keys is not None:
-            together = b"".join(image.digest for image in images)
-            scope = replace(scope, memory=hashlib.sha256(together).hexdigest())
-            recalled = self._recalled(placed, images, adapters, scope)
+            with self._lock:
+                together = b"".join([self._version, *(image.digest for image in images)])
+                scope = replace(scope, memory=hashlib.sha256(together).hexdigest())
+                recalled = self._recalled(placed, images, adapters, scope)
             return found | {"scope": scope, "recalled": recalled}
-        rows = [self.rows(image, adapters, scope.adapter) for image in images]
+        with self._lock:
+            rows = [self.rows(image, adapters, scope) for image in images]
+            digests = [image.digest + self._version for image in images]
         spans = tuple(
             Span(
-                run.start, run.stop, images[run.image].digest,
+                run.start, run.stop, digests[run.image],
                 rows[run.image][run.offset : run.offset + run.stop - run.start],
                 self.family.mutual,
             )
@@ -174,9 +181,10 @@ class Sight:
             found["rotary"] = rope_positions(len(placed.ids), placed.runs, grids)
         return found
 
-    def rows(self, image: Seen, adapters: Adapting = (), digest: str = "") -> Floats:
-        """Rows of an image for the decoder, [rows, hidden]. digest: of the adapters."""
-        key = image.digest + digest.encode()
+    def rows(self, image: Seen, adapters: Adapting = (), scope: CacheScope = _ANYONE) -> Floats:
+        """Rows of an image for the decoder, [rows, hidden], which are kept for that scope."""
+        # Nor may anyone find out, by how long it takes, what images others have sent.
+        key = image.digest + repr(replace(scope, memory="")).encode()
         with self._lock:
             return self._kept.get(key, lambda: self._read(image.processed.inputs, adapters))
 
@@ -188,12 +196,11 @@ class Sight:
 
         def remember() -> Memory:
             assert self._keys is not None
-            rows = [self.rows(image, adapters, scope.adapter) for image in images]
+            rows = [self.rows(image, adapters, scope) for image in images]
             ordered = memory.ordered(list(zip(processed, rows, strict=True)))
             return memory.remember(self._keys, self._decoder, ordered, mixture)
 
-        with self._lock:
-            found = self._kept.get(f"{scope.memory} {scope.adapter}".encode(), remember)
+        found = self._kept.get(repr(scope).encode(), remember)
         return Recalled(found, memory.seen(placed.ids, placed.token, processed))
 
     def _read(self, inputs: Mapping[str, NDArray[np.generic]], adapters: Adapting) -> Floats:
