@@ -311,6 +311,7 @@ class Connector:
         channel by channel, of the tower's width, without bias.
     widths: of the linears' outputs, the last the decoder's. activation: between linears.
     newlines: learned rows that stand between those of images; `early`: before the linears.
+    scale: of all rows in the end.
     """
 
     tower: int
@@ -323,3 +324,4 @@ class Connector:
     mix: bool = False
     newlines: int = 0
     early: bool = False
+    scale: float = 1.0

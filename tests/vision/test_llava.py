@@ -40,6 +40,7 @@ ROPE = {
 }  # fmt: skip
 MISTRAL = TEXT | {"model_type": "mistral", "sliding_window": 60}
 QWEN = TEXT | {"model_type": "qwen2", "tie_word_embeddings": True}
+GRANITE = TEXT | {"model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.5}
 SQUARE = {"height": 21, "width": 21}
 EDGE: dict[str, Any] = {"size": {"shortest_edge": 21}, "crop_size": SQUARE}
 POINTS = [[21, 42], [42, 21], [42, 42], [63, 21], [21, 63]]
@@ -126,6 +127,17 @@ def test_answers(seen: Seen) -> None:
     check_answers(seen, [[1, 5, 6, 7]])
     check_answers(seen, [[1, first, 6, second, first, 7, 8]], cut=5)
     check_answers(seen, [[1, 5, first, 6], [7, second, 8]])
+
+
+def test_a_language_model_that_scales_images_too(tmp_path: Path) -> None:
+    case = seer(
+        "granite", NEXT, SIGLIP | {"image_size": 21}, GRANITE,
+        ANYRES | {"size": SQUARE, "do_center_crop": False}, published,
+        vision_feature_select_strategy="full", vision_feature_layer=[-2, 0, -1],
+    )  # fmt: skip
+    granite, image = build(case, tmp_path), draw("text", 40, 30)
+    check_answers(granite, [[1, image, 6], [7, image, 8]])
+    assert not unmoved(granite, image)
 
 
 def test_every_field_matters(seen: Seen) -> None:

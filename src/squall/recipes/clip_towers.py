@@ -86,11 +86,13 @@ def tower(v: ConfigFields, before: str, layer: object, *, class_token: bool = Tr
     return Part("tower", spec, names, prefix="tower.")
 
 
-def projector(top: ConfigFields, tower: int, hidden: int, before: str, newlines: int = 0) -> Part:
+def projector(
+    top: ConfigFields, tower: int, hidden: int, before: str, newlines: int = 0, scale: float = 1.0
+) -> Part:
     """Two linears with an activation between."""
     act = config_parts.activation(top, "projector_hidden_act")
     bias = top.flag("multimodal_projector_bias", True)
-    spec = Connector(tower, (hidden, hidden), act, bias, newlines=newlines)
+    spec = Connector(tower, (hidden, hidden), act, bias, newlines=newlines, scale=scale)
     stems = {
         "norm": "multi_modal_projector.norm",
         "mix": "multi_modal_projector.patch_merger.merging_layer",
@@ -114,7 +116,9 @@ def llava(s: Sections, architecture: str = "llava", newlines: int = 0) -> tuple[
     seen = tower(v, s.before("embeddings.patch_embedding"), layer, class_token=kind == CLIP)
     width = parts.hidden(v) * len(layer if isinstance(layer, list) else [layer])
     before = s.before("multi_modal_projector.linear_1")
-    made = projector(top, width, s.decoder.hidden, before, newlines)
+    scaled = s.kind("text_config", "llama") == "granite"  # images, as tokens are
+    scale = s.decoder.embed_scale if scaled else 1.0
+    made = projector(top, width, s.decoder.hidden, before, newlines, scale)
     top.skip("vision_feature_layer", "vision_feature_select_strategy", "image_grid_pinpoints")
     top.skip("image_token_index", "image_seq_length")
     top.check_all_read()

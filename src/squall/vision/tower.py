@@ -145,8 +145,8 @@ def connect(b: Blocks, c: Connector, x: Value) -> Value:
     for number in range(len(c.widths)):
         role = f"{CONNECTOR}linear{number}"
         name = IMAGE if number == last and (c.early or not c.newlines) else role
-        activation = None if number == last else c.activation
-        x = b.linear(x, role, name, bias=c.bias, activation=activation)
+        how, scale = (None, c.scale) if number == last else (c.activation, 1.0)
+        x = b.linear(x, role, name, bias=c.bias, activation=how, scale=scale)
     return x if c.early else _newlines(b, c, x)
 
 
@@ -173,12 +173,12 @@ def _newlines(b: Blocks, c: Connector, x: Value) -> Value:
     """With learned rows where the image's lines end."""
     if not c.newlines:
         return x
-    line = _learned(b, f"{CONNECTOR}newline", NEWLINE)
+    line = _learned(b, f"{CONNECTOR}newline", NEWLINE, 1.0 if c.early else c.scale)
     name = "lined" if c.early else IMAGE
     return b.builder.emit(Overlay(b.builder.value(name, x.width, IMAGE), line, x, TAKEN))
 
 
-def _learned(b: Blocks, role: str, index: Index) -> Value:
+def _learned(b: Blocks, role: str, index: Index, scale: float = 1.0) -> Value:
     table = b.matrix(role)
     table = replace(table, rows=table.rows * table.experts, experts=1)
-    return b.builder.emit(Embed(b.builder.value(role, table.cols, index.rows), index, table))
+    return b.builder.emit(Embed(b.builder.value(role, table.cols, index.rows), index, table, scale))
