@@ -197,6 +197,18 @@ def opened(
     return Seen(pair.seer, model, checkpoint, recipe, family)
 
 
+def test_a_language_model_that_scales_images_too(tmp_path: Path) -> None:
+    text = TEXT | {
+        "model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.25,
+    }  # fmt: skip
+    said = {"embedding_scale": 3.0, "attention.scale": 0.25}
+    pair = replace(
+        llava("granite", CLIP_TOWER, text_config=text), architecture="granite", extra=said
+    )
+    seen = opened(pair, randomize(pair.seer), tmp_path)
+    check_answers(seen, [[1, draw("text", 40, 30), 6]], drawn=3)
+
+
 @dataclass(frozen=True)
 class Made:
     pair: Pair

@@ -113,7 +113,8 @@ def _from_config(
 
 def seeing(recipe: Recipe, tower: Checkpoint) -> Recipe:
     """The same model with the tower of an mmproj file, which `mmproj.opened` has opened."""
-    seen, text = mmproj.add(recipe.decoder, tower), recipe.part("decoder")
+    seen = mmproj.add(recipe.decoder, tower, scaled=recipe.architecture == "granite")
+    text = recipe.part("decoder")
     return replace(recipe, parts=(replace(text, spec=replace(recipe.decoder, sees=True)), *seen))
 
 

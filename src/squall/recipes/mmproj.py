@@ -146,10 +146,13 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=rest | {name: Deferred(name, "f32", pair[0].shape, both)})
 
 
-def add(decoder: Decoder, checkpoint: Checkpoint) -> tuple[Part, ...]:
-    """Tower and connector of an `opened` file, for this decoder."""
+def add(decoder: Decoder, checkpoint: Checkpoint, *, scaled: bool = False) -> tuple[Part, ...]:
+    """Tower and connector of an `opened` file, for this decoder.
+
+    scaled: it scales images as it does tokens.
+    """
     f = _File(checkpoint)
-    made = _tower(f), _connector(f, decoder)
+    made = _tower(f), _connector(f, decoder, decoder.embed_scale if scaled else 1.0)
     for fields in (f.vision, f.top):
         fields.skip(*_KNOWN.split())
         fields.check_all_read()
@@ -189,7 +192,7 @@ def _tower(f: _File) -> Part:
     return Part("tower", spec, names, prefix="tower.")
 
 
-def _connector(f: _File, decoder: Decoder) -> Part:
+def _connector(f: _File, decoder: Decoder, scale: float) -> Part:
     stems, gemma = f.projector.stems, f.kind == "gemma3"
     shapes = [f.shape(f"{stem}.weight") for role, stem in stems.items() if "linear" in role]
     width, tokens = shapes[-1][gemma], (f.side // f.merge) ** 2
@@ -206,7 +209,7 @@ def _connector(f: _File, decoder: Decoder) -> Part:
         f.hidden * len(f.read), (shapes[0][0], width)[-len(shapes) :],
         "gelu" if len(shapes) > 1 else None, bias=f"{stems['linear0']}.bias" in f.tensors,
         norm=Norm("rms", eps) if normed or gemma else None, merge=f.merge**2, mean=gemma,
-        mix="mix" in stems and normed, newlines=int(f.tiled),
+        mix="mix" in stems and normed, newlines=int(f.tiled), scale=scale,
     )  # fmt: skip
     names = Naming(stems, "", transposed=frozenset({"linear0"} if gemma else ()))
     return Part("connector", spec, names, prefix="connector.")
