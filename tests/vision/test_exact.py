@@ -217,3 +217,14 @@ def test_nobody_notices_what_others_have_sent(folder: Path) -> None:
             (False, False),
             *[(True, True)] * 2,
         ]
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "phi3v", "vllama"])
+def test_written_to_a_file(tmp_path: Path, name: str) -> None:
+    """UQFF has the towers, too, as they were."""
+    requests = [(user("Hi"), asked()[0][1]), *asked()[:1]]
+    folder, file = write_seer(tmp_path / name, name), tmp_path / "written/q.uqff"
+    with opened(folder, isq="Q8_0", write_uqff=file, context=1024) as model:
+        expected = together(model, requests)
+    with opened(file.parent, from_uqff=file.name, context=1024) as model:
+        assert together(model, requests) == expected
