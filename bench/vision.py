@@ -33,7 +33,8 @@ from squall import Model
 from squall.engine.request import Piece, Request
 from squall.engine.sampling import Sampling
 
-GREEDY = Sampling(temperature=0)
+# Letters alone: what is half of a character is told late.
+LETTERS = Sampling(temperature=0, logit_bias=dict.fromkeys(range(67, 92), 100.0))
 TEMPLATE = (
     "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}"
@@ -185,7 +186,7 @@ def tower(folder: Path, given: argparse.Namespace) -> None:
 def asked(model: Model, text: str, *images: Image.Image, tokens: int = 1) -> Request:
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     chat = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-    return model.request(model.chat_prompt(chat), GREEDY, tokens)
+    return model.request(model.chat_prompt(chat), LETTERS, tokens)
 
 
 def first_token(model: Model, ask: Callable[[], Request]) -> float:
@@ -239,7 +240,7 @@ def gap(model: Model, streams: int, images: int) -> None:
 
     replies = []
     for number in range(streams):
-        one = Request(ids=[40 + number, *range(10, 42)], sampling=GREEDY, ignore_eos=True)
+        one = Request(ids=[40 + number, *range(10, 42)], sampling=LETTERS, ignore_eos=True)
         replies.append(model.engine.submit(one, listener(number)))
     while not all(len(each) > 3 for each in times):
         time.sleep(0.01)

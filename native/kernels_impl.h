@@ -549,7 +549,10 @@ struct FloatColumns {
   size_t count;
   const float* x;
   size_t stride;
-  bool more;  // add to what is there
+  bool more;                      // add to what is there
+  const uint8_t* next = nullptr;  // weights that are multiplied afterwards
+  size_t next_bytes = 0;          // of a column of them
+  size_t next_apart = 0;          // from tile to tile
 };
 
 template <class Element, int kTiles, int kRows>
@@ -561,8 +564,11 @@ void matmul_float_rows(const Tiles& tiles, const FloatColumns& c, size_t row) {
     for (int r = 0; r < kRows; ++r)
       acc[t][r] = c.more ? load(tiles.at(t, row + static_cast<size_t>(r))) : zero();
   const float* const x = c.x + row * c.stride;
+  const bool ahead = c.next != nullptr && row == kRows;
   for (size_t k = 0; k < c.count; ++k) {
     F32x16 w[kTiles];
+    for (int t = 0; ahead && t < kTiles; ++t)
+      prefetch(c.next + static_cast<size_t>(t) * c.next_apart + k * c.next_bytes);
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t) {
       const uint8_t* const p = tiles.tile(t) + Element::kHead + k * kLanes * Element::kBytes;
@@ -596,8 +602,11 @@ constexpr size_t kFloatSlice = 128;
 
 // Columns `begin` on of some tiles, made float32 once for all rows.
 template <class Element, int kTiles>
-void matmul_float_slice(const Tiles& tiles, const FloatColumns& c, size_t begin) {
+void matmul_float_slice(const Tiles& tiles, FloatColumns c, size_t begin) {
   const size_t at = Element::kHead + begin * kLanes * Element::kBytes;
+  c.next = tiles.data + at + kTiles * tiles.bytes;
+  c.next_bytes = kLanes * Element::kBytes;
+  c.next_apart = tiles.bytes;
   if constexpr (std::is_same_v<Element, Float32>) {
     matmul_float_blocks<Float32, kTiles>({tiles.data + at, tiles.bytes, tiles.out, tiles.rows}, c);
   } else {

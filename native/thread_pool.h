@@ -33,7 +33,7 @@ enum class Turn : uint8_t { kAny, kFirst, kPatient };
 class ThreadPool {
  public:
   static constexpr int64_t kTurnNs =
-      20'000'000;  // that a patient run has before it gives way again
+      60'000'000;  // that a patient run has before it gives way again
 
   // Throws std::runtime_error where the system gives no such number.
   explicit ThreadPool(size_t threads);

@@ -136,7 +136,7 @@ def _seeing(checkpoint: Checkpoint, recipe: Recipe, opening: Opening) -> tuple[C
     if not gguf:
         raise InvalidRequest(f"mmproj is for GGUF models, and {text} is none")
     files = find_mmproj(text, opening.mmproj, opening.hub, opening.progress)
-    fitting = [found for path in files if (found := _with_tower(recipe, path, asked=asked))]
+    fitting = [found for path in files if (found := _with_tower(recipe, path, must=asked))]
     if len(fitting) > 1:
         names = ", ".join(file.path.name for file, _ in fitting)
         raise InvalidRequest(f"several mmproj files fit {text.name}; name one as mmproj: {names}")
@@ -147,15 +147,15 @@ def _seeing(checkpoint: Checkpoint, recipe: Recipe, opening: Opening) -> tuple[C
     return replace(checkpoint, beside={mmproj.SOURCE: file}, size_bytes=size), recipe
 
 
-def _with_tower(recipe: Recipe, path: Path, *, asked: bool) -> tuple[Checkpoint, Recipe] | None:
-    """An mmproj file, and the model with it; None where it was not asked for and does not fit."""
+def _with_tower(recipe: Recipe, path: Path, *, must: bool) -> tuple[Checkpoint, Recipe] | None:
+    """An mmproj file, and the model with it; None if it does not fit, and need not."""
     try:
         file = mmproj.opened(open_gguf(path))
         return file, recipes.seeing(recipe, file)
     except SquallError as error:
-        if asked:
+        if must:
             raise
-        LOG.warning("%s is left out: %s", path.name, error)
+        LOG.info("%s is left out: %s", path.name, error)
         return None
 
 

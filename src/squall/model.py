@@ -262,6 +262,8 @@ class Model(Closing):
     ) -> Generation:
         """Continue a text, token ids, or a conversation (messages of `role` and `content`).
 
+        A content is a text, or for models that see a list of texts and images (docs/vision.md).
+
         The result is an iterator of pieces; it also tells the `seed`, `ids`, `finish_reason` and
         `usage`. Arguments are checked here, before the first piece is asked for.
 

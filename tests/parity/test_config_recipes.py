@@ -25,7 +25,7 @@ from squall.checkpoints.folder import open_folder
 from squall.decoder import compile
 from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, UnsupportedModel
 from squall.recipes import load
-from squall.recipes.config import NAMES, RECIPES
+from squall.recipes.config import NAMES, RECIPES, SEERS
 from squall.recipes.names import Naming, locate
 from squall.roles import roles
 
@@ -213,7 +213,7 @@ def test_names_of_architectures(built_folder: Build) -> None:
         load(without, "mamba")
     common = {"mistral", "gemma", "mixtral", "phi2", "phi3", "qwen2", "starcoder2", "phi3.5moe"}
     assert NAMES.keys() >= common
-    assert RECIPES.keys() >= set(NAMES.values())
+    assert RECIPES.keys() | SEERS.keys() >= set(NAMES.values())
 
 
 def test_a_gguf_file_says_what_it_is(built: Build) -> None:

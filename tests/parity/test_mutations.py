@@ -27,6 +27,7 @@ MOVED = 1e-4
 # pattern of the mutation: (of which decoders, why nothing can move)
 EQUIVALENT: dict[str, tuple[Callable[[Decoder], bool], str]] = {
     r"context\+1": (lambda _: True, "it bounds what callers may ask for"),
+    r".*\.axes=other": (lambda _: True, "text is at the same place on all axes"),
     r"sees=True": (lambda _: True, "the prompt has no image"),
     r".*qk_norm_scope=\w+": (
         lambda d: d.layers[0].attention.qk_norm is None,
@@ -101,9 +102,9 @@ def effect(decoder: Decoder, model: Built, make_executor: MakeExecutor) -> float
         return math.inf
     try:
         program = compile(decoder, names, context=model.context)
-    except ValueError:  # not one rope factor a frequency
+        logits = make_executor(program, model.checkpoint).step(make_batch([(model.tokens, 0, 0)]))
+    except ValueError:  # not one rope factor, or axis, a frequency
         return math.inf
-    logits = make_executor(program, model.checkpoint).step(make_batch([(model.tokens, 0, 0)]))
     return distance(logits, model.logits)
 
 

@@ -26,7 +26,8 @@ def program_of(build: Build, case: Case) -> Program:
 
 
 def test_every_architecture_has_a_case() -> None:
-    assert sorted({case.architecture for case in CASES}) == sorted(RECIPES)
+    seen = {"qwen2vl"}  # with its tower, in tests/vision
+    assert {case.architecture for case in CASES} | seen == set(RECIPES)
 
 
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)

@@ -103,6 +103,8 @@ CASES = [
     Case("qwen2", "qwen2", "Qwen2ForCausalLM", RMS),
     Case("qwen2-yarn-tied", "qwen2", "Qwen2ForCausalLM", LONG | rope(YARN) | {
         "tie_word_embeddings": True}),
+    Case("qwen2vl", "qwen2vl", "Qwen2ForCausalLM", RMS, {
+        "extra": {"rope.dimension_sections": [4, 6, 6, 0]}}),  # of text all axes are the same
     Case("qwen3", "qwen3", "Qwen3ForCausalLM", RMS | {"head_dim": 64}),
     Case("qwen3moe", "qwen3moe", "Qwen3MoeForCausalLM", RMS | {
         "head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 96,

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "vision": {
         "errors", "files", "spec", "roles", "program", "blocks", "batch", "checkpoints", "recipes",
-        "weights", "executors", "text", "engine",
+        "quant", "weights", "executors", "text", "engine",
     },
     "engine": {
         "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",

@@ -218,6 +218,23 @@ def test_a_template_that_shows_an_image_too_few(tokenizer: HfTokenizer) -> None:
         ChatTemplate(source).prompt(messages, tokenizer, placeholder=Placeholder("<image>"))
 
 
+def test_templates_that_show_parts_as_data_get_texts(tokenizer: HfTokenizer) -> None:
+    placeholder = Placeholder("<image>")
+    for shown in ("m.content", "m.content | tojson", "m.content | string"):
+        source = f"<image> {{% for m in messages %}}{{{{ {shown} }}}}{{% endfor %}}"
+        with pytest.raises(TemplateError, match="makes 2 placeholders <image> of 1 images"):
+            ChatTemplate(source).prompt([user(picture())], tokenizer, placeholder=placeholder)
+    # Words of the template's own are no data.
+    words = (
+        "This type of question, its 'type'."
+        "{% for p in messages[0].content %}{{ p.text or '<image>' }}{% endfor %}"
+    )
+    found = ChatTemplate(words).prompt(
+        [user(picture(), text("x"))], tokenizer, placeholder=placeholder
+    )
+    assert found.text.endswith("'type'.<image>x")
+
+
 @pytest.mark.parametrize("name", ["gemma3", "qwen2-vl", "phi-3-vision"])
 def test_tools_beside_images(name: str, tokenizer: HfTokenizer) -> None:
     tools = [Tool("find")]

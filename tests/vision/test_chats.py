@@ -189,3 +189,16 @@ def test_a_longest_edge(folder: Path) -> None:
     with Model.open(folder, max_edge=60, **EXACT) as small, Model.open(folder, **EXACT) as model:
         counts = [len(opened.encode_chat([large])) for opened in (small, model)]
     assert (counts[0] < counts[1]) == (folder.name == "qwen2vl")
+
+
+def test_a_file_is_no_long_text(llava: Model) -> None:
+    """However many characters an image has, its tokens are what counts."""
+    data = io.BytesIO()
+    draw("noise", 400, 400).save(data, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    assert len(url) > 64 * llava.context
+    messages = [user({"type": "image_url", "image_url": {"url": url}}, text("x"))]
+    request = ChatCompletionRequest(messages=messages, max_tokens=2)
+    assert start_chat(llava, request).response().usage.prompt_tokens < 64
+    with pytest.raises(ContextLengthExceeded, match="characters cannot fit"):
+        start_chat(llava, ChatCompletionRequest(messages=[user(text(url))]))

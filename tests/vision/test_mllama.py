@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -380,3 +381,24 @@ def test_a_longest_edge() -> None:
         ROWS,
         3 * ROWS,
     )
+
+
+def test_published_configurations(tmp_path: Path) -> None:
+    """As on the hub: rope in keys of its own, and what the classes of 4.45 had besides."""
+    seen = build(CASES[0], tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    rope = found["text_config"].pop("rope_parameters")
+    found["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    usual = {
+        "_name_or_path": "",
+        "add_cross_attention": False,
+        "top_k": 50,
+        "torch_dtype": "bfloat16",
+    }
+    for part in ("text_config", "vision_config"):
+        found[part] |= usual | {"architectures": None, "output_hidden_states": False}
+    found["vision_config"] |= {"attention_heads": 4, "return_dict": True}
+    del found["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    again = load(open_folder(tmp_path))
+    assert [part.spec for part in again.parts] == [part.spec for part in seen.recipe.parts]

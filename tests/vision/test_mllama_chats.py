@@ -17,7 +17,11 @@ from pictures import draw
 from PIL import Image
 from tiny_seers import SEERS, write_seer
 
-from squall import Model
+from squall import Model, convert
+from squall.adapters.lora import read
+from squall.adapters.target import Target
+from squall.checkpoints.folder import open_folder
+from squall.recipes import load
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WIDE, HIGH, SQUARE = draw("gradient", 99, 20), draw("text", 40, 90), draw("noise", 70, 75)
@@ -135,10 +139,17 @@ def test_adapters_beside_the_weights_and_merged(folder: Path, tmp_path: Path) ->
     for name, weight in oracle.named_parameters():
         if ".lora_B." in name:
             weight.data = torch.randn_like(weight) * 0.1
-    oracle.save_pretrained(tmp_path)
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    oracle.save_pretrained(adapter)
     options: dict[str, Any] = {"weights": "f32", "kv_dtype": "f32", "context": 512}
     for merge in (False, True):
-        with Model.open(folder, **options, adapters={"a": tmp_path}, merge=merge) as model:
+        with Model.open(folder, **options, adapters={"a": adapter}, merge=merge) as model:
             given = GIVEN if merge else {**GIVEN, "adapters": "a"}
             for name in ("side by side", "later, apart"):
                 check(oracle, model, CHATS[name], model.generate(CHATS[name], **given))
+    checkpoint = open_folder(folder)
+    recipe = load(checkpoint)
+    lora = read(adapter, Target.of(checkpoint, recipe))
+    convert.merge_folder(checkpoint, recipe, [(lora, 1.0)], merged)
+    with Model.open(merged, **options) as model:
+        check(oracle, model, CHATS["one"], model.generate(CHATS["one"], **GIVEN))

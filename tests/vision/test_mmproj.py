@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmproj_files import write_mmproj, write_text
+from mmproj_files import Change, write_mmproj, write_text
 from pictures import PICTURES, draw
 from PIL import Image
 from seeing import Floats, Seen, Seer, check_answers, check_rows, distance, features, randomize
 from test_qwen_vl import kinds as qwen_kinds
 from test_qwen_vl import positions
+from typer.testing import CliRunner
 
 from squall import Model
 from squall.checkpoints import open_gguf
 from squall.checkpoints.base import ByteTensor, Deferred
+from squall.cli.app import app
 from squall.errors import (
     InvalidCheckpoint,
     InvalidRequest,
@@ -179,12 +182,14 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def opened(pair: Pair, model: Any, folder: Path, form: str = "f32") -> Seen:
+def opened(
+    pair: Pair, model: Any, folder: Path, form: str = "f32", change: Change = lambda *_: None
+) -> Seen:
     """What Squall makes of both files."""
     text, tower = folder / "text.gguf", folder / f"mmproj-{form}.gguf"
     if not text.exists():
         write_text(model, pair.architecture, text, pair.extra)
-    write_mmproj(model, pair.seer.processor, tower, form)
+    write_mmproj(model, pair.seer.processor, tower, form, change)
     beside = {mmproj.SOURCE: mmproj.opened(open_gguf(tower))}
     checkpoint = replace(open_gguf(text), beside=beside)
     recipe = seeing(load(checkpoint), beside[mmproj.SOURCE])
@@ -223,6 +228,24 @@ def test_answers(made: Made) -> None:
 def test_smaller_formats(made: Made, form: str, close: float) -> None:
     seen, image = made.open(form), draw("text", 60, 40)
     assert 1e-6 < distance(seen.rows(image), features(seen, image)) < close
+
+
+def test_what_other_versions_of_the_converter_write(tmp_path: Path) -> None:
+    def change(metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
+        metadata |= {"clip.has_qwen2vl_merger": True, "clip.vision.image_max_pixels": 5000}
+        metadata["clip.vision.feed_forward_length"] = 0
+        for layer, kind in itertools.product(range(4), ("weight", "bias")):
+            before = f"v.blk.{layer}."
+            parts = [tensors.pop(f"{before}attn_{part}.{kind}") for part in "qkv"]
+            tensors[f"{before}attn_qkv.{kind}"] = np.concatenate(parts)
+            names = [f"{before}ffn_{way}.{kind}" for way in ("up", "down")]
+            up, down = (tensors.pop(name) for name in names)
+            tensors |= dict(zip(names, (down, up), strict=True))
+
+    pair = qwen("other", QWEN_TOWER)
+    seer = replace(pair.seer, processor={**pair.seer.processor, "max_pixels": 5000})
+    seen = opened(replace(pair, seer=seer), randomize(seer), tmp_path, change=change)
+    check_rows(seen, [draw("text", 200, 100)])
 
 
 # ---- files that lie ----
@@ -366,13 +389,16 @@ def test_text_alone(tmp_path: Path) -> None:
     model = randomize(replace(pair.seer, config={**pair.seer.config, "text_config": text}))
     write_text(model, "qwen2vl", tmp_path / "text.gguf", {**pair.extra, **VOCABULARY})
     write_mmproj(model, pair.seer.processor, tmp_path / "mmproj.gguf")
-    ids, exact = list(range(40, 60)), {"weights": "f32", "kv_dtype": "f32", "threads": 1}
+    ids, exact = list(range(40, 60)), dict[str, Any](weights="f32", kv_dtype="f32", threads=1)
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    found = []
     for tower in (None, "none"):
         with Model.open(tmp_path / "text.gguf", mmproj=tower, **exact) as opened:
             assert (opened.sight is None) == (tower == "none")
-            assert distance(opened.logits(ids), wanted) < 1e-4
+            found.append(opened.logits(ids))
+    assert distance(found[0], wanted) < 1e-4
+    assert found[0].tobytes() == found[1].tobytes()
 
 
 def test_which_tower(vicuna: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -388,6 +414,7 @@ def test_which_tower(vicuna: Made, tmp_path: Path, caplog: pytest.LogCaptureFixt
         with Model.open(text, threads=1, **options) as model:
             return model.sight is not None
 
+    caplog.set_level("INFO", "squall")
     assert sees()
     assert "other-mmproj.gguf is left out" in caplog.text
     assert not sees(mmproj="none")
@@ -401,5 +428,7 @@ def test_which_tower(vicuna: Made, tmp_path: Path, caplog: pytest.LogCaptureFixt
     with pytest.raises(InvalidRequest, match=r"several .*: MMPROJ-b\.gguf, mmproj-a\.gguf"):
         sees()
     assert sees(mmproj=tower)
+    told = CliRunner().invoke(app, ["inspect", str(tower)])
+    assert "the tower of a model that sees (mmproj, 'mlp')" in " ".join(told.stdout.split())
     with pytest.raises(UnsupportedModel, match=r"the tower of a model that sees .mmproj, 'mlp'."):
         Model.open(tower)

@@ -319,7 +319,8 @@ def _known(info: Any, gguf: str | None) -> Mapping[str, object]:
     if gguf is None:
         return info.config if isinstance(info.config, dict) else {}
     found = info.gguf if isinstance(getattr(info, "gguf", None), dict) else {}
-    return {"general.architecture": found["architecture"]} if "architecture" in found else {}
+    name = found.get("architecture", "clip")  # which may be that of its tower
+    return {} if name == "clip" else {"general.architecture": name}
 
 
 def _reason(error: Exception) -> str:

@@ -68,11 +68,9 @@ def quantize(
     path = model or file or folder
     _check(output, path, topology if isq is None else isq)
     outputs = {out: Plan.of(name).isq for out, name in _outputs(output, isq).items()}
+    opening = Opening(path, topology=topology, experts_only=experts_only, mmproj=NO_MMPROJ)
     with progress("fetching") as shown:
-        opening = Opening(
-            path, topology=topology, experts_only=experts_only, mmproj=NO_MMPROJ, progress=shown
-        )
-        checkpoint, recipe, plan = prepare(opening)
+        checkpoint, recipe, plan = prepare(replace(opening, progress=shown))
     _warn_of_loss(checkpoint)
     importance = None if imatrix is None else convert.read_imatrix(imatrix)
     for out, format in outputs.items():

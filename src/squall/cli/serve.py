@@ -84,6 +84,10 @@ class ServeFlags(ModelFlags):
             metavar="FOLDER", help="Clients may load adapters from here, and remove some."
         ),
     ] = None
+    image_memory: Annotated[
+        int,
+        typer.Option(min=0, help="MiB for what was made of images lately, so that it is kept."),
+    ] = 256
     adapter_memory: Annotated[
         int | None, typer.Option(min=1, help="MiB for adapters; the unused longest make room.")
     ] = None
@@ -179,7 +183,9 @@ class ServeFlags(ModelFlags):
             block_size=self.kv_block,
         )
         memory = None if self.adapter_memory is None else self.adapter_memory << 20
-        return self.open(selected, Opening(kv=kv, engine=config, adapter_bytes=memory))
+        images = self.image_memory << 20
+        opening = Opening(kv=kv, engine=config, adapter_bytes=memory, image_bytes=images)
+        return self.open(selected, opening)
 
     def options(self) -> ServerOptions:
         """What the server allows."""

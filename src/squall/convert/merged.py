@@ -76,7 +76,8 @@ def merged(
         (table,) = names["embed.weight"]
         names["head.weight"], tensors[own] = (replace(table, tensor=own),), tensors[table.tensor]
     spans: dict[str, list[_Span]] = {}
-    for role, slices in names.items():
+    places = {**recipe.all_names, **names}
+    for role, slices in places.items():
         if (matrix := target.matrix(role.removesuffix(".weight"))) is not None:
             for tensor, span in _spans(matrix, slices):
                 spans.setdefault(tensor, []).append(span)
@@ -89,8 +90,8 @@ def merged(
         f"{role}.bias" for (role, _), found in terms.items() for t in found if t.bias is not None
     }
     for role in (*vectors, *biases):
-        values, at = store.vector(Vector(names[role], target.shapes[role][0], role=role)), 0
-        for piece in names[role]:
+        values, at = store.vector(Vector(places[role], target.shapes[role][0], role=role)), 0
+        for piece in places[role]:
             t, size = tensors[piece.tensor], piece.stop - piece.start
             flat = t.to_float32().reshape(-1)
             flat[piece.start : piece.stop] = values[at : at + size]

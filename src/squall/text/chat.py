@@ -83,6 +83,7 @@ class ChatTemplate:
         sources = {"default": source} if isinstance(source, str) else dict(source or {})
         self.sources: Mapping[str, str] = sources
         given = {"bos_token": bos, "eos_token": eos, "unk_token": unk}
+        self._shows: dict[str, tuple[bool, bool]] = {}  # by source: contents as texts, as parts
         self._constants = {name: text for name, text in given.items() if text is not None}
 
     @classmethod
@@ -185,10 +186,14 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], placeholder: Placeholder, source: str
     ) -> list[dict[str, Any]]:
         """The messages as this template shows them: with contents as texts, as parts, or both."""
-        as_list = [{"type": "image"}, {"type": "text", "text": _PROBE}]
-        texts = _PROBE in self._tried(source, _PROBE)
-        found = self._tried(source, as_list)
-        if _PROBE not in found or "type" in found or placeholder.of(1) not in found:
+        if source not in self._shows:
+            as_list = [{"type": "image"}, {"type": "text", "text": _PROBE}]
+            text, found = self._tried(source, _PROBE), self._tried(source, as_list)
+            as_data = "'type': " in found or '"type": ' in found
+            parts = _PROBE in found and placeholder.of(1) in found and not as_data
+            self._shows[source] = _PROBE in text, parts
+        texts, parts = self._shows[source]
+        if not parts:
             return as_texts(messages, placeholder)
         return messages if texts else as_parts(messages)
 

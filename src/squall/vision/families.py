@@ -62,12 +62,15 @@ def family(
     """
     config: Mapping[str, Any] = checkpoint.metadata
     if mmproj.SOURCE in checkpoint.beside:
-        architecture, config, processor = mmproj.described(checkpoint.beside[mmproj.SOURCE])
+        architecture, processor = mmproj.described(checkpoint.beside[mmproj.SOURCE])
+        config = processor
     else:
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        processor = read_json(folder / "preprocessor_config.json") or {}
-        more = read_json(folder / "processor_config.json") or {}
-        processor = {**more.get("image_processor", {}), **processor, "processor": more}
+        whole = read_json(folder / "processor_config.json") or {}
+        own = read_json(folder / "preprocessor_config.json") or {}
+        inner = whole.get("image_processor")
+        said = inner if isinstance(inner, dict) else own
+        processor = {key: value for key, value in said.items() if value is not None}
     if architecture not in FAMILIES:
         raise UnsupportedModel(f"images of {architecture} are not known")
     processor |= {} if max_edge is None else {"max_edge": max_edge}
