@@ -12,7 +12,7 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import count, resample
+from squall.vision.pixels import count, cut, resample
 from squall.vision.squares import Inputs, rows, scale, windows
 
 FAKE = "<fake_token_around_image>"
@@ -147,8 +147,7 @@ class Idefics3(Family):
             across, down = (max(math.ceil(edge / tile), 1) for edge in size)
             image = image.resize((across * tile, down * tile), self.filter)
             if across * down > 1:
-                corners = [(x * tile, y * tile) for y in range(down) for x in range(across)]
-                parts = [image.crop((x, y, x + tile, y + tile)) for x, y in corners]
+                parts = cut(image, tile)
                 text = _places(across, down, each)
         whole = image.resize((tile, tile), self.filter)
         inputs = rows([self.scale(part) for part in (*parts, whole)], self.patch, self.side)

@@ -146,10 +146,9 @@ class LlavaNext(Family):
         best = best_size(image, self.pinpoints)
         canvas = _fitted(image, best, self.filter)
         lines, columns = _lines(best, self.cut)
-        boxes = [(x * self.cut, y * self.cut) for y in range(lines) for x in range(columns)]
-        tiles = [canvas.crop((x, y, x + self.cut, y + self.cut)) for x, y in boxes]
         whole = image.resize(self.base[::-1], self.filter)
-        read = self.whole.rows(np.stack([self.whole.tile(tile) for tile in (whole, *tiles)]))
+        tiles = (whole, *pixels.cut(canvas, self.cut))
+        read = self.whole.rows(np.stack([self.whole.tile(tile) for tile in tiles]))
         side = self.whole.side
         grid = unpadded(tiled(side, lines, columns, side * side), image)
         taken = np.concatenate([np.arange(side * side, dtype=np.int32), line_ends(grid)])

@@ -44,8 +44,7 @@ class Phi3V(Family):
         """The crops, line by line, then the whole picture."""
         pixels = self.scale(crops(image, self.crops))
         lines, columns = pixels.shape[1] // EDGE, pixels.shape[2] // EDGE
-        cut = pixels.reshape(3, lines, EDGE, columns, EDGE).transpose(1, 3, 0, 2, 4)
-        tiles = [bicubic(pixels, EDGE), *cut.reshape(-1, 3, EDGE, EDGE)]
+        tiles = [bicubic(pixels, EDGE), *patches(pixels, EDGE).reshape(-1, 3, EDGE, EDGE)]
         inputs = clip_rows(np.stack([patches(tile, PATCH) for tile in tiles]))
         half = SIDE // 2
         quads = inputs["merged"].reshape(-1, half, 2, half, 2).transpose(2, 4, 0, 1, 3)
