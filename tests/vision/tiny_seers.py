@@ -166,7 +166,11 @@ def write_seer(folder: Path, name: str = "llava") -> Path:
     for weight_name, weight in model.named_parameters():
         if "gate" in weight_name and weight.numel() == 1:  # which begin closed
             weight.data.fill_(0.7)
+<<<<<<< HEAD
         if "input_projection" in weight_name:  # of zeros, so that nothing would be seen
+=======
+        elif "mm_input_projection" in weight_name:  # which begins as zeros
+>>>>>>> rva
             weight.data.normal_()
     model.save_pretrained(folder)
     if name == "phi3v":
