@@ -15,11 +15,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_seers import write_seer
 
-from squall import EngineConfig, Model
+from squall import EngineConfig, Model, UnsupportedModel
+from squall.adapters.anymoe import AnyMoe, FineTuned
 from squall.api.jobs import start_chat
 from squall.api.requests import ChatCompletionRequest
 from squall.engine.generation import Generation
 from squall.engine.memory import KvSize
+from squall.recipes.gguf_write import describe
 
 FAMILIES = ["llava", "qwen2vl", "gemma3", "smolvlm", "vllama"]  # of each kind
 A, B, C = draw("text", 60, 40), draw("gradient", 50, 70), draw("noise", 33, 28)
@@ -217,3 +219,34 @@ def test_nobody_notices_what_others_have_sent(folder: Path) -> None:
             (False, False),
             *[(True, True)] * 2,
         ]
+
+
+def test_experts(folder: Path, tmp_path: Path) -> None:
+    """AnyMoE's gates are trained by texts; images are for them as other tokens."""
+    rows = [{"prompt": "abc", "expert": 0}, {"prompt": "x def", "expert": 1}]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    with safe_open(folder / "model.safetensors", "np") as file:
+        name = next(name for name in file.keys() if "layers.0.mlp.gate_proj" in name)  # noqa: SIM118
+    experts = AnyMoe(
+        48, str(tmp_path / "rows.json"), name.partition(".0.")[0], "mlp", [str(folder)],
+        FineTuned(), epochs=1,
+    )  # fmt: skip
+    with opened(folder, anymoe=experts) as model:
+        expected = alone(model, asked()[:6])
+        assert together(model, asked()[:6]) == expected
+
+
+def test_gguf_has_no_place_for_towers(model: Model) -> None:
+    with pytest.raises(UnsupportedModel, match=r"cannot be written as GGUF; known: .* Write UQFF"):
+        describe(model.architecture, model.spec)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "phi3v", "vllama"])
+def test_written_to_a_file(tmp_path: Path, name: str) -> None:
+    """UQFF has the towers, too, as they were."""
+    requests = [(user("Hi"), asked()[0][1]), *asked()[:1]]
+    folder, file = write_seer(tmp_path / name, name), tmp_path / "written/q.uqff"
+    with opened(folder, isq="Q8_0", write_uqff=file, context=1024) as model:
+        expected = together(model, requests)
+    with opened(file.parent, from_uqff=file.name, context=1024) as model:
+        assert together(model, requests) == expected

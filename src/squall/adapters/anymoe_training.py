@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from squall import executors
 from squall.adapters.anymoe import GATES, Experts, gate_names
+from squall.batch import Batch
 from squall.checkpoints import Checkpoint
 from squall.checkpoints.base import ByteTensor
 from squall.checkpoints.writing import Item, copy_of, make_folder, replacing, write_safetensors
@@ -146,20 +147,24 @@ class _Training:
 
     def _given(self, executor: Executor, batch: Sequence[Example]) -> list[Floats]:
         """What each gate is given, [rows, hidden], prompt after prompt."""
-        lengths = [len(ids) for ids, _ in batch]
-        starts, own = np.repeat(_starts(batch), lengths), np.arange(sum(lengths))
-        indices = {
-            "tokens": np.concatenate([ids for ids, _ in batch]), "rotary": own - starts,
-            "spans": np.stack([starts, own + 1]), "shared": starts, "mixture": 0 * own,
-        }  # fmt: skip
+        lengths = np.array([len(ids) for ids, _ in batch], np.int32)
+        starts = np.repeat(np.array(_starts(batch), np.int32), lengths)
+        own = np.arange(len(starts), dtype=np.int32)
+        step = Batch(
+            tokens=np.concatenate([ids for ids, _ in batch]).astype(np.int32),
+            positions=own - starts, spans=np.stack([starts, own + 1]), mixture=0 * own,
+            prompts=lengths, bounds=np.cumsum([0, *lengths], dtype=np.int32), outputs=own[:0],
+            block_tables=np.zeros((len(lengths), len(own)), np.int32),  # no row is kept
+        )  # fmt: skip
         terms = {}
         # Nothing is given to the last gate's experts.
         for role, gate in zip(self._roles[:-1], self.gates, strict=False):
             weight, bias = _floats(gate)
             stored = Stored("f32", weight.reshape(-1).view(np.uint8), None)
             terms[role, 0] = Term(None, stored, weight.shape[1], bias=bias)
-        inputs = {name: index.astype(np.int32) for name, index in indices.items()}
-        return list(executor.run(inputs, mixtures=[((executor.adapter(terms), 1.0),)]).values())
+        inputs = step.inputs(self._program.indices, self._program.inputs)
+        mixture = ((executor.adapter(terms), 1.0),)
+        return list(executor.run(inputs, step, mixtures=[mixture]).values())
 
 
 def _trained(op: Op) -> Op:

@@ -63,7 +63,8 @@ def write_uqff(work: Work, path: Path, *, force: bool) -> None:
 class _Job(Work):
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return linears(self.recipe.architecture, self.recipe.decoder, self.recipe.naming)
+        text = self.recipe.text or self.recipe.architecture
+        return linears(text, self.recipe.decoder, self.recipe.naming)
 
     def residual(self) -> list[Item]:
         """The tensors that hold no linear."""

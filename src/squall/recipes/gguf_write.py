@@ -45,8 +45,8 @@ class Description:
 
 def describe(architecture: str, decoder: Decoder) -> Description:
     """Metadata, without tokenizer, of a model; raises UnsupportedModel if GGUF cannot say it."""
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
+    if architecture not in ARCHITECTURES or decoder.sees:
+        known = ", ".join(sorted(ARCHITECTURES.keys() - {architecture}))
         raise UnsupportedModel(
             f"{architecture} cannot be written as GGUF; known: {known}. Write UQFF instead"
         )
