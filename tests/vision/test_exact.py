@@ -237,7 +237,7 @@ def test_experts(folder: Path, tmp_path: Path) -> None:
 
 
 def test_gguf_has_no_place_for_towers(model: Model) -> None:
-    with pytest.raises(UnsupportedModel, match="cannot be written as GGUF; known: .* Write UQFF"):
+    with pytest.raises(UnsupportedModel, match=r"cannot be written as GGUF; known: .* Write UQFF"):
         describe(model.architecture, model.spec)
 
 
