@@ -18,7 +18,7 @@ from squall.program import (
     Value,
 )
 from squall.roles import roles
-from squall.spec import Decoder, Rope
+from squall.spec import Decoder
 
 TOKENS = Index("tokens")
 SPANS = Index("spans", axes=2)
@@ -35,7 +35,8 @@ def compile(decoder: Decoder, names: Names, *, context: int, whole: bool = False
     whole: the last layer is computed for all rows, not only those whose logits are wanted.
     """
     # Where a row is for its rotary embedding; its place in the cache comes with its sequence.
-    axes = max((max(r.axes, default=0) + 1 for r in _ropes(decoder)), default=1)
+    ropes = (layer.attention.rope for layer in decoder.layers)
+    axes = max((max(rope.axes, default=0) + 1 for rope in ropes if rope), default=1)
     rotary = Index("rotary", axes=axes)
     b = Blocks(names, roles(decoder), rotary, context, decoder.residual_scale)
     return _program(decoder, b, whole=whole)
@@ -48,10 +49,6 @@ def compile_memory(decoder: Decoder, names: Names) -> Program:
     layers = [(i, layer.attention) for i, layer in enumerate(decoder.layers)]
     made = [b.heads(f"layers.{i}.recall", a, k=image, v=image) for i, a in layers if a.recalls]
     return b.builder.build(*(value for pair in made for value in pair), inputs=[image])
-
-
-def _ropes(decoder: Decoder) -> list[Rope]:
-    return [layer.attention.rope for layer in decoder.layers if layer.attention.rope]
 
 
 def _program(d: Decoder, b: Blocks, *, whole: bool) -> Program:

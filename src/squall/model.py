@@ -29,7 +29,7 @@ from squall.text.chat import ChatPrompt, ChatTemplate
 from squall.text.grammar import Grammar, Grammars
 from squall.text.images import BLIND, Placeholder
 from squall.text.tools import Tool
-from squall.vision.images import OWN
+from squall.vision.images import OWN, read_all
 from squall.weights import Progress
 
 if TYPE_CHECKING:
@@ -338,7 +338,6 @@ class Model(Closing):
 
     def _seen(self, prompt: ChatPrompt) -> tuple[Placed, list[Seen]]:
         """Where a prompt's images stand in its ids, and the images, which no tower has read yet."""
-        from squall.vision.images import read_all
         from squall.vision.placing import place
 
         if self.sight is None:

@@ -41,6 +41,21 @@ class Selection:
         raise UnsupportedModel(f"Which.{name} is not supported yet; models of text are")
 
 
+# Fields of kinds that are numbers, with the least, and those that are one of several.
+NUMBERS = {"gqa": 1, "max_edge": 1, "tgt_non_granular_index": None}
+_CHOICES: dict[str, type[Enum]] = {"dtype": ModelDType, "organization": IsqOrganization}
+
+
+def chosen(field: str, given: object, where: str) -> Any:
+    """A field's value by its name, where it is one of several."""
+    if field not in _CHOICES:
+        return given
+    known = {name.lower(): member for name, member in _CHOICES[field].__members__.items()}
+    if str(given).lower() not in known:
+        raise InvalidRequest(f"{where} is {given!r}; it must be one of {', '.join(known)}")
+    return known[str(given).lower()]
+
+
 def _name(of: Enum | str) -> str:
     return str(of.name if isinstance(of, Enum) else of).lower().replace("_", ".")
 

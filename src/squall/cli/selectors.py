@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from squall.api.which import IsqOrganization, ModelDType, Selection, Which
+from squall.api.which import NUMBERS, Selection, Which, chosen
 from squall.cli.toml_selector import TomlSelection, read_toml
 from squall.errors import InvalidRequest
 
@@ -19,8 +18,6 @@ Selected = Selection | TomlSelection | str | None
 
 # Words whose models cannot be opened yet, and what they are for.
 NOT_YET = {"diffusion-plain": "diffusion models"}
-_NUMBERS = {"gqa": 1, "max_edge": 1, "tgt_non_granular_index": None}  # with the least
-_CHOICES: dict[str, type[Enum]] = {"dtype": ModelDType, "organization": IsqOrganization}
 # The fields of kinds as flags: letter and help; where two have one letter, the first has it.
 _FLAGS: dict[str, tuple[str, str]] = {
     "model_id": ("m", "A folder, or owner/name."),
@@ -63,11 +60,11 @@ def _selector(
         flags = [f"-{letter}"] * bool(letter and letter not in letters)
         letters.add(letter)
         option = typer.Option(
-            *flags, f"--{name.replace('_', '-')}", help=help, min=_NUMBERS.get(name),
+            *flags, f"--{name.replace('_', '-')}", help=help, min=NUMBERS.get(name),
             hidden=as_stored and name == "topology",
         )  # fmt: skip
         needed = names[name].default is MISSING and name not in optional
-        text: Any = int if name in _NUMBERS else str
+        text: Any = int if name in NUMBERS else str
         default = inspect.Parameter.empty if needed else None
         listed.append(_parameter(name, text if needed else text | None, option, default))
     select.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
@@ -86,12 +83,7 @@ def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Param
 def _value(name: str, given: Any) -> Any:
     if name == "quantized_filename":
         return given.split(" ")[0]  # the parts of a split file know of each other
-    if name not in _CHOICES:
-        return given
-    known = {str(key).lower(): member for key, member in _CHOICES[name].__members__.items()}
-    if given.lower() not in known:
-        raise InvalidRequest(f"--{name} is {given!r}; it must be one of {', '.join(known)}")
-    return known[given.lower()]
+    return chosen(name, given, f"--{name}")
 
 
 def toml(

@@ -17,16 +17,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squall.api.which import (
-    IsqOrganization,
-    ModelDType,
+    NUMBERS,
     Selection,
     VisionArchitecture,
     Which,
+    chosen,
     vision_name,
 )
 from squall.cli.options import read_text
@@ -54,9 +53,7 @@ _KINDS: tuple[type[Selection], ...] = (
     Which.VisionPlain,
     Which.Plain,
 )
-_ENUMS: Mapping[str, type[Enum]] = {"dtype": ModelDType, "organization": IsqOrganization}
 _VISION = set(map(vision_name, VisionArchitecture))
-_NUMBERS = ("gqa", "max_edge", "tgt_non_granular_index")
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,10 @@ def _selection(given: object, section: str, tokenizer: str | None) -> Selection:
             f"{section} has {', '.join(sorted(values)) or 'nothing'}, which no kind of model has "
             f"all of. The kinds and their keys: {lines}"
         )
-    kind = next((k for k in kinds if _is_ggml(k) == _names_ggml(values)), kinds[0])
+    # GGML and GGUF have the same keys but for gqa, so the file's name tells.
+    gguf = str(values.get("quantized_filename", ".gguf")).endswith(".gguf")
+    ggml = "gqa" in values or not gguf
+    kind = next((k for k in kinds if k.__name__.endswith("GGML") == ggml), kinds[0])
     for key, value in values.items():
         values[key] = _value(section, key, value)
     if tokenizer is not None and "tokenizer_json" in {item.name for item in fields(kind)}:
@@ -133,24 +133,10 @@ def _is_vision(values: Mapping[str, object]) -> bool:
     return "max_edge" in values or str(values.get("arch")).lower() in _VISION
 
 
-def _is_ggml(kind: type[Selection]) -> bool:
-    return kind.__name__.endswith("GGML")
-
-
-def _names_ggml(values: Mapping[str, object]) -> bool:
-    """GGML and GGUF have the same keys but for gqa, so the file's name tells."""
-    return "gqa" in values or not str(values.get("quantized_filename", ".gguf")).endswith(".gguf")
-
-
 def _value(section: str, key: str, value: object) -> object:
-    if key in _ENUMS:
-        known = {name.lower(): member for name, member in _ENUMS[key].__members__.items()}
-        if str(value).lower() not in known:
-            raise InvalidRequest(
-                f"{key} in {section} is {value!r}; it must be one of {', '.join(known)}"
-            )
-        return known[str(value).lower()]
-    kind, what = (int, "a number") if key in _NUMBERS else (str, "a text")
+    if (found := chosen(key, value, f"{key} in {section}")) is not value:
+        return found
+    kind, what = (int, "a number") if key in NUMBERS else (str, "a text")
     if type(value) is not kind:
         raise InvalidRequest(f"{key} in {section} is {value!r}; it must be {what}")
     if key == "quantized_filename" and " " in str(value).strip():

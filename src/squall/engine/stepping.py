@@ -39,7 +39,6 @@ class Counts:
     step_s: float = 0.0
     executor_s: float = 0.0
     sampling_s: float = 0.0
-    last_step_s: float = 0.0
     longest_step_s: float = 0.0
 
 
@@ -113,7 +112,6 @@ class Stepper:
         counts, step_s = self.counts, time.perf_counter() - started_s
         counts.steps += 1
         counts.step_s += step_s
-        counts.last_step_s = step_s
         counts.longest_step_s = max(counts.longest_step_s, step_s)
 
     def _guess(self, answers: list[Sequence], spare: int) -> None:

@@ -107,7 +107,7 @@ def _from_config(
     recalls = any(layer.attention.recalls for layer in decoder.layers)
     sees = any(part.kind == "tower" for part in parts) and not recalls
     decoder = replace(decoder, sees=sees)
-    recipe = _finish(name, tensors, fields, _decoder(decoder, fields.naming), *parts)
+    recipe = _finish(name, tensors, fields, Part("decoder", decoder, fields.naming), *parts)
     return replace(recipe, text=text)
 
 
@@ -172,12 +172,8 @@ def _load_gguf(checkpoint: Checkpoint) -> Recipe:
             f"the file is of type {quote(str(kind))}; only whole models can be run"
         )
     fields = GgufFields(architecture, checkpoint.metadata, checkpoint.tensors)
-    decoder = _decoder(gguf.RECIPES[architecture](fields), NAMING)
+    decoder = Part("decoder", gguf.RECIPES[architecture](fields), NAMING)
     return _finish(architecture, checkpoint.tensors, fields, decoder)
-
-
-def _decoder(spec: Decoder, naming: Naming) -> Part:
-    return Part("decoder", spec, naming, names={})
 
 
 def _finish(

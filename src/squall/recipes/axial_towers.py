@@ -83,8 +83,8 @@ def qwen(
     before = s.before("patch_embed.proj")
     names = replace(naming(before, {**QWEN_STEMS, **mlp}, "blocks.{}."), fused=QWEN_FUSED)
     return (
-        Part("tower", tower, names, prefix="tower."),
-        Part("connector", merger, naming(before, MERGER_STEMS, ""), prefix="connector."),
+        Part("tower", tower, names),
+        Part("connector", merger, naming(before, MERGER_STEMS, "")),
     )
 
 
@@ -125,7 +125,7 @@ def pixtral(s: Sections, top: ConfigFields, *, read: int, **fields: Any) -> tupl
     top.skip("vision_feature_layer", "image_token_index", "image_seq_length")
     v.check_all_read()
     top.check_all_read()
-    tower = Part("tower", spec, names, prefix="tower.")
+    tower = Part("tower", spec, names)
     return tower, replace(connector, spec=replace(connector.spec, **fields))
 
 

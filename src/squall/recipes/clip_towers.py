@@ -83,7 +83,7 @@ def tower(v: ConfigFields, before: str, layer: object, *, class_token: bool = Tr
     harmless += rf"|encoder\.layers\.({unused})\..*)" if unused else ")"
     v.check_all_read()
     names = naming(before, CLIP_STEMS, "encoder.layers.{}.", harmless)
-    return Part("tower", spec, names, prefix="tower.")
+    return Part("tower", spec, names)
 
 
 def projector(top: ConfigFields, tower: int, hidden: int, before: str, newlines: int = 0) -> Part:
@@ -98,7 +98,7 @@ def projector(top: ConfigFields, tower: int, hidden: int, before: str, newlines:
         "linear1": "multi_modal_projector.linear_2",
         "newline": "image_newline",
     }
-    return Part("connector", spec, naming(before, stems, ""), prefix="connector.")
+    return Part("connector", spec, naming(before, stems, ""))
 
 
 @seer("LlavaForConditionalGeneration", "llava", "llama")
@@ -162,7 +162,7 @@ def phi3v(s: Sections) -> tuple[Part, ...]:
         naming(own, stems, "", rf"{re.escape(own)}wte\.weight"),
         rows={"newline": (f"{own}glb_GN", f"{own}sub_GN")},
     )
-    return tower(v, before, -2), Part("connector", spec, names, prefix="connector.")
+    return tower(v, before, -2), Part("connector", spec, names)
 
 
 def clip_fields(s: Sections, before: str) -> ConfigFields:

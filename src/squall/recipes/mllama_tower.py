@@ -97,8 +97,8 @@ def mllama(s: Sections) -> tuple[Part, ...]:
     connector = Connector(width, (s.decoder.hidden,), bias=True)
     linear = naming(outer, {"linear0": "multi_modal_projector"}, "")
     return (
-        Part("tower", tower, naming(before, stems, "transformer.layers.{}."), prefix="tower."),
-        Part("connector", connector, linear, prefix="connector."),
+        Part("tower", tower, naming(before, stems, "transformer.layers.{}.")),
+        Part("connector", connector, linear),
     )
 
 

@@ -186,7 +186,7 @@ def _tower(f: _File) -> Part:
         local=local, read=() if f.read == (f.depth,) else f.read,
     )  # fmt: skip
     names = Naming({**STEMS, **(SWAPPED if swapped else {})}, LAYER, fused=FUSED)
-    return Part("tower", spec, names, prefix="tower.")
+    return Part("tower", spec, names)
 
 
 def _connector(f: _File, decoder: Decoder) -> Part:
@@ -209,7 +209,7 @@ def _connector(f: _File, decoder: Decoder) -> Part:
         mix="mix" in stems and normed, newlines=int(f.tiled),
     )  # fmt: skip
     names = Naming(stems, "", transposed=frozenset({"linear0"} if gemma else ()))
-    return Part("connector", spec, names, prefix="connector.")
+    return Part("connector", spec, names)
 
 
 def described(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:

@@ -15,14 +15,14 @@ Kind = Literal["decoder", "tower", "connector", "encoder", "vae"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One network of a model: its Spec, and the places of its weights, found by its naming.
-
-    prefix: what its roles begin with in `names`, so that parts can share a weight store; those of
-        the decoder begin with nothing.
-    """
+    """One network of a model: its Spec, and the places of its weights, found by its naming."""
 
     kind: Kind
     spec: Network
     naming: Naming
     names: Names = field(default_factory=lambda: MappingProxyType({}))
-    prefix: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """What its roles begin with in `names`, so that parts can share a weight store."""
+        return "" if self.kind == "decoder" else f"{self.kind}."

@@ -45,7 +45,7 @@ def gemma3(s: Sections) -> tuple[Part, ...]:
     stems = {"norm": f"{stem}soft_emb_norm", "linear0": f"{stem}input_projection_weight"}
     names = replace(naming(s.before(stem), stems, ""), transposed=frozenset({"linear0"}))
     top.check_all_read()
-    return tower(s, v), Part("connector", spec, names, prefix="connector.")
+    return tower(s, v), Part("connector", spec, names)
 
 
 @seer("Idefics2ForConditionalGeneration", "idefics2", "mistral")
@@ -77,7 +77,7 @@ def idefics2(s: Sections) -> tuple[Part, ...]:
         **{f"mlp.{part}": f"modality_projection.{part}_proj" for part in ("gate", "up", "down")},
     }
     names = naming(s.before("modality_projection"), stems, "perceiver_resampler.layers.{}.")
-    return tower(s, v), Part("connector", spec, names, prefix="connector.")
+    return tower(s, v), Part("connector", spec, names)
 
 
 @seer("Idefics3ForConditionalGeneration", "idefics3", "llama")
@@ -88,7 +88,7 @@ def idefics3(s: Sections, kind: str = "idefics3") -> tuple[Part, ...]:
     spec = Connector(parts.hidden(v), (s.decoder.hidden,), merge=merge)
     stem = "modality_projection.proj"
     names = naming(s.before(stem), {"linear0": stem}, "")
-    return tower(s, v), Part("connector", spec, names, prefix="connector.")
+    return tower(s, v), Part("connector", spec, names)
 
 
 @seer("SmolVLMForConditionalGeneration", "smolvlm", "llama")

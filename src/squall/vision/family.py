@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
+
+from squall.vision.pixels import Scale, shrunk
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,26 +33,32 @@ class Processed:
     seam: str = ""
 
 
-class Family(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
     """How a model reads images, by its preprocessor_config.json.
 
+    scale, filter: of most pictures. max_edge: they are made smaller first, until their longer edge
+        is at most so long.
     placeholder: what its chat template writes for an image. token: what an image's rows replace.
     mutual: whether the rows of an image see each other in the decoder.
     cost: for people, how many tokens an image takes.
     """
 
-    @property
-    def placeholder(self) -> str: ...
-    @property
-    def token(self) -> str: ...
-    @property
-    def mutual(self) -> bool: ...
-    @property
-    def cost(self) -> str: ...
+    scale: Scale
+    filter: Resampling = Resampling.BICUBIC
+    max_edge: int | None = None
+    placeholder: str = "<image>"
+    token: str = "<image>"
+    mutual: bool = False
+    cost: str
 
     def process(self, image: Image) -> Processed:
         """An upright RGB image, of any size from 1 x 1 on."""
-        ...
+        return self.read(shrunk(image, self.max_edge))
+
+    def read(self, image: Image) -> Processed:
+        """One that is small enough."""
+        raise NotImplementedError
 
 
 def clip_rows(

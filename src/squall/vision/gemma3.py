@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from squall.errors import InvalidCheckpoint
-from squall.vision.family import Processed
-from squall.vision.pixels import Scale, count, edges, resample
+from squall.vision.family import Family, Processed
+from squall.vision.pixels import count, edges, resample
 from squall.vision.squares import rows, scale, windows
 
 
@@ -36,12 +36,10 @@ class Scan:
         return [image.crop((0, start, short, stop)) for start, stop in ends]
 
 
-@dataclass(frozen=True, slots=True)
-class Gemma3:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gemma3(Family):
     """See `Family`. side: patches in a row of a picture. tokens: of a picture. scan: None: off."""
 
-    scale: Scale
-    filter: Image.Resampling
     side: int
     patch: int
     tokens: int
@@ -69,12 +67,12 @@ class Gemma3:
                 "pan_and_scan_min_crop_size is below pan_and_scan_max_num_crops"
             )
         return cls(
-            scale(processor), resample(processor, 2), side, patch,
-            count(config, "mm_tokens_per_image", 256),
-            scan if processor.get("do_pan_and_scan") else None,
+            scale=scale(processor), filter=resample(processor, 2), side=side, patch=patch,
+            tokens=count(config, "mm_tokens_per_image", 256),
+            scan=scan if processor.get("do_pan_and_scan") else None,
         )  # fmt: skip
 
-    def process(self, image: Image.Image) -> Processed:
+    def read(self, image: Image.Image) -> Processed:
         """The picture, and crops of it."""
         crops = self.scan.crops(image) if self.scan else []
         size = (self.side * self.patch,) * 2

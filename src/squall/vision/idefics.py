@@ -11,32 +11,26 @@ import numpy as np
 from PIL import Image
 
 from squall.errors import InvalidCheckpoint
-from squall.vision.family import Processed
-from squall.vision.pixels import Scale, count, resample, shrunk
+from squall.vision.family import Family, Processed
+from squall.vision.pixels import count, cut, resample
 from squall.vision.squares import Inputs, rows, scale, windows
 
 FAKE = "<fake_token_around_image>"
 MOST = 4096  # pixels of an edge
 
 
-@dataclass(frozen=True, slots=True)
-class Idefics2:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idefics2(Family):
     """See `Family`. edges: the least and the most pixels of an edge. split: four quarters, too.
 
-    side: learned positions in a row. latents: rows of a picture. max_edge: see `families.family`.
+    side: learned positions in a row. latents: rows of a picture.
     """
 
-    scale: Scale
-    filter: Image.Resampling
     edges: tuple[int, int]
     split: bool
     patch: int
     side: int
     latents: int
-    max_edge: int | None = None
-    placeholder: str = "<image>"
-    token: str = "<image>"
-    mutual: bool = False
     cost: str = "64 and 2 around them; where pictures are split 320 and 6"
 
     @classmethod
@@ -51,14 +45,13 @@ class Idefics2:
             )
         latents = count(config.get("perceiver_config") or {}, "resampler_n_latents", 64)
         return cls(
-            scale(processor), resample(processor, 2), (least, most),
-            bool(processor.get("do_image_splitting")), patch, side, latents,
-            processor.get("max_edge"),
+            scale=scale(processor), filter=resample(processor, 2), edges=(least, most),
+            split=bool(processor.get("do_image_splitting")), patch=patch, side=side,
+            latents=latents, max_edge=processor.get("max_edge"),
         )  # fmt: skip
 
-    def process(self, image: Image.Image) -> Processed:
+    def read(self, image: Image.Image) -> Processed:
         """Its quarters and the whole, of each as many patches as it is wide and high."""
-        image = shrunk(image, self.max_edge)
         parts = [*(_quarters(image) if self.split else []), image]
         found = [self.scale(part.resize(self._size(part), self.filter)) for part in parts]
         inputs = rows(found, self.patch, self.side)
@@ -110,24 +103,19 @@ def _quarters(image: Image.Image) -> list[Image.Image]:
     return [image.crop((x[0], y[0], x[1], y[1])) for y in down for x in across]
 
 
-@dataclass(frozen=True, slots=True)
-class Idefics3:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idefics3(Family):
     """See `Family`. longest: pixels of the longer edge. tile: pixels of a tile's edges.
 
     split: into tiles, and a small picture of all. merge: patches in a row that become one.
     """
 
-    scale: Scale
-    filter: Image.Resampling
     longest: int
     tile: int
     split: bool
     patch: int
     side: int
     merge: int
-    placeholder: str = "<image>"
-    token: str = "<image>"
-    mutual: bool = False
     cost: str = "169 (Idefics 3), 81 or 64 (SmolVLM) and 2 for each tile and for the whole picture"
 
     @classmethod
@@ -143,11 +131,13 @@ class Idefics3:
                 f"max_image_size is {tile}; it must hold a multiple of {merge} patches of {patch} "
                 f"pixels, and be at least a 16th of {longest}"
             )
-        split = bool(processor.get("do_image_splitting", True))
-        how = (longest, tile, split, patch, side, merge)
-        return cls(scale(processor), resample(processor, 1), *how)
+        return cls(
+            scale=scale(processor), filter=resample(processor, 1), longest=longest, tile=tile,
+            split=bool(processor.get("do_image_splitting", True)), patch=patch, side=side,
+            merge=merge,
+        )  # fmt: skip
 
-    def process(self, image: Image.Image) -> Processed:
+    def read(self, image: Image.Image) -> Processed:
         """Tiles row by row, then the whole picture as one."""
         image = image.resize(self._size(image), self.filter)
         tile, parts, text = self.tile, [], ""
@@ -157,8 +147,7 @@ class Idefics3:
             across, down = (max(math.ceil(edge / tile), 1) for edge in size)
             image = image.resize((across * tile, down * tile), self.filter)
             if across * down > 1:
-                corners = [(x * tile, y * tile) for y in range(down) for x in range(across)]
-                parts = [image.crop((x, y, x + tile, y + tile)) for x, y in corners]
+                parts = cut(image, tile)
                 text = _places(across, down, each)
         whole = image.resize((tile, tile), self.filter)
         inputs = rows([self.scale(part) for part in (*parts, whole)], self.patch, self.side)

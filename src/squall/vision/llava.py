@@ -13,15 +13,15 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint
 from squall.vision import pixels
-from squall.vision.family import Processed, clip_rows, line_ends, tiled
+from squall.vision.family import Family, Processed, clip_rows, line_ends, tiled
 from squall.vision.pixels import Floats, Scale, count, edges
 
 Size = tuple[int, int]
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
-@dataclass(frozen=True, slots=True)
-class Llava:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llava(Family):
     """See `Family`.
 
     size: what pictures are resized to, a height and width or the shortest edge. crop: height and
@@ -31,8 +31,6 @@ class Llava:
     class_token, skipped: see `clip_rows`.
     """
 
-    scale: Scale
-    filter: Image.Resampling
     size: Size | int | None
     crop: Size | None
     pad: tuple[int, ...] | None
@@ -40,10 +38,6 @@ class Llava:
     patch: int
     class_token: bool
     skipped: int
-    max_edge: int | None = None
-    placeholder: str = "<image>"
-    token: str = "<image>"
-    mutual: bool = False
     cost: str = "one a patch: 576 for 336 x 336 pixels in patches of 14"
 
     @classmethod
@@ -69,16 +63,17 @@ class Llava:
                 f"{image_size} pixels in patches of {patch}"
             )
         skipped = int(config.get("vision_feature_select_strategy", "default") == "default")
-        edge = processor.get("max_edge")
-        how = (size, crop, pad, side, patch, class_token, skipped, edge)
-        return cls(scale, pixels.resample(processor), *how)
+        return cls(
+            scale=scale, filter=pixels.resample(processor), size=size, crop=crop, pad=pad,
+            side=side, patch=patch, class_token=class_token, skipped=skipped,
+            max_edge=processor.get("max_edge"),
+        )  # fmt: skip
 
-    def process(self, image: Image.Image) -> Processed:
+    def read(self, image: Image.Image) -> Processed:
         """The picture, or its middle."""
-        image = pixels.shrunk(image, self.max_edge)
         if self.pad is not None:
             image = square(image, self.pad)
-        return self.read(self.tile(image)[None])
+        return self.rows(self.tile(image)[None])
 
     def tile(self, image: Image.Image) -> Floats:
         """What is left of a picture, in patches."""
@@ -88,7 +83,7 @@ class Llava:
             image = pixels.center_crop(image, *self.crop)
         return pixels.patches(self.scale(image), self.patch)
 
-    def read(self, tiles: Floats) -> Processed:
+    def rows(self, tiles: Floats) -> Processed:
         """[tiles, patches, patch] as the tower reads them."""
         inputs = clip_rows(tiles, class_token=self.class_token, skipped=self.skipped)
         rows = len(inputs["merged"])
@@ -109,8 +104,8 @@ def square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     return made
 
 
-@dataclass(frozen=True, slots=True)
-class LlavaNext:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlavaNext(Family):
     """See `Family`: anyres, where a picture is followed by tiles with more detail.
 
     whole: how the picture and a tile are read. pinpoints: heights and widths of pictures in tiles.
@@ -121,9 +116,6 @@ class LlavaNext:
     pinpoints: tuple[Size, ...]
     cut: int
     base: Size
-    placeholder: str = "<image>"
-    token: str = "<image>"
-    mutual: bool = False
     cost: str = "one a patch of the picture and of up to 4 tiles, without their edges: 576 to 2928"
 
     @classmethod
@@ -144,18 +136,19 @@ class LlavaNext:
         whole = Llava.of(config, {**processor, "do_pad": True})  # all that it reads is square
         if whole.class_token != bool(whole.skipped):
             raise InvalidCheckpoint("vision_feature_select_strategy must leave whole lines of rows")
-        return cls(whole, tuple(sizes), cut, base)
+        return cls(
+            scale=whole.scale, filter=whole.filter, max_edge=whole.max_edge, whole=whole,
+            pinpoints=tuple(sizes), cut=cut, base=base,
+        )  # fmt: skip
 
-    def process(self, image: Image.Image) -> Processed:
+    def read(self, image: Image.Image) -> Processed:
         """The whole picture, and line by line that in tiles, each line with a newline."""
-        image = pixels.shrunk(image, self.whole.max_edge)
         best = best_size(image, self.pinpoints)
-        canvas = _fitted(image, best, self.whole.filter)
+        canvas = _fitted(image, best, self.filter)
         lines, columns = _lines(best, self.cut)
-        boxes = [(x * self.cut, y * self.cut) for y in range(lines) for x in range(columns)]
-        tiles = [canvas.crop((x, y, x + self.cut, y + self.cut)) for x, y in boxes]
-        whole = image.resize(self.base[::-1], self.whole.filter)
-        read = self.whole.read(np.stack([self.whole.tile(tile) for tile in (whole, *tiles)]))
+        whole = image.resize(self.base[::-1], self.filter)
+        tiles = (whole, *pixels.cut(canvas, self.cut))
+        read = self.whole.rows(np.stack([self.whole.tile(tile) for tile in tiles]))
         side = self.whole.side
         grid = unpadded(tiled(side, lines, columns, side * side), image)
         taken = np.concatenate([np.arange(side * side, dtype=np.int32), line_ends(grid)])

@@ -12,41 +12,28 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from squall.errors import InvalidCheckpoint
-from squall.vision.family import Processed
-from squall.vision.pixels import (
-    MOST_EDGE,
-    MOST_PIXELS,
-    Floats,
-    Scale,
-    count,
-    patches,
-    resample,
-    shrunk,
-)
+from squall.vision.family import Family, Processed
+from squall.vision.pixels import MOST_EDGE, MOST_PIXELS, Floats, count, patches, resample
 from squall.vision.squares import scale
 
 # Rows of a tile are filled up to a multiple of it.
 FULL = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Mllama:
-    """See `Family`. size: of a tile's edge. max_edge: see `families.family`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mllama(Family):
+    """See `Family`. size: of a tile's edge.
 
     shapes: of pictures, in tiles, by the number less 1 that the tower knows them by. room: tiles
         that the tower reads, whether there is something in them or not.
     """
 
-    scale: Scale
-    filter: Image.Resampling
     size: int
     patch: int
     shapes: tuple[tuple[int, int], ...]
     room: int
-    max_edge: int | None = None
     placeholder: str = "<|image|>"
     token: str = "<|image|>"
-    mutual: bool = False
     cost: str = (
         "one token; whatever its size 4 tiles are read, which stay in memory beside the cache"
     )
@@ -62,18 +49,18 @@ class Mllama:
         tiles = count(processor, "max_image_tiles", 4, high=room)
         sides = range(1, tiles + 1)
         shapes = tuple((h, w) for h in sides for w in sides if h * w <= tiles)
-        patch = count(v, "patch_size", 14, high=size)
-        edge = processor.get("max_edge")
-        return cls(scale(processor), resample(processor, 2), size, patch, shapes, room, edge)
+        return cls(
+            scale=scale(processor), filter=resample(processor, 2), size=size, shapes=shapes,
+            patch=count(v, "patch_size", 14, high=size), room=room,
+            max_edge=processor.get("max_edge"),
+        )  # fmt: skip
 
-    def process(self, image: Image.Image) -> Processed:
+    def read(self, image: Image.Image) -> Processed:
         """The picture in the upper left of its tiles."""
-        image = shrunk(image, self.max_edge)
         high, wide = shape = self.shape(image)
         canvas = Image.new("RGB", (wide * self.size, high * self.size))
         canvas.paste(image.resize(self.fitted(image, shape), self.filter))
-        pixels = self.scale(canvas).reshape(3, high, self.size, wide, self.size)
-        tiles = pixels.transpose(1, 3, 0, 2, 4).reshape(-1, 3, self.size, self.size)
+        tiles = patches(self.scale(canvas), self.size).reshape(-1, 3, self.size, self.size)
         cut = np.stack([patches(tile, self.patch) for tile in tiles])
         rows, real = self.rows(cut, self.shapes.index(shape) + 1)
         recalled = (real, len(rows["merged"]) - real)

@@ -11,27 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from squall.vision.family import Processed, clip_rows, line_ends, tiled
-from squall.vision.pixels import Floats, Scale, count, patches, shrunk
+from squall.vision.family import Family, Processed, clip_rows, line_ends, tiled
+from squall.vision.pixels import Floats, Scale, count, patches
 
 EDGE, PATCH, SIDE = 336, 14, 24
 SUB, GLOBAL = 1, 0  # the newlines, after lines, and between the crops and the whole
 
 
-@dataclass(frozen=True, slots=True)
-class Phi3V:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phi3V(Family):
     """See `Family`. crops: at most so many.
 
     The model has no token for an image's rows; `token` is one of its tokenizer that nothing else
     uses. The makers' processor begins what follows an image as it begins a text: with `<s>`.
     """
 
-    scale: Scale
     crops: int
-    max_edge: int | None = None
     placeholder: str = "<|image_{}|>"
     token: str = "<|image|>"
-    mutual: bool = False
     cost: str = "144 a crop and 144 for the whole picture, and its lines' ends: 313 to 2653"
 
     @classmethod
@@ -41,14 +38,13 @@ class Phi3V:
         scale = Scale.of(
             {key: processor[key] for key in ("image_mean", "image_std") if key in processor}
         )
-        return cls(scale, crops, processor.get("max_edge"))
+        return cls(scale=scale, crops=crops, max_edge=processor.get("max_edge"))
 
-    def process(self, image: Image.Image) -> Processed:
+    def read(self, image: Image.Image) -> Processed:
         """The crops, line by line, then the whole picture."""
-        pixels = self.scale(crops(shrunk(image, self.max_edge), self.crops))
+        pixels = self.scale(crops(image, self.crops))
         lines, columns = pixels.shape[1] // EDGE, pixels.shape[2] // EDGE
-        cut = pixels.reshape(3, lines, EDGE, columns, EDGE).transpose(1, 3, 0, 2, 4)
-        tiles = [bicubic(pixels, EDGE), *cut.reshape(-1, 3, EDGE, EDGE)]
+        tiles = [bicubic(pixels, EDGE), *patches(pixels, EDGE).reshape(-1, 3, EDGE, EDGE)]
         inputs = clip_rows(np.stack([patches(tile, PATCH) for tile in tiles]))
         half = SIDE // 2
         quads = inputs["merged"].reshape(-1, half, 2, half, 2).transpose(2, 4, 0, 1, 3)

@@ -126,6 +126,12 @@ def check_size(image: Image.Image, height: int, width: int) -> None:
         )
 
 
+def cut(image: Image.Image, edge: int) -> list[Image.Image]:
+    """Its squares with this edge, line by line."""
+    corners = ((x, y) for y in range(0, image.height, edge) for x in range(0, image.width, edge))
+    return [image.crop((x, y, x + edge, y + edge)) for x, y in corners]
+
+
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The middle, with black around what is smaller."""
     left, top = (image.width - width) // 2, (image.height - height) // 2

@@ -9,20 +9,18 @@ from typing import Any
 from PIL import Image
 
 from squall.vision.axial import axial_rows
-from squall.vision.family import Processed
-from squall.vision.pixels import CLIP_MEAN, CLIP_STD, MOST_EDGE, Scale, count, resample
+from squall.vision.family import Family, Processed
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, MOST_EDGE, count, resample
 from squall.vision.squares import scale
 
 
-@dataclass(frozen=True, slots=True)
-class Pixtral:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pixtral(Family):
     """See `Family`. most: of its height and width. line, end: tokens after lines, and the last one.
 
     patch: pixels of a patch's side; merge: patches of a row's.
     """
 
-    scale: Scale
-    filter: Image.Resampling
     most: tuple[int, int]
     patch: int = 16
     merge: int = 1
@@ -30,7 +28,6 @@ class Pixtral:
     token: str = "[IMG]"
     line: str = "[IMG_BREAK]"
     end: str = "[IMG_END]"
-    mutual: bool = False
     cost: str = (
         "one token for each 16 x 16 pixels, of Mistral 3 for each 28 x 28, and one for each line"
     )
@@ -44,12 +41,13 @@ class Pixtral:
         edge = processor.get("max_edge") or MOST_EDGE
         height, width = (min(count(size, key, high=MOST_EDGE), edge) for key in ("height", "width"))
         return cls(
-            scale(processor, CLIP_MEAN, CLIP_STD), resample(processor), (height, width),
-            count(config["vision_config"], "patch_size", 16, high=1 << 10),
-            count(config, "spatial_merge_size", merge, high=16),
+            scale=scale(processor, CLIP_MEAN, CLIP_STD), filter=resample(processor),
+            most=(height, width),
+            patch=count(config["vision_config"], "patch_size", 16, high=1 << 10),
+            merge=count(config, "spatial_merge_size", merge, high=16),
         )  # fmt: skip
 
-    def process(self, image: Image.Image) -> Processed:
+    def read(self, image: Image.Image) -> Processed:
         """The whole picture, made smaller where it is too large."""
         most, side = self.most, self.patch * self.merge
         by = max(image.height / most[0], image.width / most[1], 1.0)

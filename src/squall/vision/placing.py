@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.text.images import Placeholder
@@ -40,7 +39,7 @@ def stand_in(family: Family, tokenizer: Tokenizer, template: str) -> Family:
     ends = {tokenizer.bos, tokenizer.eos}
     names = [n for n, i in tokenizer.controls.items() if i not in ends and n not in template]
     token = min(names, key=lambda n: tokenizer.controls[n] in tokenizer.stop_ids, default=None)
-    return family if token is None else cast(Family, replace(cast(Any, family), token=token))
+    return family if token is None else replace(family, token=token)
 
 
 def place(

@@ -13,33 +13,29 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint, InvalidRequest
 from squall.vision.axial import axial_rows
-from squall.vision.family import Processed
-from squall.vision.pixels import CLIP_MEAN, CLIP_STD, Scale, count, resample, shrunk
+from squall.vision.family import Family, Processed
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, count, resample
 from squall.vision.placing import Run
 from squall.vision.squares import scale
 
 MOST_ASPECT = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen(Family):
     """See `Family`. pixels: the fewest and the most of a picture.
 
     patch: pixels of a patch's side; merge: patches of a row's. frames: the tower sees videos of so
-    many. window: rows of a window's side; 0: there are none. max_edge: see `families.family`.
+    many. window: rows of a window's side; 0: there are none.
     """
 
-    scale: Scale
-    filter: Image.Resampling
     pixels: tuple[int, int]
     patch: int = 14
     merge: int = 2
     frames: int = 2
     window: int = 0
-    max_edge: int | None = None
     placeholder: str = "<|vision_start|><|image_pad|><|vision_end|>"
     token: str = "<|image_pad|>"
-    mutual: bool = False
     cost: str = "one token for each 28 x 28 pixels; `min_pixels` and `max_pixels` bound it"
 
     @classmethod
@@ -58,14 +54,14 @@ class Qwen:
         least = count(bounds, "min_pixels", 56 * 56, high=1 << 24)
         most = count(bounds, "max_pixels", 28 * 28 * 1280, high=1 << 40)
         return cls(
-            scale(processor, CLIP_MEAN, CLIP_STD), resample(processor), (least, most), patch, merge,
-            count(vision, "temporal_patch_size", 2, high=16), (wide or 0) // side,
-            processor.get("max_edge"),
+            scale=scale(processor, CLIP_MEAN, CLIP_STD), filter=resample(processor),
+            pixels=(least, most), patch=patch, merge=merge,
+            frames=count(vision, "temporal_patch_size", 2, high=16), window=(wide or 0) // side,
+            max_edge=processor.get("max_edge"),
         )  # fmt: skip
 
-    def process(self, image: Image.Image) -> Processed:
+    def read(self, image: Image.Image) -> Processed:
         """The whole picture, at nearly its own size."""
-        image = shrunk(image, self.max_edge)
         height, width = self.size(image.height, image.width)
         tile = self.scale(image.resize((width, height), self.filter))
         inputs = axial_rows(tile, self.patch, self.merge, self.window)

@@ -23,6 +23,7 @@ from squall.program import Program, Site, sites
 from squall.quant import Plan
 from squall.vision import memory
 from squall.vision.family import Family, Processed
+from squall.vision.images import digest
 from squall.vision.placing import Placed
 from squall.vision.qwen import rope_positions
 from squall.weights import Term, WeightStore
@@ -136,8 +137,6 @@ class Sight:
 
     def process(self, image: Image, detail: str = "auto") -> Seen:
         """What is to be read of an upright RGB image."""
-        from squall.vision.images import digest
-
         if detail == "low":
             return Seen(self._low.process(image), digest(image) + b"low")
         return Seen(self.family.process(image), digest(image))
