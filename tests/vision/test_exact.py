@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from squall.api.jobs import start_chat
 from squall.api.requests import ChatCompletionRequest
 from squall.engine.generation import Generation
 from squall.engine.memory import KvSize
+from squall.model import GREEDY
 from squall.recipes.gguf_write import describe
 
 FAMILIES = ["llava", "qwen2vl", "gemma3", "smolvlm", "vllama"]  # of each kind
@@ -219,6 +222,15 @@ def test_nobody_notices_what_others_have_sent(folder: Path) -> None:
             (False, False),
             *[(True, True)] * 2,
         ]
+
+
+def test_what_is_kept_waits_for_nobody(model: Model) -> None:
+    """A second turn does not wait until the tower has read another's image."""
+    assert model.sight
+    request = partial(model.request, user(A, "What?"), GREEDY, 2)
+    request()
+    with model.sight._lock, ThreadPoolExecutor(1) as pool:
+        pool.submit(request).result(timeout=10)
 
 
 def test_experts(folder: Path, tmp_path: Path) -> None:

@@ -402,3 +402,15 @@ def test_mutated_images_are_images_or_errors() -> None:
 def test_nothing_is_imported_before_it_is_needed() -> None:
     code = "import sys, squall.vision.images; print({'PIL', 'httpx', 'httpcore'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_escapes_are_few() -> None:
+    """Millions of them would take gigabytes, and keep other threads waiting for seconds."""
+    data = base64.b64encode(encoded(picture(size=(3, 2)))).decode()
+    escaped = "".join(f"%{ord(letter):02x}" for letter in data)
+    assert read(f"data:image/png;base64,{escaped}").size == (3, 2)
+    for head in ("data:image/png;base64,", "data:,"):
+        with pytest.raises(InvalidRequest, match="more than 262144 escapes with %; send base64"):
+            read(head + "%41" * 2**19)
+    with pytest.raises(InvalidRequest, match="an image is"):
+        read("file:" + "%2e" * 2**22)

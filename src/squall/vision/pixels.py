@@ -47,9 +47,11 @@ class Scale:
 
     def __call__(self, image: Image.Image) -> Floats:
         """float32 [3, height, width]."""
-        pixels = np.asarray(image, np.float64).transpose(2, 0, 1) * self.factor
-        mean, std = (np.array(values)[:, None, None] for values in (self.mean, self.std))
-        return np.ascontiguousarray(((pixels.astype(np.float32) - mean) / std), np.float32)
+        levels = (np.arange(256) * self.factor).astype(np.float32)
+        mean, std = (np.array(values)[:, None] for values in (self.mean, self.std))
+        scaled = ((levels - mean) / std).astype(np.float32)
+        pixels = np.asarray(image)
+        return np.stack([scaled[c].take(pixels[..., c]) for c in range(3)])
 
 
 def _numbers(values: object, count: int) -> bool:

@@ -67,18 +67,27 @@ class Kept:
         self.nbytes = 0
         self._limit_bytes = limit_bytes
         self._found: OrderedDict[bytes, Floats | Memory] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, key: bytes) -> Floats | Memory | None:
+        """What was made before."""
+        with self._lock:
+            if key in self._found:
+                self._found.move_to_end(key)
+            return self._found.get(key)
 
     def get(self, key: bytes, make: Callable[[], T]) -> T:
         """What was made before, or is made now."""
-        if key in self._found:
-            self._found.move_to_end(key)
-            return cast(T, self._found[key])
-        found = self._found[key] = make()
-        self.nbytes += found.nbytes
-        while self.nbytes > self._limit_bytes and len(self._found) > 1:
-            _, gone = self._found.popitem(last=False)
-            self.nbytes -= gone.nbytes
-        return found
+        if (known := self.find(key)) is not None:
+            return cast(T, known)
+        made = make()
+        with self._lock:
+            self._found[key] = made
+            self.nbytes += made.nbytes
+            while self.nbytes > self._limit_bytes and len(self._found) > 1:
+                _, gone = self._found.popitem(last=False)
+                self.nbytes -= gone.nbytes
+        return made
 
 
 class Sight:
@@ -157,35 +166,39 @@ class Sight:
         found = {"adapters": decoder, "scope": scope}
         if placed is None:
             return found
+        version = self._version
         if self._keys is not None:
-            with self._lock:
-                together = b"".join([self._version, *(image.digest for image in images)])
-                scope = replace(scope, memory=hashlib.sha256(together).hexdigest())
-                recalled = self._recalled(placed, images, adapters, scope)
-            return found | {"scope": scope, "recalled": recalled}
-        with self._lock:
+            together = b"".join([version, *(image.digest for image in images)])
+            own = replace(scope, memory=hashlib.sha256(together).hexdigest())
+            found |= {"scope": own, "recalled": self._recalled(placed, images, adapters, own)}
+        else:
             rows = [self.rows(image, adapters, scope) for image in images]
-            digests = [image.digest + self._version for image in images]
-        spans = tuple(
-            Span(
-                run.start, run.stop, digests[run.image],
-                rows[run.image][run.offset : run.offset + run.stop - run.start],
-                self.family.mutual,
-            )
-            for run in placed.runs
-        )  # fmt: skip
-        found["spans"] = spans
+            found["spans"] = tuple(
+                Span(
+                    run.start, run.stop, images[run.image].digest + version,
+                    rows[run.image][run.offset : run.offset + run.stop - run.start],
+                    self.family.mutual,
+                )
+                for run in placed.runs
+            )  # fmt: skip
         if self._turns:
             grids = [image.processed.grid or (1, 1) for image in images]
             found["rotary"] = rope_positions(len(placed.ids), placed.runs, grids)
-        return found
+        # The weights may have changed meanwhile.
+        return found if version is self._version else self.fields(placed, images, adapters, scope)
 
     def rows(self, image: Seen, adapters: Adapting = (), scope: CacheScope = _ANYONE) -> Floats:
         """Rows of an image for the decoder, [rows, hidden], which are kept for that scope."""
         # Nor may anyone find out, by how long it takes, what images others have sent.
         key = image.digest + repr(replace(scope, memory="")).encode()
+        return self._once(key, lambda: self._read(image.processed.inputs, adapters))
+
+    def _once(self, key: bytes, make: Callable[[], T]) -> T:
+        """What is kept does not wait for others' images."""
+        if (known := self._kept.find(key)) is not None:
+            return cast(T, known)
         with self._lock:
-            return self._kept.get(key, lambda: self._read(image.processed.inputs, adapters))
+            return self._kept.get(key, make)
 
     def _recalled(
         self, placed: Placed, images: Sequence[Seen], adapters: Adapting, scope: CacheScope
@@ -199,7 +212,7 @@ class Sight:
             ordered = memory.ordered(list(zip(processed, rows, strict=True)))
             return memory.remember(self._keys, self._decoder, ordered, mixture)
 
-        found = self._kept.get(repr(scope).encode(), remember)
+        found = self._once(repr(scope).encode(), remember)
         return Recalled(found, memory.seen(placed.ids, placed.token, processed))
 
     def _read(self, inputs: Mapping[str, NDArray[np.generic]], adapters: Adapting) -> Floats:
