@@ -1,4 +1,4 @@
-"""What one step needs besides weights: plain int32 arrays."""
+"""What one step needs besides weights: plain arrays."""
 
 from __future__ import annotations
 

@@ -6,24 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from squall.program import (
-    Add,
-    Attend,
-    Builder,
-    GatedLinear,
-    Index,
-    Linear,
-    Matrix,
-    MixtureOfExperts,
-    Names,
-    Normalize,
-    Overlay,
-    Recall,
-    RopeAngles,
-    Rotate,
-    Value,
-    Vector,
-)
+from squall import program as p
 from squall.roles import ATTENTION, HAS_POST_NORM, HAS_PRE_NORM, Shapes
 from squall.spec import Activation, Attention, Layer, Mlp, Moe, Norm, Rope
 
@@ -35,9 +18,9 @@ class Reach:
     read: what keys and values are made of, of the rows themselves; by default of these alone.
     """
 
-    spans: Index
+    spans: p.Index
     cache: int | None = None
-    read: Callable[[Value], Value] = lambda value: value
+    read: Callable[[p.Value], p.Value] = lambda value: value
 
 
 @dataclass
@@ -47,24 +30,24 @@ class Blocks:
     rotary: where a row is for its rotary embedding. context: positions that there are.
     """
 
-    names: Names
+    names: p.Names
     shapes: Shapes
-    rotary: Index
+    rotary: p.Index
     context: int = 1
     residual_scale: float = 1.0
-    builder: Builder = field(default_factory=Builder)
-    angles: dict[tuple[tuple[float, ...], float, tuple[int, ...]], Value] = field(
+    builder: p.Builder = field(default_factory=p.Builder)
+    angles: dict[tuple[tuple[float, ...], float, tuple[int, ...]], p.Value] = field(
         default_factory=dict
     )
 
     def layer(
         self,
-        x: Value,
+        x: p.Value,
         name: str,
         layer: Layer,
         reach: Reach,
-        chosen: Callable[[Value], Value] = lambda value: value,
-    ) -> Value:
+        chosen: Callable[[p.Value], p.Value] = lambda value: value,
+    ) -> p.Value:
         """One block; see `spec.Layer` for the wirings. chosen: rows that go on after attention."""
         recalls, norm = layer.attention.recalls, layer.norm
         first, second = f"{name}.{ATTENTION[recalls]}", f"{name}.feed_forward"
@@ -88,23 +71,23 @@ class Blocks:
         y = self.feed_forward(h, second, last, layer.feed_forward, residual=x, scale=scales[1])
         if not recalls:
             return y
-        told = Index("told" if y.rows == "tokens" else f"told.{y.rows}", y.rows)
-        return self.builder.emit(Overlay(self.builder.value(name, y.width, y.rows), x, y, told))
+        told = p.Index("told" if y.rows == "tokens" else f"told.{y.rows}", y.rows)
+        return self.builder.emit(p.Overlay(self.builder.value(name, y.width, y.rows), x, y, told))
 
-    def attention(self, h: Value, name: str, a: Attention, reach: Reach) -> Value:
+    def attention(self, h: p.Value, name: str, a: Attention, reach: Reach) -> p.Value:
         sizes = a.heads, a.kv_heads, a.head_dim
         if a.recalls:
             assert reach.cache is not None
             (q,) = self.heads(name, a, q=h)
             out = self.builder.value(f"{name}.out", q.width, h.rows)
-            return self.builder.emit(Recall(out, q, reach.spans, reach.cache, *sizes, a.scale))
+            return self.builder.emit(p.Recall(out, q, reach.spans, reach.cache, *sizes, a.scale))
         read = reach.read(h)
         q, k, v = self.heads(name, a, q=h, k=read, v=read)
         out = self.builder.value(f"{name}.out", q.width, h.rows)
         how = (reach.cache, *sizes, a.scale, a.window, a.softcap)
-        return self.builder.emit(Attend(out, q, k, v, reach.spans, *how))
+        return self.builder.emit(p.Attend(out, q, k, v, reach.spans, *how))
 
-    def heads(self, name: str, a: Attention, **of: Value) -> list[Value]:
+    def heads(self, name: str, a: Attention, **of: p.Value) -> list[p.Value]:
         """Of rows queries (q), keys (k) and values (v), in this order, or some of them."""
         made = {
             part: self.linear(x, f"{name}.{part}", f"{name}.{part}", bias=a.qkv_bias)
@@ -122,26 +105,26 @@ class Blocks:
                 made[part] = self.rotate(made[part], f"{name}.{part}_rotated", a.rope, heads)
         return list(made.values())
 
-    def rotate(self, x: Value, name: str, rope: Rope, heads: int) -> Value:
+    def rotate(self, x: p.Value, name: str, rope: Rope, heads: int) -> p.Value:
         key = (*rope.frequencies(self.context), rope.axes)
         if key not in self.angles:
             suffix = f".{len(self.angles)}" if self.angles else ""
             out = self.builder.value(f"angles{suffix}", rope.dims, x.rows)
-            self.angles[key] = self.builder.emit(RopeAngles(out, self.rotary, *key))
+            self.angles[key] = self.builder.emit(p.RopeAngles(out, self.rotary, *key))
         out = self.builder.value(name, x.width, x.rows)
         dims = x.width // heads
-        return self.builder.emit(Rotate(out, x, self.angles[key], heads, dims, rope.interleaved))
+        return self.builder.emit(p.Rotate(out, x, self.angles[key], heads, dims, rope.interleaved))
 
     def feed_forward(
         self,
-        h: Value,
+        h: p.Value,
         name: str,
         out: str,
         f: Mlp | Moe,
         *,
-        residual: Value | None = None,
+        residual: p.Value | None = None,
         scale: float = 1.0,
-    ) -> Value:
+    ) -> p.Value:
         match f:
             case Moe():
                 return self.experts(h, name, out, f, residual=residual, scale=scale)
@@ -153,57 +136,57 @@ class Blocks:
         down = f"{name}.down"
         return self.linear(inner, down, out, bias=f.bias, residual=residual, scale=scale)
 
-    def gated(self, h: Value, name: str, f: Mlp) -> Value:
+    def gated(self, h: p.Value, name: str, f: Mlp) -> p.Value:
         gate, up = f"{name}.gate", f"{name}.up"
         out = self.builder.value(up, f.width, h.rows)
         g_bias, up_bias = (self.vector(f"{r}.bias") if f.bias else None for r in (gate, up))
         weights = self.matrix(gate), self.matrix(up)
-        return self.builder.emit(GatedLinear(out, h, *weights, f.activation, g_bias, up_bias))
+        return self.builder.emit(p.GatedLinear(out, h, *weights, f.activation, g_bias, up_bias))
 
     def experts(
-        self, h: Value, name: str, out: str, f: Moe, *, residual: Value | None, scale: float
-    ) -> Value:
+        self, h: p.Value, name: str, out: str, f: Moe, *, residual: p.Value | None, scale: float
+    ) -> p.Value:
         value = self.builder.value(out, h.width, h.rows)
         parts = ("router", "experts.gate", "experts.up", "experts.down")
         router, gate, up, down = (self.matrix(f"{name}.{part}") for part in parts)
         how = (f.top_k, f.activation, f.normalize, f.jitter, scale, residual)
-        return self.builder.emit(MixtureOfExperts(value, h, router, gate, up, down, *how))
+        return self.builder.emit(p.MixtureOfExperts(value, h, router, gate, up, down, *how))
 
     def linear(  # noqa: PLR0913
         self,
-        x: Value,
+        x: p.Value,
         role: str,
         out: str,
         *,
         bias: bool,
         activation: Activation | None = None,
-        residual: Value | None = None,
+        residual: p.Value | None = None,
         scale: float = 1.0,
-    ) -> Value:
+    ) -> p.Value:
         weight = self.matrix(role)
         b = self.vector(f"{role}.bias") if bias else None
         value = self.builder.value(out, weight.rows, x.rows)
-        return self.builder.emit(Linear(value, x, weight, b, activation, scale, residual))
+        return self.builder.emit(p.Linear(value, x, weight, b, activation, scale, residual))
 
     def norm(
-        self, x: Value, role: str, norm: Norm, group: int | None = None, out: str = ""
-    ) -> Value:
+        self, x: p.Value, role: str, norm: Norm, group: int | None = None, out: str = ""
+    ) -> p.Value:
         weight = self.vector(f"{role}.weight", offset=1.0 if norm.unit_offset else 0.0)
         bias = self.vector(f"{role}.bias") if norm.bias else None
         value = self.builder.value(out or role, x.width, x.rows)
         run = x.width if group is None else group
-        return self.builder.emit(Normalize(value, x, weight, bias, norm.kind, norm.eps, run))
+        return self.builder.emit(p.Normalize(value, x, weight, bias, norm.kind, norm.eps, run))
 
     def add_normed(
-        self, x: Value, y: Value, role: str, norm: Norm, name: str, scale: float
-    ) -> Value:
+        self, x: p.Value, y: p.Value, role: str, norm: Norm, name: str, scale: float
+    ) -> p.Value:
         normed = self.norm(y, f"{role}.post_norm", norm)
         out = self.builder.value(name, x.width, x.rows)
-        return self.builder.emit(Add(out, x, normed, scale))
+        return self.builder.emit(p.Add(out, x, normed, scale))
 
-    def matrix(self, role: str) -> Matrix:
+    def matrix(self, role: str) -> p.Matrix:
         *experts, rows, cols = self.shapes[f"{role}.weight"]
-        return Matrix(self.names[f"{role}.weight"], rows, cols, math.prod(experts), role)
+        return p.Matrix(self.names[f"{role}.weight"], rows, cols, math.prod(experts), role)
 
-    def vector(self, role: str, *, offset: float = 0.0) -> Vector:
-        return Vector(self.names[role], self.shapes[role][0], offset, role)
+    def vector(self, role: str, *, offset: float = 0.0) -> p.Vector:
+        return p.Vector(self.names[role], self.shapes[role][0], offset, role)

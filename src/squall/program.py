@@ -322,22 +322,9 @@ class GatherColumns:
 
 
 Op = (
-    Embed
-    | RopeAngles
-    | Normalize
-    | Linear
-    | GatedLinear
-    | Rotate
-    | Attend
-    | MixtureOfExperts
-    | Add
-    | Concatenate
-    | Softcap
-    | Recall
-    | GatherRows
-    | GatherColumns
-    | Overlay
-)
+    Embed | RopeAngles | Normalize | Linear | GatedLinear | Rotate | Attend | MixtureOfExperts
+    | Add | Concatenate | Softcap | Recall | GatherRows | GatherColumns | Overlay
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,7 +458,7 @@ def _line(number: int, op: Op) -> str:
 
 
 class Builder:
-    """Collects ops; each method name is an op, each result the op's output value."""
+    """Collects values, and the ops that make them."""
 
     def __init__(self) -> None:
         self.ops: list[Op] = []

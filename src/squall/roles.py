@@ -15,9 +15,9 @@ Network = Decoder | Tower | Connector | Perceiver
 Shapes = dict[str, tuple[int, ...]]
 
 HAS_PRE_NORM = {"pre": True, "sandwich": True, "post": False, "parallel": True}
+HAS_POST_NORM = {"pre": False, "sandwich": True, "post": True, "parallel": False}
 # By whether it recalls.
 ATTENTION = {False: "attention", True: "recall"}
-HAS_POST_NORM = {"pre": False, "sandwich": True, "post": True, "parallel": False}
 
 
 def roles(network: Network) -> Shapes:

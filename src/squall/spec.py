@@ -155,7 +155,7 @@ def _llama3(frequency: float, s: Llama3Scaling) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query causal attention; `window` counts the positions seen, itself included.
+    """Grouped-query attention; `window` counts the positions seen, itself included.
 
     qk_norm_scope: of each head with weights that all share (head) or its own (each_head), or of the
         whole row.

@@ -12,6 +12,10 @@ from helpers import wait_for
 from pydantic import BaseModel, Field
 
 from squall import ChatCompletionRequest, CompletionRequest, Grammar, InvalidRequest, Model, Runner
+from squall.api.chats import structure
+from squall.text.chat import ChatPrompt
+from squall.text.reasoning import Reasoning
+from squall.text.tool_formats import FORMATS
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -200,3 +204,12 @@ def test_generate_takes_grammars_schemas_and_classes(model: Model, grammar: Any)
         jsonschema.validate(json.loads(text), SCHEMA)
     with pytest.raises(InvalidRequest, match="regex"):
         model.generate("Ann:", grammar=Grammar("regex", "(a"))
+
+
+def test_marks_of_calls_in_the_reasoning_begin_none() -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    request = ChatCompletionRequest(messages="Hi", tools=[tool])
+    prompt = ChatPrompt([], FORMATS[-1], Reasoning("<think>", "</think>"))
+    found = structure(request, prompt)
+    assert found is not None
+    assert "& ~/[ \\n]*<think>" in found.grammar.value

@@ -57,12 +57,15 @@ def structure(
 ) -> Structure | None:
     """What its answers must look like: whole calls of its tools, what was asked for, or either."""
     asked = request.structure()
-    form = prompt.format if isinstance(prompt, ChatPrompt) else None
-    if form is None or isinstance(request, CompletionRequest):
+    if isinstance(request, CompletionRequest) or not isinstance(prompt, ChatPrompt):
+        return asked
+    if (form := prompt.format) is None:
         return asked
     offer = request.offer()
     required = offer.required or asked is not None
-    calls = form.grammar(offer.callable, required=required, parallel=offer.parallel)
+    calls = form.grammar(
+        offer.callable, required=required, parallel=offer.parallel, reasoning=prompt.reasoning
+    )
     if asked is None or offer.required:
         return Structure("tools", calls)
     field, answer = asked

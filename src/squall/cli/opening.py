@@ -10,22 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from squall.checkpoints.hub import Hub
-from squall.cli.options import (
-    AdapterPaths,
-    File,
-    Folder,
-    Isq,
-    KvDtypeOption,
-    Merge,
-    Mmproj,
-    Offline,
-    Revision,
-    Threads,
-    TokenSource,
-    TopologyFile,
-    WeightsOption,
-    progress,
-)
+from squall.cli import options
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 from squall.opening import DEFAULTS, Opening
@@ -41,19 +26,19 @@ class ModelFlags:
     A flag of these and of the commands that has the name of an option of `Opening` sets it.
     """
 
-    file: File = None
-    model: Folder = None
-    mmproj: Mmproj = None
-    isq: Isq = None
-    topology: TopologyFile = None
-    threads: Threads = None
-    weights: WeightsOption = "packed"
-    kv_dtype: KvDtypeOption = "f16"
-    revision: Revision = "main"
-    token_source: TokenSource = "cache"
-    offline: Offline = False
-    adapter: AdapterPaths = None
-    merge: Merge = False
+    file: options.File = None
+    model: options.Folder = None
+    mmproj: options.Mmproj = None
+    isq: options.Isq = None
+    topology: options.TopologyFile = None
+    threads: options.Threads = None
+    weights: options.WeightsOption = "packed"
+    kv_dtype: options.KvDtypeOption = "f16"
+    revision: options.Revision = "main"
+    token_source: options.TokenSource = "cache"
+    offline: options.Offline = False
+    adapter: options.AdapterPaths = None
+    merge: options.Merge = False
 
     @property
     def adapts_all(self) -> bool:
@@ -64,7 +49,7 @@ class ModelFlags:
         """The model, with `others` where no flag says more; a terminal is told how far it is."""
         from squall.model import Model
 
-        with progress("loading") as shown:
+        with options.progress("loading") as shown:
             opening = self.opening(selected, replace(others, progress=shown))
             model = Model.open_with(opening)
         if opening.isq is not None or opening.topology is not None:

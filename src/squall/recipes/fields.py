@@ -45,9 +45,9 @@ class Fields:
         """An integer in `1..high`."""
         return self._integer(key, self._value(key, default), 1, high)
 
-    def counts(self, key: str, default: int | None = None, *, layers: int) -> tuple[int, ...]:
+    def counts(self, key: str, *, layers: int) -> tuple[int, ...]:
         """One positive integer a layer; the file may hold a single one for all."""
-        value = self._value(key, default)
+        value = self._value(key, None)
         several = isinstance(value, np.ndarray | list)
         items = self._list(key, value, layers) if several else [value] * layers
         return tuple(self._integer(key, item, 1, 1 << 24) for item in items)

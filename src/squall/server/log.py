@@ -19,8 +19,8 @@ MOST_BODY = 2**20  # bytes of a request or response that the log file keeps
 class Log:
     """The access log on stderr, and the file of requests and responses if there is one."""
 
-    def __init__(self, path: Path | None, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+    def __init__(self, path: Path | None) -> None:
+        self._stream: TextIO = sys.stderr
         self._file = None if path is None else _open(path)
 
     @property
