@@ -34,7 +34,7 @@ from squall.weights import Progress
 
 if TYPE_CHECKING:
     from squall.vision.placing import Placed
-    from squall.vision.sight import Seen
+    from squall.vision.sight import Seen, Sight
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
@@ -79,7 +79,7 @@ class Model(Closing):
         self.spec: Decoder = parts.recipe.decoder
         self.program: Program = parts.engine.executor.program
         self.tokenizer = parts.tokenizer
-        self.sight = parts.sight
+        self._sight = parts.sight
         self.media = OWN  # where its images may come from
         self._engine: Engine | None = parts.engine
         self._adapters: Shelf | None = parts.adapters
@@ -104,6 +104,11 @@ class Model(Closing):
         if self._engine is None:
             raise InvalidRequest(_CLOSED)
         return self._engine
+
+    @property
+    def sight(self) -> Sight | None:
+        """What it reads images with, if it does."""
+        return self._sight if self.engine else None
 
     @property
     def adapters(self) -> Shelf:
@@ -377,7 +382,7 @@ class Model(Closing):
         """End all answers, and free weights and cache. A closed model cannot be used."""
         if self._engine is not None:
             self._engine.close()
-            self._engine = self._adapters = self.sight = None
+            self._engine = self._adapters = self._sight = None
 
     def _read(self, prompt: Prompt) -> Sequence[int] | ChatPrompt:
         """The prompt as ids, or as a chat in the template."""

@@ -138,8 +138,9 @@ class Opening:
                 value = getattr(self, name)
                 if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                     raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
-        if self.draft_tokens is not None and self.draft_tokens < 1:
-            raise InvalidRequest(f"draft_tokens is {self.draft_tokens}; it must be at least 1")
+        for name, least in {"draft_tokens": 1, "max_edge": 1, "image_bytes": 0}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InvalidRequest(f"{name} is {value}; it must be at least {least}")
         for name, place in _CLASSES.items():
             value, path = getattr(self, name), name in ("topology", "draft")
             right = value is None or (path and isinstance(value, str | os.PathLike))
