@@ -592,16 +592,16 @@ void Executor::overlay(size_t out, size_t x, size_t rows, size_t index) {
 
 void Executor::concatenate(size_t out, size_t a, size_t b) {
   const Buffer &first = floats(a), &second = floats(b), &to = *buffers_.at(out);
-  expect(first.space == to.space && second.space == to.space &&
-             first.width + second.width == to.width,
-         "rows side by side are as wide as both");
-  auto phase = row_phase(to, pool_->threads(),
-                         [&k = kernels_, &first, &second, &to](const Step&, size_t r) {
-                           float* row = to.row(r);
-                           std::copy_n(first.row(r), first.width, row);
-                           std::copy_n(second.row(r), second.width, row + first.width);
-                           if (to.quant != nullptr) to.quantize(k, r, 0, to.width, row);
-                         });
+  expect(
+      first.space == to.space && second.space == to.space && first.width + second.width == to.width,
+      "rows side by side are as wide as both");
+  auto phase =
+      row_phase(to, pool_->threads(), [&k = kernels_, &first, &second, &to](const Step&, size_t r) {
+        float* row = to.row(r);
+        std::copy_n(first.row(r), first.width, row);
+        std::copy_n(second.row(r), second.width, row + first.width);
+        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, row);
+      });
   phase->reads = {a, b};
   phase->writes = {out};
   phase->quantizes = true;
