@@ -52,7 +52,8 @@ def test_row_17_a_stream_of_completions_with_usage(http: httpx.Client) -> None:
 @pytest.mark.parametrize("usage", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
 def test_row_17_the_form_of_a_stream(http: httpx.Client, usage: bool, n: int) -> None:
-    body = chat(max_tokens=5, stream=True, n=n, stream_options={"include_usage": usage})
+    asked = {"max_tokens": 5, "ignore_eos": True, "stream": True, "n": n}
+    body = chat(**asked, stream_options={"include_usage": usage})
     with http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         found = events(response.read().decode())
