@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -20,10 +18,6 @@ from squall.executors import Executor, Floats
 
 # A request that gets guesses, how it draws the next one, and how many it may have.
 _Drawing = tuple[Guessing, RowSampling, int]
-
-_TEXT: dict[str, Any] = dict.fromkeys(
-    ("mixture", "spans", "rotary", "images", "overlay", "seen"), None
-) | {"mixtures": (), "memories": ()}
 
 
 class Draft:
@@ -119,8 +113,7 @@ class Draft:
         return guessing.computed
 
     def _step(self, chunks: Collection[Chunk]) -> Floats:
-        # Adapters and images are the large model's.
-        batch = replace(batch_of(chunks, self.executor.ids), **_TEXT)
+        batch = batch_of(chunks, self.executor.ids, plain=True)
         called_s, rows = time.perf_counter(), len(batch.tokens)
         logits = self.executor.step(batch)
         elapsed_s = time.perf_counter() - called_s

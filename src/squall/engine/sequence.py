@@ -75,8 +75,11 @@ class Chunk:
         return self.outputs.stop == self.stop >= len(self.of.tokens)
 
 
-def batch_of(chunks: Collection[Chunk], ids: int) -> Batch:
-    """A step that computes them. Ids that a model of so many does not have become its last."""
+def batch_of(chunks: Collection[Chunk], ids: int, *, plain: bool = False) -> Batch:
+    """A step that computes them. Ids that a model of so many does not have become its last.
+
+    plain: without adapters and images, which are another model's.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     bounds, outputs = [0], []
@@ -85,7 +88,7 @@ def batch_of(chunks: Collection[Chunk], ids: int) -> Batch:
     mixtures: dict[Mixture, int] = {}
     mixture: list[int] = []
     for i, chunk in enumerate(chunks):
-        adapters = chunk.of.request.adapters
+        adapters = () if plain else chunk.of.request.adapters
         chosen = mixtures.setdefault(adapters, len(mixtures)) if adapters else -1
         mixture += [chosen] * (chunk.stop - chunk.start)
         blocks, span = chunk.of.blocks, range(chunk.start, chunk.stop)
@@ -96,6 +99,7 @@ def batch_of(chunks: Collection[Chunk], ids: int) -> Batch:
         positions += span
         bounds.append(len(tokens))
         tables[i, : len(blocks)] = blocks
+    sees = not plain and any(chunk.of.sees for chunk in chunks)
     return Batch(
         tokens=np.minimum(np.array(tokens, np.int32), ids - 1),
         positions=np.array(positions, np.int32),
@@ -105,7 +109,7 @@ def batch_of(chunks: Collection[Chunk], ids: int) -> Batch:
         mixture=np.array(mixture, np.int32) if mixtures else None,
         mixtures=tuple(mixtures),
         prompts=np.array([chunk.of.prompt for chunk in chunks], np.int32),
-        **(_seeing(chunks, bounds, positions) if any(chunk.of.sees for chunk in chunks) else {}),
+        **(_seeing(chunks, bounds, positions) if sees else {}),
     )
 
 
