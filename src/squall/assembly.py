@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,12 +87,14 @@ def assemble(opening: Opening) -> Assembly:
         prompt = (template or template_of(checkpoint)).prompt(chat, tokenizer)
         return tokenizer.encode_pieces(prompt.pieces)
 
-    executor = _executor(model, opening, room, encode)
-    sight = _sight(model, opening, executor, tokenizer)
+    merged = _merged(model, opening)
+    executor = _executor(model, opening, room, encode, merged)
+    sight = _sight(model, opening, executor, tokenizer, merged)
     adapters = _shelf(model, opening, sight or executor)
     most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
     if small is not None:
-        draft = Draft(_executor(models[1], small, room, encode), executor.vocab)
+        own = _merged(models[1], small)
+        draft = Draft(_executor(models[1], small, room, encode, own), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
     return Assembly(checkpoint, recipe, tokenizer, template or None, answering, adapters, sight)
@@ -203,9 +205,16 @@ def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
 
 
 def _executor(
-    model: Prepared, opening: Opening, room: _Room, encode: Callable[[str], Sequence[int]]
+    model: Prepared,
+    opening: Opening,
+    room: _Room,
+    encode: Callable[[str], Sequence[int]],
+    merged: Mapping[str, Any],
 ) -> Executor:
-    """One of the model, with what adapters make of it. encode: what a user says, as tokens."""
+    """One of the model, with what adapters make of it.
+
+    encode: what a user says, as tokens. merged: what a weight store adds to the weights.
+    """
     checkpoint, recipe, plan = model
     context, limits = min(room.context, recipe.decoder.context), room.limits
     store = partial(WeightStore, checkpoint, plan=plan, exact=opening.weights == "f32")
@@ -234,13 +243,17 @@ def _executor(
         given |= {"context": context, "encode": encode, "trained": opening.progress}
         return open_experts(experts, own, limits, **given)
     program = adaptable(decoder.compile(recipe.decoder, recipe.names, context=context))
-    return executors.open(program, store(**_merged(model, opening)), limits, **given)
+    return executors.open(program, store(**merged), limits, **given)
 
 
 def _sight(
-    model: Prepared, opening: Opening, executor: Executor, tokenizer: Tokenizer
+    model: Prepared,
+    opening: Opening,
+    executor: Executor,
+    tokenizer: Tokenizer,
+    merged: Mapping[str, Any],
 ) -> Sight | None:
-    """What a model with a tower sees with."""
+    """What a model with a tower sees with. merged: see `_executor`."""
     checkpoint, recipe, plan = model
     if not recipe.sees:
         return None
@@ -256,10 +269,9 @@ def _sight(
     seeing, connector = recipe.part("tower").spec, recipe.part("connector").spec
     names = recipe.all_names
     program = adaptable(tower.compile(cast(Tower, seeing), cast(Connector, connector), names))
-    recalls = any(layer.attention.recalls for layer in recipe.decoder.layers)
+    recalls = recipe.decoder.recalls
     keys = adaptable(decoder.compile_memory(recipe.decoder, names)) if recalls else None
-    exact = opening.weights == "f32"
-    store = WeightStore(checkpoint, plan=plan, exact=exact, **_merged(model, opening))
+    store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32", **merged)
     return Sight(both, executor, store, (program, keys), limit_bytes=opening.image_bytes)
 
 

@@ -244,6 +244,11 @@ class Decoder:
     sees: bool = False
     more_ids: int = 0
 
+    @property
+    def recalls(self) -> bool:
+        """Whether some of its layers recall a memory."""
+        return any(layer.attention.recalls for layer in self.layers)
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:

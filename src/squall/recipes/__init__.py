@@ -104,8 +104,7 @@ def _from_config(
     text = config.text_architecture(checkpoint.metadata, name)
     decoder = config.RECIPES[text].function(fields)
     parts = vision.parts(name, checkpoint.metadata, fields, decoder)
-    recalls = any(layer.attention.recalls for layer in decoder.layers)
-    sees = any(part.kind == "tower" for part in parts) and not recalls
+    sees = any(part.kind == "tower" for part in parts) and not decoder.recalls
     decoder = replace(decoder, sees=sees)
     recipe = _finish(name, tensors, fields, Part("decoder", decoder, fields.naming), *parts)
     return replace(recipe, text=text)

@@ -143,9 +143,10 @@ class Sight:
 
     def adapter(self, terms: Mapping[Site, Term]) -> Adapted:
         """An adapter for all programs; see `Executor.adapter`."""
-        executors = [one for one in (self._tower, self._keys) if one is not None]
         made, rest = [], dict(terms)
-        for executor in executors:
+        for executor in (self._tower, self._keys):
+            if executor is None:
+                continue
             places = {site for op in executor.program.ops for site in sites(op)}
             made.append(executor.adapter({site: rest.pop(site) for site in places & rest.keys()}))
         tower, *keys = made
