@@ -25,7 +25,15 @@ from squall.engine.memory import (
 from squall.engine.request import Request
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest, SquallError
-from squall.executors import DEVICES, Executor, Limits, ThreadPool, default_threads, thread_pool
+from squall.executors import (
+    Executor,
+    Limits,
+    Placement,
+    ThreadPool,
+    default_threads,
+    thread_pool,
+)
+from squall.executors.devices import Stage, device_name
 from squall.locate import find_mmproj, locate, locate_uqff
 from squall.opening import NO_MMPROJ, Opening
 from squall.quant import Plan, Topology
@@ -125,7 +133,7 @@ def prepare(opening: Opening) -> Prepared:
     if isinstance(topology, str | os.PathLike):
         topology = Topology.from_file(Path(topology))
     plan = Plan.of(opening.isq, topology, experts_only=opening.experts_only, dtype=opening.dtype)
-    plan.topology.check(len(recipe.decoder.layers), DEVICES)
+    plan.topology.check(len(recipe.decoder.layers))
     return checkpoint, recipe, plan
 
 
@@ -179,6 +187,7 @@ class _Room:
 
     context: int
     limits: Limits
+    placement: Placement
     pool: ThreadPool
 
 
@@ -201,7 +210,13 @@ def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
         kv_dtype=opening.kv_dtype,
     )
     size = min(size, tokens) if opening.context is None else size
-    return _Room(size, limits, thread_pool(opening.threads))
+    return _Room(size, limits, placement_of(opening), thread_pool(opening.threads))
+
+
+def placement_of(opening: Opening) -> Placement:
+    """Which devices the opening means."""
+    stages = (Stage(device_name(opening.device)),)
+    return Placement(stages, opening.exact, opening.dtype)
 
 
 def _executor(
@@ -218,7 +233,9 @@ def _executor(
     checkpoint, recipe, plan = model
     context, limits = min(room.context, recipe.decoder.context), room.limits
     store = partial(WeightStore, checkpoint, plan=plan, exact=opening.weights == "f32")
-    given: dict[str, Any] = {"pool": room.pool, "progress": opening.progress}
+    given: dict[str, Any] = {
+        "placement": room.placement, "pool": room.pool, "progress": opening.progress,
+    }  # fmt: skip
     if opening.xlora is not None and recipe.sees:
         raise InvalidRequest("X-LoRA is for models that read no images")
     if opening.xlora is not None:

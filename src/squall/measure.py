@@ -16,7 +16,7 @@ from squall.batch import Batch, Int32
 from squall.checkpoints import Checkpoint
 from squall.engine.memory import choose_context, token_bytes
 from squall.errors import InvalidRequest
-from squall.executors import CacheType, Limits, Phase, thread_pool
+from squall.executors import CPU, CacheType, Limits, Phase, Placement, thread_pool
 from squall.recipes import Recipe
 from squall.weights import Progress, WeightStore
 
@@ -107,6 +107,7 @@ class Bench:
         workload: Workload,
         *,
         threads: int | None = None,
+        placement: Placement = CPU,
         weights: Literal["packed", "f32"] = "packed",
         progress: Progress | None = None,
     ) -> None:
@@ -135,7 +136,9 @@ class Bench:
         )
         store = WeightStore(checkpoint, plan=plan, exact=weights == "f32")
         pool = thread_pool(threads)
-        self.executor = executors.open(program, store, limits, pool=pool, progress=progress)
+        self.executor = executors.open(
+            program, store, limits, placement=placement, pool=pool, progress=progress
+        )
         self._tables: Int32 = np.arange(blocks * batch, dtype=np.int32).reshape(-1, blocks)
         self._steps = 0
         self._fill(0, workload.depth)

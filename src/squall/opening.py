@@ -30,7 +30,7 @@ _KINDS = {
         int,
         "a whole number",
     ): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge image_bytes",
-    (str, "text"): "architecture chat_template",
+    (str, "text"): "architecture chat_template device",
     (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff",
 }
 # Named, as their modules are slow to import; who has such an object has its module too.
@@ -59,6 +59,9 @@ _OF_ADAPTERS = ("adapters", "xlora", "anymoe")
 class Opening:
     """A GGUF file, the folder of a model or a model of the hub; without `path` the default one.
 
+    device: where the model runs: "cpu", "cuda", "cuda:1", "mps", or "torch", PyTorch on the CPU.
+    exact: on a GPU, rows are the same bytes whatever they are computed with, as on the CPU; False:
+        the fastest kernels.
     context: tokens of prompt and answer together; by default what the model was trained for,
         up to 8192 and to half of the free memory.
     threads: by default as many as this process may use.
@@ -98,6 +101,8 @@ class Opening:
 
     path: Path | None = None
     _: KW_ONLY
+    device: str = "cpu"
+    exact: bool = True
     context: int | None = None
     threads: int | None = None
     weights: Weights = "packed"

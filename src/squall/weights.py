@@ -90,7 +90,7 @@ class WeightStore:
         self.exact = exact
         self.checkpoints = {"": checkpoint, **checkpoint.beside, **others}
         self.merged, self.vectors = merged, vectors
-        self.layouts: dict[type, object] = {}
+        self.layouts: dict[object, object] = {}
         self._changed = {role for role, _ in merged}
         if self.plan.quantizes and checkpoint.quantization:
             raise InvalidRequest(

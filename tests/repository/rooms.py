@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": {"errors", "files", "quant"},
     "recipes": {"errors", "files", "spec", "roles", "program", "checkpoints"},
     "weights": {"errors", "program", "checkpoints", "quant"},
-    "executors": {"errors", "program", "batch", "quant", "weights", "_native"},
+    "executors": {"errors", "program", "batch", "quant", "weights", "gpu", "_native"},
+    "gpu": {"errors", "program", "batch", "quant", "weights", "executors", "_native"},
     "adapters": {
         "errors", "files", "spec", "roles", "program", "batch", "checkpoints", "recipes", "quant",
         "weights", "decoder", "executors",

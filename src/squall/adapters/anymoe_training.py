@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from squall.checkpoints import Checkpoint
 from squall.checkpoints.base import ByteTensor
 from squall.checkpoints.writing import Item, copy_of, make_folder, replacing, write_safetensors
 from squall.errors import ContextLengthExceeded, InvalidRequest
-from squall.executors import Executor, Floats, Limits, ThreadPool
+from squall.executors import CPU, Executor, Floats, Limits, Placement, ThreadPool
 from squall.files import read_json
 from squall.program import Adapters, Attend, Index, MixtureOfExperts, Op, Program
 from squall.weights import Progress, Stored, Term, WeightStore
@@ -38,6 +39,7 @@ def open_experts(  # noqa: PLR0913
     *,
     context: int,
     encode: Encode,
+    placement: Placement = CPU,
     pool: ThreadPool | None = None,
     progress: Progress | None = None,
     trained: Progress | None = None,
@@ -49,11 +51,12 @@ def open_experts(  # noqa: PLR0913
     trained: called with (steps of the training done, all of them).
     """
     program, gates = experts.program(context), None
+    opened = partial(executors.open, placement=placement, pool=pool)
     if experts.config.training:
         training = _Training(experts, program, read(experts, encode, context))
-        gates = training.run(store, pool, progress, trained)
+        gates = training.run(store, opened, progress, trained)
     store.checkpoints[GATES] = gates or experts.gates()
-    return executors.open(program, store, limits, pool=pool, progress=progress)
+    return opened(program, store, limits, progress=progress)
 
 
 def read(experts: Experts, encode: Encode, longest: int) -> list[Example]:
@@ -97,7 +100,7 @@ class _Training:
     def run(
         self,
         store: WeightStore,
-        pool: ThreadPool | None,
+        opened: Callable[..., Executor],
         progress: Progress | None,
         trained: Progress | None,
     ) -> Checkpoint:
@@ -112,7 +115,7 @@ class _Training:
         store.checkpoints[GATES] = _checkpoint({_ZEROS: zeros})
         lengths = sorted((len(ids) for ids, _ in self.examples), reverse=True)
         limits = Limits(rows={"tokens": sum(lengths[: config.batch_size])})
-        executor = executors.open(self._program, store, limits, pool=pool, progress=progress)
+        executor = opened(self._program, store, limits, progress=progress)
         losses = self._losses(executor, trained)
         tensors = dict[str, Floats]()
         for layer, gate in zip(self.experts.layers, self.gates, strict=True):

@@ -25,7 +25,7 @@ from squall.checkpoints.base import Checkpoint
 from squall.checkpoints.hub import Hub
 from squall.checkpoints.safetensors import open_part
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
-from squall.executors import Executor, Floats, Limits, Phase, ThreadPool
+from squall.executors import CPU, Executor, Floats, Limits, Phase, Placement, ThreadPool
 from squall.files import quote, read_json
 from squall.program import Builder, Linear, Matrix, Program, Site, Slice, Vector, sites
 from squall.quant import Plan
@@ -250,18 +250,20 @@ class TwoPasses:
     programs: those of the parts. store: has the classifier's checkpoint as CLASSIFIER.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         parts: Parts,
         programs: tuple[Program, Program],
         store: WeightStore,
         limits: Limits,
         *,
+        placement: Placement = CPU,
         pool: ThreadPool | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._config, self._programs, self.settles = parts.config, programs, parts.settles
-        self._open = partial(executors.open, limits=limits, pool=pool or executors.thread_pool())
+        pool = pool or executors.thread_pool()
+        self._open = partial(executors.open, limits=limits, placement=placement, pool=pool)
         self.whole = False
         # What settled, by the block of the row that it is of.
         self._settled = np.empty((limits.blocks, parts.width), np.float32)

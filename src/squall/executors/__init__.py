@@ -12,15 +12,14 @@ from numpy.typing import NDArray
 from squall import _native
 from squall._native import ThreadPool as ThreadPool
 from squall.batch import Batch, Mixture, Sequences
-from squall.errors import InvalidRequest
+from squall.executors.devices import CPU as CPU
+from squall.executors.devices import Placement as Placement
 from squall.program import Program, Site
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, WeightStore
 
 CacheType = Literal["f16", "f32", "q8_0"]
 Floats = NDArray[np.float32]
-
-DEVICES = ("cpu",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +84,7 @@ class Executor(Protocol):
     vocab: how wide the logits are. ids: how many tokens can be embedded. image_width: how wide the
         rows of images are; 0: it takes none.
     plan, formats: what the weights became.
+    placement: where it runs.
     whole: what a prompt's rows are depends on all of them, so that they have to be one step.
     settles: from so many tokens of an answer on, K and V depend on where the prompt ended.
     """
@@ -106,6 +106,7 @@ class Executor(Protocol):
     kv_bytes: int
     settles: int | None
     whole: bool
+    placement: Placement
 
     @property
     def pool(self) -> ThreadPool | None: ...
@@ -162,22 +163,28 @@ def open(  # noqa: PLR0913
     store: WeightStore,
     limits: Limits,
     *,
-    device: str = "cpu",
+    placement: Placement = CPU,
     pool: ThreadPool | None = None,
     keep: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Executor:
     """An executor of the program, with the weights of the store.
 
+    placement: the devices that it runs on.
     pool: threads to share with others; by default those of `thread_pool()`.
     keep: names of values that `value` can return after a run.
     progress: called with (bytes of the checkpoint loaded, bytes in all).
     """
-    from squall.executors.native import NativeExecutor
+    device = placement.stages[0].device
+    if device == "cpu":
+        from squall.executors.native import NativeExecutor
 
-    if device not in DEVICES:
-        raise InvalidRequest(f"unknown device {device!r}; known: {', '.join(DEVICES)}")
-    return NativeExecutor(program, store, limits, pool=pool, keep=keep, progress=progress)
+        return NativeExecutor(program, store, limits, pool=pool, keep=keep, progress=progress)
+    from squall.gpu.executor import TorchExecutor
+
+    return TorchExecutor(
+        program, store, limits, placement=placement, pool=pool, keep=keep, progress=progress
+    )
 
 
 def default_threads() -> int:

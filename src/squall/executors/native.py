@@ -14,7 +14,7 @@ from squall import _native
 from squall import program as p
 from squall.batch import Batch, Int32, Mixture, Sequences
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.executors import Adapter, Floats, Limits, Memory, Phase, thread_pool
+from squall.executors import CPU, Adapter, Floats, Limits, Memory, Phase, thread_pool
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, Weight, WeightStore
 
@@ -117,6 +117,7 @@ class NativeExecutor:
     """Runs a program on the CPU; see `Executor`, and `open` for the arguments."""
 
     settles: int | None = None
+    placement = CPU
 
     def __init__(
         self,

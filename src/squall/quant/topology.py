@@ -75,17 +75,13 @@ class Topology:
         covering = [found.isq for found in self.ranges if found.start <= layer < found.stop]
         return covering[-1] if covering else None
 
-    def check(self, layers: int, devices: tuple[str, ...]) -> None:
-        """Raise InvalidRequest for ranges outside of a model, and devices that there are not."""
+    def check(self, layers: int) -> None:
+        """Raise InvalidRequest for ranges outside of a model."""
         for found in self.ranges:
             if found.stop > layers:
                 raise InvalidRequest(
                     f"the topology speaks of layer {found.stop - 1}; the model has layers 0 to "
                     f"{layers - 1}"
-                )
-            if found.device is not None and found.device not in devices:
-                raise InvalidRequest(
-                    f"the topology wants device {found.device}; there is {', '.join(devices)}"
                 )
 
 

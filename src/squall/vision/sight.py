@@ -125,8 +125,15 @@ class Sight:
 
     def _opened(self, store: WeightStore) -> tuple[Executor, Executor | None]:
         keys, limits = self._key_program, Limits(rows={"image": memory.MOST})
-        pool, tower = self._decoder.pool, self._open(store, LEAST_ROWS)
-        return tower, None if keys is None else executors.open(keys, store, limits, pool=pool)
+        tower = self._open(store, LEAST_ROWS)
+        return tower, None if keys is None else self._beside(keys, store, limits)
+
+    def _beside(self, program: Program, store: WeightStore, limits: Limits) -> Executor:
+        """An executor where the decoder is."""
+        decoder = self._decoder
+        return executors.open(
+            program, store, limits, placement=decoder.placement, pool=decoder.pool
+        )
 
     def _use(self, store: WeightStore, tower: Executor, keys: Executor | None) -> None:
         with self._lock:
@@ -237,4 +244,4 @@ class Sight:
     def _open(self, store: WeightStore, rows: int) -> Executor:
         """An executor for so many rows of each space; weights are there once."""
         limits = Limits(rows=dict.fromkeys(self._program.spaces, rows))
-        return executors.open(self._program, store, limits, pool=self._decoder.pool)
+        return self._beside(self._program, store, limits)

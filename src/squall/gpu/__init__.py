@@ -1,0 +1,1 @@
+"""Programs on GPUs, by PyTorch: needs `squall[torch]`."""
