@@ -80,11 +80,13 @@ def _tile(w, row, start, K, padded, FORM: tl.constexpr, BK: tl.constexpr, TYPE: 
     """Weights [BN, BK] of rows from column `start` on."""
     if FORM[0] == 0:
         k = start + tl.arange(0, BK)
-        return tl.load(w[0] + row[:, None] * K + k[None, :], k[None, :] < K, other=0).to(TYPE)
-    w0, w1, w2, w3 = _unpacked(w, row, start, padded, FORM, BK)
-    even = tl.join(w0.to(TYPE), w2.to(TYPE))
-    odd = tl.join(w1.to(TYPE), w3.to(TYPE))
-    return tl.reshape(tl.join(even, odd), [row.shape[0], BK])
+        tile = tl.load(w[0] + row[:, None] * K + k[None, :], k[None, :] < K, other=0).to(TYPE)
+    else:
+        w0, w1, w2, w3 = _unpacked(w, row, start, padded, FORM, BK)
+        even = tl.join(w0.to(TYPE), w2.to(TYPE))
+        odd = tl.join(w1.to(TYPE), w3.to(TYPE))
+        tile = tl.reshape(tl.join(even, odd), [row.shape[0], BK])
+    return tile
 
 
 @triton.jit
@@ -192,7 +194,7 @@ def _store(out, y, residual, at, seen, scale):
 
 @triton.jit
 def _finish(
-    out, parts, w, bias, residual, n, N, scale,
+    out, parts, w, bias, residual, N, scale,
     FORM: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The sum of parts [PARTS, n, N], in order, and what follows it."""
@@ -201,7 +203,7 @@ def _finish(
     at = tl.program_id(1).to(tl.int64) * N + row
     y = tl.zeros([BN], tl.float32)
     for part in tl.static_range(PARTS):
-        y += tl.load(parts + part * n.to(tl.int64) * N + at, seen, other=0)
+        y += tl.load(parts + at + (part * tl.num_programs(1)).to(tl.int64) * N, seen, other=0)
     y = _activated(_biased(y, w, bias, tl.minimum(row, N - 1), FORM), ACTIVATION)
     _store(out, y, residual, at, seen, scale)
 
@@ -280,7 +282,7 @@ def linear(  # noqa: PLR0913
     )  # fmt: skip
     if split:
         _finish[(-(-rows // 256), n)](
-            out, sums, weight.tensors, bias, residual, n, rows, scale,
+            out, sums, weight.tensors, bias, residual, rows, scale,
             weight.form, activation, parts, 256, num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
     return out
