@@ -415,6 +415,11 @@ def matrices(op: Op) -> tuple[Matrix, ...]:
     return tuple(_parts(op, (Matrix,)))
 
 
+def reads(op: Op) -> tuple[Value, ...]:
+    """The values that an op reads."""
+    return tuple(_parts(op, (Value,)))
+
+
 def sites(op: Op) -> tuple[Site, ...]:
     """Where adapters may add to an op: its matrices in order, of experts one by one."""
     return tuple((m.role, expert) for m in matrices(op) for expert in range(m.experts))
