@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from squall._native import ThreadPool as ThreadPool
 from squall.batch import Batch, Mixture, Sequences
 from squall.executors.devices import CPU as CPU
 from squall.executors.devices import Placement as Placement
-from squall.program import Program, Site
+from squall.executors.devices import Stage
+from squall.program import Embed, Program, Site
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, WeightStore
 
@@ -158,6 +159,23 @@ class Executor(Protocol):
         ...
 
 
+class Described:
+    """What executors know of their program and limits."""
+
+    settles: int | None = None
+
+    def __init__(self, program: Program, limits: Limits) -> None:
+        self.program, self.context = program, program.context
+        self.vocab = next((out.width for out in program.outputs if out.name == "logits"), 0)
+        embeds = (op for op in program.ops if isinstance(op, Embed))
+        self.ids = next((op.table.rows for op in embeds if op.index.name == "tokens"), 0)
+        self.image_width = next((v.width for v in program.inputs if v.name == "images"), 0)
+        self.whole = any(index.name == "shared" for index in program.indices)
+        self.blocks, self.block_size = limits.blocks, limits.block_size
+        self.max_rows = limits.rows.get("tokens", 0)
+        self.max_outputs = limits.rows.get("outputs", 0)
+
+
 def open(  # noqa: PLR0913
     program: Program,
     store: WeightStore,
@@ -175,16 +193,20 @@ def open(  # noqa: PLR0913
     keep: names of values that `value` can return after a run.
     progress: called with (bytes of the checkpoint loaded, bytes in all).
     """
-    device = placement.stages[0].device
+    (device, _), *more = placement.spread(len(program.layers))
+    given: dict[str, Any] = {"pool": pool, "keep": keep, "progress": progress}
+    if more:
+        from squall.executors.staged import StagedExecutor
+
+        return StagedExecutor(program, store, limits, placement=placement, **given)
     if device == "cpu":
         from squall.executors.native import NativeExecutor
 
-        return NativeExecutor(program, store, limits, pool=pool, keep=keep, progress=progress)
+        return NativeExecutor(program, store, limits, **given)
     from squall.gpu.executor import TorchExecutor
 
-    return TorchExecutor(
-        program, store, limits, placement=placement, pool=pool, keep=keep, progress=progress
-    )
+    one = replace(placement, stages=(Stage(device),))
+    return TorchExecutor(program, store, limits, placement=one, **given)
 
 
 def default_threads() -> int:

@@ -14,7 +14,7 @@ from squall import _native
 from squall import program as p
 from squall.batch import Batch, Int32, Mixture, Sequences
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.executors import CPU, Adapter, Floats, Limits, Memory, Phase, thread_pool
+from squall.executors import CPU, Adapter, Described, Floats, Limits, Memory, Phase, thread_pool
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, Weight, WeightStore
 
@@ -113,10 +113,9 @@ def default_isa() -> str:
         raise InvalidRequest(str(error)) from None
 
 
-class NativeExecutor:
+class NativeExecutor(Described):
     """Runs a program on the CPU; see `Executor`, and `open` for the arguments."""
 
-    settles: int | None = None
     placement = CPU
 
     def __init__(
@@ -129,20 +128,11 @@ class NativeExecutor:
         keep: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
-        self.program = program
-        self.context = program.context
-        self.vocab = next((out.width for out in program.outputs if out.name == "logits"), 0)
-        embeds = (op for op in program.ops if isinstance(op, p.Embed))
-        self.ids = next((op.table.rows for op in embeds if op.index.name == "tokens"), 0)
-        self.image_width = next((v.width for v in program.inputs if v.name == "images"), 0)
-        self.blocks, self.block_size = limits.blocks, limits.block_size
-        self.max_rows = limits.rows.get("tokens", 0)
-        self.max_outputs = limits.rows.get("outputs", 0)
+        super().__init__(program, limits)
         self.isa = default_isa()
         self.pool = pool or thread_pool()
         self.threads = self.pool.threads
         self._indices, self._spaces = program.indices, program.spaces
-        self.whole = any(index.name == "shared" for index in self._indices)
         self._kept = frozenset(keep)
         if missing := self._kept - {value.name for value in program.values}:
             raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
