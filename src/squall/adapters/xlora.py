@@ -210,7 +210,7 @@ class Parts:
     def programs(self, recipe: Recipe, context: int) -> tuple[Program, Program]:
         """The first pass, which tells logits of scalings, and the second."""
         build = partial(decoder.compile, recipe.decoder, recipe.names, context=context)
-        first, _ = build(whole=True).cut("norm")
+        first, _ = build(whole=True).stages("norm")
         if self.config.scaling_pass_value:
             first = adaptable(first)
         return self._classified(first), adaptable(build(), self.columns, self.width)

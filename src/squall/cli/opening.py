@@ -32,6 +32,9 @@ class ModelFlags:
     isq: options.Isq = None
     topology: options.TopologyFile = None
     threads: options.Threads = None
+    device: options.DeviceOption = "cpu"
+    device_layers: options.DeviceLayers = None
+    exact: options.Exact = True
     weights: options.WeightsOption = "packed"
     kv_dtype: options.KvDtypeOption = "f16"
     revision: options.Revision = "main"

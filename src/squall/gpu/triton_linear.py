@@ -12,7 +12,6 @@ reaches about half the rate of the widest tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squall.gpu.matrices import Float8, Packed, Plain, Scales, Weight
+from squall.gpu.matrices import Float8, Plain, Scales, Weight
 from squall.spec import Activation
 
 PARTED = 256  # programs that a product of few rows should have at least

@@ -129,10 +129,10 @@ class Sight:
         return tower, None if keys is None else self._beside(keys, store, limits)
 
     def _beside(self, program: Program, store: WeightStore, limits: Limits) -> Executor:
-        """An executor where the decoder is."""
+        """An executor where the decoder begins."""
         decoder = self._decoder
         return executors.open(
-            program, store, limits, placement=decoder.placement, pool=decoder.pool
+            program, store, limits, placement=decoder.placement.first, pool=decoder.pool
         )
 
     def _use(self, store: WeightStore, tower: Executor, keys: Executor | None) -> None:
