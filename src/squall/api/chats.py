@@ -29,7 +29,6 @@ CHARACTERS_PER_TOKEN = 64
 
 
 def chat_prompt(model: Model, request: ChatCompletionRequest) -> ChatPrompt:
-    """The prompt of a chat, in the model's chat template."""
     messages = [dict(message) for message in request.messages if not isinstance(message, str)]
     # Images are counted when they are read.
     texts = [{**message, "content": _texts(message["content"])} for message in messages]
@@ -94,7 +93,6 @@ class ChatAnswer:
 
     @property
     def message(self) -> ResponseMessage:
-        """All that was said."""
         made = (call for delta in self._deltas for call in delta.tool_calls)
         calls: tuple[ToolCall, ...] = ()
         for _, (first, *rest) in groupby(made, attrgetter("index")):
@@ -107,7 +105,6 @@ class ChatAnswer:
         )
 
     def take(self, piece: Piece) -> None:
-        """Go on with what the engine says."""
         self._pending += len(piece.ids)
         self.news = []
         for event in self._parser.push(piece.text, final=piece.finish_reason is not None):

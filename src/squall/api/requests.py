@@ -85,14 +85,12 @@ class _Request(StructureFields, SamplingFields):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """`stop` as a list, however it was given."""
         stop = self.stop
         check(isinstance(stop, str | Sequence | None), "stop", stop, "a text or a list of texts")
         return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
         return bool((self.stream_options or {}).get("include_usage"))
 
     def _check(self) -> None:
@@ -153,7 +151,6 @@ class ChatCompletionRequest(_Request):
 
     @property
     def template_kwargs(self) -> Mapping[str, Any]:
-        """The variables for the chat template."""
         effort = self.reasoning_effort
         said = {} if effort is None else {"reasoning_effort": effort}
         thinks = {"enable_thinking": False} if effort == "none" else {}
@@ -197,12 +194,10 @@ class CompletionRequest(_Request):
 
     @property
     def candidates(self) -> int:
-        """How many answers are made to each prompt."""
         return self.n if self.best_of is None else self.best_of
 
     @property
     def prompts(self) -> list[str | Sequence[int]]:
-        """`prompt` as a list, however it was given."""
         given: Any = self.prompt
         alone = isinstance(given, str) or (len(given) and isinstance(given[0], int))
         return [given] if alone else list(given)

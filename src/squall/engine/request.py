@@ -188,7 +188,6 @@ _KINDS: tuple[tuple[str, Any, str], ...] = (
 
 
 def _ids(name: str, given: Iterable[Any]) -> tuple[int, ...]:
-    """Token ids, checked."""
     right = isinstance(given, Iterable) and not isinstance(given, str | bytes)
     _check(right, name, given, "token ids, such as a list")
     ids = tuple(given)

@@ -212,11 +212,9 @@ class SamplerState:
         return fork
 
     def append(self, token: int) -> None:
-        """The sequence goes on with `token`."""
         self.extend((token,))
 
     def extend(self, ids: Sequence[int]) -> None:
-        """The sequence goes on with `ids`."""
         breakers = self._breakers
         breaks = b"" if breakers is None else bytes(self._breaks(breakers, id_) for id_ in ids)
         self.native.extend(ids, breaks)

@@ -109,7 +109,6 @@ class Metrics:
         self._queue = histogram("squall_queue_seconds", "Waiting to run", _FIRST_S)
 
     def observe(self, model: str, usage: Usage) -> None:
-        """An answer is over."""
         if usage.completion_tokens:
             first_s = usage.total_time_sec - usage.total_completion_time_sec
             self._first.labels(model).observe(first_s)
@@ -118,5 +117,4 @@ class Metrics:
             self._each.labels(model).observe(1 / usage.avg_compl_tok_per_sec)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -55,7 +55,6 @@ _Value = TypeVar("_Value")
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """All routes of a server."""
     router = APIRouter()
     for add in (_add_generation, _add_kept, _add_tokens, _add_models, _add_adapters, _add_state):
         add(router, service)
@@ -188,7 +187,6 @@ def _add_models(router: APIRouter, service: Service) -> None:
 
     @router.post("/v1/images/generations", include_in_schema=False)
     async def images() -> Response:
-        """Not there yet."""
         raise ApiError(501, "images: not supported yet", "not_supported")
 
     @router.get("/v1/models")

@@ -55,7 +55,6 @@ class ChatPrompt:
 
     @property
     def text(self) -> str:
-        """The whole of it."""
         return "".join(piece.text for piece in self.pieces)
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:

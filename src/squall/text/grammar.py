@@ -444,11 +444,9 @@ class Matcher:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing may follow."""
         return self._inner.is_stopped()
 
     def allowed(self, guesses: Sequence[int]) -> Sequence[NDArray[np.uint32]]:
-        """Bits of the ids that may be drawn next, and after each guess."""
         digits = self._digits
         rows = [self._row((), digits)]
         for i, guess in enumerate(guesses, 1):
@@ -468,7 +466,6 @@ class Matcher:
         return self._inner.compute_ff_tokens()[:most]
 
     def accept(self, token: int) -> None:
-        """Goes on after `token`, which was drawn."""
         if self.finished:
             return
         if not self._inner.consume_token(token):

@@ -22,7 +22,6 @@ def control_id(tokenizer: Tokenizer, name: str) -> int | None:
 
 
 def control_ids(tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, int]:
-    """Those of the names that are control tokens, with their ids."""
     return {name: i for name in names if (i := control_id(tokenizer, name)) is not None}
 
 
