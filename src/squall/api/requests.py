@@ -28,7 +28,6 @@ MOST_PROCESSORS = 16
 MOST_TEMPLATE_KWARGS = 16_384  # characters, as JSON
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-NOT_YET = ("suffix",)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
 OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
@@ -94,9 +93,6 @@ class _Request(StructureFields, SamplingFields):
         return bool((self.stream_options or {}).get("include_usage"))
 
     def _check(self) -> None:
-        for name in NOT_YET:
-            if getattr(self, name, None):
-                raise InvalidRequest(f"{name} is not supported yet; leave it out")
         check_fields(self)
         check_texts("stop", self.stops)
         check_short("stop", self.stops, MOST_STOPS)
@@ -203,6 +199,8 @@ class CompletionRequest(_Request):
         return [given] if alone else list(given)
 
     def _check(self) -> None:
+        if self.suffix:
+            raise InvalidRequest("suffix is not supported yet; leave it out")
         super()._check()
         if self.tools or self.tool_schemas:
             name = "tools" if self.tools else "tool_schemas"

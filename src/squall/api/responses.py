@@ -80,12 +80,9 @@ class TopLogprob(Shape):
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseLogprob(Shape):
+class ResponseLogprob(TopLogprob):
     """A token of the answer, and the likeliest in its place."""
 
-    token: str
-    logprob: float
-    bytes: tuple[int, ...]
     top_logprobs: tuple[TopLogprob, ...]
 
 

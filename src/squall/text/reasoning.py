@@ -33,9 +33,8 @@ class Reasoning:
     closing: str
     begun: bool = False
 
-    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Ids of the marks that are control tokens, whose names an answer's text must show."""
-        return frozenset(control_ids(tokenizer, (self.opening, self.closing)).values())
+    def marks(self) -> list[str]:
+        return [self.opening, self.closing]
 
 
 def reasoning_of(source: str, prompt: str) -> Reasoning | None:

@@ -10,10 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from squall.errors import InvalidRequest
-from squall.text.tool_formats import FORMATS as FORMATS
 from squall.text.tool_formats import TOOL_NAME
-from squall.text.tool_formats import ToolFormat as ToolFormat
-from squall.text.tool_formats import tool_format as tool_format
 
 MAX_SCHEMA = 100_000  # characters of a tool's parameters
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
