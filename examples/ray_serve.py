@@ -13,7 +13,15 @@ import asyncio
 import json
 import random
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -197,7 +205,8 @@ class Front:
         parts = self._parts(asked)
         start: Message = await anext(parts)
         bodies = (part["body"] async for part in parts)
-        if start.get("whole"):
+        if "whole" in start:
+            await parts.aclose()
             response = Response(start["whole"], start["status"])
         else:
             response = StreamingResponse(bodies, start["status"])
@@ -205,7 +214,7 @@ class Front:
         response.raw_headers = [each for each in start["headers"] if each[0] != b"x-request-id"]
         return response
 
-    async def _parts(self, asked: Asked) -> AsyncIterator[Message]:
+    async def _parts(self, asked: Asked) -> AsyncGenerator[Message, None]:
         told, started = Told(), False
         for left in reversed(range(TRIES)):
             told.again()

@@ -85,13 +85,26 @@ def client_of(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
+def stream(client: openai.OpenAI, number: int) -> Iterator[str]:
+    """A longer answer, piece by piece."""
+    body = question(number) | {"max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    for chunk in client.chat.completions.create(**body, stream=True):
+        yield chunk.choices[0].delta.content or ""
+
+
 @pytest.fixture(scope="module")
-def expected() -> list[str]:
-    """What one Squall answers."""
+def one_squall() -> Iterator[openai.OpenAI]:
+    """A client of one server, which is not Ray's."""
     with Model.open() as model, in_thread(model) as running:
-        client = client_of(running.url)
-        with ThreadPoolExecutor(16) as threads:
-            return [found.text for found in threads.map(lambda n: ask(client, n), range(REQUESTS))]
+        yield client_of(running.url)
+
+
+@pytest.fixture(scope="module")
+def expected(one_squall: openai.OpenAI) -> list[str]:
+    """What one Squall answers."""
+    with ThreadPoolExecutor(16) as threads:
+        found = threads.map(lambda number: ask(one_squall, number), range(REQUESTS))
+        return [answer.text for answer in found]
 
 
 @contextmanager
@@ -186,6 +199,21 @@ def test_no_request_fails_when_a_replica_is_killed(
     assert len({answer.replica for answer in found}) >= 2
     until(lambda: len(replicas(pid)) == 2, START_S)
     assert replicas(pid) - before
+
+
+@pytest.mark.slow("long answers, and a replica that starts again")
+def test_streams_go_on_when_their_replica_is_killed(
+    cluster: tuple[str, int], one_squall: openai.OpenAI
+) -> None:
+    url, pid = cluster
+    numbers = range(len(TOPICS))
+    streams = [stream(client_of(url), number) for number in numbers]
+    begun = ["".join(next(each) for _ in range(10)) for each in streams]
+    assert all(begun)
+    os.kill(max(replicas(pid)), signal.SIGKILL)
+    found = [start + "".join(rest) for start, rest in zip(begun, streams, strict=True)]
+    assert found == ["".join(stream(one_squall, number)) for number in numbers]
+    until(lambda: len(replicas(pid)) == 2, START_S)
 
 
 def test_errors_are_those_of_the_server(cluster: tuple[str, int]) -> None:
