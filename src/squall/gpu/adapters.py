@@ -13,6 +13,7 @@ from squall import program as p
 from squall.executors.base import Sites, layout_of, shapes_of
 from squall.gpu import linear, matrices
 from squall.gpu.inputs import Segment, expect
+from squall.quant import FORMATS
 from squall.weights import Stored, Term
 
 
@@ -62,13 +63,13 @@ def _part(sites: Sites, site: p.Site, term: Term, device: torch.device) -> _Part
     shapes = shapes_of(sites, site, term)
 
     def plain(stored: Stored | None, shape: tuple[int, int]) -> matrices.Plain | None:
-        return None if stored is None else matrices.plain(stored, *shape, device)
+        if stored is None:
+            return None
+        nbytes = shape[0] * FORMATS[stored.format].row_bytes(shape[1])
+        expect(len(stored.data) == nbytes, f"an adapter does not fit {site[0]}")
+        return matrices.plain(stored, *shape, device)
 
-    try:
-        a, b = plain(term.a, shapes[0]), plain(term.b, shapes[1])
-    except (ValueError, RuntimeError) as error:
-        expect(False, f"an adapter does not fit {site[0]}: {error}")
-        raise
+    a, b = plain(term.a, shapes[0]), plain(term.b, shapes[1])
     bias = None if term.bias is None else torch.as_tensor(term.bias).to(device)
     return _Part(a, b, term.scale, bias)
 
