@@ -198,7 +198,7 @@ def _product(x: Tensor, w: Weight, expert: int = 0, *, exact: bool) -> Tensor:
 
 
 def _times(x: Tensor, w: Tensor, exact: bool) -> Tensor:
-    if not exact:
+    if not exact or not len(x):
         return F.linear(x, w)
     rows, cols = x.shape
     step = _SUM if x.device.type == "cpu" else cols
