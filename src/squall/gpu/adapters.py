@@ -27,14 +27,11 @@ class _Part:
     bias: Tensor | None
 
     def of(self, x: Tensor, *, table: bool, exact: bool) -> Tensor:
-        """What is added to a product with x; to rows of a table, if x are ids."""
+        """scale * b @ a @ x; of a table, x are ids."""
+        wide = x
         if self.a is not None:
             wide = matrices.lookup(self.a, x) if table else _product(x, self.a, exact)
-        else:
-            wide = x
-        wide = wide if self.b is None else _product(wide, self.b, exact)
-        y = wide.float() * self.scale
-        return y if self.bias is None else y + self.bias
+        return (wide if self.b is None else _product(wide, self.b, exact)) * self.scale
 
 
 def _product(x: Tensor, weight: matrices.Plain, exact: bool) -> Tensor:
@@ -129,3 +126,5 @@ class Added:
             if (part := adapter.parts.get(site)) is not None:
                 more = part.of(x, table=self.table, exact=self.exact) * weight
                 y += more if scalings is None else more * scalings[:, column + i, None]
+                if part.bias is not None:
+                    y += part.bias * weight
