@@ -69,8 +69,8 @@ def test_norms(rows: int, width: int, rng: np.random.Generator) -> None:
     outs = [
         b.emit(
             Normalize(
-                b.value(f"{kind}.{size}.{group}.{width}", x.width), x, weights.vector(size, 1.0), bias, kind,
-                1e-5, group,
+                b.value(f"{kind}.{size}.{group}.{width}", x.width), x,
+                weights.vector(size, 1.0), bias, kind, 1e-5, group,
             )
         )
         for kind, (size, group) in itertools.product(

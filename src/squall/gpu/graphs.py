@@ -63,7 +63,7 @@ class _Graph:
 
 def padded_rows(rows: int) -> int:
     """The power of two that so many rows are padded to."""
-    return 1 << max(rows - 1, 0).bit_length()
+    return 1 << (rows - 1).bit_length() if rows else 0
 
 
 class Graphs:
