@@ -12,7 +12,7 @@ reaches about half the rate of the widest tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
 from typing import NamedTuple
 
 import torch
@@ -25,54 +25,89 @@ from squall.spec import Activation
 
 PARTED = 256  # programs that a product of few rows should have at least
 LONGEST = 8  # parts of K at most
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+PERMUTE = tl.constexpr([f"prmt.b32 $0, $1, $2, 0x744{t};" for t in range(4)])
 
 
 @triton.jit
-def _scales(base, part, row, column, padded, seen, BASE: tl.constexpr, GROUP: tl.constexpr):
-    """Of groups of columns, [BN, C, 1]."""
-    scale = tl.load(base + row * (padded // BASE) + column // BASE, seen, other=0).to(tl.float32)
-    if part is not None:
-        at = row * (padded // GROUP) + column // GROUP
-        scale *= tl.load(part + at, seen, other=0).to(tl.float32)
-    return scale
+def _groups(values, row, start, padded, SIZE: tl.constexpr, U: tl.constexpr, BK: tl.constexpr):
+    """Values of groups of SIZE columns, for every U columns from `start` on or for all BK."""
+    STEP: tl.constexpr = BK if SIZE >= BK else U
+    column = (start + tl.arange(0, BK // STEP)[None, :] * STEP).to(tl.uint32)
+    at = row[:, None] * (padded // SIZE) + column // SIZE
+    return tl.load(values + at, column < padded, other=0).to(tl.float32)
 
 
 @triton.jit
-def _plane(plane, row, column, padded, seen, BITS: tl.constexpr, I: tl.constexpr):
-    """Bits of codes, four codes a word: [BN, C, I // 4]."""
+def _scales(
+    base, part, row, start, padded,
+    BASE: tl.constexpr, GROUP: tl.constexpr, U: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    scale = _groups(base, row, start, padded, BASE, U, BK)
+    if GROUP:
+        scale = scale * _groups(part, row, start, padded, GROUP, U, BK)
+    return scale[:, :, None]
+
+
+@triton.jit
+def _plane(plane, row, start, padded, BITS: tl.constexpr, U: tl.constexpr, BK: tl.constexpr):
+    """Bits of codes, four codes a word: [BN, BK // U, U // 4]."""
     RUN: tl.constexpr = 256 // BITS
-    word = column // I % (32 // I) * (I // 4) + tl.arange(0, I // 4)[None, None, :]
-    at = row * (padded // RUN * 8) + column // RUN * 8 + word
-    words = tl.load(plane.to(tl.pointer_type(tl.uint32)) + at, seen, other=0)
+    column = (start + tl.arange(0, BK // U)[None, :, None] * U).to(tl.uint32)
+    word = column // U % (32 // U) * (U // 4) + tl.arange(0, U // 4)[None, None, :]
+    at = row[:, None, None] * (padded // RUN * 8) + column // RUN * 8 + word
+    words = tl.load(plane.to(tl.pointer_type(tl.uint32)) + at, column < padded, other=0)
     return (words >> (column % RUN // 32 * BITS)) & ((1 << BITS) - 1) * 0x01010101
 
 
 @triton.jit
-def _number(words, t: tl.constexpr, MIDDLE: tl.constexpr):
-    """The t-th byte of each word, less MIDDLE: put into the fraction of 2**23, and that taken away."""
-    bits = ((words >> 8 * t) & 255) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+def _number(words, padded, t: tl.constexpr, MIDDLE: tl.constexpr):
+    """The t-th byte of each word, less MIDDLE: put into the fraction of 2**23, and that taken away.
+
+    The compiler is not to know 2**23, or it would have no room for the byte's number in the code.
+    """
+    if INTERPRETED:
+        number = (((words >> 8 * t) & 255) | 0x4B000000).to(tl.float32, bitcast=True)
+    else:
+        high = 0x4B000000 + tl.minimum(padded, 0)
+        number = tl.inline_asm_elementwise(
+            PERMUTE[t], "=f,r,r", [words, high], tl.float32, is_pure=True, pack=1
+        )
+    return number - (8388608.0 + MIDDLE)
 
 
 @triton.jit
 def _unpacked(w, row, start, padded, FORM: tl.constexpr, BK: tl.constexpr):
-    """Every fourth of weights [BN, BK] from column `start` on: four of [BN, C, I // 4] in float32."""
-    I: tl.constexpr = FORM[7]
-    column = start + tl.arange(0, BK // I)[None, :, None] * I
-    row = row[:, None, None]
-    seen = column < padded
-    words = _plane(w[0], row, column, padded, seen, FORM[0], I)
+    """Every fourth of weights [BN, BK] from column `start` on: four of [BN, C, U // 4] in float32."""
+    U: tl.constexpr = FORM[7]
+    words = _plane(w[0], row, start, padded, FORM[0], U, BK)
     if FORM[1]:
-        words |= _plane(w[1], row, column, padded, seen, FORM[1], I) << FORM[0]
-    scale = _scales(w[2], w[3], row, column, padded, seen, FORM[3], FORM[4])
-    w0 = scale * _number(words, 0, FORM[2])
-    w1 = scale * _number(words, 1, FORM[2])
-    w2 = scale * _number(words, 2, FORM[2])
-    w3 = scale * _number(words, 3, FORM[2])
+        words |= _plane(w[1], row, start, padded, FORM[1], U, BK) << FORM[0]
+    scale = _scales(w[2], w[3], row, start, padded, FORM[3], FORM[4], U, BK)
+    w0 = scale * _number(words, padded, 0, FORM[2])
+    w1 = scale * _number(words, padded, 1, FORM[2])
+    w2 = scale * _number(words, padded, 2, FORM[2])
+    w3 = scale * _number(words, padded, 3, FORM[2])
     if FORM[5]:
-        minimum = _scales(w[4], w[5], row, column, padded, seen, FORM[5], FORM[6])
+        minimum = _scales(w[4], w[5], row, start, padded, FORM[5], FORM[6], U, BK)
         w0, w1, w2, w3 = w0 - minimum, w1 - minimum, w2 - minimum, w3 - minimum
     return w0, w1, w2, w3
+
+
+@triton.jit
+def _rounded(pairs, TYPE: tl.constexpr):
+    """`to(TYPE)`, of neighbours at once."""
+    if INTERPRETED or TYPE == tl.float32:
+        rounded = pairs.to(TYPE)
+    elif TYPE == tl.bfloat16:
+        rounded = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [pairs], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        rounded = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [pairs], tl.float16, is_pure=True, pack=2
+        )
+    return rounded
 
 
 @triton.jit
@@ -83,9 +118,8 @@ def _tile(w, row, start, K, padded, FORM: tl.constexpr, BK: tl.constexpr, TYPE: 
         tile = tl.load(w[0] + row[:, None] * K + k[None, :], k[None, :] < K, other=0).to(TYPE)
     else:
         w0, w1, w2, w3 = _unpacked(w, row, start, padded, FORM, BK)
-        even = tl.join(w0.to(TYPE), w2.to(TYPE))
-        odd = tl.join(w1.to(TYPE), w3.to(TYPE))
-        tile = tl.reshape(tl.join(even, odd), [row.shape[0], BK])
+        four = _rounded(tl.join(tl.join(w0, w2), tl.join(w1, w3)), TYPE)
+        tile = tl.reshape(four, [row.shape[0], BK])
     return tile
 
 
