@@ -95,7 +95,7 @@ app = command("bench", BenchFlags, bench)
 
 
 def _opened(flags: BenchFlags, selected: Selected) -> Bench:
-    from squall.assembly import prepare
+    from squall.assembly import place, prepare
     from squall.measure import Bench, Workload
 
     plan = Workload(
@@ -107,8 +107,9 @@ def _opened(flags: BenchFlags, selected: Selected) -> Bench:
             raise InvalidRequest("--write-uqff: bench writes no files; squall quantize does")
         if opening.adapters or opening.xlora or opening.anymoe:
             raise InvalidRequest("adapters are measured with requests: give -c 1 too")
+        prepared = prepare(opening)
         return Bench(
-            prepare(opening), plan,
+            prepared, plan, placement=place([prepared], opening)[0],
             threads=opening.threads, weights=opening.weights, progress=shown,
         )  # fmt: skip
 
