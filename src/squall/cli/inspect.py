@@ -42,7 +42,7 @@ def inspect(
 ) -> None:
     """Show metadata, tensors and types of a model file, and whether Squall can run it.
 
-    With --device or -n: how many layers run where, what they take, and what fits beside them. Of an
+    With --device or -n: how many layers run where, what they take, and what is free. Of an
     adapter it shows which modules are adapted, with which rank. Only the header is read. The
     exit status is 1 if the file is broken; a model that is well-formed but not supported is shown
     all the same.
@@ -71,12 +71,10 @@ def inspect(
     if as_json:
         report = asdict(found) | {"runs": not run.obstacle, "obstacle": run.obstacle or None}
         report |= {"sees": run.sees or None, "modules": [m._asdict() for m in modules]}
-        report |= {"placement": [asdict(load) | {"room": load.room} for load in loads]}
+        report |= {"placement": [asdict(load) for load in loads]}
         typer.echo(json.dumps(report))
     else:
-        _print(found, run, modules)
-        if loads:
-            _print_loads(loads)
+        _print(found, run, modules, loads)
 
 
 def _adapter(folder: Path) -> Checkpoint | None:
@@ -169,22 +167,7 @@ def _loads(opening: Opening) -> list[Load]:
     return place([prepare(opening)], opening)[1]
 
 
-def _print_loads(loads: list[Load]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = ("device", "layers", "weights, MiB", "1,000 tokens, MiB", "free, MiB", "tokens")
-    table = Table(*columns, title="placement", title_justify="left")
-    for load in loads:
-        sizes = (load.weights, 1000 * load.kv, load.free)
-        shown = ["unknown" if size is None else f"{size / 2**20:.1f}" for size in sizes]
-        room = "unknown" if load.room is None else f"{load.room}"
-        table.add_row(load.device, str(load.layers), *shown, room)
-    table.caption = "tokens: of KV cache that fit beside the weights"
-    Console().print(table)
-
-
-def _print(found: Inspection, run: _Run, modules: list[_Adapted]) -> None:
+def _print(found: Inspection, run: _Run, modules: list[_Adapted], loads: list[Load]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -208,7 +191,12 @@ def _print(found: Inspection, run: _Run, modules: list[_Adapted]) -> None:
     for total in found.formats:
         size = f"{total.nbytes / 2**20:.1f}"
         totals.add_row(Text(total.format), str(total.tensors), str(total.parameters), size)
-    for table in (metadata, content, totals):
+    placed = Table("device", "layers", "MiB", "KV of 1,000 tokens, MiB", "free, MiB")
+    for load in loads:
+        sizes = (load.weights, 1000 * load.kv, load.free)
+        shown = ["unknown" if size is None else f"{size / 2**20:.1f}" for size in sizes]
+        placed.add_row(load.device, str(load.layers), *shown)
+    for table in (metadata, content, totals, *([placed] * bool(loads))):
         console.print(table)
     form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
     form += f" ({found.quantization})" if found.quantization else ""
