@@ -80,20 +80,21 @@ def bench(flags: BenchFlags, selected: Selected) -> None:
     results = opened.rates(flags.repetitions)
     executor = opened.executor
     profiles = opened.profiles() if flags.profile else []
-    roofline = Roofline.of(executor.isa, executor.threads) if flags.profile else None
+    native = {stage.device for stage in executor.placement.stages} == {"cpu"}
+    isa = executor.isa.rpartition(" ")[2]
+    roofline = Roofline.of(isa, executor.threads) if flags.profile and native else None
     if flags.as_json:
         typer.echo(json.dumps(_report(opened, results, profiles, roofline)))
         return
     _print([_rates_table(opened, results)])
-    if roofline is not None:
-        _print([_profile_table(found, roofline) for found in profiles])
+    _print([_profile_table(found, roofline) for found in profiles])
 
 
 app = command("bench", BenchFlags, bench)
 
 
 def _opened(flags: BenchFlags, selected: Selected) -> Bench:
-    from squall.assembly import prepare
+    from squall.assembly import place, prepare
     from squall.measure import Bench, Workload
 
     plan = Workload(
@@ -105,8 +106,9 @@ def _opened(flags: BenchFlags, selected: Selected) -> Bench:
             raise InvalidRequest("--write-uqff: bench writes no files; squall quantize does")
         if opening.adapters or opening.xlora or opening.anymoe:
             raise InvalidRequest("adapters are measured with requests: give -c 1 too")
+        prepared = prepare(opening)
         return Bench(
-            prepare(opening), plan,
+            prepared, plan, placement=place([prepared], opening)[0],
             threads=opening.threads, weights=opening.weights, progress=shown,
         )  # fmt: skip
 
@@ -189,14 +191,17 @@ def _report(
         "isa": opened.executor.isa,
         "results": [asdict(r) | {"mean": r.mean, "deviation": r.deviation} for r in results],
     }
-    if roofline is None:
+    if not profiles:
         return report
     tests = []
     for found in profiles:
-        limits = [{"limit_s": roofline.limit_s(phase)} for phase in found.phases]
-        phases = [asdict(phase) | limit for phase, limit in zip(found.phases, limits, strict=True)]
+        limits = [roofline and roofline.limit_s(phase) for phase in found.phases]
+        phases = [
+            asdict(phase) | {"limit_s": limit}
+            for phase, limit in zip(found.phases, limits, strict=True)
+        ]
         tests.append(asdict(found) | {"phases": phases})
-    return report | {"roofline": asdict(roofline), "profiles": tests}
+    return report | {"roofline": roofline and asdict(roofline), "profiles": tests}
 
 
 def _rates_table(opened: Bench, results: list[Result]) -> Table:
@@ -214,17 +219,19 @@ def _rates_table(opened: Bench, results: list[Result]) -> Table:
     return table
 
 
-def _profile_table(found: Profile, roofline: Roofline) -> Table:
+def _profile_table(found: Profile, roofline: Roofline | None) -> Table:
     table = _table((found.test,), ("ms", "share", "waiting", "MB", "GB/s", "GMAC/s", "of limit"))
-    table.caption = (
-        f"one step of {found.steps}: {1e3 * found.elapsed_s / found.steps:.2f} ms. Limits: "
-        f"{roofline.bytes / 1e9:.1f} GB/s, {roofline.dots / 1e9:.0f} GMAC/s of int8, "
-        f"{roofline.fmas / 1e9:.0f} of float32"
-    )
+    table.caption = f"one step of {found.steps}: {1e3 * found.elapsed_s / found.steps:.2f} ms."
+    if roofline is not None:
+        table.caption += (
+            f" Limits: {roofline.bytes / 1e9:.1f} GB/s, {roofline.dots / 1e9:.0f} GMAC/s of int8, "
+            f"{roofline.fmas / 1e9:.0f} of float32"
+        )
     for phase in found.phases:
         if phase.elapsed_s == 0:
             continue
         products = phase.dots + phase.fmas
+        limit = 0.0 if roofline is None else roofline.limit_s(phase)
         table.add_row(
             phase.name,
             f"{1e3 * phase.elapsed_s / found.steps:.3f}",
@@ -233,7 +240,7 @@ def _profile_table(found: Profile, roofline: Roofline) -> Table:
             _number(phase.bytes / found.steps / 1e6),
             _number(phase.bytes / phase.elapsed_s / 1e9),
             _number(products / phase.elapsed_s / 1e9),
-            f"{limit / phase.elapsed_s:.0%}" if (limit := roofline.limit_s(phase)) else "",
+            f"{limit / phase.elapsed_s:.0%}" if limit else "",
         )
     return table
 

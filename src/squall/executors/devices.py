@@ -183,9 +183,9 @@ def has_driver() -> bool:
 
 def check(device: str) -> None:
     """Raise InvalidRequest for a device that is not here, with those that are."""
-    if device != "cpu" and (lack := _lack(device)):
+    if device != "cpu" and (reason := lack(device)):
         here = ", ".join(found.name for found in available())
-        raise InvalidRequest(f"there is no device {device} here: {lack}; there are: {here}")
+        raise InvalidRequest(f"there is no device {device} here: {reason}; there are: {here}")
 
 
 def free_bytes(device: str) -> int | None:
@@ -202,7 +202,7 @@ def free_gpus() -> dict[str, int]:
     }
 
 
-def _lack(device: str) -> str:
+def lack(device: str) -> str:
     """Why a device is not here; "" if it is."""
     if find_spec("torch") is None:
         return "it needs PyTorch: pip install 'squall[torch]'"
