@@ -32,6 +32,7 @@ class ModelFlags:
     isq: options.Isq = None
     topology: options.TopologyFile = None
     threads: options.Threads = None
+    tensor_parallel: options.TensorParallel = None
     weights: options.WeightsOption = "packed"
     kv_dtype: options.KvDtypeOption = "f16"
     revision: options.Revision = "main"
@@ -63,6 +64,9 @@ class ModelFlags:
             for option in fields(Opening)
             if (value := vars(self).get(option.name)) is not None
         }
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun's
+            given.setdefault("tensor_parallel", int(os.environ["WORLD_SIZE"]))
+        given["command"] = tuple(sys.orig_argv[1:])
         hub = Hub(self.revision, self.token_source, self.offline)
         if self.adapter:
             weighted = named_adapters(self.adapter)

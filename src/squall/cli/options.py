@@ -43,6 +43,10 @@ Mmproj = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads; by default as many as this process may use.")
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option("--tensor-parallel", min=1, help="Processes that share every layer, a GPU each."),
+]
 ContextSize = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens of prompt and answer together.")
 ]

@@ -175,6 +175,12 @@ def open(  # noqa: PLR0913
     keep: names of values that `value` can return after a run.
     progress: called with (bytes of the checkpoint loaded, bytes in all).
     """
+    if placement.ranks is not None:
+        from squall.executors.parallel import open_rank
+
+        return open_rank(
+            program, store, limits, placement=placement, pool=pool, keep=keep, progress=progress
+        )
     device = placement.stages[0].device
     if device == "cpu":
         from squall.executors.native import NativeExecutor

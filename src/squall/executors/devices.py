@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from squall.errors import InvalidRequest
 from squall.quant.isq import Dtype
+
+if TYPE_CHECKING:
+    from squall.executors.parallel import Ranks
 
 # The native executor; PyTorch on the CPU; PyTorch on a GPU of NVIDIA's, or of Apple's.
 _FORM = re.compile(r"(cpu|torch|(?:cuda|mps|metal)(?::\d+|\[\d+\])?)")
@@ -42,11 +46,13 @@ class Placement:
     stages: of a program with layers; one without runs where the first of them is.
     exact: rows are the same whatever they are computed with, also where that takes longer.
     dtype: of activations on PyTorch's devices; auto: bf16 or f16 where a device has it, else f32.
+    ranks: the processes that run a part of every layer each, this one among them.
     """
 
     stages: tuple[Stage, ...] = (Stage("cpu"),)
     exact: bool = True
     dtype: Dtype = "auto"
+    ranks: Ranks | None = None
 
 
 CPU = Placement()
