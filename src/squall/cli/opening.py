@@ -35,6 +35,7 @@ class ModelFlags:
     device: options.DeviceOption = "cpu"
     device_layers: options.DeviceLayers = None
     exact: options.Exact = True
+    tensor_parallel: options.TensorParallel = None
     weights: options.WeightsOption = "packed"
     kv_dtype: options.KvDtypeOption = "f16"
     revision: options.Revision = "main"
@@ -65,6 +66,9 @@ class ModelFlags:
             for option in fields(Opening)
             if (value := vars(self).get(option.name)) is not None
         }
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun's
+            given.setdefault("tensor_parallel", int(os.environ["WORLD_SIZE"]))
+        given["command"] = tuple(sys.orig_argv[1:])
         hub = Hub(self.revision, self.token_source, self.offline)
         if self.adapter:
             weighted = named_adapters(self.adapter)

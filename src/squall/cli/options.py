@@ -52,6 +52,10 @@ DeviceLayers = Annotated[
 Exact = Annotated[
     bool, typer.Option("--exact/--no-exact", help="On GPUs: bytes that depend on no other request.")
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option("--tensor-parallel", min=1, help="Processes that share every layer, a GPU each."),
+]
 ContextSize = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens of prompt and answer together.")
 ]

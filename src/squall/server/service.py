@@ -98,6 +98,9 @@ class Served:
         while not self.dead.is_set():
             await asyncio.sleep(min(1.0, stall_s / 4))
             stalled_s = engine.stats().stalled_s
+            if (lost := getattr(engine.executor, "lost", None)) is not None:
+                LOGGER.error(lost)
+                self.die(lost)
             if stalled_s > stall_s:
                 self.die(f"the engine has not moved for {stalled_s:.0f} s")
 
