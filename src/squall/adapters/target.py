@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from squall.checkpoints.base import Checkpoint
 from squall.program import Matrix, Names, Site, Vector
 from squall.recipes import Recipe, modules
-from squall.recipes.names import Naming
-from squall.recipes.part import Part
+from squall.recipes.names import Naming, Part
 from squall.roles import Shapes, roles
 from squall.spec import Decoder
 from squall.weights import MERGEABLE, WeightStore, values

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from squall.checkpoints.base import ITEM_BYTES, Entry, Tensor, mapped
-from squall.checkpoints.mapped import Buffer, map_file
+from squall.checkpoints.base import ITEM_BYTES, Buffer, Entry, Tensor, map_file, mapped
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import parse_json, quote
 

@@ -43,8 +43,7 @@ class BenchFlags(ModelFlags):
         bool, typer.Option("--profile", help="Tell too where the time goes, by kind of op.")
     ] = False
     concurrency: Annotated[
-        str | None,
-        typer.Option("-c", "--concurrency", metavar="N,N..", help="Requests at a time."),
+        str | None, typer.Option("-c", "--concurrency", metavar="N,N..", help="Requests at a time.")
     ] = None
     url: Annotated[
         str | None, typer.Option(help="Ask a server with OpenAI's API instead of a model here.")

@@ -26,8 +26,7 @@ from squall.recipes.config_fields import ConfigFields
 from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
 from squall.recipes.linears import linears, named
-from squall.recipes.names import Naming, locate
-from squall.recipes.part import Kind, Part
+from squall.recipes.names import Kind, Naming, Part, locate
 from squall.roles import roles
 from squall.spec import Decoder
 

@@ -11,8 +11,7 @@ from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.recipes import config_parts, parts
 from squall.recipes.config_fields import ConfigFields, part_keys
-from squall.recipes.names import Naming
-from squall.recipes.part import Part
+from squall.recipes.names import Naming, Part
 from squall.recipes.vision import PartsFunction, Sections, seer
 from squall.spec import Connector, Layer, Tower
 

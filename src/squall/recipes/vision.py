@@ -13,7 +13,7 @@ from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.recipes.config import NAMES, SEERS
 from squall.recipes.config_fields import ConfigFields, part_keys
-from squall.recipes.part import Part
+from squall.recipes.names import Part
 from squall.spec import Decoder
 
 
