@@ -33,7 +33,6 @@ class Part:
 
 
 def open_part(path: Path) -> Part:
-    """Map one safetensors file and check its table."""
     buffer = map_file(path, "name the folder of the model")
     return Part(path, buffer, parse_header(buffer, path.name))
 

@@ -118,7 +118,6 @@ def _counts(text: str | None) -> list[int]:
 
 
 def _bench_load(flags: BenchFlags, selected: Selected) -> None:
-    """Measure requests to a server, or to a model here."""
     from squall.load import Load, over_http, run_all
 
     shape = (flags.repetitions, flags.prompt_tokens, flags.answer_tokens)

@@ -118,7 +118,6 @@ def _of_floats(opening: Opening) -> Opening:
 
 
 def _formats(model: Model) -> str:
-    """What the weights are in memory, in one line."""
     parts = [
         f"{total.matrices} {total.format} ({total.nbytes / 2**20:.1f} MiB)"
         for total in model.weight_formats

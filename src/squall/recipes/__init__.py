@@ -66,7 +66,6 @@ class Recipe:
 
     @property
     def all_names(self) -> Names:
-        """Where the weights of all parts lie."""
         return {role: place for part in self.parts for role, place in part.names.items()}
 
     @property

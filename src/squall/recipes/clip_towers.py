@@ -37,7 +37,6 @@ IN_LAYERS = ("attention.", "feed_forward.")
 
 
 def naming(before: str, stems: Mapping[str, str], layer: str, harmless: str = r"(?!)") -> Naming:
-    """Names that all begin with `before`."""
     made = {
         role: stem if role.startswith(IN_LAYERS) else before + stem for role, stem in stems.items()
     }

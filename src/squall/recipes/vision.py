@@ -79,7 +79,6 @@ def seer(architecture: str, name: str, text: str) -> Callable[[F], F]:
 def parts(
     architecture: str, config: Mapping[str, Any], text: ConfigFields, decoder: Decoder
 ) -> tuple[Part, ...]:
-    """What a model has beside its decoder."""
     if architecture not in _PARTS:
         return ()
     return _PARTS[architecture](Sections(config, text, decoder))
