@@ -132,7 +132,6 @@ class Service:
 
     @property
     def sole(self) -> Served | None:
-        """The model, if there is only one."""
         first, *others = self.models.values()
         return None if others else first
 
@@ -147,7 +146,6 @@ class Service:
 
     @property
     def context(self) -> int:
-        """The longest context."""
         return max(served.model.context for served in self.models.values())
 
     def find(self, name: str | None) -> Served:
