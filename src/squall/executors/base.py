@@ -68,8 +68,9 @@ class ProgramReader:
     ) -> tuple[dict[str, int], dict[str, Int32], dict[str, Floats]]:
         """Rows of each space, and the indices and values that the program asks for."""
         values = self.program.inputs
+        names = [*(index.name for index in self._indices), *(value.name for value in values)]
         try:
-            found = {one.name: inputs[one.name] for one in (*self._indices, *values)}
+            found = {name: inputs[name] for name in names}
         except KeyError as error:
             raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
         rows = {value.rows: len(found[value.name]) for value in values}

@@ -184,7 +184,8 @@ class TorchExecutor(ProgramReader):
         arrays: dict[str, NDArray[np.generic]] = {**given.indices, **given.values}
         for name, groups in given.groups.items():
             arrays |= {f"{name}.{i}": group for i, group in enumerate(groups)}
-        shape, placed = None, {}
+        placed: Mapping[str, NDArray[np.int32]] = {}
+        shape = None
         if self._inputs.cached:
             rows = None if few is None else few["tokens"]
             placed, shape = attention.layout(at, self.block_size, rows=rows)
@@ -197,7 +198,7 @@ class TorchExecutor(ProgramReader):
             run = ops.Run(
                 values={v.id: tensors[v.name].to(self._types[v]) for v in self.program.inputs},
                 indices=tensors,
-                rows=shape and attention.Rows(own, shape, self.block_size),
+                rows=None if shape is None else attention.Rows(own, shape, self.block_size),
                 memories=cast(Sequence[TorchMemory | None], at.memories),
                 mixtures=cast(Sequence[TorchMixture], mixtures),
                 given=given,

@@ -195,7 +195,7 @@ def _(op: p.Recall, to: Lowering) -> Act:
         if not any(run.memories):
             return torch.zeros_like(q)
         assert run.rows is not None
-        own = [memory and memory.at[op.memory] for memory in run.memories]
+        own = [None if memory is None else memory.at[op.memory] for memory in run.memories]
         return attention.recall(op, q, own, seen, run.rows, exact=exact)
 
     return act
