@@ -14,11 +14,11 @@ from squall.gpu import uses_triton
 from squall.gpu.matrices import Float8, Plain, Weight, dense_runs, lookup
 from squall.spec import Activation
 
-# A BLAS chooses by the shape of a product how it adds up, and on a CPU, where few results are sums
-# of many products, by its threads. So exact products have one shape: tiles of rows, the last one
-# filled with zeros, and on a CPU short sums, which are added in order.
+# A BLAS chooses by the shape of a product, and on a CPU by its threads too, how it adds up. So exact
+# products have one shape: tiles of rows, the last one filled with zeros. On a CPU they are also so
+# short that threads do not share a sum (MKL shares sums of 128), and are added in order.
 _TILE = 16
-_SUM = 256
+_SUM = 64
 _LARGEST = 448  # of float8
 
 _Elementwise = Callable[[Tensor], Tensor]
