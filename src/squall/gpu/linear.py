@@ -48,6 +48,11 @@ _FAST: Mapping[Activation, _Elementwise] = {
 }
 
 
+def activated(x: Tensor, activation: Activation | None, *, exact: bool) -> Tensor:
+    """An activation of every element, as the products here have it."""
+    return x if activation is None else (_EXACT if exact else _FAST)[activation](x)
+
+
 def linear(  # noqa: PLR0913
     x: Tensor,  # [rows, cols of w]
     w: Weight,
@@ -193,7 +198,7 @@ def _product(x: Tensor, w: Weight, expert: int = 0, *, exact: bool) -> Tensor:
 
 
 def _times(x: Tensor, w: Tensor, exact: bool) -> Tensor:
-    if not exact:
+    if not exact or not len(x):
         return F.linear(x, w)
     rows, cols = x.shape
     step = _SUM if x.device.type == "cpu" else cols
