@@ -74,7 +74,9 @@ def packed(
     assert low is not None
     scale, minimum = [*(scales(*pair) for pair in groups), None][:2]
     assert scale is not None
-    return Packed("", experts, rows, cols, cols, low, bits[0], high, bits[1], scale, minimum, middle)
+    return Packed(
+        "", experts, rows, cols, cols, low, bits[0], high, bits[1], scale, minimum, middle
+    )
 
 
 def q4_k(rows: int, cols: int, experts: int = 1) -> Packed:

@@ -79,9 +79,7 @@ def normalize(
     return out
 
 
-def rotate(
-    x: Tensor, angles: Tensor, heads: int, head_dim: int, interleaved: bool
-) -> Tensor:
+def rotate(x: Tensor, angles: Tensor, heads: int, head_dim: int, interleaved: bool) -> Tensor:
     """The first columns of every head turned by angles: [n, cosines and then sines]."""
     n = len(x)
     x = x if x.stride(1) == 1 else x.contiguous()
