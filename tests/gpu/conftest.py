@@ -7,16 +7,23 @@ import os
 import pytest
 
 pytest.importorskip("torch")
-pytest.importorskip("triton")
+standard = pytest.importorskip("triton.language.standard")
 os.environ["TRITON_INTERPRET"] = "1"
 try:
     import triton.language as tl
-    from triton.runtime import interpreter
+    from triton.runtime import JITFunction, interpreter
 
+    import squall.gpu.triton_attention
     import squall.gpu.triton_linear
     import squall.gpu.triton_rows  # noqa: F401
 finally:
     del os.environ["TRITON_INTERPRET"]
+
+# Triton's own functions too, which may have been loaded before.
+for _name, _function in list(vars(standard).items()):
+    if isinstance(_function, JITFunction):
+        for _module in (standard, tl):
+            setattr(_module, _name, interpreter.InterpretedFunction(_function.fn))
 
 _patch = interpreter._patch_lang_tensor
 
