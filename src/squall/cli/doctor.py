@@ -62,7 +62,7 @@ def _processor() -> str:
 
 
 def _memory() -> str:
-    from squall.engine.memory import available_bytes
+    from squall.executors.memory import available_bytes
 
     found = available_bytes()
     return "unknown" if found is None else f"{found / 2**30:.1f} GiB"

@@ -32,6 +32,9 @@ class ModelFlags:
     isq: options.Isq = None
     topology: options.TopologyFile = None
     threads: options.Threads = None
+    device: options.DeviceOption = "cpu"
+    device_layers: options.DeviceLayers = None
+    exact: options.Exact = True
     weights: options.WeightsOption = "packed"
     kv_dtype: options.KvDtypeOption = "f16"
     revision: options.Revision = "main"
@@ -57,7 +60,6 @@ class ModelFlags:
         return model
 
     def opening(self, selected: Selected, others: Opening = DEFAULTS) -> Opening:
-        """How to open what is meant."""
         given = {
             option.name: value
             for option in fields(Opening)

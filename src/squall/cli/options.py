@@ -43,6 +43,24 @@ Mmproj = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads; by default as many as this process may use.")
 ]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME|auto",
+        help="cpu, cuda, cuda:N, mps; auto: GPUs as far as it fits; several: cuda:0=16;cpu.",
+    ),
+]  # fmt: skip
+DeviceLayers = Annotated[
+    str | None,
+    typer.Option(
+        "-n", "--num-device-layers", metavar="N|GPU:N;..",
+        help="Layers on the first GPU, or on several; the rest run on the CPU.",
+    ),
+]  # fmt: skip
+Exact = Annotated[
+    bool,
+    typer.Option("--exact/--no-exact", help="On GPUs: bytes that depend on no other request."),
+]
 ContextSize = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens of prompt and answer together.")
 ]
@@ -98,7 +116,6 @@ Merge = Annotated[
 
 
 def read_text(path: Path) -> str:
-    """The content of a text file."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

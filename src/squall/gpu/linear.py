@@ -184,8 +184,8 @@ def _product(x: Tensor, w: Weight, expert: int = 0, *, exact: bool) -> Tensor:
         assert isinstance(w, Float8)
         scales = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
         codes = (x / scales).to(torch.float8_e4m3fn)
-        given = {"scale_a": scales, "scale_b": w.factors[expert][None]}
-        return torch._scaled_mm(codes, w.values[expert].T, **given, out_dtype=torch.bfloat16)
+        values, factors = w.values[expert].T, w.factors[expert][None]
+        return torch._scaled_mm(codes, values, scales, factors, out_dtype=torch.bfloat16)
     if isinstance(w, Plain):
         return _times(x, w.values[expert].to(x.dtype), exact)
     parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w, expert)]
@@ -193,7 +193,7 @@ def _product(x: Tensor, w: Weight, expert: int = 0, *, exact: bool) -> Tensor:
 
 
 def _times(x: Tensor, w: Tensor, exact: bool) -> Tensor:
-    if not exact:
+    if not exact or not len(x):
         return F.linear(x, w)
     rows, cols = x.shape
     step = _SUM if x.device.type == "cpu" else cols
