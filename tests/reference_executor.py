@@ -14,6 +14,7 @@ from squall.batch import Batch, Mixture, Sequences
 from squall.checkpoints.base import Checkpoint
 from squall.program import (
     Add,
+    AllReduce,
     Attend,
     Concatenate,
     Embed,
@@ -127,6 +128,7 @@ class ReferenceExecutor:
         self.checkpoints = {"": checkpoint} | dict(others or {})
         self.block_size = block_size
         self.keep = frozenset(keep)
+        self.sum: Callable[[Array], Array] = lambda x: x  # over ranks, if there are others
         self.values: dict[str, Array] = {}
         self.indices: dict[str, NDArray[np.int32]] = {}
         self.sequences: Sequences | None = None
@@ -178,13 +180,16 @@ class ReferenceExecutor:
     def _load(self, weight: Matrix | Vector) -> Array:
         data = np.concatenate([self._slice(part, weight) for part in weight.slices])
         if isinstance(weight, Vector):
-            assert data.shape == (weight.size,)
-            return data + np.float32(weight.offset)
-        return data.reshape(weight.experts, weight.rows, weight.cols)
+            assert data.shape == (weight.part.whole if weight.part else weight.size,)
+            start = weight.part.start if weight.part else 0
+            return data[start : start + weight.size] + np.float32(weight.offset)
+        row, col = (part.start if part else 0 for part in (weight.rows_of, weight.cols_of))
+        data = data.reshape(weight.experts, *weight.whole)
+        return data[:, row : row + weight.rows, col : col + weight.cols]
 
     def _slice(self, part: Slice, weight: Matrix | Vector) -> Array:
         data = self.checkpoints[part.source].tensors[part.tensor].to_float32()
-        data = data.reshape((-1, weight.cols) if isinstance(weight, Matrix) else -1)
+        data = data.reshape((-1, weight.whole[1]) if isinstance(weight, Matrix) else -1)
         return data[part.start : part.stop]
 
     def of(self, value: Value) -> Array:
@@ -381,6 +386,9 @@ class ReferenceExecutor:
     def concatenate(self, op: Concatenate) -> Array:
         return np.concatenate([self.of(op.a), self.of(op.b)], axis=1)
 
+    def all_reduce(self, op: AllReduce) -> Array:
+        return self.sum(self.of(op.x))
+
     def gather_columns(self, op: GatherColumns) -> Array:
         return self.of(op.x)[:, np.frombuffer(op.order, "<u4")]
 
@@ -401,4 +409,5 @@ HANDLERS: dict[type, Callable[[ReferenceExecutor, Any], Array]] = {
     Overlay: ReferenceExecutor.overlay,
     Concatenate: ReferenceExecutor.concatenate,
     GatherColumns: ReferenceExecutor.gather_columns,
+    AllReduce: ReferenceExecutor.all_reduce,
 }

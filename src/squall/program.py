@@ -57,11 +57,20 @@ Names = Mapping[str, tuple[Slice, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Where a part of rows, columns or elements begins, and how many the slices have."""
+
+    start: int
+    whole: int
+
+
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A weight `[experts * rows, cols]`: slices of checkpoint tensors, one after another.
 
     role: what it is in the decoder, such as `layers.3.attention.q`.
     restored: columns that are stored in an order of their own go back where they belong.
+    rows_of, cols_of: which rows of every expert and which columns it has, if not all.
     """
 
     slices: tuple[Slice, ...]
@@ -70,6 +79,14 @@ class Matrix:
     experts: int = 1
     role: str = ""
     restored: bool = False
+    rows_of: Part | None = None
+    cols_of: Part | None = None
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Rows of an expert, and columns, in the slices."""
+        rows, cols = self.rows_of, self.cols_of
+        return rows.whole if rows else self.rows, cols.whole if cols else self.cols
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +94,14 @@ class Vector:
     """A float32 weight `[size]`; `offset` is added to every element at load.
 
     role: what it is in the decoder, such as `layers.3.attention.q.bias`.
+    part: which elements it has, if not all.
     """
 
     slices: tuple[Slice, ...]
     size: int
     offset: float = 0.0
     role: str = ""
+    part: Part | None = None
 
 
 Site = tuple[str, int]
@@ -323,9 +342,18 @@ class GatherColumns:
     order: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class AllReduce:
+    """out = the sum of x over all ranks, each of which runs a part of the model"""
+
+    out: Value
+    x: Value
+
+
 Op = (
     Embed | RopeAngles | Normalize | Linear | GatedLinear | Rotate | Attend | MixtureOfExperts
     | Add | Concatenate | Softcap | Recall | GatherRows | GatherColumns | Overlay
+    | AllReduce
 )  # fmt: skip
 
 
@@ -432,6 +460,11 @@ def op_weights(op: Op) -> list[Matrix | Vector]:
 def matrices(op: Op) -> tuple[Matrix, ...]:
     """The matrices of an op, in order of its fields."""
     return tuple(_parts(op, (Matrix,)))
+
+
+def reads(op: Op) -> tuple[Value, ...]:
+    """The values that an op reads."""
+    return tuple(_parts(op, (Value,)))
 
 
 def sites(op: Op) -> tuple[Site, ...]:

@@ -5,6 +5,7 @@ A store knows checkpoints, and what becomes of their number formats; it knows no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -22,6 +23,7 @@ from squall.program import (
     Matrix,
     MixtureOfExperts,
     Op,
+    Part,
     Program,
     Site,
     Slice,
@@ -123,16 +125,27 @@ class WeightStore:
 
     def target(self, weight: Matrix, stored: str) -> str:
         """The number format that rows of a matrix become; experts may be stored in several."""
-        return "f32" if self.exact else self.plan.target(weight.role, stored, weight.cols)
+        return "f32" if self.exact else self.plan.target(weight.role, stored, weight.whole[1])
+
+    def cuttable(self, weight: Matrix) -> tuple[Matrix, int]:
+        """The matrix as its columns can be parted, and a number of them that stays together."""
+        tensors = [self._tensor(part) for part in weight.slices]
+        if any(tensor.order is not None for tensor in tensors):
+            return replace(weight, restored=True), 1
+        stored = {tensor.format for tensor in tensors}
+        formats = stored | {self.target(weight, format) for format in stored}
+        return weight, math.lcm(*(FORMATS[format].block for format in formats))
 
     def rows(self, weight: Matrix, expert: int) -> Stored:
         """One expert's rows as they are stored, or merged; a dense weight has one expert."""
-        first = expert * weight.rows
+        rows, cols = weight.whole
+        first = expert * rows + (weight.rows_of.start if weight.rows_of else 0)
         read = self._restored if weight.restored else as_ordered
-        found = gather(self._tensor, weight.slices, first, first + weight.rows, weight.cols, read)
+        found = gather(self._tensor, weight.slices, first, first + weight.rows, cols, read)
         terms = self.merged.get((weight.role, expert), ())
         terms = tuple(term for term in terms if term.b is not None and term.b.data.any())
-        return self._merged(weight, found, terms) if terms else found
+        found = self._merged(weight, found, terms) if terms else found
+        return _columns(weight, found) if weight.cols_of else found
 
     def vector(self, weight: Vector) -> NDArray[np.float32]:
         """The values, with the offset."""
@@ -145,11 +158,12 @@ class WeightStore:
             vector += self.vectors[weight.role]
         for term in self.merged.get((weight.role.removesuffix(".bias"), 0), ()):
             vector += 0 if term.bias is None else term.bias
-        if vector.size != weight.size:
+        part = weight.part or Part(0, weight.size)
+        if vector.size != part.whole:
             raise InvalidCheckpoint(
-                f"{weight.slices[0].tensor} has {vector.size} values, not {weight.size}"
+                f"{weight.slices[0].tensor} has {vector.size} values, not {part.whole}"
             )
-        return vector
+        return vector[part.start : part.start + weight.size]
 
     def each(self, weights: Sequence[Weight], progress: Progress | None) -> Iterator[Weight]:
         """Every distinct weight in turn; the file's pages come before and go after it.
@@ -186,15 +200,16 @@ class WeightStore:
             )
         target = self.target(weight, found.format)
         format = FORMATS[target if target in MERGEABLE else "f32"]
-        size, step = len(found.data) // weight.rows, max(_RUN_VALUES // weight.cols, 1)
+        cols, begin = weight.whole[1], weight.rows_of.start if weight.rows_of else 0
+        size, step = len(found.data) // weight.rows, max(_RUN_VALUES // cols, 1)
         parts = []
         for start in range(0, weight.rows, step):
             stop = min(start + step, weight.rows)
             factors = None if found.factors is None else found.factors[start:stop]
             rows = Stored(found.format, found.data[start * size : stop * size], factors)
-            sums = values(rows, weight.cols)
+            sums = values(rows, cols)
             for term in terms:
-                sums += product(term, weight.cols, start, stop)
+                sums += product(term, cols, begin + start, begin + stop)
             if format.name == "f16" and not np.abs(sums).max() <= _MOST_F16:
                 raise InvalidRequest(
                     f"with these adapters weights of {weight.role} are too large for f16: keep "
@@ -269,7 +284,8 @@ class _Arranger:
 
     def _orders(self, *weights: Matrix) -> set[bytes]:
         """The orders of their columns; b"" is the natural one."""
-        tensors = [self._tensor(part) for weight in weights for part in weight.slices]
+        stored = (weight for weight in weights if not weight.restored)
+        tensors = [self._tensor(part) for weight in stored for part in weight.slices]
         orders = (tensor.order for tensor in tensors)
         return {b"" if order is None else order.astype("<u4").tobytes() for order in orders}
 
@@ -282,6 +298,14 @@ class _Arranger:
             self._ops.append(GatherColumns(out, x, order))
             self._gathered[x, order] = out
         return self._gathered[x, order]
+
+
+def _columns(weight: Matrix, rows: Stored) -> Stored:
+    """Of rows as the slices have them, the matrix's columns, which are whole blocks."""
+    assert weight.cols_of is not None
+    size, start = FORMATS[rows.format].row_bytes, weight.cols_of.start
+    data = rows.data.reshape(weight.rows, -1)[:, size(start) : size(start + weight.cols)]
+    return replace(rows, data=np.ascontiguousarray(data).reshape(-1))
 
 
 def values(rows: Stored, cols: int) -> NDArray[np.float32]:

@@ -94,8 +94,9 @@ def test_every_split_gives_what_one_device_gives(llama: Path, whole: Model, devi
         check(model, whole, lambda m: m.logits(IDS, chunk=7), device)
         assert tokens(model, IDS) == tokens(whole, IDS)
         executor, one = model.executor, whole.executor
-        assert (executor.kv_bytes, executor.weight_bytes) == (one.kv_bytes, one.weight_bytes)
-        assert executor.formats == one.formats
+        assert executor.kv_bytes == one.kv_bytes
+        if "torch" not in device:
+            assert (executor.weight_bytes, executor.formats) == (one.weight_bytes, one.formats)
         for name in ("vocab", "ids", "context", "max_rows", "max_outputs", "blocks", "whole"):
             assert getattr(executor, name) == getattr(one, name), name
 

@@ -139,7 +139,6 @@ class Experts:
         return replace(own, ops=tuple(ops), values=values)
 
     def gates(self) -> Checkpoint:
-        """Those that are stored."""
         folder = self._hub.path(str(self.config.gate_model_id))
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
@@ -172,7 +171,6 @@ class Experts:
         )  # fmt: skip
 
     def _add(self, number: int, model: str) -> None:
-        """Where the weights of one expert are."""
         kind, source = self.config.expert_type, f"expert {number}"
         try:
             path = self._hub.path(model)
@@ -214,7 +212,6 @@ class Experts:
 
 
 def gate_names(layer: int) -> tuple[str, str]:
-    """What the weight and the bias of a layer's gate are called."""
     return f"moe_gate.{layer}.weight", f"moe_gate.{layer}.bias"
 
 

@@ -93,7 +93,6 @@ class Tensor(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes."""
         return self.rows * FORMATS[self.format].row_bytes(self.cols)
 
     @property

@@ -183,7 +183,6 @@ def _parts(name: str) -> list[str]:
 
 
 def is_mmproj(name: str) -> bool:
-    """Whether a GGUF file has a tower for others, by its name."""
     return "mmproj" in name.lower()
 
 

@@ -25,14 +25,11 @@ _LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file with its table."""
-
     path: Path
     buffer: Buffer
     entries: tuple[Entry, ...]
 
     def tensors(self) -> Iterable[Tensor]:
-        """Its tensors, as views of the mapped file."""
         return (mapped(self.buffer, entry) for entry in self.entries)
 
 

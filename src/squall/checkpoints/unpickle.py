@@ -45,8 +45,6 @@ class View(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """The class of a storage."""
-
     format: str
 
 

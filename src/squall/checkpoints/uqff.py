@@ -41,12 +41,10 @@ class Linear:
 
 
 def weight_name(index: int) -> str:
-    """What the weight of a linear is called in the checkpoint."""
     return f"uqff.{index}.weight"
 
 
 def bias_name(index: int) -> str:
-    """What its bias is called."""
     return f"uqff.{index}.bias"
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchFlags(ModelFlags):
-    """The flags of `squall bench`."""
-
     prompt_tokens: Annotated[
         int, typer.Option("-p", "--n-prompt", min=0, help="Tokens of the prompt.")
     ] = 512

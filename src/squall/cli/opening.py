@@ -60,7 +60,6 @@ class ModelFlags:
         return model
 
     def opening(self, selected: Selected, others: Opening = DEFAULTS) -> Opening:
-        """How to open what is meant."""
         given = {
             option.name: value
             for option in fields(Opening)

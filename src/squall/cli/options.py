@@ -107,7 +107,6 @@ Merge = Annotated[
 
 
 def read_text(path: Path) -> str:
-    """The content of a text file."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

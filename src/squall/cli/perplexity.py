@@ -36,8 +36,6 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityFlags(ModelFlags):
-    """The flags of `squall perplexity`."""
-
     text: Annotated[Path | None, typer.Option("--text", help="A text file, UTF-8; needed.")] = None
     window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024
     stride: Annotated[
@@ -81,7 +79,6 @@ app = command("perplexity", PerplexityFlags, perplexity)
 
 
 def measure(model: Model, text: str, *, window: int, stride: int) -> Score:
-    """The perplexity of `text` as `perplexity` defines it."""
     ids = model.encode(text, add_bos=False)
     bos = model.encode("")
     room = window - len(bos)

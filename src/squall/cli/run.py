@@ -37,14 +37,11 @@ class Settings:
     dry: dict[str, Any]
 
     def answer(self, model: Model, prompt: str | ChatPrompt) -> Generation:
-        """Begin an answer to `prompt`."""
         return model.generate(prompt, dry=model.dry(**self.dry), **self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags(SamplingFields, ModelFlags):
-    """The flags of `squall run`, and what to ask."""
-
     max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024
     stop: Stop = None
     system: Annotated[str | None, typer.Option(help="A system message.")] = None
@@ -67,7 +64,6 @@ class RunFlags(SamplingFields, ModelFlags):
 
     @property
     def settings(self) -> Settings:
-        """How answers are made."""
         options, dry = self.arguments()
         options |= {"max_tokens": self.max_tokens, "stop": tuple(self.stop or ())}
         options |= {"grammar": _grammar(self)}
@@ -75,7 +71,6 @@ class RunFlags(SamplingFields, ModelFlags):
 
 
 def _grammar(flags: RunFlags) -> Grammar | None:
-    """What the answer must look like."""
     from squall.text.grammar import Grammar
 
     given = (flags.json_schema, flags.grammar, flags.regex)

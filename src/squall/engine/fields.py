@@ -58,11 +58,9 @@ class Number:
         return bool(finite and enough and number <= self.most)
 
     def complaint(self, name: str, value: object) -> str:
-        """What the sender of a wrong value is told."""
         return _complaint(name, value, self.allowed)
 
     def check(self, name: str, value: object) -> None:
-        """Raises InvalidRequest."""
         check(self.allows(value), name, value, self.allowed)
 
 
@@ -111,13 +109,11 @@ def check_fields(values: Any) -> None:
 
 
 def check_texts(name: str, value: object) -> None:
-    """Raises InvalidRequest if this is no list of texts."""
     right = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
     check(right, name, value, "a list of texts")
 
 
 def check(right: bool, name: str, value: object, allowed: str) -> None:
-    """Raises InvalidRequest unless the value is right."""
     if not right:
         raise InvalidRequest(_complaint(name, value, allowed))
 

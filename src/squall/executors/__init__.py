@@ -15,7 +15,7 @@ from squall.batch import Batch, Mixture, Sequences
 from squall.executors.devices import CPU as CPU
 from squall.executors.devices import Placement as Placement
 from squall.executors.devices import Stage
-from squall.program import Embed, Program, Site
+from squall.program import Program, Site
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, WeightStore
 
@@ -157,23 +157,6 @@ class Executor(Protocol):
     def value(self, name: str) -> Floats:
         """A kept value of the last run, float32 [rows, width]."""
         ...
-
-
-class Described:
-    """What executors know of their program and limits."""
-
-    settles: int | None = None
-
-    def __init__(self, program: Program, limits: Limits) -> None:
-        self.program, self.context = program, program.context
-        self.vocab = next((out.width for out in program.outputs if out.name == "logits"), 0)
-        embeds = (op for op in program.ops if isinstance(op, Embed))
-        self.ids = next((op.table.rows for op in embeds if op.index.name == "tokens"), 0)
-        self.image_width = next((v.width for v in program.inputs if v.name == "images"), 0)
-        self.whole = any(index.name == "shared" for index in program.indices)
-        self.blocks, self.block_size = limits.blocks, limits.block_size
-        self.max_rows = limits.rows.get("tokens", 0)
-        self.max_outputs = limits.rows.get("outputs", 0)
 
 
 def open(  # noqa: PLR0913

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall import executors
-from squall.batch import Batch, Mixture, Sequences
-from squall.executors import Adapter, Described, Floats, Limits, Memory, Phase, Placement
+from squall.batch import Mixture, Sequences
+from squall.executors import Adapter, Floats, Limits, Memory, Phase, Placement
+from squall.executors.base import ProgramReader, sites_of
 from squall.executors.devices import Stage
-from squall.program import Program, Site, sites
+from squall.program import Program, Site
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, WeightStore
 
@@ -47,7 +48,7 @@ class _Memories(_Adapters):
             at += count
 
 
-class StagedExecutor(Described):
+class StagedExecutor(ProgramReader):
     """Runs a program's layers where the placement says; see `Executor` and `executors.open`."""
 
     def __init__(  # noqa: PLR0913
@@ -61,24 +62,18 @@ class StagedExecutor(Described):
         keep: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
-        super().__init__(program, limits)
-        self.placement, self.pool, self._limits = placement, pool or executors.thread_pool(), limits
-        self.threads = self.pool.threads
+        super().__init__(program, limits, pool, keep)
+        self.placement = placement
         layers = program.layers
         self._spread = placement.spread(len(layers))
         ends = accumulate(count for _, count in self._spread[:-1])
         self._programs = program.stages(*(layers[end - 1] for end in ends))
         values = [{value.name for value in part.values} for part in self._programs]
-        # What no stage has, the first one refuses.
         self._keeper = {
-            name: next((i for i, names in enumerate(values) if name in names), 0) for name in keep
+            name: next(i for i, names in enumerate(values) if name in names) for name in keep
         }
-        self._sites = {
-            site: number
-            for number, part in enumerate(self._programs)
-            for op in part.ops
-            for site in sites(op)
-        }
+        parts = [sites_of(part) for part in self._programs]
+        self._stage_of = {site: number for number, sites in enumerate(parts) for site in sites}
         self._load(store, progress)
 
     def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
@@ -126,16 +121,11 @@ class StagedExecutor(Described):
             outputs |= found
         return {value.name: outputs[value.name] for value in self.program.outputs}
 
-    def step(self, batch: Batch) -> Floats:
-        """See `Executor`."""
-        given = batch.inputs(self.program.indices, self.program.inputs)
-        return self.run(given, batch, batch.mixtures)["logits"]
-
     def adapter(self, terms: Mapping[Site, Term]) -> Adapter:
         """See `Executor`."""
         parts: list[dict[Site, Term]] = [{} for _ in self._stages]
         for site, term in terms.items():
-            parts[self._sites.get(site, 0)][site] = term  # an unknown one is refused there
+            parts[self._stage_of.get(site, 0)][site] = term  # an unknown one is refused there
         return _Adapters([s.adapter(part) for s, part in zip(self._stages, parts, strict=True)])
 
     def memory(self, rows: int) -> Memory:

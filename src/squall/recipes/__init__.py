@@ -58,7 +58,6 @@ class Recipe:
 
     @property
     def sees(self) -> bool:
-        """Whether it has a tower."""
         return any(part.kind == "tower" for part in self.parts)
 
     @property
@@ -73,7 +72,6 @@ class Recipe:
 
     @property
     def naming(self) -> Naming:
-        """How the checkpoint calls them."""
         return self.part("decoder").naming
 
 

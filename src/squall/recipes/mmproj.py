@@ -83,8 +83,6 @@ _KNOWN += " has_vision_encoder has_text_encoder has_llava_projector has_qwen2vl_
 
 
 class _File:
-    """What the metadata says, and the tensors."""
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         metadata, self.tensors = checkpoint.metadata, checkpoint.tensors
         if str(metadata.get("general.architecture")) != "clip":
@@ -118,7 +116,6 @@ class _File:
         self.tiled = kind == "mlp" and pinned
 
     def shape(self, name: str) -> tuple[int, int]:
-        """Of a matrix."""
         found = self.tensors[name].shape if name in self.tensors else ()
         if len(found) != 2:
             raise InvalidCheckpoint(f"the tensor {name} is missing, or no matrix")

@@ -51,7 +51,6 @@ class ApiError(Exception):
         return json.dumps({"error": told})
 
     def response(self, path: str) -> Response:
-        """The whole answer."""
         body, headers = self.body(path), {**self.headers}
         return Response(body, self.status, headers, media_type="application/json")
 

@@ -22,7 +22,6 @@ def control_id(tokenizer: Tokenizer, name: str) -> int | None:
 
 
 def control_ids(tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, int]:
-    """Those of the names that are control tokens, with their ids."""
     return {name: i for name in names if (i := control_id(tokenizer, name)) is not None}
 
 
@@ -34,9 +33,8 @@ class Reasoning:
     closing: str
     begun: bool = False
 
-    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Ids of the marks that are control tokens, whose names an answer's text must show."""
-        return frozenset(control_ids(tokenizer, (self.opening, self.closing)).values())
+    def marks(self) -> list[str]:
+        return [self.opening, self.closing]
 
 
 def reasoning_of(source: str, prompt: str) -> Reasoning | None:

@@ -35,7 +35,6 @@ class Idefics2(Family):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Idefics2:
-        """By config.json and preprocessor_config.json."""
         patch, side = _patches(config)
         size = processor.get("size") or {"shortest_edge": 378, "longest_edge": 980}
         least, most = (count(size, f"{edge}est_edge", high=MOST) for edge in ("short", "long"))
@@ -120,7 +119,6 @@ class Idefics3(Family):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Idefics3:
-        """By config.json and preprocessor_config.json."""
         (patch, side), merge = _patches(config), count(config, "scale_factor", 2, high=64)
         longest, tile = (
             count(processor.get(key) or {"longest_edge": default}, "longest_edge", high=MOST)

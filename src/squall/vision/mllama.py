@@ -40,7 +40,6 @@ class Mllama(Family):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Mllama:
-        """By config.json and preprocessor_config.json."""
         v, edges = config["vision_config"], processor.get("size") or {}
         size = count(v, "image_size", 448, high=MOST_EDGE)
         room = count(v, "max_num_tiles", 4, high=MOST_PIXELS // size**2)

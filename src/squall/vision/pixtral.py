@@ -48,7 +48,6 @@ class Pixtral(Family):
         )  # fmt: skip
 
     def read(self, image: Image.Image) -> Processed:
-        """The whole picture, made smaller where it is too large."""
         most, side = self.most, self.patch * self.merge
         by = max(image.height / most[0], image.width / most[1], 1.0)
         lines, columns = (max(-(-int(n / by) // side), 1) for n in (image.height, image.width))

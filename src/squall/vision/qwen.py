@@ -61,7 +61,6 @@ class Qwen(Family):
         )  # fmt: skip
 
     def read(self, image: Image.Image) -> Processed:
-        """The whole picture, at nearly its own size."""
         height, width = self.size(image.height, image.width)
         tile = self.scale(image.resize((width, height), self.filter))
         inputs = axial_rows(tile, self.patch, self.merge, self.window)

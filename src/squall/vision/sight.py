@@ -70,14 +70,12 @@ class Kept:
         self._lock = threading.Lock()
 
     def find(self, key: bytes) -> Floats | Memory | None:
-        """What was made before."""
         with self._lock:
             if key in self._found:
                 self._found.move_to_end(key)
             return self._found.get(key)
 
     def get(self, key: bytes, make: Callable[[], T]) -> T:
-        """What was made before, or is made now."""
         if (known := self.find(key)) is not None:
             return cast(T, known)
         made = make()
@@ -149,7 +147,6 @@ class Sight:
         return Seen(self.family.process(image), digest(image))
 
     def adapter(self, terms: Mapping[Site, Term]) -> Adapted:
-        """An adapter for all programs; see `Executor.adapter`."""
         made, rest = [], dict(terms)
         for executor in (self._tower, self._keys):
             if executor is None:
