@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -35,6 +35,7 @@ from squall.weights import WeightStore
 
 if TYPE_CHECKING:
     from squall.adapters.lora import Lora
+    from squall.executors.parallel import Ranks
     from squall.vision.sight import Sight
 
 Prepared = tuple[Checkpoint, Recipe, Plan]
@@ -74,7 +75,10 @@ def assemble(opening: Opening) -> Assembly:
     small = opening.of_draft
     models = [model] if small is None else [model, _prepared_draft(small, tokenizer)]
     engine = opening.engine or EngineConfig()
-    room = _room(models, opening, engine.max_seqs)
+    ranks = _ranks(opening)
+    if ranks is not None:
+        opening = replace(opening, device=ranks.device)
+    room = _room(models, opening, engine.max_seqs).among(ranks)
     template = opening.chat_template and template_of(checkpoint).replaced(opening.chat_template)
 
     def encode(text: str) -> list[int]:
@@ -89,7 +93,7 @@ def assemble(opening: Opening) -> Assembly:
     most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
     if small is not None:
         own = _merged(models[1], small)
-        beside = replace(room, placement=room.placement.first)
+        beside = replace(room, placement=replace(room.placement.first, ranks=None))
         draft = Draft(_executor(models[1], small, beside, encode, own), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
@@ -177,6 +181,24 @@ class _Room:
     limits: Limits
     placement: Placement
     pool: ThreadPool
+
+    def among(self, ranks: Ranks | None) -> _Room:
+        """The same on all ranks."""
+        given = replace(self, placement=replace(self.placement, ranks=ranks))
+        if ranks is None:
+            return given
+        context, limits = ranks.agree((self.context, asdict(self.limits)))
+        return replace(given, context=context, limits=Limits(**limits))
+
+
+def _ranks(opening: Opening) -> Ranks | None:
+    """The processes that run the model together, once they are all there."""
+    if opening.tensor_parallel in (None, 1):
+        return None
+    from squall.executors.parallel import Ranks
+
+    device = devices.device_name(opening.device)
+    return Ranks.join(opening.tensor_parallel, device, opening.command)
 
 
 def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:

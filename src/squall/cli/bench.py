@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import DraftModel, Json, progress
+from squall.cli.options import DraftModel, Json, option, progress
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 from squall.opening import Opening
@@ -24,32 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchFlags(ModelFlags):
-    prompt_tokens: Annotated[
-        int, typer.Option("-p", "--n-prompt", min=0, help="Tokens of the prompt.")
-    ] = 512
-    answer_tokens: Annotated[
-        int, typer.Option("-g", "--n-gen", min=0, help="Tokens of the answer.")
-    ] = 128
-    depth: Annotated[
-        int, typer.Option("-d", "--depth", min=0, help="Tokens of context before the prompt.")
-    ] = 0
-    batch: Annotated[
-        int, typer.Option("-b", "--batch", min=1, help="Sequences that decode together.")
-    ] = 1
-    repetitions: Annotated[
-        int, typer.Option("-r", "--repetitions", min=1, help="Measurements of each.")
-    ] = 5
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Tell too where the time goes, by kind of op.")
-    ] = False
-    concurrency: Annotated[
-        str | None,
-        typer.Option("-c", "--concurrency", metavar="N,N..", help="Requests at a time."),
-    ] = None
-    url: Annotated[
-        str | None, typer.Option(help="Ask a server with OpenAI's API instead of a model here.")
-    ] = None
-    api_key: Annotated[str | None, typer.Option(help="For --url.")] = None
+    prompt_tokens: int = option(512, "-p", "--n-prompt", min=0, help="Tokens of the prompt.")
+    answer_tokens: int = option(128, "-g", "--n-gen", min=0, help="Tokens of the answer.")
+    depth: int = option(0, "-d", "--depth", min=0, help="Tokens of context before the prompt.")
+    batch: int = option(1, "-b", "--batch", min=1, help="Sequences that decode together.")
+    repetitions: int = option(5, "-r", "--repetitions", min=1, help="Measurements of each.")
+    profile: bool = option(False, "--profile", help="Tell too where the time goes, by kind of op.")
+    concurrency: str | None = option(
+        None, "-c", "--concurrency", metavar="N,N..", help="Requests at a time."
+    )
+    url: str | None = option(None, help="Ask a server with OpenAI's API instead of a model here.")
+    api_key: str | None = option(None, help="For --url.")
     draft: DraftModel = None
     as_json: Json = False
 
@@ -121,7 +106,6 @@ def _counts(text: str | None) -> list[int]:
 
 
 def _bench_load(flags: BenchFlags, selected: Selected) -> None:
-    """Measure requests to a server, or to a model here."""
     from squall.load import Load, over_http, run_all
 
     shape = (flags.repetitions, flags.prompt_tokens, flags.answer_tokens)

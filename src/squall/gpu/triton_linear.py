@@ -111,9 +111,9 @@ def _unpacked(w, row, start, padded, FORM: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def _rounded(pairs, TYPE: tl.constexpr):
     """`to(TYPE)`, of neighbours at once."""
-    if INTERPRETED or TYPE == tl.float32:
+    if INTERPRETED or tl.float32 == TYPE:
         rounded = pairs.to(TYPE)
-    elif TYPE == tl.bfloat16:
+    elif tl.bfloat16 == TYPE:
         rounded = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [pairs], tl.bfloat16, is_pure=True, pack=2
         )
@@ -452,7 +452,7 @@ def _one(
     )  # fmt: skip
 
 
-def _many(  # noqa: PLR0913
+def _many(
     out: Tensor,
     x: Tensor,
     w: Weight,
@@ -505,7 +505,7 @@ def _plan(chosen: Tensor, count: int, exact: bool) -> Plan:
     return Plan(rows, expert, begin, torch.minimum(begin + height, bounds[expert + 1]))
 
 
-def linear(  # noqa: PLR0913
+def linear(
     x: Tensor,
     w: Weight,
     *,
@@ -521,7 +521,7 @@ def linear(  # noqa: PLR0913
     return _product_of(x, w, None, after, exact, None)
 
 
-def gated(  # noqa: PLR0913
+def gated(
     x: Tensor,
     gate: Weight,
     up: Weight,
@@ -546,7 +546,7 @@ def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Te
     return out
 
 
-def experts(  # noqa: PLR0913
+def experts(
     x: Tensor,
     chosen: Tensor,
     shares: Tensor,

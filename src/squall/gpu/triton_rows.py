@@ -57,7 +57,7 @@ def _rotate(
     tl.store(out + (row * heads + head) * SIZE + k[None, :], y, seen)
 
 
-def normalize(  # noqa: PLR0913
+def normalize(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -79,9 +79,7 @@ def normalize(  # noqa: PLR0913
     return out
 
 
-def rotate(  # noqa: PLR0913
-    x: Tensor, angles: Tensor, heads: int, head_dim: int, interleaved: bool
-) -> Tensor:
+def rotate(x: Tensor, angles: Tensor, heads: int, head_dim: int, interleaved: bool) -> Tensor:
     """The first columns of every head turned by angles: [n, cosines and then sines]."""
     n = len(x)
     x = x if x.stride(1) == 1 else x.contiguous()
