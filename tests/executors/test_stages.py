@@ -117,6 +117,8 @@ def test_tied_weights_adapters_and_guesses(tmp_path: Path, device: str) -> None:
         check(split, one, lambda m, chosen=chosen: m.logits(IDS, adapters=chosen), device)
     assert not np.array_equal(split.logits(IDS, adapters="a"), split.logits(IDS))
     assert tokens(split, IDS, adapters="b") == tokens(one, IDS, adapters="b")
+    split.re_isq("Q8_0")  # exact weights stay what they are, and adapters fit
+    check(split, one, lambda m: m.logits(IDS, adapters="a"), device)
     for draft in ("ngram", folder):
         with Model.open(folder, draft=draft, device=device, **FLOATS) as guessing:
             assert tokens(guessing, IDS[:9] * 5, max_tokens=30) == tokens(
