@@ -209,7 +209,7 @@ def _ranks(opening: Opening) -> Ranks | None:
         return None
     from squall.executors.parallel import Ranks
 
-    return Ranks.join(opening.tensor_parallel, device_name(opening.device), opening.command)
+    return Ranks(opening.tensor_parallel, device_name(opening.device), opening.command)
 
 
 def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
