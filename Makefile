@@ -20,7 +20,7 @@ NOTE = mkdir -p build && echo "  $(1) $$SECONDS s" >> build/steps
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build stub docs demo test nightly lint bench fuzz native sanitizers sanitize emulate simde clean
+.PHONY: help setup build stub docs demo test nightly ray gpu lint bench fuzz native sanitizers sanitize emulate simde clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -138,6 +138,22 @@ nightly: lint native sanitizers ## All of it at full length, on all CPUs: docs/t
 	@$(MAKE) --no-print-directory emulate HOW=
 	@$(MAKE) --no-print-directory simde
 	@$(BIN)/python -m pytest --timeout=3600
+
+# Ray in an environment of its own, which has the packages of .venv as well.
+$(VENV)-ray/built: $(VENV)/dev pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-ray
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" \
+	  > "$$($(VENV)-ray/bin/python -c "$$site")/squall.pth"
+	@$(VENV)-ray/bin/python -m pip install -qq --disable-pip-version-check \
+	  "$$(sed -n 's/^ray = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	@touch $@
+
+ray: $(VENV)-ray/built ## Tests of examples/ray_serve.py, with Ray in an environment of its own
+	@$(VENV)-ray/bin/python -m pytest -q tests/server/test_ray.py
+
+gpu: ## What needs a GPU, in under eight minutes: tests, then rates as shares of limits
+	@bench/gpu.sh
 
 bench: $(VENV)/built $(VENV)/model ## Start-up, limits of the machine, and Squall beside llama.cpp, ROUNDS (5) times
 	@$(BIN)/python bench/startup.py

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SLOW_S = 5.0  # from which on a test should say why
 NIGHTLY = os.environ.get("SQUALL_NIGHTLY") == "1"
+DEVICE = os.environ.get("SQUALL_TEST_DEVICE")
 
 
 def _take_one_cpu() -> None:
@@ -33,7 +34,22 @@ def _take_one_cpu() -> None:
         os.sched_setaffinity(0, {cpus[int(worker.removeprefix("gw")) % len(cpus)]})
 
 
+def _take_device(device: str) -> None:
+    """Models run there, in float32, unless a test says where."""
+    from squall import executors
+    from squall.executors.devices import Placement, Stage, device_name
+    from squall.opening import DEFAULTS, Opening
+
+    placement = Placement((Stage(device_name(device)),), dtype="f32")
+    executors.open.__kwdefaults__["placement"] = placement
+    Opening.__init__.__kwdefaults__ |= {"device": device, "dtype": "f32"}
+    for name in ("device", "dtype"):
+        object.__setattr__(DEFAULTS, name, Opening.__init__.__kwdefaults__[name])
+
+
 _take_one_cpu()
+if DEVICE is not None:
+    _take_device(DEVICE)
 hypothesis.settings.register_profile("check", deadline=None)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=3000)
 hypothesis.settings.load_profile("nightly" if NIGHTLY else "check")

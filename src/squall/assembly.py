@@ -15,25 +15,13 @@ from squall.adapters.shelf import Shelf
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint, open_gguf
 from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
-from squall.engine.memory import (
-    KvSize,
-    available_bytes,
-    choose_context,
-    choose_kv_tokens,
-    token_bytes,
-)
+from squall.engine.memory import DEFAULT_CONTEXT, KvSize, choose_context, choose_kv_tokens
 from squall.engine.request import Request
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest, SquallError
-from squall.executors import (
-    Executor,
-    Limits,
-    Placement,
-    ThreadPool,
-    default_threads,
-    thread_pool,
-)
-from squall.executors.devices import Stage, device_name
+from squall.executors import Executor, Limits, Placement, ThreadPool, devices
+from squall.executors.memory import Load, Sizes, available_bytes, together
+from squall.executors.sharding import shard
 from squall.locate import find_mmproj, locate, locate_uqff
 from squall.opening import NO_MMPROJ, Opening
 from squall.quant import Plan, Topology
@@ -88,10 +76,7 @@ def assemble(opening: Opening) -> Assembly:
     small = opening.of_draft
     models = [model] if small is None else [model, _prepared_draft(small, tokenizer)]
     engine = opening.engine or EngineConfig()
-    ranks = _ranks(opening)
-    if ranks is not None:
-        opening = replace(opening, device=ranks.device)
-    room = _room(models, opening, engine.max_seqs).among(ranks)
+    room = _room(models, opening, engine.max_seqs)
     template = opening.chat_template and template_of(checkpoint).replaced(opening.chat_template)
 
     def encode(text: str) -> list[int]:
@@ -106,7 +91,8 @@ def assemble(opening: Opening) -> Assembly:
     most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
     if small is not None:
         own = _merged(models[1], small)
-        draft = Draft(_executor(models[1], small, room.among(None), encode, own), executor.vocab)
+        beside = replace(room, placement=room.placement.first)
+        draft = Draft(_executor(models[1], small, beside, encode, own), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
     return Assembly(checkpoint, recipe, tokenizer, template or None, answering, adapters, sight)
@@ -194,36 +180,17 @@ class _Room:
     placement: Placement
     pool: ThreadPool
 
-    def among(self, ranks: Ranks | None) -> _Room:
-        """The same on all ranks."""
-        given = replace(self, placement=replace(self.placement, ranks=ranks))
-        if ranks is None:
-            return given
-        context, limits = ranks.agree((self.context, asdict(self.limits)))
-        return replace(given, context=context, limits=Limits(**limits))
-
-
-def _ranks(opening: Opening) -> Ranks | None:
-    """The processes that run the model together, once they are all there."""
-    if opening.tensor_parallel in (None, 1):
-        return None
-    from squall.executors.parallel import Ranks
-
-    return Ranks(opening.tensor_parallel, device_name(opening.device), opening.command)
-
 
 def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
     """Sizes of the context, and of the KV cache, which several models share."""
     kv = opening.kv or KvSize(tokens=opening.kv_tokens)
-    caches = [*models, *models[:1]] if opening.xlora else models
-    each = [token_bytes(recipe.decoder, opening.kv_dtype) for _, recipe, _ in caches]
-    weights = [checkpoint.size_bytes for checkpoint, _, _ in models]
-    memory = {"bytes_per_token": sum(each), "weight_bytes": sum(weights)}
+    placement, stages = place(models, opening)
+    loads = together(stages)
     trained, wanted = models[0][1].decoder.context, opening.context
     if wanted is None and opening.anymoe:
         wanted = min(trained, LONGEST_STEP)
-    size = choose_context(wanted, trained=trained, **memory)
-    tokens = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, **memory)
+    size = choose_context(wanted, trained=trained, loads=loads)
+    tokens = choose_kv_tokens(kv, context=size, max_seqs=max_seqs, loads=loads)
     limits = Limits(
         rows={"tokens": MAX_ROWS, "outputs": MAX_OUTPUTS},
         blocks=-(-tokens // kv.block_size),
@@ -231,13 +198,62 @@ def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
         kv_dtype=opening.kv_dtype,
     )
     size = min(size, tokens) if opening.context is None else size
-    return _Room(size, limits, placement_of(opening), thread_pool(opening.threads))
+    if placement.ranks is not None:
+        size, agreed = placement.ranks.agree((size, asdict(limits)))
+        limits = Limits(**agreed)
+    return _Room(size, limits, placement, executors.thread_pool(opening.threads))
 
 
-def placement_of(opening: Opening) -> Placement:
-    """Which devices the opening means."""
-    stages = (Stage(device_name(opening.device)),)
-    return Placement(stages, opening.exact, opening.dtype)
+def place(models: Sequence[Prepared], opening: Opening) -> tuple[Placement, list[Load]]:
+    """Where the first of the models runs, and what each stage holds; the others, whole, come last.
+
+    They run where the first one begins. Raises InvalidRequest for a device that is not here.
+    Of several ranks, which it waits for, this is of one.
+    """
+    ranks, topology = None, models[0][2].topology
+    if (opening.tensor_parallel or 1) > 1:
+        from squall.executors.parallel import Ranks
+
+        ranks = Ranks(opening.tensor_parallel or 1, opening.device, opening.command)
+        opening = replace(opening, device=ranks.device)
+    sizes = _sizes(models[0], opening, ranks)
+    others = [_sizes(model, opening) for model in models[1:]]
+    count = len(sizes.kv)
+    if opening.device == devices.AUTO and opening.device_layers is None:
+        stages = _chosen(sizes, others, models[0][1].decoder.context, opening)
+    else:
+        stages = devices.stages_of(opening.device, opening.device_layers)
+    own = [topology.device_of(layer) for layer in range(count)]
+    placement = Placement(stages, opening.exact, opening.dtype, ranks).overridden(
+        [device and devices.device_name(device) for device in own]
+    )
+    for device, _ in placement.spread(count):
+        devices.check(device)
+    loads = sizes.loads(placement.spread(count), devices.free_bytes)
+    for more in others:
+        loads += more.loads(placement.first.spread(len(more.kv)), devices.free_bytes)
+    return placement, loads
+
+
+def _chosen(
+    sizes: Sizes, others: Sequence[Sizes], trained: int, opening: Opening
+) -> tuple[devices.Stage, ...]:
+    """Layers to the GPUs that are here, with KV cache for what is asked for."""
+    kv = opening.kv or KvSize(tokens=opening.kv_tokens)
+    tokens = max(opening.context or min(trained, DEFAULT_CONTEXT), kv.tokens or 0)
+    beside = sum(more.bytes(tokens) for more in others)
+    layers = [sizes.bytes(tokens, i, i + 1) for i in range(len(sizes.kv))]
+    layers[0] += beside
+    gpus = {name: free for name, free in devices.free_gpus().items() if name.startswith("cuda")}
+    return devices.chosen(layers, sizes.bytes(tokens) + beside, gpus)
+
+
+def _sizes(model: Prepared, opening: Opening, ranks: Ranks | None = None) -> Sizes:
+    checkpoint, recipe, plan = model
+    program = decoder.compile(recipe.decoder, recipe.names, context=recipe.decoder.context)
+    store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
+    own = program if ranks is None else shard(program, store, ranks.rank, ranks.size)
+    return Sizes.of(own, store, opening.kv_dtype, caches=2 if opening.xlora else 1, whole=program)
 
 
 def _executor(
@@ -395,6 +411,6 @@ def _written(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, opening: Openin
         raise InvalidRequest(f"write_uqff is {str(path)!r}; the name must end in {UQFF}")
     if not plan.quantizes:
         raise InvalidRequest("write_uqff needs isq or a topology: what to quantize the weights to")
-    threads = opening.threads or default_threads()
+    threads = opening.threads or executors.default_threads()
     convert.write(checkpoint, recipe, plan, path, threads=threads, progress=opening.progress)
     return open_checkpoint(path)

@@ -80,8 +80,6 @@ class Report:
 
 
 async def run(load: Load, ask: Ask) -> Report:
-    """Put the load on."""
-
     async def place(number: int) -> list[Trace]:
         # Not a comprehension of tasks: the next request of a place begins when the last has ended.
         return [await ask(load, number * load.rounds + i) for i in range(load.rounds)]
@@ -109,8 +107,6 @@ async def run(load: Load, ask: Ask) -> Report:
 
 
 def run_all(loads: Sequence[Load], ask: Ask) -> list[Report]:
-    """Several loads, one after another."""
-
     async def every() -> list[Report]:
         first = await ask(Load(1, 1, 1, 2), 0)  # what only the first request pays for
         if first.error is not None:
@@ -145,8 +141,6 @@ def _ids(model: Model, load: Load, number: int) -> list[int]:
 
 
 def in_process(model: Model) -> Ask:
-    """Asks this model."""
-
     async def ask(load: Load, number: int) -> Trace:
         request = Request(
             ids=_ids(model, load, number),

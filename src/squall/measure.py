@@ -14,9 +14,11 @@ import numpy as np
 from squall import _native, decoder, executors, quant
 from squall.batch import Batch, Int32
 from squall.checkpoints import Checkpoint
-from squall.engine.memory import choose_context, token_bytes
+from squall.engine.memory import choose_context
 from squall.errors import InvalidRequest
 from squall.executors import CPU, CacheType, Limits, Phase, Placement, thread_pool
+from squall.executors.devices import free_bytes
+from squall.executors.memory import Sizes, together
 from squall.recipes import Recipe
 from squall.weights import Progress, WeightStore
 
@@ -116,13 +118,14 @@ class Bench:
             raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
         checkpoint, recipe, plan = prepared
         batch = workload.batch
-        size = choose_context(
-            max(workload.context, 1),
-            trained=recipe.decoder.context,
-            bytes_per_token=token_bytes(recipe.decoder, workload.kv_dtype) * batch,
-            weight_bytes=checkpoint.size_bytes,
-        )
-        program = decoder.compile(recipe.decoder, recipe.names, context=size)
+        trained = recipe.decoder.context
+        compiled = partial(decoder.compile, recipe.decoder, recipe.names)
+        store = WeightStore(checkpoint, plan=plan, exact=weights == "f32")
+        sizes = Sizes.of(compiled(context=trained), store, workload.kv_dtype, caches=batch)
+        loads = sizes.loads(placement.spread(len(sizes.kv)), free_bytes)
+        wanted = max(workload.context, 1)
+        size = choose_context(wanted, trained=trained, loads=together(loads))
+        program = compiled(context=size)
         self.checkpoint = checkpoint
         self.architecture = recipe.architecture
         self.workload = workload
@@ -134,7 +137,6 @@ class Bench:
             block_size=BLOCK_SIZE,
             kv_dtype=workload.kv_dtype,
         )
-        store = WeightStore(checkpoint, plan=plan, exact=weights == "f32")
         pool = thread_pool(threads)
         self.executor = executors.open(
             program, store, limits, placement=placement, pool=pool, progress=progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Literal, get_args
@@ -32,6 +32,7 @@ _KINDS = {
     ): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge image_bytes "
     "tensor_parallel",
     (str, "text"): "architecture chat_template device",
+    (int | str | list | tuple, "20 or '0:16;1:12'"): "device_layers",
     (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff",
 }
 # Named, as their modules are slow to import; who has such an object has its module too.
@@ -53,6 +54,7 @@ _APART = {
     ("anymoe", "adapters"): "merge them into a model first: squall adapters merge",
     ("xlora", "tensor_parallel"): "several ranks take no adapters",
     ("anymoe", "tensor_parallel"): "several ranks take no adapters",
+    ("device_layers", "tensor_parallel"): "every rank has all layers",
     ("merge", "write_uqff"): "merge first, with squall adapters merge, and quantize that",
 }
 _OF_ADAPTERS = ("adapters", "xlora", "anymoe")
@@ -62,7 +64,10 @@ _OF_ADAPTERS = ("adapters", "xlora", "anymoe")
 class Opening:
     """A GGUF file, the folder of a model or a model of the hub; without `path` the default one.
 
-    device: where the model runs: "cpu", "cuda", "cuda:1", "mps", or "torch", PyTorch on the CPU.
+    device: where the model runs: "cpu", "cuda", "cuda:1", "mps", or "torch", PyTorch on the CPU;
+        "auto": on the GPUs that are here, as far as it fits; layers on several: "cuda:0=16;cpu".
+    device_layers: layers on GPUs, as in mistral.rs: 20, of the first, or "0:16;1:12"; the rest run
+        on the CPU.
     exact: on a GPU, rows are the same bytes whatever they are computed with, as on the CPU; False:
         the fastest kernels.
     tensor_parallel: so many processes run a part of every layer each, on a GPU each; torchrun
@@ -107,6 +112,7 @@ class Opening:
     path: Path | None = None
     _: KW_ONLY
     device: str = "cpu"
+    device_layers: int | str | Sequence[str] | None = None
     exact: bool = True
     tensor_parallel: int | None = None
     command: tuple[str, ...] = ()

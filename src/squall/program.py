@@ -7,8 +7,10 @@ logits are wanted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Literal, TypeVar
 
 from squall.spec import Activation
@@ -401,41 +403,46 @@ class Program:
         """Every distinct weight, in order of first use."""
         return _fields_of(self.ops, (Matrix, Vector))
 
-    def cut(self, after: str) -> tuple[Program, Program]:
-        """Two programs that do the same: up to the op that makes the value `after`, and the rest.
+    @property
+    def layers(self) -> list[str]:
+        """What is made by each layer, in order: names of values."""
+        return [op.out.name for op in self.ops if re.fullmatch(r"layers\.\d+", op.out.name)]
 
-        What the second needs of the first's values are outputs of the one and inputs of the other.
-        Both give the same bytes as the whole if linears do not read the value itself, as after a
-        layer: a norm prepares its rows for them in another way than an input.
+    def stages(self, *after: str) -> list[Program]:
+        """Programs that together do the same, each up to the op that makes one of these values.
+
+        What one needs of the values that others before it make is an output of theirs and an input
+        of its own. All give the same bytes as the whole if linears do not read such a value
+        itself, as after a layer: a norm prepares its rows for them in another way than an input.
         """
-        at = next(i for i, op in enumerate(self.ops) if op.out.name == after) + 1
-        made = {*self.inputs, *(op.out for op in self.ops[:at])}
-        needed = [v for v in _fields_of(self.ops[at:], (Value,)) if v in made]
-        early = [v for v in self.outputs if v in made]
-        first = self._part(self.ops[:at], self.inputs, [*needed, *early])
-        second = self._part(self.ops[at:], needed, [v for v in self.outputs if v not in made])
-        return first, second
+        at = [i + 1 for i, op in enumerate(self.ops) if op.out.name in after]
+        parts = [self.ops[i:j] for i, j in pairwise([0, *at, len(self.ops)])]
+        needed = [_fields_of(ops, (Value,)) for ops in parts]
+        made = [{op.out for op in ops} for ops in parts]
+        found = []
+        for number, ops in enumerate(parts):
+            later = {value for values in needed[number + 1 :] for value in values}
+            outputs = [op.out for op in ops if op.out in later or op.out in self.outputs]
+            inputs = [value for value in needed[number] if value not in made[number]]
+            found.append(self._part(ops, inputs, outputs))
+        return found
 
     def _part(
         self, ops: Sequence[Op], inputs: Sequence[Value], outputs: Sequence[Value]
     ) -> Program:
-        """A program of some of the ops, with the values and caches that they use."""
-        used = [op.cache for op in ops if isinstance(op, Attend) and op.cache is not None]
-        number = {cache: i for i, cache in enumerate(dict.fromkeys(used))}
-        renumbered = tuple(
-            replace(op, cache=number[op.cache])
-            if isinstance(op, Attend) and op.cache is not None
-            else op
-            for op in ops
-        )
+        """A program of some of the ops, with the values, caches and memories that they use."""
+        attends = [op.cache for op in ops if isinstance(op, Attend)]
+        caches = sorted({cache for cache in attends if cache is not None})
+        memories = sorted({op.memory for op in ops if isinstance(op, Recall)})
         values = {*inputs, *(op.out for op in ops)}
         return replace(
             self,
-            ops=renumbered,
+            ops=tuple(_renumbered(op, caches, memories) for op in ops),
             values=tuple(value for value in self.values if value in values),
             inputs=tuple(inputs),
-            outputs=tuple(dict.fromkeys(outputs)),
-            caches=tuple(self.caches[cache] for cache in number),
+            outputs=tuple(outputs),
+            caches=tuple(self.caches[cache] for cache in caches),
+            memories=tuple(self.memories[memory] for memory in memories),
         )
 
     def describe(self) -> str:
@@ -443,9 +450,26 @@ class Program:
         return "\n".join(_line(number, op) for number, op in enumerate(self.ops))
 
 
+def _renumbered(op: Op, caches: Sequence[int], memories: Sequence[int]) -> Op:
+    """The op with the number that its cache or memory has among these."""
+    if isinstance(op, Attend) and op.cache is not None:
+        return replace(op, cache=caches.index(op.cache))
+    return replace(op, memory=memories.index(op.memory)) if isinstance(op, Recall) else op
+
+
+def op_weights(op: Op) -> list[Matrix | Vector]:
+    """The weights of an op, in order of its fields."""
+    return _parts(op, (Matrix, Vector))
+
+
 def matrices(op: Op) -> tuple[Matrix, ...]:
     """The matrices of an op, in order of its fields."""
     return tuple(_parts(op, (Matrix,)))
+
+
+def reads(op: Op) -> tuple[Value, ...]:
+    """The values that an op reads."""
+    return tuple(_parts(op, (Value,)))
 
 
 def sites(op: Op) -> tuple[Site, ...]:

@@ -116,6 +116,13 @@ class WeightStore:
         role = weight.role if weight.role in self._changed else ""
         return replace(weight, role=role), self.target(weight, stored)
 
+    def becomes(self, weight: Weight) -> int:
+        """Bytes of a weight in the format that it becomes."""
+        if isinstance(weight, Vector):
+            return 4 * weight.size
+        format = FORMATS[self.target(weight, self._tensor(weight.slices[0]).format)]
+        return weight.experts * weight.rows * -(-weight.cols // format.block) * format.block_bytes
+
     def target(self, weight: Matrix, stored: str) -> str:
         """The number format that rows of a matrix become; experts may be stored in several."""
         return "f32" if self.exact else self.plan.target(weight.role, stored, weight.whole[1])
@@ -164,14 +171,14 @@ class WeightStore:
         progress: called with (bytes done, bytes in all).
         """
         distinct = list({self.key(weight): weight for weight in weights}.values())
-        done, whole = 0, sum(map(self._nbytes, distinct))
+        done, whole = 0, sum(map(self.nbytes, distinct))
         for weight, following in zip_longest(distinct, distinct[1:]):
             for pages in self._pages(following):
                 pages.fetch()
             yield weight
             for pages in self._pages(weight):
                 pages.release()
-            done += self._nbytes(weight)
+            done += self.nbytes(weight)
             if progress is not None:
                 progress(done, whole)
 
@@ -224,7 +231,7 @@ class WeightStore:
         values[:, tensor.order] = stored.reshape(-1, tensor.cols)
         return name, values.reshape(-1).view(np.uint8)
 
-    def _nbytes(self, weight: Weight) -> int:
+    def nbytes(self, weight: Weight) -> int:
         """Bytes of a weight in the checkpoint."""
         tensor = self._tensor(weight.slices[0])
         units = tensor.rows * tensor.cols

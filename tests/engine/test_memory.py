@@ -10,14 +10,18 @@ from squall import Model
 from squall.engine import memory
 from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest, OutOfMemory
+from squall.executors.memory import Load, available_bytes
 
 MIB = 2**20
 
 
-def choose(wanted: int | None, *, trained: int = 32768, weight_bytes: int = 0) -> int:
-    return memory.choose_context(
-        wanted, trained=trained, bytes_per_token=MIB, weight_bytes=weight_bytes
-    )
+def holding(free_mib: int | None, weight_mib: int = 0) -> list[Load]:
+    """One device, where a token takes 1 MiB."""
+    return [Load("cpu", 1, weight_mib * MIB, MIB, None if free_mib is None else free_mib * MIB)]
+
+
+def choose(wanted: int | None, loads: list[Load], trained: int = 32768) -> int:
+    return memory.choose_context(wanted, trained=trained, loads=loads)
 
 
 @pytest.mark.parametrize(
@@ -30,35 +34,36 @@ def choose(wanted: int | None, *, trained: int = 32768, weight_bytes: int = 0) -
         (1000, 0, 128, 128),
     ],
 )
-def test_default(
-    monkeypatch: pytest.MonkeyPatch,
-    free_mib: int | None,
-    weight_mib: int,
-    trained: int,
-    chosen: int,
-) -> None:
-    free = None if free_mib is None else free_mib * MIB
-    monkeypatch.setattr(memory, "available_bytes", lambda: free)
-    assert choose(None, trained=trained, weight_bytes=weight_mib * MIB) == chosen
+def test_default(free_mib: int | None, weight_mib: int, trained: int, chosen: int) -> None:
+    assert choose(None, holding(free_mib, weight_mib), trained) == chosen
 
 
-def test_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 20000 * MIB)
-    assert choose(16384) == 16384
+def test_wanted() -> None:
+    assert choose(16384, holding(20000)) == 16384
     with pytest.raises(InvalidRequest, match="1 to 32768"):
-        choose(32769)
+        choose(32769, holding(20000))
     with pytest.raises(OutOfMemory, match="memory for 20000 tokens"):
-        choose(20001)
+        choose(20001, holding(20000))
 
 
-def kv(wanted: KvSize, *, context: int = 8192, max_seqs: int = 16, weight_mib: int = 0) -> int:
-    return memory.choose_kv_tokens(
-        wanted,
-        context=context,
-        max_seqs=max_seqs,
-        bytes_per_token=MIB,
-        weight_bytes=weight_mib * MIB,
-    )
+def test_the_fullest_device_decides() -> None:
+    """Each device has the layers' part of the KV cache, and all tokens have to be on each."""
+    loads = [
+        Load("cuda:0", 10, 1000 * MIB, MIB // 2, 3000 * MIB),
+        Load("cpu", 10, 5000 * MIB, MIB // 2, 10000 * MIB),
+    ]
+    assert choose(None, loads) == 2000
+    assert choose(4000, loads) == 4000
+    with pytest.raises(OutOfMemory, match="4001 MiB .* memory of cuda:0 for 4000 tokens"):
+        choose(4001, loads)
+    assert kv(KvSize(bytes=700 * MIB), loads) == 700
+    assert kv(KvSize(fraction=0.5), loads) == 2000
+    with pytest.raises(OutOfMemory, match="of cuda:0 for 4000 tokens"):
+        kv(KvSize(tokens=5000), loads)
+
+
+def kv(wanted: KvSize, loads: list[Load], *, context: int = 8192, max_seqs: int = 16) -> int:
+    return memory.choose_kv_tokens(wanted, context=context, max_seqs=max_seqs, loads=loads)
 
 
 @pytest.mark.parametrize(
@@ -73,15 +78,10 @@ def kv(wanted: KvSize, *, context: int = 8192, max_seqs: int = 16, weight_mib: i
     ],
 )
 def test_row_31_default_of_the_kv_cache(
-    monkeypatch: pytest.MonkeyPatch,
-    free_mib: int | None,
-    context: int,
-    max_seqs: int,
-    tokens: int,
+    free_mib: int | None, context: int, max_seqs: int, tokens: int
 ) -> None:
-    free = None if free_mib is None else free_mib * MIB
-    monkeypatch.setattr(memory, "available_bytes", lambda: free)
-    assert kv(KvSize(), context=context, max_seqs=max_seqs, weight_mib=1000) == tokens
+    loads = holding(free_mib, 1000)
+    assert kv(KvSize(), loads, context=context, max_seqs=max_seqs) == tokens
 
 
 @pytest.mark.parametrize(
@@ -96,20 +96,14 @@ def test_row_31_default_of_the_kv_cache(
         ({"tokens": 5000, "bytes": MIB}, 5000),
     ],
 )
-def test_size_of_the_kv_cache(
-    monkeypatch: pytest.MonkeyPatch, wanted: dict[str, Any], tokens: int
-) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 20000 * MIB)
-    assert kv(KvSize(**wanted), weight_mib=1000) == tokens
+def test_size_of_the_kv_cache(wanted: dict[str, Any], tokens: int) -> None:
+    assert kv(KvSize(**wanted), holding(20000, 1000)) == tokens
 
 
 @pytest.mark.parametrize("wanted", [{"tokens": 20001}, {"bytes": 20001 * MIB}, {"bytes": 5}])
-def test_a_kv_cache_that_does_not_fit(
-    monkeypatch: pytest.MonkeyPatch, wanted: dict[str, int]
-) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 20000 * MIB)
+def test_a_kv_cache_that_does_not_fit(wanted: dict[str, int]) -> None:
     with pytest.raises(OutOfMemory, match="memory"):
-        kv(KvSize(**wanted))
+        kv(KvSize(**wanted), holding(20000))
 
 
 @pytest.mark.parametrize(
@@ -138,5 +132,5 @@ def test_answers_do_not_depend_on_the_size(block_size: int) -> None:
 
 
 def test_this_machine() -> None:
-    free = memory.available_bytes()
+    free = available_bytes()
     assert free is None or 0 <= free < 2**50

@@ -130,10 +130,10 @@ def test_weights_change_while_a_draft_guesses(files: dict[str, Path]) -> None:
 def test_memory_of_a_draft_is_counted(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from squall.engine import memory
+    from squall.executors import devices
 
     path = files["q8_0"]
-    monkeypatch.setattr(memory, "available_bytes", lambda: 5 << 20)
+    monkeypatch.setattr(devices, "available_bytes", lambda: 5 << 20)
     with Model.open(path) as alone, Model.open(path, draft=path) as both:
         assert both.executor.blocks < alone.executor.blocks
 

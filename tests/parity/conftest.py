@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,8 @@ def _reference(program: Program, checkpoint: Checkpoint, keep: Sequence[str] = (
 def _native_on(isa: str) -> MakeExecutor:
     def make(program: Program, checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Any:
         with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("SQUALL_ISA", isa)
+            if isa:
+                environment.setenv("SQUALL_ISA", isa)
             options = _options(keep)
             return native(program, checkpoint, kv_dtype="f32", threads=1, **options)
 
@@ -63,6 +65,8 @@ def _native_on(isa: str) -> MakeExecutor:
 
 
 EXECUTORS = {"reference": _reference} | {isa: _native_on(isa) for isa in _native.isas()}
+if (DEVICE := os.environ.get("SQUALL_TEST_DEVICE")) is not None:
+    EXECUTORS = {DEVICE: _native_on("")}
 
 
 @pytest.fixture(params=EXECUTORS.values(), ids=EXECUTORS.keys())

@@ -172,7 +172,7 @@ def test_a_decoder_cut_in_two_gives_the_same_bytes(built: Build, case: Any) -> N
     store, pool = WeightStore(model.checkpoint), executors.thread_pool(2)
     one = executors.open(whole, store, limits, pool=pool)
     for after in ("embed", "layers.0", f"layers.{len(whole.caches) - 2}"):
-        parts = whole.cut(after)
+        parts = whole.stages(after)
         assert sum(len(part.caches) for part in parts) == len(whole.caches)
         first, second = (executors.open(part, store, limits, pool=pool) for part in parts)
         for start, stop in ((0, 20), (20, 21), (21, len(model.tokens))):

@@ -32,6 +32,7 @@ EXPECTED = {
     "streaming": "sea",
     "tools": "21 degrees in Paris",
 }
+TESTED_ELSEWHERE = {"ray_serve"}  # tests/server/test_ray.py
 ARGUMENTS = {"gguf": [str(find().parent), find().name]}
 
 
@@ -60,7 +61,11 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [e for e in sorted((ROOT / "examples").glob("*.py")) if e.stem not in TESTED_ELSEWHERE],
+    ids=lambda p: p.stem,
+)
 def test_example_runs(path: Path, adapted: list[str], shown: list[str]) -> None:
     given = {"adapters": adapted, "images": shown} | ARGUMENTS
     out = run(str(path), *given.get(path.stem, []))

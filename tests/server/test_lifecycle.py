@@ -56,17 +56,14 @@ main()
 # The machine has memory for the weights and 600 tokens of KV cache, or one CPU.
 SMALL = """
 import sys
+from dataclasses import replace
 from squall import assembly
 from squall.cli import main
-from squall.engine import memory
-choose = memory.choose_context
-def small(wanted, *, weight_bytes, bytes_per_token, **others):
-    free = weight_bytes + 600 * bytes_per_token
-    memory.available_bytes = lambda: free
-    return choose(
-        wanted, weight_bytes=weight_bytes, bytes_per_token=bytes_per_token, **others
-    )
-assembly.choose_context = small
+choose = assembly.choose_context
+def chosen(wanted, *, loads, trained):
+    loads[:] = [replace(load, free=load.weights + 600 * load.kv) for load in loads]
+    return choose(wanted, loads=loads, trained=trained)
+assembly.choose_context = chosen
 sys.argv[0] = "squall"
 main()
 """

@@ -24,7 +24,7 @@ from squall.text.answer import (
 )
 from squall.text.reasoning import MARKS, Reasoning
 from squall.text.tokenizer import Tokenizer
-from squall.text.tools import FORMATS, ToolFormat
+from squall.text.tool_formats import FORMATS, ToolFormat
 
 CALLS = [
     ("get_weather", {"city": 'Zürich "mitte" \\ }{', "days": [1, {"a": None}], "emoji": "🌧️ 雨"}),

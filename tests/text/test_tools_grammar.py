@@ -18,7 +18,8 @@ from squall.text.answer import AnswerParser, CallArguments, CallBegun, CallEnded
 from squall.text.grammar import Grammars
 from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
-from squall.text.tools import FORMATS, Tool, ToolFormat
+from squall.text.tool_formats import FORMATS, ToolFormat
+from squall.text.tools import Tool
 
 FUNCTIONS: list[dict[str, Any]] = [
     {"name": "now", "parameters": None},
@@ -127,7 +128,7 @@ def vocabulary(smollm: Tokenizer) -> Callable[[Sequence[str]], Vocabulary]:
 
 
 def lark(row: ToolFormat, tools: Sequence[Tool], **given: Any) -> str:
-    return row.grammar(tools, **given).lark()
+    return row.grammar(tools, **given).lark
 
 
 def bound(row: ToolFormat, vocabulary: Vocabulary) -> ToolFormat:

@@ -12,10 +12,12 @@ import pytest
 
 from squall.errors import InvalidRequest
 from squall.text.answer import AnswerParser, CallArguments, CallBegun, CallEnded
-from squall.text.chat import ChatTemplate
+from squall.text.chat import ChatPrompt, ChatTemplate
+from squall.text.conversation import conversation
 from squall.text.reasoning import Reasoning
 from squall.text.tokenizer import Tokenizer
-from squall.text.tools import FORMATS, Tool, tool_format
+from squall.text.tool_formats import FORMATS, tool_format
+from squall.text.tools import Tool
 
 FOLDER = Path(__file__).parent
 SOURCES = {
@@ -55,7 +57,7 @@ def render(
     row = tool_format(SOURCES[name], tokenizer)
     if row.join is None:  # such templates refuse several calls in a message
         messages = [*one_at_a_time(messages)]
-    shown, given = row.conversation(messages, tools)
+    shown, given = conversation(row, messages, tools)
     template = ChatTemplate(SOURCES[name], bos="<s>", eos="</s>")
     return "".join(piece.text for piece in template.render(shown, tools=given))
 
@@ -114,7 +116,7 @@ def test_tools_are_shown_once_and_the_system_message_too(name: str, smollm: Toke
 
 def test_a_template_without_tools_is_given_texts(smollm: Tokenizer) -> None:
     row = tool_format(SOURCES["chatml"], smollm)
-    shown, given = row.conversation(MESSAGES, TOOLS)
+    shown, given = conversation(row, MESSAGES, TOOLS)
     assert given is None
     assert [message["role"] for message in shown] == ["system", "user", "assistant", "user"]
     assert shown[0]["content"].startswith("Be brief.\n\n")
@@ -127,19 +129,19 @@ def test_a_template_without_tools_is_given_texts(smollm: Tokenizer) -> None:
 
 def test_a_template_that_refuses_system_messages(smollm: Tokenizer) -> None:
     source = "{{ raise_exception('System role not supported') }}"
-    shown, _ = tool_format(source, smollm).conversation(MESSAGES[1:2], TOOLS)
+    shown, _ = conversation(tool_format(source, smollm), MESSAGES[1:2], TOOLS)
     assert [message["role"] for message in shown] == ["user"]
     assert shown[0]["content"].endswith("\n\nQUESTION")
 
 
 def test_results_are_given_the_name_of_the_function(smollm: Tokenizer) -> None:
-    shown, _ = tool_format(SOURCES["hermes"], smollm).conversation(MESSAGES, TOOLS)
+    shown, _ = conversation(tool_format(SOURCES["hermes"], smollm), MESSAGES, TOOLS)
     assert [message.get("name") for message in shown[3:]] == ["get_weather", "now"]
 
 
 def test_ids_of_nine_characters(smollm: Tokenizer) -> None:
     row = tool_format(SOURCES["mistral"], smollm)
-    shown, _ = row.conversation(MESSAGES, TOOLS)
+    shown, _ = conversation(row, MESSAGES, TOOLS)
     ids = [call["id"] for call in shown[2]["tool_calls"]]
     assert [message["tool_call_id"] for message in shown[3:]] == ids
     assert all(len(id_) == 9 and id_.isalnum() for id_ in ids)
@@ -152,14 +154,14 @@ def test_ids_of_nine_characters(smollm: Tokenizer) -> None:
 def test_results_without_calls(smollm: Tokenizer) -> None:
     row = tool_format(SOURCES["hermes"], smollm)
     with pytest.raises(InvalidRequest, match="'call_now', which no call"):
-        row.conversation([MESSAGES[1], MESSAGES[4]], TOOLS)
+        conversation(row, [MESSAGES[1], MESSAGES[4]], TOOLS)
     # So do programs that write calls into the content.
     by_hand = [
         MESSAGES[1],
         {"role": "assistant", "content": "{}"},
         {"role": "tool", "content": "1"},
     ]
-    assert row.conversation(by_hand, TOOLS)[0] == by_hand
+    assert conversation(row, by_hand, TOOLS)[0] == by_hand
 
 
 @pytest.mark.parametrize("arguments", ["{", "[1]", "3", '{"a": ' * 100_000])
@@ -167,7 +169,7 @@ def test_arguments_that_are_no_object(arguments: str, smollm: Tokenizer) -> None
     call = {"id": "1", "function": {"name": "now", "arguments": arguments}}
     message = {"role": "assistant", "tool_calls": [call]}
     with pytest.raises(InvalidRequest, match=r"messages\[0\] calls 'now' with arguments"):
-        tool_format(SOURCES["hermes"], smollm).conversation([message], TOOLS)
+        conversation(tool_format(SOURCES["hermes"], smollm), [message], TOOLS)
 
 
 @sources
@@ -190,7 +192,7 @@ def test_what_tools_say_is_never_a_control_token(name: str, smollm: Tokenizer) -
             {"role": "tool", "tool_call_id": "call_now", "content": text},
         ]
         tools = [Tool("now", text, {"type": "object", "properties": {text: {"enum": [text]}}})]
-        shown, given = row.conversation(messages, tools)
+        shown, given = conversation(row, messages, tools)
         template = ChatTemplate(SOURCES[name], bos="<|im_start|>", eos="<|im_end|>")
         ids = smollm.encode_pieces(template.render(shown, tools=given))
         counts.append([token for token in ids if smollm.is_special(token)])
@@ -205,13 +207,13 @@ def test_marks_that_are_control_tokens(smollm_metadata: dict[str, Any]) -> None:
         tokens[token] = mark
     tokenizer = Tokenizer.from_gguf({**smollm_metadata, "tokenizer.ggml.tokens": tokens})
     row = tool_format(SOURCES["mistral-args"], tokenizer)
-    assert row.shown(tokenizer) == {5, 6}
-    assert Reasoning("[THINK]", "[/THINK]").shown(tokenizer) == {7, 8}
-    assert Reasoning("<think>", "</think>").shown(tokenizer) == frozenset()
+    assert ChatPrompt((), row, None).shown(tokenizer) == {5, 6}
+    for marks, ids in ((("[THINK]", "[/THINK]"), {7, 8}), (("<think>", "</think>"), set[int]())):
+        assert ChatPrompt((), None, Reasoning(*marks)).shown(tokenizer) == ids
     lark = row.grammar(TOOLS, required=True, parallel=True).value
     assert 'call1: "now" <[6]> arguments1' in lark
     messages = [*MESSAGES, {"role": "user", "content": "".join(marks)}]
-    shown, given = row.conversation(messages, TOOLS)
+    shown, given = conversation(row, messages, TOOLS)
     pieces = ChatTemplate(SOURCES["mistral-args"], bos="", eos="").render(shown, tools=given)
     ids = tokenizer.encode_pieces(pieces)
     assert [token for token in ids if token in marks.values()] == [5, 6, 5, 6]

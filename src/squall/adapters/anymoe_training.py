@@ -93,7 +93,7 @@ class _Training:
         self.gates = beginning(len(experts.layers), experts.count, self.config.hidden_size)
         gated = [op for op in program.ops if isinstance(op, MixtureOfExperts) and op.shared]
         self._roles = [op.router.role for op in gated]
-        first, _ = program.cut(gated[-1].x.name)
+        first, _ = program.stages(gated[-1].x.name)
         ops, outputs = tuple(map(_trained, first.ops)), tuple(op.x for op in gated)
         self._program = replace(first, ops=ops, outputs=outputs, caches=())
 
@@ -182,7 +182,6 @@ def _trained(op: Op) -> Op:
 
 
 def _starts(batch: Sequence[Example]) -> NDArray[np.intp]:
-    """The first row of each prompt."""
     return np.cumsum([0, *(len(ids) for ids, _ in batch[:-1])])
 
 

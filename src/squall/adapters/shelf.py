@@ -108,7 +108,6 @@ class Shelf:
         return name in self._versions
 
     def list(self) -> tuple[Info, ...]:
-        """All adapters."""
         with self._lock:
             return tuple(map(self._info, self._versions.values()))
 

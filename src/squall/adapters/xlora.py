@@ -91,7 +91,6 @@ class Config(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Config:
-        """That of a folder."""
         peft = read_json(folder / _CONFIGS[1]) or {}
         base = {"base_model_id": peft.get("base_model_name_or_path")}
         if (given := read_json(folder / _CONFIGS[0])) is None:
@@ -172,7 +171,6 @@ class Parts:
 
     @classmethod
     def read(cls, xlora: XLora, target: Target, hub: Hub | None = None) -> Parts:
-        """Those of a folder, for a base."""
         folder = (hub or Hub()).path(xlora.path)
         config, ordering = Config.read(folder), Ordering.read(xlora.order)
         ordering.check_base(config.base_model_id)
@@ -210,7 +208,7 @@ class Parts:
     def programs(self, recipe: Recipe, context: int) -> tuple[Program, Program]:
         """The first pass, which tells logits of scalings, and the second."""
         build = partial(decoder.compile, recipe.decoder, recipe.names, context=context)
-        first, _ = build(whole=True).cut("norm")
+        first, _ = build(whole=True).stages("norm")
         if self.config.scaling_pass_value:
             first = adaptable(first)
         return self._classified(first), adaptable(build(), self.columns, self.width)
@@ -284,16 +282,13 @@ class TwoPasses:
         self.kv_bytes = first.kv_bytes + second.kv_bytes
 
     def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
-        """See `Executor`."""
         self._load(self._store.replanned(plan), progress)
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
-        """Of both passes."""
         found: list[Phase] = []
         return self._first.profile(lambda: found.extend(self._second.profile(act))) + found
 
     def step(self, batch: Batch) -> Floats:
-        """See `Executor`."""
         scalings = {SCALINGS: self.scalings(batch)}
         return _run(self._second, self._mixtures[1], batch, scalings)
 

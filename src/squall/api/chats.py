@@ -13,14 +13,7 @@ from squall.api.structure import Structure
 from squall.engine.request import Piece
 from squall.errors import ContextLengthExceeded, InvalidRequest
 from squall.model import Model, Prompt
-from squall.text.answer import (
-    AnswerParser,
-    CallArguments,
-    CallBegun,
-    CallEnded,
-    Reasoned,
-    Said,
-)
+from squall.text import answer
 from squall.text.chat import ChatPrompt
 from squall.text.grammar import Grammar
 
@@ -29,7 +22,6 @@ CHARACTERS_PER_TOKEN = 64
 
 
 def chat_prompt(model: Model, request: ChatCompletionRequest) -> ChatPrompt:
-    """The prompt of a chat, in the model's chat template."""
     messages = [dict(message) for message in request.messages if not isinstance(message, str)]
     # Images are counted when they are read.
     texts = [{**message, "content": _texts(message["content"])} for message in messages]
@@ -68,10 +60,10 @@ def structure(
     )
     if asked is None or offer.required:
         return Structure("tools", calls)
-    field, answer = asked
-    if answer.kind not in ("json_schema", "json_object"):
+    field, shape = asked
+    if shape.kind not in ("json_schema", "json_object"):
         raise InvalidRequest(f"{field} must be JSON if there are tools; leave one of them out")
-    json_ = answer.value or '{"type": "object"}'
+    json_ = shape.value or '{"type": "object"}'
     rules = calls.value.removeprefix("start:")
     either = f"start: calls_ | answer_\nanswer_: %json {json_}\ncalls_: {rules}"
     return Structure(field, Grammar("lark", either))
@@ -83,7 +75,7 @@ class ChatAnswer:
     empty: the content of deltas that have none.
     """
 
-    def __init__(self, parser: AnswerParser, empty: str | None) -> None:
+    def __init__(self, parser: answer.AnswerParser, empty: str | None) -> None:
         self.reasoning_tokens = 0
         self.news: list[Delta] = []
         self.called = False  # and the last call is whole
@@ -94,7 +86,6 @@ class ChatAnswer:
 
     @property
     def message(self) -> ResponseMessage:
-        """All that was said."""
         made = (call for delta in self._deltas for call in delta.tool_calls)
         calls: tuple[ToolCall, ...] = ()
         for _, (first, *rest) in groupby(made, attrgetter("index")):
@@ -107,27 +98,31 @@ class ChatAnswer:
         )
 
     def take(self, piece: Piece) -> None:
-        """Go on with what the engine says."""
         self._pending += len(piece.ids)
         self.news = []
         for event in self._parser.push(piece.text, final=piece.finish_reason is not None):
-            if isinstance(event, Reasoned):
+            if isinstance(event, answer.Reasoned):
                 self.reasoning_tokens += self._pending
             self._pending = 0
-            self.called = isinstance(event, CallEnded) or (self.called and isinstance(event, Said))
-            if not isinstance(event, CallEnded):
+            self.called = isinstance(event, answer.CallEnded) or (
+                self.called and isinstance(event, answer.Said)
+            )
+            if not isinstance(event, answer.CallEnded):
                 self.news.append(_delta(event, self._empty))
         self._deltas += self.news
 
 
-def _delta(event: Reasoned | Said | CallBegun | CallArguments, empty: str | None) -> Delta:
+def _delta(
+    event: answer.Reasoned | answer.Said | answer.CallBegun | answer.CallArguments,
+    empty: str | None,
+) -> Delta:
     match event:
-        case Said(text):
+        case answer.Said(text):
             return Delta(content=text)
-        case Reasoned(text):
+        case answer.Reasoned(text):
             return Delta(content=empty, reasoning_content=text)
-        case CallBegun(index, id_, name):
+        case answer.CallBegun(index, id_, name):
             call = ToolCallDelta(index, CalledFunction(name), id_, "function")
-        case CallArguments(index, text):
+        case answer.CallArguments(index, text):
             call = ToolCallDelta(index, CalledFunction(arguments=text))
     return Delta(content=empty, tool_calls=(call,))

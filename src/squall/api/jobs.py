@@ -58,7 +58,6 @@ def start_chat(
 
 
 def chat_ids(model: Model, request: ChatCompletionRequest) -> list[int]:
-    """The prompt of a chat, in the model's chat template."""
     return model.encode_prompt(chats.chat_prompt(model, request))
 
 
@@ -99,7 +98,6 @@ class _Choice:
         self._told = False
 
     def take(self, piece: Piece) -> None:
-        """Go on with what the engine says."""
         if self._scores is not None:
             self.tokens.add_prompt(self._scores)
             self._scores = None
@@ -153,14 +151,12 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
         self._open = len(self._choices)
 
     def response(self) -> Whole:
-        """Wait for the whole of it."""
         with self:
             while self._open:
                 self._take(*self._mail.get())
         return self._response()
 
     async def response_async(self) -> Whole:
-        """Wait for the whole of it, without blocking the event loop."""
         with self:
             while self._open:
                 self._take(*await self._mail.get_async())
@@ -175,7 +171,6 @@ class Job(Closing, ABC, Generic[Asked, Whole, Part]):
                 yield self._chunk(usage=self.usage)
 
     async def chunks_async(self) -> AsyncIterator[Part]:
-        """Parts as they come; closing the iterator cancels the job."""
         with self:
             while self._open:
                 for chunk in self._chunks(self._take(*await self._mail.get_async())):
@@ -265,8 +260,6 @@ _Chat = Job[
 
 
 class ChatJob(_Chat):
-    """A chat's next message, or several to choose from."""
-
     kind = "chatcmpl"
     whole = responses.ChatCompletionResponse
     part = responses.ChatCompletionChunkResponse
@@ -400,7 +393,6 @@ def _completion(
 
 
 def _tokens(model: Model, asked: Request, *, wanted: bool) -> Tokens:
-    """Where the tokens of an answer go."""
     at_start = not asked.continues or (asked.scoring is not None and wanted)
     return Tokens(model.tokenizer, wanted=wanted, at_start=at_start, shown=asked.shown)
 

@@ -36,7 +36,6 @@ class PromptScores:
 
     @property
     def scoring(self) -> Scoring:
-        """What the request of the engine needs."""
         return Scoring(self._take)
 
     def _take(self, first: int, rows: Logits) -> None:
@@ -72,7 +71,6 @@ class Tokens:
         return self._sum / max(self._count, 1)
 
     def add_prompt(self, scores: PromptScores) -> None:
-        """The answer begins with its prompt."""
         for token, logprob, top in scores.found:
             self._add(token, logprob, top)
         self._prompt = len(self.entries)
@@ -102,7 +100,6 @@ class Tokens:
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> Logprobs:
-    """In the shape of chats."""
     return Logprobs(
         tuple(
             ResponseLogprob(
@@ -115,7 +112,6 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> Logprobs:
 
 
 def completion_logprobs(tokenizer: Tokenizer, entries: Sequence[Entry]) -> CompletionLogprobs:
-    """In the shape of completions."""
     return CompletionLogprobs(
         tokens=tuple(_name(_bytes(tokenizer, entry.token)) for entry in entries),
         token_logprobs=tuple(

@@ -45,7 +45,6 @@ def images_of(messages: Messages) -> list[dict[str, Any]]:
 
 
 def joined(*contents: Content) -> Content:
-    """One content of several."""
     if all(isinstance(content, str) for content in contents):
         return "".join(map(str, contents))
     lists = ([{"type": "text", "text": c}] if isinstance(c, str) else c for c in contents if c)
@@ -53,7 +52,6 @@ def joined(*contents: Content) -> Content:
 
 
 def check_short(name: str, values: Sized, most: int, what: str = "entries") -> None:
-    """Raises InvalidRequest for more than `most`."""
     if len(values) > most:
         raise InvalidRequest(f"{name} has {len(values)} {what}; at most {most} are allowed")
 
@@ -108,7 +106,6 @@ def _results_as_texts(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def text_of(content: object, where: str) -> str:
-    """The text of a content, or of its parts."""
     return str(content_of(content, where, "system"))
 
 

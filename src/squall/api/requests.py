@@ -28,7 +28,6 @@ MOST_PROCESSORS = 16
 MOST_TEMPLATE_KWARGS = 16_384  # characters, as JSON
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-NOT_YET = ("suffix",)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
 OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
@@ -85,20 +84,15 @@ class _Request(StructureFields, SamplingFields):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """`stop` as a list, however it was given."""
         stop = self.stop
         check(isinstance(stop, str | Sequence | None), "stop", stop, "a text or a list of texts")
         return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
         return bool((self.stream_options or {}).get("include_usage"))
 
     def _check(self) -> None:
-        for name in NOT_YET:
-            if getattr(self, name, None):
-                raise InvalidRequest(f"{name} is not supported yet; leave it out")
         check_fields(self)
         check_texts("stop", self.stops)
         check_short("stop", self.stops, MOST_STOPS)
@@ -148,12 +142,10 @@ class ChatCompletionRequest(_Request):
     chat_template_kwargs: Mapping[str, Any] | None = None
 
     def offer(self) -> Offer:
-        """The tools that an answer may call."""
         return offer(self.tools, self.tool_schemas, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def template_kwargs(self) -> Mapping[str, Any]:
-        """The variables for the chat template."""
         effort = self.reasoning_effort
         said = {} if effort is None else {"reasoning_effort": effort}
         thinks = {"enable_thinking": False} if effort == "none" else {}
@@ -197,17 +189,17 @@ class CompletionRequest(_Request):
 
     @property
     def candidates(self) -> int:
-        """How many answers are made to each prompt."""
         return self.n if self.best_of is None else self.best_of
 
     @property
     def prompts(self) -> list[str | Sequence[int]]:
-        """`prompt` as a list, however it was given."""
         given: Any = self.prompt
         alone = isinstance(given, str) or (len(given) and isinstance(given[0], int))
         return [given] if alone else list(given)
 
     def _check(self) -> None:
+        if self.suffix:
+            raise InvalidRequest("suffix is not supported yet; leave it out")
         super()._check()
         if self.tools or self.tool_schemas:
             name = "tools" if self.tools else "tool_schemas"

@@ -15,7 +15,6 @@ class Shape:
     """Turns a dataclass into plain data; fields marked `OMIT` are left out when they are empty."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As dicts, lists and plain values."""
         return {
             f.name: _plain(value)
             for f in fields(self)
@@ -81,12 +80,9 @@ class TopLogprob(Shape):
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseLogprob(Shape):
+class ResponseLogprob(TopLogprob):
     """A token of the answer, and the likeliest in its place."""
 
-    token: str
-    logprob: float
-    bytes: tuple[int, ...]
     top_logprobs: tuple[TopLogprob, ...]
 
 
@@ -219,15 +215,12 @@ class _Chunk(Shape, Generic[_Choice]):
     usage_follows: bool = field(default=False, metadata=OMIT)
 
     def to_dict(self) -> dict[str, Any]:
-        """As dicts, lists and plain values."""
         found = Shape.to_dict(self)
         return found | {"usage": None} if found.pop("usage_follows", False) else found
 
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletionResponse(_Whole[Choice]):
-    """A whole answer to a chat."""
-
     object: str = "chat.completion"
 
 
@@ -240,13 +233,9 @@ class ChatCompletionChunkResponse(_Chunk[ChunkChoice]):
 
 @dataclass(frozen=True, slots=True)
 class CompletionResponse(_Whole[CompletionChoice]):
-    """Whole completions."""
-
     object: str = "text_completion"
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionChunkResponse(_Chunk[CompletionChoice]):
-    """A part of completions; the one with the usage has no choices."""
-
     object: str = "text_completion"

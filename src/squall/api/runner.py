@@ -44,6 +44,8 @@ class _Runner:
     which_draft: a smaller model with the same vocabulary, which makes at most `speculative_gamma`
     guesses a step (docs/speculation.md).
 
+    num_device_layers: layers on GPUs, ["0:16", "1:12"]; the rest run on the CPU (docs/devices.md).
+
     anymoe_config: experts made of other models (docs/anymoe.md).
 
     no_paged_attn is accepted and changes nothing. Arguments whose feature is not there yet raise
@@ -74,8 +76,8 @@ class _Runner:
         context: int | None = None,
         threads: int | None = None,
     ) -> None:
-        if num_device_layers is not None:
-            raise InvalidRequest("num_device_layers is not supported yet; leave it out")
+        if num_device_layers is not None and isinstance(which, Model):
+            raise InvalidRequest("num_device_layers: the model is open already; give a Which")
         if in_situ_quant is not None and not isinstance(which, _OF_FLOATS):
             raise InvalidRequest("in_situ_quant: only folders of floats can be quantized; no file")
         if anymoe_config is not None and isinstance(which, Model):
@@ -91,6 +93,7 @@ class _Runner:
                 block_size=pa_blk_size or KvSize().block_size,
             ),
             isq=in_situ_quant,
+            device_layers=num_device_layers,
             anymoe=anymoe_config,
             engine=EngineConfig(
                 max_seqs=max_seqs,

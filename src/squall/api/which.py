@@ -15,8 +15,7 @@ from squall.opening import DEFAULTS, Opening
 from squall.quant.isq import Dtype
 
 Architecture = Enum(
-    "Architecture",
-    "Mistral Gemma Mixtral Llama Phi2 Phi3 Qwen2 Gemma2 Starcoder2 Phi3_5MoE",
+    "Architecture", "Mistral Gemma Mixtral Llama Phi2 Phi3 Qwen2 Gemma2 Starcoder2 Phi3_5MoE"
 )
 VisionArchitecture = Enum(
     "VisionArchitecture",
@@ -105,7 +104,6 @@ class _Adapted(Selection):
     plain: ClassVar[type[Selection]]
 
     def opening(self, others: Opening = DEFAULTS) -> Opening:
-        """See `Selection`."""
         given = {item.name: getattr(self, item.name) for item in fields(self)}
         ordering = Ordering.read(given["order"])
         ordering.check_base(given.get("model_id") or given.get("tok_model_id"))
@@ -161,7 +159,6 @@ class Which:
         dtype: ModelDType = ModelDType.Auto
 
         def opening(self, others: Opening = DEFAULTS) -> Opening:
-            """See `Selection`."""
             return replace(
                 others,
                 path=self.model_id,
@@ -259,7 +256,6 @@ class Which:
         max_edge: int | None = None
 
         def opening(self, others: Opening = DEFAULTS) -> Opening:
-            """See `Selection`."""
             names = ("tokenizer_json", "topology", "write_uqff", "from_uqff", "dtype")
             plain = Which.Plain(self.model_id, **{name: getattr(self, name) for name in names})
             arch = self.arch and vision_name(self.arch)

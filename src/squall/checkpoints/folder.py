@@ -91,7 +91,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    """The tensors and their files."""
     there = sorted(file.name for file in folder.iterdir())
     for kind in _KINDS:
         places: dict[str, str] = {}

@@ -30,8 +30,6 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A tensor of a file."""
-
     name: str
     format: str
     shape: tuple[int, ...]
@@ -92,7 +90,6 @@ def write_parts(file: IO[bytes], parts: Iterable[Part]) -> None:
 def write_safetensors(
     path: Path, items: Sequence[Item], *, force: bool, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file."""
     table: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     at = 0
     for item in items:

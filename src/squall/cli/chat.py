@@ -34,8 +34,6 @@ ROOM = 4
 
 
 class Chat:
-    """A conversation with a model, on the terminal."""
-
     def __init__(self, model: Model, settings: Settings, system: str | None) -> None:
         self._model = model
         self._settings = settings
@@ -49,7 +47,6 @@ class Chat:
         }
 
     def loop(self) -> None:
-        """Read and answer until the user leaves."""
         model = self._model
         _note(f"{model.architecture}, context {model.context} tokens (of {model.spec.context}).")
         _note(r"\help lists the commands.")

@@ -16,7 +16,6 @@ from squall.cli.opening import ModelFlags
 from squall.cli.options import ChatTemplate, ContextSize, DraftModel
 from squall.cli.selectors import Selected
 from squall.cli.toml_selector import TomlSelection
-from squall.errors import InvalidRequest
 from squall.opening import Opening
 
 if TYPE_CHECKING:
@@ -147,12 +146,8 @@ class ServeFlags(ModelFlags):
     interactive_mode: Annotated[
         bool, typer.Option("-i", "--interactive-mode", help="A chat here instead of a server.")
     ] = False
-    num_device_layers: Annotated[
-        str | None,
-        typer.Option("-n", "--num-device-layers", help="Layers on a GPU; 0 until there is one."),
-    ] = None
     no_paged_attn: Annotated[
-        bool, typer.Option("--no-paged-attn", help="Accepted; the CPU's KV cache is always paged.")
+        bool, typer.Option("--no-paged-attn", help="Accepted; the KV cache is always paged.")
     ] = False
 
     @property
@@ -160,17 +155,11 @@ class ServeFlags(ModelFlags):
         """See `ModelFlags`."""
         return self.interactive_mode
 
-    def check(self) -> None:
-        """Raises InvalidRequest for what would be silently without effect."""
-        if self.num_device_layers not in (None, "0", "0:0"):
-            raise InvalidRequest("--num-device-layers: this build runs on the CPU only; give 0")
-
     def served(self, selected: Selected) -> Model:
         """The model, with an engine for many requests."""
         from squall.engine.engine import EngineConfig
         from squall.engine.memory import KvSize
 
-        self.check()
         in_file = isinstance(selected, TomlSelection) and selected.no_kv_cache
         names = ("max_seqs", "max_queue", "prompt_batchsize", "prefix_cache_n")
         given = {name: getattr(self, name) for name in names}

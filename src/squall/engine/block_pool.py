@@ -24,7 +24,6 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """How many blocks can be taken."""
         return len(self._free) + len(self._kept)
 
     @property
@@ -59,7 +58,6 @@ class BlockPool:
             self._evict()
 
     def evict_all(self) -> None:
-        """Forget what every kept block holds."""
         while self._kept:
             self._evict()
 

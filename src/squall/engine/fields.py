@@ -58,11 +58,9 @@ class Number:
         return bool(finite and enough and number <= self.most)
 
     def complaint(self, name: str, value: object) -> str:
-        """What the sender of a wrong value is told."""
         return _complaint(name, value, self.allowed)
 
     def check(self, name: str, value: object) -> None:
-        """Raises InvalidRequest."""
         check(self.allows(value), name, value, self.allowed)
 
 
@@ -82,7 +80,6 @@ def texts(help: str) -> Any:
 
 
 def described(kind: type[Any]) -> Mapping[str, Number | str]:
-    """What is said of the fields of a dataclass."""
     return {f.name: f.metadata["about"] for f in fields(kind) if "about" in f.metadata}
 
 
@@ -94,7 +91,6 @@ def help_of(about: Number | str) -> str:
 
 
 def numbers_of(kind: type[Any]) -> dict[str, Number]:
-    """The fields of a dataclass that are described as numbers."""
     return {name: about for name, about in described(kind).items() if isinstance(about, Number)}
 
 
@@ -111,13 +107,11 @@ def check_fields(values: Any) -> None:
 
 
 def check_texts(name: str, value: object) -> None:
-    """Raises InvalidRequest if this is no list of texts."""
     right = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
     check(right, name, value, "a list of texts")
 
 
 def check(right: bool, name: str, value: object, allowed: str) -> None:
-    """Raises InvalidRequest unless the value is right."""
     if not right:
         raise InvalidRequest(_complaint(name, value, allowed))
 

@@ -33,12 +33,10 @@ class Mailbox(Generic[_Mail]):
             loop.call_soon_threadsafe(arrived.set)
 
     def get(self) -> _Mail:
-        """The next piece; the thread waits for it."""
         self._check_process()
         return self._pieces.get()
 
     async def get_async(self) -> _Mail:
-        """The next piece; the task waits for it."""
         self._check_process()
         arrived = asyncio.Event()
         self._waiter = asyncio.get_running_loop(), arrived
@@ -85,7 +83,6 @@ class Generation(Closing, Iterator[Piece], AsyncIterator[Piece]):
 
     @property
     def usage(self) -> Usage:
-        """Tokens and seconds so far."""
         return self._reply.usage
 
     def __next__(self) -> Piece:

@@ -124,7 +124,6 @@ class Reply:
             raise SamplingFailed("what may come next takes too long to find; simplify the grammar")
 
     def row(self) -> RowSampling:
-        """How its next token is drawn."""
         allowed = self._allowed.pop() if self._allowed else None
         early = self.usage.answer_tokens < self.request.sampling.min_tokens
         # Where nothing but the end is allowed, it comes, however early.

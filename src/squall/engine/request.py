@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.batch import Memory, Mixture
-from squall.engine.fields import Number, check_fields, shown, whole
+from squall.engine.fields import Number, check, check_fields, whole
 from squall.engine.sampling import MOST_TOP_LOGPROBS, Mask, Sampled, Sampling
 from squall.errors import InvalidRequest
 
@@ -51,11 +51,6 @@ Constraint = Callable[[], Matcher]
 
 def _check_whole(name: str, value: object, least: int, most: float = math.inf) -> None:
     Number(help="", whole=True, least=least, most=most).check(name, value)
-
-
-def _check(right: bool, name: str, value: object, allowed: str) -> None:
-    if not right:
-        raise InvalidRequest(f"{name} is {shown(value)}; it must be {allowed}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +158,14 @@ class Request:
         if not self.ids:
             raise InvalidRequest("the prompt is empty; give at least one token")
         for name, kind, allowed in _KINDS:
-            _check(isinstance(getattr(self, name), kind), name, getattr(self, name), allowed)
+            check(isinstance(getattr(self, name), kind), name, getattr(self, name), allowed)
         check_fields(self)
         if self.max_tokens is not None:
             _check_whole("max_tokens", self.max_tokens, int(self.scoring is None))
         right = all(isinstance(text, str) and text for text in self.stop)
-        _check(right, "stop", self.stop, "texts, none of them empty")
+        check(right, "stop", self.stop, "texts, none of them empty")
         right = all(isinstance(span, Span) for span in self.spans)
-        _check(right, "spans", self.spans, "a tuple of Spans")
+        check(right, "spans", self.spans, "a tuple of Spans")
         end = 0
         for span in self.spans:
             _check_whole("start of a span", span.start, end)
@@ -188,9 +183,8 @@ _KINDS: tuple[tuple[str, Any, str], ...] = (
 
 
 def _ids(name: str, given: Iterable[Any]) -> tuple[int, ...]:
-    """Token ids, checked."""
     right = isinstance(given, Iterable) and not isinstance(given, str | bytes)
-    _check(right, name, given, "token ids, such as a list")
+    check(right, name, given, "token ids, such as a list")
     ids = tuple(given)
     # One look at all of them is quick, and nearly always enough.
     if set(map(type, ids)) <= {int} and 0 <= min(ids, default=0) <= max(ids, default=0) < _ID_LIMIT:

@@ -28,10 +28,6 @@ from squall.engine.fields import (
 )
 from squall.errors import InvalidRequest, SamplingFailed
 
-TEMPERATURE = 0.7
-TOP_K = 0
-TOP_P = 0.95
-MIN_P = 0.0
 MOST_BIASES = 300
 MOST_BREAKERS = 64
 MOST_BREAKER_BYTES = 64
@@ -144,10 +140,10 @@ class Sampling:
     penalties of 0 and a `repetition_penalty` of 1. A `logit_bias` of -inf forbids a token.
     """
 
-    temperature: float = TEMPERATURE
-    top_k: int | None = TOP_K
-    top_p: float = TOP_P
-    min_p: float = MIN_P
+    temperature: float = 0.7
+    top_k: int | None = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
     seed: int = field(default_factory=random_seed)
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     frequency_penalty: float = 0.0
@@ -212,17 +208,14 @@ class SamplerState:
         return fork
 
     def append(self, token: int) -> None:
-        """The sequence goes on with `token`."""
         self.extend((token,))
 
     def extend(self, ids: Sequence[int]) -> None:
-        """The sequence goes on with `ids`."""
         breakers = self._breakers
         breaks = b"" if breakers is None else bytes(self._breaks(breakers, id_) for id_ in ids)
         self.native.extend(ids, breaks)
 
     def _breaks(self, breakers: Breakers, token: int) -> bool:
-        """Whether a breaker ends in this token."""
         before = len(self._tail)
         text = self._tail + breakers.token_bytes(token)
         self._tail = text[1 - MOST_BREAKER_BYTES :]

@@ -60,7 +60,6 @@ class Pace:
         return min(limit, max(rows, LEAST_ROWS))
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A step had so many rows and took so long."""
         if rows >= LEAST_ROWS:
             row_s = max(seconds, 1e-9) / rows
             self._row_s = row_s if self._row_s is None else (self._row_s + row_s) / 2
@@ -211,7 +210,6 @@ class Scheduler:
             self.cache.pool.release(sequence.blocks.pop(), keep=False)
 
     def _needed(self, tokens: int) -> int:
-        """The blocks of so many tokens."""
         return -(-tokens // self.cache.block_size)
 
     def _take(self, sequence: Sequence, blocks: int) -> None:

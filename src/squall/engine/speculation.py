@@ -89,7 +89,6 @@ class Cost:
         return self.fixed + self.row * rows
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A step had so many rows and took so long."""
         if self:
             # What else the machine does is not the step's.
             seconds = min(seconds, 3 * self.of(rows))
@@ -187,7 +186,6 @@ class Speculation:
         self._guessing: dict[int, Guessing] = {}
 
     def forget(self, number: int) -> None:
-        """The request is over."""
         self._guessing.pop(number, None)
 
     def guess(

@@ -60,11 +60,9 @@ class Stepper:
         self._beside = ThreadPoolExecutor(1, "squall-prepare")
 
     def close(self) -> None:
-        """There are no more steps."""
         self._beside.shutdown(wait=False)
 
     def add(self, reply: Reply) -> None:
-        """Answer this request too."""
         self.replies[reply.sequence.number] = reply
         self._scheduler.add(reply.sequence)
 

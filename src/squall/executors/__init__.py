@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from squall._native import ThreadPool as ThreadPool
 from squall.batch import Batch, Mixture, Sequences
 from squall.executors.devices import CPU as CPU
 from squall.executors.devices import Placement as Placement
+from squall.executors.devices import Stage
 from squall.program import Program, Site
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, WeightStore
@@ -175,22 +176,24 @@ def open(  # noqa: PLR0913
     keep: names of values that `value` can return after a run.
     progress: called with (bytes of the checkpoint loaded, bytes in all).
     """
+    given: dict[str, Any] = {"pool": pool, "keep": keep, "progress": progress}
     if placement.ranks is not None:
         from squall.executors.parallel import open_rank
 
-        return open_rank(
-            program, store, limits, placement=placement, pool=pool, keep=keep, progress=progress
-        )
-    device = placement.stages[0].device
+        return open_rank(program, store, limits, placement=placement, **given)
+    (device, _), *more = placement.spread(len(program.layers))
+    if more:
+        from squall.executors.staged import StagedExecutor
+
+        return StagedExecutor(program, store, limits, placement=placement, **given)
     if device == "cpu":
         from squall.executors.native import NativeExecutor
 
-        return NativeExecutor(program, store, limits, pool=pool, keep=keep, progress=progress)
+        return NativeExecutor(program, store, limits, **given)
     from squall.gpu.executor import TorchExecutor
 
-    return TorchExecutor(
-        program, store, limits, placement=placement, pool=pool, keep=keep, progress=progress
-    )
+    one = replace(placement, stages=(Stage(device),))
+    return TorchExecutor(program, store, limits, placement=one, **given)
 
 
 def default_threads() -> int:

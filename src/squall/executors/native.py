@@ -12,17 +12,12 @@ from numpy.typing import NDArray
 
 from squall import _native
 from squall import program as p
-from squall.batch import Batch, Int32, Mixture, Sequences
+from squall.batch import Mixture, Sequences
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.executors import CPU, Adapter, Floats, Limits, Memory, Phase, thread_pool
+from squall.executors import CPU, Adapter, Floats, Limits, Memory, Phase
+from squall.executors.base import NO_SEQUENCES, ProgramReader, Sites, layout_of, shapes_of, sites_of
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, Weight, WeightStore
-
-_NO_SEQUENCES = Sequences(
-    positions=np.empty(0, np.int32),
-    bounds=np.empty(0, np.int32),
-    block_tables=np.empty((0, 0), np.int32),
-)
 
 
 class Tiles:
@@ -113,10 +108,9 @@ def default_isa() -> str:
         raise InvalidRequest(str(error)) from None
 
 
-class NativeExecutor:
+class NativeExecutor(ProgramReader):
     """Runs a program on the CPU; see `Executor`, and `open` for the arguments."""
 
-    settles: int | None = None
     placement = CPU
 
     def __init__(
@@ -129,24 +123,8 @@ class NativeExecutor:
         keep: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
-        self.program = program
-        self.context = program.context
-        self.vocab = next((out.width for out in program.outputs if out.name == "logits"), 0)
-        embeds = (op for op in program.ops if isinstance(op, p.Embed))
-        self.ids = next((op.table.rows for op in embeds if op.index.name == "tokens"), 0)
-        self.image_width = next((v.width for v in program.inputs if v.name == "images"), 0)
-        self.blocks, self.block_size = limits.blocks, limits.block_size
-        self.max_rows = limits.rows.get("tokens", 0)
-        self.max_outputs = limits.rows.get("outputs", 0)
+        super().__init__(program, limits, pool, keep)
         self.isa = default_isa()
-        self.pool = pool or thread_pool()
-        self.threads = self.pool.threads
-        self._indices, self._spaces = program.indices, program.spaces
-        self.whole = any(index.name == "shared" for index in self._indices)
-        self._kept = frozenset(keep)
-        if missing := self._kept - {value.name for value in program.values}:
-            raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
-        self._limits = limits
         self._load(store, progress)
 
     def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
@@ -194,13 +172,11 @@ class NativeExecutor:
             executor.memory(memory.kv_heads, memory.head_dim)
         for value in program.inputs:
             executor.input(ids[value])
-        self._sites = _sites(program)
+        self._sites = sites_of(program)
         lowering = _Lowering(executor, tiles, ids, self._sites)
         for op in program.ops:
             _lower(op, lowering)
-        # Adapters fit wherever the weights that they may change are alike.
-        alike = ((number, m.rows, m.cols, table) for number, m, table in self._sites.values())
-        self._layout = hash(tuple(alike))
+        self._layout = layout_of(self._sites)
         executor.plan([ids[value] for value in program.outputs], self._layout)
         self._ids = {value.name: ids[value] for value in program.values}
         return executor
@@ -211,16 +187,7 @@ class NativeExecutor:
         made = _native.Adapter(self._layout)
         arena = _native.Arena(sum(part.data.nbytes for part in stored) + 8192 * len(stored))
         for site, term in terms.items():
-            if site not in self._sites:
-                raise InvalidRequest(f"the model has no weight {site[0]} for adapters to change")
-            number, matrix, table = self._sites[site]
-            rank, rows, cols = term.rank, matrix.rows, matrix.cols
-            shapes = ((rows, rank), (cols, rank)) if table else ((rank, cols), (rows, rank))
-            lacks = None in (term.a, term.b) and (rank != cols or (term.a is None) == table)
-            if lacks or (term.bias is not None and term.bias.shape != (rows,)):
-                raise InvalidRequest(
-                    f"an adapter lacks a part of what it adds to {site[0]}, or one does not fit"
-                )
+            shapes = shapes_of(self._sites, site, term)
             try:
                 a, b = (
                     None
@@ -228,7 +195,7 @@ class NativeExecutor:
                     else _native.pack(part.format, part.data, *shape, arena=arena)
                     for part, shape in zip((term.a, term.b), shapes, strict=True)
                 )
-                made.add(number, a, b, term.scale, term.bias)
+                made.add(self._sites[site][0], a, b, term.scale, term.bias)
             except ValueError as error:
                 raise InvalidRequest(f"an adapter does not fit {site[0]}: {error}") from None
         return made
@@ -242,18 +209,9 @@ class NativeExecutor:
         patient: bool = False,
     ) -> dict[str, Floats]:
         """See `Executor`. Raises InvalidRequest for what is missing, misshapen or out of range."""
-        rows: dict[str, int] = {}
-        indices: list[Int32] = []
-        values: list[Floats] = []
-        program, at = self.program, sequences or _NO_SEQUENCES
+        rows, indices, values = self._given(inputs)
+        program, at = self.program, sequences or NO_SEQUENCES
         try:
-            for index in self._indices:
-                found = inputs[index.name]
-                rows.setdefault(index.rows, found.shape[-1])
-                indices.append(found)  # type: ignore[arg-type]  # the core checks it
-            for value in program.inputs:
-                rows.setdefault(value.rows, len(inputs[value.name]))
-                values.append(inputs[value.name])  # type: ignore[arg-type]
             outputs = {
                 v.name: np.empty((rows[v.rows], v.width), np.float32) for v in program.outputs
             }
@@ -264,8 +222,6 @@ class NativeExecutor:
                 at.memories,  # type: ignore[arg-type]  # made here
                 patient,
             )  # fmt: skip
-        except KeyError as error:
-            raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
         except (ValueError, TypeError) as error:
             raise InvalidRequest(str(error)) from None
         return outputs
@@ -278,11 +234,6 @@ class NativeExecutor:
             raise InvalidRequest(str(error)) from None
         except MemoryError:
             raise OutOfMemory(f"{rows} rows of an image do not fit in memory") from None
-
-    def step(self, batch: Batch) -> Floats:
-        """See `Executor`."""
-        given = batch.inputs(self._indices, self.program.inputs)
-        return self.run(given, batch, batch.mixtures)["logits"]
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         """See `Executor`."""
@@ -301,22 +252,7 @@ class NativeExecutor:
 # ---- ops ----
 
 
-# The core's number of each weight that adapters may change, the weight, and whether it is a table.
-_Sites = Mapping[p.Site, tuple[int, p.Matrix, bool]]
 _Given = tuple[int, int, int | None, tuple[int, ...], int] | None
-
-
-def _sites(program: p.Program) -> _Sites:
-    found: dict[p.Site, tuple[int, p.Matrix, bool]] = {}
-    number = 0
-    for op in program.ops:
-        if getattr(op, "adapters", None) is None:
-            continue
-        for matrix in p.matrices(op):
-            for expert in range(matrix.experts):
-                found[matrix.role, expert] = (number, matrix, isinstance(op, p.Embed))
-                number += 1
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +262,7 @@ class _Lowering:
     core: _native.Executor
     weights: Tiles
     ids: Mapping[p.Value | p.Index | None, int]
-    sites: _Sites
+    sites: Sites
 
     def adapters(self, op: p.Embed | p.Linear | p.GatedLinear | p.MixtureOfExperts) -> _Given:
         """What rows add to the weights of an op, as the core is told."""

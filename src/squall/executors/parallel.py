@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,7 +59,7 @@ class Ranks:
 
     def __init__(self, size: int, device: str, command: Sequence[str]) -> None:
         """Waits for the others, which `command` starts where torchrun has not."""
-        cuda, env = device.startswith("cuda"), os.environ
+        cuda, env = re.fullmatch(r"cuda(:\d+)?", device) is not None, os.environ
         self.rank, self.size = int(env.get("RANK", 0)), size
         self.device = f"cuda:{env.get('LOCAL_RANK', 0)}" if cuda else device
         self.lost: str | None = None
@@ -240,6 +241,8 @@ def open_rank(
     ranks = placement.ranks
     assert ranks is not None
     try:
+        if len(placement.stages) > 1:
+            raise InvalidRequest("every rank has all layers: leave out the topology's devices")
         own = shard(program, store, ranks.rank, ranks.size)
         executor: Executor = TorchExecutor(own, store, limits, placement=placement, **given)
         if ranks.rank:

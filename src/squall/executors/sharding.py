@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from math import gcd, lcm
 
@@ -48,8 +48,8 @@ class _Edit:
         self._program, self._store, self._rank, self._size = program, store, rank, size
         self._ops = {op.out: _without_adapters(op) for op in program.ops}
         self._readers: dict[p.Value, list[p.Op]] = {}
-        for op in program.ops:
-            for value in _values(op):
+        for op in self._ops.values():
+            for value in p.reads(op):
                 self._readers.setdefault(value, []).append(op)
         self._narrow: dict[p.Value, p.Value] = {}
         self._caches = list(program.caches)
@@ -229,11 +229,6 @@ def _without_adapters(op: p.Op) -> p.Op:
     if isinstance(op, p.Embed | p.Linear | p.GatedLinear | p.MixtureOfExperts):
         return replace(op, adapters=None)
     return op
-
-
-def _values(op: p.Op) -> Iterable[p.Value]:
-    found = (getattr(op, field.name) for field in fields(op) if field.name != "out")
-    return (item for item in found if isinstance(item, p.Value))
 
 
 def _elements(vector: p.Vector, share: p.Part) -> p.Vector:

@@ -72,7 +72,16 @@ class Topology:
 
     def isq_of(self, layer: int) -> str | None:
         """The quantization of a layer, if any."""
-        covering = [found.isq for found in self.ranges if found.start <= layer < found.stop]
+        found = self._of(layer)
+        return None if found is None else found.isq
+
+    def device_of(self, layer: int) -> str | None:
+        """The device of a layer, if it is said."""
+        found = self._of(layer)
+        return None if found is None else found.device
+
+    def _of(self, layer: int) -> LayerRange | None:
+        covering = [found for found in self.ranges if found.start <= layer < found.stop]
         return covering[-1] if covering else None
 
     def check(self, layers: int) -> None:

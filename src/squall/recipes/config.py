@@ -40,8 +40,6 @@ F = TypeVar("F", bound=RecipeFunction)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A language model."""
-
     function: RecipeFunction
     naming: Naming
 

@@ -94,7 +94,6 @@ _INNER = ("model.language_model.", "language_model.model.", "model.text_model.")
 
 
 def in_multimodal(naming: Naming, tensors: Mapping[str, Tensor]) -> Naming:
-    """The names of a language model within a multimodal one."""
     found = (inner for inner in _INNER if any(name.startswith(inner) for name in tensors))
     inner = next(found, "model.")
     heads = (f"{where}lm_head" for where in ("", "language_model.", "model."))

@@ -81,7 +81,6 @@ def sectioned(c: ConfigFields, rope: Rope) -> Rope:
 def scaling(
     c: ConfigFields, at: str, dims: int, scalings: Mapping[str, Scaling]
 ) -> spec.RopeScaling | None:
-    """The rope scaling of the section `at`."""
     kind = c.word(f"{at}rope_type", c.word(f"{at}type", "default"))
     if kind not in scalings:
         known = ", ".join(scalings)
@@ -162,7 +161,6 @@ SCALINGS: dict[str, Scaling] = {
 
 
 def window(c: ConfigFields) -> int | None:
-    """The attention window of all layers."""
     return c.optional_count("sliding_window")
 
 
@@ -246,6 +244,5 @@ def decoder(
     feed_forward: Sequence[Mlp | Moe],
     **fields: Any,
 ) -> Decoder:
-    """The Decoder with these parts in its layers; `fields` are its others."""
     own = {"vocab": c.count("vocab_size"), "tied": is_tied(c)}
     return parts.decoder(c, norm, attention, feed_forward, **(own | fields))

@@ -167,7 +167,6 @@ def windows(c: Fields, *, period: int = 0, default: int | None = None) -> tuple[
 
 
 def attention(c: Fields, rope: Each[Rope | None], **fields: Each[Any]) -> tuple[Attention, ...]:
-    """The attention of every layer; `rope` and each of `fields` is for all, or a tuple has all."""
     own = {
         "scale": c.optional("attention.scale") or head_dim(c) ** -0.5,
         "qkv_bias": _have_bias(c, "attn_q", "attn_k", "attn_v", "attn_qkv"),
@@ -201,7 +200,6 @@ def decoder(
     feed_forward: Sequence[Mlp | Moe],
     **fields: Any,
 ) -> Decoder:
-    """The Decoder with these parts in its layers; `fields` are its others."""
     if "token_embd.weight" not in c.tensors:
         raise InvalidCheckpoint("the tensor 'token_embd.weight' is missing")
     own = {

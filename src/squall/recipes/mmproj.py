@@ -20,8 +20,7 @@ from squall.files import quote
 from squall.recipes import parts
 from squall.recipes.axial_towers import turned
 from squall.recipes.gguf_parts import GgufFields
-from squall.recipes.names import Naming, locate
-from squall.recipes.part import Part
+from squall.recipes.names import Naming, Part, locate
 from squall.roles import roles
 from squall.spec import Activation, Connector, Decoder, Layer, Mlp, Norm, Rope, Tower
 
@@ -83,8 +82,6 @@ _KNOWN += " has_vision_encoder has_text_encoder has_llava_projector has_qwen2vl_
 
 
 class _File:
-    """What the metadata says, and the tensors."""
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         metadata, self.tensors = checkpoint.metadata, checkpoint.tensors
         if str(metadata.get("general.architecture")) != "clip":
@@ -118,7 +115,6 @@ class _File:
         self.tiled = kind == "mlp" and pinned
 
     def shape(self, name: str) -> tuple[int, int]:
-        """Of a matrix."""
         found = self.tensors[name].shape if name in self.tensors else ()
         if len(found) != 2:
             raise InvalidCheckpoint(f"the tensor {name} is missing, or no matrix")

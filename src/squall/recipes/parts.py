@@ -61,7 +61,6 @@ def attention(c: Fields, rope: Each[Rope | None], **fields: Each[Any]) -> tuple[
 
 
 def mlp(c: Fields, activation: Activation, *, gated: bool, bias: Each[bool]) -> tuple[Mlp, ...]:
-    """The MLP of every layer."""
     widths = c.counts("feed_forward_length", layers=depth(c))
     return tuple(Mlp(width, activation, gated, _of(bias, i)) for i, width in enumerate(widths))
 
@@ -69,7 +68,6 @@ def mlp(c: Fields, activation: Activation, *, gated: bool, bias: Each[bool]) -> 
 def moe(
     c: Fields, activation: Activation, *, normalize: bool, jitter: float | None = None
 ) -> tuple[Moe, ...]:
-    """The mixture of experts of every layer."""
     experts, used = c.count("expert_count", high=1024), c.count("expert_used_count", high=1024)
     if used > experts:
         raise InvalidCheckpoint(f"{used} of {experts} experts a token is out of range")

@@ -58,13 +58,11 @@ def turn(said: list[Object], role: str, *, new: bool = False) -> Object:
 
 
 def say(said: list[Object], role: str, content: Content, *, new: bool = False) -> None:
-    """Somebody says something."""
     last = turn(said, role, new=new)
     last["content"] = joined(last.get("content", ""), content)
 
 
 def call(said: list[Object], id: str, name: str, arguments: str) -> None:
-    """The assistant calls a tool."""
     function = {"name": name, "arguments": arguments}
     calls = turn(said, "assistant").setdefault("tool_calls", [])
     calls.append({"id": id, "type": "function", "function": function})

@@ -113,7 +113,6 @@ class Answer(Response):
         await writer.part(self._dialect.end(job), last=True)
 
     def _note(self, job: AnyJob, visit: Visit) -> None:
-        """Tell metrics and log what became of it."""
         usage = job.usage
         self._service.metrics.observe(self._served.name, usage)
         visit.notes |= {
@@ -139,7 +138,6 @@ class Writer:
         self._started = False
 
     async def whole(self, response: Response) -> None:
-        """A complete response."""
         self._started = True
         await response(self._scope, self._receive, self._send)
 

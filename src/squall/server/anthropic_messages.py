@@ -42,7 +42,6 @@ class CountBody(AgentBody, frozen=True):
     stop_sequences: list[str] | None = None
 
     def request(self, **defaults: Any) -> ChatCompletionRequest:
-        """The same as a chat."""
         said: list[Object] = []
         for i, message in enumerate(self.messages):
             content = message.content
@@ -93,8 +92,6 @@ def _add(said: list[Object], role: str, block: Any, where: str) -> None:
 
 
 class Messages(Sections):
-    """Tells an answer as a message."""
-
     prefix = "msg_"
     silence = b'event: ping\ndata: {"type": "ping"}\n\n'
 

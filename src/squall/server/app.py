@@ -66,7 +66,6 @@ def create_app(
 
 
 def service_of(app: FastAPI) -> Service:
-    """What the parts of an application made here share."""
     service: Service = app.state.service
     return service
 

@@ -30,11 +30,9 @@ class Dialect:
         self.id = f"{self.prefix}{id}"
 
     def request(self, **defaults: Any) -> Any:
-        """What is asked of the API."""
         return self.body.request(**defaults)
 
     async def whole(self, job: AnyJob) -> str:
-        """The complete answer."""
         return str((await job.response_async()).to_json())
 
     def part(self, job: AnyJob, chunk: Any) -> bytes:  # noqa: ARG002

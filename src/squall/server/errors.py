@@ -51,7 +51,6 @@ class ApiError(Exception):
         return json.dumps({"error": told})
 
     def response(self, path: str) -> Response:
-        """The whole answer."""
         body, headers = self.body(path), {**self.headers}
         return Response(body, self.status, headers, media_type="application/json")
 
@@ -76,7 +75,6 @@ _FIELD = re.compile(r"([a-z]+(?:_[a-z]+)*(?:\[\d+\])?(?:\.[a-z_]+)?) (?:is|has|m
 
 
 def stopped(why: str) -> ApiError:
-    """What requests get that will not be answered."""
     status, type_, code = _KINDS[errors.EngineStopped]
     return ApiError(status, why, code, type_, headers={"Retry-After": str(RETRY_S)})
 

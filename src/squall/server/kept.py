@@ -34,6 +34,5 @@ class Kept:
         return self._told[tenant, id]
 
     def forget(self, tenant: str, id: str) -> None:
-        """Raises ApiError as `find` does."""
         self._bytes -= sum(map(len, self.find(tenant, id)))
         del self._told[tenant, id]

@@ -25,15 +25,12 @@ class Log:
 
     @property
     def keeps_bodies(self) -> bool:
-        """Whether requests and responses are wanted."""
         return self._file is not None
 
     def access(self, **fields: object) -> None:
-        """One request, after its response."""
         _write(self._stream, fields)
 
     def body(self, kind: str, request_id: str, data: bytes | bytearray) -> None:
-        """A request or a response for the file."""
         if self._file is not None:
             text = bytes(data[:MOST_BODY]).decode("utf-8", "replace")
             fields: dict[str, object] = {"id": request_id, kind: text}
@@ -42,7 +39,6 @@ class Log:
             _write(self._file, fields)
 
     def close(self) -> None:
-        """No more lines for the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -16,74 +16,63 @@ _FIRST_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _TOKEN_S = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 3, 10)
 
 
-# Families by name: what is told, and the label that values have beside the model's.
-_GAUGES = {
-    "requests_running": ("Answers in the making", ""),
-    "requests_waiting": ("Answers in the queue", ""),
-    "engine_alive": ("0 after an error in a step", ""),
-    "engine_stalled_seconds": ("Since a step should have ended", ""),
-    "kv_blocks": ("Blocks of KV cache", "state"),
-    "adapters": ("Adapters, with their weights in memory or without", "state"),
-    "adapter_bytes": ("Of adapters' weights in memory", ""),
-}
-_COUNTERS = {
-    "prompt_tokens": ("Prompt tokens computed", ""),
-    "prefix_hit_tokens": ("Prompt tokens found cached", ""),
-    "answer_tokens": ("Tokens sampled", ""),
-    "guessed_tokens": ("Tokens guessed and verified", ""),
-    "accepted_tokens": ("Guesses that were right", ""),
-    "preemptions": ("Answers that gave up their blocks", ""),
-    "engine_steps": ("Steps", ""),
-    "answers": ("Answers that ended", "end"),
-    "step_seconds": ("Time of steps", "part"),
-}
+_Row = tuple[str, str, str, Mapping[str, float]]
 
 
 class _ModelCollector(Collector):
-    """Reads the models' own counts when asked."""
-
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        found = {name: _values(model) for name, model in self._models.items()}
-        for kind, families in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
-            for name, (what, label) in families.items():
+        found = [_rows(model) for model in self._models.values()]
+        for which, kind in enumerate((GaugeMetricFamily, CounterMetricFamily)):
+            for rows in zip(*(both[which] for both in found), strict=True):
+                name, what, label, _ = rows[0]
                 family = kind(f"squall_{name}", what, labels=["model", label][: 1 + bool(label)])
-                for model, values in found.items():
-                    for value, number in values[name].items():
+                for model, (*_, values) in zip(self._models, rows, strict=True):
+                    for value, number in values.items():
                         family.add_metric([model, value][: 1 + bool(label)], number)
                 yield family
 
 
-def _values(model: Model) -> dict[str, dict[str, float]]:
-    """Of each family, by the values of its label."""
+def _rows(model: Model) -> tuple[list[_Row], list[_Row]]:
+    """Families: name, what is told, the label that values have beside the model's, and values."""
     engine, adapters = model.engine, model.adapters.list()
     loaded = [info for info in adapters if info.loaded]
     stats = engine.stats()
     counts = stats.counts
-    other_s = counts.step_s - counts.executor_s - counts.sampling_s
     free = stats.blocks - stats.blocks_used - stats.blocks_cached
-    return {
-        "requests_running": {"": stats.running},
-        "requests_waiting": {"": stats.waiting},
-        "engine_alive": {"": int(engine.alive)},
-        "engine_stalled_seconds": {"": stats.stalled_s},
-        "kv_blocks": {"used": stats.blocks_used, "cached": stats.blocks_cached, "free": free},
-        "adapters": {"loaded": len(loaded), "dropped": len(adapters) - len(loaded)},
-        "adapter_bytes": {"": sum(info.nbytes for info in loaded)},
-        "prompt_tokens": {"": counts.prompt_tokens},
-        "prefix_hit_tokens": {"": counts.cached_tokens},
-        "answer_tokens": {"": counts.answer_tokens},
-        "guessed_tokens": {"": counts.guessed_tokens},
-        "accepted_tokens": {"": counts.accepted_tokens},
-        "preemptions": {"": stats.preemptions},
-        "engine_steps": {"": counts.steps},
-        "answers": {end: getattr(counts, end) for end in ("finished", "cancelled", "errors")},
-        "step_seconds": {
-            "executor": counts.executor_s, "sampling": counts.sampling_s, "other": max(other_s, 0)
-        },
-    }  # fmt: skip
+    blocks = {"used": stats.blocks_used, "cached": stats.blocks_cached, "free": free}
+    shelf = {"loaded": len(loaded), "dropped": len(adapters) - len(loaded)}
+    ends = {end: getattr(counts, end) for end in ("finished", "cancelled", "errors")}
+    other_s = max(counts.step_s - counts.executor_s - counts.sampling_s, 0)
+    steps_s = {"executor": counts.executor_s, "sampling": counts.sampling_s, "other": other_s}
+    gauges: list[_Row] = [
+        ("requests_running", "Answers in the making", "", {"": stats.running}),
+        ("requests_waiting", "Answers in the queue", "", {"": stats.waiting}),
+        ("engine_alive", "0 after an error in a step", "", {"": int(engine.alive)}),
+        ("engine_stalled_seconds", "Since a step should have ended", "", {"": stats.stalled_s}),
+        ("kv_blocks", "Blocks of KV cache", "state", blocks),
+        ("adapters", "Adapters, with their weights in memory or without", "state", shelf),
+        (
+            "adapter_bytes",
+            "Of adapters' weights in memory",
+            "",
+            {"": sum(i.nbytes for i in loaded)},
+        ),
+    ]
+    counters: list[_Row] = [
+        ("prompt_tokens", "Prompt tokens computed", "", {"": counts.prompt_tokens}),
+        ("prefix_hit_tokens", "Prompt tokens found cached", "", {"": counts.cached_tokens}),
+        ("answer_tokens", "Tokens sampled", "", {"": counts.answer_tokens}),
+        ("guessed_tokens", "Tokens guessed and verified", "", {"": counts.guessed_tokens}),
+        ("accepted_tokens", "Guesses that were right", "", {"": counts.accepted_tokens}),
+        ("preemptions", "Answers that gave up their blocks", "", {"": stats.preemptions}),
+        ("engine_steps", "Steps", "", {"": counts.steps}),
+        ("answers", "Answers that ended", "end", ends),
+        ("step_seconds", "Time of steps", "part", steps_s),
+    ]
+    return gauges, counters
 
 
 class Metrics:
@@ -109,7 +98,6 @@ class Metrics:
         self._queue = histogram("squall_queue_seconds", "Waiting to run", _FIRST_S)
 
     def observe(self, model: str, usage: Usage) -> None:
-        """An answer is over."""
         if usage.completion_tokens:
             first_s = usage.total_time_sec - usage.total_completion_time_sec
             self._first.labels(model).observe(first_s)
@@ -118,5 +106,4 @@ class Metrics:
             self._each.labels(model).observe(1 / usage.avg_compl_tok_per_sec)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -18,9 +18,10 @@ from squall.adapters.shelf import Info
 from squall.api.chats import chat_prompt
 from squall.api.jobs import chat_ids, start_chat, start_completion
 from squall.api.messages import images_of
-from squall.api.requests import ChatCompletionRequest
+from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.errors import InvalidRequest
 from squall.model import Model
+from squall.server import schemas
 from squall.server.answer import Answer
 from squall.server.anthropic_messages import CountBody, Messages, MessagesBody
 from squall.server.dialect import AnyJob, Completions, Dialect
@@ -29,33 +30,20 @@ from squall.server.gate import Visit
 from squall.server.limits import check_encoding, check_values
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.openai_responses import Responses, ResponsesBody
-from squall.server.schemas import (
-    ActivateBody,
-    AdapterBody,
-    Body,
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    GenerationBody,
-    LoadBody,
-    ReIsqBody,
-    TokenizeBody,
-    UnloadBody,
-)
 from squall.server.service import Served, Service
 
-BODIES: tuple[type[Body], ...] = (
-    ChatBody, CompletionBody, ResponsesBody, MessagesBody, CountBody, TokenizeBody, DetokenizeBody,
-    ReIsqBody, ActivateBody, AdapterBody, LoadBody, UnloadBody,
+BODIES: tuple[type[schemas.Body], ...] = (
+    schemas.ChatBody, schemas.CompletionBody, ResponsesBody, MessagesBody, CountBody,
+    schemas.TokenizeBody, schemas.DetokenizeBody, schemas.ReIsqBody, schemas.ActivateBody,
+    schemas.AdapterBody, schemas.LoadBody, schemas.UnloadBody,
 )  # fmt: skip
 OPENAPI_PATHS = ("/openapi.json", "/api-doc/openapi.json")
 
-_BodyT = TypeVar("_BodyT", bound=Body)
+_BodyT = TypeVar("_BodyT", bound=schemas.Body)
 _Value = TypeVar("_Value")
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """All routes of a server."""
     router = APIRouter()
     for add in (_add_generation, _add_kept, _add_tokens, _add_models, _add_adapters, _add_state):
         add(router, service)
@@ -64,15 +52,17 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_generation(router: APIRouter, service: Service) -> None:
-    @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
+    @router.post("/v1/chat/completions", openapi_extra=_takes(schemas.ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        return await _answer(service, request, ChatBody, start_chat, Dialect)
+        return await _answer(service, request, schemas.ChatBody, start_chat, Dialect)
 
-    @router.post("/v1/completions", openapi_extra=_takes(CompletionBody))
+    @router.post("/v1/completions", openapi_extra=_takes(schemas.CompletionBody))
     async def completions(request: Request) -> Response:
         """What comes after a text, or after each of several."""
-        return await _answer(service, request, CompletionBody, start_completion, Completions)
+        return await _answer(
+            service, request, schemas.CompletionBody, start_completion, Completions
+        )
 
     @router.post("/v1/responses", openapi_extra=_takes(ResponsesBody))
     async def responses(request: Request) -> Response:
@@ -87,7 +77,7 @@ def _add_generation(router: APIRouter, service: Service) -> None:
 
 
 async def _answer(
-    service: Service, request: Request, kind: type[GenerationBody],
+    service: Service, request: Request, kind: type[schemas.GenerationBody],
     begin: Callable[..., AnyJob], tell: Callable[..., Dialect],
 ) -> Response:  # fmt: skip
     body, served = await _read(service, request, kind, generates=True)
@@ -122,24 +112,40 @@ def _add_kept(router: APIRouter, service: Service) -> None:
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
-    @router.post("/tokenize", openapi_extra=_takes(TokenizeBody))
+    @router.post("/tokenize", openapi_extra=_takes(schemas.TokenizeBody))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of a conversation."""
-        body, served = await _read(service, request, TokenizeBody)
+        body, served = await _read(service, request, schemas.TokenizeBody)
         model = served.model
         if body.prompt is not None and body.messages is None:
             encode = partial(model.encode, body.prompt, add_bos=body.add_special_tokens)
             ids = await _work(service, encode)
         else:
             ids = await _chat(service, partial(_as_chat, body), partial(chat_ids, model))
-        most = model.context
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
+        found = {"tokens": ids, "count": len(ids), "max_model_len": model.context}
+        if body.return_token_strs:
+            found["token_strs"] = [model.tokenizer.tokens[id_] for id_ in ids]
+        return JSONResponse(found)
 
-    @router.post("/render", openapi_extra=_takes(ChatBody))
+    @router.post("/render", openapi_extra=_takes(schemas.ChatBody))
     async def render(request: Request) -> Response:
         """The prompt of a chat as the model reads it, as text and as token ids."""
-        body, served = await _read(service, request, ChatBody)
+        body, served = await _read(service, request, schemas.ChatBody)
         return JSONResponse(await _chat(service, body.request, partial(_rendered, served.model)))
+
+    @router.post("/v1/chat/completions/render", openapi_extra=_takes(ChatBody))
+    async def render_chat(request: Request) -> Response:
+        """The token ids of a chat's prompt, as vLLM has them."""
+        body, served = await _read(service, request, ChatBody)
+        ids = await _chat(service, body.request, partial(chat_ids, served.model))
+        return JSONResponse({"model": served.name, "token_ids": ids})
+
+    @router.post("/v1/completions/render", openapi_extra=_takes(CompletionBody))
+    async def render_completion(request: Request) -> Response:
+        """The token ids of each prompt, as vLLM has them."""
+        body, served = await _read(service, request, CompletionBody)
+        prompts = await _work(service, partial(_prompts, served.model, body))
+        return JSONResponse([{"model": served.name, "token_ids": ids} for ids in prompts])
 
     @router.post(f"{MESSAGES}/count_tokens", openapi_extra=_takes(CountBody))
     async def count_tokens(request: Request) -> Response:
@@ -148,19 +154,25 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         ids = await _chat(service, body.request, partial(chat_ids, served.model))
         return JSONResponse({"input_tokens": len(ids)})
 
-    @router.post("/detokenize", openapi_extra=_takes(DetokenizeBody))
+    @router.post("/detokenize", openapi_extra=_takes(schemas.DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body, served = await _read(service, request, DetokenizeBody)
+        body, served = await _read(service, request, schemas.DetokenizeBody)
         return JSONResponse({"prompt": await _work(service, partial(_text, served.model, body))})
 
 
-def _as_chat(body: TokenizeBody) -> ChatCompletionRequest:
+def _as_chat(body: schemas.TokenizeBody) -> ChatCompletionRequest:
     if body.prompt is not None or body.messages is None:
         raise InvalidRequest("give a prompt or messages, one of them")
     given = body.given()
     del given["add_special_tokens"]
+    given.pop("return_token_strs", None)
     return ChatCompletionRequest(**given)
+
+
+def _prompts(model: Model, body: CompletionBody) -> list[list[int]]:
+    asked = CompletionRequest(prompt=body.prompt)
+    return [model.encode(p) if isinstance(p, str) else [*p] for p in asked.prompts]
 
 
 def _rendered(model: Model, asked: ChatCompletionRequest) -> dict[str, object]:
@@ -170,7 +182,7 @@ def _rendered(model: Model, asked: ChatCompletionRequest) -> dict[str, object]:
     return found | {"max_model_len": model.context}
 
 
-def _text(model: Model, body: DetokenizeBody) -> str:
+def _text(model: Model, body: schemas.DetokenizeBody) -> str:
     vocab = model.spec.vocab
     wrong = next((id_ for id_ in body.tokens if not 0 <= id_ < vocab), None)
     if wrong is not None:
@@ -182,13 +194,12 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.post("/re_isq", include_in_schema=False)
     async def re_isq(request: Request) -> Response:
         """Quantize the weights again; answers that are under way go on with the new ones."""
-        body, served = await _read(service, request, ReIsqBody)
+        body, served = await _read(service, request, schemas.ReIsqBody)
         await _work(service, partial(served.model.re_isq, body.ggml_type))
         return JSONResponse({"ggml_type": body.ggml_type})
 
     @router.post("/v1/images/generations", include_in_schema=False)
     async def images() -> Response:
-        """Not there yet."""
         raise ApiError(501, "images: not supported yet", "not_supported")
 
     @router.get("/v1/models")
@@ -209,10 +220,10 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         found = [(s, info) for s in service.models.values() for info in s.model.adapters.list()]
         return JSONResponse({"object": "list", "data": [_told(*each) for each in found]})
 
-    @router.post("/v1/adapters", openapi_extra=_takes(AdapterBody))
+    @router.post("/v1/adapters", openapi_extra=_takes(schemas.AdapterBody))
     async def load(request: Request) -> Response:
         """Load an adapter, or replace it; answers that are under way keep what they began with."""
-        body, served = await _read(service, request, AdapterBody)
+        body, served = await _read(service, request, schemas.AdapterBody)
         info = await _put(service, served, body.name, body.path, pinned=body.pinned)
         return JSONResponse(_told(served, info))
 
@@ -222,10 +233,10 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         _remove(service, name)
         return JSONResponse({"name": name, "object": "adapter", "deleted": True})
 
-    @router.post("/v1/load_lora_adapter", openapi_extra=_takes(LoadBody))
+    @router.post("/v1/load_lora_adapter", openapi_extra=_takes(schemas.LoadBody))
     async def load_lora(request: Request) -> Response:
         """Load an adapter, as vLLM has it."""
-        body, served = await _read(service, request, LoadBody)
+        body, served = await _read(service, request, schemas.LoadBody)
         name = body.lora_name
         if name in served.model.adapters and not body.load_inplace:
             why = f"the adapter {name!r:.200} is loaded already; load_inplace replaces it"
@@ -233,17 +244,17 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         await _put(service, served, name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", openapi_extra=_takes(UnloadBody))
+    @router.post("/v1/unload_lora_adapter", openapi_extra=_takes(schemas.UnloadBody))
     async def unload_lora(request: Request) -> Response:
         """Remove an adapter, as vLLM has it."""
-        body, _ = await _read(service, request, UnloadBody)
+        body, _ = await _read(service, request, schemas.UnloadBody)
         _remove(service, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
-    @router.post("/activate_adapters", openapi_extra=_takes(ActivateBody))
+    @router.post("/activate_adapters", openapi_extra=_takes(schemas.ActivateBody))
     async def activate(request: Request) -> Response:
         """The adapters of requests that name none."""
-        body, served = await _read(service, request, ActivateBody)
+        body, served = await _read(service, request, schemas.ActivateBody)
         served.model.adapters.activate(body.adapter_names)
         return JSONResponse({"adapter_names": body.adapter_names})
 
@@ -308,7 +319,7 @@ def _add_documentation(app: FastAPI) -> None:
 _REF = "#/components/schemas/{model}"
 
 
-def _takes(body: type[Body]) -> dict[str, Any]:
+def _takes(body: type[schemas.Body]) -> dict[str, Any]:
     """What a route says of its body; the route reads it itself, within limits."""
     schema = {"$ref": _REF.format(model=body.__name__)}
     content = {"application/json": {"schema": schema}}

@@ -58,7 +58,6 @@ def make_server(
     options: ServerOptions,
     started: Callable[[], None] = lambda: None,
 ) -> Server:
-    """What `serve_on` runs."""
     app = create_app(models, options)
     config = uvicorn.Config(
         app,

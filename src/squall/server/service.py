@@ -88,7 +88,6 @@ class Served:
         self.dead.set()
 
     async def watch(self, stall_s: float) -> None:
-        """Watch the engine until it is dead."""
         engine, loop = self.model.engine, asyncio.get_running_loop()
 
         def on_death(error: BaseException) -> None:
@@ -133,24 +132,20 @@ class Service:
 
     @property
     def sole(self) -> Served | None:
-        """The model, if there is only one."""
         first, *others = self.models.values()
         return None if others else first
 
     @property
     def why_dead(self) -> ApiError | None:
-        """Why a model is dead, if one is."""
         reasons = (served.why_dead for served in self.models.values())
         return next((reason for reason in reasons if reason is not None), None)
 
     @property
     def failed(self) -> list[Served]:
-        """The models whose engines died of an error."""
         return [served for served in self.models.values() if served.failed]
 
     @property
     def context(self) -> int:
-        """The longest context."""
         return max(served.model.context for served in self.models.values())
 
     def find(self, name: str | None) -> Served:
@@ -193,7 +188,6 @@ class Service:
 
     @property
     def not_allowed(self) -> ApiError:
-        """Clients may not change which adapters there are."""
         return ApiError(
             403, "adapters come only from folders that the server was started with: "
             "--adapter-folder FOLDER", "adapter_not_allowed",
@@ -216,7 +210,6 @@ class Service:
         return (self._readers if reads else self._workers).submit(function)
 
     async def run(self) -> None:
-        """Watch the engines."""
         await asyncio.gather(*(s.watch(self.options.stall_s) for s in self.models.values()))
 
     def close(self) -> None:

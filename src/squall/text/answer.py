@@ -23,15 +23,11 @@ _Step = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Reasoned:
-    """A part of the reasoning."""
-
     text: str
 
 
 @dataclass(frozen=True)
 class Said:
-    """A part of the content."""
-
     text: str
 
 

@@ -49,7 +49,6 @@ class ByteLevel:
         self._digits_alone = len(self._library.pre_tokenizer.pre_tokenize_str("11")) == 2
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:  # noqa: ARG002
-        """Ids of text that holds no control token."""
         if self._nfc:
             text = unicodedata.normalize("NFC", text)
         ids: list[int] = []
@@ -70,7 +69,6 @@ class ByteLevel:
         return ids
 
     def token_bytes(self, token: int, *, first: bool) -> bytes:  # noqa: ARG002
-        """What a token stands for."""
         text = self._vocabulary.tokens[token]
         if self._vocabulary.types[token] in (CONTROL, UNKNOWN, USER_DEFINED):
             return text.encode()

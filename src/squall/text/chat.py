@@ -19,8 +19,9 @@ from typing import Any
 from squall.errors import InvalidRequest, TemplateError
 from squall.files import parse_json, read_json, read_text
 from squall.text.answer import AnswerParser
+from squall.text.conversation import conversation
 from squall.text.images import Image, Placeholder, as_parts, as_texts, take
-from squall.text.reasoning import Reasoning, reasoning_of
+from squall.text.reasoning import Reasoning, control_ids, reasoning_of
 from squall.text.tokenizer import Piece, Tokenizer
 from squall.text.tool_formats import ToolFormat, tool_format
 from squall.text.tools import Tool
@@ -55,14 +56,12 @@ class ChatPrompt:
 
     @property
     def text(self) -> str:
-        """The whole of it."""
         return "".join(piece.text for piece in self.pieces)
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The control tokens that an answer's text must show to be read."""
-        return frozenset().union(
-            *(part.shown(tokenizer) for part in (self.format, self.reasoning) if part)
-        )
+        marks = [m for part in (self.format, self.reasoning) if part for m in part.marks()]
+        return frozenset(control_ids(tokenizer, marks).values())
 
     def parser(self, names: Collection[str] = ()) -> AnswerParser:
         """What reads one answer. names: of the tools that may be called."""
@@ -168,7 +167,7 @@ class ChatTemplate:
         source = self.source(with_tools=bool(tools))
         format_ = tool_format(source, tokenizer)
         messages, images = take(messages, placeholder)
-        messages, given = format_.conversation(messages, tools)
+        messages, given = conversation(format_, messages, tools)
         shown = messages if placeholder is None else self._shown(messages, placeholder, source)
         new = not continues
         pieces = self.render(shown, add_generation_prompt=new, tools=given, kwargs=kwargs)
@@ -206,7 +205,6 @@ class ChatTemplate:
             return ""
 
     def source(self, *, with_tools: bool) -> str:
-        """The template that is used for a chat."""
         name = "tool_use" if with_tools and "tool_use" in self.sources else "default"
         if not self.sources:
             raise TemplateError(f"the model has no chat template; {_REMEDY}")

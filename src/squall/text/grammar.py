@@ -76,11 +76,12 @@ class Grammar:
     """What an answer must be: `value` in the language `kind`.
 
     json_schema: a JSON text; json_object: nothing; choice: a JSON list of texts.
+    lark: the same in llguidance's Lark, with the rule `start`.
     """
 
     kind: Kind
     value: str = ""
-    _lark: str = field(default="", init=False, repr=False, compare=False)
+    lark: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in _KINDS:
@@ -92,7 +93,7 @@ class Grammar:
         limit = MAX_REGEX if self.kind == "regex" else MAX_BYTES
         if size > limit:
             raise InvalidRequest(f"the {self.kind} has {size} bytes; the limit is {limit}")
-        object.__setattr__(self, "_lark", _KINDS[self.kind](self.value))
+        object.__setattr__(self, "lark", _KINDS[self.kind](self.value))
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool | str | type) -> Grammar:
@@ -111,15 +112,11 @@ class Grammar:
         """One of `texts`, exactly."""
         return cls("choice", _dumped(texts))
 
-    def lark(self) -> str:
-        """The same in llguidance's Lark, with the rule `start`."""
-        return self._lark
-
     def unsupported(self) -> str:
         """What of it cannot be enforced; empty if all can."""
         from llguidance import LLMatcher
 
-        source, found = LLMatcher.grammar_from_lark(self.lark()), list[str]()
+        source, found = LLMatcher.grammar_from_lark(self.lark), list[str]()
         _deep(lambda: found.append(LLMatcher.validate_grammar(source)))
         return _told(found[0])
 
@@ -334,7 +331,7 @@ class Grammars:
             verbose_errors=False,
         )
         library, found = self._vocabulary.library, list[LLMatcher]()
-        source = grammar.lark()
+        source = grammar.lark
         parts = [{"name": "answer", "lark_grammar": source}]
         if after is not None:
             parts.insert(0, {"lark_grammar": self._reasoned(after)})
@@ -444,11 +441,9 @@ class Matcher:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing may follow."""
         return self._inner.is_stopped()
 
     def allowed(self, guesses: Sequence[int]) -> Sequence[NDArray[np.uint32]]:
-        """Bits of the ids that may be drawn next, and after each guess."""
         digits = self._digits
         rows = [self._row((), digits)]
         for i, guess in enumerate(guesses, 1):
@@ -468,7 +463,6 @@ class Matcher:
         return self._inner.compute_ff_tokens()[:most]
 
     def accept(self, token: int) -> None:
-        """Goes on after `token`, which was drawn."""
         if self.finished:
             return
         if not self._inner.consume_token(token):

@@ -38,8 +38,6 @@ _Step = Callable[[str, bool], str]  # of a token, and whether it is the first
 
 
 class HfTokenizer(Tokenizer):
-    """A `Tokenizer` from the files of a Hugging Face checkpoint."""
-
     @classmethod
     def from_folder(
         cls, path: str | os.PathLike[str], *, tokenizer_json: str | os.PathLike[str] | None = None
@@ -73,8 +71,6 @@ def read_vocabulary(path: Path) -> tuple[Vocabulary, Mapping[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """What the folder says of its tokenizer."""
-
     tokenizer: str
     spec: Mapping[str, Any]
     config: Mapping[str, Any]  # tokenizer_config.json over special_tokens_map.json
@@ -245,7 +241,6 @@ class _Codec:
         self.space_suffix = "BPEDecoder" in self._decoding.kinds
 
     def encode(self, text: str, *, first: bool) -> list[int]:
-        """Ids of text that holds no control token; `first`: nothing is before it."""
         library = self._first if first else self._later
         ids = ids_of(library, text)
         if self._controls.isdisjoint(ids):

@@ -34,7 +34,6 @@ class Placeholder:
         return re.compile("(" + re.escape(self.text).replace(re.escape(_NUMBER), r"\d{1,4}") + ")")
 
     def of(self, number: int) -> str:
-        """That of an image."""
         return self.text.replace(_NUMBER, str(number))
 
     def count(self, pieces: Sequence[Piece]) -> int:

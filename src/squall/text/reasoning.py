@@ -16,13 +16,11 @@ MARKS = (
 
 
 def control_id(tokenizer: Tokenizer, name: str) -> int | None:
-    """The id of a control token of that name, if there is one."""
     ids = tokenizer.encode(name, add_bos=False, specials=True)
     return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
 
 
 def control_ids(tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, int]:
-    """Those of the names that are control tokens, with their ids."""
     return {name: i for name in names if (i := control_id(tokenizer, name)) is not None}
 
 
@@ -34,9 +32,8 @@ class Reasoning:
     closing: str
     begun: bool = False
 
-    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Ids of the marks that are control tokens, whose names an answer's text must show."""
-        return frozenset(control_ids(tokenizer, (self.opening, self.closing)).values())
+    def marks(self) -> list[str]:
+        return [self.opening, self.closing]
 
 
 def reasoning_of(source: str, prompt: str) -> Reasoning | None:

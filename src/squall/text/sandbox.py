@@ -177,7 +177,6 @@ _BOUNDS: Mapping[str, Callable[..., object]] = {
 
 
 def _run(name: str, function: Callable[..., Any], /, *given: Any, **named: Any) -> Any:
-    """An operation within bounds."""
     if name in _BOUNDS:
         _BOUNDS[name](*given, *named.values())
     return _BUDGET.get().charge(function(*given, **named))
@@ -205,12 +204,10 @@ def to_json(
 
 
 def strftime_now(format: str) -> str:
-    """The present local time in the format asked for."""
     return str(_run("format", partial(trace, datetime.now().strftime), format))
 
 
 def raise_exception(message: Any) -> NoReturn:
-    """Lets a template refuse its input."""
     raise jinja2.TemplateError(str(message))
 
 
@@ -341,7 +338,6 @@ def _finalize(_: Context, value: Any) -> Any:
 
 
 def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter within bounds."""
     passing, writing = name in _PASSING.split(), name in _WRITING.split()
 
     @wraps(function)

@@ -127,18 +127,6 @@ class ToolFormat:
         parts = (self.opening, *self.leads, *self.heads, *self.tails, self.join or "")
         return _MARK.findall("".join((*parts, *self.closings)))
 
-    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Ids of the control tokens whose names an answer's text must show."""
-        return frozenset(control_ids(tokenizer, self.marks()).values())
-
-    def conversation(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-        """The messages and the tools as the chat template wants them."""
-        from squall.text.conversation import conversation
-
-        return conversation(self, messages, tools)
-
     def text(self, calls: Sequence[tuple[str, str]]) -> str:
         """Calls, of a name and arguments, as the model writes them."""
         parts = []

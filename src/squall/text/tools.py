@@ -10,10 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from squall.errors import InvalidRequest
-from squall.text.tool_formats import FORMATS as FORMATS
 from squall.text.tool_formats import TOOL_NAME
-from squall.text.tool_formats import ToolFormat as ToolFormat
-from squall.text.tool_formats import tool_format as tool_format
 
 MAX_SCHEMA = 100_000  # characters of a tool's parameters
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -21,8 +18,6 @@ NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call."""
-
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: NO_PARAMETERS)
@@ -64,7 +59,6 @@ class Tool:
         )
 
     def shown(self) -> dict[str, Any]:
-        """The tool as chat templates show it."""
         function = {
             "name": self.name,
             "description": self.description,

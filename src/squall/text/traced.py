@@ -96,7 +96,6 @@ def shown(value: Any) -> Any:
 
 
 def joined(strings: Iterable[str]) -> str:
-    """The strings as one."""
     return str(trace("".join, list(strings)))
 
 

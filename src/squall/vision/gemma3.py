@@ -11,8 +11,8 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import count, edges, resample
-from squall.vision.squares import rows, scale, windows
+from squall.vision.pixels import count, edges, resample, scale
+from squall.vision.rows import rows, windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,6 @@ class Gemma3(Family):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Gemma3:
-        """By config.json and preprocessor_config.json."""
         vision, size = config["vision_config"], edges(processor, "size", 224, square=True)
         patch = count(vision, "patch_size", 16)
         side = count(vision, "image_size", 224) // patch
@@ -73,7 +72,6 @@ class Gemma3(Family):
         )  # fmt: skip
 
     def read(self, image: Image.Image) -> Processed:
-        """The picture, and crops of it."""
         crops = self.scan.crops(image) if self.scan else []
         size = (self.side * self.patch,) * 2
         pictures = [self.scale(part.resize(size, self.filter)) for part in (image, *crops)]

@@ -12,8 +12,8 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import count, cut, resample
-from squall.vision.squares import Inputs, rows, scale, windows
+from squall.vision.pixels import count, cut, resample, scale
+from squall.vision.rows import Inputs, rows, windows
 
 FAKE = "<fake_token_around_image>"
 MOST = 4096  # pixels of an edge
@@ -35,7 +35,6 @@ class Idefics2(Family):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Idefics2:
-        """By config.json and preprocessor_config.json."""
         patch, side = _patches(config)
         size = processor.get("size") or {"shortest_edge": 378, "longest_edge": 980}
         least, most = (count(size, f"{edge}est_edge", high=MOST) for edge in ("short", "long"))
@@ -120,7 +119,6 @@ class Idefics3(Family):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Idefics3:
-        """By config.json and preprocessor_config.json."""
         (patch, side), merge = _patches(config), count(config, "scale_factor", 2, high=64)
         longest, tile = (
             count(processor.get(key) or {"longest_edge": default}, "longest_edge", high=MOST)

@@ -42,7 +42,6 @@ class Llava(Family):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Llava:
-        """By config.json and preprocessor_config.json."""
         vision, scale = config["vision_config"], Scale.of(processor)
         class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
         image_size = count(vision, "image_size", 336 if class_token else 224)
@@ -70,7 +69,6 @@ class Llava(Family):
         )  # fmt: skip
 
     def read(self, image: Image.Image) -> Processed:
-        """The picture, or its middle."""
         if self.pad is not None:
             image = square(image, self.pad)
         return self.rows(self.tile(image)[None])
@@ -120,7 +118,6 @@ class LlavaNext(Family):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> LlavaNext:
-        """By config.json and preprocessor_config.json."""
         size = edges(processor, "size", 224, square=False)
         crop = edges(processor, "crop_size", 224, square=True)
         base = (size, size) if isinstance(size, int) else size

@@ -13,8 +13,7 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import MOST_EDGE, MOST_PIXELS, Floats, count, patches, resample
-from squall.vision.squares import scale
+from squall.vision.pixels import MOST_EDGE, MOST_PIXELS, Floats, count, patches, resample, scale
 
 # Rows of a tile are filled up to a multiple of it.
 FULL = 8
@@ -40,7 +39,6 @@ class Mllama(Family):
 
     @classmethod
     def of(cls, config: Mapping[str, Any], processor: Mapping[str, Any]) -> Mllama:
-        """By config.json and preprocessor_config.json."""
         v, edges = config["vision_config"], processor.get("size") or {}
         size = count(v, "image_size", 448, high=MOST_EDGE)
         room = count(v, "max_num_tiles", 4, high=MOST_PIXELS // size**2)

@@ -33,7 +33,6 @@ class Phi3V(Family):
 
     @classmethod
     def of(cls, _config: Mapping[str, Any], processor: Mapping[str, Any]) -> Phi3V:
-        """By preprocessor_config.json."""
         crops = count(processor, "num_crops", 1, high=64)
         scale = Scale.of(
             {key: processor[key] for key in ("image_mean", "image_std") if key in processor}

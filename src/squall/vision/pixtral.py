@@ -8,10 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from squall.vision.axial import axial_rows
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import CLIP_MEAN, CLIP_STD, MOST_EDGE, count, resample
-from squall.vision.squares import scale
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, MOST_EDGE, count, resample, scale
+from squall.vision.rows import axial_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +47,6 @@ class Pixtral(Family):
         )  # fmt: skip
 
     def read(self, image: Image.Image) -> Processed:
-        """The whole picture, made smaller where it is too large."""
         most, side = self.most, self.patch * self.merge
         by = max(image.height / most[0], image.width / most[1], 1.0)
         lines, columns = (max(-(-int(n / by) // side), 1) for n in (image.height, image.width))

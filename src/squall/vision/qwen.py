@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from squall.errors import InvalidCheckpoint, InvalidRequest
-from squall.vision.axial import axial_rows
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import CLIP_MEAN, CLIP_STD, count, resample
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, count, resample, scale
 from squall.vision.placing import Run
-from squall.vision.squares import scale
+from squall.vision.rows import axial_rows
 
 MOST_ASPECT = 200
 
@@ -61,7 +60,6 @@ class Qwen(Family):
         )  # fmt: skip
 
     def read(self, image: Image.Image) -> Processed:
-        """The whole picture, at nearly its own size."""
         height, width = self.size(image.height, image.width)
         tile = self.scale(image.resize((width, height), self.filter))
         inputs = axial_rows(tile, self.patch, self.merge, self.window)

@@ -70,14 +70,12 @@ class Kept:
         self._lock = threading.Lock()
 
     def find(self, key: bytes) -> Floats | Memory | None:
-        """What was made before."""
         with self._lock:
             if key in self._found:
                 self._found.move_to_end(key)
             return self._found.get(key)
 
     def get(self, key: bytes, make: Callable[[], T]) -> T:
-        """What was made before, or is made now."""
         if (known := self.find(key)) is not None:
             return cast(T, known)
         made = make()
@@ -129,10 +127,10 @@ class Sight:
         return tower, None if keys is None else self._beside(keys, store, limits)
 
     def _beside(self, program: Program, store: WeightStore, limits: Limits) -> Executor:
-        """An executor where the decoder is."""
+        """An executor where the decoder begins."""
         decoder = self._decoder
         return executors.open(
-            program, store, limits, placement=decoder.placement, pool=decoder.pool
+            program, store, limits, placement=decoder.placement.first, pool=decoder.pool
         )
 
     def _use(self, store: WeightStore, tower: Executor, keys: Executor | None) -> None:
@@ -149,7 +147,6 @@ class Sight:
         return Seen(self.family.process(image), digest(image))
 
     def adapter(self, terms: Mapping[Site, Term]) -> Adapted:
-        """An adapter for all programs; see `Executor.adapter`."""
         made, rest = [], dict(terms)
         for executor in (self._tower, self._keys):
             if executor is None:
@@ -160,11 +157,7 @@ class Sight:
         return Adapted(self._decoder.adapter(rest), tower, keys[0] if keys else None)
 
     def fields(
-        self,
-        placed: Placed | None,
-        images: Sequence[Seen],
-        adapters: Adapting,
-        scope: CacheScope,
+        self, placed: Placed | None, images: Sequence[Seen], adapters: Adapting, scope: CacheScope
     ) -> dict[str, Any]:
         """What a `Request` has of images besides ids; the tower reads those that it has to.
 

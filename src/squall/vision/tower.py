@@ -40,7 +40,6 @@ IMAGE = "image"
 
 
 def compile(tower: Tower, connector: Connector | Perceiver, names: p.Names) -> p.Program:
-    """The program of both."""
     shapes = {TOWER + role: shape for role, shape in roles(tower).items()}
     shapes |= {CONNECTOR + role: shape for role, shape in roles(connector).items()}
     b = Blocks(names, shapes, ROTARY)
@@ -74,7 +73,6 @@ def embed(b: Blocks, tower: Tower, patches: p.Value) -> p.Value:
 
 
 def _tiled(b: Blocks, x: p.Value, role: str, index: p.Index, gate: float) -> p.Value:
-    """With what is learned for tiles."""
     learned = _learned(b, f"{TOWER}tiles.{role}.positions", index)
     out = b.builder.value(f"tiled.{role}", x.width, x.rows)
     return b.builder.emit(p.Add(out, x, learned, gate))
@@ -140,7 +138,6 @@ def connect(b: Blocks, c: Connector, x: p.Value) -> p.Value:
 
 
 def perceive(b: Blocks, c: Perceiver, x: p.Value) -> p.Value:
-    """Latents that have read."""
     context = b.feed_forward(x, f"{CONNECTOR}mlp", f"{CONNECTOR}mlp", c.mlp)
     out = b.builder.value("context", c.hidden, MERGED)
     context = b.builder.emit(p.GatherRows(out, context, p.Index(MERGED, MERGED)))

@@ -1,0 +1,187 @@
+"""Executors in a row: stages of one program, each on a device of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from squall import executors
+from squall.batch import Mixture, Sequences
+from squall.executors import (
+    Adapter,
+    Floats,
+    Limits,
+    Memory,
+    Phase,
+    Placement,
+)
+from squall.executors.base import ProgramReader
+from squall.executors.devices import Stage
+from squall.program import Program, Site, sites
+from squall.quant import FormatTotal, Plan
+from squall.weights import Progress, Term, WeightStore
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Adapters:
+    """An adapter, stage by stage."""
+
+    parts: Sequence[Adapter | Memory | None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts if part is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Memories(_Adapters):
+    """A memory, stage by stage; counts: how many of the program's memories each has."""
+
+    parts: Sequence[Memory | None]
+    counts: Sequence[int]
+    rows: int
+
+    def write(self, first: int, keys: Sequence[Floats], values: Sequence[Floats]) -> None:
+        """See `Memory`."""
+        at = 0
+        for part, count in zip(self.parts, self.counts, strict=True):
+            if part is not None:
+                part.write(first, keys[at : at + count], values[at : at + count])
+            at += count
+
+
+class StagedExecutor(ProgramReader):
+    """Runs a program's layers where the placement says; see `Executor` and `executors.open`."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        program: Program,
+        store: WeightStore,
+        limits: Limits,
+        *,
+        placement: Placement,
+        pool: executors.ThreadPool | None = None,
+        keep: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(program, limits, pool, keep)
+        self.placement = placement
+        layers = program.layers
+        self._spread = placement.spread(len(layers))
+        ends = accumulate(count for _, count in self._spread[:-1])
+        self._programs = program.stages(*(layers[end - 1] for end in ends))
+        values = [{value.name for value in part.values} for part in self._programs]
+        # What no stage has, the first one refuses.
+        self._keeper = {
+            name: next((i for i, names in enumerate(values) if name in names), 0) for name in keep
+        }
+        self._sites = {
+            site: number
+            for number, part in enumerate(self._programs)
+            for op in part.ops
+            for site in sites(op)
+        }
+        self._load(store, progress)
+
+    def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
+        """See `Executor`. Not during a run."""
+        self._load(self._store.replanned(plan), progress)
+
+    def _load(self, store: WeightStore, progress: Progress | None) -> None:
+        sizes = [sum(map(store.nbytes, part.weights())) for part in self._programs]
+        stages = [
+            executors.open(
+                part, store, self._limits, pool=self.pool,
+                placement=replace(self.placement, stages=(Stage(device),)),
+                keep=[name for name, keeper in self._keeper.items() if keeper == number],
+                progress=progress and partial(_told, progress, sum(sizes[:number]), sum(sizes)),
+            )
+            for number, (part, (device, _)) in enumerate(
+                zip(self._programs, self._spread, strict=True)
+            )
+        ]  # fmt: skip
+        self._stages, self._store, self.plan = stages, store, store.plan
+        self.formats = _together(total for stage in stages for total in stage.formats)
+        self.weight_bytes = sum(stage.weight_bytes for stage in stages)
+        self.kv_bytes = sum(stage.kv_bytes for stage in stages)
+        counts = (count for _, count in self._spread)
+        self.isa = ", then ".join(
+            f"{count} layers on {stage.isa}" for count, stage in zip(counts, stages, strict=True)
+        )
+
+    def run(
+        self,
+        inputs: Mapping[str, NDArray[np.generic]],
+        sequences: Sequences | None = None,
+        mixtures: Sequence[Mixture] = (),
+        *,
+        patient: bool = False,
+    ) -> dict[str, Floats]:
+        """See `Executor`."""
+        made: dict[str, NDArray[np.generic]] = dict(inputs)
+        outputs: dict[str, Floats] = {}
+        for number, stage in enumerate(self._stages):
+            found = stage.run(
+                made, _recalling(sequences, number), _adapted(mixtures, number), patient=patient
+            )
+            made |= found
+            outputs |= found
+        return {value.name: outputs[value.name] for value in self.program.outputs}
+
+    def adapter(self, terms: Mapping[Site, Term]) -> Adapter:
+        """See `Executor`."""
+        parts: list[dict[Site, Term]] = [{} for _ in self._stages]
+        for site, term in terms.items():
+            parts[self._sites.get(site, 0)][site] = term  # an unknown one is refused there
+        return _Adapters([s.adapter(part) for s, part in zip(self._stages, parts, strict=True)])
+
+    def memory(self, rows: int) -> Memory:
+        """See `Executor`."""
+        counts = [len(part.memories) for part in self._programs]
+        made = zip(self._stages, counts, strict=True)
+        return _Memories([stage.memory(rows) if n else None for stage, n in made], counts, rows)
+
+    def profile(self, act: Callable[[], None]) -> list[Phase]:
+        """See `Executor`."""
+        found: list[Phase] = []
+        for stage in self._stages:
+            act = partial(lambda profile, act: found.extend(profile(act)), stage.profile, act)
+        act()
+        return found
+
+    def value(self, name: str) -> Floats:
+        """See `Executor`."""
+        return self._stages[self._keeper[name]].value(name)
+
+
+def _told(progress: Progress, before: int, whole: int, done: int, _: int) -> None:
+    progress(min(before + done, whole), whole)
+
+
+def _recalling(sequences: Sequences | None, number: int) -> Sequences | None:
+    """The sequences with what a stage has of their memories."""
+    if sequences is None or not sequences.memories:
+        return sequences
+    parts = [m.parts[number] if isinstance(m, _Memories) else None for m in sequences.memories]
+    return replace(sequences, memories=tuple(parts) if any(parts) else ())
+
+
+def _adapted(mixtures: Sequence[Mixture], number: int) -> list[Mixture]:
+    """The mixtures of what a stage has of their adapters."""
+    return [
+        tuple((a.parts[number], weight) for a, weight in mixture if isinstance(a, _Adapters))
+        for mixture in mixtures
+    ]
+
+
+def _together(totals: Iterable[FormatTotal]) -> tuple[FormatTotal, ...]:
+    """One of each format."""
+    found: dict[str, list[list[int]]] = {}
+    for name, *counts in map(astuple, totals):
+        found.setdefault(name, []).append(counts)
+    return tuple(FormatTotal(name, *map(sum, zip(*of, strict=True))) for name, of in found.items())

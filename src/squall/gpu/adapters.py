@@ -1,0 +1,130 @@
+"""Adapters on a device: low-rank terms, and what rows with them get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from squall import program as p
+from squall.executors.base import Sites, layout_of, shapes_of
+from squall.gpu import linear, matrices
+from squall.gpu.inputs import Segment, expect
+from squall.quant import FORMATS
+from squall.weights import Stored, Term
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """scale * b @ a, and a bias, on the device; see `Term`."""
+
+    a: matrices.Plain | None
+    b: matrices.Plain | None
+    scale: float
+    bias: Tensor | None
+
+    def of(self, x: Tensor, *, table: bool, exact: bool) -> Tensor:
+        """scale * b @ a @ x; of a table, x are ids."""
+        wide = x
+        if self.a is not None:
+            wide = matrices.lookup(self.a, x) if table else _product(x, self.a, exact)
+        return (wide if self.b is None else _product(wide, self.b, exact)) * self.scale
+
+
+def _product(x: Tensor, weight: matrices.Plain, exact: bool) -> Tensor:
+    return linear.linear(x, weight, exact=exact, dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TorchAdapter:
+    """See `executors.Adapter`. layout: of the sites that it fits."""
+
+    layout: int
+    parts: Mapping[p.Site, _Part]
+
+    @property
+    def nbytes(self) -> int:
+        held = [(part.a, part.b, part.bias) for part in self.parts.values()]
+        return sum(one.nbytes for three in held for one in three if one is not None)
+
+    @classmethod
+    def of(cls, sites: Sites, terms: Mapping[p.Site, Term], device: torch.device) -> TorchAdapter:
+        """Raises InvalidRequest for terms that do not fit."""
+        return cls(layout_of(sites), {s: _part(sites, s, t, device) for s, t in terms.items()})
+
+
+def _part(sites: Sites, site: p.Site, term: Term, device: torch.device) -> _Part:
+    shapes = shapes_of(sites, site, term)
+
+    def plain(stored: Stored | None, shape: tuple[int, int]) -> matrices.Plain | None:
+        if stored is None:
+            return None
+        nbytes = shape[0] * FORMATS[stored.format].row_bytes(shape[1])
+        expect(len(stored.data) == nbytes, f"an adapter does not fit {site[0]}")
+        return matrices.plain(stored, *shape, device)
+
+    a, b = plain(term.a, shapes[0]), plain(term.b, shapes[1])
+    bias = None if term.bias is None else torch.as_tensor(term.bias).to(device)
+    return _Part(a, b, term.scale, bias)
+
+
+TorchMixture = Sequence[tuple[TorchAdapter, float]]
+
+
+class Adapted(Protocol):
+    """A run, as far as adapters know it."""
+
+    mixtures: Sequence[TorchMixture]
+    segments: Mapping[str, list[Segment]]
+
+    def __getitem__(self, value: p.Value) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What rows of an op get from their adapters. columns: of scalings, by site."""
+
+    adapters: p.Adapters | None
+    columns: Mapping[p.Site, int]
+    table: bool
+    exact: bool
+
+    @classmethod
+    def of(cls, op: p.Embed | p.Linear | p.GatedLinear | p.MixtureOfExperts, exact: bool) -> Added:
+        columns = op.adapters.columns if op.adapters else ()
+        named = dict(zip(p.sites(op), columns, strict=True)) if columns else {}
+        return cls(op.adapters, named, isinstance(op, p.Embed), exact)
+
+    def segments(self, run: Adapted) -> list[Segment]:
+        """The rows of a run that have adapters."""
+        return [] if self.adapters is None else run.segments[self.adapters.mixture.name]
+
+    def scalings(self, run: Adapted) -> Tensor | None:
+        """[rows, columns], if there are some."""
+        scaled = self.adapters is not None and self.adapters.scalings is not None
+        return run[self.adapters.scalings] if scaled else None  # type: ignore[index, union-attr]
+
+    def add(self, run: Adapted, y: Tensor, x: Tensor, site: p.Site) -> None:
+        """To products y of the rows x, in place."""
+        scalings = self.scalings(run)
+        for start, stop, number in self.segments(run):
+            own = slice(start, stop)
+            scaling = None if scalings is None else scalings[own]
+            self.add_to(y[own], x[own], site, run.mixtures[number], scaling)
+
+    def add_to(
+        self, y: Tensor, x: Tensor, site: p.Site, mixture: TorchMixture, scalings: Tensor | None
+    ) -> None:
+        """To rows that have one mixture."""
+        column = self.columns.get(site, -1)
+        if scalings is not None and column < 0:
+            return
+        for i, (adapter, weight) in enumerate(mixture):
+            if (part := adapter.parts.get(site)) is not None:
+                more = part.of(x, table=self.table, exact=self.exact) * weight
+                y += more if scalings is None else more * scalings[:, column + i, None]
+                if part.bias is not None:
+                    y += part.bias * weight

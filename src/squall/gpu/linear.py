@@ -1,0 +1,214 @@
+"""Products with weights on a device: Triton's kernels where they run, else PyTorch's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from squall.gpu import uses_triton
+from squall.gpu.matrices import Float8, Plain, Weight, dense_runs, lookup
+from squall.spec import Activation
+
+# A BLAS chooses by the shape of a product how it adds up, and on a CPU, where few results are sums
+# of many products, by its threads. So exact products have one shape: tiles of rows, the last one
+# filled with zeros, and on a CPU short sums, which are added in order.
+_TILE = 16
+_SUM = 256
+_LARGEST = 448  # of float8
+
+_Elementwise = Callable[[Tensor], Tensor]
+
+
+def _logistic(x: Tensor, factor: float = 1.0) -> Tensor:
+    return x / (1 + torch.exp(-factor * x))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+# Of operations that PyTorch computes alike wherever in a tensor an element stands, on CPUs too.
+_EXACT: Mapping[Activation, _Elementwise] = {
+    "silu": _logistic,
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": lambda x: _logistic(x, 1.702),
+    "relu": F.relu,
+}
+_FAST: Mapping[Activation, _Elementwise] = {
+    **_EXACT,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def activated(x: Tensor, activation: Activation | None, *, exact: bool) -> Tensor:
+    """An activation of every element, as the products here have it."""
+    return x if activation is None else (_EXACT if exact else _FAST)[activation](x)
+
+
+def linear(  # noqa: PLR0913
+    x: Tensor,  # [rows, cols of w]
+    w: Weight,
+    *,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+    exact: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """residual + scale * activation(x @ w.T + bias), in the type of x, or another."""
+    dtype = dtype or x.dtype
+    if (kernels := _kernels(x, exact, w)) is not None:
+        result: Tensor = kernels.linear(
+            x, w, bias=bias, activation=activation, scale=scale, residual=residual, exact=exact,
+            dtype=dtype,
+        )  # fmt: skip
+        return result
+    y = _product(x, w, exact=exact)
+    if bias is not None:
+        y = y.float() + bias
+    if activation is not None:
+        y = _activated(y.float(), activation, exact)
+    y = y if scale == 1.0 else y * scale
+    return (y if residual is None else residual + y).to(dtype)
+
+
+def gated(  # noqa: PLR0913
+    x: Tensor,  # [rows, cols of gate]
+    gate: Weight,
+    up: Weight,
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: Activation,
+    exact: bool,
+) -> Tensor:
+    """activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias), in the type of x."""
+    if (kernels := _kernels(x, exact, gate, up)) is not None:
+        result: Tensor = kernels.gated(
+            x, gate, up, gate_bias=gate_bias, up_bias=up_bias, activation=activation, exact=exact
+        )
+        return result
+    wide = torch.float32 if exact else x.dtype
+    first = linear(x, gate, bias=gate_bias, exact=exact, dtype=wide)
+    second = linear(x, up, bias=up_bias, exact=exact, dtype=wide)
+    return (_activated(first, activation, exact) * second).to(x.dtype)
+
+
+def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Tensor:
+    """Rows of a table, times the scale."""
+    if uses_triton(ids):
+        from squall.gpu import triton_linear
+
+        result: Tensor = triton_linear.embed(ids, table, scale=scale, dtype=dtype)
+        return result
+    return (lookup(table, ids) * scale).to(dtype)
+
+
+def experts(  # noqa: PLR0913
+    x: Tensor,  # [rows, cols]
+    chosen: Tensor,  # int32 [rows, k]
+    shares: Tensor,  # float32 [rows, k]
+    *,
+    gate: Weight | None,
+    up: Weight,
+    down: Weight,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: Activation,
+    exact: bool,
+) -> Tensor:
+    """The sum of shares * down(activation(gate x) * up x) over the chosen, in order; float32.
+
+    Without a gate down(activation(up x)). Biases are those of all experts, one after another.
+    """
+    if (kernels := _kernels(x, exact, up, down, always=True)) is not None:
+        result: Tensor = kernels.experts(
+            x, chosen, shares, gate=gate, up=up, down=down, gate_bias=gate_bias, up_bias=up_bias,
+            down_bias=down_bias, activation=activation, exact=exact,
+        )  # fmt: skip
+        return result
+
+    def part(x: Tensor, w: Weight, expert: int, bias: Tensor | None) -> Tensor:
+        y = _product(x, w, expert, exact=exact).float()
+        return y if bias is None else y + bias.view(w.experts, -1)[expert]
+
+    found = torch.empty(*chosen.shape, down.rows, device=x.device)
+    for expert in set(chosen.flatten().tolist()):
+        at = chosen == expert
+        rows = x[at.any(1)]
+        inner = part(rows, up, expert, up_bias)
+        if gate is None:
+            inner = _activated(inner, activation, exact)
+        else:
+            inner = _activated(part(rows, gate, expert, gate_bias), activation, exact) * inner
+        found[at] = part(inner.to(x.dtype), down, expert, down_bias)
+    total = torch.zeros(len(x), down.rows, device=x.device)
+    for k in range(chosen.shape[1]):
+        total += shares[:, k, None] * found[:, k]
+    return total
+
+
+def _kernels(x: Tensor, exact: bool, *weights: Weight, always: bool = False) -> ModuleType | None:
+    """Triton's, where they run and a BLAS is not as good."""
+    library = not always and not exact and all(isinstance(w, Plain) or _fits(x, w) for w in weights)
+    if library or not uses_triton(x):
+        return None
+    from squall.gpu import triton_linear
+
+    return triton_linear
+
+
+def _fits(x: Tensor, w: Weight) -> bool:
+    """Whether the device multiplies its float8 by activations in float8, and it is worth it."""
+    return (
+        isinstance(w, Float8)
+        and len(x) > _TILE
+        and w.rows % 16 == w.cols % 16 == 0
+        and x.is_cuda
+        and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    )
+
+
+def _activated(x: Tensor, activation: Activation, exact: bool) -> Tensor:
+    return (_EXACT if exact else _FAST)[activation](x)
+
+
+def _product(x: Tensor, w: Weight, expert: int = 0, *, exact: bool) -> Tensor:
+    """x @ w.T, in the type of x."""
+    if not exact and _fits(x, w):
+        assert isinstance(w, Float8)
+        scales = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
+        codes = (x / scales).to(torch.float8_e4m3fn)
+        values, factors = w.values[expert].T, w.factors[expert][None]
+        return torch._scaled_mm(codes, values, scales, factors, out_dtype=torch.bfloat16)
+    if isinstance(w, Plain):
+        return _times(x, w.values[expert].to(x.dtype), exact)
+    parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w, expert)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _times(x: Tensor, w: Tensor, exact: bool) -> Tensor:
+    if not exact or not len(x):
+        return F.linear(x, w)
+    rows, cols = x.shape
+    step = _SUM if x.device.type == "cpu" else cols
+    tiles = F.pad(x, (0, 0, 0, -rows % _TILE)).view(-1, _TILE, cols)
+    return torch.cat([_sum(tile, w, step) for tile in tiles])[:rows]
+
+
+def _sum(x: Tensor, w: Tensor, step: int) -> Tensor:
+    total = x[:, :step] @ w[:, :step].T
+    for start in range(step, x.shape[1], step):
+        part = slice(start, start + step)
+        total += x[:, part] @ w[:, part].T
+    return total

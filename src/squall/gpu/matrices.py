@@ -1,0 +1,391 @@
+"""Weights of a store on one device: floats as they are, integers packed in one layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from squall import _native
+from squall import program as p
+from squall.errors import InvalidCheckpoint, OutOfMemory
+from squall.gpu.unpacking import take_apart, unpack
+from squall.quant import FORMATS, FormatTotal
+from squall.weights import Progress, Stored, WeightStore, values
+
+RUN = 32  # bytes of a plane of codes that belong together
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+# Of wide codes the low bits are one plane, and the rest another.
+_LOW_BITS = {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
+_RUN_VALUES = 1 << 24  # taken apart at a time
+
+
+class _Weight:
+    """`experts` matrices [rows, cols]."""
+
+    __slots__ = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in _tensors(self))
+
+    @property
+    def device(self) -> torch.device:
+        return _tensors(self)[0].device
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plain(_Weight):
+    """Floats. values: [experts, rows, cols]."""
+
+    format: str
+    experts: int
+    rows: int
+    cols: int
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Float8(_Weight):
+    """f8_e4m3. values: [experts, rows, cols], times factors [experts, rows]."""
+
+    format: str
+    experts: int
+    rows: int
+    cols: int
+    values: Tensor
+    factors: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scales:
+    """Of groups along a row: base[.., k // base_group] * part[.., k // group].
+
+    base: f16 or f32, [experts, rows, groups]. part: uint8 or int8; None: 1, and the groups are
+        those of the base.
+    """
+
+    base: Tensor
+    part: Tensor | None
+    base_group: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed(_Weight):
+    """Integers: scale * (code - middle) - minimum, in float32 and in this order.
+
+    low, high: planes of codes, code = low | high << low_bits, uint8 [experts, rows, bytes]. Of b
+        bits, 32 bytes hold 256 / b values, byte i those at i + 32 * j in its bits j * b.
+    padded: columns that planes and scales have, whole runs of both planes; scales end with zeros.
+    """
+
+    format: str
+    experts: int
+    rows: int
+    cols: int
+    padded: int
+    low: Tensor
+    low_bits: int
+    high: Tensor | None
+    high_bits: int
+    scale: Scales
+    minimum: Scales | None
+    middle: int
+
+
+Weight = Plain | Float8 | Packed
+_Whole = TypeVar("_Whole", bound=Plain | Float8 | Packed | Scales)
+
+
+class Matrices:
+    """Weights of a store on a device, each made once for all executors on both.
+
+    dtype: of activations there, and of all that is no integer but vectors.
+    """
+
+    def __init__(self, store: WeightStore, device: torch.device, dtype: torch.dtype) -> None:
+        self._store = store
+        self._device, self._dtype = device, dtype
+        self._matrices: dict[object, Weight] = {}
+        self._vectors: dict[p.Vector, Tensor] = {}
+
+    @classmethod
+    def of(cls, store: WeightStore, device: torch.device, dtype: torch.dtype) -> Matrices:
+        """Those of this store."""
+        found = store.layouts.setdefault((cls, device, dtype), cls(store, device, dtype))
+        assert isinstance(found, Matrices)
+        return found
+
+    def load(
+        self,
+        weights: Sequence[p.Matrix | p.Vector],
+        pool: _native.ThreadPool | None,
+        progress: Progress | None,
+    ) -> None:
+        """Make those that are not there yet."""
+        missing = [weight for weight in weights if not self._has(weight)]
+        try:
+            for weight in self._store.each(missing, progress):
+                if isinstance(weight, p.Vector):
+                    vector = torch.from_numpy(self._store.vector(weight))
+                    self._vectors[weight] = vector.to(self._device)
+                else:
+                    self._matrices[self._store.key(weight)] = self._made(weight, pool)
+        except torch.OutOfMemoryError:
+            raise OutOfMemory(
+                f"the weights do not fit in the memory of {self._device}; "
+                "quantize them, or give it fewer layers"
+            ) from None
+
+    def matrix(self, weight: p.Matrix) -> Weight:
+        """All experts of a weight."""
+        return self._matrices[self._store.key(weight)]
+
+    def vector(self, weight: p.Vector | None) -> Tensor | None:
+        """The values, if there are some."""
+        return None if weight is None else self._vectors[weight]
+
+    def totals(self, weights: Sequence[p.Matrix | p.Vector]) -> tuple[FormatTotal, ...]:
+        """What the matrices among the weights became."""
+        distinct = {self._store.key(w): self.matrix(w) for w in weights if isinstance(w, p.Matrix)}
+        matrices, parameters, nbytes = Counter[str](), Counter[str](), Counter[str]()
+        for found in distinct.values():
+            matrices[found.format] += 1
+            parameters[found.format] += found.experts * found.rows * found.cols
+            nbytes[found.format] += found.nbytes
+        return tuple(FormatTotal(n, matrices[n], parameters[n], nbytes[n]) for n in matrices)
+
+    def _has(self, weight: p.Matrix | p.Vector) -> bool:
+        return self._store.key(weight) in self._matrices or weight in self._vectors
+
+    def _made(self, weight: p.Matrix, pool: _native.ThreadPool | None) -> Weight:
+        stored = [self._store.rows(weight, expert) for expert in range(weight.experts)]
+        targets = {self._store.target(weight, rows.format) for rows in stored}
+        target = targets.pop() if len(targets) == 1 else "f32"
+        run = max(_RUN_VALUES // weight.cols, 1)
+        if target.startswith("hqq"):  # which is fitted to the whole matrix
+            run = weight.rows
+        whole: Weight | None = None
+        for expert, rows in enumerate(stored):
+            for start, part in _runs(rows, weight.rows, run):
+                quantized = _quantized(part, weight, target, pool)
+                made = self._piece(quantized, weight.cols, target)
+                whole = whole or _room(made, weight)
+                for to, piece in zip(_tensors(whole), _tensors(made), strict=True):
+                    to[expert, start : start + made.rows] = piece[0]
+        assert whole is not None
+        return whole
+
+    def _piece(self, rows: Stored, cols: int, target: str) -> Weight:
+        """Rows on the device, as one expert."""
+        data, factors = _sent(rows, cols, self._device)
+        if target == "f8_e4m3" and self._device.type != "mps":
+            if factors is None:
+                factors = torch.ones(len(data), device=self._device)
+            found = data.view(torch.float8_e4m3fn)
+            return Float8(target, 1, len(data), cols, found[None], factors[None])
+        if target == rows.format and FORMATS[target].block > 1 and factors is None:
+            return _packed(data, cols, target)
+        return _plain(_values(data, factors, cols, rows.format).to(self._dtype))
+
+
+def plain(stored: Stored, rows: int, cols: int, device: torch.device) -> Plain:
+    """Floats as they are stored, such as an adapter's."""
+    data, factors = _sent(stored, cols, device)
+    return _plain(_values(data, factors, cols, stored.format).reshape(rows, cols))
+
+
+def dense(m: Weight, expert: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of one expert, [rows, cols]."""
+    parts = [rows.to(dtype) for rows in dense_runs(m, expert)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def dense_runs(m: Weight, expert: int = 0) -> Iterator[Tensor]:
+    """The same in float32, so many rows at a time as need little memory."""
+    run = max(_RUN_VALUES // m.cols, 1)
+    for start in range(0, m.rows, run):
+        part = slice(start, start + run)
+        yield _dense(_mapped(m, lambda t, part=part: t[expert, part]))  # type: ignore[misc]
+
+
+def lookup(table: Weight, ids: Tensor) -> Tensor:
+    """Rows of the one expert, float32 [ids, cols]."""
+    return _dense(_mapped(table, lambda t: t[0, ids]))
+
+
+def one(m: Weight, expert: int) -> Weight:
+    """One expert's matrix as a dense weight, in the same memory."""
+    return replace(_mapped(m, lambda tensor: tensor[expert : expert + 1]), experts=1)
+
+
+def _dense(m: Weight) -> Tensor:
+    """The values of one expert that has lost its axis."""
+    if isinstance(m, Plain):
+        return m.values.float()
+    if isinstance(m, Float8):
+        return m.values.float() * m.factors[:, None]
+    codes = unpack(m.low, m.low_bits, RUN)
+    if m.high is not None:
+        codes = codes | unpack(m.high, m.high_bits, RUN) << m.low_bits
+    found = (codes.float() - m.middle).view(len(codes), -1, m.scale.group) * _expanded(m.scale)
+    if m.minimum is not None:
+        found -= _expanded(m.minimum)
+    return found.reshape(len(codes), -1)[:, : m.cols]
+
+
+def _expanded(scales: Scales) -> Tensor:
+    """Of each group, [rows, groups, 1]."""
+    base = scales.base.float()
+    if scales.part is not None:
+        repeats = scales.base_group // scales.group
+        base = base.repeat_interleave(repeats, 1) * scales.part.float()
+    return base[:, :, None]
+
+
+# ---- from the store to the device ----
+
+
+def _runs(stored: Stored, rows: int, run: int) -> Iterator[tuple[int, Stored]]:
+    """Each first row, and so many rows."""
+    data, factors = stored.data.reshape(rows, -1), stored.factors
+    for start in range(0, rows, run):
+        part = slice(start, start + run)
+        some = None if factors is None else factors[part]
+        yield start, Stored(stored.format, data[part].reshape(-1), some)
+
+
+def _quantized(
+    rows: Stored, weight: p.Matrix, target: str, pool: _native.ThreadPool | None
+) -> Stored:
+    if target in (rows.format, *FLOATS):
+        return rows
+    try:
+        blocks, factors = _native.quantize(target, values(rows, weight.cols), None, pool)
+    except ValueError as error:
+        name = weight.slices[0].tensor
+        raise InvalidCheckpoint(f"cannot convert tensor {name}: {error}") from None
+    return Stored(target, blocks, factors if factors.size else None)
+
+
+def _sent(stored: Stored, cols: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Bytes [rows, bytes], and factors."""
+    # A copy, since the file's pages may go.
+    data = torch.empty(stored.data.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    data.numpy()[:] = stored.data
+    factors = stored.factors
+    row_bytes = FORMATS[stored.format].row_bytes(cols)
+    return (
+        data.to(device, non_blocking=True).view(-1, row_bytes),
+        None if factors is None else torch.from_numpy(factors.copy()).to(device),
+    )
+
+
+def _values(data: Tensor, factors: Tensor | None, cols: int, format: str) -> Tensor:
+    """[rows, cols]; float32, unless they are other floats and have no factors."""
+    if format in FLOATS:
+        found = data.view(FLOATS[format])
+    elif format == "f8_e4m3":
+        found = _f8_values(data)
+    else:
+        found = dense(_packed(data, cols, format))
+    return found if factors is None else found.float() * factors[:, None]
+
+
+def _f8_values(codes: Tensor) -> Tensor:
+    """By a table, since not all devices know the type."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return every.to(codes.device)[codes.int()]
+
+
+def _plain(values: Tensor) -> Plain:
+    rows, cols = values.shape
+    return Plain(_NAMES[values.dtype], 1, rows, cols, values[None])
+
+
+def _packed(data: Tensor, cols: int, format: str) -> Packed:
+    """One expert of rows of blocks."""
+    pieces, block = take_apart(data, FORMATS[format]), FORMATS[format].block
+    low_bits = _LOW_BITS[pieces.bits]
+    high_bits = pieces.bits - low_bits
+    run = RUN * 8 // min(low_bits, high_bits or 8)
+    padded = -(-cols // run) * run
+    codes = pad(pieces.codes, (0, padded - cols))
+
+    def scales(base: Tensor, part: Tensor | None) -> Scales:
+        group = block if part is None else cols // part.shape[1]
+        part = None if part is None else _grouped(part, padded // group)
+        return Scales(base, part, block, group)
+
+    base = _grouped(pieces.scale, padded // block)
+    scale, minimum = scales(base, pieces.parts), None
+    if pieces.minimum is not None:
+        minimum = scales(_grouped(pieces.minimum, padded // block), pieces.minimum_parts)
+    elif pieces.minimum_parts is not None:
+        minimum = scales(base, pieces.minimum_parts)
+    low = _plane(codes, low_bits)
+    high = _plane(codes >> low_bits, high_bits) if high_bits else None
+    planes = (padded, low, low_bits, high, high_bits)
+    return Packed(format, 1, len(data), cols, *planes, scale, minimum, pieces.middle)
+
+
+def _grouped(values: Tensor, groups: int) -> Tensor:
+    """Of so many groups in a row, as one expert; zeros for padding."""
+    return pad(values, (0, groups - values.shape[1]))[None]
+
+
+def _plane(codes: Tensor, bits: int) -> Tensor:
+    """The lowest bits of codes, as one expert."""
+    parts = codes.view(len(codes), -1, 8 // bits, RUN)
+    plane = torch.zeros_like(parts[:, :, 0])
+    for j in range(8 // bits):
+        plane |= (parts[:, :, j] & (1 << bits) - 1) << j * bits
+    return plane.view(1, len(codes), -1)
+
+
+# ---- tensors of weights ----
+
+
+def _tensors(item: Any) -> list[Tensor]:
+    """Every distinct one of a weight."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(item, keep)
+    return found
+
+
+def _room(piece: Weight, weight: p.Matrix) -> Weight:
+    """For all rows and experts of a weight, of which the piece is a part."""
+
+    def room(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(weight.experts, weight.rows, *tensor.shape[2:])
+
+    return replace(_mapped(piece, room), experts=weight.experts, rows=weight.rows)
+
+
+def _mapped(
+    item: _Whole, change: Callable[[Tensor], Tensor], made: dict[int, Tensor] | None = None
+) -> _Whole:
+    """The same of changed tensors; what shares one still does."""
+    made = {} if made is None else made
+    changes: dict[str, Any] = {}
+    for field in fields(item):
+        found = getattr(item, field.name)
+        if isinstance(found, Tensor):
+            if id(found) not in made:
+                made[id(found)] = change(found)
+            changes[field.name] = made[id(found)]
+        elif isinstance(found, Scales):
+            changes[field.name] = _mapped(found, change, made)
+    return replace(item, **changes)
