@@ -109,14 +109,9 @@ class TorchExecutor(ProgramReader):
             weights.load(program.weights(), self.pool, progress)
             wide = ops.wide_values(program)
             lowering = ops.Lowering(
-                weights,
-                self._caches,
-                self._device,
-                self._dtype,
-                self.placement.exact,
-                wide,
+                weights, self._caches, self._device, self._dtype, self.placement.exact, wide,
                 self.placement.ranks,
-            )
+            )  # fmt: skip
             acts = [ops.lower(op, lowering) for op in program.ops]
         self._types = {value: lowering.type_of(value) for value in program.inputs}
         self._steps = list(zip(program.ops, acts, self._dying(program), strict=True))
