@@ -125,7 +125,9 @@ def _attend(
         CAP=cap is not None, num_warps=tile.warps, num_stages=tile.stages, **constants,
     )  # fmt: skip
     if split:
-        _merge[where.count * where.most, op.heads](sums, out, *seen, parts, slots, **constants, num_warps=1)
+        _merge[where.count * where.most, op.heads](
+            sums, out, *seen, parts, slots, **constants, num_warps=1
+        )
 
 
 @triton.jit
@@ -147,8 +149,7 @@ def _tile(tiles, tile, rows, most, CACHED: tl.constexpr):
     if CACHED:
         at = tiles + tile * 3
         return tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    else:
-        return 0, tile * most, min(most, rows - tile * most)
+    return 0, tile * most, min(most, rows - tile * most)
 
 
 @triton.jit
@@ -271,9 +272,7 @@ def _walk(
         weights, old = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
         value = tl.load(v + source, mask=inside[:, None] & across, other=0.0).to(asked.dtype)
         total = total * old + tl.sum(weights, 1)
-        mixed = tl.dot(
-            weights.to(asked.dtype), value, mixed * old[:, None], input_precision="ieee"
-        )
+        mixed = tl.dot(weights.to(asked.dtype), value, mixed * old[:, None], input_precision="ieee")
         peak = top
     if SPLIT:
         place = ((tile * most + at_row) * HEADS + head).to(tl.int64) * parts + tl.program_id(2)
@@ -299,9 +298,7 @@ def _merge(
         return
     one = tl.arange(0, 1)
     row = first + tl.program_id(0) % most + one
-    begin, end = _seen(
-        spans, span_stride, positions, ends, row, one == 0, keys, WINDOW, CACHED
-    )
+    begin, end = _seen(spans, span_stride, positions, ends, row, one == 0, keys, WINDOW, CACHED)
     column = tl.arange(0, WIDTH)
     mask = (one == 0)[:, None] & (column < HEAD_DIM)[None, :]
     peak = tl.full([1], float("-inf"), tl.float32)
