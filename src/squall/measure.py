@@ -111,9 +111,10 @@ class Bench:
         threads: int | None = None,
         placement: Placement = CPU,
         weights: Literal["packed", "f32"] = "packed",
+        rows: int = MAX_ROWS,
         progress: Progress | None = None,
     ) -> None:
-        """prepared: what `squall.assembly.prepare` returns."""
+        """prepared: what `squall.assembly.prepare` returns. rows: of a prompt, at most in a step."""
         if workload.prompt + workload.answer == 0:
             raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
         checkpoint, recipe, plan = prepared
@@ -128,11 +129,10 @@ class Bench:
         program = compiled(context=size)
         self.checkpoint = checkpoint
         self.architecture = recipe.architecture
-        self.workload = workload
         self.vocab = recipe.decoder.vocab
         blocks = -(-size // BLOCK_SIZE)
         limits = Limits(
-            rows={"tokens": max(MAX_ROWS, batch), "outputs": max(MAX_OUTPUTS, batch)},
+            rows={"tokens": max(rows, batch), "outputs": max(MAX_OUTPUTS, batch)},
             blocks=blocks * batch,
             block_size=BLOCK_SIZE,
             kv_dtype=workload.kv_dtype,
@@ -141,8 +141,18 @@ class Bench:
         self.executor = executors.open(
             program, store, limits, placement=placement, pool=pool, progress=progress
         )
-        self._tables: Int32 = np.arange(blocks * batch, dtype=np.int32).reshape(-1, blocks)
         self._steps = 0
+        self.rows = rows
+        self.plan(workload)
+
+    def plan(self, workload: Workload) -> None:
+        """Measure this from now on; it must fit into the cache that there is."""
+        blocks, batch = -(-max(workload.context, 1) // BLOCK_SIZE), workload.batch
+        if blocks * batch > self.executor.blocks:
+            most = self.executor.blocks * BLOCK_SIZE
+            raise InvalidRequest(f"{blocks * batch * BLOCK_SIZE} tokens; the cache has {most}")
+        self.workload = workload
+        self._tables: Int32 = np.arange(blocks * batch, dtype=np.int32).reshape(-1, blocks)
         self._fill(0, workload.depth)
 
     def rates(self, repetitions: int, *, warm_up: bool = True) -> list[Result]:
@@ -174,8 +184,8 @@ class Bench:
     def _fill(self, start: int, stop: int) -> None:
         """Compute the positions `start:stop` of each sequence by itself; logits of the last."""
         for sequence in range(self.workload.batch):
-            for first in range(start, stop, MAX_ROWS):
-                last = min(first + MAX_ROWS, stop)
+            for first in range(start, stop, self.rows):
+                last = min(first + self.rows, stop)
                 one = range(sequence, sequence + 1)
                 self._step(one, range(first, last), outputs=last == stop)
 
