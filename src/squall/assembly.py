@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -19,24 +19,7 @@ from squall.engine.memory import DEFAULT_CONTEXT, KvSize, choose_context, choose
 from squall.engine.request import Request
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest, SquallError
-from squall.executors import (
-    Executor,
-    Limits,
-    Placement,
-    ThreadPool,
-    default_threads,
-    thread_pool,
-)
-from squall.executors.devices import (
-    AUTO,
-    Stage,
-    check,
-    chosen,
-    device_name,
-    free_bytes,
-    free_gpus,
-    stages_of,
-)
+from squall.executors import Executor, Limits, Placement, ThreadPool, devices
 from squall.executors.memory import Load, Sizes, available_bytes, together
 from squall.locate import find_mmproj, locate, locate_uqff
 from squall.opening import NO_MMPROJ, Opening
@@ -52,6 +35,7 @@ from squall.weights import WeightStore
 
 if TYPE_CHECKING:
     from squall.adapters.lora import Lora
+    from squall.executors.parallel import Ranks
     from squall.vision.sight import Sight
 
 Prepared = tuple[Checkpoint, Recipe, Plan]
@@ -91,7 +75,10 @@ def assemble(opening: Opening) -> Assembly:
     small = opening.of_draft
     models = [model] if small is None else [model, _prepared_draft(small, tokenizer)]
     engine = opening.engine or EngineConfig()
-    room = _room(models, opening, engine.max_seqs)
+    ranks = _ranks(opening)
+    if ranks is not None:
+        opening = replace(opening, device=ranks.device)
+    room = _room(models, opening, engine.max_seqs).among(ranks)
     template = opening.chat_template and template_of(checkpoint).replaced(opening.chat_template)
 
     def encode(text: str) -> list[int]:
@@ -106,7 +93,7 @@ def assemble(opening: Opening) -> Assembly:
     most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
     if small is not None:
         own = _merged(models[1], small)
-        beside = replace(room, placement=room.placement.first)
+        beside = replace(room, placement=replace(room.placement.first, ranks=None))
         draft = Draft(_executor(models[1], small, beside, encode, own), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
@@ -195,6 +182,24 @@ class _Room:
     placement: Placement
     pool: ThreadPool
 
+    def among(self, ranks: Ranks | None) -> _Room:
+        """The same on all ranks."""
+        given = replace(self, placement=replace(self.placement, ranks=ranks))
+        if ranks is None:
+            return given
+        context, limits = ranks.agree((self.context, asdict(self.limits)))
+        return replace(given, context=context, limits=Limits(**limits))
+
+
+def _ranks(opening: Opening) -> Ranks | None:
+    """The processes that run the model together, once they are all there."""
+    if opening.tensor_parallel in (None, 1):
+        return None
+    from squall.executors.parallel import Ranks
+
+    device = devices.device_name(opening.device)
+    return Ranks.join(opening.tensor_parallel, device, opening.command)
+
 
 def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
     """Sizes of the context, and of the KV cache, which several models share."""
@@ -213,7 +218,7 @@ def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
         kv_dtype=opening.kv_dtype,
     )
     size = min(size, tokens) if opening.context is None else size
-    return _Room(size, limits, placement, thread_pool(opening.threads))
+    return _Room(size, limits, placement, executors.thread_pool(opening.threads))
 
 
 def place(models: Sequence[Prepared], opening: Opening) -> tuple[Placement, list[Load]]:
@@ -223,33 +228,33 @@ def place(models: Sequence[Prepared], opening: Opening) -> tuple[Placement, list
     """
     (sizes, *others), topology = [_sizes(model, opening) for model in models], models[0][2].topology
     count = len(sizes.kv)
-    if opening.device == AUTO and opening.device_layers is None:
+    if opening.device == devices.AUTO and opening.device_layers is None:
         stages = _chosen(sizes, others, models[0][1].decoder.context, opening)
     else:
-        stages = stages_of(opening.device, opening.device_layers)
+        stages = devices.stages_of(opening.device, opening.device_layers)
     own = [topology.device_of(layer) for layer in range(count)]
     placement = Placement(stages, opening.exact, opening.dtype).overridden(
-        [device and device_name(device) for device in own]
+        [device and devices.device_name(device) for device in own]
     )
     for device, _ in placement.spread(count):
-        check(device)
-    loads = sizes.loads(placement.spread(count), free_bytes)
+        devices.check(device)
+    loads = sizes.loads(placement.spread(count), devices.free_bytes)
     for more in others:
-        loads += more.loads(placement.first.spread(len(more.kv)), free_bytes)
+        loads += more.loads(placement.first.spread(len(more.kv)), devices.free_bytes)
     return placement, loads
 
 
 def _chosen(
     sizes: Sizes, others: Sequence[Sizes], trained: int, opening: Opening
-) -> tuple[Stage, ...]:
+) -> tuple[devices.Stage, ...]:
     """Layers to the GPUs that are here, with KV cache for what is asked for."""
     kv = opening.kv or KvSize(tokens=opening.kv_tokens)
     tokens = max(opening.context or min(trained, DEFAULT_CONTEXT), kv.tokens or 0)
     beside = sum(more.bytes(tokens) for more in others)
     layers = [sizes.bytes(tokens, i, i + 1) for i in range(len(sizes.kv))]
     layers[0] += beside
-    gpus = {name: free for name, free in free_gpus().items() if name.startswith("cuda")}
-    return chosen(layers, sizes.bytes(tokens) + beside, gpus)
+    gpus = {name: free for name, free in devices.free_gpus().items() if name.startswith("cuda")}
+    return devices.chosen(layers, sizes.bytes(tokens) + beside, gpus)
 
 
 def _sizes(model: Prepared, opening: Opening) -> Sizes:
@@ -414,6 +419,6 @@ def _written(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, opening: Openin
         raise InvalidRequest(f"write_uqff is {str(path)!r}; the name must end in {UQFF}")
     if not plan.quantizes:
         raise InvalidRequest("write_uqff needs isq or a topology: what to quantize the weights to")
-    threads = opening.threads or default_threads()
+    threads = opening.threads or executors.default_threads()
     convert.write(checkpoint, recipe, plan, path, threads=threads, progress=opening.progress)
     return open_checkpoint(path)

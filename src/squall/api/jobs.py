@@ -260,8 +260,6 @@ _Chat = Job[
 
 
 class ChatJob(_Chat):
-    """A chat's next message, or several to choose from."""
-
     kind = "chatcmpl"
     whole = responses.ChatCompletionResponse
     part = responses.ChatCompletionChunkResponse

@@ -16,9 +16,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from squall.checkpoints.base import Checkpoint, Entry, Field, Tensor, mapped
+from squall.checkpoints.base import Checkpoint, Entry, Field, Tensor, map_file, mapped
 from squall.checkpoints.gguf_header import MAX_NAME_BYTES, MAX_TENSORS, Cursor
-from squall.checkpoints.mapped import map_file
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.files import quote
 from squall.quant import by_ggml_id

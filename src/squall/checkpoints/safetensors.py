@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from squall.checkpoints.base import ITEM_BYTES, Entry, Tensor, mapped
-from squall.checkpoints.mapped import Buffer, map_file
+from squall.checkpoints.base import ITEM_BYTES, Buffer, Entry, Tensor, map_file, mapped
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import parse_json, quote
 
@@ -34,7 +33,6 @@ class Part:
 
 
 def open_part(path: Path) -> Part:
-    """Map one safetensors file and check its table."""
     buffer = map_file(path, "name the folder of the model")
     return Part(path, buffer, parse_header(buffer, path.name))
 

@@ -173,7 +173,10 @@ def _names(parameter: inspect.Parameter) -> list[str]:
 
 
 def _fields(flags: type[Any]) -> list[inspect.Parameter]:
-    hints = get_type_hints(flags, include_extras=True) | _described(flags)
+    hints = get_type_hints(flags, include_extras=True)
+    own = {f.name: f.metadata["option"] for f in fields(flags) if "option" in f.metadata}
+    hints |= {name: Annotated[hints[name], option] for name, option in own.items()}
+    hints |= _described(flags)
     return [_parameter(f.name, hints[f.name], f.default) for f in fields(flags)]
 
 

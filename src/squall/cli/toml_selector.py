@@ -20,14 +20,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squall.api.which import (
-    NUMBERS,
-    Selection,
-    VisionArchitecture,
-    Which,
-    chosen,
-    vision_name,
-)
+from squall.api.which import NUMBERS, Selection, VisionArchitecture, Which, chosen, vision_name
 from squall.cli.options import read_text
 from squall.errors import InvalidRequest
 from squall.opening import DEFAULTS, Opening

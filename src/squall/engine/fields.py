@@ -80,7 +80,6 @@ def texts(help: str) -> Any:
 
 
 def described(kind: type[Any]) -> Mapping[str, Number | str]:
-    """What is said of the fields of a dataclass."""
     return {f.name: f.metadata["about"] for f in fields(kind) if "about" in f.metadata}
 
 
@@ -92,7 +91,6 @@ def help_of(about: Number | str) -> str:
 
 
 def numbers_of(kind: type[Any]) -> dict[str, Number]:
-    """The fields of a dataclass that are described as numbers."""
     return {name: about for name, about in described(kind).items() if isinstance(about, Number)}
 
 

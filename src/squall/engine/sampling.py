@@ -216,7 +216,6 @@ class SamplerState:
         self.native.extend(ids, breaks)
 
     def _breaks(self, breakers: Breakers, token: int) -> bool:
-        """Whether a breaker ends in this token."""
         before = len(self._tail)
         text = self._tail + breakers.token_bytes(token)
         self._tail = text[1 - MOST_BREAKER_BYTES :]

@@ -114,7 +114,8 @@ def shapes_of(sites: Sites, site: p.Site, term: Term) -> tuple[tuple[int, int], 
         raise InvalidRequest(f"the model has no weight {site[0]} for adapters to change")
     _, matrix, table = sites[site]
     rank, rows, cols = term.rank, matrix.rows, matrix.cols
-    lacks = None in (term.a, term.b) and (rank != cols or (term.a is None) == table)
+    needed = term.a if table else term.b
+    lacks = needed is None or (None in (term.a, term.b) and rank != cols)
     if lacks or (term.bias is not None and term.bias.shape != (rows,)):
         raise InvalidRequest(
             f"an adapter lacks a part of what it adds to {site[0]}, or one does not fit"

@@ -10,10 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import accumulate, groupby
+from typing import TYPE_CHECKING
 
 from squall.errors import InvalidRequest
 from squall.executors.memory import available_bytes, total_bytes
 from squall.quant.isq import Dtype
+
+if TYPE_CHECKING:
+    from squall.executors.parallel import Ranks
 
 # The native executor; PyTorch on the CPU; PyTorch on a GPU of NVIDIA's, or of Apple's.
 _FORM = re.compile(r"(cpu|torch|(?:cuda|mps|metal)(?::\d{1,3}|\[\d{1,3}\])?)")
@@ -58,11 +62,13 @@ class Placement:
     stages: of a program with layers; one without runs where the first of them is.
     exact: rows are the same whatever they are computed with, also where that takes longer.
     dtype: of activations on PyTorch's devices; auto: bf16 or f16 where a device has it, else f32.
+    ranks: the processes that run a part of every layer each, this one among them.
     """
 
     stages: tuple[Stage, ...] = (Stage("cpu"),)
     exact: bool = True
     dtype: Dtype = "auto"
+    ranks: Ranks | None = None
 
     @property
     def first(self) -> Placement:
@@ -183,9 +189,9 @@ def has_driver() -> bool:
 
 def check(device: str) -> None:
     """Raise InvalidRequest for a device that is not here, with those that are."""
-    if device != "cpu" and (lack := _lack(device)):
+    if device != "cpu" and (reason := lack(device)):
         here = ", ".join(found.name for found in available())
-        raise InvalidRequest(f"there is no device {device} here: {lack}; there are: {here}")
+        raise InvalidRequest(f"there is no device {device} here: {reason}; there are: {here}")
 
 
 def free_bytes(device: str) -> int | None:
@@ -202,7 +208,7 @@ def free_gpus() -> dict[str, int]:
     }
 
 
-def _lack(device: str) -> str:
+def lack(device: str) -> str:
     """Why a device is not here; "" if it is."""
     if find_spec("torch") is None:
         return "it needs PyTorch: pip install 'squall[torch]'"

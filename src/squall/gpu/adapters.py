@@ -13,6 +13,7 @@ from squall import program as p
 from squall.executors.base import Sites, layout_of, shapes_of
 from squall.gpu import linear, matrices
 from squall.gpu.inputs import Segment, expect
+from squall.quant import FORMATS
 from squall.weights import Stored, Term
 
 
@@ -26,14 +27,11 @@ class _Part:
     bias: Tensor | None
 
     def of(self, x: Tensor, *, table: bool, exact: bool) -> Tensor:
-        """What is added to a product with x; to rows of a table, if x are ids."""
+        """scale * b @ a @ x; of a table, x are ids."""
+        wide = x
         if self.a is not None:
             wide = matrices.lookup(self.a, x) if table else _product(x, self.a, exact)
-        else:
-            wide = x
-        wide = wide if self.b is None else _product(wide, self.b, exact)
-        y = wide.float() * self.scale
-        return y if self.bias is None else y + self.bias
+        return (wide if self.b is None else _product(wide, self.b, exact)) * self.scale
 
 
 def _product(x: Tensor, weight: matrices.Plain, exact: bool) -> Tensor:
@@ -62,13 +60,13 @@ def _part(sites: Sites, site: p.Site, term: Term, device: torch.device) -> _Part
     shapes = shapes_of(sites, site, term)
 
     def plain(stored: Stored | None, shape: tuple[int, int]) -> matrices.Plain | None:
-        return None if stored is None else matrices.plain(stored, *shape, device)
+        if stored is None:
+            return None
+        nbytes = shape[0] * FORMATS[stored.format].row_bytes(shape[1])
+        expect(len(stored.data) == nbytes, f"an adapter does not fit {site[0]}")
+        return matrices.plain(stored, *shape, device)
 
-    try:
-        a, b = plain(term.a, shapes[0]), plain(term.b, shapes[1])
-    except (ValueError, RuntimeError) as error:
-        expect(False, f"an adapter does not fit {site[0]}: {error}")
-        raise
+    a, b = plain(term.a, shapes[0]), plain(term.b, shapes[1])
     bias = None if term.bias is None else torch.as_tensor(term.bias).to(device)
     return _Part(a, b, term.scale, bias)
 
@@ -128,3 +126,5 @@ class Added:
             if (part := adapter.parts.get(site)) is not None:
                 more = part.of(x, table=self.table, exact=self.exact) * weight
                 y += more if scalings is None else more * scalings[:, column + i, None]
+                if part.bias is not None:
+                    y += part.bias * weight

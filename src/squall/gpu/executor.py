@@ -34,7 +34,7 @@ class TorchMemory:
         self, layers: Sequence[p.CacheLayer], rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layers, self.rows, self.dtype = tuple(layers), rows, dtype
-        shapes = [(rows, layer.kv_heads, layer.head_dim) for layer in layers]
+        shapes = [(rows, layer.kv_heads * layer.head_dim) for layer in layers]
         empty = functools.partial(torch.zeros, dtype=dtype, device=device)
         self.at = [(empty(shape), empty(shape)) for shape in shapes]
 
@@ -54,12 +54,10 @@ class TorchMemory:
             "keys and values are of each memory, and of rows that it has",
         )
         for pair, *given in zip(self.at, keys, values, strict=True):
-            shape = (count, pair[0][0].numel())
-            fits = all(new.shape == shape for new in given)
-            expect(fits, "keys and values must be [rows, kv_heads * head_dim]")
             for own, new in zip(pair, given, strict=True):
-                part = own[first : first + count]
-                part.copy_(torch.from_numpy(np.ascontiguousarray(new)).view(part.shape))
+                fits = new.shape == (count, own.shape[1])
+                expect(fits, "keys and values must be [rows, kv_heads * head_dim]")
+                own[first : first + count] = torch.from_numpy(np.ascontiguousarray(new))
 
 
 class TorchExecutor(ProgramReader):
@@ -85,7 +83,7 @@ class TorchExecutor(ProgramReader):
         self._device = torch.device("cpu" if name == "torch" else name)
         self._dtype = activations(self._device, placement, store)
         self._kv_dtype = cache_type(limits, self._dtype)
-        self.isa = f"{name} {described(self._device)} ({str(self._dtype).removeprefix('torch.')})"
+        self.isa = f"{name} {described(self._device)} ({_SHORT[self._dtype]})"
         self._lock = threading.Lock()
         self._inputs = Inputs(program, limits)
         kept = (value for value in program.values if value.name in self._kept)

@@ -48,6 +48,11 @@ _FAST: Mapping[Activation, _Elementwise] = {
 }
 
 
+def activated(x: Tensor, activation: Activation | None, *, exact: bool) -> Tensor:
+    """An activation of every element, as the products here have it."""
+    return x if activation is None else (_EXACT if exact else _FAST)[activation](x)
+
+
 def linear(  # noqa: PLR0913
     x: Tensor,  # [rows, cols of w]
     w: Weight,

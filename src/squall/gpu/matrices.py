@@ -221,6 +221,11 @@ def lookup(table: Weight, ids: Tensor) -> Tensor:
     return _dense(_mapped(table, lambda t: t[0, ids]))
 
 
+def one(m: Weight, expert: int) -> Weight:
+    """One expert's matrix as a dense weight, in the same memory."""
+    return replace(_mapped(m, lambda tensor: tensor[expert : expert + 1]), experts=1)
+
+
 def _dense(m: Weight) -> Tensor:
     """The values of one expert that has lost its axis."""
     if isinstance(m, Plain):

@@ -69,9 +69,8 @@ class Profile:
         return event
 
     def _name(self, op: p.Op) -> str:
-        held = p.matrices(op)
-        shape = f" {self._weights.matrix(held[-1]).format} {held[-1].rows}x{held[-1].cols}"
-        return _NAMES.get(type(op), type(op).__name__) + (shape if held else "")
+        shapes = [f" {self._weights.matrix(m).format} {m.rows}x{m.cols}" for m in p.matrices(op)]
+        return _NAMES.get(type(op), type(op).__name__) + "".join(shapes[-1:])
 
     def _work(self, op: p.Op, rows: int) -> tuple[int, int]:
         """Bytes that must be read, and multiply-accumulates."""

@@ -12,6 +12,7 @@ reaches about half the rate of the widest tile.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -19,86 +20,133 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squall.gpu.matrices import Float8, Plain, Scales, Weight
+from squall.gpu.matrices import Float8, Packed, Plain, Scales, Weight
 from squall.spec import Activation
 
 PARTED = 256  # programs that a product of few rows should have at least
 LONGEST = 8  # parts of K at most
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+PERMUTE = tl.constexpr([f"prmt.b32 $0, $1, $2, 0x744{t};" for t in range(4)])
 
 
 @triton.jit
-def _scales(base, part, row, column, padded, seen, BASE: tl.constexpr, GROUP: tl.constexpr):
-    """Of groups of columns, [BN, C, 1]."""
-    scale = tl.load(base + row * (padded // BASE) + column // BASE, seen, other=0).to(tl.float32)
-    if part is not None:
-        at = row * (padded // GROUP) + column // GROUP
-        scale *= tl.load(part + at, seen, other=0).to(tl.float32)
-    return scale
+def _groups(
+    values, row, start, padded,
+    SIZE: tl.constexpr, U: tl.constexpr, BK: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Values of groups of SIZE columns, for every U columns from `start` on or for all BK."""
+    STEP: tl.constexpr = BK if SIZE >= BK else U
+    column = (start + tl.expand_dims(tl.arange(0, BK // STEP), 1 - AXIS) * STEP).to(tl.uint32)
+    at = tl.expand_dims(row, AXIS) * (padded // SIZE) + column // SIZE
+    return tl.load(values + at, column < padded, other=0).to(tl.float32)
 
 
 @triton.jit
-def _plane(plane, row, column, padded, seen, BITS: tl.constexpr, I: tl.constexpr):
-    """Bits of codes, four codes a word: [BN, C, I // 4]."""
+def _scales(
+    base, part, row, start, padded,
+    BASE: tl.constexpr, GROUP: tl.constexpr, U: tl.constexpr, BK: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    scale = _groups(base, row, start, padded, BASE, U, BK, AXIS)
+    if GROUP:
+        scale = scale * _groups(part, row, start, padded, GROUP, U, BK, AXIS)
+    return scale[:, :, None]
+
+
+@triton.jit
+def _plane(
+    plane, row, start, padded,
+    BITS: tl.constexpr, U: tl.constexpr, BK: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Bits of codes, four codes a word."""
     RUN: tl.constexpr = 256 // BITS
-    word = column // I % (32 // I) * (I // 4) + tl.arange(0, I // 4)[None, None, :]
-    at = row * (padded // RUN * 8) + column // RUN * 8 + word
-    words = tl.load(plane.to(tl.pointer_type(tl.uint32)) + at, seen, other=0)
+    unit = tl.expand_dims(tl.arange(0, BK // U), 1 - AXIS)[:, :, None]
+    column = (start + unit * U).to(tl.uint32)
+    word = column // U % (32 // U) * (U // 4) + tl.arange(0, U // 4)[None, None, :]
+    row = tl.expand_dims(row, AXIS)[:, :, None] * (padded // RUN * 8)
+    words = plane.to(tl.pointer_type(tl.uint32)) + row + column // RUN * 8 + word
+    words = tl.load(words, column < padded, other=0)
     return (words >> (column % RUN // 32 * BITS)) & ((1 << BITS) - 1) * 0x01010101
 
 
 @triton.jit
-def _number(words, t: tl.constexpr, MIDDLE: tl.constexpr):
-    """The t-th byte of each word, less MIDDLE: put into the fraction of 2**23, and that taken away."""
-    bits = ((words >> 8 * t) & 255) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+def _words(w, row, start, padded, FORM: tl.constexpr, BK: tl.constexpr, AXIS: tl.constexpr):
+    """Codes of columns from `start` on, four a word, [BN, BK // U, U // 4]; units first, if AXIS 0."""
+    words = _plane(w[0], row, start, padded, FORM[0], FORM[7], BK, AXIS)
+    if FORM[1]:
+        words |= _plane(w[1], row, start, padded, FORM[1], FORM[7], BK, AXIS) << FORM[0]
+    return words
+
+
+@triton.jit
+def _number(words, padded, t: tl.constexpr, MIDDLE: tl.constexpr):
+    """The t-th byte of each word, less MIDDLE: put into the fraction of 2**23, and that taken away.
+
+    The compiler is not to know 2**23, or it would have no room for the byte's number in the code.
+    """
+    if INTERPRETED:
+        number = (((words >> 8 * t) & 255) | 0x4B000000).to(tl.float32, bitcast=True)
+    else:
+        high = 0x4B000000 + tl.minimum(padded, 0)
+        number = tl.inline_asm_elementwise(
+            PERMUTE[t], "=f,r,r", [words, high], tl.float32, is_pure=True, pack=1
+        )
+    return number - (8388608.0 + MIDDLE)
 
 
 @triton.jit
 def _unpacked(w, row, start, padded, FORM: tl.constexpr, BK: tl.constexpr):
-    """Every fourth of weights [BN, BK] from column `start` on: four of [BN, C, I // 4] in float32."""
-    I: tl.constexpr = FORM[7]
-    column = start + tl.arange(0, BK // I)[None, :, None] * I
-    row = row[:, None, None]
-    seen = column < padded
-    words = _plane(w[0], row, column, padded, seen, FORM[0], I)
-    if FORM[1]:
-        words |= _plane(w[1], row, column, padded, seen, FORM[1], I) << FORM[0]
-    scale = _scales(w[2], w[3], row, column, padded, seen, FORM[3], FORM[4])
-    w0 = scale * _number(words, 0, FORM[2])
-    w1 = scale * _number(words, 1, FORM[2])
-    w2 = scale * _number(words, 2, FORM[2])
-    w3 = scale * _number(words, 3, FORM[2])
+    """Weights of columns from `start` on, in float32, [BN, BK // U, U // 4, 2, 2]."""
+    words = _words(w, row, start, padded, FORM, BK, 1)
+    scale = _scales(w[2], w[3], row, start, padded, FORM[3], FORM[4], FORM[7], BK, 1)
+    w0 = scale * _number(words, padded, 0, FORM[2])
+    w1 = scale * _number(words, padded, 1, FORM[2])
+    w2 = scale * _number(words, padded, 2, FORM[2])
+    w3 = scale * _number(words, padded, 3, FORM[2])
     if FORM[5]:
-        minimum = _scales(w[4], w[5], row, column, padded, seen, FORM[5], FORM[6])
+        minimum = _scales(w[4], w[5], row, start, padded, FORM[5], FORM[6], FORM[7], BK, 1)
         w0, w1, w2, w3 = w0 - minimum, w1 - minimum, w2 - minimum, w3 - minimum
-    return w0, w1, w2, w3
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+@triton.jit
+def _rounded(pairs, TYPE: tl.constexpr):
+    """`to(TYPE)`, of neighbours at once."""
+    if INTERPRETED or tl.float32 == TYPE:
+        rounded = pairs.to(TYPE)
+    elif tl.bfloat16 == TYPE:
+        rounded = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [pairs], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        rounded = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [pairs], tl.float16, is_pure=True, pack=2
+        )
+    return rounded
 
 
 @triton.jit
 def _tile(w, row, start, K, padded, FORM: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
-    """Weights [BN, BK] of rows from column `start` on."""
+    """Weights [BN, BK] of columns from `start` on."""
     if FORM[0] == 0:
         k = start + tl.arange(0, BK)
         tile = tl.load(w[0] + row[:, None] * K + k[None, :], k[None, :] < K, other=0).to(TYPE)
     else:
-        w0, w1, w2, w3 = _unpacked(w, row, start, padded, FORM, BK)
-        even = tl.join(w0.to(TYPE), w2.to(TYPE))
-        odd = tl.join(w1.to(TYPE), w3.to(TYPE))
-        tile = tl.reshape(tl.join(even, odd), [row.shape[0], BK])
+        four = _rounded(_unpacked(w, row, start, padded, FORM, BK), TYPE)
+        tile = tl.reshape(four, [row.shape[0], BK])
     return tile
 
 
 @triton.jit
 def _activated(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        y = y / (1 + tl.exp(-y))
+        y = y / (1 + tl.exp(-tl.maximum(y, -80)))
     elif ACTIVATION == "gelu":
         y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         z = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        y = 0.5 * y * (2 - 2 / (tl.exp(2 * z) + 1))
+        y = y - y / (tl.exp(tl.minimum(2 * z, 80)) + 1)
     elif ACTIVATION == "quick_gelu":
-        y = y / (1 + tl.exp(-1.702 * y))
+        y = y / (1 + tl.exp(-tl.maximum(1.702 * y, -80)))
     elif ACTIVATION == "relu":
         y = tl.maximum(y, 0)
     return y
@@ -207,6 +255,84 @@ def _finish(
     _store(out, y, residual, at, seen, scale)
 
 
+@triton.jit
+def _dots(x, w, row, K, padded, FORM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Products of one row of x, [BN]."""
+    if FORM[0] == 0:
+        sums = tl.zeros([BN, BK], tl.float32)
+        for start in range(0, K, BK):
+            k = start + tl.arange(0, BK)
+            values = tl.load(x + k, k < K, other=0).to(tl.float32)[None, :]
+            sums += _tile(w, row, start, K, padded, FORM, BK, tl.float32) * values
+        y = tl.sum(sums, 1)
+    else:
+        U: tl.constexpr = FORM[7]
+        C: tl.constexpr = BK // U
+        sums = tl.zeros([C, BN, U // 4], tl.float32)
+        for start in range(0, K, BK):
+            k = start + tl.arange(0, C)[:, None, None] * U + tl.arange(0, U // 4)[None, :, None] * 4
+            k += tl.arange(0, 4)[None, None, :]
+            values = tl.load(x + k, k < K, other=0).to(tl.float32)
+            even, odd = tl.split(tl.reshape(values, [C, U // 4, 2, 2]))
+            x0, x2 = tl.split(even)
+            x1, x3 = tl.split(odd)
+            words = _words(w, row, start, padded, FORM, BK, 0)
+            part = _number(words, padded, 0, FORM[2]) * x0[:, None, :]
+            part += _number(words, padded, 1, FORM[2]) * x1[:, None, :]
+            part += _number(words, padded, 2, FORM[2]) * x2[:, None, :]
+            part += _number(words, padded, 3, FORM[2]) * x3[:, None, :]
+            sums += part * _scales(w[2], w[3], row, start, padded, FORM[3], FORM[4], U, BK, 0)
+            if FORM[5]:
+                minimum = _scales(w[4], w[5], row, start, padded, FORM[5], FORM[6], U, BK, 0)
+                sums -= minimum * ((x0 + x1) + (x2 + x3))[:, None, :]
+        y = tl.sum(tl.sum(sums, 2), 0)
+    return y
+
+
+@triton.jit
+def _vector(
+    out, x, w, gate, bias, gate_bias, residual, chosen, N, K, padded, gate_padded, x_stride, scale,
+    k, FORM: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Some of a row of out, from the row of x divided by k; chosen: by which expert each."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rows, N - 1).to(tl.int64)
+    m = tl.program_id(1)
+    if chosen is not None:
+        row += tl.load(chosen + m).to(tl.int64) * N
+    x += (m // k).to(tl.int64) * x_stride
+    y = _biased(_dots(x, w, row, K, padded, FORM, BN, BK), w, bias, row, FORM)
+    if gate is not None:
+        gated = _dots(x, gate, row, K, gate_padded, GATE, BN, BK)
+        y *= _activated(_biased(gated, gate, gate_bias, row, GATE), ACTIVATION)
+    else:
+        y = _activated(y, ACTIVATION)
+    _store(out, y, residual, m.to(tl.int64) * N + rows, rows < N, scale)
+
+
+@triton.jit
+def _rows(out, ids, w, K, padded, scale, FORM: tl.constexpr, BK: tl.constexpr):
+    """Rows of a table."""
+    row = tl.load(ids + tl.program_id(0)).to(tl.int64) + tl.zeros([1], tl.int64)
+    start = tl.program_id(1) * BK
+    k = start + tl.arange(0, BK)[None, :]
+    y = _biased(_tile(w, row, start, K, padded, FORM, BK, tl.float32), w, None, row[:, None], FORM)
+    _store(out, y, None, tl.program_id(0).to(tl.int64) * K + k, k < K, scale)
+
+
+@triton.jit
+def _mixed(out, parts, shares, N, K: tl.constexpr, BN: tl.constexpr):
+    """The sum of K rows, each times its share, in order."""
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    first = tl.program_id(1).to(tl.int64) * K
+    y = tl.zeros([BN], tl.float32)
+    for i in tl.static_range(K):
+        row = tl.load(parts + (first + i) * N + column, column < N, other=0)
+        y += tl.load(shares + first + i) * row
+    tl.store(out + tl.program_id(1).to(tl.int64) * N + column, y, column < N)
+
+
 class Tile(NamedTuple):
     """Of how many rows of x, rows of weights, columns; by how many warps, loaded how far ahead."""
 
@@ -217,20 +343,67 @@ class Tile(NamedTuple):
     stages: int
 
 
+class Tiles(NamedTuple):
+    """For up to so many rows of x."""
+
+    few: Tile
+    some: Tile
+    many: Tile
+
+
+FEW, SOME = 16, 64
+EXACT = {
+    False: Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)),
+    True: Tiles(Tile(64, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 8, 2)),
+}
+FASTEST = {
+    False: Tiles(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
+    True: Tiles(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+}
+
+
 class Argument(NamedTuple):
-    """A weight as kernels take it. form: (low bits, high bits, middle, groups' sizes, unit)."""
+    """A weight as kernels take it. form: bits of the planes, middle, sizes of groups, and of a unit."""
 
     tensors: tuple[Tensor | None, ...]
     padded: int
     form: tuple[int, ...]
 
 
-NONE = Argument((), 0, (0,))
-EXACT_FEW = Tile(64, 64, 128, 4, 3)
-EXACT_MANY = Tile(64, 128, 64, 8, 3)
+class After(NamedTuple):
+    """What follows a product."""
+
+    dtype: torch.dtype
+    bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    activation: Activation | None = None
+    scale: float = 1.0
+    residual: Tensor | None = None
 
 
-def _argument(w: Weight) -> Argument:
+class Plan(NamedTuple):
+    """Rows of out in order of their experts, and of every tile: the expert, where it begins, ends."""
+
+    rows: Tensor
+    experts: Tensor
+    begins: Tensor
+    ends: Tensor
+
+
+class Routes(NamedTuple):
+    """Which expert each row of out has; its row of x is its own number divided by k.
+
+    plan: None, if rows are computed one by one.
+    """
+
+    chosen: Tensor
+    k: int
+    plan: Plan | None
+
+
+def _argument(w: Weight | None) -> Argument:
+    if w is None:
+        return Argument((), 0, (0,))
     if isinstance(w, Plain):
         return Argument((w.values, None), w.cols, (0,))
     if isinstance(w, Float8):
@@ -251,7 +424,88 @@ def _parts(rows: int, cols: int) -> tuple[int, int]:
     return -(-cols // span), span
 
 
-def linear(  # noqa: PLR0913
+def _product_of(
+    x: Tensor, w: Weight, gate: Weight | None, after: After, exact: bool, routes: Routes | None
+) -> Tensor:
+    n = len(x) if routes is None else routes.chosen.numel()
+    out = x.new_empty((n, w.rows), dtype=after.dtype)
+    if n == 0:
+        return out
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if routes.plan is None if routes is not None else len(x) == 1 and not exact:
+        _one(out, x, w, gate, after, routes)
+    else:
+        _many(out, x, w, gate, after, exact, routes)
+    return out
+
+
+def _one(
+    out: Tensor, x: Tensor, w: Weight, gate: Weight | None, after: After, routes: Routes | None
+) -> None:
+    weight, other = _argument(w), _argument(gate)
+    rows = 4 if w.rows <= 8192 else 8
+    _vector[(-(-w.rows // rows), len(out))](
+        out, x, weight.tensors, other.tensors or None, after.bias, after.gate_bias, after.residual,
+        None if routes is None else routes.chosen, w.rows, w.cols, weight.padded, other.padded,
+        x.stride(0), after.scale, 1 if routes is None else routes.k,
+        weight.form, other.form, after.activation, rows, 1024, num_warps=4,
+    )  # fmt: skip
+
+
+def _many(
+    out: Tensor,
+    x: Tensor,
+    w: Weight,
+    gate: Weight | None,
+    after: After,
+    exact: bool,
+    routes: Routes | None,
+) -> None:
+    weight, other = _argument(w), _argument(gate)
+    n, whole = len(out), gate is None and routes is None
+    tile = _tile_of(n, isinstance(w, Packed) or isinstance(gate, Packed), exact)
+    parts, span = _parts(w.rows, w.cols) if whole and (exact or n <= SOME) else (1, w.cols)
+    split = parts > 1 and n <= SOME
+    plan = None if routes is None else routes.plan
+    count = -(-n // tile.x) if plan is None else plan.experts.numel()
+    sums = x.new_empty((parts, n, w.rows), dtype=torch.float32) if split else out
+    _product[(count * -(-w.rows // tile.rows), parts if split else 1)](
+        sums, x, weight.tensors, other.tensors or None, after.bias, after.gate_bias,
+        after.residual, plan, n, w.rows, w.cols, weight.padded, other.padded, x.stride(0),
+        after.scale, span, 1 if routes is None else routes.k, weight.form, other.form,
+        after.activation, parts, split, tile.x, tile.rows, tile.columns,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    if split:
+        _finish[(-(-w.rows // 256), n)](
+            out, sums, weight.tensors, after.bias, after.residual, w.rows, after.scale,
+            weight.form, after.activation, parts, 256, num_warps=2, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _tile_of(n: int, packed: bool, exact: bool) -> Tile:
+    tiles = (EXACT if exact else FASTEST)[packed]
+    return tiles.few if n <= FEW else tiles.some if n <= SOME else tiles.many
+
+
+def _plan(chosen: Tensor, count: int, exact: bool) -> Plan:
+    """Made on the device: there are as many tiles as there could be, and those too many are empty."""
+    device, n = chosen.device, chosen.numel()
+    if len(chosen) == 1:
+        own = torch.arange(n, device=device)
+        return Plan(own, chosen, own, own + 1)
+    height = _tile_of(n, True, exact).x
+    ordered, rows = torch.sort(chosen.flatten(), stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=device, dtype=chosen.dtype))
+    tiles = (bounds[1:] - bounds[:-1] + height - 1) // height
+    last = tiles.cumsum(0)
+    tile = torch.arange(min(n, n // height + count), device=device)
+    expert = torch.searchsorted(last, tile, right=True).clamp_max(count - 1)
+    begin = bounds[expert] + (tile - last[expert] + tiles[expert]) * height
+    return Plan(rows, expert, begin, torch.minimum(begin + height, bounds[expert + 1]))
+
+
+def linear(
     x: Tensor,
     w: Weight,
     *,
@@ -263,25 +517,59 @@ def linear(  # noqa: PLR0913
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See `gpu/linear.py`."""
-    n, rows = len(x), w.rows
-    out = x.new_empty((n, rows), dtype=dtype or x.dtype)
-    if n == 0:
-        return out
-    weight = _argument(w)
-    parts, span = _parts(rows, w.cols)
-    tile = EXACT_FEW if n <= 64 else EXACT_MANY
-    split = parts > 1 and n <= 64
-    sums = x.new_empty((parts, n, rows), dtype=torch.float32) if split else out
-    grid = (-(-n // tile.x) * -(-rows // tile.rows), parts if split else 1)
-    _product[grid](
-        sums, x, weight.tensors, None, bias, None, residual, None,
-        n, rows, w.cols, weight.padded, 0, x.stride(0), scale, span, 1,
-        weight.form, (0,), activation, parts, split, tile.x, tile.rows, tile.columns,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
-    )  # fmt: skip
-    if split:
-        _finish[(-(-rows // 256), n)](
-            out, sums, weight.tensors, bias, residual, rows, scale,
-            weight.form, activation, parts, 256, num_warps=2, enable_fp_fusion=False,
-        )  # fmt: skip
+    after = After(dtype or x.dtype, bias, None, activation, scale, residual)
+    return _product_of(x, w, None, after, exact, None)
+
+
+def gated(
+    x: Tensor,
+    gate: Weight,
+    up: Weight,
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: Activation,
+    exact: bool,
+) -> Tensor:
+    """See `gpu/linear.py`."""
+    return _product_of(x, up, gate, After(x.dtype, up_bias, gate_bias, activation), exact, None)
+
+
+def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Tensor:
+    """See `gpu/linear.py`."""
+    out = torch.empty((len(ids), table.cols), dtype=dtype, device=ids.device)
+    if len(ids):
+        weight = _argument(table)
+        _rows[(len(ids), -(-table.cols // 1024))](
+            out, ids, weight.tensors, table.cols, weight.padded, scale, weight.form, 1024
+        )
+    return out
+
+
+def experts(
+    x: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    *,
+    gate: Weight | None,
+    up: Weight,
+    down: Weight,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: Activation,
+    exact: bool,
+) -> Tensor:
+    """See `gpu/linear.py`."""
+    n, k = chosen.shape
+    plan = None if n == 1 and not exact else _plan(chosen, up.experts, exact)
+    after = After(x.dtype, up_bias, gate_bias, activation)
+    inner = _product_of(x, up, gate, after, exact, Routes(chosen, k, plan))
+    after = After(torch.float32, down_bias)
+    parts = _product_of(inner, down, None, after, exact, Routes(chosen, 1, plan))
+    out = x.new_empty((n, down.rows), dtype=torch.float32)
+    if n:
+        _mixed[(-(-down.rows // 256), n)](
+            out, parts, shares, down.rows, k, 256, num_warps=2, enable_fp_fusion=False
+        )
     return out

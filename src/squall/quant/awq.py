@@ -34,7 +34,6 @@ def grouped(
     *,
     group: int,
 ) -> Grouped:
-    """A weight as these tensors have it."""
 
     def unpack(words: NDArray[np.uint32], start: int, stop: int) -> NDArray[np.uint8]:
         first = start // 8

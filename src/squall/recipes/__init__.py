@@ -26,8 +26,7 @@ from squall.recipes.config_fields import ConfigFields
 from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
 from squall.recipes.linears import linears, named
-from squall.recipes.names import Naming, locate
-from squall.recipes.part import Kind, Part
+from squall.recipes.names import Kind, Naming, Part, locate
 from squall.roles import roles
 from squall.spec import Decoder
 
@@ -67,7 +66,6 @@ class Recipe:
 
     @property
     def all_names(self) -> Names:
-        """Where the weights of all parts lie."""
         return {role: place for part in self.parts for role, place in part.names.items()}
 
     @property

@@ -59,7 +59,6 @@ class Fields:
         return self._number(key, self._value(key, default), low, high)
 
     def numbers(self, key: str, size: int) -> tuple[float, ...]:
-        """A list of positive numbers."""
         items = self._list(key, self._value(key, None), size)
         return tuple(self._number(key, item, 1e-6, 1e9) for item in items)
 

@@ -13,7 +13,7 @@ from squall.recipes import config_names, config_parts, parts
 from squall.recipes.clip_towers import IN_LAYERS, naming, side
 from squall.recipes.config import RECIPES, Entry
 from squall.recipes.config_fields import ConfigFields
-from squall.recipes.part import Part
+from squall.recipes.names import Part
 from squall.recipes.vision import Sections, seer
 from squall.spec import Connector, Decoder, Layer, Norm, Tiles, Tower
 

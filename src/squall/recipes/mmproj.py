@@ -20,8 +20,7 @@ from squall.files import quote
 from squall.recipes import parts
 from squall.recipes.axial_towers import turned
 from squall.recipes.gguf_parts import GgufFields
-from squall.recipes.names import Naming, locate
-from squall.recipes.part import Part
+from squall.recipes.names import Naming, Part, locate
 from squall.roles import roles
 from squall.spec import Activation, Connector, Decoder, Layer, Mlp, Norm, Rope, Tower
 

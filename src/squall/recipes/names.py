@@ -1,4 +1,4 @@
-"""Tensor names: where a decoder's weights lie in a checkpoint, and whether their shapes fit."""
+"""Tensor names: where a model's weights lie in a checkpoint, and whether their shapes fit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Literal
 
 from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.program import Names, Slice
-from squall.roles import Shapes
+from squall.roles import Network, Shapes
 
+Kind = Literal["decoder", "tower", "connector", "encoder", "vae"]
 ROLE = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)")
 _NONE = re.compile(r"(?!)")
 
@@ -65,6 +67,21 @@ class Naming:
         for stem, own in self.pieces.items():
             if number is not None and own == piece:
                 yield (f"{layer}{stem}",), int(number[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network of a model: its Spec, and the places of its weights, found by its naming."""
+
+    kind: Kind
+    spec: Network
+    naming: Naming
+    names: Names = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def prefix(self) -> str:
+        """What its roles begin with in `names`, so that parts can share a weight store."""
+        return "" if self.kind == "decoder" else f"{self.kind}."
 
 
 def locate(

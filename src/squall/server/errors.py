@@ -75,7 +75,6 @@ _FIELD = re.compile(r"([a-z]+(?:_[a-z]+)*(?:\[\d+\])?(?:\.[a-z_]+)?) (?:is|has|m
 
 
 def stopped(why: str) -> ApiError:
-    """What requests get that will not be answered."""
     status, type_, code = _KINDS[errors.EngineStopped]
     return ApiError(status, why, code, type_, headers={"Retry-After": str(RETRY_S)})
 

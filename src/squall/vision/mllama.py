@@ -13,8 +13,7 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import MOST_EDGE, MOST_PIXELS, Floats, count, patches, resample
-from squall.vision.squares import scale
+from squall.vision.pixels import MOST_EDGE, MOST_PIXELS, Floats, count, patches, resample, scale
 
 # Rows of a tile are filled up to a multiple of it.
 FULL = 8

@@ -157,11 +157,7 @@ class Sight:
         return Adapted(self._decoder.adapter(rest), tower, keys[0] if keys else None)
 
     def fields(
-        self,
-        placed: Placed | None,
-        images: Sequence[Seen],
-        adapters: Adapting,
-        scope: CacheScope,
+        self, placed: Placed | None, images: Sequence[Seen], adapters: Adapting, scope: CacheScope
     ) -> dict[str, Any]:
         """What a `Request` has of images besides ids; the tower reads those that it has to.
 
