@@ -32,7 +32,8 @@ _SUMMED = ("elapsed_s", "waiting_s", "bytes", "dots", "fmas")
 class Workload:
     """What to measure: tokens of the prompt and of the answer, after `depth` tokens of context.
 
-    Each of `batch` sequences has them all; they decode together.
+    Each of `batch` sequences has them all; they decode together. A step has at most `rows` tokens
+    of a prompt.
     """
 
     prompt: int
@@ -40,6 +41,7 @@ class Workload:
     depth: int = 0
     batch: int = 1
     kv_dtype: CacheType = "f16"
+    rows: int = MAX_ROWS
 
     @property
     def context(self) -> int:
@@ -111,10 +113,9 @@ class Bench:
         threads: int | None = None,
         placement: Placement = CPU,
         weights: Literal["packed", "f32"] = "packed",
-        rows: int = MAX_ROWS,
         progress: Progress | None = None,
     ) -> None:
-        """prepared: what `squall.assembly.prepare` returns. rows: of a prompt, at most in a step."""
+        """prepared: what `squall.assembly.prepare` returns."""
         if workload.prompt + workload.answer == 0:
             raise InvalidRequest("-p and -g are both 0; there is nothing to measure")
         checkpoint, recipe, plan = prepared
@@ -132,7 +133,7 @@ class Bench:
         self.vocab = recipe.decoder.vocab
         blocks = -(-size // BLOCK_SIZE)
         limits = Limits(
-            rows={"tokens": max(rows, batch), "outputs": max(MAX_OUTPUTS, batch)},
+            rows={"tokens": max(workload.rows, batch), "outputs": max(MAX_OUTPUTS, batch)},
             blocks=blocks * batch,
             block_size=BLOCK_SIZE,
             kv_dtype=workload.kv_dtype,
@@ -142,7 +143,6 @@ class Bench:
             program, store, limits, placement=placement, pool=pool, progress=progress
         )
         self._steps = 0
-        self.rows = rows
         self.plan(workload)
 
     def plan(self, workload: Workload) -> None:
@@ -183,9 +183,10 @@ class Bench:
 
     def _fill(self, start: int, stop: int) -> None:
         """Compute the positions `start:stop` of each sequence by itself; logits of the last."""
+        rows = self.workload.rows
         for sequence in range(self.workload.batch):
-            for first in range(start, stop, self.rows):
-                last = min(first + self.rows, stop)
+            for first in range(start, stop, rows):
+                last = min(first + rows, stop)
                 one = range(sequence, sequence + 1)
                 self._step(one, range(first, last), outputs=last == stop)
 
