@@ -27,4 +27,4 @@ if ! "$python" -c "import squall._native" 2>/dev/null; then
     || echo "the native core could not be built" >&2
   cp "$site"/native/squall/_native*.so src/squall/ || true
 fi
-exec "$python" bench/gpu.py "$@"
+exec "$python" bench/gpu_steps.py "$@"

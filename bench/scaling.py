@@ -27,6 +27,7 @@ from squall import _native, quant, recipes
 from squall.measure import Bench, Workload
 
 MODELS = {"SmolLM2-135M Q4_1": ("135m", "q4_1"), "1.1 B Q4_K": ("1.1b", "q4_k")}
+SMALL = {"tiny Q4_K": ("tiny", "q4_k")}
 HEADINGS = ("model", "threads", "GB/s", "prompt", "x", "of peak", "answer", "of bound", "16", "x16")
 Line = dict[str, Any]
 
@@ -45,7 +46,7 @@ def sizes(small: bool) -> list[Workload]:
 
 def lines(model: str, threads: list[int], small: bool) -> Iterator[Line]:
     """A line for each number of threads."""
-    shape, format_name = MODELS[model]
+    shape, format_name = (MODELS | SMALL)[model]
     checkpoint = random_checkpoint(SHAPES[shape], format_name, normal=True)
     every = sum(rows * cols for _, rows, cols in matrices(SHAPES[shape]))
     products = every - 2 * SHAPES[shape].vocab * SHAPES[shape].hidden  # logits are of one row
@@ -80,7 +81,7 @@ def peer(model: str, threads: list[int], small: bool) -> Iterator[Line]:
     """llama.cpp's rates."""
     from peers import run_worker
 
-    shape, format_name = MODELS[model]
+    shape, format_name = (MODELS | SMALL)[model]
     plans = [[load.prompt, load.answer, load.batch] for load in sizes(small)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
@@ -120,13 +121,13 @@ def main() -> None:
     )
     most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("--threads", type=int, nargs="*", default=doubled(most or 1))
-    parser.add_argument("--small", action="store_true", help="a few tokens, to see that it runs")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--json", action="store_true", help="print lines of JSON as they come")
     args = parser.parse_args()
     sides = [lines, peer] if find_spec("llama_cpp") is not None else [lines]
     found: list[Line] = []
     for side in sides:
-        for model in MODELS:
+        for model in SMALL if args.small else MODELS:
             for line in side(model, args.threads, args.small):
                 found.append(line)
                 if args.json:

@@ -335,7 +335,7 @@ def with_shares(rows: list[Row]) -> list[Row]:
 
 def print_table(rows: list[Row], ends: dict[str, str]) -> None:
     """For people."""
-    table = Table(caption="; ".join(f"{name}: {end}" for name, end in ends.items()), box=None)
+    table = Table(box=None)
     for heading in ("", "", "", "share or times", "to reach"):
         table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
     for row in rows:
@@ -346,6 +346,7 @@ def print_table(rows: list[Row], ends: dict[str, str]) -> None:
             "" if least is None else f"{least:.2f}" + ("" if (share or 0) >= least else " MISSED"),
         )  # fmt: skip
     Console(width=110).print(table)
+    print("; ".join(f"{name}: {end}" for name, end in ends.items()))
 
 
 def main() -> None:
