@@ -105,8 +105,9 @@ class TorchExecutor(ProgramReader):
             weights.load(program.weights(), self.pool, progress)
             self._types = ops.types(program, self._dtype)
             lowering = ops.Lowering(
-                weights, self._caches, self._device, self._types, self.placement.exact
-            )
+                weights, self._caches, self._device, self._types, self.placement.exact,
+                self.placement.ranks,
+            )  # fmt: skip
             acts = [ops.lower(op, lowering) for op in program.ops]
         kinds = [self._types[op.out] for op in program.ops]
         self._steps = list(zip(program.ops, acts, kinds, self._dying(program), strict=True))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from squall import program as p
+from squall.executors.parallel import Ranks
 from squall.gpu import attention, linear, matrices, rows
 from squall.gpu.adapters import Added, TorchMixture
 from squall.gpu.inputs import Given, Segment
@@ -59,13 +60,18 @@ Act = Callable[[Run], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """What ops become functions of. types: of values; results are cast to them where need be."""
+    """What ops become functions of.
+
+    types: of values; results are cast to them where need be. ranks: those that run parts of the
+        model.
+    """
 
     weights: matrices.Matrices
     caches: Sequence[attention.Cache]
     device: torch.device
     types: Mapping[p.Value, torch.dtype]
     exact: bool
+    ranks: Ranks | None = None
 
     def tensor(self, values: Sequence[float] | NDArray[np.int32], dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=dtype, device=self.device)
@@ -164,6 +170,13 @@ def _(op: p.Overlay, run: Run) -> Tensor:
     if not len(over):
         return x
     return torch.where((index >= 0)[:, None], over.index_select(0, index.clamp(min=0)), x)
+
+
+@lower.register
+def _(op: p.AllReduce, to: Lowering) -> Act:
+    ranks = to.ranks
+    assert ranks is not None
+    return lambda run: ranks.sum(run[op.x], exact=to.exact)
 
 
 # ---- attention ----
