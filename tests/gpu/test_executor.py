@@ -170,6 +170,11 @@ def test_rows_of_images(images: int, rng: np.random.Generator) -> None:
         assert out.tobytes() == native[name].tobytes(), name
 
 
+def test_an_index_that_may_choose_none_gathers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_rows, "opened", on_torch)
+    test_rows.test_an_index_that_may_choose_none_gathers_nothing()
+
+
 # ---- attention ----
 
 

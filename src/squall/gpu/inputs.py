@@ -13,7 +13,7 @@ from torch import Tensor
 
 from squall import program as p
 from squall.batch import Int32, Sequences
-from squall.errors import InvalidRequest
+from squall.errors import InvalidRequest, UnsupportedModel
 from squall.executors import Floats, Limits
 
 Places = tuple[tuple[str, bool, tuple[int, ...], int], ...]
@@ -88,13 +88,20 @@ class Inputs:
             case p.Embed():
                 uses[op.index].limit = min(uses[op.index].limit or op.table.rows, op.table.rows)
             case p.GatherRows():
-                uses[op.index].into = op.x.rows
+                self._choose(uses[op.index], op.x.rows, "zeros")
             case p.Overlay():
-                uses[op.index].into, uses[op.index].fill = op.rows.rows, "none"
+                self._choose(uses[op.index], op.rows.rows, "none")
             case p.MixtureOfExperts() if op.shared is not None:
                 uses[op.shared].fill = "own"
         if (adapters := getattr(op, "adapters", None)) is not None:
             uses[adapters.mixture].mixtures, uses[adapters.mixture].fill = True, "none"
+
+    def _choose(self, use: _Use, space: str, fill: Literal["zeros", "none"]) -> None:
+        if use.into is not None and (use.into, use.fill) != (space, fill):
+            raise UnsupportedModel(
+                "an index chooses rows of two spaces, or is to choose none and some"
+            )
+        use.into, use.fill = space, fill
 
     def checked(self, given: Given, sequences: Sequences, mixtures: int) -> Given:
         """In the shapes that ops read. Raises InvalidRequest for what is amiss."""
@@ -144,10 +151,10 @@ class Inputs:
         elif use.into is not None:
             ok = (low >= 0 or use.fill == "none") and high < rows[use.into]
             expect(ok, "a chosen row is outside the step")
-        else:
-            inside = low >= 0 and (use.limit is None or high < use.limit)
-            what = "a token id is outside the vocabulary" if use.limit else "an index is negative"
-            expect(inside, what)
+        if use.limit is not None:
+            expect(low >= 0 and high < use.limit, "a token id is outside the vocabulary")
+        elif use.fill == "zeros":
+            expect(low >= 0, "an index is negative")
 
     def _check_sequences(self, at: Sequences, rows: Mapping[str, int]) -> None:
         spaces = {sight.spans.rows for sight in self._sights if sight.of != "run"}
