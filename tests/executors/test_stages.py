@@ -16,6 +16,7 @@ from tiny_seers import write_seer
 
 from squall import Model, executors
 from squall.adapters.anymoe import AnyMoe, FineTuned
+from squall.adapters.edits import adaptable
 from squall.adapters.xlora import XLora
 from squall.checkpoints import open_checkpoint
 from squall.decoder import compile
@@ -182,7 +183,7 @@ def test_x_lora_and_anymoe(tmp_path: Path, device: str) -> None:
 def opened(folder: Path, device: str, **given: Any) -> Any:
     checkpoint = open_checkpoint(folder)
     recipe = load(checkpoint)
-    program = compile(recipe.decoder, recipe.names, context=128)
+    program = adaptable(compile(recipe.decoder, recipe.names, context=128))
     limits = Limits(blocks=8)
     placement = Placement(stages_of(device))
     return executors.open(
@@ -213,6 +214,9 @@ def test_progress_profile_and_kept_values(llama: Path) -> None:
     with pytest.raises(InvalidRequest, match="no weight nothing"):
         executor.adapter({("nothing", 0): Term(None, None, 4)})
     assert executor.isa.count(" layers on ") == 2
+    # What was made for another model is refused.
+    with pytest.raises(InvalidRequest):
+        executor.run(step.inputs(executor.program.indices), step, [((one.adapter({}), 1.0),)])
 
 
 def batch() -> Any:
