@@ -73,7 +73,7 @@ class Placement:
     @property
     def first(self) -> Placement:
         """Where this begins, for all of what is beside the model: towers and drafts."""
-        return replace(self, stages=self.stages[:1])
+        return replace(self, stages=self.stages[:1], ranks=None)
 
     def spread(self, layers: int) -> list[tuple[str, int]]:
         """Which devices run how many of so many layers; the last one has all that are left."""
