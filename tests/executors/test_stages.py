@@ -43,19 +43,7 @@ MIXED = [
     f"{a}={cut};{b}" for cut in range(1, LAYERS) for a, b in (("cpu", "torch"), ("torch", "cpu"))
 ]
 MIXED += ["torch=1;cpu=2;torch", "cpu=2;torch=2;cpu", "torch=2;torch=2;torch"]
-try:
-    from squall.gpu.executor import TorchExecutor
-
-    TORCH = isinstance(TorchExecutor, type)
-except ImportError:
-    TORCH = False
-needs_torch = pytest.mark.skipif(not TORCH, reason="needs PyTorch's executor")
-# One with each executor first; the second is the same program without torch.
-SOME = [
-    "cpu=1;cpu",
-    pytest.param("torch=1;cpu", marks=needs_torch),
-    pytest.param("cpu=1;torch", marks=needs_torch),
-]
+SOME = ["cpu=1;cpu", "torch=1;cpu", "cpu=1;torch"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +75,7 @@ def tokens(model: Model, prompt: Any, **options: Any) -> list[int]:
     return answer.ids
 
 
-@pytest.mark.parametrize("device", [*NATIVE, *(pytest.param(d, marks=needs_torch) for d in MIXED)])
+@pytest.mark.parametrize("device", [*NATIVE, *MIXED])
 def test_every_split_gives_what_one_device_gives(llama: Path, whole: Model, device: str) -> None:
     with Model.open(llama, device=device, **FLOATS) as model:
         assert isinstance(model.executor, StagedExecutor)
