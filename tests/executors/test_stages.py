@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ from squall.executors.staged import StagedExecutor
 from squall.quant import Plan
 from squall.recipes import load
 from squall.weights import Term, WeightStore
-
-sys.path.append(str(Path(__file__).parents[1] / "adapters"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYERS = 6
