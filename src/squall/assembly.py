@@ -21,6 +21,7 @@ from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest, SquallError
 from squall.executors import Executor, Limits, Placement, ThreadPool, devices
 from squall.executors.memory import Load, Sizes, available_bytes, together
+from squall.executors.sharding import shard
 from squall.locate import find_mmproj, locate, locate_uqff
 from squall.opening import NO_MMPROJ, Opening
 from squall.quant import Plan, Topology
@@ -75,10 +76,7 @@ def assemble(opening: Opening) -> Assembly:
     small = opening.of_draft
     models = [model] if small is None else [model, _prepared_draft(small, tokenizer)]
     engine = opening.engine or EngineConfig()
-    ranks = _ranks(opening)
-    if ranks is not None:
-        opening = replace(opening, device=ranks.device)
-    room = _room(models, opening, engine.max_seqs).among(ranks)
+    room = _room(models, opening, engine.max_seqs)
     template = opening.chat_template and template_of(checkpoint).replaced(opening.chat_template)
 
     def encode(text: str) -> list[int]:
@@ -93,7 +91,7 @@ def assemble(opening: Opening) -> Assembly:
     most, draft = min(opening.draft_tokens or MOST_GUESSES, MAX_OUTPUTS), None
     if small is not None:
         own = _merged(models[1], small)
-        beside = replace(room, placement=replace(room.placement.first, ranks=None))
+        beside = replace(room, placement=room.placement.first)
         draft = Draft(_executor(models[1], small, beside, encode, own), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
@@ -182,24 +180,6 @@ class _Room:
     placement: Placement
     pool: ThreadPool
 
-    def among(self, ranks: Ranks | None) -> _Room:
-        """The same on all ranks."""
-        given = replace(self, placement=replace(self.placement, ranks=ranks))
-        if ranks is None:
-            return given
-        context, limits = ranks.agree((self.context, asdict(self.limits)))
-        return replace(given, context=context, limits=Limits(**limits))
-
-
-def _ranks(opening: Opening) -> Ranks | None:
-    """The processes that run the model together, once they are all there."""
-    if opening.tensor_parallel in (None, 1):
-        return None
-    from squall.executors.parallel import Ranks
-
-    device = devices.device_name(opening.device)
-    return Ranks.join(opening.tensor_parallel, device, opening.command)
-
 
 def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
     """Sizes of the context, and of the KV cache, which several models share."""
@@ -218,6 +198,9 @@ def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
         kv_dtype=opening.kv_dtype,
     )
     size = min(size, tokens) if opening.context is None else size
+    if placement.ranks is not None:
+        size, agreed = placement.ranks.agree((size, asdict(limits)))
+        limits = Limits(**agreed)
     return _Room(size, limits, placement, executors.thread_pool(opening.threads))
 
 
@@ -225,15 +208,23 @@ def place(models: Sequence[Prepared], opening: Opening) -> tuple[Placement, list
     """Where the first of the models runs, and what each stage holds; the others, whole, come last.
 
     They run where the first one begins. Raises InvalidRequest for a device that is not here.
+    Of several ranks, which it waits for, this is of one.
     """
-    (sizes, *others), topology = [_sizes(model, opening) for model in models], models[0][2].topology
+    ranks, topology = None, models[0][2].topology
+    if (opening.tensor_parallel or 1) > 1:
+        from squall.executors.parallel import Ranks
+
+        ranks = Ranks(opening.tensor_parallel or 1, opening.device, opening.command)
+        opening = replace(opening, device=ranks.device)
+    sizes = _sizes(models[0], opening, ranks)
+    others = [_sizes(model, opening) for model in models[1:]]
     count = len(sizes.kv)
     if opening.device == devices.AUTO and opening.device_layers is None:
         stages = _chosen(sizes, others, models[0][1].decoder.context, opening)
     else:
         stages = devices.stages_of(opening.device, opening.device_layers)
     own = [topology.device_of(layer) for layer in range(count)]
-    placement = Placement(stages, opening.exact, opening.dtype).overridden(
+    placement = Placement(stages, opening.exact, opening.dtype, ranks).overridden(
         [device and devices.device_name(device) for device in own]
     )
     for device, _ in placement.spread(count):
@@ -253,15 +244,16 @@ def _chosen(
     beside = sum(more.bytes(tokens) for more in others)
     layers = [sizes.bytes(tokens, i, i + 1) for i in range(len(sizes.kv))]
     layers[0] += beside
-    gpus = {name: free for name, free in devices.free_gpus().items() if name.startswith("cuda")}
-    return devices.chosen(layers, sizes.bytes(tokens) + beside, gpus)
+    free = {gpu: devices.free_bytes(gpu) or 0 for gpu in devices.gpus() if gpu != "mps"}
+    return devices.chosen(layers, sizes.bytes(tokens) + beside, free)
 
 
-def _sizes(model: Prepared, opening: Opening) -> Sizes:
+def _sizes(model: Prepared, opening: Opening, ranks: Ranks | None = None) -> Sizes:
     checkpoint, recipe, plan = model
     program = decoder.compile(recipe.decoder, recipe.names, context=recipe.decoder.context)
     store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-    return Sizes.of(program, store, opening.kv_dtype, caches=2 if opening.xlora else 1)
+    own = program if ranks is None else shard(program, store, ranks.rank, ranks.size)
+    return Sizes.of(own, store, opening.kv_dtype, caches=2 if opening.xlora else 1, whole=program)
 
 
 def _executor(

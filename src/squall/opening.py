@@ -54,6 +54,7 @@ _APART = {
     ("anymoe", "adapters"): "merge them into a model first: squall adapters merge",
     ("xlora", "tensor_parallel"): "several ranks take no adapters",
     ("anymoe", "tensor_parallel"): "several ranks take no adapters",
+    ("device_layers", "tensor_parallel"): "every rank has all layers",
     ("merge", "write_uqff"): "merge first, with squall adapters merge, and quantize that",
 }
 _OF_ADAPTERS = ("adapters", "xlora", "anymoe")

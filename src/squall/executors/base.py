@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,22 +65,18 @@ class ProgramReader:
 
     def _given(
         self, inputs: Mapping[str, NDArray[np.generic]]
-    ) -> tuple[dict[str, int], list[Int32], list[Floats]]:
-        """Rows of each space, indices and values in the program's order; not checked further."""
-        rows: dict[str, int] = {}
-        indices: list[Int32] = []
-        values: list[Floats] = []
+    ) -> tuple[dict[str, int], dict[str, Int32], dict[str, Floats]]:
+        """Rows of each space, and the indices and values that the program asks for."""
+        values = self.program.inputs
+        names = [*(index.name for index in self._indices), *(value.name for value in values)]
         try:
-            for index in self._indices:
-                found = inputs[index.name]
-                rows.setdefault(index.rows, found.shape[-1])
-                indices.append(found)  # type: ignore[arg-type]
-            for value in self.program.inputs:
-                rows.setdefault(value.rows, len(inputs[value.name]))
-                values.append(inputs[value.name])  # type: ignore[arg-type]
+            found = {name: inputs[name] for name in names}
         except KeyError as error:
             raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
-        return rows, indices, values
+        rows = {value.rows: len(found[value.name]) for value in values}
+        rows |= {index.rows: found[index.name].shape[-1] for index in self._indices}
+        indices = {index.name: cast(Int32, found[index.name]) for index in self._indices}
+        return rows, indices, {value.name: cast(Floats, found[value.name]) for value in values}
 
 
 # ---- adapters ----

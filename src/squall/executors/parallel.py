@@ -7,19 +7,21 @@ tells either side when the other has ended. What ranks compute together goes ove
 from __future__ import annotations
 
 import json
+import math
 import os
-import secrets
+import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,16 +35,14 @@ from squall.weights import WeightStore
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch._C._distributed_c10d import Store
 
-Arrays = dict[str, NDArray[np.generic]]
+Arrays = Mapping[str, NDArray[np.generic]]
 Message = tuple[Any, Arrays]
-"""Plain data as JSON has it, and arrays beside it."""
+"""Plain data as JSON has it, and arrays."""
 
 LOCAL = "127.0.0.1"
 # How long the others may take until they are here.
 JOIN_S = 300.0
-_SIZE = struct.Struct("<I")
 _AT = ("positions", "bounds", "block_tables")
 
 
@@ -52,43 +52,40 @@ def follows() -> bool:
 
 
 class Ranks:
-    """This process among those that run one model.
+    """The processes of this machine that run one model, this one among them.
 
     device: where its part runs. lost: which rank has ended, and why, as soon as one has.
     """
 
-    def __init__(self, rank: int, size: int, device: str) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, size: int, device: str, command: Sequence[str]) -> None:
+        """Waits for the others, which `command` starts where torchrun has not."""
+        cuda, env = re.fullmatch(r"cuda(:\d+)?", device) is not None, os.environ
+        self.rank, self.size = int(env.get("RANK", 0)), size
+        self.device = f"cuda:{env.get('LOCAL_RANK', 0)}" if cuda else device
         self.lost: str | None = None
         self._lost = threading.Event()
         self._started: dict[int, subprocess.Popen[bytes]] = {}
-        self._lines: dict[int, socket.socket] = {}
+        self._lines: dict[int, Connection] = {}
         self._heard: dict[int, SimpleQueue[Message | None]] = {}
-
-    @classmethod
-    def join(cls, size: int, device: str, command: Sequence[str]) -> Ranks:
-        """Wait for the others, which `command` starts where torchrun has not.
-
-        Raises InvalidRequest where there are not as many processes, or devices.
-        """
-        try:
-            import torch.distributed as dist
-        except ImportError:
+        if not cuda and device != "torch":
             raise InvalidRequest(
-                "tensor_parallel needs PyTorch: pip install squall[torch]"
-            ) from None
-        kind, env = device.partition(":")[0], os.environ
-        rank, local = (int(env.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        _check(size, device, command, local)
-        ranks = cls(rank, size, f"cuda:{local}" if kind == "cuda" else device)
-        try:
-            store = ranks._store(command)
-            ranks._connect(store)
-            backend = "nccl" if kind == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        except (OSError, RuntimeError) as error:
-            raise ranks._end(error) from error
-        return ranks
+                f"tensor_parallel: ranks run on cuda, or on torch (on the CPU), not on {device}"
+            )
+        if env.get("WORLD_SIZE", str(size)) != str(size) or not ("RANK" in env or command):
+            raise InvalidRequest(
+                f"tensor_parallel is {size}, which needs as many processes: start them with "
+                f"torchrun --nproc-per-node {size}, or use squall serve --tensor-parallel {size}"
+            )
+        import torch.distributed as dist
+
+        with self.together():
+            store = self._store(command)
+            self._connect(store)
+            for rank in self._lines:
+                self._heard[rank] = SimpleQueue()
+                threading.Thread(target=self._listen, args=(rank,), daemon=True).start()
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=size)
 
     # ---- what they compute together ----
 
@@ -105,7 +102,7 @@ class Ranks:
         dist.all_gather(parts, x)
         total = parts[0].float()
         for part in parts[1:]:
-            total += part
+            total = total + part
         return total.to(x.dtype)
 
     # ---- what they say to each other ----
@@ -117,15 +114,14 @@ class Ranks:
         self.tell(told)
         return told
 
-    def tell(self, told: Any, arrays: Mapping[str, NDArray[np.generic]] | None = None) -> None:
-        """Send to the others, or to the first rank."""
-        arrays = arrays or {}
-        shapes = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
-        head = json.dumps([told, shapes]).encode()
-        data = b"".join([_SIZE.pack(len(head)), head, *(a.tobytes() for a in arrays.values())])
+    def tell(self, told: Any, arrays: Arrays | None = None) -> None:
+        """Say it to the others, or to the first rank."""
+        given = arrays or {}
+        shapes = [(name, array.dtype.str, array.shape) for name, array in given.items()]
+        data = b"".join(array.tobytes() for array in given.values())
         with self.together():
             for line in self._lines.values():
-                line.sendall(data)
+                line.send_bytes(json.dumps([told, shapes]).encode() + b"\n" + data)
 
     def hear(self, rank: int) -> Message:
         """The next message of a rank."""
@@ -135,148 +131,102 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in this block since a rank has ended fails with that reason."""
+        """What fails in this block because a rank has ended fails with that reason."""
         try:
             if self.lost is not None:
                 raise EngineStopped(self.lost)
             yield
         except (OSError, RuntimeError) as error:
-            raise self._end(error) from error
-
-    def _end(self, error: Exception) -> Exception:
-        """Why an error was, once there was time for the news that a rank has ended."""
-        self._lost.wait(2.0)
-        return error if self.lost is None else EngineStopped(self.lost)
+            self._lost.wait(2.0)  # for the news
+            raise error if self.lost is None else EngineStopped(self.lost) from error
 
     def _listen(self, rank: int) -> None:
         reason = None
-        with suppress(OSError, EOFError), self._lines[rank].makefile("rb") as stream:
+        with suppress(OSError, EOFError):
             while True:
-                told, arrays = _received(stream)
+                told, arrays = _message(self._lines[rank].recv_bytes())
                 reason = told.get("error") if isinstance(told, dict) else None
                 self._heard[rank].put((told, arrays))
         if self.rank:
             os._exit(0)  # the first rank is gone, and whatever this one waits for
-        self.lost = f"rank {rank} of {self.size} has ended ({reason or self._status(rank)})"
-        self._lost.set()
+        self._lose(rank, reason or "its connection was closed")
         self._heard[rank].put(None)
         with suppress(Exception):  # end a sum that would wait for it forever
             import torch.distributed as dist
 
             cast(Any, dist.group.WORLD).abort()
 
-    def _status(self, rank: int) -> str:
+    def _lose(self, rank: int, reason: str) -> str:
         with suppress(KeyError, subprocess.TimeoutExpired):
-            status = self._started[rank].wait(1.0)
-            return f"exit status {status}" if status >= 0 else signal.Signals(-status).name
-        return "its connection was closed"
+            if (status := self._started[rank].wait(1.0)) < 0:
+                reason = signal.Signals(-status).name
+        self.lost = f"rank {rank} of {self.size} has ended: {reason}"
+        self._lost.set()
+        return self.lost
 
     # ---- how they find each other ----
 
-    def _store(self, command: Sequence[str]) -> Store:
-        """Where they find each other; the others are started if they are not there."""
+    def _store(self, command: Sequence[str]) -> Any:
+        """What torch's processes find each other by; the others are started if none are there."""
         from torch._C._distributed_c10d import TCPStore
         from torch.distributed.rendezvous import rendezvous
 
         if "RANK" in os.environ:
-            return cast("Store", next(rendezvous("env://"))[0])
+            return next(rendezvous("env://"))[0]
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         listener = socket.create_server((LOCAL, 0))
-        store = TCPStore(
-            LOCAL, listener.getsockname()[1], self.size, is_master=True, wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )  # fmt: skip
-        loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-        if loopback is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        shared = {"WORLD_SIZE": self.size, "MASTER_ADDR": LOCAL, "MASTER_PORT": store.port}
+        port = listener.getsockname()[1]
+        env = os.environ | {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(port)}
         for rank in range(1, self.size):
-            own = {name: str(value) for name, value in shared.items()}
-            own |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            own = {"WORLD_SIZE": str(self.size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             self._started[rank] = subprocess.Popen(
-                [sys.executable, *command], env=os.environ | own, stdin=subprocess.DEVNULL,
+                [sys.executable, *command], env=env | own, stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        return store
+        return TCPStore(
+            LOCAL, port, self.size, is_master=True, wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
 
-    def _connect(self, store: Store) -> None:
+    def _connect(self, store: Any) -> None:
         if self.rank:
             with suppress(ValueError):  # not in the main thread
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, signal.SIG_IGN)  # it ends with the first rank
-            host, port, token = store.get("squall").decode().split()
-            self._lines[0] = socket.create_connection((host, int(port)), JOIN_S)
-            self._lines[0].sendall(f"{token}{self.rank:8}".encode())
-        else:
-            token, host = secrets.token_hex(), os.environ.get("MASTER_ADDR", LOCAL)
-            with socket.create_server((host, 0)) as listener:
-                store.set("squall", f"{host} {listener.getsockname()[1]} {token}")
-                self._accept(listener, token.encode())
-        for rank, line in self._lines.items():
-            line.settimeout(None)
-            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._heard[rank] = SimpleQueue()
-            threading.Thread(target=self._listen, args=(rank,), daemon=True).start()
+            line = socket.socket(socket.AF_UNIX)
+            line.connect(store.get("squall").decode())
+            self._lines[0] = Connection(line.detach())
+            self._lines[0].send_bytes(str(self.rank).encode())
+            return
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path := f"{folder}/ranks")
+            listener.listen()
+            listener.settimeout(0.5)
+            store.set("squall", path)
+            self._accept(listener)
 
-    def _accept(self, listener: socket.socket, token: bytes) -> None:
-        """Connections of all others, which know the token."""
-        listener.settimeout(0.5)
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(int(JOIN_S / 0.5)):
+            for rank, process in self._started.items():
+                if (status := process.poll()) is not None:
+                    raise EngineStopped(self._lose(rank, f"exit status {status}"))
             if len(self._lines) == self.size - 1:
                 return
-            for rank, process in self._started.items():
-                if process.poll() is not None:
-                    raise EngineStopped(f"rank {rank} has ended ({self._status(rank)})")
             with suppress(TimeoutError):
-                line, _ = listener.accept()
-                line.settimeout(5.0)
-                said = line.recv(len(token) + 8, socket.MSG_WAITALL)
-                if secrets.compare_digest(said[: len(token)], token):
-                    self._lines[int(said[len(token) :])] = line
-        raise EngineStopped(f"{self.size - 1 - len(self._lines)} ranks did not come")
+                line = Connection(listener.accept()[0].detach())
+                self._lines[int(line.recv_bytes())] = line
+        raise EngineStopped(f"not all of the {self.size} ranks came within {JOIN_S:.0f} s")
 
 
-def _check(size: int, device: str, command: Sequence[str], local: int) -> None:
-    """Raises InvalidRequest for what cannot be."""
-    import torch.distributed as dist
-    from torch import cuda
-
-    kind, world = device.partition(":")[0], os.environ.get("WORLD_SIZE")
-    started = "RANK" in os.environ and world is not None
-    if started and int(world or 0) != size:
-        raise InvalidRequest(f"tensor_parallel is {size}, and there are {world} processes")
-    if not started and not command:
-        raise InvalidRequest(
-            f"tensor_parallel={size} needs as many processes: run this with torchrun "
-            f"--nproc-per-node {size}, or squall serve --tensor-parallel {size}"
-        )
-    if kind not in ("cuda", "torch"):
-        raise InvalidRequest(
-            f"tensor_parallel: ranks run on cuda, or on torch (PyTorch on the CPU), not on {device}"
-        )
-    here = local + 1 if started else size
-    if kind == "cuda" and here > cuda.device_count():
-        raise InvalidRequest(
-            f"tensor_parallel: {here} ranks need a GPU each, and here are {cuda.device_count()}"
-        )
-    if dist.is_initialized():
-        raise InvalidRequest("tensor_parallel: a process takes part in one model, and has one open")
-
-
-def _received(stream: BinaryIO) -> Message:
-    told, shapes = json.loads(_exactly(stream, *_SIZE.unpack(_exactly(stream, _SIZE.size))))
-    arrays: Arrays = {}
-    for name, kind, shape in shapes:
-        dtype = np.dtype(kind)
-        data = _exactly(stream, int(np.prod(shape)) * dtype.itemsize)
-        arrays[name] = np.frombuffer(data, dtype).reshape(shape)
+def _message(data: bytes) -> Message:
+    head, _, rest = data.partition(b"\n")
+    told, shapes = json.loads(head)
+    arrays, at = {}, 0
+    for name, dtype, shape in shapes:
+        array = np.frombuffer(rest, dtype, math.prod(shape), at).reshape(shape)
+        arrays[name], at = array, at + array.nbytes
     return told, arrays
-
-
-def _exactly(stream: BinaryIO, size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) < size:
-        raise EOFError
-    return data
 
 
 def open_rank(
@@ -291,6 +241,8 @@ def open_rank(
     ranks = placement.ranks
     assert ranks is not None
     try:
+        if len(placement.stages) > 1:
+            raise InvalidRequest("every rank has all layers: leave out the topology's devices")
         own = shard(program, store, ranks.rank, ranks.size)
         executor: Executor = TorchExecutor(own, store, limits, placement=placement, **given)
         if ranks.rank:
@@ -311,8 +263,8 @@ def _follow(executor: Executor, ranks: Ranks) -> NoReturn:
     ranks.tell("ready")
     while True:
         _, arrays = ranks.hear(0)
-        at = {name: arrays.pop(f"at.{name}") for name in _AT if f"at.{name}" in arrays}
-        executor.run(arrays, Sequences(**cast(Any, at)) if at else None)
+        at: Any = {name: arrays[f"at.{name}"] for name in _AT if f"at.{name}" in arrays}
+        executor.run(arrays, Sequences(**at) if at else None)
 
 
 class LeadingExecutor:
@@ -348,15 +300,10 @@ class LeadingExecutor:
         program = self._own.program
         return self.run(batch.inputs(program.indices, program.inputs), batch)["logits"]
 
-    def adapter(self, _: object) -> NoReturn:
-        """Raises InvalidRequest."""
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise InvalidRequest(
-            "a model on several ranks takes no adapters: merge them into its weights, with --merge "
-            "or squall adapters merge"
+            "a model on several ranks takes no adapters and keeps its number formats: open it "
+            "again with others, or with adapters merged into its weights (--merge)"
         )
 
-    def requantize(self, *_: object, **__: object) -> NoReturn:
-        """Raises InvalidRequest."""
-        raise InvalidRequest(
-            "a model on several ranks keeps its number formats; open it again with others"
-        )
+    adapter = requantize = _refuse

@@ -70,7 +70,7 @@ def _plane(
 
 @triton.jit
 def _words(w, row, start, padded, FORM: tl.constexpr, BK: tl.constexpr, AXIS: tl.constexpr):
-    """Codes of columns from `start` on, four a word, [BN, BK // U, U // 4]; units first, if AXIS 0."""
+    """Codes of columns from `start` on, four a word: [BN, BK // U, U // 4], or AXIS 0 first."""
     words = _plane(w[0], row, start, padded, FORM[0], FORM[7], BK, AXIS)
     if FORM[1]:
         words |= _plane(w[1], row, start, padded, FORM[1], FORM[7], BK, AXIS) << FORM[0]
@@ -125,11 +125,20 @@ def _rounded(pairs, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _float8(codes):
+    """e4m3fn as float16, whose exponents are 8 less: chips before Hopper have no such type."""
+    codes = codes.to(tl.uint16)
+    values = ((codes & 128) << 8 | (codes & 127) << 7).to(tl.float16, bitcast=True) * 256
+    return tl.where((codes & 127) == 127, float("nan"), values)
+
+
+@triton.jit
 def _tile(w, row, start, K, padded, FORM: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
     """Weights [BN, BK] of columns from `start` on."""
     if FORM[0] == 0:
         k = start + tl.arange(0, BK)
-        tile = tl.load(w[0] + row[:, None] * K + k[None, :], k[None, :] < K, other=0).to(TYPE)
+        tile = tl.load(w[0] + row[:, None] * K + k[None, :], k[None, :] < K, other=0)
+        tile = _float8(tile).to(TYPE) if FORM[1] else tile.to(TYPE)
     else:
         four = _rounded(_unpacked(w, row, start, padded, FORM, BK), TYPE)
         tile = tl.reshape(four, [row.shape[0], BK])
@@ -155,7 +164,7 @@ def _activated(y, ACTIVATION: tl.constexpr):
 @triton.jit
 def _biased(y, w, bias, row, FORM: tl.constexpr):
     """With the factors of rows, if there are, and the bias."""
-    if FORM[0] == 0 and w[1] is not None:
+    if FORM[0] == 0 and FORM[1]:
         y *= tl.load(w[1] + row)
     if bias is not None:
         y += tl.load(bias + row)
@@ -176,7 +185,7 @@ def _part(
         seen = valid[None, :] & (k < K)[:, None]
         xt = tl.load(x + xs[None, :] + k[:, None], seen, other=0)
         y = tl.dot(_tile(w, row, start, K, padded, FORM, BK, TYPE), xt, y, input_precision="ieee")
-        if gate is not None:
+        if GATE[0] >= 0:
             tile = _tile(gate, row, start, K, gate_padded, GATE, BK, TYPE)
             gated = tl.dot(tile, xt, gated, input_precision="ieee")
     return y, gated
@@ -224,7 +233,7 @@ def _product(
         tl.store(out + begin.to(tl.int64) * n * N + at, y, seen)
     else:
         y = _biased(y, w, bias, row[:, None], FORM)
-        if gate is not None:
+        if GATE[0] >= 0:
             y *= _activated(_biased(gated, gate, gate_bias, row[:, None], GATE), ACTIVATION)
         else:
             y = _activated(y, ACTIVATION)
@@ -303,7 +312,7 @@ def _vector(
         row += tl.load(chosen + m).to(tl.int64) * N
     x += (m // k).to(tl.int64) * x_stride
     y = _biased(_dots(x, w, row, K, padded, FORM, BN, BK), w, bias, row, FORM)
-    if gate is not None:
+    if GATE[0] >= 0:
         gated = _dots(x, gate, row, K, gate_padded, GATE, BN, BK)
         y *= _activated(_biased(gated, gate, gate_bias, row, GATE), ACTIVATION)
     else:
@@ -363,7 +372,10 @@ FASTEST = {
 
 
 class Argument(NamedTuple):
-    """A weight as kernels take it. form: bits of the planes, middle, sizes of groups, and of a unit."""
+    """A weight as kernels take it.
+
+    form: bits of planes, middle, sizes of groups, of a unit; floats: 0, and whether of 8 bits.
+    """
 
     tensors: tuple[Tensor | None, ...]
     padded: int
@@ -382,7 +394,7 @@ class After(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Rows of out in order of their experts, and of every tile: the expert, where it begins, ends."""
+    """Rows of out in order of their experts; of every tile the expert, where it begins, ends."""
 
     rows: Tensor
     experts: Tensor
@@ -403,11 +415,11 @@ class Routes(NamedTuple):
 
 def _argument(w: Weight | None) -> Argument:
     if w is None:
-        return Argument((), 0, (0,))
+        return Argument((), 0, (-1,))
     if isinstance(w, Plain):
-        return Argument((w.values, None), w.cols, (0,))
+        return Argument((w.values, None), w.cols, (0, 0))
     if isinstance(w, Float8):
-        return Argument((w.values, w.factors), w.cols, (0,))
+        return Argument((w.values.view(torch.uint8), w.factors), w.cols, (0, 1))
     minimum = w.minimum or Scales(w.scale.base, None, 0, 0)
     scales = (w.scale.base, w.scale.part, minimum.base, minimum.part)
     parts = [(s.base_group, s.group if s.part is not None else 0) for s in (w.scale, minimum)]
@@ -445,7 +457,7 @@ def _one(
     weight, other = _argument(w), _argument(gate)
     rows = 4 if w.rows <= 8192 else 8
     _vector[(-(-w.rows // rows), len(out))](
-        out, x, weight.tensors, other.tensors or None, after.bias, after.gate_bias, after.residual,
+        out, x, weight.tensors, other.tensors, after.bias, after.gate_bias, after.residual,
         None if routes is None else routes.chosen, w.rows, w.cols, weight.padded, other.padded,
         x.stride(0), after.scale, 1 if routes is None else routes.k,
         weight.form, other.form, after.activation, rows, 1024, num_warps=4,
@@ -470,7 +482,7 @@ def _many(
     count = -(-n // tile.x) if plan is None else plan.experts.numel()
     sums = x.new_empty((parts, n, w.rows), dtype=torch.float32) if split else out
     _product[(count * -(-w.rows // tile.rows), parts if split else 1)](
-        sums, x, weight.tensors, other.tensors or None, after.bias, after.gate_bias,
+        sums, x, weight.tensors, other.tensors, after.bias, after.gate_bias,
         after.residual, plan, n, w.rows, w.cols, weight.padded, other.padded, x.stride(0),
         after.scale, span, 1 if routes is None else routes.k, weight.form, other.form,
         after.activation, parts, split, tile.x, tile.rows, tile.columns,
@@ -489,7 +501,7 @@ def _tile_of(n: int, packed: bool, exact: bool) -> Tile:
 
 
 def _plan(chosen: Tensor, count: int, exact: bool) -> Plan:
-    """Made on the device: there are as many tiles as there could be, and those too many are empty."""
+    """Made on the device, with as many tiles as there could be: those too many are empty."""
     device, n = chosen.device, chosen.numel()
     if len(chosen) == 1:
         own = torch.arange(n, device=device)
