@@ -50,7 +50,7 @@ def test_every_number_of_rows(name: str, exact: bool, rng: np.random.Generator) 
 
 
 @both
-@pytest.mark.parametrize("rows, cols", [(1, 1), (5, 3), (65, 33), (3, 1031)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5, 3), (65, 33), (3, 1031)])
 def test_odd_widths(rows: int, cols: int, exact: bool, rng: np.random.Generator) -> None:
     w, values = weight_of("f32", rng, rows, cols)
     for n in (1, 9):
@@ -78,7 +78,9 @@ def test_what_follows_a_product(
 
 @both
 @pytest.mark.parametrize("n", [1, 65])
-@pytest.mark.parametrize("gate, up", [("q4_0", "q6_k"), ("f16", "q4_k"), ("f8_e4m3", "f8_e4m3")])
+@pytest.mark.parametrize(
+    ("gate", "up"), [("q4_0", "q6_k"), ("f16", "q4_k"), ("f8_e4m3", "f8_e4m3")]
+)
 def test_gated(n: int, gate: str, up: str, exact: bool, rng: np.random.Generator) -> None:
     (w, values), (v, others) = (weight_of(name, rng, 11, 256) for name in (gate, up))
     scale = 1 / np.abs(floats(rng, 1, 256).double().numpy() @ values[0].T).max()
@@ -118,7 +120,7 @@ def test_experts(n: int, gate: str | None, exact: bool, rng: np.random.Generator
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name, dtype", [("q4_k", torch.float32), ("f16", torch.float16)])
+@pytest.mark.parametrize(("name", "dtype"), [("q4_k", torch.float32), ("f16", torch.float16)])
 def test_bytes_depend_on_nothing_else(
     name: str, dtype: torch.dtype, rng: np.random.Generator
 ) -> None:
