@@ -99,13 +99,16 @@ def _unpacked(w, row, start, padded, FORM: tl.constexpr, BK: tl.constexpr):
     """Weights of columns from `start` on, in float32, [BN, BK // U, U // 4, 2, 2]."""
     words = _words(w, row, start, padded, FORM, BK, 1)
     scale = _scales(w[2], w[3], row, start, padded, FORM[3], FORM[4], FORM[7], BK, 1)
-    w0 = scale * _number(words, padded, 0, FORM[2])
-    w1 = scale * _number(words, padded, 1, FORM[2])
-    w2 = scale * _number(words, padded, 2, FORM[2])
-    w3 = scale * _number(words, padded, 3, FORM[2])
+    w0 = _number(words, padded, 0, FORM[2])
+    w1 = _number(words, padded, 1, FORM[2])
+    w2 = _number(words, padded, 2, FORM[2])
+    w3 = _number(words, padded, 3, FORM[2])
     if FORM[5]:
-        minimum = _scales(w[4], w[5], row, start, padded, FORM[5], FORM[6], FORM[7], BK, 1)
-        w0, w1, w2, w3 = w0 - minimum, w1 - minimum, w2 - minimum, w3 - minimum
+        least = -_scales(w[4], w[5], row, start, padded, FORM[5], FORM[6], FORM[7], BK, 1)
+        w0, w1 = tl.fma(scale, w0, least), tl.fma(scale, w1, least)
+        w2, w3 = tl.fma(scale, w2, least), tl.fma(scale, w3, least)
+    else:
+        w0, w1, w2, w3 = scale * w0, scale * w1, scale * w2, scale * w3
     return tl.join(tl.join(w0, w2), tl.join(w1, w3))
 
 
@@ -483,7 +486,7 @@ def _one(
         out, x, weight.tensors, other.tensors, after.bias, after.gate_bias, after.residual,
         None if routes is None else routes.chosen, w.rows, w.cols, weight.padded, other.padded,
         x.stride(0), after.scale, 1 if routes is None else routes.k,
-        weight.form, other.form, after.activation, rows, 1024, num_warps=4,
+        weight.form, other.form, after.activation, rows, 1024, num_warps=rows // 2,
     )  # fmt: skip
 
 
