@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -19,25 +19,9 @@ from squall.engine.memory import DEFAULT_CONTEXT, KvSize, choose_context, choose
 from squall.engine.request import Request
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest, SquallError
-from squall.executors import (
-    Executor,
-    Limits,
-    Placement,
-    ThreadPool,
-    default_threads,
-    thread_pool,
-)
-from squall.executors.devices import (
-    AUTO,
-    Stage,
-    check,
-    chosen,
-    device_name,
-    free_bytes,
-    free_gpus,
-    stages_of,
-)
+from squall.executors import Executor, Limits, Placement, ThreadPool, devices
 from squall.executors.memory import Load, Sizes, available_bytes, together
+from squall.executors.sharding import shard
 from squall.locate import find_mmproj, locate, locate_uqff
 from squall.opening import NO_MMPROJ, Opening
 from squall.quant import Plan, Topology
@@ -52,6 +36,7 @@ from squall.weights import WeightStore
 
 if TYPE_CHECKING:
     from squall.adapters.lora import Lora
+    from squall.executors.parallel import Ranks
     from squall.vision.sight import Sight
 
 Prepared = tuple[Checkpoint, Recipe, Plan]
@@ -213,50 +198,62 @@ def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
         kv_dtype=opening.kv_dtype,
     )
     size = min(size, tokens) if opening.context is None else size
-    return _Room(size, limits, placement, thread_pool(opening.threads))
+    if placement.ranks is not None:
+        size, agreed = placement.ranks.agree((size, asdict(limits)))
+        limits = Limits(**agreed)
+    return _Room(size, limits, placement, executors.thread_pool(opening.threads))
 
 
 def place(models: Sequence[Prepared], opening: Opening) -> tuple[Placement, list[Load]]:
     """Where the first of the models runs, and what each stage holds; the others, whole, come last.
 
     They run where the first one begins. Raises InvalidRequest for a device that is not here.
+    Of several ranks, which it waits for, this is of one.
     """
-    (sizes, *others), topology = [_sizes(model, opening) for model in models], models[0][2].topology
+    ranks, topology = None, models[0][2].topology
+    if (opening.tensor_parallel or 1) > 1:
+        from squall.executors.parallel import Ranks
+
+        ranks = Ranks(opening.tensor_parallel or 1, opening.device, opening.command)
+        opening = replace(opening, device=ranks.device)
+    sizes = _sizes(models[0], opening, ranks)
+    others = [_sizes(model, opening) for model in models[1:]]
     count = len(sizes.kv)
-    if opening.device == AUTO and opening.device_layers is None:
+    if opening.device == devices.AUTO and opening.device_layers is None:
         stages = _chosen(sizes, others, models[0][1].decoder.context, opening)
     else:
-        stages = stages_of(opening.device, opening.device_layers)
+        stages = devices.stages_of(opening.device, opening.device_layers)
     own = [topology.device_of(layer) for layer in range(count)]
-    placement = Placement(stages, opening.exact, opening.dtype).overridden(
-        [device and device_name(device) for device in own]
+    placement = Placement(stages, opening.exact, opening.dtype, ranks).overridden(
+        [device and devices.device_name(device) for device in own]
     )
     for device, _ in placement.spread(count):
-        check(device)
-    loads = sizes.loads(placement.spread(count), free_bytes)
+        devices.check(device)
+    loads = sizes.loads(placement.spread(count), devices.free_bytes)
     for more in others:
-        loads += more.loads(placement.first.spread(len(more.kv)), free_bytes)
+        loads += more.loads(placement.first.spread(len(more.kv)), devices.free_bytes)
     return placement, loads
 
 
 def _chosen(
     sizes: Sizes, others: Sequence[Sizes], trained: int, opening: Opening
-) -> tuple[Stage, ...]:
+) -> tuple[devices.Stage, ...]:
     """Layers to the GPUs that are here, with KV cache for what is asked for."""
     kv = opening.kv or KvSize(tokens=opening.kv_tokens)
     tokens = max(opening.context or min(trained, DEFAULT_CONTEXT), kv.tokens or 0)
     beside = sum(more.bytes(tokens) for more in others)
     layers = [sizes.bytes(tokens, i, i + 1) for i in range(len(sizes.kv))]
     layers[0] += beside
-    gpus = {name: free for name, free in free_gpus().items() if name.startswith("cuda")}
-    return chosen(layers, sizes.bytes(tokens) + beside, gpus)
+    free = {gpu: devices.free_bytes(gpu) or 0 for gpu in devices.gpus() if gpu != "mps"}
+    return devices.chosen(layers, sizes.bytes(tokens) + beside, free)
 
 
-def _sizes(model: Prepared, opening: Opening) -> Sizes:
+def _sizes(model: Prepared, opening: Opening, ranks: Ranks | None = None) -> Sizes:
     checkpoint, recipe, plan = model
     program = decoder.compile(recipe.decoder, recipe.names, context=recipe.decoder.context)
     store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-    return Sizes.of(program, store, opening.kv_dtype, caches=2 if opening.xlora else 1)
+    own = program if ranks is None else shard(program, store, ranks.rank, ranks.size)
+    return Sizes.of(own, store, opening.kv_dtype, caches=2 if opening.xlora else 1, whole=program)
 
 
 def _executor(
@@ -414,6 +411,6 @@ def _written(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, opening: Openin
         raise InvalidRequest(f"write_uqff is {str(path)!r}; the name must end in {UQFF}")
     if not plan.quantizes:
         raise InvalidRequest("write_uqff needs isq or a topology: what to quantize the weights to")
-    threads = opening.threads or default_threads()
+    threads = opening.threads or executors.default_threads()
     convert.write(checkpoint, recipe, plan, path, threads=threads, progress=opening.progress)
     return open_checkpoint(path)

@@ -80,7 +80,6 @@ class Report:
 
 
 async def run(load: Load, ask: Ask) -> Report:
-
     async def place(number: int) -> list[Trace]:
         # Not a comprehension of tasks: the next request of a place begins when the last has ended.
         return [await ask(load, number * load.rounds + i) for i in range(load.rounds)]
@@ -108,7 +107,6 @@ async def run(load: Load, ask: Ask) -> Report:
 
 
 def run_all(loads: Sequence[Load], ask: Ask) -> list[Report]:
-
     async def every() -> list[Report]:
         first = await ask(Load(1, 1, 1, 2), 0)  # what only the first request pays for
         if first.error is not None:
@@ -143,7 +141,6 @@ def _ids(model: Model, load: Load, number: int) -> list[int]:
 
 
 def in_process(model: Model) -> Ask:
-
     async def ask(load: Load, number: int) -> Trace:
         request = Request(
             ids=_ids(model, load, number),

@@ -29,7 +29,8 @@ _KINDS = {
     (
         int,
         "a whole number",
-    ): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge image_bytes",
+    ): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge image_bytes "
+    "tensor_parallel",
     (str, "text"): "architecture chat_template device",
     (int | str | list | tuple, "20 or '0:16;1:12'"): "device_layers",
     (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff",
@@ -51,6 +52,9 @@ _APART = {
     ("xlora", "anymoe"): "choose one",
     ("xlora", "adapters"): "X-LoRA has its own",
     ("anymoe", "adapters"): "merge them into a model first: squall adapters merge",
+    ("xlora", "tensor_parallel"): "several ranks take no adapters",
+    ("anymoe", "tensor_parallel"): "several ranks take no adapters",
+    ("device_layers", "tensor_parallel"): "every rank has all layers",
     ("merge", "write_uqff"): "merge first, with squall adapters merge, and quantize that",
 }
 _OF_ADAPTERS = ("adapters", "xlora", "anymoe")
@@ -66,6 +70,8 @@ class Opening:
         on the CPU.
     exact: on a GPU, rows are the same bytes whatever they are computed with, as on the CPU; False:
         the fastest kernels.
+    tensor_parallel: so many processes run a part of every layer each, on a GPU each; torchrun
+        starts them, or `command` does: arguments of Python that open the model in the same way.
     context: tokens of prompt and answer together; by default what the model was trained for,
         up to 8192 and to half of the free memory.
     threads: by default as many as this process may use.
@@ -108,6 +114,8 @@ class Opening:
     device: str = "cpu"
     device_layers: int | str | Sequence[str] | None = None
     exact: bool = True
+    tensor_parallel: int | None = None
+    command: tuple[str, ...] = ()
     context: int | None = None
     threads: int | None = None
     weights: Weights = "packed"
@@ -148,7 +156,12 @@ class Opening:
                 value = getattr(self, name)
                 if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                     raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
-        for name, least in {"draft_tokens": 1, "max_edge": 1, "image_bytes": 0}.items():
+        for name, least in {
+            "draft_tokens": 1,
+            "max_edge": 1,
+            "image_bytes": 0,
+            "tensor_parallel": 1,
+        }.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise InvalidRequest(f"{name} is {value}; it must be at least {least}")
         for name, place in _CLASSES.items():

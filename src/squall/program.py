@@ -58,10 +58,15 @@ Names = Mapping[str, tuple[Slice, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Where a part of rows, columns or elements begins, and how many the slices have."""
+    """Rows, columns or elements `start:stop` of a `whole`."""
 
     start: int
+    stop: int
     whole: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)

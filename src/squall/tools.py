@@ -84,7 +84,6 @@ def _tool(name: str, given: Any) -> tuple[dict[str, Any], Callable[[str], Any]]:
 
 
 def _result(function: Callable[[str], Any], arguments: str) -> str:
-    """What the model is told of a call."""
     try:
         result = function(arguments)
         text = result if isinstance(result, str) else to_json(result, fallback=str).decode()

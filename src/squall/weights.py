@@ -158,12 +158,12 @@ class WeightStore:
             vector += self.vectors[weight.role]
         for term in self.merged.get((weight.role.removesuffix(".bias"), 0), ()):
             vector += 0 if term.bias is None else term.bias
-        part = weight.part or Part(0, weight.size)
+        part = weight.part or Part(0, weight.size, weight.size)
         if vector.size != part.whole:
             raise InvalidCheckpoint(
                 f"{weight.slices[0].tensor} has {vector.size} values, not {part.whole}"
             )
-        return vector[part.start : part.start + weight.size]
+        return vector[part.start : part.stop]
 
     def each(self, weights: Sequence[Weight], progress: Progress | None) -> Iterator[Weight]:
         """Every distinct weight in turn; the file's pages come before and go after it.
@@ -303,8 +303,8 @@ class _Arranger:
 def _columns(weight: Matrix, rows: Stored) -> Stored:
     """Of rows as the slices have them, the matrix's columns, which are whole blocks."""
     assert weight.cols_of is not None
-    size, start = FORMATS[rows.format].row_bytes, weight.cols_of.start
-    data = rows.data.reshape(weight.rows, -1)[:, size(start) : size(start + weight.cols)]
+    size, part = FORMATS[rows.format].row_bytes, weight.cols_of
+    data = rows.data.reshape(weight.rows, -1)[:, size(part.start) : size(part.stop)]
     return replace(rows, data=np.ascontiguousarray(data).reshape(-1))
 
 

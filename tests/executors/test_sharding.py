@@ -142,7 +142,7 @@ def test_rows_and_columns_of_every_expert(name: str, rng: np.random.Generator) -
     start, stop = cols // 4, cols // 4 * 3
     part = Matrix(
         whole.slices, 3, stop - start, 2, whole.role,
-        rows_of=Part(2, 6), cols_of=Part(start, cols),
+        rows_of=Part(2, 5, 6), cols_of=Part(start, stop, cols),
     )  # fmt: skip
     assert store.key(part) != store.key(whole)
     for expert in range(2):
@@ -161,12 +161,12 @@ def test_adapters_that_are_merged_are_cut_too(rng: np.random.Generator) -> None:
     merged = {("layers.0.attention.q", 0): (term,)}
     store = WeightStore(in_memory({"w": w, "b": bias[None]}), merged=merged)
     part = Matrix(
-        (Slice("w", 0, 6),), 3, 4, role="layers.0.attention.q", rows_of=Part(2, 6),
-        cols_of=Part(4, 8),
+        (Slice("w", 0, 6),), 3, 4, role="layers.0.attention.q", rows_of=Part(2, 5, 6),
+        cols_of=Part(4, 8, 8),
     )  # fmt: skip
     wanted = (w + 0.5 * b @ a)[2:5, 4:]
     assert np.allclose(values(store.rows(part, 0), 4), wanted, atol=1e-6)
-    vector = Vector((Slice("b", 0, 6),), 3, role="layers.0.attention.q.bias", part=Part(2, 6))
+    vector = Vector((Slice("b", 0, 6),), 3, role="layers.0.attention.q.bias", part=Part(2, 5, 6))
     assert np.allclose(store.vector(vector), 2 * bias[2:5])
 
 

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from attending import Heads, Texts, any_spans, causal, chunked, here  # noqa: E402
+
 from native_executor import in_memory  # noqa: E402
 from reference_executor import ReferenceExecutor  # noqa: E402
 from squall.batch import Sequences  # noqa: E402

@@ -170,7 +170,7 @@ def test_experts_may_be_stored_in_several_formats(rng: np.random.Generator) -> N
 def test_large_weights_are_taken_apart_in_runs(
     rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("squall.gpu.matrices._RUN_VALUES", 1000)
+    monkeypatch.setattr("squall.gpu.matrices._CPU_VALUES", 1000)
     for name in ("q4_k", "f16", "f8_e4m3"):
         format = FORMATS[name]
         data = random_blocks(format, rng, 2 * rows * 256 // format.block)

@@ -35,8 +35,7 @@ from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.executors import Limits
 from squall.program import Program
 from squall.recipes import Recipe, load
-from squall.recipes.names import locate
-from squall.recipes.part import Part
+from squall.recipes.names import Part, locate
 from squall.roles import roles
 from squall.vision import tower
 from squall.vision.family import Family, Processed

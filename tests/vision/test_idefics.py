@@ -191,7 +191,7 @@ def test_positions_are_fractions_of_the_picture(side: int, shape: tuple[int, int
     import torch
     from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
-    from squall.vision.squares import positions
+    from squall.vision.rows import positions
 
     config = transformers.Idefics2VisionConfig(image_size=side, patch_size=1, hidden_size=1)
     made, seen = Idefics2VisionEmbeddings(config), []

@@ -11,6 +11,7 @@ from typing import Annotated, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 
 from squall import decoder
+from squall import program as p
 from squall.adapters.parts import Parts, array_of
 from squall.adapters.peft import tensors_of
 from squall.adapters.target import Target
@@ -18,18 +19,6 @@ from squall.checkpoints import Checkpoint, open_checkpoint
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.hub import Hub
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
-from squall.program import (
-    GatedLinear,
-    Index,
-    Linear,
-    Matrix,
-    MixtureOfExperts,
-    Program,
-    Site,
-    Slice,
-    Value,
-    Vector,
-)
 from squall.recipes import Recipe
 from squall.recipes.modules import namings
 from squall.recipes.names import Naming, locate
@@ -37,7 +26,7 @@ from squall.roles import roles
 from squall.spec import Mlp
 from squall.weights import Term
 
-SHARED = Index("shared")
+SHARED = p.Index("shared")
 GATES = "gates"  # their source in a weight store
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -117,21 +106,21 @@ class Experts:
         self._shapes = {role: shapes[role] for role in shapes if role.rpartition(".")[0] in stems}
         self._slices = {role: recipe.names[role] for role in self._shapes}
         self.others: dict[str, Checkpoint] = {}
-        self.merged: dict[Site, tuple[Term, ...]] = {}
+        self.merged: dict[p.Site, tuple[Term, ...]] = {}
         for number, model in enumerate(config.model_ids, start=1):
             self._add(number, model)
 
-    def program(self, context: int) -> Program:
+    def program(self, context: int) -> p.Program:
         """The model's, with a mixture of experts in place of each layer's feed-forward."""
         spec, names = self.recipe.decoder, self.recipe.names
         own = decoder.compile(spec, names, context=context, whole=True)
         ups = {f"layers.{layer}.feed_forward.up" for layer in self.layers}
         upper = [
-            op for op in own.ops if isinstance(op, Linear | GatedLinear) and op.out.name in ups
+            op for op in own.ops if isinstance(op, p.Linear | p.GatedLinear) and op.out.name in ups
         ]
         inner = {op.out: op.x for op in upper}
         ops = [
-            self._mixture(op, inner[op.x]) if isinstance(op, Linear) and op.x in inner else op
+            self._mixture(op, inner[op.x]) if isinstance(op, p.Linear) and op.x in inner else op
             for op in own.ops
             if op.out not in inner
         ]
@@ -149,23 +138,23 @@ class Experts:
         locate([(shapes, Naming({"gate": ""}, "moe_gate.{}"))], tensors, read=set(tensors))
         return Checkpoint(folder, {}, tensors, files[0].stat().st_size)
 
-    def _mixture(self, down: Linear, x: Value) -> MixtureOfExperts:
+    def _mixture(self, down: p.Linear, x: p.Value) -> p.MixtureOfExperts:
         block, count = down.weight.role.removesuffix(".down"), self.count
         layer = int(block.split(".")[1])
-        weight, bias = (Slice(name, 0, count, GATES) for name in gate_names(layer))
-        router = Matrix((weight,), count, x.width, role=f"{block}.router")
-        matrices, biases = dict[str, Matrix](), dict[str, Vector]()
+        weight, bias = (p.Slice(name, 0, count, GATES) for name in gate_names(layer))
+        router = p.Matrix((weight,), count, x.width, role=f"{block}.router")
+        matrices, biases = dict[str, p.Matrix](), dict[str, p.Vector]()
         for part in _PARTS:
             stem = f"{block}.{part}"
             if (slices := self._slices.get(f"{stem}.weight")) is not None:
                 rows, cols = self._shapes[f"{stem}.weight"]
-                matrices[part] = Matrix(slices, rows, cols, count, _of_experts(stem))
+                matrices[part] = p.Matrix(slices, rows, cols, count, _of_experts(stem))
             if (slices := self._slices.get(f"{stem}.bias")) is not None:
-                biases[part] = Vector(slices, rows * count)
-        return MixtureOfExperts(
+                biases[part] = p.Vector(slices, rows * count)
+        return p.MixtureOfExperts(
             down.out, x, router, matrices.get("gate"), matrices["up"], matrices["down"], 1,
             self.recipe.decoder.layers[layer].feed_forward.activation, normalize=False,
-            scale=down.scale, residual=down.residual, router_bias=Vector((bias,), count),
+            scale=down.scale, residual=down.residual, router_bias=p.Vector((bias,), count),
             gate_bias=biases.get("gate"), up_bias=biases.get("up"), down_bias=biases.get("down"),
             shared=SHARED,
         )  # fmt: skip
@@ -199,7 +188,7 @@ class Experts:
         names = {name: start.sub(r"model.layers.\1.mlp.", name) for name in tensors}
         return {new: tensors[name] for name, new in names.items() if start.match(name)}
 
-    def _terms(self, lora: LoraAdapter, tensors: Mapping[str, Tensor]) -> Mapping[Site, Term]:
+    def _terms(self, lora: LoraAdapter, tensors: Mapping[str, Tensor]) -> Mapping[p.Site, Term]:
         """What an adapter adds to the model's own matrices."""
         parts = Parts(self._target, as_gguf=False)
         for layer, target in product(self.layers, lora.target_modules):

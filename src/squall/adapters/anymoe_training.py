@@ -182,7 +182,6 @@ def _trained(op: Op) -> Op:
 
 
 def _starts(batch: Sequence[Example]) -> NDArray[np.intp]:
-    """The first row of each prompt."""
     return np.cumsum([0, *(len(ids) for ids, _ in batch[:-1])])
 
 

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.adapters.gguf_lora import read_file
-from squall.adapters.parts import Parts, as_linear
+from squall.adapters.parts import Parts, array_of, as_linear
 from squall.adapters.peft import read_folder
 from squall.adapters.target import Target
+from squall.checkpoints.gguf import open_gguf
 from squall.checkpoints.hub import Hub
-from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound
+from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
+from squall.files import quote
 from squall.program import Site
 from squall.weights import Term
 
+MAX_ALPHA = 1e6
+_KEYS = {f"adapter.{key}" for key in ("type", "lora.alpha", "lora.task_name", "lora.prompt_prefix")}
 Weighted = Iterable[tuple["Lora", float]]
 
 
@@ -59,7 +62,7 @@ def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None
         )
     parts = Parts(target, as_gguf=chosen.suffix == ".gguf")
     if parts.as_gguf:
-        alpha, modules = read_file(chosen, parts)
+        alpha, modules = _read_gguf(chosen, parts)
         rank, base = 0, ""
     else:
         folder, weights = (chosen, None) if chosen.is_dir() else (chosen.parent, chosen)
@@ -75,6 +78,35 @@ def read(path: str | os.PathLike[str], target: Target, *, hub: Hub | None = None
         terms, vectors, parts.digest(terms), rank, alpha, base, modules,
         sum(part.data.nbytes for part in stored), chosen, parts.homeless,
     )  # fmt: skip
+
+
+def _read_gguf(path: Path, parts: Parts) -> tuple[float, tuple[str, ...]]:
+    """The alpha of a file, and the tensors that it adapts; their terms go to `parts`."""
+    found = open_gguf(path)
+    alpha, keys = found.metadata.get("adapter.lora.alpha"), ("general.type", "adapter.type")
+    kind = *(found.metadata.get(key) for key in keys), found.metadata.get("general.architecture")
+    more = sorted(key for key in found.metadata if key.startswith("adapter.") and key not in _KEYS)
+    if (
+        kind != ("adapter", "lora", parts.target.gguf)
+        or more
+        or not (isinstance(alpha, int | float) and 0 <= alpha <= MAX_ALPHA)
+    ):
+        raise UnsupportedModel(
+            f"{quote(path.name)} is {quote(str(kind))} with alpha {quote(str(alpha))} and keys "
+            f"{more[:4]}; it must be an adapter, lora, of {parts.target.gguf}, with "
+            f"adapter.lora.alpha 0 to {MAX_ALPHA:g} and no more of adapters"
+        )
+    stems = []
+    for name, tensor in found.tensors.items():
+        stem, _, part = name.rpartition(".lora_")
+        other = found.tensors.get(f"{stem}.lora_{'b' if part == 'a' else 'a'}")
+        if other is None:
+            parts.whole(name, array_of(tensor))
+        elif part == "a":
+            a, b = (x if x.ndim == 3 else x[None] for x in map(array_of, (tensor, other)))
+            parts.low_rank(stem, a, b, alpha / b.shape[-1] if alpha else 1.0)
+            stems.append(stem)
+    return float(alpha), tuple(sorted(stems))
 
 
 def merged_terms(loras: Weighted) -> dict[Site, tuple[Term, ...]]:

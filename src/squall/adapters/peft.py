@@ -112,7 +112,6 @@ class Config(BaseModel):
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def adapts(self, module: str) -> bool:
-        """Whether PEFT adapts a module of this name."""
         if any(_within(m, module) for m in self.modules_to_save):
             return False
         if _named(self.exclude_modules, module):

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from squall.checkpoints.base import Checkpoint
 from squall.program import Matrix, Names, Site, Vector
 from squall.recipes import Recipe, modules
-from squall.recipes.names import Naming
-from squall.recipes.part import Part
+from squall.recipes.names import Naming, Part
 from squall.roles import Shapes, roles
 from squall.spec import Decoder
 from squall.weights import MERGEABLE, WeightStore, values
@@ -41,7 +40,6 @@ class Target:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, recipe: Recipe) -> Target:
-        """The networks of a recipe, with the weights of its checkpoint."""
         architecture = recipe.text or recipe.architecture
         names = {"head.weight": recipe.names["embed.weight"], **recipe.all_names}
         shapes = {p.prefix + role: s for p in recipe.parts for role, s in roles(p.spec).items()}
@@ -97,7 +95,6 @@ class Target:
         return Matrix(names, rows, cols, experts, role, restored=True)
 
     def is_float(self, role: str) -> bool:
-        """Whether the base has the weight unquantized."""
         (part, *_) = self.names[f"{role}.weight"]
         return self.checkpoint.tensors[part.tensor].format in MERGEABLE
 

@@ -142,7 +142,6 @@ class ChatCompletionRequest(_Request):
     chat_template_kwargs: Mapping[str, Any] | None = None
 
     def offer(self) -> Offer:
-        """The tools that an answer may call."""
         return offer(self.tools, self.tool_schemas, self.tool_choice, self.parallel_tool_calls)
 
     @property

@@ -15,8 +15,7 @@ from squall.opening import DEFAULTS, Opening
 from squall.quant.isq import Dtype
 
 Architecture = Enum(
-    "Architecture",
-    "Mistral Gemma Mixtral Llama Phi2 Phi3 Qwen2 Gemma2 Starcoder2 Phi3_5MoE",
+    "Architecture", "Mistral Gemma Mixtral Llama Phi2 Phi3 Qwen2 Gemma2 Starcoder2 Phi3_5MoE"
 )
 VisionArchitecture = Enum(
     "VisionArchitecture",

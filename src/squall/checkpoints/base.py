@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.mapped import Buffer
-from squall.errors import UnsupportedModel
+from squall.errors import ModelNotFound, UnsupportedModel
 from squall.files import quote
 from squall.quant import FORMATS
 
+Buffer = mmap.mmap | bytes
 Scalar = int | float | bool
 Field = Scalar | str | list[Any] | dict[str, Any] | NDArray[Any] | None
 Kind = Literal["gguf", "folder", "uqff"]
@@ -27,6 +29,24 @@ ITEM_BYTES = {
     "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "f8_e4m3": 1, "f8_e5m2": 1, "i64": 8, "i32": 4,
     "i16": 2, "i8": 1, "u64": 8, "u32": 4, "u16": 2, "u8": 1, "bool": 1,
 }  # fmt: skip
+
+
+def map_file(path: Path, advice: str = "give the path of a .gguf file") -> Buffer:
+    """Map a regular file read-only; raises ModelNotFound with `advice` for anything else."""
+    try:
+        kind = os.stat(path).st_mode
+        # Before opening: to open a pipe blocks.
+        if not stat.S_ISREG(kind):
+            what = "a folder" if stat.S_ISDIR(kind) else "not a regular file"
+            raise ModelNotFound(f"{str(path)!r} is {what}; {advice}")
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise ModelNotFound(f"there is no file {str(path)!r}") from None
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"cannot read {str(path)!r}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

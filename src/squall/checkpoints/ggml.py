@@ -16,9 +16,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from squall.checkpoints.base import Checkpoint, Entry, Field, Tensor, mapped
+from squall.checkpoints.base import Checkpoint, Entry, Field, Tensor, map_file, mapped
 from squall.checkpoints.gguf_header import MAX_NAME_BYTES, MAX_TENSORS, Cursor
-from squall.checkpoints.mapped import map_file
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.files import quote
 from squall.quant import by_ggml_id
@@ -90,15 +89,11 @@ def _version(cursor: Cursor) -> tuple[bytes, int]:
         raise InvalidCheckpoint(f"{quote(cursor.source)} is not a GGML file: it has {magic!r}")
     version = 0 if magic == b"lmgg" else cursor.integer(_U32, "the version")
     if (magic, version) not in _LAYOUTS:
+        kind = f"{magic[::-1].decode()} {version or ''}".rstrip()
         raise UnsupportedModel(
-            f"{quote(cursor.source)} is of kind {_kind(magic, version)}; Squall reads ggml, ggmf 1 "
-            "and ggjt 1 to 3"
+            f"{quote(cursor.source)} is of kind {kind}; Squall reads ggml, ggmf 1 and ggjt 1 to 3"
         )
     return magic, version
-
-
-def _kind(magic: bytes, version: int) -> str:
-    return f"{magic[::-1].decode()} {version or ''}".rstrip()
 
 
 def _vocabulary(cursor: Cursor, count: int, *, scored: bool) -> dict[str, Field]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from squall.checkpoints.base import Checkpoint, mapped
+from squall.checkpoints.base import Buffer, Checkpoint, map_file, mapped
 from squall.checkpoints.gguf_header import MAX_HEADER_BYTES, MAX_TENSORS, PartHeader, parse_header
-from squall.checkpoints.mapped import Buffer, map_file
 from squall.errors import InvalidCheckpoint
 from squall.files import quote
 

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import Entry, Field, Scalar
-from squall.checkpoints.mapped import Buffer
+from squall.checkpoints.base import Buffer, Entry, Field, Scalar
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.quant import GGML_FORMATS, UNSUPPORTED

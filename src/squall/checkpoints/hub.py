@@ -82,9 +82,11 @@ class Hub:
         may raise. mmproj: the tower of a GGUF model comes too, if it has one. Raises ModelNotFound
         if the model cannot be had.
         """
+        from huggingface_hub import constants
+
         id, _, file = name.partition(":")
-        check_id(id)
-        if self.offline or _offline():
+        _check(_ID, id, "model id", "owner/name of letters, digits, '-', '_' and '.'")
+        if self.offline or constants.HF_HUB_OFFLINE:
             found = self._cached(id, file)
             if found is None:
                 raise ModelNotFound(
@@ -111,11 +113,6 @@ class Hub:
             commit = self.revision
         folder = root / "snapshots" / commit
         return _in_folder(folder, file) if _COMMIT.fullmatch(commit) else None
-
-
-def check_id(id: str) -> None:
-    """Raise InvalidRequest unless `id` is `owner/name` in the hub's alphabet."""
-    _check(_ID, id, "model id", "owner/name of letters, digits, '-', '_' and '.'")
 
 
 def is_id(name: str) -> bool:
@@ -156,12 +153,6 @@ def _token_source(source: str) -> tuple[str, str]:
     if kind not in (("literal", "env", "path") if colon else ("cache", "none")):
         raise InvalidRequest(f"the token source must be one of {TOKEN_SOURCES}")
     return kind, value
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
 
 
 def _in_folder(folder: Path, file: str) -> Path | None:
@@ -304,7 +295,8 @@ class _Download:
         except Exception as error:
             # Whatever else, from the network to a full disk.
             if getattr(getattr(error, "response", None), "status_code", None) not in (401, 403):
-                raise ConnectionError(f"{where}: {_reason(error)}") from error
+                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                raise ConnectionError(f"{where}: {reason}") from error
             given = "the token given" if self._options["token"] else "a request without a token"
             problem = (
                 f"the hub refuses {given} for {self._id}: give one that may read it in HF_TOKEN or "
@@ -320,10 +312,6 @@ def _known(info: Any, gguf: str | None) -> Mapping[str, object]:
     found = info.gguf if isinstance(getattr(info, "gguf", None), dict) else {}
     name = found.get("architecture", "clip")  # which may be that of its tower
     return {} if name == "clip" else {"general.architecture": name}
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _bar(report: Callable[[int], None]) -> type[Any]:

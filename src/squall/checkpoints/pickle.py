@@ -11,16 +11,14 @@ import os
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.checkpoints.base import ITEM_BYTES, ByteTensor, Entry, Tensor, mapped
+from squall.checkpoints.base import ITEM_BYTES, Buffer, ByteTensor, Entry, Tensor, map_file, mapped
 from squall.checkpoints.gguf_header import MAX_TENSORS
-from squall.checkpoints.mapped import Buffer, map_file
 from squall.checkpoints.unpickle import MAX_BYTES, View, check_magic, unpickle
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
@@ -30,14 +28,6 @@ MAX_DIRECTORY_BYTES = 16 << 20
 _ZIP = b"PK\x03\x04"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _LOCAL = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """The bytes of one storage in the file."""
-
-    start: int
-    size: int
 
 
 def open_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -63,19 +53,19 @@ def open_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_archive(file: Path, buffer: Buffer) -> tuple[Any, dict[str, _Span]]:
+def _read_archive(file: Path, buffer: Buffer) -> tuple[Any, dict[str, range]]:
     entries = _entries(file, buffer)
     roots = [name[: -len("data.pkl")] for name in entries if name.endswith("/data.pkl")]
     roots = [root for root in roots if root.count("/") == 1]
     if len(roots) != 1:
         raise InvalidCheckpoint(f"{quote(file.name)} is a ZIP file without one data.pkl")
     order = entries.get(roots[0] + "byteorder")
-    if order and buffer[order.start : order.start + order.size] != b"little":
+    if order and buffer[order.start : order.stop] != b"little":
         raise UnsupportedModel(f"{quote(file.name)} has big-endian numbers; save it again")
     pickle = entries[roots[0] + "data.pkl"]
-    if pickle.size > MAX_BYTES:
+    if len(pickle) > MAX_BYTES:
         raise InvalidCheckpoint(f"{quote(file.name)}: its pickle has over {MAX_BYTES} bytes")
-    value, _ = unpickle(buffer, pickle.start, pickle.start + pickle.size, file.name)
+    value, _ = unpickle(buffer, pickle.start, pickle.stop, file.name)
     folder = roots[0] + "data/"
     data = {name[len(folder) :]: span for name, span in entries.items() if name.startswith(folder)}
     return value, data
@@ -91,14 +81,14 @@ class _BoundedFile(io.FileIO):
         return super().read(wanted) or b""
 
 
-def _entries(file: Path, buffer: Buffer) -> dict[str, _Span]:
-    """The entries of a ZIP file by name; names are keys here and never paths."""
+def _entries(file: Path, buffer: Buffer) -> dict[str, range]:
+    """Where the entries of a ZIP file lie, by name; names are keys here and never paths."""
     try:
         with _BoundedFile(file) as opened, zipfile.ZipFile(opened) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
         raise InvalidCheckpoint(f"{quote(file.name)} is no whole ZIP file: {error}") from None
-    found: dict[str, _Span] = {}
+    found: dict[str, range] = {}
     for info in infos:
         name = info.filename
         if name in found or len(found) >= MAX_ENTRIES:
@@ -114,20 +104,20 @@ def _entries(file: Path, buffer: Buffer) -> dict[str, _Span]:
     return found
 
 
-def _place(file: Path, buffer: Buffer, info: zipfile.ZipInfo) -> _Span:
+def _place(file: Path, buffer: Buffer, info: zipfile.ZipInfo) -> range:
     at = info.header_offset
     if 0 <= at <= len(buffer) - _LOCAL.size:
         signature, name_bytes, extra_bytes = _LOCAL.unpack_from(buffer, at)
         start = at + _LOCAL.size + name_bytes + extra_bytes
         if signature == _ZIP and start + info.file_size <= len(buffer):
-            return _Span(start, info.file_size)
+            return range(start, start + info.file_size)
     raise InvalidCheckpoint(
         f"{quote(file.name)}: entry {quote(info.filename)} is outside of the file; "
         "it may be cut off"
     )
 
 
-def _read_row(file: Path, buffer: Buffer) -> tuple[Any, dict[str, _Span]]:
+def _read_row(file: Path, buffer: Buffer) -> tuple[Any, dict[str, range]]:
     """Magic number, protocol, machine, value, keys of storages; then their sizes and numbers."""
     values: list[Any] = []
     position = 0
@@ -142,7 +132,7 @@ def _read_row(file: Path, buffer: Buffer) -> tuple[Any, dict[str, _Span]]:
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise InvalidCheckpoint(f"{quote(file.name)}: the keys of storages must be strings")
     sizes = {view.storage.key: ITEM_BYTES[view.storage.format] for view in _all_views(value)}
-    spans: dict[str, _Span] = {}
+    spans: dict[str, range] = {}
     for key in keys:
         if key not in sizes or position + 8 > len(buffer):
             raise InvalidCheckpoint(
@@ -151,7 +141,7 @@ def _read_row(file: Path, buffer: Buffer) -> tuple[Any, dict[str, _Span]]:
         size = int.from_bytes(buffer[position : position + 8], "little") * sizes[key]
         if position + 8 + size > len(buffer):
             raise InvalidCheckpoint(f"{quote(file.name)} is cut off in storage {quote(key)}")
-        spans[key] = _Span(position + 8, size)
+        spans[key] = range(position + 8, position + 8 + size)
         position += 8 + size
     return value, spans
 
@@ -177,14 +167,14 @@ def _views(value: Any, source: str) -> dict[str, View]:
     return found
 
 
-def _tensor(name: str, view: View, spans: Mapping[str, _Span], buffer: Buffer) -> Tensor:
+def _tensor(name: str, view: View, spans: Mapping[str, range], buffer: Buffer) -> Tensor:
     size = ITEM_BYTES[view.storage.format]
     span = spans.get(view.storage.key)
     last = view.offset + sum(
         (n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True)
     )
     count = math.prod(view.shape)
-    if count == 0 or span is None or last >= min(view.storage.size, span.size // size):
+    if count == 0 or span is None or last >= min(view.storage.size, len(span) // size):
         raise InvalidCheckpoint(
             f"tensor {quote(name)} of shape {view.shape} is empty, or not within its storage"
         )

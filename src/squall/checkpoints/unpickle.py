@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from squall.checkpoints.mapped import Buffer
+from squall.checkpoints.base import Buffer
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 

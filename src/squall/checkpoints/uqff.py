@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,14 +31,6 @@ DTYPES = ("u8", "u32", "i32", "i64", "f16", "bf16", "f32", "f64", "i16", "f8_e4m
 GGML, PLAIN, HQQ, FP8 = range(4)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Linear:
-    """A linear of a UQFF file."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
 def weight_name(index: int) -> str:
     return f"uqff.{index}.weight"
 
@@ -54,21 +45,18 @@ def open_uqff(path: Path) -> Checkpoint:
     blobs = {tensor.name: tensor for tensor in part.tensors()}
     if not blobs:
         raise InvalidCheckpoint(f"{quote(path.name)} has no linears")
-    linears = []
+    linears: list[Tensor] = []
     for index in range(len(blobs)):
         if str(index) not in blobs:
             raise InvalidCheckpoint(
                 f"{quote(path.name)} has {len(blobs)} linears, and none of them is {index}; "
                 "they are numbered from 0 without gaps"
             )
-        linears.append(_linear(blobs[str(index)], index, path.name))
+        linears += _linear(blobs[str(index)], index, path.name)
     residual, config = path.with_name(RESIDUAL), read_json(path.with_name("config.json"))
     if config is None or not residual.is_file():
         raise ModelNotFound(f"{str(path)!r} needs config.json and {RESIDUAL} beside it")
-    tensors = {tensor.name: tensor for tensor in open_part(residual).tensors()}
-    for linear in linears:
-        found = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-        tensors.update((tensor.name, tensor) for tensor in found)
+    tensors = {tensor.name: tensor for tensor in (*open_part(residual).tensors(), *linears)}
     return Checkpoint(
         path.parent,
         MappingProxyType(config),
@@ -156,7 +144,8 @@ class Blob:
             raise self.fault(f"has {len(self._data) - self._at} bytes too many")
 
 
-def _linear(tensor: Tensor, index: int, source: str) -> Linear:
+def _linear(tensor: Tensor, index: int, source: str) -> list[Tensor]:
+    """The weight, and the bias if there is one."""
     blob = Blob(tensor, index, source)
     version = blob.u32("version")
     major, minor, patch = version >> 16, version >> 8 & 255, version & 255
@@ -175,7 +164,7 @@ def _linear(tensor: Tensor, index: int, source: str) -> Linear:
     if bias is not None and bias.shape != (weight.rows,):
         raise blob.fault(f"has a bias of {bias.shape}; its weight has {weight.rows} rows")
     blob.end()
-    return Linear(weight, bias)
+    return [weight] if bias is None else [weight, bias]
 
 
 def _ggml(blob: Blob) -> tuple[Tensor, bool]:

@@ -18,7 +18,6 @@ def main() -> None:
 
 
 def server() -> None:
-    """The same for `squall-server`."""
     from squall.cli.serve import server as app
 
     _run(app)

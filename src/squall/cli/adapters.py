@@ -65,8 +65,7 @@ app.command(name="inspect")(inspect)
 def merge(
     base: Annotated[str, typer.Argument(help="A folder of floats, or a model of the hub.")],
     adapters: Annotated[
-        list[str],
-        typer.Argument(metavar="PATH[@WEIGHT]", help="Folders, owner/name, GGUF files."),
+        list[str], typer.Argument(metavar="PATH[@WEIGHT]", help="Folders, owner/name, GGUF files.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder, .gguf or .uqff.")],
     isq: Annotated[str | None, typer.Option(help="What to quantize a file to: Q4K...")] = None,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import DraftModel, Json, progress
+from squall.cli.options import DraftModel, Json, option, progress
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 from squall.opening import Opening
@@ -24,32 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchFlags(ModelFlags):
-    prompt_tokens: Annotated[
-        int, typer.Option("-p", "--n-prompt", min=0, help="Tokens of the prompt.")
-    ] = 512
-    answer_tokens: Annotated[
-        int, typer.Option("-g", "--n-gen", min=0, help="Tokens of the answer.")
-    ] = 128
-    depth: Annotated[
-        int, typer.Option("-d", "--depth", min=0, help="Tokens of context before the prompt.")
-    ] = 0
-    batch: Annotated[
-        int, typer.Option("-b", "--batch", min=1, help="Sequences that decode together.")
-    ] = 1
-    repetitions: Annotated[
-        int, typer.Option("-r", "--repetitions", min=1, help="Measurements of each.")
-    ] = 5
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Tell too where the time goes, by kind of op.")
-    ] = False
-    concurrency: Annotated[
-        str | None,
-        typer.Option("-c", "--concurrency", metavar="N,N..", help="Requests at a time."),
-    ] = None
-    url: Annotated[
-        str | None, typer.Option(help="Ask a server with OpenAI's API instead of a model here.")
-    ] = None
-    api_key: Annotated[str | None, typer.Option(help="For --url.")] = None
+    prompt_tokens: int = option(512, "-p", "--n-prompt", min=0, help="Tokens of the prompt.")
+    answer_tokens: int = option(128, "-g", "--n-gen", min=0, help="Tokens of the answer.")
+    depth: int = option(0, "-d", "--depth", min=0, help="Tokens of context before the prompt.")
+    batch: int = option(1, "-b", "--batch", min=1, help="Sequences that decode together.")
+    repetitions: int = option(5, "-r", "--repetitions", min=1, help="Measurements of each.")
+    profile: bool = option(False, "--profile", help="Tell too where the time goes, by kind of op.")
+    concurrency: str | None = option(
+        None, "-c", "--concurrency", metavar="N,N..", help="Requests at a time."
+    )
+    url: str | None = option(None, help="Ask a server with OpenAI's API instead of a model here.")
+    api_key: str | None = option(None, help="For --url.")
     draft: DraftModel = None
     as_json: Json = False
 
@@ -80,20 +65,21 @@ def bench(flags: BenchFlags, selected: Selected) -> None:
     results = opened.rates(flags.repetitions)
     executor = opened.executor
     profiles = opened.profiles() if flags.profile else []
-    roofline = Roofline.of(executor.isa, executor.threads) if flags.profile else None
+    native = {stage.device for stage in executor.placement.stages} == {"cpu"}
+    isa = executor.isa.rpartition(" ")[2]
+    roofline = Roofline.of(isa, executor.threads) if flags.profile and native else None
     if flags.as_json:
         typer.echo(json.dumps(_report(opened, results, profiles, roofline)))
         return
     _print([_rates_table(opened, results)])
-    if roofline is not None:
-        _print([_profile_table(found, roofline) for found in profiles])
+    _print([_profile_table(found, roofline) for found in profiles])
 
 
 app = command("bench", BenchFlags, bench)
 
 
 def _opened(flags: BenchFlags, selected: Selected) -> Bench:
-    from squall.assembly import prepare
+    from squall.assembly import place, prepare
     from squall.measure import Bench, Workload
 
     plan = Workload(
@@ -105,8 +91,9 @@ def _opened(flags: BenchFlags, selected: Selected) -> Bench:
             raise InvalidRequest("--write-uqff: bench writes no files; squall quantize does")
         if opening.adapters or opening.xlora or opening.anymoe:
             raise InvalidRequest("adapters are measured with requests: give -c 1 too")
+        prepared = prepare(opening)
         return Bench(
-            prepare(opening), plan,
+            prepared, plan, placement=place([prepared], opening)[0],
             threads=opening.threads, weights=opening.weights, progress=shown,
         )  # fmt: skip
 
@@ -119,7 +106,6 @@ def _counts(text: str | None) -> list[int]:
 
 
 def _bench_load(flags: BenchFlags, selected: Selected) -> None:
-    """Measure requests to a server, or to a model here."""
     from squall.load import Load, over_http, run_all
 
     shape = (flags.repetitions, flags.prompt_tokens, flags.answer_tokens)
@@ -189,14 +175,17 @@ def _report(
         "isa": opened.executor.isa,
         "results": [asdict(r) | {"mean": r.mean, "deviation": r.deviation} for r in results],
     }
-    if roofline is None:
+    if not profiles:
         return report
     tests = []
     for found in profiles:
-        limits = [{"limit_s": roofline.limit_s(phase)} for phase in found.phases]
-        phases = [asdict(phase) | limit for phase, limit in zip(found.phases, limits, strict=True)]
+        limits = [roofline and roofline.limit_s(phase) for phase in found.phases]
+        phases = [
+            asdict(phase) | {"limit_s": limit}
+            for phase, limit in zip(found.phases, limits, strict=True)
+        ]
         tests.append(asdict(found) | {"phases": phases})
-    return report | {"roofline": asdict(roofline), "profiles": tests}
+    return report | {"roofline": roofline and asdict(roofline), "profiles": tests}
 
 
 def _rates_table(opened: Bench, results: list[Result]) -> Table:
@@ -214,17 +203,19 @@ def _rates_table(opened: Bench, results: list[Result]) -> Table:
     return table
 
 
-def _profile_table(found: Profile, roofline: Roofline) -> Table:
+def _profile_table(found: Profile, roofline: Roofline | None) -> Table:
     table = _table((found.test,), ("ms", "share", "waiting", "MB", "GB/s", "GMAC/s", "of limit"))
-    table.caption = (
-        f"one step of {found.steps}: {1e3 * found.elapsed_s / found.steps:.2f} ms. Limits: "
-        f"{roofline.bytes / 1e9:.1f} GB/s, {roofline.dots / 1e9:.0f} GMAC/s of int8, "
-        f"{roofline.fmas / 1e9:.0f} of float32"
-    )
+    table.caption = f"one step of {found.steps}: {1e3 * found.elapsed_s / found.steps:.2f} ms."
+    if roofline is not None:
+        table.caption += (
+            f" Limits: {roofline.bytes / 1e9:.1f} GB/s, {roofline.dots / 1e9:.0f} GMAC/s of int8, "
+            f"{roofline.fmas / 1e9:.0f} of float32"
+        )
     for phase in found.phases:
         if phase.elapsed_s == 0:
             continue
         products = phase.dots + phase.fmas
+        limit = 0.0 if roofline is None else roofline.limit_s(phase)
         table.add_row(
             phase.name,
             f"{1e3 * phase.elapsed_s / found.steps:.3f}",
@@ -233,7 +224,7 @@ def _profile_table(found: Profile, roofline: Roofline) -> Table:
             _number(phase.bytes / found.steps / 1e6),
             _number(phase.bytes / phase.elapsed_s / 1e9),
             _number(products / phase.elapsed_s / 1e9),
-            f"{limit / phase.elapsed_s:.0%}" if (limit := roofline.limit_s(phase)) else "",
+            f"{limit / phase.elapsed_s:.0%}" if limit else "",
         )
     return table
 

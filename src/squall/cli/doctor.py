@@ -17,7 +17,7 @@ PACKAGES = ("numpy", "tokenizers", "jinja2", "typer", "rich", "prompt_toolkit", 
 
 
 def doctor(as_json: Json = False) -> None:
-    """Show instruction sets, threads and why so many, memory and its bandwidth, and versions."""
+    """Show instruction sets, threads, memory and its bandwidth, GPUs or why none, and versions."""
     lines = dict(_findings())
     if as_json:
         typer.echo(json.dumps(lines))
@@ -33,7 +33,7 @@ def _findings() -> Iterator[tuple[str, str]]:
     yield "squall", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "processor", _processor()
     yield from _native()
-    yield "free memory", _memory()
+    yield from _devices()
     yield "default model", _embedded()
     for name in PACKAGES:
         yield name, importlib.metadata.version(name)
@@ -61,11 +61,29 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory() -> str:
-    from squall.executors.memory import available_bytes
+def _devices() -> Iterator[tuple[str, str]]:
+    """PyTorch is only loaded where there is a GPU's driver."""
+    from squall.executors.devices import available, has_driver, lack
 
-    found = available_bytes()
-    return "unknown" if found is None else f"{found / 2**30:.1f} GiB"
+    found = {device.name: device for device in available()}
+    yield "free memory", _gib(found.pop("cpu").free)
+    yield "PyTorch", _pytorch() if found.pop("torch", None) else f"none: {lack('torch')}"
+    for name, gpu in found.items():
+        yield name, f"{_gib(gpu.free)} free of {_gib(gpu.total)}, {gpu.description}"
+    if not found:
+        yield "GPUs", f"none: {lack('cuda:0') if has_driver() else 'there is no driver of one'}"
+
+
+def _pytorch() -> str:
+    import importlib.metadata
+
+    if (torch := sys.modules.get("torch")) is None:
+        return importlib.metadata.version("torch")
+    return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 def _embedded() -> str:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 import typer
 
 from squall.cli.opening import check_one
-from squall.cli.options import File, Folder, Json
+from squall.cli.options import DeviceLayers, File, Folder, Json
 from squall.errors import SquallError
+from squall.opening import Opening
 
 if TYPE_CHECKING:
     from squall.checkpoints import Checkpoint, Inspection
+    from squall.executors.memory import Load
     from squall.recipes import Recipe
     from squall.text.tokenizer import Tokenizer
 
@@ -31,11 +33,17 @@ def inspect(
     ] = None,
     file: File = None,
     folder: Folder = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|auto", help="Show what would go where, as --device of run."),
+    ] = None,
+    layers: DeviceLayers = None,
     as_json: Json = False,
 ) -> None:
     """Show metadata, tensors and types of a model file, and whether Squall can run it.
 
-    Of an adapter it shows which modules are adapted, with which rank. Only the header is read. The
+    With --device or -n: how many layers run where, what they take, and what is free. Of an
+    adapter it shows which modules are adapted, with which rank. Only the header is read. The
     exit status is 1 if the file is broken; a model that is well-formed but not supported is shown
     all the same.
 
@@ -57,12 +65,16 @@ def inspect(
         modules = _modules(found)
     else:
         run = _tried(path)
+    loads = []
+    if not run.obstacle and (device or layers):
+        loads = _loads(Opening(path, device=device or "cpu", device_layers=layers))
     if as_json:
         report = asdict(found) | {"runs": not run.obstacle, "obstacle": run.obstacle or None}
         report |= {"sees": run.sees or None, "modules": [m._asdict() for m in modules]}
+        report |= {"placement": [asdict(load) for load in loads]}
         typer.echo(json.dumps(report))
     else:
-        _print(found, run, modules)
+        _print(found, run, modules, loads)
 
 
 def _adapter(folder: Path) -> Checkpoint | None:
@@ -149,7 +161,13 @@ def _sight(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) -> str:
     )
 
 
-def _print(found: Inspection, run: _Run, modules: list[_Adapted]) -> None:
+def _loads(opening: Opening) -> list[Load]:
+    from squall.assembly import place, prepare
+
+    return place([prepare(opening)], opening)[1]
+
+
+def _print(found: Inspection, run: _Run, modules: list[_Adapted], loads: list[Load]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -173,7 +191,12 @@ def _print(found: Inspection, run: _Run, modules: list[_Adapted]) -> None:
     for total in found.formats:
         size = f"{total.nbytes / 2**20:.1f}"
         totals.add_row(Text(total.format), str(total.tensors), str(total.parameters), size)
-    for table in (metadata, content, totals):
+    placed = Table("device", "layers", "MiB", "KV of 1,000 tokens, MiB", "free, MiB")
+    for load in loads:
+        sizes = (load.weights, 1000 * load.kv, load.free)
+        shown = ["unknown" if size is None else f"{size / 2**20:.1f}" for size in sizes]
+        placed.add_row(load.device, str(load.layers), *shown)
+    for table in (metadata, content, totals, *([placed] * bool(loads))):
         console.print(table)
     form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
     form += f" ({found.quantization})" if found.quantization else ""

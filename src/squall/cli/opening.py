@@ -7,13 +7,15 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from squall.checkpoints.hub import Hub
+from squall.checkpoints.hub import TOKEN_SOURCES, Hub
 from squall.cli import options
+from squall.cli.options import option
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
-from squall.opening import DEFAULTS, Opening
+from squall.opening import DEFAULTS, KvDtype, Opening, Weights
 
 if TYPE_CHECKING:
     from squall.model import Model
@@ -28,20 +30,31 @@ class ModelFlags:
 
     file: options.File = None
     model: options.Folder = None
-    mmproj: options.Mmproj = None
-    isq: options.Isq = None
-    topology: options.TopologyFile = None
+    mmproj: str | None = option(
+        None, "--mmproj", metavar="FILE|none",
+        help="The tower that a GGUF model sees with; by default the one beside it.",
+    )  # fmt: skip
+    isq: str | None = option(
+        None, "--isq", help="Quantize a model of float weights: Q4K, Q8_0, HQQ4, FP8... or bits."
+    )
+    topology: Path | None = option(None, help="A YAML file: quantization by layer.")
     threads: options.Threads = None
     device: options.DeviceOption = "cpu"
     device_layers: options.DeviceLayers = None
     exact: options.Exact = True
-    weights: options.WeightsOption = "packed"
-    kv_dtype: options.KvDtypeOption = "f16"
-    revision: options.Revision = "main"
-    token_source: options.TokenSource = "cache"
-    offline: options.Offline = False
-    adapter: options.AdapterPaths = None
-    merge: options.Merge = False
+    tensor_parallel: options.TensorParallel = None
+    weights: Weights = option("packed", help="f32: the file's exact values, for comparisons; slow.")
+    kv_dtype: KvDtype = option("f16", help="KV cache; q8_0 takes half the memory, costs little.")
+    revision: str = option("main", help="Branch, tag or commit of a model of the hub.")
+    token_source: str = option("cache", help=f"The hub's token: {TOKEN_SOURCES}.", metavar="SOURCE")
+    offline: bool = option(False, "--offline", help="Use the hub's cache; no connection.")
+    adapter: list[str] | None = option(
+        None, metavar="[NAME=]PATH[@WEIGHT]",
+        help="A LoRA adapter: a folder, owner/name, or a GGUF file; several may be given.",
+    )  # fmt: skip
+    merge: bool = option(
+        False, "--merge", help="Make the adapters part of the weights, which are floats."
+    )
 
     @property
     def adapts_all(self) -> bool:
@@ -61,10 +74,13 @@ class ModelFlags:
 
     def opening(self, selected: Selected, others: Opening = DEFAULTS) -> Opening:
         given = {
-            option.name: value
-            for option in fields(Opening)
-            if (value := vars(self).get(option.name)) is not None
+            item.name: value
+            for item in fields(Opening)
+            if (value := vars(self).get(item.name)) is not None
         }
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun's
+            given.setdefault("tensor_parallel", int(os.environ["WORLD_SIZE"]))
+        given["command"] = tuple(sys.orig_argv[1:])
         hub = Hub(self.revision, self.token_source, self.offline)
         if self.adapter:
             weighted = named_adapters(self.adapter)
@@ -121,7 +137,6 @@ def _of_floats(opening: Opening) -> Opening:
 
 
 def _formats(model: Model) -> str:
-    """What the weights are in memory, in one line."""
     parts = [
         f"{total.matrices} {total.format} ({total.nbytes / 2**20:.1f} MiB)"
         for total in model.weight_formats

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from squall.checkpoints.hub import TOKEN_SOURCES
 from squall.errors import InvalidRequest
-from squall.opening import KvDtype, Weights
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,34 +32,21 @@ Folder = Annotated[
         help="A folder with one GGUF model, or a model of the hub: owner/name, owner/name:file.",
     ),
 ]
-Mmproj = Annotated[
-    str | None,
-    typer.Option(
-        "--mmproj",
-        metavar="FILE|none",
-        help="The tower that a GGUF model sees with; by default the one beside it.",
-    ),
-]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads; by default as many as this process may use.")
 ]
-DeviceOption = Annotated[
-    str,
-    typer.Option(
-        "--device", metavar="NAME|auto",
-        help="cpu, cuda, cuda:N, mps; auto: GPUs as far as it fits; several: cuda:0=16;cpu.",
-    ),
-]  # fmt: skip
+_DEVICES = "cpu, cuda, cuda:N, mps; auto: GPUs as far as it fits; several: cuda:0=16;cpu."
+DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME|auto", help=_DEVICES)]
+_LAYERS = "Layers on the first GPU, or on several; the rest run on the CPU."
 DeviceLayers = Annotated[
-    str | None,
-    typer.Option(
-        "-n", "--num-device-layers", metavar="N|GPU:N;..",
-        help="Layers on the first GPU, or on several; the rest run on the CPU.",
-    ),
-]  # fmt: skip
+    str | None, typer.Option("-n", "--num-device-layers", metavar="N|GPU:N;..", help=_LAYERS)
+]
 Exact = Annotated[
-    bool,
-    typer.Option("--exact/--no-exact", help="On GPUs: bytes that depend on no other request."),
+    bool, typer.Option("--exact/--no-exact", help="On GPUs: bytes that depend on no other request.")
+]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option("--tensor-parallel", min=1, help="Processes that share every layer, a GPU each."),
 ]
 ContextSize = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens of prompt and answer together.")
@@ -67,30 +54,9 @@ ContextSize = Annotated[
 DraftModel = Annotated[
     str | None, typer.Option("--draft", metavar="FILE|ngram", help="A small model to guess with.")
 ]
-Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a model of the hub.")]
-TokenSource = Annotated[
-    str, typer.Option(help=f"The hub's token: {TOKEN_SOURCES}.", metavar="SOURCE")
-]
-Offline = Annotated[bool, typer.Option("--offline", help="Use the hub's cache; no connection.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")]
 
-
-KvDtypeOption = Annotated[
-    KvDtype, typer.Option("--kv-dtype", help="KV cache; q8_0 takes half the memory, costs little.")
-]
-WeightsOption = Annotated[
-    Weights, typer.Option("--weights", help="f32: the file's exact values, for comparisons; slow.")
-]
-
-
-Isq = Annotated[
-    str | None,
-    typer.Option(
-        "--isq", help="Quantize a model of float weights: Q4K, Q8_0, HQQ4, FP8... or bits."
-    ),
-]
 ChatTemplate = Annotated[
     str | None,
     typer.Option(
@@ -99,20 +65,24 @@ ChatTemplate = Annotated[
         help="In place of the model's: a .jinja or .json file, Jinja, or a name.",
     ),
 ]
-TopologyFile = Annotated[
-    Path | None, typer.Option("--topology", help="A YAML file: quantization by layer.")
-]
 
-AdapterPaths = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter", metavar="[NAME=]PATH[@WEIGHT]",
-        help="A LoRA adapter: a folder, owner/name, or a GGUF file; several may be given.",
-    ),
-]  # fmt: skip
-Merge = Annotated[
-    bool, typer.Option("--merge", help="Make the adapters part of the weights, which are floats.")
-]
+
+def option(default: Any, *names: str, **settings: Any) -> Any:
+    """A field of a command's flags: its default, and the option as typer has it."""
+    return field(default=default, metadata={"option": typer.Option(*names, **settings)})
+
+
+def keyword(name: str, hint: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def taking(
+    parameters: Sequence[inspect.Parameter], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`function` with the signature that typer reads."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
 
 
 def read_text(path: Path) -> str:

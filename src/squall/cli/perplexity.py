@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import Json, progress, read_text
+from squall.cli.options import Json, option, progress, read_text
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 from squall.opening import Opening
@@ -36,11 +36,9 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityFlags(ModelFlags):
-    text: Annotated[Path | None, typer.Option("--text", help="A text file, UTF-8; needed.")] = None
-    window: Annotated[int, typer.Option(min=2, help="Tokens the model sees at a time.")] = 1024
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens scored in each window; by default half.")
-    ] = None
+    text: Path | None = option(None, "--text", help="A text file, UTF-8; needed.")
+    window: int = option(1024, min=2, help="Tokens the model sees at a time.")
+    stride: int | None = option(None, min=1, help="Tokens scored in each window; by default half.")
     as_json: Json = False
 
 

@@ -14,7 +14,7 @@ import typer
 
 from squall.cli.flags import HELP_OF, TEXT, command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import ChatTemplate, ContextSize, DraftModel, Stop, read_text
+from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option, read_text
 from squall.cli.selectors import Selected
 from squall.engine.sampling import SamplingFields
 from squall.errors import InvalidRequest
@@ -42,24 +42,23 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags(SamplingFields, ModelFlags):
-    max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024
-    stop: Stop = None
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None
+    max_tokens: int = option(1024, help="At most so many tokens an answer.")
+    stop: list[str] | None = option(None, help="Text that ends the answer.")
+    system: str | None = option(None, help="A system message.")
     chat_template: ChatTemplate = None
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False
+    raw: bool = option(False, "--raw", help="Continue the text; no chat template.")
     context: ContextSize = None
     draft: DraftModel = None
-    json_schema: Annotated[
-        Path | None, typer.Option(help="A file with a JSON schema: answer in JSON that fits it.")
-    ] = None
-    grammar: Annotated[
-        Path | None, typer.Option(help="A file with a grammar, yacc's or Lark's, of the answer.")
-    ] = None
-    regex: Annotated[str | None, typer.Option(help="What the whole answer must match.")] = None
-    image: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE|URL", help="An image that the PROMPT is about, or several."),
-    ] = None
+    json_schema: Path | None = option(
+        None, help="A file with a JSON schema: answer in JSON that fits it."
+    )
+    grammar: Path | None = option(
+        None, help="A file with a grammar, yacc's or Lark's, of the answer."
+    )
+    regex: str | None = option(None, help="What the whole answer must match.")
+    image: list[str] | None = option(
+        None, metavar="FILE|URL", help="An image that the PROMPT is about, or several."
+    )
     prompt: Annotated[str | None, typer.Argument(metavar=TEXT, help=HELP_OF[TEXT])] = None
 
     @property

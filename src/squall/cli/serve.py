@@ -234,8 +234,11 @@ def _chat(flags: ServeFlags, selected: Selected) -> None:
 def _serve(flags: ServeFlags, selected: Selected) -> None:
     # A signal while the model loads ends the process, also where it is a container's first one.
     signal.signal(signal.SIGTERM, _leave)
+    from squall.executors.parallel import follows
     from squall.server.run import listen, serve_on
 
+    if follows():
+        flags.served(selected)  # as long as the first rank serves
     options = flags.options()
     listener = listen(flags.serve_ip, flags.port)
     if options.hosts is None and not options.api_keys:

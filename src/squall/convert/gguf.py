@@ -76,12 +76,10 @@ class _Job(Work):
         for role, shape in shapes.items():
             if role in done:
                 continue
-            group = self._fused(role)
-            done.update(group or [role])
-            sizes = [shapes[member][0] for member in group]
-            whole = (sum(sizes), *shape[1:]) if group else shape
-            name = self._fused_name(role) if group else NAMING.name(role)
-            slices = tuple(part for member in group or [role] for part in self._slices(member))
+            name, group = self._fused(role)
+            done.update(group)
+            whole = (sum(shapes[member][0] for member in group), *shape[1:])
+            slices = tuple(part for member in group for part in self._slices(member))
             if len(whole) == 1:
                 yield _float_item(name, self._vector(role, slices))
             else:
@@ -107,22 +105,17 @@ class _Job(Work):
         found = self.plan.target(stem, tensor.format, tensor.cols)
         return None if found == tensor.format else found
 
-    def _fused(self, role: str) -> list[str]:
-        """The roles that share a role's tensor, in their order; if it is not the first, none."""
-        _, stem, kind = NAMING.split(role)
+    def _fused(self, role: str) -> tuple[str, list[str]]:
+        """A role's tensor, and all roles in it, if the role is the first of these."""
+        layer, stem, kind = NAMING.split(role)
         names = self.recipe.names
-        for stems in NAMING.fused.values():
+        for name, stems in NAMING.fused.items():
             group = [f"{role.removesuffix(f'{stem}.{kind}')}{s}.{kind}" for s in stems]
             if stem == stems[0] and all(member in names for member in group):
                 tensors = {part.tensor for member in group for part in names[member]}
                 if len(tensors) == 1:
-                    return group
-        return []
-
-    def _fused_name(self, role: str) -> str:
-        layer, stem, kind = NAMING.split(role)
-        name = next(name for name, stems in NAMING.fused.items() if stems[0] == stem)
-        return f"{layer}{name}.{kind}"
+                    return f"{layer}{name}.{kind}", group
+        return NAMING.name(role), [role]
 
     def _matrix(
         self, role: str, name: str, slices: tuple[Slice, ...], shape: tuple[int, ...]

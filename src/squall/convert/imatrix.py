@@ -6,25 +6,28 @@ The older files are counts, names and floats one after another; the newer ones a
 from __future__ import annotations
 
 from pathlib import Path
+from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints import open_gguf
-from squall.checkpoints.mapped import map_file
+from squall.checkpoints.base import Buffer, map_file
+from squall.checkpoints.gguf_header import Cursor
 from squall.convert.matrices import Importance
 from squall.errors import InvalidCheckpoint
 from squall.files import quote
 
 MAX_ENTRIES = 1 << 16
 MAX_NAME = 256
+_U32, _I32 = Struct("<I"), Struct("<i")
 _SUMS, _COUNTS, _WEIGHT = ".in_sum2", ".counts", ".weight"
 
 
 def read_imatrix(path: Path) -> Importance:
     """Read either kind; every number is checked to be finite and not negative."""
     data = map_file(path, "give an imatrix file")
-    found = _read_gguf(path) if data[:4] == b"GGUF" else _read_old(data[:], path.name)
+    found = _read_gguf(path) if data[:4] == b"GGUF" else _read_old(data, path.name)
     for name, values in found.items():
         if not (np.isfinite(values).all() and (values >= 0).all()):
             raise InvalidCheckpoint(
@@ -52,27 +55,21 @@ def _read_gguf(path: Path) -> dict[str, NDArray[np.float32]]:
     return found
 
 
-def _read_old(data: bytes, source: str) -> dict[str, NDArray[np.float32]]:
-    at = 0
-
-    def take(size: int) -> bytes:
-        nonlocal at
-        if not 0 <= size <= len(data) - at:
-            raise InvalidCheckpoint(f"{quote(source)} is no imatrix, or cut off at byte {at}")
-        at += size
-        return data[at - size : at]
-
-    def number() -> int:
-        return int.from_bytes(take(4), "little", signed=True)
-
-    count = number()
+def _read_old(buffer: Buffer, source: str) -> dict[str, NDArray[np.float32]]:
+    cursor = Cursor(buffer, source, len(buffer))
+    count = cursor.integer(_U32, "the number of entries")
     if not 1 <= count <= MAX_ENTRIES:
         raise InvalidCheckpoint(f"{quote(source)} has {count} entries; it is no imatrix")
     found: dict[str, NDArray[np.float32]] = {}
     for _ in range(count):
-        length = number()
-        name = take(length if 0 < length <= MAX_NAME else -1).decode("utf-8", "replace")
-        calls = max(number(), 1)
-        values = np.frombuffer(take(number() * 4), np.float32) / np.float32(calls)
+        length = cursor.integer(_U32, "the length of a name")
+        if not 1 <= length <= MAX_NAME:
+            raise cursor.fault(f"a name has {length} bytes; 1 to {MAX_NAME} are allowed")
+        start = cursor.take(length, "a name")
+        name = buffer[start : start + length].decode("utf-8", "replace")
+        calls = max(cursor.integer(_I32, "the number of calls"), 1)
+        size = 4 * cursor.integer(_U32, "the number of values")
+        start = cursor.take(size, "the values")
+        values = np.frombuffer(buffer[start : start + size], np.float32) / np.float32(calls)
         found[name.removesuffix(_WEIGHT)] = values.reshape(1, -1)
     return found

@@ -9,18 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from squall.checkpoints import writing
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.uqff import DTYPES, FP8, GGML, HQQ, PLAIN, RESIDUAL, VERSION
 from squall.checkpoints.uqff_hqq import fits, split
-from squall.checkpoints.writing import (
-    Chunks,
-    Item,
-    Part,
-    copy_of,
-    make_folder,
-    replacing,
-    write_safetensors,
-)  # fmt: skip
+from squall.checkpoints.writing import Chunks, Item, Part, copy_of
 from squall.convert.matrices import Matrix, Work, count_error
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.quant import FORMATS
@@ -50,14 +43,14 @@ def write_uqff(work: Work, path: Path, *, force: bool) -> None:
         )
     job = _Job(work.quantizer, work.recipe, work.plan, work.importance)
     items = [job.item(i, linear) for i, linear in enumerate(job.linears)]
-    make_folder(path.parent)
+    writing.make_folder(path.parent)
     for name in BESIDE:
         source = checkpoint.path / name
         if source.is_file() and source.resolve() != path.with_name(name).resolve():
-            with replacing(path.with_name(name), force=force) as file:
+            with writing.replacing(path.with_name(name), force=force) as file:
                 file.write(source.read_bytes())
-    write_safetensors(path.with_name(RESIDUAL), job.residual(), force=force)
-    write_safetensors(path, items, force=force)
+    writing.write_safetensors(path.with_name(RESIDUAL), job.residual(), force=force)
+    writing.write_safetensors(path, items, force=force)
 
 
 class _Job(Work):

@@ -186,7 +186,6 @@ class Speculation:
         self._guessing: dict[int, Guessing] = {}
 
     def forget(self, number: int) -> None:
-        """The request is over."""
         self._guessing.pop(number, None)
 
     def guess(

@@ -176,8 +176,12 @@ def open(  # noqa: PLR0913
     keep: names of values that `value` can return after a run.
     progress: called with (bytes of the checkpoint loaded, bytes in all).
     """
-    (device, _), *more = placement.spread(len(program.layers))
     given: dict[str, Any] = {"pool": pool, "keep": keep, "progress": progress}
+    if placement.ranks is not None:
+        from squall.executors.parallel import open_rank
+
+        return open_rank(program, store, limits, placement=placement, **given)
+    (device, _), *more = placement.spread(len(program.layers))
     if more:
         from squall.executors.staged import StagedExecutor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,22 +65,18 @@ class ProgramReader:
 
     def _given(
         self, inputs: Mapping[str, NDArray[np.generic]]
-    ) -> tuple[dict[str, int], list[Int32], list[Floats]]:
-        """Rows of each space, indices and values in the program's order; not checked further."""
-        rows: dict[str, int] = {}
-        indices: list[Int32] = []
-        values: list[Floats] = []
+    ) -> tuple[dict[str, int], dict[str, Int32], dict[str, Floats]]:
+        """Rows of each space, and the indices and values that the program asks for."""
+        values = self.program.inputs
+        names = [*(index.name for index in self._indices), *(value.name for value in values)]
         try:
-            for index in self._indices:
-                found = inputs[index.name]
-                rows.setdefault(index.rows, found.shape[-1])
-                indices.append(found)  # type: ignore[arg-type]
-            for value in self.program.inputs:
-                rows.setdefault(value.rows, len(inputs[value.name]))
-                values.append(inputs[value.name])  # type: ignore[arg-type]
+            found = {name: inputs[name] for name in names}
         except KeyError as error:
             raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
-        return rows, indices, values
+        rows = {value.rows: len(found[value.name]) for value in values}
+        rows |= {index.rows: found[index.name].shape[-1] for index in self._indices}
+        indices = {index.name: cast(Int32, found[index.name]) for index in self._indices}
+        return rows, indices, {value.name: cast(Floats, found[value.name]) for value in values}
 
 
 # ---- adapters ----
@@ -114,7 +111,8 @@ def shapes_of(sites: Sites, site: p.Site, term: Term) -> tuple[tuple[int, int], 
         raise InvalidRequest(f"the model has no weight {site[0]} for adapters to change")
     _, matrix, table = sites[site]
     rank, rows, cols = term.rank, matrix.rows, matrix.cols
-    lacks = None in (term.a, term.b) and (rank != cols or (term.a is None) == table)
+    needed = term.a if table else term.b
+    lacks = needed is None or (None in (term.a, term.b) and rank != cols)
     if lacks or (term.bias is not None and term.bias.shape != (rows,)):
         raise InvalidRequest(
             f"an adapter lacks a part of what it adds to {site[0]}, or one does not fit"

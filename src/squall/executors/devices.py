@@ -6,14 +6,18 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import accumulate, groupby
+from typing import TYPE_CHECKING
 
 from squall.errors import InvalidRequest
 from squall.executors.memory import available_bytes, total_bytes
 from squall.quant.isq import Dtype
+
+if TYPE_CHECKING:
+    from squall.executors.parallel import Ranks
 
 # The native executor; PyTorch on the CPU; PyTorch on a GPU of NVIDIA's, or of Apple's.
 _FORM = re.compile(r"(cpu|torch|(?:cuda|mps|metal)(?::\d{1,3}|\[\d{1,3}\])?)")
@@ -58,16 +62,18 @@ class Placement:
     stages: of a program with layers; one without runs where the first of them is.
     exact: rows are the same whatever they are computed with, also where that takes longer.
     dtype: of activations on PyTorch's devices; auto: bf16 or f16 where a device has it, else f32.
+    ranks: the processes that run a part of every layer each, this one among them.
     """
 
     stages: tuple[Stage, ...] = (Stage("cpu"),)
     exact: bool = True
     dtype: Dtype = "auto"
+    ranks: Ranks | None = None
 
     @property
     def first(self) -> Placement:
         """Where this begins, for all of what is beside the model: towers and drafts."""
-        return replace(self, stages=self.stages[:1])
+        return replace(self, stages=self.stages[:1], ranks=None)
 
     def spread(self, layers: int) -> list[tuple[str, int]]:
         """Which devices run how many of so many layers; the last one has all that are left."""
@@ -166,13 +172,12 @@ class Device:
 
 
 def available() -> list[Device]:
-    """The devices of this machine; PyTorch is only loaded if there is a GPU's driver."""
+    """The devices of this machine."""
     host = (total_bytes(), available_bytes())
     found = [Device("cpu", *host, "the native executor")]
     if find_spec("torch") is not None:
         found.append(Device("torch", *host, "PyTorch on the CPU"))
-        found += _gpus() if has_driver() else ()
-    return found
+    return [*found, *map(_gpu, gpus())]
 
 
 def has_driver() -> bool:
@@ -183,26 +188,30 @@ def has_driver() -> bool:
 
 def check(device: str) -> None:
     """Raise InvalidRequest for a device that is not here, with those that are."""
-    if device != "cpu" and (lack := _lack(device)):
+    if device != "cpu" and (reason := lack(device)):
         here = ", ".join(found.name for found in available())
-        raise InvalidRequest(f"there is no device {device} here: {lack}; there are: {here}")
+        raise InvalidRequest(f"there is no device {device} here: {reason}; there are: {here}")
 
 
 def free_bytes(device: str) -> int | None:
-    """What a model may take of a device; GPUs keep some for its activations and for PyTorch."""
-    return available_bytes() if device in ("cpu", "torch") else free_gpus().get(device)
+    """What a model may take of a device; of a GPU all but what activations and PyTorch need."""
+    if device in ("cpu", "torch"):
+        return available_bytes()
+    free = _gpu(device).free or 0
+    return max(int(free * (1 - _KEPT_SHARE)) - _KEPT_BYTES, 0)
 
 
-def free_gpus() -> dict[str, int]:
-    """What a model may take of each GPU."""
+def gpus() -> list[str]:
+    """The GPUs that PyTorch finds; it is only loaded if there is a driver."""
     if find_spec("torch") is None or not has_driver():
-        return {}
-    return {
-        gpu.name: max(int((gpu.free or 0) * (1 - _KEPT_SHARE)) - _KEPT_BYTES, 0) for gpu in _gpus()
-    }
+        return []
+    import torch
+
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*(f"cuda:{number}" for number in range(torch.cuda.device_count())), *mps]
 
 
-def _lack(device: str) -> str:
+def lack(device: str) -> str:
     """Why a device is not here; "" if it is."""
     if find_spec("torch") is None:
         return "it needs PyTorch: pip install 'squall[torch]'"
@@ -218,14 +227,13 @@ def _lack(device: str) -> str:
     return "" if int(device.partition(":")[2]) < count else f"PyTorch finds {count} CUDA devices"
 
 
-def _gpus() -> Iterator[Device]:
+def _gpu(name: str) -> Device:
     import torch
 
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        about = torch.cuda.get_device_properties(number)
-        capability = f"compute capability {about.major}.{about.minor}"
-        yield Device(f"cuda:{number}", total, free, f"{about.name}, {capability}")
-    if torch.backends.mps.is_available():
+    if name == "mps":
         total = torch.mps.recommended_max_memory()
-        yield Device("mps", total, total - torch.mps.driver_allocated_memory(), "Metal")
+        return Device(name, total, total - torch.mps.driver_allocated_memory(), "Metal")
+    free, total = torch.cuda.mem_get_info(name)
+    about = torch.cuda.get_device_properties(name)
+    capability = f"compute capability {about.major}.{about.minor}"
+    return Device(name, total, free, f"{about.name}, {capability}")

@@ -47,8 +47,13 @@ class Sizes:
     kv: Sequence[int]
 
     @classmethod
-    def of(cls, program: Program, store: WeightStore, kv_dtype: str, *, caches: int = 1) -> Sizes:
-        """caches: how many a layer has. What else the checkpoint holds is with the first layer."""
+    def of(
+        cls, program: Program, store: WeightStore, kv_dtype: str, *, caches: int = 1,
+        whole: Program | None = None,
+    ) -> Sizes:  # fmt: skip
+        """caches: how many a layer has. What the checkpoint holds beside `whole`, of which the
+        program may be a part, is with the first layer.
+        """
         layers = {name: number for number, name in enumerate(program.layers, start=1)}
         last = max(len(layers) - 1, 0)
         weights: list[dict[object, int]] = [{} for _ in range(last + 1)]
@@ -60,7 +65,7 @@ class Sizes:
                 values = 2 * caches * cache.kv_heads * cache.head_dim
                 kv[number] += round(KV_BITS[kv_dtype] * values / 8)
             number = min(layers.get(op.out.name, number), last)
-        stored = sum(map(store.nbytes, program.weights()))
+        stored = sum(map(store.nbytes, (whole or program).weights()))
         weights[0][None] = max(store.checkpoints[""].size_bytes - stored, 0)
         return cls(weights, kv)
 

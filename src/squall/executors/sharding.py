@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from math import gcd, lcm
 
 from squall import program as p
@@ -13,27 +13,6 @@ from squall.weights import WeightStore
 # Columns that kernels like to have multiples of.
 FAST = 32
 Chain = list[p.Linear | p.Normalize | p.Rotate]
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one rank has of `whole` columns, rows or elements."""
-
-    start: int
-    stop: int
-    whole: int
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def part(self) -> p.Part:
-        return p.Part(self.start, self.whole)
-
-    def times(self, width: int) -> Share:
-        """The same of things that are `width` times as many."""
-        return Share(self.start * width, self.stop * width, self.whole * width)
 
 
 def shard(program: p.Program, store: WeightStore, rank: int, size: int) -> p.Program:
@@ -69,8 +48,8 @@ class _Edit:
         self._program, self._store, self._rank, self._size = program, store, rank, size
         self._ops = {op.out: _without_adapters(op) for op in program.ops}
         self._readers: dict[p.Value, list[p.Op]] = {}
-        for op in program.ops:
-            for value in _values(op):
+        for op in self._ops.values():
+            for value in p.reads(op):
                 self._readers.setdefault(value, []).append(op)
         self._narrow: dict[p.Value, p.Value] = {}
         self._caches = list(program.caches)
@@ -97,7 +76,7 @@ class _Edit:
             self._resize(value, q.size * op.head_dim)
         if op.cache is not None:
             self._caches[op.cache] = p.CacheLayer(kv.size, op.head_dim)
-        self._sum(out, q.times(op.head_dim))
+        self._sum(out, _times(q, op.head_dim))
 
     def feed_forward(self, down: p.Linear) -> None:
         """The columns of a down, and the rows of what makes them."""
@@ -125,31 +104,31 @@ class _Edit:
         self._rows(op, share, ("gate", "up"))
         self._sum(op, share)
 
-    def _heads(self, op: p.Attend, grain: int) -> tuple[Share, Share] | None:
+    def _heads(self, op: p.Attend, grain: int) -> tuple[p.Part, p.Part] | None:
         """This rank's KV heads and heads, whose columns are whole blocks of `grain`."""
         group = op.heads // op.kv_heads
         if self._size > op.kv_heads and self._size % op.kv_heads == 0:  # ranks have one in common
             q = self._share(op.heads, grain // gcd(grain, op.head_dim))
             if op.heads % self._size or q is None or q.size * self._size != op.heads:
                 return None
-            return Share(first := q.start // group, first + 1, op.kv_heads), q
+            return p.Part(first := q.start // group, first + 1, op.kv_heads), q
         width = group * op.head_dim
         kv = self._share(op.kv_heads, grain // gcd(grain, width))
-        return None if kv is None else (kv, kv.times(group))
+        return None if kv is None else (kv, _times(kv, group))
 
-    def _columns(self, weight: p.Matrix) -> Share | None:
+    def _columns(self, weight: p.Matrix) -> p.Part | None:
         grain, cols = self._store.cuttable(weight)[1], weight.cols
         fast = lcm(grain, FAST)
         even = cols % (fast * self._size) == 0 or cols // fast >= FAST
         return self._share(cols, fast if even and cols % fast == 0 else grain)
 
-    def _share(self, count: int, unit: int) -> Share | None:
+    def _share(self, count: int, unit: int) -> p.Part | None:
         """Of so many things, in units that stay together, as even as can be."""
         units = count // unit
         if units < self._size:
             return None
         start, stop = (units * rank // self._size * unit for rank in (self._rank, self._rank + 1))
-        return Share(start, stop, count)
+        return p.Part(start, stop, count)
 
     # ---- what the program looks like ----
 
@@ -176,9 +155,9 @@ class _Edit:
 
     # ---- edits ----
 
-    def _cut(self, op: p.Linear | p.Normalize | p.Rotate, heads: Share, head_dim: int) -> None:
+    def _cut(self, op: p.Linear | p.Normalize | p.Rotate, heads: p.Part, head_dim: int) -> None:
         """Heads of an op that treats each by itself."""
-        share = heads.times(head_dim)
+        share = _times(heads, head_dim)
         match op:
             case p.Rotate():
                 self._ops[op.out] = replace(op, heads=heads.size)
@@ -189,24 +168,24 @@ class _Edit:
                 self._rows(op, share, ("weight", "bias"))
         self._resize(op.out, share.size)
 
-    def _rows(self, op: p.Op, share: Share, names: Sequence[str]) -> None:
+    def _rows(self, op: p.Op, share: p.Part, names: Sequence[str]) -> None:
         """Rows of an op's matrices, and elements of its biases, as far as there are some."""
         weights = ((name, getattr(op, name)) for name in names)
         self._change(op, {
             name: _elements(weight, share)
             if isinstance(weight, p.Vector)
-            else replace(weight, rows=share.size, rows_of=share.part)
+            else replace(weight, rows=share.size, rows_of=share)
             for name, weight in weights
             if weight is not None
         })  # fmt: skip
 
-    def _sum(self, op: p.Linear | p.MixtureOfExperts, share: Share) -> None:
+    def _sum(self, op: p.Linear | p.MixtureOfExperts, share: p.Part) -> None:
         """The op by columns, then a sum; the residual and the bias are the first rank's."""
         name = "weight" if isinstance(op, p.Linear) else "down"
         weight, _ = self._store.cuttable(getattr(op, name))
         number = len(self._program.values) + len(self.sums)
         part = replace(op.out, id=number, name=f"{op.out.name}.part")
-        cut = {name: replace(weight, cols=share.size, cols_of=share.part), "out": part}
+        cut = {name: replace(weight, cols=share.size, cols_of=share), "out": part}
         of_first = ("residual", "bias") if isinstance(op, p.Linear) else ("residual",)
         self._change(op, cut | (dict.fromkeys(of_first) if self._rank else {}))
         self.sums[op.out] = part
@@ -252,10 +231,10 @@ def _without_adapters(op: p.Op) -> p.Op:
     return op
 
 
-def _values(op: p.Op) -> Iterable[p.Value]:
-    found = (getattr(op, field.name) for field in fields(op) if field.name != "out")
-    return (item for item in found if isinstance(item, p.Value))
+def _elements(vector: p.Vector, share: p.Part) -> p.Vector:
+    return replace(vector, size=share.size, part=share)
 
 
-def _elements(vector: p.Vector, share: Share) -> p.Vector:
-    return replace(vector, size=share.size, part=share.part)
+def _times(part: p.Part, width: int) -> p.Part:
+    """The same of things that are `width` times as many."""
+    return p.Part(part.start * width, part.stop * width, part.whole * width)

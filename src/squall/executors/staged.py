@@ -12,18 +12,10 @@ from numpy.typing import NDArray
 
 from squall import executors
 from squall.batch import Mixture, Sequences
-from squall.executors import (
-    Adapter,
-    Floats,
-    Limits,
-    Memory,
-    Phase,
-    Placement,
-    ThreadPool,
-)
-from squall.executors.base import ProgramReader
+from squall.executors import Adapter, Floats, Limits, Memory, Phase, Placement
+from squall.executors.base import ProgramReader, sites_of
 from squall.executors.devices import Stage
-from squall.program import Program, Site, sites
+from squall.program import Program, Site
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, WeightStore
 
@@ -32,24 +24,20 @@ from squall.weights import Progress, Term, WeightStore
 class _Adapters:
     """An adapter, stage by stage."""
 
-    parts: Sequence[Adapter]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Memories:
-    """A memory, stage by stage; counts: how many of the program's memories each has."""
-
-    rows: int
-    parts: Sequence[Memory | None]
-    counts: Sequence[int]
+    parts: Sequence[Adapter | Memory | None]
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts if part is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Memories(_Adapters):
+    """A memory, stage by stage; counts: how many of the program's memories each has."""
+
+    parts: Sequence[Memory | None]
+    counts: Sequence[int]
+    rows: int
 
     def write(self, first: int, keys: Sequence[Floats], values: Sequence[Floats]) -> None:
         """See `Memory`."""
@@ -70,7 +58,7 @@ class StagedExecutor(ProgramReader):
         limits: Limits,
         *,
         placement: Placement,
-        pool: ThreadPool | None = None,
+        pool: executors.ThreadPool | None = None,
         keep: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
@@ -81,16 +69,11 @@ class StagedExecutor(ProgramReader):
         ends = accumulate(count for _, count in self._spread[:-1])
         self._programs = program.stages(*(layers[end - 1] for end in ends))
         values = [{value.name for value in part.values} for part in self._programs]
-        # What no stage has, the first one refuses.
         self._keeper = {
-            name: next((i for i, names in enumerate(values) if name in names), 0) for name in keep
+            name: next(i for i, names in enumerate(values) if name in names) for name in keep
         }
-        self._sites = {
-            site: number
-            for number, part in enumerate(self._programs)
-            for op in part.ops
-            for site in sites(op)
-        }
+        parts = [sites_of(part) for part in self._programs]
+        self._stage_of = {site: number for number, sites in enumerate(parts) for site in sites}
         self._load(store, progress)
 
     def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
@@ -142,20 +125,20 @@ class StagedExecutor(ProgramReader):
         """See `Executor`."""
         parts: list[dict[Site, Term]] = [{} for _ in self._stages]
         for site, term in terms.items():
-            parts[self._sites.get(site, 0)][site] = term  # an unknown one is refused there
+            parts[self._stage_of.get(site, 0)][site] = term  # an unknown one is refused there
         return _Adapters([s.adapter(part) for s, part in zip(self._stages, parts, strict=True)])
 
     def memory(self, rows: int) -> Memory:
         """See `Executor`."""
         counts = [len(part.memories) for part in self._programs]
         made = zip(self._stages, counts, strict=True)
-        return _Memories(rows, [stage.memory(rows) if n else None for stage, n in made], counts)
+        return _Memories([stage.memory(rows) if n else None for stage, n in made], counts, rows)
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         """See `Executor`."""
         found: list[Phase] = []
         for stage in self._stages:
-            act = partial(_profiled, stage.profile, act, found)
+            act = partial(lambda profile, act: found.extend(profile(act)), stage.profile, act)
         act()
         return found
 
@@ -166,14 +149,6 @@ class StagedExecutor(ProgramReader):
 
 def _told(progress: Progress, before: int, whole: int, done: int, _: int) -> None:
     progress(min(before + done, whole), whole)
-
-
-def _profiled(
-    profile: Callable[[Callable[[], None]], list[Phase]],
-    act: Callable[[], None],
-    found: list[Phase],
-) -> None:
-    found += profile(act)
 
 
 def _recalling(sequences: Sequences | None, number: int) -> Sequences | None:
@@ -194,9 +169,7 @@ def _adapted(mixtures: Sequence[Mixture], number: int) -> list[Mixture]:
 
 def _together(totals: Iterable[FormatTotal]) -> tuple[FormatTotal, ...]:
     """One of each format."""
-    found: dict[str, FormatTotal] = {}
-    for total in totals:
-        name, *counts = astuple(total)
-        before = astuple(found[name])[1:] if name in found else (0, 0, 0)
-        found[name] = FormatTotal(name, *(a + b for a, b in zip(before, counts, strict=True)))
-    return tuple(found.values())
+    found: dict[str, list[list[int]]] = {}
+    for name, *counts in map(astuple, totals):
+        found.setdefault(name, []).append(counts)
+    return tuple(FormatTotal(name, *map(sum, zip(*of, strict=True))) for name, of in found.items())

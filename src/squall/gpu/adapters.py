@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ from torch import Tensor
 from squall import program as p
 from squall.executors.base import Sites, layout_of, shapes_of
 from squall.gpu import linear, matrices
-from squall.gpu.inputs import Segment, expect
+from squall.gpu.inputs import expect
+from squall.quant import FORMATS
 from squall.weights import Stored, Term
+
+if TYPE_CHECKING:
+    from squall.gpu.ops import Run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,14 +30,11 @@ class _Part:
     bias: Tensor | None
 
     def of(self, x: Tensor, *, table: bool, exact: bool) -> Tensor:
-        """What is added to a product with x; to rows of a table, if x are ids."""
+        """scale * b @ a @ x; of a table, x are ids."""
+        wide = x
         if self.a is not None:
             wide = matrices.lookup(self.a, x) if table else _product(x, self.a, exact)
-        else:
-            wide = x
-        wide = wide if self.b is None else _product(wide, self.b, exact)
-        y = wide.float() * self.scale
-        return y if self.bias is None else y + self.bias
+        return (wide if self.b is None else _product(wide, self.b, exact)) * self.scale
 
 
 def _product(x: Tensor, weight: matrices.Plain, exact: bool) -> Tensor:
@@ -62,27 +63,18 @@ def _part(sites: Sites, site: p.Site, term: Term, device: torch.device) -> _Part
     shapes = shapes_of(sites, site, term)
 
     def plain(stored: Stored | None, shape: tuple[int, int]) -> matrices.Plain | None:
-        return None if stored is None else matrices.plain(stored, *shape, device)
+        if stored is None:
+            return None
+        nbytes = shape[0] * FORMATS[stored.format].row_bytes(shape[1])
+        expect(len(stored.data) == nbytes, f"an adapter does not fit {site[0]}")
+        return matrices.plain(stored, *shape, device)
 
-    try:
-        a, b = plain(term.a, shapes[0]), plain(term.b, shapes[1])
-    except (ValueError, RuntimeError) as error:
-        expect(False, f"an adapter does not fit {site[0]}: {error}")
-        raise
+    a, b = plain(term.a, shapes[0]), plain(term.b, shapes[1])
     bias = None if term.bias is None else torch.as_tensor(term.bias).to(device)
     return _Part(a, b, term.scale, bias)
 
 
 TorchMixture = Sequence[tuple[TorchAdapter, float]]
-
-
-class Adapted(Protocol):
-    """A run, as far as adapters know it."""
-
-    mixtures: Sequence[TorchMixture]
-    segments: Mapping[str, list[Segment]]
-
-    def __getitem__(self, value: p.Value) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +92,15 @@ class Added:
         named = dict(zip(p.sites(op), columns, strict=True)) if columns else {}
         return cls(op.adapters, named, isinstance(op, p.Embed), exact)
 
-    def segments(self, run: Adapted) -> list[Segment]:
-        """The rows of a run that have adapters."""
-        return [] if self.adapters is None else run.segments[self.adapters.mixture.name]
-
-    def scalings(self, run: Adapted) -> Tensor | None:
+    def scalings(self, run: Run) -> Tensor | None:
         """[rows, columns], if there are some."""
         scaled = self.adapters is not None and self.adapters.scalings is not None
         return run[self.adapters.scalings] if scaled else None  # type: ignore[index, union-attr]
 
-    def add(self, run: Adapted, y: Tensor, x: Tensor, site: p.Site) -> None:
+    def add(self, run: Run, y: Tensor, x: Tensor, site: p.Site) -> None:
         """To products y of the rows x, in place."""
         scalings = self.scalings(run)
-        for start, stop, number in self.segments(run):
+        for start, stop, number in run.segments(self.adapters):
             own = slice(start, stop)
             scaling = None if scalings is None else scalings[own]
             self.add_to(y[own], x[own], site, run.mixtures[number], scaling)
@@ -128,3 +116,5 @@ class Added:
             if (part := adapter.parts.get(site)) is not None:
                 more = part.of(x, table=self.table, exact=self.exact) * weight
                 y += more if scalings is None else more * scalings[:, column + i, None]
+                if part.bias is not None:
+                    y += part.bias * weight

@@ -14,11 +14,11 @@ from squall.gpu import uses_triton
 from squall.gpu.matrices import Float8, Plain, Weight, dense_runs, lookup
 from squall.spec import Activation
 
-# A BLAS chooses by the shape of a product how it adds up, and on a CPU, where few results are sums
-# of many products, by its threads. So exact products have one shape: tiles of rows, the last one
-# filled with zeros, and on a CPU short sums, which are added in order.
+# A BLAS chooses by the shape of a product, and on a CPU by its threads too, how it adds up. So
+# exact products have one shape: tiles of rows, the last one filled with zeros. On a CPU they are
+# also so short that threads do not share a sum (MKL shares sums of 128), and are added in order.
 _TILE = 16
-_SUM = 256
+_SUM = 64
 _LARGEST = 448  # of float8
 
 _Elementwise = Callable[[Tensor], Tensor]
@@ -48,6 +48,11 @@ _FAST: Mapping[Activation, _Elementwise] = {
 }
 
 
+def activated(x: Tensor, activation: Activation | None, *, exact: bool) -> Tensor:
+    """An activation of every element, as the products here have it."""
+    return x if activation is None else (_EXACT if exact else _FAST)[activation](x)
+
+
 def linear(  # noqa: PLR0913
     x: Tensor,  # [rows, cols of w]
     w: Weight,
@@ -67,7 +72,11 @@ def linear(  # noqa: PLR0913
             dtype=dtype,
         )  # fmt: skip
         return result
-    y = _product(x, w, exact=exact)
+    added = residual if bias is None else bias.to(dtype)
+    simple = activation is None and scale == 1.0 and (bias is None or residual is None)
+    if simple and added is not None and isinstance(w, Plain) and not exact and dtype == x.dtype:
+        return torch.addmm(added, x, w.values[0].to(dtype).T)
+    y = _product(x, w, exact=exact, dtype=dtype)
     if bias is not None:
         y = y.float() + bias
     if activation is not None:
@@ -178,16 +187,21 @@ def _activated(x: Tensor, activation: Activation, exact: bool) -> Tensor:
     return (_EXACT if exact else _FAST)[activation](x)
 
 
-def _product(x: Tensor, w: Weight, expert: int = 0, *, exact: bool) -> Tensor:
-    """x @ w.T, in the type of x."""
+def _product(
+    x: Tensor, w: Weight, expert: int = 0, *, exact: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x @ w.T, in the type of x or in `dtype`."""
     if not exact and _fits(x, w):
         assert isinstance(w, Float8)
         scales = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
         codes = (x / scales).to(torch.float8_e4m3fn)
-        values, factors = w.values[expert].T, w.factors[expert][None]
-        return torch._scaled_mm(codes, values, scales, factors, out_dtype=torch.bfloat16)
+        given = w.values[expert].T, scales, w.factors[expert][None]
+        return torch._scaled_mm(codes, *given, out_dtype=torch.bfloat16)
     if isinstance(w, Plain):
-        return _times(x, w.values[expert].to(x.dtype), exact)
+        values = w.values[expert].to(x.dtype)
+        if dtype == torch.float32 != x.dtype and x.is_cuda and not exact:
+            return torch.mm(x, values.T, out_dtype=dtype)
+        return _times(x, values, exact)
     parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w, expert)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

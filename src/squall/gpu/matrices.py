@@ -23,7 +23,8 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 # Of wide codes the low bits are one plane, and the rest another.
 _LOW_BITS = {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
-_RUN_VALUES = 1 << 24  # taken apart at a time
+# Values taken apart at a time; on a CPU so few that they stay in its cache.
+_RUN_VALUES, _CPU_VALUES = 1 << 24, 1 << 20
 
 
 class _Weight:
@@ -169,7 +170,7 @@ class Matrices:
         stored = [self._store.rows(weight, expert) for expert in range(weight.experts)]
         targets = {self._store.target(weight, rows.format) for rows in stored}
         target = targets.pop() if len(targets) == 1 else "f32"
-        run = max(_RUN_VALUES // weight.cols, 1)
+        run = _run(weight.cols, self._device)
         if target.startswith("hqq"):  # which is fitted to the whole matrix
             run = weight.rows
         whole: Weight | None = None
@@ -210,7 +211,7 @@ def dense(m: Weight, expert: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def dense_runs(m: Weight, expert: int = 0) -> Iterator[Tensor]:
     """The same in float32, so many rows at a time as need little memory."""
-    run = max(_RUN_VALUES // m.cols, 1)
+    run = _run(m.cols, m.device)
     for start in range(0, m.rows, run):
         part = slice(start, start + run)
         yield _dense(_mapped(m, lambda t, part=part: t[expert, part]))  # type: ignore[misc]
@@ -219,6 +220,11 @@ def dense_runs(m: Weight, expert: int = 0) -> Iterator[Tensor]:
 def lookup(table: Weight, ids: Tensor) -> Tensor:
     """Rows of the one expert, float32 [ids, cols]."""
     return _dense(_mapped(table, lambda t: t[0, ids]))
+
+
+def one(m: Weight, expert: int) -> Weight:
+    """One expert's matrix as a dense weight, in the same memory."""
+    return replace(_mapped(m, lambda tensor: tensor[expert : expert + 1]), experts=1)
 
 
 def _dense(m: Weight) -> Tensor:
@@ -246,6 +252,11 @@ def _expanded(scales: Scales) -> Tensor:
 
 
 # ---- from the store to the device ----
+
+
+def _run(cols: int, device: torch.device) -> int:
+    """How many rows at a time."""
+    return max((_CPU_VALUES if device.type == "cpu" else _RUN_VALUES) // cols, 1)
 
 
 def _runs(stored: Stored, rows: int, run: int) -> Iterator[tuple[int, Stored]]:

@@ -26,7 +26,6 @@ GGML_FORMATS: dict[int, Format] = {f.ggml_id: f for f in FORMATS.values() if f.g
 
 
 def by_ggml_id(id: int) -> Format:
-    """The format of a GGUF or ggml tensor type."""
     try:
         return GGML_FORMATS[id]
     except KeyError:

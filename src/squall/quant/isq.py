@@ -106,7 +106,6 @@ class Plan:
 
     @property
     def quantizes(self) -> bool:
-        """Whether any matrix may be quantized."""
         return self.isq is not None or bool(self.topology.types)
 
     def target(self, role: str, stored: str, cols: int) -> str:

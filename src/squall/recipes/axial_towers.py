@@ -10,7 +10,7 @@ from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.recipes import config_parts, parts
 from squall.recipes.clip_towers import OTHERS, naming, projector
 from squall.recipes.config_fields import ConfigFields
-from squall.recipes.part import Part
+from squall.recipes.names import Part
 from squall.recipes.vision import Sections, seer
 from squall.spec import Connector, Layer, Mlp, Norm, Rope, Tower
 

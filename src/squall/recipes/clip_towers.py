@@ -11,8 +11,7 @@ from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.recipes import config_parts, parts
 from squall.recipes.config_fields import ConfigFields, part_keys
-from squall.recipes.names import Naming
-from squall.recipes.part import Part
+from squall.recipes.names import Naming, Part
 from squall.recipes.vision import PartsFunction, Sections, seer
 from squall.spec import Connector, Layer, Tower
 
@@ -38,7 +37,6 @@ IN_LAYERS = ("attention.", "feed_forward.")
 
 
 def naming(before: str, stems: Mapping[str, str], layer: str, harmless: str = r"(?!)") -> Naming:
-    """Names that all begin with `before`."""
     made = {
         role: stem if role.startswith(IN_LAYERS) else before + stem for role, stem in stems.items()
     }

@@ -35,7 +35,6 @@ class Linear:
 
 
 def linears(architecture: str, decoder: Decoder, naming: Naming) -> tuple[Linear, ...]:
-    """All linears of a model, the head first."""
     found = [] if architecture in HEADLESS else [_single(naming, "head")]
     for index, layer in enumerate(decoder.layers):
         if layer.attention.recalls:

@@ -13,7 +13,7 @@ from squall.recipes import config_names, config_parts, parts
 from squall.recipes.clip_towers import IN_LAYERS, naming, side
 from squall.recipes.config import RECIPES, Entry
 from squall.recipes.config_fields import ConfigFields
-from squall.recipes.part import Part
+from squall.recipes.names import Part
 from squall.recipes.vision import Sections, seer
 from squall.spec import Connector, Decoder, Layer, Norm, Tiles, Tower
 
@@ -59,7 +59,7 @@ def language(c: ConfigFields) -> Decoder:
         heads[i] = replace(heads[i], rope=None, qk_norm=norm, recalls=True)
     c.skip("tie_word_embeddings", "dropout")
     mlp = config_parts.mlp(c)
-    made = config_parts.decoder(c, norm, heads, mlp, tied=False, more_ids=MORE_IDS)
+    made = parts.decoder(c, norm, heads, mlp, tied=False, more_ids=MORE_IDS)
     layers = list(made.layers)
     for i in recalling:
         stem = f"{c.naming.layer.format(i)}cross_attn_"

@@ -1,4 +1,4 @@
-"""Tensor names: where a decoder's weights lie in a checkpoint, and whether their shapes fit."""
+"""Tensor names: where a model's weights lie in a checkpoint, and whether their shapes fit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Literal
 
 from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.program import Names, Slice
-from squall.roles import Shapes
+from squall.roles import Network, Shapes, roles
 
+Kind = Literal["decoder", "tower", "connector", "encoder", "vae"]
 ROLE = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)")
 _NONE = re.compile(r"(?!)")
 
@@ -67,6 +69,21 @@ class Naming:
                 yield (f"{layer}{stem}",), int(number[0])
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network of a model: its Spec, and the places of its weights, found by its naming."""
+
+    kind: Kind
+    spec: Network
+    naming: Naming
+    names: Names = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def prefix(self) -> str:
+        """What its roles begin with in `names`, so that parts can share a weight store."""
+        return "" if self.kind == "decoder" else f"{self.kind}."
+
+
 def locate(
     parts: Sequence[tuple[Shapes, Naming]], tensors: Mapping[str, Tensor], *, read: set[str]
 ) -> tuple[Names, ...]:
@@ -92,6 +109,21 @@ def locate(
             "it is a variant that Squall cannot run"
         )
     return tuple(found)
+
+
+def place(
+    parts: Sequence[Part], tensors: Mapping[str, Tensor], *, read: set[str], source: str = ""
+) -> tuple[Part, ...]:
+    """The parts with the places of their weights in a source; otherwise as `locate`."""
+    found = locate([(roles(part.spec), part.naming) for part in parts], tensors, read=read)
+    made = []
+    for part, names in zip(parts, found, strict=True):
+        places = {
+            part.prefix + role: tuple(replace(one, source=source) for one in slices)
+            for role, slices in names.items()
+        }
+        made.append(replace(part, names=MappingProxyType(places)))
+    return tuple(made)
 
 
 def _alike(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:

@@ -9,7 +9,7 @@ from squall.recipes import clip_towers, config_parts, parts
 from squall.recipes.clip_towers import naming, side
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.config_names import USUAL
-from squall.recipes.part import Part
+from squall.recipes.names import Part
 from squall.recipes.vision import Sections, seer
 from squall.spec import Attention, Connector, Layer, Mlp, Norm, Perceiver
 

@@ -13,7 +13,7 @@ from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.recipes.config import NAMES, SEERS
 from squall.recipes.config_fields import ConfigFields, part_keys
-from squall.recipes.part import Part
+from squall.recipes.names import Part
 from squall.spec import Decoder
 
 
@@ -79,7 +79,6 @@ def seer(architecture: str, name: str, text: str) -> Callable[[F], F]:
 def parts(
     architecture: str, config: Mapping[str, Any], text: ConfigFields, decoder: Decoder
 ) -> tuple[Part, ...]:
-    """What a model has beside its decoder."""
     if architecture not in _PARTS:
         return ()
     return _PARTS[architecture](Sections(config, text, decoder))

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from squall import errors
 from squall.api.requests import NUMBERS
+from squall.engine.fields import complaint
 
 LOGGER = logging.getLogger("squall.server")
 INVALID = "invalid_request_error"
@@ -75,7 +76,6 @@ _FIELD = re.compile(r"([a-z]+(?:_[a-z]+)*(?:\[\d+\])?(?:\.[a-z_]+)?) (?:is|has|m
 
 
 def stopped(why: str) -> ApiError:
-    """What requests get that will not be answered."""
     status, type_, code = _KINDS[errors.EngineStopped]
     return ApiError(status, why, code, type_, headers={"Retry-After": str(RETRY_S)})
 
@@ -117,5 +117,5 @@ def _invalid(error: ValidationError) -> ApiError:
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     message = f"{where}: {first['msg']}" if where else first["msg"]
     if where in NUMBERS:
-        message = NUMBERS[where].complaint(where, first["input"])
+        message = complaint(where, first["input"], NUMBERS[where].allowed)
     return ApiError(400, message, code, param=where or None)

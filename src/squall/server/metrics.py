@@ -20,8 +20,6 @@ _Row = tuple[str, str, str, Mapping[str, float]]
 
 
 class _ModelCollector(Collector):
-    """Reads the models' own counts when asked."""
-
     def __init__(self, models: Mapping[str, Model]) -> None:
         self._models = models
 

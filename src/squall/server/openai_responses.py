@@ -89,8 +89,6 @@ def _add(said: list[Object], item: Object, where: str) -> None:
 
 
 class Responses(Sections):
-    """Tells an answer as a response, and keeps it."""
-
     prefix = "resp_"
     body: ResponsesBody
 

@@ -18,7 +18,7 @@ from squall.adapters.shelf import Info
 from squall.api.chats import chat_prompt
 from squall.api.jobs import chat_ids, start_chat, start_completion
 from squall.api.messages import images_of
-from squall.api.requests import ChatCompletionRequest
+from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.errors import InvalidRequest
 from squall.model import Model
 from squall.server import schemas
@@ -122,14 +122,30 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
             ids = await _work(service, encode)
         else:
             ids = await _chat(service, partial(_as_chat, body), partial(chat_ids, model))
-        most = model.context
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": most})
+        found = {"tokens": ids, "count": len(ids), "max_model_len": model.context}
+        if body.return_token_strs:
+            found["token_strs"] = [model.tokenizer.tokens[id_] for id_ in ids]
+        return JSONResponse(found)
 
     @router.post("/render", openapi_extra=_takes(schemas.ChatBody))
     async def render(request: Request) -> Response:
         """The prompt of a chat as the model reads it, as text and as token ids."""
         body, served = await _read(service, request, schemas.ChatBody)
         return JSONResponse(await _chat(service, body.request, partial(_rendered, served.model)))
+
+    @router.post("/v1/chat/completions/render", openapi_extra=_takes(schemas.ChatBody))
+    async def render_chat(request: Request) -> Response:
+        """The token ids of a chat's prompt, as vLLM has them."""
+        body, served = await _read(service, request, schemas.ChatBody)
+        ids = await _chat(service, body.request, partial(chat_ids, served.model))
+        return JSONResponse({"model": served.name, "token_ids": ids})
+
+    @router.post("/v1/completions/render", openapi_extra=_takes(schemas.CompletionBody))
+    async def render_completion(request: Request) -> Response:
+        """The token ids of each prompt, as vLLM has them."""
+        body, served = await _read(service, request, schemas.CompletionBody)
+        prompts = await _work(service, partial(_prompts, served.model, body))
+        return JSONResponse([{"model": served.name, "token_ids": ids} for ids in prompts])
 
     @router.post(f"{MESSAGES}/count_tokens", openapi_extra=_takes(CountBody))
     async def count_tokens(request: Request) -> Response:
@@ -150,7 +166,13 @@ def _as_chat(body: schemas.TokenizeBody) -> ChatCompletionRequest:
         raise InvalidRequest("give a prompt or messages, one of them")
     given = body.given()
     del given["add_special_tokens"]
+    given.pop("return_token_strs", None)
     return ChatCompletionRequest(**given)
+
+
+def _prompts(model: Model, body: schemas.CompletionBody) -> list[list[int]]:
+    asked = CompletionRequest(prompt=body.prompt)
+    return [model.encode(p) if isinstance(p, str) else [*p] for p in asked.prompts]
 
 
 def _rendered(model: Model, asked: ChatCompletionRequest) -> dict[str, object]:

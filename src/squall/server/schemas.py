@@ -200,6 +200,7 @@ class TokenizeBody(Body, frozen=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
+    return_token_strs: bool | None = None
 
 
 class ReIsqBody(Body, frozen=True):

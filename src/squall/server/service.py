@@ -98,6 +98,9 @@ class Served:
         while not self.dead.is_set():
             await asyncio.sleep(min(1.0, stall_s / 4))
             stalled_s = engine.stats().stalled_s
+            if (lost := getattr(engine.executor, "lost", None)) is not None:
+                LOGGER.error(lost)
+                self.die(lost)
             if stalled_s > stall_s:
                 self.die(f"the engine has not moved for {stalled_s:.0f} s")
 
@@ -129,7 +132,6 @@ class Service:
 
     @property
     def sole(self) -> Served | None:
-        """The model, if there is only one."""
         first, *others = self.models.values()
         return None if others else first
 
@@ -144,7 +146,6 @@ class Service:
 
     @property
     def context(self) -> int:
-        """The longest context."""
         return max(served.model.context for served in self.models.values())
 
     def find(self, name: str | None) -> Served:

@@ -205,7 +205,6 @@ class ChatTemplate:
             return ""
 
     def source(self, *, with_tools: bool) -> str:
-        """The template that is used for a chat."""
         name = "tool_use" if with_tools and "tool_use" in self.sources else "default"
         if not self.sources:
             raise TemplateError(f"the model has no chat template; {_REMEDY}")

@@ -16,7 +16,6 @@ MARKS = (
 
 
 def control_id(tokenizer: Tokenizer, name: str) -> int | None:
-    """The id of a control token of that name, if there is one."""
     ids = tokenizer.encode(name, add_bos=False, specials=True)
     return ids[0] if len(ids) == 1 and tokenizer.is_special(ids[0]) else None
 

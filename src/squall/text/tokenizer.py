@@ -59,6 +59,7 @@ class Tokenizer:
         self.bos = vocabulary.bos
         self.eos = vocabulary.eos
         self.stop_ids = vocabulary.stops
+        self.tokens = vocabulary.tokens
         self.vocab_size = len(vocabulary.tokens)
         self.space_after_control = codec.space_after_control
         self.space_suffix = codec.space_suffix

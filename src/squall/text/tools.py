@@ -59,7 +59,6 @@ class Tool:
         )
 
     def shown(self) -> dict[str, Any]:
-        """The tool as chat templates show it."""
         function = {
             "name": self.name,
             "description": self.description,

@@ -11,8 +11,8 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import count, edges, resample
-from squall.vision.squares import rows, scale, windows
+from squall.vision.pixels import count, edges, resample, scale
+from squall.vision.rows import rows, windows
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from squall.errors import InvalidCheckpoint
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import count, cut, resample
-from squall.vision.squares import Inputs, rows, scale, windows
+from squall.vision.pixels import count, cut, resample, scale
+from squall.vision.rows import Inputs, rows, windows
 
 FAKE = "<fake_token_around_image>"
 MOST = 4096  # pixels of an edge

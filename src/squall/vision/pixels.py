@@ -14,10 +14,9 @@ from squall.errors import InvalidCheckpoint, InvalidRequest
 
 Floats = NDArray[np.float32]
 MOST_EDGE, MOST_PIXELS = 1 << 13, 1 << 26  # of what images are resized to
-CLIP_MEAN, CLIP_STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +51,15 @@ class Scale:
         scaled = ((levels - mean) / std).astype(np.float32)
         pixels = np.asarray(image)
         return np.stack([scaled[c].take(pixels[..., c]) for c in range(3)])
+
+
+def scale(
+    processor: Mapping[str, Any], mean: Sequence[float] = HALF, std: Sequence[float] = HALF
+) -> Scale:
+    """Of a preprocessor_config.json, which must be to resize; by default from -1 to 1."""
+    if not processor.get("do_resize", True):
+        raise InvalidCheckpoint("do_resize in preprocessor_config.json is false; it must be true")
+    return Scale.of(processor, mean, std)
 
 
 def _numbers(values: object, count: int) -> bool:

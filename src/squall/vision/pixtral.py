@@ -8,10 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from squall.vision.axial import axial_rows
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import CLIP_MEAN, CLIP_STD, MOST_EDGE, count, resample
-from squall.vision.squares import scale
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, MOST_EDGE, count, resample, scale
+from squall.vision.rows import axial_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

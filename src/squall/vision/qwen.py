@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from squall.errors import InvalidCheckpoint, InvalidRequest
-from squall.vision.axial import axial_rows
 from squall.vision.family import Family, Processed
-from squall.vision.pixels import CLIP_MEAN, CLIP_STD, count, resample
+from squall.vision.pixels import CLIP_MEAN, CLIP_STD, count, resample, scale
 from squall.vision.placing import Run
-from squall.vision.squares import scale
+from squall.vision.rows import axial_rows
 
 MOST_ASPECT = 200
 

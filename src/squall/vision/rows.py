@@ -1,28 +1,44 @@
-"""Pictures for towers of SigLIP's kind: rows of patches, and which of them become one."""
+"""Pictures of any size as towers read them: rows of patches, and which of them become one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.errors import InvalidCheckpoint
-from squall.vision.pixels import Floats, Scale, patches
+from squall.vision.pixels import Floats, patches
 
 Int32 = NDArray[np.int32]
 Inputs = dict[str, NDArray[np.generic]]
-HALF = (0.5, 0.5, 0.5)
 
 
-def scale(
-    processor: Mapping[str, Any], mean: Sequence[float] = HALF, std: Sequence[float] = HALF
-) -> Scale:
-    """Of a preprocessor_config.json, which must be to resize; by default from -1 to 1."""
-    if not processor.get("do_resize", True):
-        raise InvalidCheckpoint("do_resize in preprocessor_config.json is false; it must be true")
-    return Scale.of(processor, mean, std)
+def axial_rows(tile: Floats, patch: int, merge: int = 1, window: int = 0) -> Inputs:
+    """Patches that turn with line and column: window by window, within those square by square.
+
+    merge: patches of a square's side, which become one row. window: squares of a window's side,
+        where there are windows.
+    """
+    height, width = (side // patch // merge for side in tile.shape[1:])
+    square = np.indices((height, width)).reshape(2, -1)
+    at = square // (window or max(height, width))
+    order = np.argsort(at[0] * width + at[1], kind="stable")
+    number = (at[0] * width + at[1])[order]
+    inner = np.indices((merge, merge)).reshape(2, 1, -1)
+    places = (square[:, order, None] * merge + inner).reshape(2, -1)
+    count = places.shape[1]
+    rows = np.argsort(order) * merge**2 + np.arange(merge**2)[:, None]
+    inputs: Inputs = {
+        "patches": patches(tile, patch)[places[0] * width * merge + places[1]],
+        "rotary": places.astype(np.int32),
+        "spans": np.array([[0], [count]], np.int32).repeat(count, axis=1),
+        "merged": (rows if merge > 1 else rows[0]).astype(np.int32),
+    }
+    if window:
+        seen = [np.searchsorted(number, number, side) for side in ("left", "right")]
+        spans = np.stack(seen).repeat(merge**2, axis=1) * merge**2
+        inputs["local"] = spans.astype(np.int32)
+    return inputs
 
 
 def rows(pictures: Sequence[Floats], patch: int, side: int) -> Inputs:
