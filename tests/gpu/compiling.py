@@ -169,7 +169,7 @@ def describe(kernel: Any) -> dict[str, object]:
 def main(capability: int, type: str) -> None:
     """Compiles all; a line of JSON for each kernel."""
     triton.runtime.driver.set_active(Absent(capability))
-    products._has_warpgroups = lambda device: capability >= 90  # type: ignore[assignment]
+    products._has_warpgroups = lambda _: capability >= 90  # type: ignore[assignment]
     made: list[tuple[str, Any]] = []
     run = JITFunction.run
 

@@ -20,6 +20,7 @@ from squall.spec import Activation
 _TILE = 16
 _SUM = 64
 _LARGEST = 448  # of float8
+_MANY = 512  # rows from which on it costs little to write a weight as floats first
 
 _Elementwise = Callable[[Tensor], Tensor]
 
@@ -164,7 +165,11 @@ def experts(  # noqa: PLR0913
 
 def _kernels(x: Tensor, exact: bool, *weights: Weight, always: bool = False) -> ModuleType | None:
     """Triton's, where they run and a BLAS is not as good."""
-    library = not always and not exact and all(isinstance(w, Plain) or _fits(x, w) for w in weights)
+    library = (
+        not always
+        and not exact
+        and all(isinstance(w, Plain) or _fits(x, w) or len(x) >= _MANY for w in weights)
+    )
     if library or not uses_triton(x):
         return None
     from squall.gpu import triton_linear
@@ -202,6 +207,10 @@ def _product(
         if dtype == torch.float32 != x.dtype and x.is_cuda and not exact:
             return torch.mm(x, values.T, out_dtype=dtype)
         return _times(x, values, exact)
+    if uses_triton(x) and not exact:
+        from squall.gpu import triton_linear
+
+        return _times(x, triton_linear.dense(w, expert, x.dtype), exact)
     parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w, expert)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

@@ -590,6 +590,12 @@ def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Te
     return out
 
 
+def dense(w: Weight, expert: int, dtype: torch.dtype) -> Tensor:
+    """An expert's values, [rows, cols]."""
+    ids = torch.arange(expert * w.rows, (expert + 1) * w.rows, device=w.device)
+    return embed(ids, w, scale=1.0, dtype=dtype)
+
+
 def experts(
     x: Tensor,
     chosen: Tensor,
