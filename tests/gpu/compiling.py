@@ -1,7 +1,7 @@
 """Compiles what is launched, for GPUs that need not be there; prints what came of it as JSON.
 
-`python compiling.py 90 bf16` runs every case below with tensors on the CPU. Instead of a launch, the
-kernel is compiled for compute capability 9.0, with the types and alignments of the arguments.
+`python compiling.py 90 bf16` runs every case below with tensors on the CPU. Instead of a launch,
+the kernel is compiled for compute capability 9.0, with the types and alignments of the arguments.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class Absent(DriverBase):  # type: ignore[misc]
 
 
 def packed(
-    rows: int, cols: int, bits: tuple[int, int], middle: int, *groups: tuple[int, int], experts: int = 1
-) -> Packed:  # fmt: skip
+    shape: tuple[int, int, int], bits: tuple[int, int], middle: int, *groups: tuple[int, int]
+) -> Packed:
     """groups: of the scale and the minimum, those of base and part."""
+    experts, rows, cols = shape
 
     def scales(base: int, part: int) -> Scales:
         values = torch.zeros(experts, rows, cols // base, dtype=torch.float16)
@@ -80,11 +81,11 @@ def packed(
 
 
 def q4_k(rows: int, cols: int, experts: int = 1) -> Packed:
-    return packed(rows, cols, (4, 0), 0, (256, 32), (256, 32), experts=experts)
+    return packed((experts, rows, cols), (4, 0), 0, (256, 32), (256, 32))
 
 
 def q6_k(rows: int, cols: int, experts: int = 1) -> Packed:
-    return packed(rows, cols, (4, 2), 32, (256, 16), experts=experts)
+    return packed((experts, rows, cols), (4, 2), 32, (256, 16))
 
 
 def plain(rows: int, cols: int, dtype: torch.dtype) -> Plain:
@@ -125,7 +126,7 @@ def linear_cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         )  # fmt: skip
     cases["float8"] = lambda: products.linear(some, float8(4096, 2048), exact=True)
     cases["q3_k"] = lambda: products.linear(
-        one, packed(4096, 2048, (2, 1), 4, (256, 16)), exact=False
+        one, packed((1, 4096, 2048), (2, 1), 4, (256, 16)), exact=False
     )
     ids = torch.zeros(3, dtype=torch.int32)
     cases["embed"] = lambda: products.embed(ids, q4_k(4096, 2048), scale=1.0, dtype=dtype)
@@ -168,11 +169,12 @@ def describe(kernel: Any) -> dict[str, object]:
 def main(capability: int, type: str) -> None:
     """Compiles all; a line of JSON for each kernel."""
     triton.runtime.driver.set_active(Absent(capability))
+    products._has_warpgroups = lambda _: capability >= 90  # type: ignore[assignment]
     made: list[tuple[str, Any]] = []
     run = JITFunction.run
 
-    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
+    def compiled(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = run(self, *args, **options | {"warmup": True})
         made.append((self.fn.__name__, kernel))
         return kernel
 
@@ -182,7 +184,8 @@ def main(capability: int, type: str) -> None:
             made.clear()
             launch()
             for name, kernel in made:
-                print(json.dumps({"case": case, "kernel": name} | describe(kernel)), flush=True)
+                line = {"case": case, "kernel": name} | describe(kernel)
+                sys.stdout.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import test_program as programs
 from gpu.on_torch import on_torch
 from native_executor import in_memory
+from reference_executor import ReferenceExecutor
 from squall.batch import Batch
 from squall.gpu.graphs import Graphs, Outputs, padded_rows
 from squall.program import Program
@@ -72,9 +73,14 @@ def step(rng: np.random.Generator, spans: list[tuple[int, int]]) -> Batch:
 
 
 @pytest.fixture
-def pair(rng: np.random.Generator) -> tuple[Any, Any, Repeated]:
+def model(rng: np.random.Generator) -> tuple[Program, Any]:
+    return decoder(rng)
+
+
+@pytest.fixture
+def pair(model: tuple[Program, Any]) -> tuple[Any, Any, Repeated]:
     """The same executor twice, the first with graphs; and what records them."""
-    program, checkpoint = decoder(rng)
+    program, checkpoint = model
     kept = ("embed",)
     limits = {"blocks": BLOCKS, "kv_dtype": "f32"}
     graphed, plain = (
@@ -100,6 +106,24 @@ def test_padded_steps_have_the_same_bytes(
         assert graphed.value("embed").tobytes() == plain.value("embed").tobytes()
     assert recorder.recorded >= 1
     assert recorder.replayed >= 2
+
+
+def test_a_decoder_by_tritons_kernels(
+    model: tuple[Program, Any],
+    pair: tuple[Any, Any, Repeated],
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Interpreted: padded, the same bytes; and NumPy's logits."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    graphed, plain, recorder = pair
+    reference = ReferenceExecutor(*model, blocks=BLOCKS)
+    for start in range(17, 20):
+        batch = step(rng, [(start, start + 1), (start - 9, start - 8), (start + 3, start + 4)])
+        found, wanted = graphed.step(batch), plain.step(batch)
+        assert found.tobytes() == wanted.tobytes()
+        np.testing.assert_allclose(found, reference.step(batch), atol=1e-4)
+    assert recorder.recorded == 1
 
 
 def test_shapes_have_graphs_of_their_own(

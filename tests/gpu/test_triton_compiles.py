@@ -32,7 +32,7 @@ def compiled(capability: int, type: str, cache: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow("compiles about sixty kernels")
 @pytest.mark.parametrize(
-    "capability, type",
+    ("capability", "type"),
     [
         (90, "bf16"),
         pytest.param(80, "bf16", marks=pytest.mark.nightly("as long as the first")),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from gpu.test_products import ROWS, assert_close, floats, weight_of
 from reference_executor import ACTIVATIONS
 from squall.gpu import triton_linear as products
+from squall.gpu.linear import linear
 from squall.gpu.matrices import Packed, Plain
 from squall.quant import FORMATS
 
@@ -33,8 +34,8 @@ def test_every_format(name: str, rng: np.random.Generator) -> None:
         found = products.linear(x, w, exact=exact)
         assert_close(found, x.double().numpy() @ values[0].T)
     ids = torch.tensor([5, 0, 18, 5], dtype=torch.int32)
-    found = products.embed(ids, w, scale=0.5, dtype=torch.float32)
-    assert_close(found, 0.5 * values[0][ids.numpy()], 1e-6)
+    rows = products.embed(ids, w, scale=0.5, dtype=torch.float32)
+    assert_close(rows, 0.5 * values[0][ids.numpy()], 1e-6)
 
 
 @both
@@ -50,7 +51,7 @@ def test_every_number_of_rows(name: str, exact: bool, rng: np.random.Generator) 
 
 
 @both
-@pytest.mark.parametrize("rows, cols", [(1, 1), (5, 3), (65, 33), (3, 1031)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5, 3), (65, 33), (3, 1031)])
 def test_odd_widths(rows: int, cols: int, exact: bool, rng: np.random.Generator) -> None:
     w, values = weight_of("f32", rng, rows, cols)
     for n in (1, 9):
@@ -78,7 +79,9 @@ def test_what_follows_a_product(
 
 @both
 @pytest.mark.parametrize("n", [1, 65])
-@pytest.mark.parametrize("gate, up", [("q4_0", "q6_k"), ("f16", "q4_k"), ("f8_e4m3", "f8_e4m3")])
+@pytest.mark.parametrize(
+    ("gate", "up"), [("q4_0", "q6_k"), ("f16", "q4_k"), ("f8_e4m3", "f8_e4m3")]
+)
 def test_gated(n: int, gate: str, up: str, exact: bool, rng: np.random.Generator) -> None:
     (w, values), (v, others) = (weight_of(name, rng, 11, 256) for name in (gate, up))
     scale = 1 / np.abs(floats(rng, 1, 256).double().numpy() @ values[0].T).max()
@@ -118,7 +121,7 @@ def test_experts(n: int, gate: str | None, exact: bool, rng: np.random.Generator
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name, dtype", [("q4_k", torch.float32), ("f16", torch.float16)])
+@pytest.mark.parametrize(("name", "dtype"), [("q4_k", torch.float32), ("f16", torch.float16)])
 def test_bytes_depend_on_nothing_else(
     name: str, dtype: torch.dtype, rng: np.random.Generator
 ) -> None:
@@ -146,6 +149,21 @@ def test_bytes_of_experts(rng: np.random.Generator) -> None:
     together = found(slice(0, 70))
     for at in (slice(3, 4), slice(60, 63), slice(10, 40)):
         assert torch.equal(found(at), together[at])
+
+
+def test_many_rows_go_to_the_library(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless they are to be exact."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    w, values = weight_of("q4_k", rng, 6, 256, experts=2)
+    assert_close(products.dense(w, 1, torch.float32), values[1], 1e-6)
+    w, values = weight_of("q4_k", rng, 6, 256)
+    x, bias = floats(rng, 512, 256), floats(rng, 6)
+    expected = x.double().numpy() @ values[0].T + bias.numpy()
+    assert_close(linear(x, w, bias=bias, exact=False), expected)
+    monkeypatch.setattr(products, "_product", None)
+    assert_close(linear(x, w, bias=bias, exact=False), expected)
 
 
 def test_parts_are_of_the_weight_alone() -> None:

@@ -14,7 +14,8 @@ from squall.gpu import triton_rows
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize(
-    "width, group, size", [(48, 16, 16), (48, 48, 48), (36, 12, 36), (5001, 5001, 5001), (1, 1, 1)]
+    ("width", "group", "size"),
+    [(48, 16, 16), (48, 48, 48), (36, 12, 36), (5001, 5001, 5001), (1, 1, 1)],
 )
 @pytest.mark.parametrize("biased", [True, False])
 def test_normalize(
@@ -44,7 +45,9 @@ def test_normalize(
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("heads, size, dims", [(4, 16, 16), (3, 20, 12), (1, 8, 4), (40, 64, 64)])
+@pytest.mark.parametrize(
+    ("heads", "size", "dims"), [(4, 16, 16), (3, 20, 12), (1, 8, 4), (40, 64, 64)]
+)
 def test_rotate(
     heads: int, size: int, dims: int, interleaved: bool, rng: np.random.Generator
 ) -> None:

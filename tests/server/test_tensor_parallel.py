@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from servers import chat, in_process, until
+from tiny_models import write_folder
 
 pytest.importorskip("torch.distributed")
 FLAGS = ("--device", "torch", "--tensor-parallel", "2", "--context", "512")
@@ -30,10 +31,15 @@ def ended(pid: int) -> bool:
     return True
 
 
-@pytest.mark.slow("two processes import torch and read a model")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_folder(tmp_path_factory.mktemp("ranks") / "model"))
+
+
+@pytest.mark.slow("two processes import torch")
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-def test_a_rank_that_is_killed_ends_the_server(tmp_path: Path, busy: bool) -> None:
-    with in_process(tmp_path / "stderr", *FLAGS) as server:
+def test_a_rank_that_is_killed_ends_the_server(model: str, tmp_path: Path, busy: bool) -> None:
+    with in_process(tmp_path / "stderr", model, *FLAGS) as server:
         answer = httpx.post(server.url + PATH, json=chat(max_tokens=3), timeout=60).json()
         assert answer["usage"]["completion_tokens"] == 3
         (other,) = others_of(server.process.pid)
@@ -54,10 +60,12 @@ def test_a_rank_that_is_killed_ends_the_server(tmp_path: Path, busy: bool) -> No
             asking.join()
 
 
-@pytest.mark.slow("two processes import torch and read a model")
+@pytest.mark.slow("two processes import torch")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_other_ranks_end_with_the_first(tmp_path: Path, number: signal.Signals) -> None:
-    with in_process(tmp_path / "stderr", *FLAGS) as server:
+def test_the_other_ranks_end_with_the_first(
+    model: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    with in_process(tmp_path / "stderr", model, *FLAGS) as server:
         (other,) = others_of(server.process.pid)
         assert server.stop(number) == (0 if number == signal.SIGTERM else -number)
         until(lambda: ended(other), 10)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall import program as p
-from squall.batch import Batch, Int32, Mixture, Sequences
+from squall.batch import Batch, Int32, Sequences
 from squall.errors import InvalidRequest
 from squall.executors import Floats, Limits, ThreadPool, thread_pool
 from squall.weights import Term
@@ -25,6 +25,7 @@ class ProgramReader:
     """The part of an executor that any device has; see `Executor`."""
 
     settles: int | None = None
+    run: Callable[..., dict[str, Floats]]
 
     def __init__(
         self, program: p.Program, limits: Limits, pool: ThreadPool | None, keep: Sequence[str]
@@ -46,17 +47,6 @@ class ProgramReader:
         if missing := self._kept - {value.name for value in program.values}:
             raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
         self._limits = limits
-
-    def run(
-        self,
-        inputs: Mapping[str, NDArray[np.generic]],
-        sequences: Sequences | None = None,
-        mixtures: Sequence[Mixture] = (),
-        *,
-        patient: bool = False,
-    ) -> dict[str, Floats]:
-        """See `Executor`."""
-        raise NotImplementedError
 
     def step(self, batch: Batch) -> Floats:
         """See `Executor`."""

@@ -107,16 +107,14 @@ class StagedExecutor(ProgramReader):
         inputs: Mapping[str, NDArray[np.generic]],
         sequences: Sequences | None = None,
         mixtures: Sequence[Mixture] = (),
-        *,
-        patient: bool = False,
+        **how: bool,
     ) -> dict[str, Floats]:
         """See `Executor`."""
         made: dict[str, NDArray[np.generic]] = dict(inputs)
         outputs: dict[str, Floats] = {}
         for number, stage in enumerate(self._stages):
-            found = stage.run(
-                made, _recalling(sequences, number), _adapted(mixtures, number), patient=patient
-            )
+            at, adapters = _recalling(sequences, number), _adapted(mixtures, number)
+            found = stage.run(made, at, adapters, **how)
             made |= found
             outputs |= found
         return {value.name: outputs[value.name] for value in self.program.outputs}
@@ -155,14 +153,15 @@ def _recalling(sequences: Sequences | None, number: int) -> Sequences | None:
     """The sequences with what a stage has of their memories."""
     if sequences is None or not sequences.memories:
         return sequences
-    parts = [m.parts[number] if isinstance(m, _Memories) else None for m in sequences.memories]
+    # A stage refuses what was made for another model.
+    parts = [m.parts[number] if isinstance(m, _Memories) else m for m in sequences.memories]
     return replace(sequences, memories=tuple(parts) if any(parts) else ())
 
 
 def _adapted(mixtures: Sequence[Mixture], number: int) -> list[Mixture]:
     """The mixtures of what a stage has of their adapters."""
     return [
-        tuple((a.parts[number], weight) for a, weight in mixture if isinstance(a, _Adapters))
+        tuple((a.parts[number] if isinstance(a, _Adapters) else a, weight) for a, weight in mixture)
         for mixture in mixtures
     ]
 

@@ -19,6 +19,7 @@ from squall.spec import Activation
 _TILE = 16
 _SUM = 64
 _LARGEST = 448  # of float8
+_MANY = 512  # rows from which on it costs little to write a weight as floats first
 
 _Elementwise = Callable[[Tensor], Tensor]
 
@@ -163,8 +164,9 @@ def experts(  # noqa: PLR0913
 
 def _by_triton(x: Tensor, exact: bool, *weights: Weight) -> bool:
     """Whether a BLAS is not as good."""
+    many = len(x) >= _MANY
     return uses_triton(x) and (
-        exact or not all(isinstance(w, Plain) or _fits(x, w) for w in weights)
+        exact or not all(many or isinstance(w, Plain) or _fits(x, w) for w in weights)
     )
 
 
@@ -194,6 +196,10 @@ def _product(
         if dtype == torch.float32 != x.dtype and x.is_cuda and not exact:
             return torch.mm(x, values.T, out_dtype=dtype)
         return _times(x, values, exact)
+    if uses_triton(x) and not exact:
+        from squall.gpu import triton_linear
+
+        return _times(x, triton_linear.dense(w, expert, x.dtype), exact)
     parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w, expert)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
