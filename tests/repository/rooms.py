@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"errors", "files", "spec", "roles", "program", "checkpoints"},
     "weights": {"errors", "program", "checkpoints", "quant"},
     "executors": {"errors", "program", "batch", "quant", "weights", "gpu", "_native"},
-    "gpu": {"errors", "program", "batch", "quant", "weights", "executors", "_native"},
+    "gpu": {"errors", "spec", "program", "batch", "quant", "weights", "executors", "_native"},
     "adapters": {
         "errors", "files", "spec", "roles", "program", "batch", "checkpoints", "recipes", "quant",
         "weights", "decoder", "executors",
