@@ -176,6 +176,19 @@ def _biased(y, w, bias, row, FORM: tl.constexpr):
 
 
 @triton.jit
+def _gated(
+    y, gated, w, gate, bias, gate_bias, row,
+    FORM: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    y = _biased(y, w, bias, row, FORM)
+    if GATE[0] >= 0:
+        y *= _activated(_biased(gated, gate, gate_bias, row, GATE), ACTIVATION)
+    else:
+        y = _activated(y, ACTIVATION)
+    return y
+
+
+@triton.jit
 def _part(
     x, w, gate, row, xs, valid, first, last, K, padded, gate_padded,
     FORM: tl.constexpr, GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -239,11 +252,8 @@ def _product(
     if SPLIT:
         tl.store(out + begin.to(tl.int64) * n * N + at, y, seen)
     else:
-        y = _biased(y, w, bias, row[:, None], FORM)
-        if GATE[0] >= 0:
-            y *= _activated(_biased(gated, gate, gate_bias, row[:, None], GATE), ACTIVATION)
-        else:
-            y = _activated(y, ACTIVATION)
+        row = row[:, None]
+        y = _gated(y, gated, w, gate, bias, gate_bias, row, FORM, GATE, ACTIVATION)
         _store(out, y, residual, at, seen, scale)
 
 
@@ -256,19 +266,23 @@ def _store(out, y, residual, at, seen, scale):
 
 
 @triton.jit
-def _finish(
-    out, parts, w, bias, residual, N, scale,
+def _sum(
+    out, parts, shares, w, bias, residual, N, row_step, part_step, scale,
     FORM: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The sum of parts [PARTS, n, N], in order, and what follows it."""
+    """Of parts of rows, in order, each times its share if there are shares, and what follows."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     seen = row < N
-    at = tl.program_id(1).to(tl.int64) * N + row
-    y = tl.load(parts + at, seen, other=0)
-    for part in tl.static_range(1, PARTS):
-        y += tl.load(parts + at + (part * tl.num_programs(1)).to(tl.int64) * N, seen, other=0)
+    m = tl.program_id(1).to(tl.int64)
+    parts += m * row_step + row
+    y = tl.zeros([BN], tl.float32)
+    for part in tl.static_range(PARTS):
+        more = tl.load(parts + tl.full([], part, tl.int64) * part_step, seen, other=0)
+        if shares is not None:
+            more *= tl.load(shares + m * PARTS + part)
+        y = y + more if part else more
     y = _activated(_biased(y, w, bias, tl.minimum(row, N - 1), FORM), ACTIVATION)
-    _store(out, y, residual, at, seen, scale)
+    _store(out, y, residual, m * N + row, seen, scale)
 
 
 @triton.jit
@@ -318,12 +332,9 @@ def _vector(
     if chosen is not None:
         row += tl.load(chosen + m).to(tl.int64) * N
     x += (m // k).to(tl.int64) * x_stride
-    y = _biased(_dots(x, w, row, K, padded, FORM, BN, BK), w, bias, row, FORM)
-    if GATE[0] >= 0:
-        gated = _dots(x, gate, row, K, gate_padded, GATE, BN, BK)
-        y *= _activated(_biased(gated, gate, gate_bias, row, GATE), ACTIVATION)
-    else:
-        y = _activated(y, ACTIVATION)
+    y = _dots(x, w, row, K, padded, FORM, BN, BK)
+    gated = _dots(x, gate, row, K, gate_padded, GATE, BN, BK) if GATE[0] >= 0 else y
+    y = _gated(y, gated, w, gate, bias, gate_bias, row, FORM, GATE, ACTIVATION)
     _store(out, y, residual, m.to(tl.int64) * N + rows, rows < N, scale)
 
 
@@ -337,18 +348,6 @@ def _rows(out, ids, w, K, padded, scale, FORM: tl.constexpr, BK: tl.constexpr):
     _store(out, y, None, tl.program_id(0).to(tl.int64) * K + k, k < K, scale)
 
 
-@triton.jit
-def _mixed(out, parts, shares, N, K: tl.constexpr, BN: tl.constexpr):
-    """The sum of K rows, each times its share, in order."""
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    first = tl.program_id(1).to(tl.int64) * K
-    y = tl.zeros([BN], tl.float32)
-    for i in tl.static_range(K):
-        row = tl.load(parts + (first + i) * N + column, column < N, other=0)
-        y += tl.load(shares + first + i) * row
-    tl.store(out + tl.program_id(1).to(tl.int64) * N + column, y, column < N)
-
-
 class Tile(NamedTuple):
     """Of how many rows of x, rows of weights, columns; by how many warps, loaded how far ahead."""
 
@@ -359,41 +358,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Tiles(NamedTuple):
-    """For up to so many rows of x."""
-
-    few: Tile
-    some: Tile
-    many: Tile
-
-
-FEW, SOME = 16, 64
+FEW, SOME = 16, 64  # rows of x, up to which the first tile is for, and the second
+_EXACT, _SOME, _WIDE = Tile(64, 64, 64, 4, 4), Tile(64, 64, 128, 4, 3), Tile(64, 128, 64, 8, 3)
+_LOW, _LARGE = Tile(64, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)
 # By whether the device has warpgroups, exactness is asked for, and the weights are packed.
 TILES = {
-    (True, True, False): Tiles(
-        Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)
-    ),
-    (True, True, True): Tiles(
-        Tile(64, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 8, 2)
-    ),
-    (True, False, False): Tiles(
-        Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)
-    ),
-    (True, False, True): Tiles(
-        Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)
-    ),
-    (False, True, False): Tiles(
-        Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)
-    ),
-    (False, True, True): Tiles(
-        Tile(64, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3)
-    ),
-    (False, False, False): Tiles(
-        Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)
-    ),
-    (False, False, True): Tiles(
-        Tile(16, 64, 128, 8, 3), Tile(64, 64, 128, 8, 2), Tile(64, 128, 64, 8, 3)
-    ),
+    (True, True, False): (_EXACT, _EXACT, _WIDE),
+    (True, True, True): (_SOME, _SOME, Tile(64, 128, 128, 8, 2)),
+    (True, False, False): (Tile(16, 64, 128, 4, 4), _EXACT, _LARGE),
+    (True, False, True): (Tile(16, 64, 128, 4, 3), _SOME, _LARGE),
+    (False, True, False): (_EXACT, _EXACT, _WIDE),
+    (False, True, True): (_LOW, _LOW, _LOW),
+    (False, False, False): (Tile(16, 64, 128, 4, 3), _EXACT, _WIDE),
+    (False, False, True): (Tile(16, 64, 128, 8, 3), Tile(64, 64, 128, 8, 2), _WIDE),
 }
 
 
@@ -419,13 +396,8 @@ class After(NamedTuple):
     residual: Tensor | None = None
 
 
-class Plan(NamedTuple):
-    """Rows of out in order of their experts; of every tile the expert, where it begins, ends."""
-
-    rows: Tensor
-    experts: Tensor
-    begins: Tensor
-    ends: Tensor
+Plan = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Rows of out in order of their experts; of every tile the expert, where it begins and ends."""
 
 
 class Routes(NamedTuple):
@@ -491,14 +463,9 @@ def _one(
 
 
 def _many(
-    out: Tensor,
-    x: Tensor,
-    w: Weight,
-    gate: Weight | None,
-    after: After,
-    exact: bool,
+    out: Tensor, x: Tensor, w: Weight, gate: Weight | None, after: After, exact: bool,
     routes: Routes | None,
-) -> None:
+) -> None:  # fmt: skip
     weight, other = _argument(w), _argument(gate)
     n, whole = len(out), gate is None and routes is None
     packed = isinstance(w, Packed) or isinstance(gate, Packed)
@@ -506,7 +473,7 @@ def _many(
     parts, span = _parts(w.rows, w.cols) if whole and (exact or n <= SOME) else (1, w.cols)
     split = parts > 1 and n <= SOME
     plan = None if routes is None else routes.plan
-    count = -(-n // tile.x) if plan is None else plan.experts.numel()
+    count = -(-n // tile.x) if plan is None else plan[1].numel()
     sums = x.new_empty((parts, n, w.rows), dtype=torch.float32) if split else out
     _product[(count * -(-w.rows // tile.rows), parts if split else 1)](
         sums, x, weight.tensors, other.tensors, after.bias, after.gate_bias,
@@ -516,9 +483,10 @@ def _many(
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if split:
-        _finish[(-(-w.rows // 256), n)](
-            out, sums, weight.tensors, after.bias, after.residual, w.rows, after.scale,
-            weight.form, after.activation, parts, 256, num_warps=2, enable_fp_fusion=False,
+        _sum[(-(-w.rows // 256), n)](
+            out, sums, None, weight.tensors, after.bias, after.residual, w.rows, w.rows,
+            n * w.rows, after.scale, weight.form, after.activation, parts, 256,
+            num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -528,8 +496,8 @@ def _has_warpgroups(device: torch.device) -> bool:
 
 
 def _tile_of(n: int, device: torch.device, exact: bool, packed: bool) -> Tile:
-    tiles = TILES[_has_warpgroups(device), exact, packed]
-    return tiles.few if n <= FEW else tiles.some if n <= SOME else tiles.many
+    few, some, many = TILES[_has_warpgroups(device), exact, packed]
+    return few if n <= FEW else some if n <= SOME else many
 
 
 def _plan(chosen: Tensor, count: int, exact: bool) -> Plan:
@@ -537,7 +505,7 @@ def _plan(chosen: Tensor, count: int, exact: bool) -> Plan:
     device, n = chosen.device, chosen.numel()
     if len(chosen) == 1:
         own = torch.arange(n, device=device)
-        return Plan(own, chosen, own, own + 1)
+        return own, chosen, own, own + 1
     height = _tile_of(n, device, exact, packed=True).x
     ordered, rows = torch.sort(chosen.flatten(), stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=device, dtype=chosen.dtype))
@@ -546,35 +514,23 @@ def _plan(chosen: Tensor, count: int, exact: bool) -> Plan:
     tile = torch.arange(min(n, n // height + count), device=device)
     expert = torch.searchsorted(last, tile, right=True).clamp_max(count - 1)
     begin = bounds[expert] + (tile - last[expert] + tiles[expert]) * height
-    return Plan(rows, expert, begin, torch.minimum(begin + height, bounds[expert + 1]))
+    return rows, expert, begin, torch.minimum(begin + height, bounds[expert + 1])
 
 
 def linear(
-    x: Tensor,
-    w: Weight,
-    *,
-    bias: Tensor | None = None,
-    activation: Activation | None = None,
-    scale: float = 1.0,
-    residual: Tensor | None = None,
-    exact: bool,
+    x: Tensor, w: Weight, *, bias: Tensor | None = None, activation: Activation | None = None,
+    scale: float = 1.0, residual: Tensor | None = None, exact: bool,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """See `gpu/linear.py`."""
     after = After(dtype or x.dtype, bias, None, activation, scale, residual)
     return _product_of(x, w, None, after, exact, None)
 
 
 def gated(
-    x: Tensor,
-    gate: Weight,
-    up: Weight,
-    *,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    activation: Activation,
-    exact: bool,
-) -> Tensor:
+    x: Tensor, gate: Weight, up: Weight, *, gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None, activation: Activation, exact: bool,
+) -> Tensor:  # fmt: skip
     """See `gpu/linear.py`."""
     return _product_of(x, up, gate, After(x.dtype, up_bias, gate_bias, activation), exact, None)
 
@@ -597,19 +553,10 @@ def dense(w: Weight, expert: int, dtype: torch.dtype) -> Tensor:
 
 
 def experts(
-    x: Tensor,
-    chosen: Tensor,
-    shares: Tensor,
-    *,
-    gate: Weight | None,
-    up: Weight,
-    down: Weight,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: Activation,
-    exact: bool,
-) -> Tensor:
+    x: Tensor, chosen: Tensor, shares: Tensor, *, gate: Weight | None, up: Weight, down: Weight,
+    gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, activation: Activation, exact: bool,
+) -> Tensor:  # fmt: skip
     """See `gpu/linear.py`."""
     n, k = chosen.shape
     plan = None if n == 1 and not exact else _plan(chosen, up.experts, exact)
@@ -619,7 +566,8 @@ def experts(
     parts = _product_of(inner, down, None, after, exact, Routes(chosen, 1, plan))
     out = x.new_empty((n, down.rows), dtype=torch.float32)
     if n:
-        _mixed[(-(-down.rows // 256), n)](
-            out, parts, shares, down.rows, k, 256, num_warps=2, enable_fp_fusion=False
-        )
+        _sum[(-(-down.rows // 256), n)](
+            out, parts, shares, (), None, None, down.rows, k * down.rows, down.rows, 1.0, (-1,),
+            None, k, 256, num_warps=2, enable_fp_fusion=False,
+        )  # fmt: skip
     return out

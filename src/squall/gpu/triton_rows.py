@@ -58,13 +58,9 @@ def _rotate(
 
 
 def normalize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kind: Literal["rms", "layer"],
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: Literal["rms", "layer"], eps: float,
     group: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The norm of every `group` columns, times weight, plus bias; both of a group or of a row."""
     n, width = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
