@@ -88,7 +88,7 @@ def attend_here(
     if n:
         most = min(triton.next_power_of_2(n), attention.TILE_ROWS)
         where = Where(spans, triton.cdiv(n, most), most, len(k))
-        _attend(op, (q, k, v, out), spans, where, exact)
+        _attend(op, (q, k.contiguous(), v.contiguous(), out), spans, where, exact)
     return out
 
 
@@ -112,12 +112,12 @@ def _attend(
     places = (given.get(name, spans) for name in ("positions", "ends", "tables"))
     seen = (spans, spans.stride(0), *places, where.tiles, len(q), where.longest, where.most)
     constants = {
-        "HEADS": op.heads, "HEAD_DIM": op.head_dim, "WIDTH": triton.next_power_of_2(max(op.head_dim, 16)),
-        "WINDOW": op.window or 0, "CACHED": rows is not None, "PART": PART,
+        "HEADS": op.heads, "HEAD_DIM": op.head_dim, "WINDOW": op.window or 0, "PART": PART,
+        "WIDTH": max(triton.next_power_of_2(op.head_dim), 16), "CACHED": rows is not None,
         "enable_fp_fusion": not exact,
     }  # fmt: skip
     scale, cap = op.scale * _LOG2E, op.softcap
-    _walk[*grid, parts if split else 1](
+    _walk[(*grid, parts if split else 1)](
         q, k, v, out, sums, *seen, rows.shape.width if rows else 0, parts, slots,
         q.stride(0), k.stride(0), scale if cap is None else 2 * scale / cap, (cap or 0) * _LOG2E,
         GROUP=group, LANES=lanes, ROWS=tile.lanes // lanes, M=tile.lanes, N=tile.positions,
@@ -125,7 +125,9 @@ def _attend(
         CAP=cap is not None, num_warps=tile.warps, num_stages=tile.stages, **constants,
     )  # fmt: skip
     if split:
-        _merge[where.count * where.most, op.heads](sums, out, *seen, parts, slots, **constants, num_warps=1)
+        _merge[where.count * where.most, op.heads](
+            sums, out, *seen, parts, slots, **constants, num_warps=1
+        )
 
 
 @triton.jit
@@ -147,8 +149,7 @@ def _tile(tiles, tile, rows, most, CACHED: tl.constexpr):
     if CACHED:
         at = tiles + tile * 3
         return tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    else:
-        return 0, tile * most, min(most, rows - tile * most)
+    return 0, tile * most, tl.minimum(most, rows - tile * most)
 
 
 @triton.jit
@@ -201,7 +202,7 @@ def _tanh(double):
 @triton.jit(
     do_not_specialize=["span_stride", "rows", "keys", "most", "table_width", "parts", "slots"]
 )
-def _walk(
+def _walk(  # noqa: C901
     q, k, v, out, sums, spans, span_stride, positions, ends, tables, tiles, rows, keys, most,
     table_width, parts, slots, q_stride, k_stride, scale, cap,
     GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -245,7 +246,7 @@ def _walk(
         all_peak, all_total, all_mixed = peak, total, mixed
     of_head = kv_head * HEAD_DIM + column[None, :]
     for step in range(low // N, tl.cdiv(high, N)):
-        if FOLD and not SPLIT:
+        if FOLD and not SPLIT:  # noqa: SIM102
             if step % (PART // N) == 0:
                 all_peak, all_total, all_mixed = _fold(
                     all_peak, all_total, all_mixed, peak, total, mixed
@@ -271,9 +272,7 @@ def _walk(
         weights, old = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
         value = tl.load(v + source, mask=inside[:, None] & across, other=0.0).to(asked.dtype)
         total = total * old + tl.sum(weights, 1)
-        mixed = tl.dot(
-            weights.to(asked.dtype), value, mixed * old[:, None], input_precision="ieee"
-        )
+        mixed = tl.dot(weights.to(asked.dtype), value, mixed * old[:, None], input_precision="ieee")
         peak = top
     if SPLIT:
         place = ((tile * most + at_row) * HEADS + head).to(tl.int64) * parts + tl.program_id(2)
@@ -299,9 +298,7 @@ def _merge(
         return
     one = tl.arange(0, 1)
     row = first + tl.program_id(0) % most + one
-    begin, end = _seen(
-        spans, span_stride, positions, ends, row, one == 0, keys, WINDOW, CACHED
-    )
+    begin, end = _seen(spans, span_stride, positions, ends, row, one == 0, keys, WINDOW, CACHED)
     column = tl.arange(0, WIDTH)
     mask = (one == 0)[:, None] & (column < HEAD_DIM)[None, :]
     peak = tl.full([1], float("-inf"), tl.float32)
