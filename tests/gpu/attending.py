@@ -116,17 +116,17 @@ class Texts:
         dtype: torch.dtype = torch.float32,
         *,
         exact: bool,
-        rows: int | None = None,
+        spare: int = 0,
         device: torch.device = CPU,
     ) -> list[Array]:
-        """rows: padded to so many."""
+        """spare: rows of padding."""
         heads = self.heads
         op, layer = heads.program().ops[0], CacheLayer(heads.kv_heads, heads.dim)
         cache = attention.Cache(self.blocks, heads.block, layer, dtype, device)
         assert isinstance(op, Attend)
 
         def run(given: list[Array], spans: Spans, sequences: Sequences) -> Array:
-            arrays, shape = attention.layout(sequences, heads.block, rows=rows)
+            arrays, shape = attention.layout(sequences, heads.block, rows=len(given[0]) + spare)
             tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
             placed = attention.Rows(tensors, shape, heads.block)
             padded = [np.pad(x, ((0, shape.rows - len(x)), (0, 0))) for x in given]

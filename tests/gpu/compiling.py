@@ -15,12 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
+from squall import program as p
+from squall.batch import Sequences
+from squall.gpu import attention, triton_attention
 from squall.gpu import triton_linear as products
 from squall.gpu import triton_rows as rows
 from squall.gpu.matrices import Float8, Packed, Plain, Scales, Weight
@@ -145,7 +149,35 @@ def row_cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     }
 
 
-CASES = (linear_cases, row_cases)
+def attention_cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """An answer, in parts, and a prompt, at every width; blocks of 16 and of 32."""
+    cases: dict[str, Callable[[], object]] = {}
+    for dim, size in ((64, 32), (80, 16), (96, 16), (128, 16), (256, 16)):
+        x = p.Value(0, "x", 8 * dim)
+        op = p.Attend(x, x, x, x, p.Index("", axes=2), 0, 8, 2, dim, 0.1, None, None)
+        cache = attention.Cache(64, size, p.CacheLayer(2, dim), dtype, torch.device("cpu"))
+        for n in (1, 64):
+            sequences = Sequences(
+                positions=np.arange(600, 600 + n, dtype=np.int32),
+                bounds=np.array([0, n], np.int32),
+                block_tables=np.zeros((1, 64), np.int32),
+            )
+            arrays, shape = attention.layout(sequences, size)
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            placed = attention.Rows(tensors, shape, size)
+            q, spans = torch.zeros(n, 8 * dim, dtype=dtype), torch.zeros(2, n, dtype=torch.int32)
+            for exact in (True, False):
+                cases[f"attend {dim} of {n}{' exact' if exact else ''}"] = (
+                    lambda a=(op, q, cache, spans, placed), exact=exact: (
+                        triton_attention.attend(*a, exact=exact)
+                    )
+                )
+        new = torch.zeros(n, 2 * dim, dtype=dtype)
+        cases[f"store {dim}"] = lambda a=(cache, new, new, placed): triton_attention.store(*a)
+    return cases
+
+
+CASES = (linear_cases, row_cases, attention_cases)
 
 
 def describe(kernel: Any) -> dict[str, object]:

@@ -40,7 +40,7 @@ def tiling(dtype: torch.dtype, head_dim: int, short: bool, exact: bool) -> Tilin
     positions = 32 if wide else 64
     if exact:
         return Tiling(64, positions, 8 if wide else 4, 2)
-    return Tiling(16, positions, 4, 3) if short else Tiling(128, positions, 8, 2)
+    return Tiling(16, positions, 4, 3) if short else Tiling(64 if wide else 128, positions, 8, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def attend_here(
     if n:
         most = min(triton.next_power_of_2(n), attention.TILE_ROWS)
         where = Where(spans, triton.cdiv(n, most), most, len(k))
-        _attend(op, (q, k, v, out), spans, where, exact)
+        _attend(op, (q, k.contiguous(), v.contiguous(), out), spans, where, exact)
     return out
 
 
@@ -109,16 +109,16 @@ def _attend(
     split = split and slots * op.head_dim <= _SUMS_LIMIT
     sums = out.new_empty(slots * (op.head_dim + 2) if split else 1, dtype=torch.float32)
     given = {} if rows is None else rows.tensors
-    places = (given.get(name, spans) for name in ("positions", "ends", "tables"))
-    seen = (spans, spans.stride(0), *places, where.tiles, len(q), where.longest, where.most)
+    positions, ends, tables = (given.get(x, spans) for x in ("positions", "ends", "tables"))
+    seen = (spans, spans.stride(0), positions, ends, where.tiles, len(q), where.longest, where.most)
     constants = {
-        "HEADS": op.heads, "HEAD_DIM": op.head_dim, "WIDTH": triton.next_power_of_2(max(op.head_dim, 16)),
-        "WINDOW": op.window or 0, "CACHED": rows is not None, "PART": PART,
+        "HEADS": op.heads, "HEAD_DIM": op.head_dim, "WINDOW": op.window or 0, "PART": PART,
+        "WIDTH": max(triton.next_power_of_2(op.head_dim), 16), "CACHED": rows is not None,
         "enable_fp_fusion": not exact,
     }  # fmt: skip
     scale, cap = op.scale * _LOG2E, op.softcap
-    _walk[*grid, parts if split else 1](
-        q, k, v, out, sums, *seen, rows.shape.width if rows else 0, parts, slots,
+    _walk[(*grid, parts if split else 1)](
+        q, k, v, out, sums, *seen, parts, slots, tables, rows.shape.width if rows else 0,
         q.stride(0), k.stride(0), scale if cap is None else 2 * scale / cap, (cap or 0) * _LOG2E,
         GROUP=group, LANES=lanes, ROWS=tile.lanes // lanes, M=tile.lanes, N=tile.positions,
         BLOCK=rows.block_size if rows else 1, SPLIT=split, FOLD=exact and parts > 1,
@@ -149,7 +149,7 @@ def _tile(tiles, tile, rows, most, CACHED: tl.constexpr):
     if CACHED:
         at = tiles + tile * 3
         return tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    return 0, tile * most, min(most, rows - tile * most)
+    return 0, tile * most, tl.minimum(most, rows - tile * most)
 
 
 @triton.jit
@@ -202,9 +202,9 @@ def _tanh(double):
 @triton.jit(
     do_not_specialize=["span_stride", "rows", "keys", "most", "table_width", "parts", "slots"]
 )
-def _walk(
-    q, k, v, out, sums, spans, span_stride, positions, ends, tables, tiles, rows, keys, most,
-    table_width, parts, slots, q_stride, k_stride, scale, cap,
+def _walk(  # noqa: C901
+    q, k, v, out, sums, spans, span_stride, positions, ends, tiles, rows, keys, most, parts, slots,
+    tables, table_width, q_stride, k_stride, scale, cap,
     GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     BLOCK: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr, CAP: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
@@ -246,7 +246,7 @@ def _walk(
         all_peak, all_total, all_mixed = peak, total, mixed
     of_head = kv_head * HEAD_DIM + column[None, :]
     for step in range(low // N, tl.cdiv(high, N)):
-        if FOLD and not SPLIT:
+        if FOLD and not SPLIT:  # noqa: SIM102
             if step % (PART // N) == 0:
                 all_peak, all_total, all_mixed = _fold(
                     all_peak, all_total, all_mixed, peak, total, mixed
@@ -288,7 +288,7 @@ def _walk(
 
 @triton.jit(do_not_specialize=["span_stride", "rows", "keys", "most", "parts", "slots"])
 def _merge(
-    sums, out, spans, span_stride, positions, ends, tables, tiles, rows, keys, most, parts, slots,
+    sums, out, spans, span_stride, positions, ends, tiles, rows, keys, most, parts, slots,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
     CACHED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
