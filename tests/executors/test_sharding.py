@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tiny import CASES, CONTEXT, Case
 
 from native_executor import in_memory
+from squall.adapters.edits import adaptable
 from squall.checkpoints.base import ByteTensor, Checkpoint
 from squall.decoder import compile
 from squall.errors import InvalidRequest
@@ -81,6 +82,12 @@ def test_two_ranks_have_half_of_the_layers_and_of_the_cache(built: Build) -> Non
     for found in (first, second):
         assert [cache.kv_heads for cache in found.caches] == [1] * 4
         assert sum(isinstance(op, AllReduce) for op in found.ops) == 8
+
+
+def test_places_for_adapters_are_left_out(built: Build) -> None:
+    model = built(BY_NAME["llama"])
+    whole, store = program_of(model), WeightStore(model.checkpoint)
+    assert shard(adaptable(whole), store, 1, 2) == shard(whole, store, 1, 2)
 
 
 def test_more_ranks_than_kv_heads_have_one_each(built: Build) -> None:
