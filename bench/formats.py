@@ -29,11 +29,19 @@ from squall.measure import Bench, Workload
 HEADINGS = ("format", "MiB", "prompt", "of peak", "answer", "of bound")
 
 
-def random_checkpoint(shape: Shape, format_name: str) -> Checkpoint:
-    """A model that is in no file: its weights are made when they are packed."""
+def random_checkpoint(shape: Shape, format_name: str, *, normal: bool = False) -> Checkpoint:
+    """A model that is in no file: its weights are made when they are packed.
+
+    normal: of weights as they are in models, in place of any bytes.
+    """
     format = quant.FORMATS[format_name]
-    size = (1 << 24) // format.block_bytes * format.block_bytes
-    blocks = random_blocks(np.random.default_rng(0), size)
+    rng = np.random.default_rng(0)
+    if normal:
+        values = rng.standard_normal(1 << 22, np.float32) * np.float32(0.02)
+        blocks = format.quantize(values).view(np.uint8).reshape(-1)
+    else:
+        size = (1 << 24) // format.block_bytes * format.block_bytes
+        blocks = random_blocks(rng, size)
     tensors: dict[str, Tensor] = {
         name: Deferred(
             name,

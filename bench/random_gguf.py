@@ -9,12 +9,15 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import gguf
 import numpy as np
 
 from roofline import random_blocks
 from squall.quant import FORMATS, GGML_FORMATS
+
+if TYPE_CHECKING:  # a model in memory needs it not
+    import gguf
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ SHAPES = {
     "1.1b": Shape(16, 2048, 8192, 32, 8, 32000),
     "tinyllama": Shape(22, 2048, 5632, 32, 4, 32000),
     "7b": Shape(32, 4096, 14336, 32, 8, 32000),
+    "8b": Shape(32, 4096, 14336, 32, 8, 128256),
+    "tiny": Shape(2, 256, 512, 8, 2, 1024),
 }
 # The gguf package has another size for blocks of q8_1.
 WRITABLE = tuple(format.name for format in GGML_FORMATS.values() if format.name != "q8_1")
@@ -80,6 +85,8 @@ def fields(shape: Shape, context: int) -> dict[str, int | float]:
 
 def write(path: Path, shape: Shape, format_name: str, *, context: int = 32768) -> None:
     """One file; `format_name` is one of WRITABLE."""
+    import gguf
+
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in fields(shape, context).items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
@@ -99,6 +106,8 @@ def write(path: Path, shape: Shape, format_name: str, *, context: int = 32768) -
 
 
 def _tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
+    import gguf
+
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     pair = ALPHABET[:2]

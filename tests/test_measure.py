@@ -91,3 +91,17 @@ def test_profiles_begin_at_zero(bench: Bench, profiles: dict[str, Profile]) -> N
 def test_nothing_to_measure() -> None:
     with pytest.raises(InvalidRequest, match="nothing to measure"):
         Bench(prepare(Opening()), Workload(0, 0))
+
+
+def test_another_plan_with_the_same_weights_and_cache(bench: Bench) -> None:
+    try:
+        bench.plan(Workload(prompt=10, answer=0, depth=3, rows=4))
+        (found,) = bench.profiles()
+        assert (found.test, found.steps) == ("pp10@d3", 3)
+        bench.plan(Workload(prompt=0, answer=2, batch=6))
+        (found,) = bench.profiles()
+        assert (found.test, found.steps) == ("tg2@b6", 2)
+        with pytest.raises(InvalidRequest, match="112 tokens; the cache has 96"):
+            bench.plan(Workload(prompt=100, answer=5))
+    finally:
+        bench.plan(PLAN)

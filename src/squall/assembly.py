@@ -244,8 +244,8 @@ def _chosen(
     beside = sum(more.bytes(tokens) for more in others)
     layers = [sizes.bytes(tokens, i, i + 1) for i in range(len(sizes.kv))]
     layers[0] += beside
-    gpus = {name: free for name, free in devices.free_gpus().items() if name.startswith("cuda")}
-    return devices.chosen(layers, sizes.bytes(tokens) + beside, gpus)
+    free = {gpu: devices.free_bytes(gpu) or 0 for gpu in devices.gpus() if gpu != "mps"}
+    return devices.chosen(layers, sizes.bytes(tokens) + beside, free)
 
 
 def _sizes(model: Prepared, opening: Opening, ranks: Ranks | None = None) -> Sizes:

@@ -32,7 +32,8 @@ _SUMMED = ("elapsed_s", "waiting_s", "bytes", "dots", "fmas")
 class Workload:
     """What to measure: tokens of the prompt and of the answer, after `depth` tokens of context.
 
-    Each of `batch` sequences has them all; they decode together.
+    Each of `batch` sequences has them all; they decode together. A step has at most `rows` tokens
+    of a prompt.
     """
 
     prompt: int
@@ -40,6 +41,7 @@ class Workload:
     depth: int = 0
     batch: int = 1
     kv_dtype: CacheType = "f16"
+    rows: int = MAX_ROWS
 
     @property
     def context(self) -> int:
@@ -128,11 +130,10 @@ class Bench:
         program = compiled(context=size)
         self.checkpoint = checkpoint
         self.architecture = recipe.architecture
-        self.workload = workload
         self.vocab = recipe.decoder.vocab
         blocks = -(-size // BLOCK_SIZE)
         limits = Limits(
-            rows={"tokens": max(MAX_ROWS, batch), "outputs": max(MAX_OUTPUTS, batch)},
+            rows={"tokens": max(workload.rows, batch), "outputs": max(MAX_OUTPUTS, batch)},
             blocks=blocks * batch,
             block_size=BLOCK_SIZE,
             kv_dtype=workload.kv_dtype,
@@ -141,8 +142,17 @@ class Bench:
         self.executor = executors.open(
             program, store, limits, placement=placement, pool=pool, progress=progress
         )
-        self._tables: Int32 = np.arange(blocks * batch, dtype=np.int32).reshape(-1, blocks)
         self._steps = 0
+        self.plan(workload)
+
+    def plan(self, workload: Workload) -> None:
+        """Measure this from now on; it must fit into the cache that there is."""
+        blocks, batch = -(-max(workload.context, 1) // BLOCK_SIZE), workload.batch
+        if blocks * batch > self.executor.blocks:
+            most = self.executor.blocks * BLOCK_SIZE
+            raise InvalidRequest(f"{blocks * batch * BLOCK_SIZE} tokens; the cache has {most}")
+        self.workload = workload
+        self._tables: Int32 = np.arange(blocks * batch, dtype=np.int32).reshape(-1, blocks)
         self._fill(0, workload.depth)
 
     def rates(self, repetitions: int, *, warm_up: bool = True) -> list[Result]:
@@ -173,9 +183,10 @@ class Bench:
 
     def _fill(self, start: int, stop: int) -> None:
         """Compute the positions `start:stop` of each sequence by itself; logits of the last."""
+        rows = self.workload.rows
         for sequence in range(self.workload.batch):
-            for first in range(start, stop, MAX_ROWS):
-                last = min(first + MAX_ROWS, stop)
+            for first in range(start, stop, rows):
+                last = min(first + rows, stop)
                 one = range(sequence, sequence + 1)
                 self._step(one, range(first, last), outputs=last == stop)
 

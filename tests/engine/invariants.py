@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import chain
 
-from squall.engine.block_pool import BlockPool
-from squall.engine.prefix_cache import PrefixCache
+from squall.engine.prefix_cache import BlockPool, PrefixCache
 from squall.engine.scheduler import Scheduler
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from invariants import check_pool
 
-from squall.engine.block_pool import BlockPool
+from squall.engine.prefix_cache import BlockPool
 
 SIZE, KEEP = 12, 5
 

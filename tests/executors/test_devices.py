@@ -148,7 +148,7 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, *free: int, cuda: str | None = "1
     torch.version = SimpleNamespace(cuda=cuda, hip=None)
     torch.cuda = SimpleNamespace(
         device_count=lambda: len(free),
-        mem_get_info=lambda number: (free[number], 80 * GIB),
+        mem_get_info=lambda name: (free[int(name[5:])], 80 * GIB),
         get_device_properties=lambda _: about,
     )
     torch.backends = SimpleNamespace(mps=SimpleNamespace(is_available=lambda: False))
@@ -300,6 +300,9 @@ def test_commands_run_on_several_devices(folder: Path) -> None:
     report = json.loads(squall("bench", "-m", str(folder), "--device", "cpu=2;cpu", *sizes).stdout)
     assert report["isa"].startswith("2 layers on ")
     assert report["profiles"]
+    mixed = squall("run", "--device", "torch=2;cpu", str(folder), *prompt)
+    assert mixed.returncode == 0, mixed.stderr
+    assert mixed.stdout
     refused = squall("serve", str(folder), "-n", "0:2;1:2", "--port", "0")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "there are: cpu" in refused.stderr

@@ -28,14 +28,14 @@ def on_torch(
     *,
     plan: str | None = None,
     keep: Sequence[str] = (),
-    placement: Placement = TORCH,
     **limits: Any,
 ) -> Any:
-    """As `native_executor.opened`."""
+    """As `native_executor.opened`, with one thread: others would wait for each other's CPU."""
     store = WeightStore(checkpoint, plan=Plan.of(plan) if plan else None)
     return executors.open(
-        program, store, Limits(rows=rows, **limits), placement=placement, keep=keep
-    )
+        program, store, Limits(rows=rows, **limits), placement=TORCH,
+        pool=executors.thread_pool(1), keep=keep,
+    )  # fmt: skip
 
 
 class Weights:

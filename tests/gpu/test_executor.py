@@ -34,6 +34,7 @@ from squall.program import (
     Rotate,
     Softcap,
 )
+from squall.quant import Plan
 
 ROWS = (1, 2, 3, 8, 17)
 SPACES = {"tokens": 64, "outputs": 64, "patches": 64, "images": 64}
@@ -69,8 +70,8 @@ def test_norms(rows: int, width: int, rng: np.random.Generator) -> None:
     outs = [
         b.emit(
             Normalize(
-                b.value(f"{kind}.{size}.{group}.{width}", x.width), x, weights.vector(size, 1.0), bias, kind,
-                1e-5, group,
+                b.value(f"{kind}.{size}.{group}.{width}", x.width), x,
+                weights.vector(size, 1.0), bias, kind, 1e-5, group,
             )
         )
         for kind, (size, group) in itertools.product(
@@ -416,7 +417,7 @@ def test_what_pytorchs_devices_have_not() -> None:
     with pytest.raises(OutOfMemory, match="choose a smaller context"):
         on_torch(
             attending.attention(128, cached=True), in_memory({}), {"tokens": 8},
-            blocks=2**27,
+            blocks=2**34,
         )  # fmt: skip
 
 
@@ -441,3 +442,19 @@ def test_kept_values_and_profiles() -> None:
     )
     assert executor.isa.startswith("torch ")
     assert executor.isa.endswith("(f32)")
+
+
+def test_weights_are_quantized_again(rng: np.random.Generator) -> None:
+    b, weights = Builder(), Weights(rng)
+    x = b.value("x", 64)
+    program = b.build(b.emit(Linear(b.value("out", 37), x, weights.matrix(37, 64))), inputs=(x,))
+    inputs = {"x": rng.standard_normal((3, 64), np.float32)}
+    executor, checkpoint = on_torch(program, weights.checkpoint(), SPACES), weights.checkpoint()
+    before = executor.run(inputs)["out"]
+    executor.requantize(Plan.of("q4_0"))
+    assert [total.format for total in executor.formats] == ["q4_0"]
+    fresh = on_torch(program, checkpoint, SPACES, plan="q4_0")
+    assert executor.weight_bytes == fresh.weight_bytes
+    after = executor.run(inputs)["out"]
+    assert after.tobytes() == fresh.run(inputs)["out"].tobytes()
+    assert 0 < relative(after, before) < 0.3

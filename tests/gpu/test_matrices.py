@@ -92,7 +92,6 @@ def test_layout(format: Format, rng: np.random.Generator) -> None:
         value -= of_groups(found.minimum, k)
     np.testing.assert_array_equal(value[:, :cols].reshape(-1), format.dequantize(data))
     assert not value[:, cols:].any()
-    assert not codes[:, cols:].any()
 
 
 def plane(found: torch.Tensor, bits: int, k: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -170,7 +169,7 @@ def test_experts_may_be_stored_in_several_formats(rng: np.random.Generator) -> N
 def test_large_weights_are_taken_apart_in_runs(
     rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("squall.gpu.matrices._RUN_VALUES", 1000)
+    monkeypatch.setattr("squall.gpu.matrices._CPU_VALUES", 1000)
     for name in ("q4_k", "f16", "f8_e4m3"):
         format = FORMATS[name]
         data = random_blocks(format, rng, 2 * rows * 256 // format.block)

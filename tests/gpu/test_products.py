@@ -31,7 +31,7 @@ def _without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.fixture(params=[1, 2, 5])
+@pytest.fixture(params=[1, 3, 8])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -124,6 +124,10 @@ def test_short_floats(name: str, dtype: torch.dtype, rng: np.random.Generator) -
     found = products.linear(x, w, bias=bias, exact=False)
     assert found.dtype == dtype
     assert_close(found.float(), y, 2e-2)
+    residual = floats(rng, 17, 33).to(dtype)
+    sums = products.linear(x, w, residual=residual, exact=False)
+    assert sums.dtype == dtype
+    assert_close(sums.float(), y - bias.numpy() + residual.double().numpy(), 2e-2)
     wide = products.linear(x, w, bias=bias, exact=False, dtype=torch.float32)
     assert wide.dtype == torch.float32
     assert_close(wide, y, 2e-2)
@@ -182,12 +186,11 @@ def test_float8_times_float8(rng: np.random.Generator, monkeypatch: pytest.Monke
     w, values = weight_of("f8_e4m3", rng, 48, 256)
     x = floats(rng, 32, 256) * torch.logspace(-6, 3, 32)[:, None]
     x[5] = 0
-    found = products.linear(x, w, exact=False).double().numpy()
-    expected = x.double().numpy() @ values[0].T
-    assert not found[5].any()
-    for row in (*range(5), *range(6, 32)):
-        size = np.abs(expected[row]).max()
-        assert np.abs(found[row] - expected[row]).max() <= 0.05 * size
+    scales = np.maximum(x.abs().amax(1, keepdim=True).numpy(), 1e-12) / np.float32(448)
+    format = FORMATS["f8_e4m3"]
+    given = format.dequantize(format.quantize((x.numpy() / scales).reshape(-1))).reshape(32, 256)
+    found = products.linear(x, w, exact=False).double().numpy() / scales
+    np.testing.assert_allclose(found, given.astype(np.float64) @ values[0].T, 2**-8, 0.1)
 
 
 # ---- a row's bytes depend on nothing but the row ----

@@ -11,19 +11,19 @@ from pathlib import Path
 from project import ROOT, modules
 
 BUDGETS = {
-    "src/squall/adapters": 2040,
-    "src/squall/api": 2100,
-    "src/squall/checkpoints": 2790,
-    "src/squall/cli": 2490,
-    "src/squall/convert": 905,
-    "src/squall/engine": 2890,
+    "src/squall/adapters": 2004,
+    "src/squall/api": 2055,
+    "src/squall/checkpoints": 2725,
+    "src/squall/cli": 2438,
+    "src/squall/convert": 895,
+    "src/squall/engine": 2843,
     "src/squall/executors": 1150,
     "src/squall/gpu": 1600,
-    "src/squall/quant": 1010,
-    "src/squall/recipes": 3150,
-    "src/squall/server": 2680,
-    "src/squall/text": 3630,
-    "src/squall/vision": 2260,
+    "src/squall/quant": 999,
+    "src/squall/recipes": 3101,
+    "src/squall/server": 2668,
+    "src/squall/text": 3585,
+    "src/squall/vision": 2210,
     "native": 8450,
 }
 P95_LINES = 40

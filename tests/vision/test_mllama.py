@@ -33,7 +33,7 @@ from squall.recipes import load
 from squall.recipes.linears import linears
 from squall.roles import roles
 from squall.spec import Decoder
-from squall.vision import memory
+from squall.vision import sight
 from squall.vision.family import Processed
 from squall.vision.mllama import Mllama
 from squall.weights import Stored, Term
@@ -97,7 +97,7 @@ def opened(seen: Seen, spec: Decoder | None = None, spaces: int = 256) -> tuple[
         decoder.compile_memory(spec, names),
     ):
         limits = Limits(
-            rows=dict.fromkeys(program.spaces, max(spaces, memory.MOST)),
+            rows=dict.fromkeys(program.spaces, max(spaces, sight.MOST_AT_ONCE)),
             blocks=seen.case.context // BLOCK, block_size=BLOCK, kv_dtype="f32",
         )  # fmt: skip
         made.append(executors.open(program, seen.store, limits, pool=pool))
@@ -115,11 +115,11 @@ def recalled(
     """A prompt's ids, its memory, and what the ids see of it."""
     ids, images = prompt(parts)
     read = [seen.family.process(image) for image in images]
-    at = memory.seen(ids, IMAGE, read)
+    at = sight.seen(ids, IMAGE, read)
     if not images:
         return ids, None, at
-    rows = memory.ordered([(each, seen.see(each)) for each in read])
-    return ids, memory.remember(of[1], of[0], rows), at
+    rows = sight.ordered([(each, seen.see(each)) for each in read])
+    return ids, sight.remember(of[1], of[0], rows), at
 
 
 def logits(
@@ -279,7 +279,7 @@ def test_what_tokens_see() -> None:
     for places in combinations(range(7), 3):
         ids = [IMAGE if at in places else 5 for at in range(7)]
         mask = mllama_oracle.mask(ids, IMAGE, [2, 4, 1])
-        for begin, end, told, wanted in zip(*memory.seen(ids, IMAGE, images), mask, strict=True):
+        for begin, end, told, wanted in zip(*sight.seen(ids, IMAGE, images), mask, strict=True):
             found = np.zeros((3, 4), int)
             for image, (first, last) in enumerate(pairwise(ends)):
                 if told and begin // ROWS <= first and last <= end // ROWS:
@@ -293,13 +293,13 @@ def test_images_come_in_front_of_what_fills_them_up() -> None:
         (Processed({}, "", 0, recalled=(2, 1)), np.full((3, 1), 1, np.float32)),
         (Processed({}, "", 0, recalled=(1, 2)), np.full((3, 1), 2, np.float32)),
     ]
-    assert memory.ordered(made)[:, 0].tolist() == [1, 1, 2, 1, 2, 2]
+    assert sight.ordered(made)[:, 0].tolist() == [1, 1, 2, 1, 2, 2]
 
 
 def test_long_memories_are_made_in_parts(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [1, 5, WIDE, HIGH, 8]
     _, wanted = logits(seen, parts, 64, 2)
-    monkeypatch.setattr(memory, "MOST", 7)
+    monkeypatch.setattr(sight, "MOST_AT_ONCE", 7)
     assert np.array_equal(logits(seen, parts, 64, 2)[1], wanted)
 
 
@@ -324,7 +324,7 @@ def test_adapters_of_keys(seen: Seen) -> None:
     """A mixture may change what is remembered."""
     at = next(i for i, layer in enumerate(seen.recipe.decoder.layers) if layer.attention.recalls)
     program = adaptable(decoder.compile_memory(seen.recipe.decoder, seen.recipe.names))
-    limits = Limits(rows=dict.fromkeys(program.spaces, memory.MOST))
+    limits = Limits(rows=dict.fromkeys(program.spaces, sight.MOST_AT_ONCE))
     keys = executors.open(program, seen.store, limits, pool=executors.thread_pool(1))
     rng = np.random.default_rng(1)
     a, b = rng.normal(0, 1, (2, 128)), rng.normal(0, 1, (64, 2))
@@ -341,8 +341,8 @@ def test_adapters_of_keys(seen: Seen) -> None:
             self.values[first : first + len(values[0])] = values[0]
 
     plain, changed = Kept(), Kept()
-    memory.remember(keys, cast(Executor, plain), rows)
-    memory.remember(keys, cast(Executor, changed), rows, ((adapter, 0.5),))
+    sight.remember(keys, cast(Executor, plain), rows)
+    sight.remember(keys, cast(Executor, changed), rows, ((adapter, 0.5),))
     assert distance(changed.values - plain.values, np.float32(0.5 * rows @ a.T @ b.T)) < CLOSE
 
 

@@ -378,7 +378,7 @@ def _completion(
         echoed = prompt if isinstance(prompt, str) else model.decode(asked.ids, skip_specials=True)
         if request.logprobs is not None:
             scores = PromptScores(asked.ids, request.logprobs)
-            scoring = scores.scoring
+            scoring = Scoring(scores.take)
         elif request.max_tokens == 0:
             scoring = Scoring(lambda *_: None, len(asked.ids) - 1)
     judged = 0 if request.candidates > request.n else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from squall.api.responses import CompletionLogprobs, Logprobs, ResponseLogprob, TopLogprob
-from squall.engine.request import Logits, Piece, Scoring
+from squall.engine.request import Logits, Piece
 from squall.engine.sampling import RowSampling, SamplerState, Sampling, sample_rows
 from squall.text.stream import TextStream
 from squall.text.tokenizer import Tokenizer
@@ -34,11 +34,7 @@ class PromptScores:
         self._ids = ids
         self._row = RowSampling(SamplerState(Sampling(temperature=0, seed=0), ()), (), top)
 
-    @property
-    def scoring(self) -> Scoring:
-        return Scoring(self._take)
-
-    def _take(self, first: int, rows: Logits) -> None:
+    def take(self, first: int, rows: Logits) -> None:
         targets = self._ids[first + 1 : first + 1 + len(rows)]
         likeliest = sample_rows(rows[: len(targets)], [self._row] * len(targets))
         for row, target, best in zip(rows, targets, likeliest, strict=False):

@@ -89,15 +89,11 @@ def _version(cursor: Cursor) -> tuple[bytes, int]:
         raise InvalidCheckpoint(f"{quote(cursor.source)} is not a GGML file: it has {magic!r}")
     version = 0 if magic == b"lmgg" else cursor.integer(_U32, "the version")
     if (magic, version) not in _LAYOUTS:
+        kind = f"{magic[::-1].decode()} {version or ''}".rstrip()
         raise UnsupportedModel(
-            f"{quote(cursor.source)} is of kind {_kind(magic, version)}; Squall reads ggml, ggmf 1 "
-            "and ggjt 1 to 3"
+            f"{quote(cursor.source)} is of kind {kind}; Squall reads ggml, ggmf 1 and ggjt 1 to 3"
         )
     return magic, version
-
-
-def _kind(magic: bytes, version: int) -> str:
-    return f"{magic[::-1].decode()} {version or ''}".rstrip()
 
 
 def _vocabulary(cursor: Cursor, count: int, *, scored: bool) -> dict[str, Field]:

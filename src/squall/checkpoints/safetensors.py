@@ -41,7 +41,9 @@ def parse_header(buffer: Buffer, source: str) -> tuple[Entry, ...]:
     """The checked table of a file, in the order of its bytes; `source` names it in errors."""
     size = _header_bytes(buffer, source)
     table = parse_json(buffer[8 : 8 + size], source, unique=True)
-    _check_metadata(table.pop(_METADATA, None) or {}, source)
+    metadata = table.pop(_METADATA, None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InvalidCheckpoint(f"{quote(source)}: {_METADATA} must hold texts")
     if len(table) > MAX_TENSORS:
         raise InvalidCheckpoint(
             f"{quote(source)} has {len(table)} tensors; the limit is {MAX_TENSORS}"
@@ -70,11 +72,6 @@ def _header_bytes(buffer: Buffer, source: str) -> int:
             f"{quote(source)} is cut off: its header has {size} bytes, the file {len(buffer)}"
         )
     return size
-
-
-def _check_metadata(metadata: Any, source: str) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise InvalidCheckpoint(f"{quote(source)}: {_METADATA} must hold texts")
 
 
 def _entry(name: str, item: Any, data_start: int, source: str) -> Entry:

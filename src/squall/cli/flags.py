@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 from typer.models import ArgumentInfo
 
+from squall.cli.options import keyword, taking
 from squall.cli.selectors import NOT_YET, SELECTORS, Selected
 from squall.engine.fields import Number, described, help_of
 from squall.errors import ModelNotFound
@@ -132,7 +133,7 @@ def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], d
 
     run.__doc__ = doc
     argument = Annotated[list[str], typer.Argument(hidden=True)]
-    words = _parameter("words", argument, inspect.Parameter.empty)
+    words = keyword("words", argument)
     return _taking([words, *(p for p in own if not _is_argument(p))], run)
 
 
@@ -177,7 +178,7 @@ def _fields(flags: type[Any]) -> list[inspect.Parameter]:
     own = {f.name: f.metadata["option"] for f in fields(flags) if "option" in f.metadata}
     hints |= {name: Annotated[hints[name], option] for name, option in own.items()}
     hints |= _described(flags)
-    return [_parameter(f.name, hints[f.name], f.default) for f in fields(flags)]
+    return [keyword(f.name, hints[f.name], f.default) for f in fields(flags)]
 
 
 def _described(flags: type[Any]) -> dict[str, Any]:
@@ -194,11 +195,7 @@ def _described(flags: type[Any]) -> dict[str, Any]:
 def _parameters(function: Command) -> list[inspect.Parameter]:
     hints = get_type_hints(function, include_extras=True)
     found = inspect.signature(function).parameters.values()
-    return [_parameter(p.name, hints[p.name], p.default) for p in found]
-
-
-def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+    return [keyword(p.name, hints[p.name], p.default) for p in found]
 
 
 def _is_argument(parameter: inspect.Parameter) -> bool:
@@ -206,9 +203,4 @@ def _is_argument(parameter: inspect.Parameter) -> bool:
 
 
 def _taking(parameters: list[inspect.Parameter], function: Command) -> Command:
-    """`function` with the signature that typer reads."""
-    context = _parameter("invocation", typer.Context, inspect.Parameter.empty)
-    listed = [context, *parameters]
-    function.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
-    function.__annotations__ = {p.name: p.annotation for p in listed}
-    return function
+    return taking([keyword("invocation", typer.Context), *parameters], function)

@@ -191,7 +191,7 @@ def _print(found: Inspection, run: _Run, modules: list[_Adapted], loads: list[Lo
     for total in found.formats:
         size = f"{total.nbytes / 2**20:.1f}"
         totals.add_row(Text(total.format), str(total.tensors), str(total.parameters), size)
-    placed = Table("device", "layers", "MiB", "KV of 1,000 tokens, MiB", "free, MiB")
+    placed = Table("device", "layers", "weights, MiB", "KV of 1,000 tokens, MiB", "free, MiB")
     for load in loads:
         sizes = (load.weights, 1000 * load.kv, load.free)
         shown = ["unknown" if size is None else f"{size / 2**20:.1f}" for size in sizes]

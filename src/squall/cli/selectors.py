@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from squall.api.which import NUMBERS, Selection, Which, chosen
+from squall.cli.options import keyword, taking
 from squall.cli.toml_selector import TomlSelection, read_toml
 from squall.errors import InvalidRequest
 
@@ -65,19 +66,10 @@ def _selector(
         )  # fmt: skip
         needed = names[name].default is MISSING and name not in optional
         text: Any = int if name in NUMBERS else str
-        default = inspect.Parameter.empty if needed else None
-        listed.append(_parameter(name, text if needed else text | None, option, default))
-    select.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
-    select.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
+        hint: Any = Annotated[text if needed else text | None, option]
+        listed.append(keyword(name, hint, inspect.Parameter.empty if needed else None))
     select.__doc__ = doc
-    return select
-
-
-def _parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
-    annotation = Annotated[kind, option]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
+    return taking(listed, select)
 
 
 def _value(name: str, given: Any) -> Any:

@@ -101,7 +101,7 @@ def read_toml(path: Path) -> TomlSelection:
 def _selection(given: object, section: str, tokenizer: str | None) -> Selection:
     values = dict(_table(given, section))
     kinds = [kind for kind in _KINDS if _required(kind) <= values.keys() <= _allowed(kind)]
-    if not _is_vision(values):
+    if "max_edge" not in values and str(values.get("arch")).lower() not in _VISION:
         kinds = [kind for kind in kinds if kind is not Which.VisionPlain]
     if not kinds:
         lines = "; ".join(
@@ -120,10 +120,6 @@ def _selection(given: object, section: str, tokenizer: str | None) -> Selection:
     if tokenizer is not None and "tokenizer_json" in {item.name for item in fields(kind)}:
         values["tokenizer_json"] = tokenizer
     return kind(**values)
-
-
-def _is_vision(values: Mapping[str, object]) -> bool:
-    return "max_edge" in values or str(values.get("arch")).lower() in _VISION
 
 
 def _value(section: str, key: str, value: object) -> object:

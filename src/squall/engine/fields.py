@@ -57,9 +57,6 @@ class Number:
         enough = self.least < number if self.above else self.least <= number
         return bool(finite and enough and number <= self.most)
 
-    def complaint(self, name: str, value: object) -> str:
-        return _complaint(name, value, self.allowed)
-
     def check(self, name: str, value: object) -> None:
         check(self.allows(value), name, value, self.allowed)
 
@@ -113,10 +110,10 @@ def check_texts(name: str, value: object) -> None:
 
 def check(right: bool, name: str, value: object, allowed: str) -> None:
     if not right:
-        raise InvalidRequest(_complaint(name, value, allowed))
+        raise InvalidRequest(complaint(name, value, allowed))
 
 
-def _complaint(name: str, value: object, allowed: str) -> str:
+def complaint(name: str, value: object, allowed: str) -> str:
     return f"{name} is {shown(value)}; it must be {allowed}"
 
 

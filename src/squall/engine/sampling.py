@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,6 @@ TOP_LOGPROBS = Number(
     help="So many of the likeliest tokens in a token's place.", whole=True, most=MOST_TOP_LOGPROBS
 )
 _BREAKERS_ALLOWED = f"at most {MOST_BREAKERS} texts of 1 to {MOST_BREAKER_BYTES} UTF-8 bytes"
-
-
-def random_seed() -> int:
-    """A seed that is new each time, and short enough to be typed again."""
-    return secrets.randbits(32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +140,7 @@ class Sampling:
     top_k: int | None = 0
     top_p: float = 0.95
     min_p: float = 0.0
-    seed: int = field(default_factory=random_seed)
+    seed: int = field(default_factory=partial(secrets.randbits, 32))  # short enough to be typed
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall import program as p
-from squall.batch import Batch, Int32, Mixture, Sequences
+from squall.batch import Batch, Int32, Sequences
 from squall.errors import InvalidRequest
 from squall.executors import Floats, Limits, ThreadPool, thread_pool
 from squall.weights import Term
@@ -24,6 +25,7 @@ class ProgramReader:
     """The part of an executor that any device has; see `Executor`."""
 
     settles: int | None = None
+    run: Callable[..., dict[str, Floats]]
 
     def __init__(
         self, program: p.Program, limits: Limits, pool: ThreadPool | None, keep: Sequence[str]
@@ -46,17 +48,6 @@ class ProgramReader:
             raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
         self._limits = limits
 
-    def run(
-        self,
-        inputs: Mapping[str, NDArray[np.generic]],
-        sequences: Sequences | None = None,
-        mixtures: Sequence[Mixture] = (),
-        *,
-        patient: bool = False,
-    ) -> dict[str, Floats]:
-        """See `Executor`."""
-        raise NotImplementedError
-
     def step(self, batch: Batch) -> Floats:
         """See `Executor`."""
         given = batch.inputs(self._indices, self.program.inputs)
@@ -64,22 +55,18 @@ class ProgramReader:
 
     def _given(
         self, inputs: Mapping[str, NDArray[np.generic]]
-    ) -> tuple[dict[str, int], list[Int32], list[Floats]]:
-        """Rows of each space, indices and values in the program's order; not checked further."""
-        rows: dict[str, int] = {}
-        indices: list[Int32] = []
-        values: list[Floats] = []
+    ) -> tuple[dict[str, int], dict[str, Int32], dict[str, Floats]]:
+        """Rows of each space, and the indices and values that the program asks for."""
+        values = self.program.inputs
+        names = [*(index.name for index in self._indices), *(value.name for value in values)]
         try:
-            for index in self._indices:
-                found = inputs[index.name]
-                rows.setdefault(index.rows, found.shape[-1])
-                indices.append(found)  # type: ignore[arg-type]
-            for value in self.program.inputs:
-                rows.setdefault(value.rows, len(inputs[value.name]))
-                values.append(inputs[value.name])  # type: ignore[arg-type]
+            found = {name: inputs[name] for name in names}
         except KeyError as error:
             raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
-        return rows, indices, values
+        rows = {value.rows: len(found[value.name]) for value in values}
+        rows |= {index.rows: found[index.name].shape[-1] for index in self._indices}
+        indices = {index.name: cast(Int32, found[index.name]) for index in self._indices}
+        return rows, indices, {value.name: cast(Floats, found[value.name]) for value in values}
 
 
 # ---- adapters ----

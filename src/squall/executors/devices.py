@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import accumulate, groupby
@@ -172,13 +172,12 @@ class Device:
 
 
 def available() -> list[Device]:
-    """The devices of this machine; PyTorch is only loaded if there is a GPU's driver."""
+    """The devices of this machine."""
     host = (total_bytes(), available_bytes())
     found = [Device("cpu", *host, "the native executor")]
     if find_spec("torch") is not None:
         found.append(Device("torch", *host, "PyTorch on the CPU"))
-        found += _gpus() if has_driver() else ()
-    return found
+    return [*found, *map(_gpu, gpus())]
 
 
 def has_driver() -> bool:
@@ -195,17 +194,21 @@ def check(device: str) -> None:
 
 
 def free_bytes(device: str) -> int | None:
-    """What a model may take of a device; GPUs keep some for its activations and for PyTorch."""
-    return available_bytes() if device in ("cpu", "torch") else free_gpus().get(device)
+    """What a model may take of a device; of a GPU all but what activations and PyTorch need."""
+    if device in ("cpu", "torch"):
+        return available_bytes()
+    free = _gpu(device).free or 0
+    return max(int(free * (1 - _KEPT_SHARE)) - _KEPT_BYTES, 0)
 
 
-def free_gpus() -> dict[str, int]:
-    """What a model may take of each GPU."""
+def gpus() -> list[str]:
+    """The GPUs that PyTorch finds; it is only loaded if there is a driver."""
     if find_spec("torch") is None or not has_driver():
-        return {}
-    return {
-        gpu.name: max(int((gpu.free or 0) * (1 - _KEPT_SHARE)) - _KEPT_BYTES, 0) for gpu in _gpus()
-    }
+        return []
+    import torch
+
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*(f"cuda:{number}" for number in range(torch.cuda.device_count())), *mps]
 
 
 def lack(device: str) -> str:
@@ -224,14 +227,13 @@ def lack(device: str) -> str:
     return "" if int(device.partition(":")[2]) < count else f"PyTorch finds {count} CUDA devices"
 
 
-def _gpus() -> Iterator[Device]:
+def _gpu(name: str) -> Device:
     import torch
 
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        about = torch.cuda.get_device_properties(number)
-        capability = f"compute capability {about.major}.{about.minor}"
-        yield Device(f"cuda:{number}", total, free, f"{about.name}, {capability}")
-    if torch.backends.mps.is_available():
+    if name == "mps":
         total = torch.mps.recommended_max_memory()
-        yield Device("mps", total, total - torch.mps.driver_allocated_memory(), "Metal")
+        return Device(name, total, total - torch.mps.driver_allocated_memory(), "Metal")
+    free, total = torch.cuda.mem_get_info(name)
+    about = torch.cuda.get_device_properties(name)
+    capability = f"compute capability {about.major}.{about.minor}"
+    return Device(name, total, free, f"{about.name}, {capability}")

@@ -216,7 +216,8 @@ class NativeExecutor(ProgramReader):
                 v.name: np.empty((rows[v.rows], v.width), np.float32) for v in program.outputs
             }
             self._native.run(
-                [rows[space] for space in self._spaces], indices, values,
+                [rows[space] for space in self._spaces],
+                list(indices.values()), list(values.values()),
                 at.positions, at.bounds, at.block_tables, list(outputs.values()),
                 mixtures,  # type: ignore[arg-type]  # of adapters made here
                 at.memories,  # type: ignore[arg-type]  # made here

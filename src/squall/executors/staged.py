@@ -12,17 +12,10 @@ from numpy.typing import NDArray
 
 from squall import executors
 from squall.batch import Mixture, Sequences
-from squall.executors import (
-    Adapter,
-    Floats,
-    Limits,
-    Memory,
-    Phase,
-    Placement,
-)
-from squall.executors.base import ProgramReader
+from squall.executors import Adapter, Floats, Limits, Memory, Phase, Placement
+from squall.executors.base import ProgramReader, sites_of
 from squall.executors.devices import Stage
-from squall.program import Program, Site, sites
+from squall.program import Program, Site
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, WeightStore
 
@@ -76,16 +69,11 @@ class StagedExecutor(ProgramReader):
         ends = accumulate(count for _, count in self._spread[:-1])
         self._programs = program.stages(*(layers[end - 1] for end in ends))
         values = [{value.name for value in part.values} for part in self._programs]
-        # What no stage has, the first one refuses.
         self._keeper = {
-            name: next((i for i, names in enumerate(values) if name in names), 0) for name in keep
+            name: next(i for i, names in enumerate(values) if name in names) for name in keep
         }
-        self._sites = {
-            site: number
-            for number, part in enumerate(self._programs)
-            for op in part.ops
-            for site in sites(op)
-        }
+        parts = [sites_of(part) for part in self._programs]
+        self._stage_of = {site: number for number, sites in enumerate(parts) for site in sites}
         self._load(store, progress)
 
     def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
@@ -119,16 +107,14 @@ class StagedExecutor(ProgramReader):
         inputs: Mapping[str, NDArray[np.generic]],
         sequences: Sequences | None = None,
         mixtures: Sequence[Mixture] = (),
-        *,
-        patient: bool = False,
+        **how: bool,
     ) -> dict[str, Floats]:
         """See `Executor`."""
         made: dict[str, NDArray[np.generic]] = dict(inputs)
         outputs: dict[str, Floats] = {}
         for number, stage in enumerate(self._stages):
-            found = stage.run(
-                made, _recalling(sequences, number), _adapted(mixtures, number), patient=patient
-            )
+            at, adapters = _recalling(sequences, number), _adapted(mixtures, number)
+            found = stage.run(made, at, adapters, **how)
             made |= found
             outputs |= found
         return {value.name: outputs[value.name] for value in self.program.outputs}
@@ -137,7 +123,7 @@ class StagedExecutor(ProgramReader):
         """See `Executor`."""
         parts: list[dict[Site, Term]] = [{} for _ in self._stages]
         for site, term in terms.items():
-            parts[self._sites.get(site, 0)][site] = term  # an unknown one is refused there
+            parts[self._stage_of.get(site, 0)][site] = term  # an unknown one is refused there
         return _Adapters([s.adapter(part) for s, part in zip(self._stages, parts, strict=True)])
 
     def memory(self, rows: int) -> Memory:
@@ -167,14 +153,15 @@ def _recalling(sequences: Sequences | None, number: int) -> Sequences | None:
     """The sequences with what a stage has of their memories."""
     if sequences is None or not sequences.memories:
         return sequences
-    parts = [m.parts[number] if isinstance(m, _Memories) else None for m in sequences.memories]
+    # A stage refuses what was made for another model.
+    parts = [m.parts[number] if isinstance(m, _Memories) else m for m in sequences.memories]
     return replace(sequences, memories=tuple(parts) if any(parts) else ())
 
 
 def _adapted(mixtures: Sequence[Mixture], number: int) -> list[Mixture]:
     """The mixtures of what a stage has of their adapters."""
     return [
-        tuple((a.parts[number], weight) for a, weight in mixture if isinstance(a, _Adapters))
+        tuple((a.parts[number] if isinstance(a, _Adapters) else a, weight) for a, weight in mixture)
         for mixture in mixtures
     ]
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import TYPE_CHECKING
 
-from squall.errors import InvalidRequest
-
 if TYPE_CHECKING:
     import torch
-
-if importlib.util.find_spec("torch") is None:
-    raise InvalidRequest("devices other than cpu need PyTorch: pip install 'squall[torch]'")
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

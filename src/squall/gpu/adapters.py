@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +12,12 @@ from torch import Tensor
 from squall import program as p
 from squall.executors.base import Sites, layout_of, shapes_of
 from squall.gpu import linear, matrices
-from squall.gpu.inputs import Segment, expect
+from squall.gpu.inputs import expect
 from squall.quant import FORMATS
 from squall.weights import Stored, Term
+
+if TYPE_CHECKING:
+    from squall.gpu.ops import Run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,15 +77,6 @@ def _part(sites: Sites, site: p.Site, term: Term, device: torch.device) -> _Part
 TorchMixture = Sequence[tuple[TorchAdapter, float]]
 
 
-class Adapted(Protocol):
-    """A run, as far as adapters know it."""
-
-    mixtures: Sequence[TorchMixture]
-    segments: Mapping[str, list[Segment]]
-
-    def __getitem__(self, value: p.Value) -> Tensor: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Added:
     """What rows of an op get from their adapters. columns: of scalings, by site."""
@@ -98,19 +92,15 @@ class Added:
         named = dict(zip(p.sites(op), columns, strict=True)) if columns else {}
         return cls(op.adapters, named, isinstance(op, p.Embed), exact)
 
-    def segments(self, run: Adapted) -> list[Segment]:
-        """The rows of a run that have adapters."""
-        return [] if self.adapters is None else run.segments[self.adapters.mixture.name]
-
-    def scalings(self, run: Adapted) -> Tensor | None:
+    def scalings(self, run: Run) -> Tensor | None:
         """[rows, columns], if there are some."""
         scaled = self.adapters is not None and self.adapters.scalings is not None
         return run[self.adapters.scalings] if scaled else None  # type: ignore[index, union-attr]
 
-    def add(self, run: Adapted, y: Tensor, x: Tensor, site: p.Site) -> None:
+    def add(self, run: Run, y: Tensor, x: Tensor, site: p.Site) -> None:
         """To products y of the rows x, in place."""
         scalings = self.scalings(run)
-        for start, stop, number in self.segments(run):
+        for start, stop, number in run.segments(self.adapters):
             own = slice(start, stop)
             scaling = None if scalings is None else scalings[own]
             self.add_to(y[own], x[own], site, run.mixtures[number], scaling)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,33 +31,29 @@ class TorchMemory:
     """See `executors.Memory`. at: keys and values of each of the program's memories."""
 
     def __init__(
-        self, layers: Sequence[p.CacheLayer], rows: int, dtype: torch.dtype, device: torch.device
+        self, layers: tuple[p.CacheLayer, ...], rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.layers, self.rows, self.dtype = tuple(layers), rows, dtype
-        shapes = [(rows, layer.kv_heads * layer.head_dim) for layer in layers]
-        empty = functools.partial(torch.zeros, dtype=dtype, device=device)
-        self.at = [(empty(shape), empty(shape)) for shape in shapes]
+        self.like, self.rows = (layers, dtype), rows
+        widths = [layer.kv_heads * layer.head_dim for layer in layers]
+        both = [torch.zeros(2, rows, width, dtype=dtype, device=device) for width in widths]
+        self.at = [(pair[0], pair[1]) for pair in both]
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for pair in self.at for part in pair)
 
-    def fits(self, program: p.Program, dtype: torch.dtype) -> bool:
-        """Whether runs of a program can recall it."""
-        return (self.layers, self.dtype) == (program.memories, dtype)
-
     def write(self, first: int, keys: Sequence[Floats], values: Sequence[Floats]) -> None:
         """See `executors.Memory`."""
-        count = len(keys[0]) if keys else 0
-        expect(
-            len(keys) == len(values) == len(self.at) and 0 <= first <= self.rows - count,
-            "keys and values are of each memory, and of rows that it has",
-        )
-        for pair, *given in zip(self.at, keys, values, strict=True):
-            for own, new in zip(pair, given, strict=True):
-                fits = new.shape == (count, own.shape[1])
-                expect(fits, "keys and values must be [rows, kv_heads * head_dim]")
-                own[first : first + count] = torch.from_numpy(np.ascontiguousarray(new))
+        new = [
+            np.ascontiguousarray(rows) for pair in zip(keys, values, strict=False) for rows in pair
+        ]
+        own = [part for pair in self.at for part in pair]
+        count = len(new[0]) if new else 0
+        fits = len(keys) == len(values) == len(self.at) and 0 <= first <= self.rows - count
+        fits = fits and all(a.shape == (count, b.shape[1]) for a, b in zip(new, own, strict=True))
+        expect(fits, "keys and values are of each memory, of rows it has, and as wide as its heads")
+        for part, rows in zip(own, new, strict=True):
+            part[first : first + count] = torch.from_numpy(rows)
 
 
 class TorchExecutor(ProgramReader):
@@ -88,7 +84,7 @@ class TorchExecutor(ProgramReader):
         self._inputs = Inputs(program, limits)
         kept = (value for value in program.values if value.name in self._kept)
         self._held = tuple(dict.fromkeys((*program.outputs, *kept)))
-        self._last: tuple[graphs.Outputs, Mapping[str, int]] = ({}, {})
+        self._last: dict[str, Tensor] = {}
         self._profile: Profile | None = None
         with memory_errors("the KV cache"), self._on_device():
             self._caches = [
@@ -107,31 +103,30 @@ class TorchExecutor(ProgramReader):
         weights = Matrices.of(store, self._device, self._dtype)
         with memory_errors("the weights"), self._on_device():
             weights.load(program.weights(), self.pool, progress)
-            wide = ops.wide_values(program)
+            self._types = ops.types(program, self._dtype)
             lowering = ops.Lowering(
-                weights, self._caches, self._device, self._dtype, self.placement.exact, wide,
+                weights, self._caches, self._device, self._types, self.placement.exact,
                 self.placement.ranks,
             )  # fmt: skip
             acts = [ops.lower(op, lowering) for op in program.ops]
-        self._types = {value: lowering.type_of(value) for value in program.inputs}
-        self._steps = list(zip(program.ops, acts, self._dying(program), strict=True))
+        kinds = [self._types[op.out] for op in program.ops]
+        self._steps = list(zip(program.ops, acts, kinds, self._dying(program), strict=True))
         self._sites = sites_of(program)
         self._layout = layout_of(self._sites)
         cuda = self._device.type == "cuda"
-        self._graphs = graphs.Graphs(graphs.CudaRecorder(self._device)) if cuda else None
+        self._graphs = graphs.Graphs(graphs.cuda_recorder(self._device)) if cuda else None
         self._store, self._weights = store, weights
         self.plan = store.plan
         self.formats = weights.totals(program.weights())
         self.weight_bytes = sum(total.nbytes for total in self.formats)
 
-    def _dying(self, program: p.Program) -> list[list[int]]:
+    def _dying(self, program: p.Program) -> list[set[int]]:
         """The values that nothing reads after an op, for each op."""
-        needed = {value.id for value in self._held}
-        found: list[list[int]] = []
+        needed: set[int] = {value.id for value in self._held}
+        found: list[set[int]] = []
         for op in reversed(program.ops):
-            dying = {value.id for value in (*p.reads(op), op.out)} - needed
-            found.append(sorted(dying))
-            needed |= dying
+            found.append({value.id for value in (*p.reads(op), op.out)} - needed)
+            needed |= found[-1]
         return found[::-1]
 
     @contextmanager
@@ -165,59 +160,33 @@ class TorchExecutor(ProgramReader):
         patient: bool = False,  # noqa: ARG002  # runs on one device are one after another
     ) -> dict[str, Floats]:
         """See `Executor`. Raises InvalidRequest for what is missing, misshapen or out of range."""
-        rows, indices, values = self._given(inputs)
-        given = Given(
-            rows,
-            {index.name: found for index, found in zip(self._indices, indices, strict=True)},
-            {v.name: found for v, found in zip(self.program.inputs, values, strict=True)},
-        )
         at = sequences or NO_SEQUENCES
-        given = self._inputs.checked(given, at, len(mixtures))
-        made_here = self._made_here(at, mixtures)
-        with self._lock, memory_errors("the buffers of a step"), self._on_device():
-            outputs = self._outputs(given, at, *made_here)
-            self._last = outputs, rows
-            found = self._fetched(
-                {v.name: outputs[v.name][: rows[v.rows]] for v in self.program.outputs}
-            )
-            if self._profile is not None:
-                self._profile.end()
-        return found
+        given = self._inputs.checked(Given(*self._given(inputs)), at, len(mixtures))
+        self._check_made_here(at, mixtures)
+        with self._lock, memory_errors("a step"), self._on_device():
+            outputs = self._outputs(given, at, mixtures)
+            self._last = {v.name: outputs[v.name][: given.rows[v.rows]] for v in self._held}
+            return self._fetched(*(value.name for value in self.program.outputs))
 
-    def _made_here(
-        self, at: Sequences, mixtures: Sequence[Mixture]
-    ) -> tuple[list[TorchMixture], list[TorchMemory | None]]:
-        """Mixtures and memories, if they fit."""
-        adapted: list[TorchMixture] = []
-        for mixture in mixtures:
-            fitting = [
-                (adapter, weight) for adapter, weight in mixture
-                if isinstance(adapter, TorchAdapter) and adapter.layout == self._layout
-            ]  # fmt: skip
-            expect(len(fitting) == len(mixture), "an adapter was made for another model")
-            adapted.append(fitting)
-        recalled: list[TorchMemory | None] = []
-        for memory in at.memories:
-            if memory is None:
-                recalled.append(None)
-            elif isinstance(memory, TorchMemory) and memory.fits(self.program, self._kv_dtype):
-                recalled.append(memory)
-        expect(len(recalled) == len(at.memories), "a memory was made for another model")
-        return adapted, recalled
+    def _check_made_here(self, at: Sequences, mixtures: Sequence[Mixture]) -> None:
+        fits = all(
+            isinstance(adapter, TorchAdapter) and adapter.layout == self._layout
+            for mixture in mixtures for adapter, _ in mixture
+        )  # fmt: skip
+        expect(fits, "an adapter was made for another model")
+        like = (self.program.memories, self._kv_dtype)
+        fits = all(isinstance(m, TorchMemory) and m.like == like for m in at.memories if m)
+        expect(fits, "a memory was made for another model")
 
-    def _outputs(
-        self, given: Given, at: Sequences, mixtures: list[TorchMixture],
-        memories: list[TorchMemory | None],
-    ) -> graphs.Outputs:  # fmt: skip
+    def _outputs(self, given: Given, at: Sequences, mixtures: Sequence[Mixture]) -> graphs.Outputs:
         """Outputs and kept values on the device; there may be more rows than are wanted."""
-        segments, groups = self._inputs.segments(given), self._inputs.groups(given)
-        special = any([*segments.values(), *groups.values(), *memories])
-        few = None if special else self._few(given.rows)
+        few = self._few(given, at)
         given = given if few is None else self._inputs.padded(given, few)
         arrays: dict[str, NDArray[np.generic]] = {**given.indices, **given.values}
-        for name, found in groups.items():
-            arrays |= {f"{name}.{i}": group for i, group in enumerate(found)}
-        shape, placed = None, {}
+        for name, groups in given.groups.items():
+            arrays |= {f"{name}.{i}": group for i, group in enumerate(groups)}
+        placed: Mapping[str, NDArray[np.int32]] = {}
+        shape = None
         if self._inputs.cached:
             rows = None if few is None else few["tokens"]
             placed, shape = attention.layout(at, self.block_size, rows=rows)
@@ -226,15 +195,15 @@ class TorchExecutor(ProgramReader):
 
         def body(inputs: Tensor) -> graphs.Outputs:
             tensors = views(inputs, places)
-            values = {v.id: tensors[v.name].to(self._types[v]) for v in self.program.inputs}
-            run = ops.Run(values, tensors, None, memories, mixtures, segments)
-            run.groups = {
-                name: [tensors[f"{name}.{i}"] for i in range(len(found))]
-                for name, found in groups.items()
-            }
-            if shape is not None:
-                own = {name: tensors[f"at.{name}"] for name in placed}
-                run.rows = attention.Rows(own, shape, self.block_size)
+            own = {name: tensors[f"at.{name}"] for name in placed}
+            run = ops.Run(
+                values={v.id: tensors[v.name].to(self._types[v]) for v in self.program.inputs},
+                indices=tensors,
+                rows=None if shape is None else attention.Rows(own, shape, self.block_size),
+                memories=cast(Sequence[TorchMemory | None], at.memories),
+                mixtures=cast(Sequence[TorchMixture], mixtures),
+                given=given,
+            )
             return self._acted(run)
 
         if self._profile is not None:
@@ -243,40 +212,35 @@ class TorchExecutor(ProgramReader):
             return body(buffer.to(self._device, non_blocking=True))
         return self._graphs.run((places, shape), buffer, self._device, body)
 
-    def _few(self, rows: Mapping[str, int]) -> Mapping[str, int] | None:
+    def _few(self, given: Given, at: Sequences) -> Mapping[str, int] | None:
         """Rows of each space for a graph; None: it is none for that."""
-        if self._graphs is None or self._profile is not None or not self._inputs.cached:
+        special = any([*given.segments.values(), *given.groups.values(), *at.memories])
+        if special or not (self._graphs and self._inputs.cached) or self._profile:
             return None
         most = {"tokens": graphs.MOST_ROWS, "outputs": graphs.MOST_ROWS}
-        if any(count > most.get(space, 0) for space, count in rows.items()):
+        if any(count > most.get(space, 0) for space, count in given.rows.items()):
             return None
-        return {space: graphs.padded_rows(count) for space, count in rows.items()}
+        return {space: graphs.padded_rows(count) for space, count in given.rows.items()}
 
     def _acted(self, run: ops.Run) -> graphs.Outputs:
-        for number, (op, act, dying) in enumerate(self._steps):
-            if self._profile is None:
-                out = act(run)
-            else:
-                out = self._profile.act(number, op, functools.partial(act, run))
-            run.values[op.out.id] = out
+        for number, (op, act, dtype, dying) in enumerate(self._steps):
+            now = functools.partial(act, run)
+            out = self._profile.act(number, op, now) if self._profile else now()
+            run.values[op.out.id] = out.to(dtype)
             for value in dying:
                 del run.values[value]
         return {value.name: run[value] for value in self._held}
 
-    def _fetched(self, found: graphs.Outputs) -> dict[str, Floats]:
-        """On the host, as float32: the one time that it waits for the device."""
-        if self._device.type != "cuda":
-            return {
-                name: value.to("cpu", torch.float32, copy=True).numpy()
-                for name, value in found.items()
-            }
-        host = {
-            name: torch.empty(value.shape, pin_memory=True).copy_(value.float(), non_blocking=True)
-            for name, value in found.items()
-        }
-        done = torch.cuda.Event()
-        done.record()
-        done.synchronize()
+    def _fetched(self, *names: str) -> dict[str, Floats]:
+        """Values of the last run on the host: the one time that it waits for the device."""
+        cuda, host = self._device.type == "cuda", {}
+        for name in names:
+            found = self._last[name].float()
+            host[name] = torch.empty(found.shape, pin_memory=cuda).copy_(found, non_blocking=cuda)
+        if cuda:
+            done = torch.cuda.Event()
+            done.record()
+            done.synchronize()
         return {name: value.numpy() for name, value in host.items()}
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
@@ -293,12 +257,9 @@ class TorchExecutor(ProgramReader):
     def value(self, name: str) -> Floats:
         """See `Executor`."""
         with self._lock, self._on_device():
-            outputs, rows = self._last
-            expect(
-                name in self._kept and name in outputs, "only a kept value can be read after a step"
-            )
-            space = next(value.rows for value in self._held if value.name == name)
-            return self._fetched({name: outputs[name][: rows[space]]})[name]
+            kept = name in self._kept and name in self._last
+            expect(kept, "only a kept value can be read after a step")
+            return self._fetched(name)[name]
 
 
 _SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -342,11 +303,11 @@ def memory_errors(what: str) -> Iterator[None]:
     """Raises OutOfMemory, with what to do, where PyTorch finds no room."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        plain = type(error) is RuntimeError and not re.search("out of memory|allocate", str(error))
-        if plain or isinstance(error, NotImplementedError):
+    except RuntimeError as error:
+        full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not full:
             raise
         raise OutOfMemory(
-            f"{what} do not fit in the device's memory; choose a smaller context, fewer rows a "
-            "step, smaller weights (quantize), or fewer layers on this device"
+            f"there is no room for {what} in the device's memory: choose a smaller context or "
+            "quantized weights, or give it fewer layers"
         ) from None

@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 MOST_ROWS = 64
-_MOST, _MOST_SEEN = 48, 1024
+_MOST = 64  # shapes
 
 _log = logging.getLogger(__name__)
 
@@ -24,34 +23,26 @@ Body = Callable[[Tensor], Outputs]
 """What a step does with its inputs on the device."""
 
 
-class Recorder(Protocol):
-    """Runs something so that it can be run again on the same tensors."""
-
-    def record(self, act: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
-        """What repeats it, and where the outputs then are."""
-        ...
+Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], object], Outputs]]
+"""Runs something so that it can be repeated: by what, and where its outputs then are."""
 
 
-class CudaRecorder:
+def cuda_recorder(device: torch.device) -> Record:
     """CUDA's graphs on one device; all have their memory from one pool, as one runs at a time."""
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def record(self, act: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
-        """See `Recorder`."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+    def record(act: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             act()  # so that nothing is set up, compiled or tuned while capturing
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             outputs = act()
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)
         return graph.replay, outputs
+
+    return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,47 +54,39 @@ class _Graph:
 
 def padded_rows(rows: int) -> int:
     """The power of two that so many rows are padded to."""
-    return 1 << max(rows - 1, 0).bit_length()
+    return 1 << (rows - 1).bit_length() if rows else 0
 
 
 class Graphs:
     """The graphs of an executor, by shape: made when a shape comes for the second time."""
 
-    def __init__(self, recorder: Recorder, most: int = _MOST) -> None:
-        self._recorder, self._most = recorder, most
-        self._seen: set[Hashable] = set()
-        self._graphs: dict[Hashable, _Graph] = {}
+    def __init__(self, record: Record, most: int = _MOST) -> None:
+        self._record, self._most = record, most
+        self._graphs: dict[Hashable, _Graph | None] = {}
         self._failed = False
-
-    def __len__(self) -> int:
-        return len(self._graphs)
 
     def run(self, key: Hashable, staged: Tensor, device: torch.device, body: Body) -> Outputs:
         """The outputs of the body, from a graph if there is one; valid until the next run.
 
         key: equal where the same work is done on tensors of the same shapes.
         """
-        if (graph := self._graphs.pop(key, None)) is not None:
-            self._graphs[key] = graph  # the last one used is the last to go
-            graph.inputs.copy_(staged, non_blocking=True)
-            graph.replay()
-            return graph.outputs
-        inputs = torch.empty_like(staged, device=device, pin_memory=False)
+        again, graph = key in self._graphs, self._graphs.pop(key, None)
+        inputs = torch.empty_like(staged, device=device) if graph is None else graph.inputs
         inputs.copy_(staged, non_blocking=True)
-        if key not in self._seen or self._failed:
-            self._seen = self._seen | {key} if len(self._seen) < _MOST_SEEN else {key}
-            return body(inputs)
-        return self._record(key, inputs, body)
-
-    def _record(self, key: Hashable, inputs: Tensor, body: Body) -> Outputs:
+        if graph is None and again and not self._failed:
+            graph = self._recorded(inputs, body)
         while len(self._graphs) >= self._most:
             self._graphs.pop(next(iter(self._graphs)))
+        self._graphs[key] = graph  # the last one used is the last to go
+        if graph is None:
+            return body(inputs)
+        graph.replay()
+        return graph.outputs
+
+    def _recorded(self, inputs: Tensor, body: Body) -> _Graph | None:
         try:
-            replay, outputs = self._recorder.record(lambda: body(inputs))
+            return _Graph(inputs, *self._record(lambda: body(inputs)))
         except RuntimeError as error:
             self._failed = True
             _log.warning("steps are not CUDA graphs, since one cannot be made: %s", error)
-            return body(inputs)
-        self._graphs[key] = graph = _Graph(inputs, replay, outputs)
-        graph.replay()
-        return outputs
+            return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -30,11 +30,17 @@ def expect(ok: object, what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The indices and inputs of a run, by name, and how many rows each space has."""
+    """The indices and inputs of a run, by name, and how many rows each space has.
+
+    segments: by index of mixtures, the rows that have some. groups: by index of rows that share,
+        those that several share.
+    """
 
     rows: Mapping[str, int]
     indices: dict[str, Int32]
     values: dict[str, Floats]
+    segments: Mapping[str, list[Segment]] = field(default_factory=dict)
+    groups: Mapping[str, list[Int32]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -96,7 +102,8 @@ class Inputs:
         for space, count in rows.items():
             expect(count <= self._most[space], "too many rows in a step")
         indices = {}
-        for index, use in self._uses.items():
+        uses = self._uses.items()
+        for index, use in uses:
             found = given.indices[index.name]
             shape = (index.axes, rows[index.rows]) if index.axes > 1 else (rows[index.rows],)
             expect(found.dtype == np.int32, f"the index {index.name} is not of int32")
@@ -115,7 +122,12 @@ class Inputs:
             first, last = indices[sight.spans.name]
             ok = (first >= 0) & (first <= last) & (last <= there)
             expect(ok.all(), "a row sees a position that is not there")
-        return Given(rows, indices, given.values)
+        return replace(
+            given,
+            indices=indices,
+            segments={i.name: _segments(indices[i.name]) for i, u in uses if u.mixtures},
+            groups={i.name: _groups(indices[i.name]) for i, u in uses if u.fill == "own"},
+        )
 
     def _check_index(self, found: Int32, use: _Use, rows: Mapping[str, int], mixtures: int) -> None:
         if not found.size:
@@ -166,36 +178,20 @@ class Inputs:
         expect(len(at.memories) in (0, len(tables)), "memories are one a sequence, or none")
 
     def padded(self, given: Given, to: Mapping[str, int]) -> Given:
-        """With as many rows of each space as `to` says; what is added changes no other row."""
+        """With so many rows of each space; what is added changes no other row."""
         indices, values = {}, {}
         for index, use in self._uses.items():
-            old = given.indices[index.name]
-            new = np.full((*old.shape[:-1], to[index.rows]), -(use.fill == "none"), np.int32)
+            old, count = given.indices[index.name], to[index.rows]
+            new = np.full((*old.shape[:-1], count), -(use.fill == "none"), np.int32)
             if use.fill == "own":
-                new[:] = np.arange(to[index.rows])
+                new[:] = np.arange(count)
             new[..., : old.shape[-1]] = old
             indices[index.name] = new
         for value in self._program.inputs:
             floats = given.values[value.name]
-            values[value.name] = np.zeros((to[value.rows], value.width), np.float32)
-            values[value.name][: len(floats)] = floats
-        return Given(to, indices, values)
-
-    def segments(self, given: Given) -> dict[str, list[Segment]]:
-        """Of each index of mixtures the rows that have some, in runs that have the same."""
-        return {
-            index.name: _segments(given.indices[index.name])
-            for index, use in self._uses.items()
-            if use.mixtures
-        }
-
-    def groups(self, given: Given) -> dict[str, list[Int32]]:
-        """Of each index of rows that share: the groups of several."""
-        return {
-            index.name: _groups(given.indices[index.name])
-            for index, use in self._uses.items()
-            if use.fill == "own"
-        }
+            more = to[value.rows] - len(floats)
+            values[value.name] = np.pad(floats, ((0, more), (0, 0)))
+        return replace(given, indices=indices, values=values)
 
 
 def _there(sight: _Sight, rows: Mapping[str, int], at: Sequences) -> NDArray[np.int64] | int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +13,13 @@ from squall.gpu import uses_triton
 from squall.gpu.matrices import Float8, Plain, Weight, dense_runs, lookup
 from squall.spec import Activation
 
-# A BLAS chooses by the shape of a product how it adds up, and on a CPU, where few results are sums
-# of many products, by its threads. So exact products have one shape: tiles of rows, the last one
-# filled with zeros, and on a CPU short sums, which are added in order.
+# A BLAS chooses by the shape of a product, and on a CPU by its threads too, how it adds up. So
+# exact products have one shape: tiles of rows, the last one filled with zeros. On a CPU they are
+# also so short that threads do not share a sum (MKL shares sums of 128), and are added in order.
 _TILE = 16
-_SUM = 256
+_SUM = 64
 _LARGEST = 448  # of float8
+_MANY = 512  # rows from which on it costs little to write a weight as floats first
 
 _Elementwise = Callable[[Tensor], Tensor]
 
@@ -66,17 +66,20 @@ def linear(  # noqa: PLR0913
 ) -> Tensor:
     """residual + scale * activation(x @ w.T + bias), in the type of x, or another."""
     dtype = dtype or x.dtype
-    if (kernels := _kernels(x, exact, w)) is not None:
-        result: Tensor = kernels.linear(
+    if _by_triton(x, exact, w):
+        from squall.gpu import triton_linear
+
+        return triton_linear.linear(
             x, w, bias=bias, activation=activation, scale=scale, residual=residual, exact=exact,
             dtype=dtype,
         )  # fmt: skip
-        return result
-    y = _product(x, w, exact=exact)
-    if bias is not None:
-        y = y.float() + bias
-    if activation is not None:
-        y = _activated(y.float(), activation, exact)
+    added = residual if bias is None else bias.to(dtype)
+    simple = activation is None and scale == 1.0 and (bias is None or residual is None)
+    if simple and added is not None and isinstance(w, Plain) and not exact and dtype == x.dtype:
+        return torch.addmm(added, x, w.values[0].to(dtype).T)
+    y = _product(x, w, exact=exact, dtype=dtype)
+    y = y if bias is None else y.float() + bias
+    y = y if activation is None else activated(y.float(), activation, exact=exact)
     y = y if scale == 1.0 else y * scale
     return (y if residual is None else residual + y).to(dtype)
 
@@ -92,15 +95,16 @@ def gated(  # noqa: PLR0913
     exact: bool,
 ) -> Tensor:
     """activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias), in the type of x."""
-    if (kernels := _kernels(x, exact, gate, up)) is not None:
-        result: Tensor = kernels.gated(
+    if _by_triton(x, exact, gate, up):
+        from squall.gpu import triton_linear
+
+        return triton_linear.gated(
             x, gate, up, gate_bias=gate_bias, up_bias=up_bias, activation=activation, exact=exact
         )
-        return result
     wide = torch.float32 if exact else x.dtype
     first = linear(x, gate, bias=gate_bias, exact=exact, dtype=wide)
     second = linear(x, up, bias=up_bias, exact=exact, dtype=wide)
-    return (_activated(first, activation, exact) * second).to(x.dtype)
+    return (activated(first, activation, exact=exact) * second).to(x.dtype)
 
 
 def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Tensor:
@@ -108,8 +112,7 @@ def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Te
     if uses_triton(ids):
         from squall.gpu import triton_linear
 
-        result: Tensor = triton_linear.embed(ids, table, scale=scale, dtype=dtype)
-        return result
+        return triton_linear.embed(ids, table, scale=scale, dtype=dtype)
     return (lookup(table, ids) * scale).to(dtype)
 
 
@@ -131,12 +134,13 @@ def experts(  # noqa: PLR0913
 
     Without a gate down(activation(up x)). Biases are those of all experts, one after another.
     """
-    if (kernels := _kernels(x, exact, up, down, always=True)) is not None:
-        result: Tensor = kernels.experts(
+    if uses_triton(x):
+        from squall.gpu import triton_linear
+
+        return triton_linear.experts(
             x, chosen, shares, gate=gate, up=up, down=down, gate_bias=gate_bias, up_bias=up_bias,
             down_bias=down_bias, activation=activation, exact=exact,
         )  # fmt: skip
-        return result
 
     def part(x: Tensor, w: Weight, expert: int, bias: Tensor | None) -> Tensor:
         y = _product(x, w, expert, exact=exact).float()
@@ -148,9 +152,9 @@ def experts(  # noqa: PLR0913
         rows = x[at.any(1)]
         inner = part(rows, up, expert, up_bias)
         if gate is None:
-            inner = _activated(inner, activation, exact)
+            inner = activated(inner, activation, exact=exact)
         else:
-            inner = _activated(part(rows, gate, expert, gate_bias), activation, exact) * inner
+            inner = activated(part(rows, gate, expert, gate_bias), activation, exact=exact) * inner
         found[at] = part(inner.to(x.dtype), down, expert, down_bias)
     total = torch.zeros(len(x), down.rows, device=x.device)
     for k in range(chosen.shape[1]):
@@ -158,14 +162,12 @@ def experts(  # noqa: PLR0913
     return total
 
 
-def _kernels(x: Tensor, exact: bool, *weights: Weight, always: bool = False) -> ModuleType | None:
-    """Triton's, where they run and a BLAS is not as good."""
-    library = not always and not exact and all(isinstance(w, Plain) or _fits(x, w) for w in weights)
-    if library or not uses_triton(x):
-        return None
-    from squall.gpu import triton_linear
-
-    return triton_linear
+def _by_triton(x: Tensor, exact: bool, *weights: Weight) -> bool:
+    """Whether a BLAS is not as good."""
+    many = len(x) >= _MANY
+    return uses_triton(x) and (
+        exact or not all(many or isinstance(w, Plain) or _fits(x, w) for w in weights)
+    )
 
 
 def _fits(x: Tensor, w: Weight) -> bool:
@@ -179,20 +181,25 @@ def _fits(x: Tensor, w: Weight) -> bool:
     )
 
 
-def _activated(x: Tensor, activation: Activation, exact: bool) -> Tensor:
-    return (_EXACT if exact else _FAST)[activation](x)
-
-
-def _product(x: Tensor, w: Weight, expert: int = 0, *, exact: bool) -> Tensor:
-    """x @ w.T, in the type of x."""
+def _product(
+    x: Tensor, w: Weight, expert: int = 0, *, exact: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x @ w.T, in the type of x or in `dtype`."""
     if not exact and _fits(x, w):
         assert isinstance(w, Float8)
         scales = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
         codes = (x / scales).to(torch.float8_e4m3fn)
-        values, factors = w.values[expert].T, w.factors[expert][None]
-        return torch._scaled_mm(codes, values, scales, factors, out_dtype=torch.bfloat16)
+        given = w.values[expert].T, scales, w.factors[expert][None]
+        return torch._scaled_mm(codes, *given, out_dtype=torch.bfloat16)
     if isinstance(w, Plain):
-        return _times(x, w.values[expert].to(x.dtype), exact)
+        values = w.values[expert].to(x.dtype)
+        if dtype == torch.float32 != x.dtype and x.is_cuda and not exact:
+            return torch.mm(x, values.T, out_dtype=dtype)
+        return _times(x, values, exact)
+    if uses_triton(x) and not exact:
+        from squall.gpu import triton_linear
+
+        return _times(x, triton_linear.dense(w, expert, x.dtype), exact)
     parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w, expert)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

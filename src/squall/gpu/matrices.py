@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 from squall import _native
 from squall import program as p
 from squall.errors import InvalidCheckpoint, OutOfMemory
-from squall.gpu.unpacking import take_apart, unpack
-from squall.quant import FORMATS, FormatTotal
+from squall.gpu.unpacking import bits, middle, take_apart, unpack
+from squall.quant import FORMATS, Format, FormatTotal
 from squall.weights import Progress, Stored, WeightStore, values
 
 RUN = 32  # bytes of a plane of codes that belong together
@@ -23,13 +23,18 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 # Of wide codes the low bits are one plane, and the rest another.
 _LOW_BITS = {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
-_RUN_VALUES = 1 << 24  # taken apart at a time
+# Values taken apart at a time; on a CPU so few that they stay in its cache.
+_RUN_VALUES, _CPU_VALUES = 1 << 24, 1 << 20
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
     """`experts` matrices [rows, cols]."""
 
-    __slots__ = ()
+    format: str
+    experts: int
+    rows: int
+    cols: int
 
     @property
     def nbytes(self) -> int:
@@ -44,10 +49,6 @@ class _Weight:
 class Plain(_Weight):
     """Floats. values: [experts, rows, cols]."""
 
-    format: str
-    experts: int
-    rows: int
-    cols: int
     values: Tensor
 
 
@@ -55,10 +56,6 @@ class Plain(_Weight):
 class Float8(_Weight):
     """f8_e4m3. values: [experts, rows, cols], times factors [experts, rows]."""
 
-    format: str
-    experts: int
-    rows: int
-    cols: int
     values: Tensor
     factors: Tensor
 
@@ -83,13 +80,9 @@ class Packed(_Weight):
 
     low, high: planes of codes, code = low | high << low_bits, uint8 [experts, rows, bytes]. Of b
         bits, 32 bytes hold 256 / b values, byte i those at i + 32 * j in its bits j * b.
-    padded: columns that planes and scales have, whole runs of both planes; scales end with zeros.
+    padded: columns that planes and scales have, whole runs of both planes; those added are worth 0.
     """
 
-    format: str
-    experts: int
-    rows: int
-    cols: int
     padded: int
     low: Tensor
     low_bits: int
@@ -169,7 +162,7 @@ class Matrices:
         stored = [self._store.rows(weight, expert) for expert in range(weight.experts)]
         targets = {self._store.target(weight, rows.format) for rows in stored}
         target = targets.pop() if len(targets) == 1 else "f32"
-        run = max(_RUN_VALUES // weight.cols, 1)
+        run = _run(weight.cols, self._device)
         if target.startswith("hqq"):  # which is fitted to the whole matrix
             run = weight.rows
         whole: Weight | None = None
@@ -192,7 +185,7 @@ class Matrices:
             found = data.view(torch.float8_e4m3fn)
             return Float8(target, 1, len(data), cols, found[None], factors[None])
         if target == rows.format and FORMATS[target].block > 1 and factors is None:
-            return _packed(data, cols, target)
+            return _packed(data, cols, FORMATS[target])
         return _plain(_values(data, factors, cols, rows.format).to(self._dtype))
 
 
@@ -210,7 +203,7 @@ def dense(m: Weight, expert: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def dense_runs(m: Weight, expert: int = 0) -> Iterator[Tensor]:
     """The same in float32, so many rows at a time as need little memory."""
-    run = max(_RUN_VALUES // m.cols, 1)
+    run = _run(m.cols, m.device)
     for start in range(0, m.rows, run):
         part = slice(start, start + run)
         yield _dense(_mapped(m, lambda t, part=part: t[expert, part]))  # type: ignore[misc]
@@ -253,6 +246,11 @@ def _expanded(scales: Scales) -> Tensor:
 # ---- from the store to the device ----
 
 
+def _run(cols: int, device: torch.device) -> int:
+    """How many rows at a time."""
+    return max((_CPU_VALUES if device.type == "cpu" else _RUN_VALUES) // cols, 1)
+
+
 def _runs(stored: Stored, rows: int, run: int) -> Iterator[tuple[int, Stored]]:
     """Each first row, and so many rows."""
     data, factors = stored.data.reshape(rows, -1), stored.factors
@@ -293,16 +291,11 @@ def _values(data: Tensor, factors: Tensor | None, cols: int, format: str) -> Ten
     if format in FLOATS:
         found = data.view(FLOATS[format])
     elif format == "f8_e4m3":
-        found = _f8_values(data)
+        # On the host, since not all devices know the type.
+        found = data.cpu().view(torch.float8_e4m3fn).float().to(data.device)
     else:
-        found = dense(_packed(data, cols, format))
+        found = dense(_packed(data, cols, FORMATS[format]))
     return found if factors is None else found.float() * factors[:, None]
-
-
-def _f8_values(codes: Tensor) -> Tensor:
-    """By a table, since not all devices know the type."""
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return every.to(codes.device)[codes.int()]
 
 
 def _plain(values: Tensor) -> Plain:
@@ -310,35 +303,24 @@ def _plain(values: Tensor) -> Plain:
     return Plain(_NAMES[values.dtype], 1, rows, cols, values[None])
 
 
-def _packed(data: Tensor, cols: int, format: str) -> Packed:
+def _packed(data: Tensor, cols: int, format: Format) -> Packed:
     """One expert of rows of blocks."""
-    pieces, block = take_apart(data, FORMATS[format]), FORMATS[format].block
-    low_bits = _LOW_BITS[pieces.bits]
-    high_bits = pieces.bits - low_bits
+    low_bits = _LOW_BITS[bits(format)]
+    high_bits = bits(format) - low_bits
     run = RUN * 8 // min(low_bits, high_bits or 8)
     padded = -(-cols // run) * run
-    codes = pad(pieces.codes, (0, padded - cols))
+    more = (padded - cols) // format.block * format.block_bytes
+    codes, scale, minimum = take_apart(pad(data, (0, more)), format)
 
     def scales(base: Tensor, part: Tensor | None) -> Scales:
-        group = block if part is None else cols // part.shape[1]
-        part = None if part is None else _grouped(part, padded // group)
-        return Scales(base, part, block, group)
+        group = format.block if part is None else padded // part.shape[1]
+        return Scales(base[None], None if part is None else part[None], format.block, group)
 
-    base = _grouped(pieces.scale, padded // block)
-    scale, minimum = scales(base, pieces.parts), None
-    if pieces.minimum is not None:
-        minimum = scales(_grouped(pieces.minimum, padded // block), pieces.minimum_parts)
-    elif pieces.minimum_parts is not None:
-        minimum = scales(base, pieces.minimum_parts)
-    low = _plane(codes, low_bits)
-    high = _plane(codes >> low_bits, high_bits) if high_bits else None
-    planes = (padded, low, low_bits, high, high_bits)
-    return Packed(format, 1, len(data), cols, *planes, scale, minimum, pieces.middle)
-
-
-def _grouped(values: Tensor, groups: int) -> Tensor:
-    """Of so many groups in a row, as one expert; zeros for padding."""
-    return pad(values, (0, groups - values.shape[1]))[None]
+    return Packed(
+        format.name, 1, len(data), cols, padded, _plane(codes, low_bits), low_bits,
+        _plane(codes >> low_bits, high_bits) if high_bits else None, high_bits,
+        scales(*scale), None if minimum is None else scales(*minimum), middle(format),
+    )  # fmt: skip
 
 
 def _plane(codes: Tensor, bits: int) -> Tensor:
@@ -377,15 +359,15 @@ def _room(piece: Weight, weight: p.Matrix) -> Weight:
 def _mapped(
     item: _Whole, change: Callable[[Tensor], Tensor], made: dict[int, Tensor] | None = None
 ) -> _Whole:
-    """The same of changed tensors; what shares one still does."""
+    """The same of changed tensors; what shares memory still does."""
     made = {} if made is None else made
     changes: dict[str, Any] = {}
     for field in fields(item):
         found = getattr(item, field.name)
         if isinstance(found, Tensor):
-            if id(found) not in made:
-                made[id(found)] = change(found)
-            changes[field.name] = made[id(found)]
+            if found.data_ptr() not in made:
+                made[found.data_ptr()] = change(found)
+            changes[field.name] = made[found.data_ptr()]
         elif isinstance(found, Scales):
             changes[field.name] = _mapped(found, change, made)
     return replace(item, **changes)

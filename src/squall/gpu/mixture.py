@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from squall import program as p
 from squall.gpu import linear, matrices
-from squall.gpu.adapters import Adapted, Added, TorchMixture
+from squall.gpu.adapters import Added, TorchMixture
 from squall.gpu.matrices import Weight
 from squall.gpu.rows import total
+
+if TYPE_CHECKING:
+    from squall.gpu.ops import Run
 
 
 def route(
@@ -74,12 +78,12 @@ class Experts:
             up_bias=up_bias, down_bias=down_bias, activation=self.op.activation, exact=self.exact,
         )  # fmt: skip
 
-    def adapted(self, run: Adapted, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    def adapted(self, run: Run, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """The sums of the rows that have adapters, expert by expert: the host asks which."""
         outs = x.new_zeros((*chosen.shape, self.down.rows), dtype=torch.float32)
         scalings = self.added.scalings(run)
         asked = chosen.cpu().numpy()
-        for start, stop, number in self.added.segments(run):
+        for start, stop, number in run.segments(self.op.adapters):
             for expert in np.unique(asked[start:stop]).tolist():
                 found = np.stack(np.nonzero(asked[start:stop] == expert))
                 rows, places = torch.as_tensor(found).to(x.device) + x.new_tensor(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,12 +16,7 @@ from squall.executors import Phase
 from squall.gpu.inputs import Given
 from squall.gpu.matrices import Matrices
 
-_NAMES: Mapping[type, str] = {
-    p.Embed: "embed", p.RopeAngles: "rope angles", p.Normalize: "norm", p.Linear: "linear",
-    p.GatedLinear: "gated linear", p.Rotate: "rotate", p.Attend: "attend", p.Recall: "recall",
-    p.MixtureOfExperts: "moe", p.Add: "add", p.Concatenate: "concatenate", p.Softcap: "softcap",
-    p.GatherRows: "gather rows", p.Overlay: "overlay", p.GatherColumns: "gather columns",
-}  # fmt: skip
+_Stamp = torch.cuda.Event | float
 
 
 class Profile:
@@ -31,8 +27,7 @@ class Profile:
 
     def __init__(self, weights: Matrices, device: torch.device, kv_bytes: int) -> None:
         self._weights, self._cuda, self._kv_bytes = weights, device.type == "cuda", kv_bytes
-        self._phases: dict[int, Phase] = {}
-        self._pending: list[tuple[int, p.Op, Callable[[], float], tuple[int, int]]] = []
+        self._noted: dict[tuple[int, p.Op], list[tuple[_Stamp, _Stamp, tuple[int, int]]]] = {}
         self._run: tuple[Given, Sequences] | None = None
 
     def begin(self, given: Given, at: Sequences) -> None:
@@ -41,36 +36,29 @@ class Profile:
 
     def act(self, number: int, op: p.Op, act: Callable[[], Tensor]) -> Tensor:
         """The op's result; its time is noted."""
-        stamp = self._stamp()
-        out = act()
-        after = self._stamp()
-        work = self._work(op, len(out))
-        self._pending.append((number, op, lambda: _seconds(stamp, after), work))
+        before, out, after = self._stamp(), act(), self._stamp()
+        self._noted.setdefault((number, op), []).append((before, after, self._work(op, len(out))))
         return out
 
-    def end(self) -> None:
-        """The run is done, on the device too."""
-        for number, op, elapsed_s, (nbytes, fmas) in self._pending:
-            old = self._phases.get(number, Phase(self._name(op), 0.0, 0.0, 0, 0, 0))
-            self._phases[number] = Phase(
-                old.name, old.elapsed_s + elapsed_s(), 0.0, old.bytes + nbytes, 0, old.fmas + fmas
-            )
-        self._pending.clear()
-
     def phases(self) -> list[Phase]:
-        """In the program's order."""
-        return [self._phases[number] for number in sorted(self._phases)]
+        """In the program's order; runs are done, on the device too."""
+        found = []
+        for (_, op), noted in sorted(self._noted.items(), key=lambda item: item[0][0]):
+            shapes = [
+                f" {self._weights.matrix(m).format} {m.rows}x{m.cols}" for m in p.matrices(op)
+            ]
+            name = re.sub("(?!^)([A-Z])", r" \1", type(op).__name__).lower()
+            elapsed_s = sum(_seconds(before, after) for before, after, _ in noted)
+            nbytes, fmas = (sum(work[i] for _, _, work in noted) for i in (0, 1))
+            found.append(Phase(name + "".join(shapes[-1:]), elapsed_s, 0.0, nbytes, 0, fmas))
+        return found
 
-    def _stamp(self) -> torch.cuda.Event | float:
+    def _stamp(self) -> _Stamp:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _name(self, op: p.Op) -> str:
-        shapes = [f" {self._weights.matrix(m).format} {m.rows}x{m.cols}" for m in p.matrices(op)]
-        return _NAMES.get(type(op), type(op).__name__) + "".join(shapes[-1:])
 
     def _work(self, op: p.Op, rows: int) -> tuple[int, int]:
         """Bytes that must be read, and multiply-accumulates."""
@@ -103,7 +91,7 @@ class Profile:
         return read * op.kv_heads * width * self._kv_bytes, int(seen.sum()) * op.heads * width
 
 
-def _seconds(start: torch.cuda.Event | float, stop: torch.cuda.Event | float) -> float:
+def _seconds(start: _Stamp, stop: _Stamp) -> float:
     if isinstance(start, float) or isinstance(stop, float):
         return float(stop) - float(start)  # type: ignore[arg-type]
     return float(start.elapsed_time(stop)) / 1e3

@@ -24,13 +24,9 @@ def total(x: Tensor) -> Tensor:
 
 
 def normalize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kind: Literal["rms", "layer"],
-    eps: float,
-    group: int,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    kind: Literal["rms", "layer"], eps: float, group: int,
+) -> Tensor:  # fmt: skip
     """See `program.Normalize`; x: [rows, width]."""
     if uses_triton(x):
         from squall.gpu import triton_rows

@@ -13,6 +13,7 @@ reaches about half the rate of the widest tile.
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def _plane(
 
 @triton.jit
 def _words(w, row, start, padded, FORM: tl.constexpr, BK: tl.constexpr, AXIS: tl.constexpr):
-    """Codes of columns from `start` on, four a word, [BN, BK // U, U // 4]; units first, if AXIS 0."""
+    """Codes of columns from `start` on, four a word: [BN, BK // U, U // 4], or AXIS 0 first."""
     words = _plane(w[0], row, start, padded, FORM[0], FORM[7], BK, AXIS)
     if FORM[1]:
         words |= _plane(w[1], row, start, padded, FORM[1], FORM[7], BK, AXIS) << FORM[0]
@@ -98,13 +99,16 @@ def _unpacked(w, row, start, padded, FORM: tl.constexpr, BK: tl.constexpr):
     """Weights of columns from `start` on, in float32, [BN, BK // U, U // 4, 2, 2]."""
     words = _words(w, row, start, padded, FORM, BK, 1)
     scale = _scales(w[2], w[3], row, start, padded, FORM[3], FORM[4], FORM[7], BK, 1)
-    w0 = scale * _number(words, padded, 0, FORM[2])
-    w1 = scale * _number(words, padded, 1, FORM[2])
-    w2 = scale * _number(words, padded, 2, FORM[2])
-    w3 = scale * _number(words, padded, 3, FORM[2])
+    w0 = _number(words, padded, 0, FORM[2])
+    w1 = _number(words, padded, 1, FORM[2])
+    w2 = _number(words, padded, 2, FORM[2])
+    w3 = _number(words, padded, 3, FORM[2])
     if FORM[5]:
-        minimum = _scales(w[4], w[5], row, start, padded, FORM[5], FORM[6], FORM[7], BK, 1)
-        w0, w1, w2, w3 = w0 - minimum, w1 - minimum, w2 - minimum, w3 - minimum
+        least = -_scales(w[4], w[5], row, start, padded, FORM[5], FORM[6], FORM[7], BK, 1)
+        w0, w1 = tl.fma(scale, w0, least), tl.fma(scale, w1, least)
+        w2, w3 = tl.fma(scale, w2, least), tl.fma(scale, w3, least)
+    else:
+        w0, w1, w2, w3 = scale * w0, scale * w1, scale * w2, scale * w3
     return tl.join(tl.join(w0, w2), tl.join(w1, w3))
 
 
@@ -125,11 +129,20 @@ def _rounded(pairs, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _float8(codes):
+    """e4m3fn as float16, whose exponents are 8 less: chips before Hopper have no such type."""
+    codes = codes.to(tl.uint16)
+    values = ((codes & 128) << 8 | (codes & 127) << 7).to(tl.float16, bitcast=True) * 256
+    return tl.where((codes & 127) == 127, float("nan"), values)
+
+
+@triton.jit
 def _tile(w, row, start, K, padded, FORM: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
     """Weights [BN, BK] of columns from `start` on."""
     if FORM[0] == 0:
         k = start + tl.arange(0, BK)
-        tile = tl.load(w[0] + row[:, None] * K + k[None, :], k[None, :] < K, other=0).to(TYPE)
+        tile = tl.load(w[0] + row[:, None] * K + k[None, :], k[None, :] < K, other=0)
+        tile = _float8(tile).to(TYPE) if FORM[1] else tile.to(TYPE)
     else:
         four = _rounded(_unpacked(w, row, start, padded, FORM, BK), TYPE)
         tile = tl.reshape(four, [row.shape[0], BK])
@@ -155,7 +168,7 @@ def _activated(y, ACTIVATION: tl.constexpr):
 @triton.jit
 def _biased(y, w, bias, row, FORM: tl.constexpr):
     """With the factors of rows, if there are, and the bias."""
-    if FORM[0] == 0 and w[1] is not None:
+    if FORM[0] == 0 and FORM[1]:
         y *= tl.load(w[1] + row)
     if bias is not None:
         y += tl.load(bias + row)
@@ -176,7 +189,7 @@ def _part(
         seen = valid[None, :] & (k < K)[:, None]
         xt = tl.load(x + xs[None, :] + k[:, None], seen, other=0)
         y = tl.dot(_tile(w, row, start, K, padded, FORM, BK, TYPE), xt, y, input_precision="ieee")
-        if gate is not None:
+        if GATE[0] >= 0:
             tile = _tile(gate, row, start, K, gate_padded, GATE, BK, TYPE)
             gated = tl.dot(tile, xt, gated, input_precision="ieee")
     return y, gated
@@ -209,22 +222,25 @@ def _product(
         stop = tl.where(tl.load(plan[3] + tile) > tl.load(plan[2] + tile), K, 0)
     m = m.to(tl.int64)
     begin = tl.program_id(1)
-    y = tl.zeros([BN, BM], tl.float32)
-    gated = tl.zeros([BN, BM], tl.float32)
-    for part in range(begin, begin + 1 if SPLIT else PARTS):
-        more, also = _part(
-            x, w, gate, row, m // k * x_stride, valid, part * span,
-            tl.minimum(part * span + span, stop), K, padded, gate_padded, FORM, GATE, BM, BN, BK,
-        )  # fmt: skip
-        y += more
-        gated += also
+    y, gated = _part(
+        x, w, gate, row, m // k * x_stride, valid, begin * span,
+        tl.minimum(begin * span + span, stop), K, padded, gate_padded, FORM, GATE, BM, BN, BK,
+    )  # fmt: skip
+    if PARTS > 1 and not SPLIT:
+        for part in range(1, PARTS):
+            more, _ = _part(
+                x, w, gate, row, m // k * x_stride, valid, part * span,
+                tl.minimum(part * span + span, stop), K, padded, gate_padded, FORM, GATE,
+                BM, BN, BK,
+            )  # fmt: skip
+            y += more
     at = m[None, :] * N + rows[:, None]
     seen = valid[None, :] & (rows < N)[:, None]
     if SPLIT:
         tl.store(out + begin.to(tl.int64) * n * N + at, y, seen)
     else:
         y = _biased(y, w, bias, row[:, None], FORM)
-        if gate is not None:
+        if GATE[0] >= 0:
             y *= _activated(_biased(gated, gate, gate_bias, row[:, None], GATE), ACTIVATION)
         else:
             y = _activated(y, ACTIVATION)
@@ -248,8 +264,8 @@ def _finish(
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     seen = row < N
     at = tl.program_id(1).to(tl.int64) * N + row
-    y = tl.zeros([BN], tl.float32)
-    for part in tl.static_range(PARTS):
+    y = tl.load(parts + at, seen, other=0)
+    for part in tl.static_range(1, PARTS):
         y += tl.load(parts + at + (part * tl.num_programs(1)).to(tl.int64) * N, seen, other=0)
     y = _activated(_biased(y, w, bias, tl.minimum(row, N - 1), FORM), ACTIVATION)
     _store(out, y, residual, at, seen, scale)
@@ -303,7 +319,7 @@ def _vector(
         row += tl.load(chosen + m).to(tl.int64) * N
     x += (m // k).to(tl.int64) * x_stride
     y = _biased(_dots(x, w, row, K, padded, FORM, BN, BK), w, bias, row, FORM)
-    if gate is not None:
+    if GATE[0] >= 0:
         gated = _dots(x, gate, row, K, gate_padded, GATE, BN, BK)
         y *= _activated(_biased(gated, gate, gate_bias, row, GATE), ACTIVATION)
     else:
@@ -352,18 +368,40 @@ class Tiles(NamedTuple):
 
 
 FEW, SOME = 16, 64
-EXACT = {
-    False: Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)),
-    True: Tiles(Tile(64, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 8, 2)),
-}
-FASTEST = {
-    False: Tiles(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)),
-    True: Tiles(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+# By whether the device has warpgroups, exactness is asked for, and the weights are packed.
+TILES = {
+    (True, True, False): Tiles(
+        Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)
+    ),
+    (True, True, True): Tiles(
+        Tile(64, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 8, 2)
+    ),
+    (True, False, False): Tiles(
+        Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3)
+    ),
+    (True, False, True): Tiles(
+        Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)
+    ),
+    (False, True, False): Tiles(
+        Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)
+    ),
+    (False, True, True): Tiles(
+        Tile(64, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3)
+    ),
+    (False, False, False): Tiles(
+        Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 8, 3)
+    ),
+    (False, False, True): Tiles(
+        Tile(16, 64, 128, 8, 3), Tile(64, 64, 128, 8, 2), Tile(64, 128, 64, 8, 3)
+    ),
 }
 
 
 class Argument(NamedTuple):
-    """A weight as kernels take it. form: bits of the planes, middle, sizes of groups, and of a unit."""
+    """A weight as kernels take it.
+
+    form: bits of planes, middle, sizes of groups, of a unit; floats: 0, and whether of 8 bits.
+    """
 
     tensors: tuple[Tensor | None, ...]
     padded: int
@@ -382,7 +420,7 @@ class After(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Rows of out in order of their experts, and of every tile: the expert, where it begins, ends."""
+    """Rows of out in order of their experts; of every tile the expert, where it begins, ends."""
 
     rows: Tensor
     experts: Tensor
@@ -403,11 +441,11 @@ class Routes(NamedTuple):
 
 def _argument(w: Weight | None) -> Argument:
     if w is None:
-        return Argument((), 0, (0,))
+        return Argument((), 0, (-1,))
     if isinstance(w, Plain):
-        return Argument((w.values, None), w.cols, (0,))
+        return Argument((w.values, None), w.cols, (0, 0))
     if isinstance(w, Float8):
-        return Argument((w.values, w.factors), w.cols, (0,))
+        return Argument((w.values.view(torch.uint8), w.factors), w.cols, (0, 1))
     minimum = w.minimum or Scales(w.scale.base, None, 0, 0)
     scales = (w.scale.base, w.scale.part, minimum.base, minimum.part)
     parts = [(s.base_group, s.group if s.part is not None else 0) for s in (w.scale, minimum)]
@@ -445,10 +483,10 @@ def _one(
     weight, other = _argument(w), _argument(gate)
     rows = 4 if w.rows <= 8192 else 8
     _vector[(-(-w.rows // rows), len(out))](
-        out, x, weight.tensors, other.tensors or None, after.bias, after.gate_bias, after.residual,
+        out, x, weight.tensors, other.tensors, after.bias, after.gate_bias, after.residual,
         None if routes is None else routes.chosen, w.rows, w.cols, weight.padded, other.padded,
         x.stride(0), after.scale, 1 if routes is None else routes.k,
-        weight.form, other.form, after.activation, rows, 1024, num_warps=4,
+        weight.form, other.form, after.activation, rows, 1024, num_warps=rows // 2,
     )  # fmt: skip
 
 
@@ -463,14 +501,15 @@ def _many(
 ) -> None:
     weight, other = _argument(w), _argument(gate)
     n, whole = len(out), gate is None and routes is None
-    tile = _tile_of(n, isinstance(w, Packed) or isinstance(gate, Packed), exact)
+    packed = isinstance(w, Packed) or isinstance(gate, Packed)
+    tile = _tile_of(n, x.device, exact, packed)
     parts, span = _parts(w.rows, w.cols) if whole and (exact or n <= SOME) else (1, w.cols)
     split = parts > 1 and n <= SOME
     plan = None if routes is None else routes.plan
     count = -(-n // tile.x) if plan is None else plan.experts.numel()
     sums = x.new_empty((parts, n, w.rows), dtype=torch.float32) if split else out
     _product[(count * -(-w.rows // tile.rows), parts if split else 1)](
-        sums, x, weight.tensors, other.tensors or None, after.bias, after.gate_bias,
+        sums, x, weight.tensors, other.tensors, after.bias, after.gate_bias,
         after.residual, plan, n, w.rows, w.cols, weight.padded, other.padded, x.stride(0),
         after.scale, span, 1 if routes is None else routes.k, weight.form, other.form,
         after.activation, parts, split, tile.x, tile.rows, tile.columns,
@@ -483,18 +522,23 @@ def _many(
         )  # fmt: skip
 
 
-def _tile_of(n: int, packed: bool, exact: bool) -> Tile:
-    tiles = (EXACT if exact else FASTEST)[packed]
+@cache
+def _has_warpgroups(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _tile_of(n: int, device: torch.device, exact: bool, packed: bool) -> Tile:
+    tiles = TILES[_has_warpgroups(device), exact, packed]
     return tiles.few if n <= FEW else tiles.some if n <= SOME else tiles.many
 
 
 def _plan(chosen: Tensor, count: int, exact: bool) -> Plan:
-    """Made on the device: there are as many tiles as there could be, and those too many are empty."""
+    """Made on the device, with as many tiles as there could be: those too many are empty."""
     device, n = chosen.device, chosen.numel()
     if len(chosen) == 1:
         own = torch.arange(n, device=device)
         return Plan(own, chosen, own, own + 1)
-    height = _tile_of(n, True, exact).x
+    height = _tile_of(n, device, exact, packed=True).x
     ordered, rows = torch.sort(chosen.flatten(), stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=device, dtype=chosen.dtype))
     tiles = (bounds[1:] - bounds[:-1] + height - 1) // height
@@ -544,6 +588,12 @@ def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Te
             out, ids, weight.tensors, table.cols, weight.padded, scale, weight.form, 1024
         )
     return out
+
+
+def dense(w: Weight, expert: int, dtype: torch.dtype) -> Tensor:
+    """An expert's values, [rows, cols]."""
+    ids = torch.arange(expert * w.rows, (expert + 1) * w.rows, device=w.device)
+    return embed(ids, w, scale=1.0, dtype=dtype)
 
 
 def experts(

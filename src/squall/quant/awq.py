@@ -6,6 +6,8 @@ outputs]. Of eight outputs a word holds, from the lowest nibble on, 0, 2, 4, 6, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,11 +43,5 @@ def grouped(
         outputs = some.reshape(len(some), -1, 8)[:, :, _NIBBLE_OF].reshape(len(some), -1)
         return outputs[:, start - 8 * first : stop - 8 * first].T
 
-    return Grouped(
-        4,
-        block_for(group, len(groups)),
-        lambda start, stop: unpack(qweight, start, stop),
-        lambda start, stop: unpack(qzeros, start, stop),
-        scales,
-        groups,
-    )
+    codes, zeros = partial(unpack, qweight), partial(unpack, qzeros)
+    return Grouped(4, block_for(group, len(groups)), codes, zeros, scales, groups)

@@ -26,8 +26,7 @@ from squall.recipes.config_fields import ConfigFields
 from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
 from squall.recipes.linears import linears, named
-from squall.recipes.names import Kind, Naming, Part, locate
-from squall.roles import roles
+from squall.recipes.names import Kind, Naming, Part, place
 from squall.spec import Decoder
 
 __all__ = ["KNOWN", "Part", "Recipe", "judge", "load", "seeing"]
@@ -177,9 +176,4 @@ def _finish(
 ) -> Recipe:
     """Find all weights of all parts; what of the configuration or the tensors is left, refuse."""
     fields.check_all_read()
-    wanted = [(roles(part.spec), part.naming) for part in parts]
-    made = []
-    for part, found in zip(parts, locate(wanted, tensors, read=fields.tensors_read), strict=True):
-        names = {part.prefix + role: place for role, place in found.items()}
-        made.append(replace(part, names=MappingProxyType(names)))
-    return Recipe(architecture, tuple(made))
+    return Recipe(architecture, place(parts, tensors, read=fields.tensors_read))

@@ -19,7 +19,6 @@ from squall.recipes.config_fields import ConfigFields, by_model_type, keys_of
 from squall.recipes.config_parts import (
     activation,
     attention,
-    decoder,
     long_rope,
     long_rope_with_magnitudes,
     mlp,
@@ -31,7 +30,7 @@ from squall.recipes.config_parts import (
     windows,
 )
 from squall.recipes.names import Naming
-from squall.recipes.parts import depth, head_dim, hidden, layer_norm, rms
+from squall.recipes.parts import decoder, depth, head_dim, hidden, layer_norm, rms
 from squall.spec import Attention, Decoder, Rope, Wiring
 
 RecipeFunction = Callable[[ConfigFields], Decoder]

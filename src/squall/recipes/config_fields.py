@@ -8,6 +8,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint
 from squall.recipes.fields import NEUTRAL, Fields
@@ -98,6 +100,21 @@ class ConfigFields(Fields):
     def has_section(self, key: str) -> bool:
         """Whether there is an object of this name, and something in it."""
         return any(name.startswith(f"{key}.") for name in self._values)
+
+    def head(self) -> dict[str, Any]:
+        return {"vocab": self.count("vocab_size"), "tied": self._is_tied()}
+
+    def _is_tied(self) -> bool:
+        """A file may say so and have a head all the same; then the head counts, if it differs."""
+        head, embed = self.naming.name("head.weight"), self.naming.name("embed.weight")
+        if head not in self.tensors or embed not in self.tensors:
+            return self.flag("tie_word_embeddings", True)
+        if not self.flag("tie_word_embeddings", False):
+            return False
+        same = np.array_equal(self.tensors[head].data, self.tensors[embed].data)
+        if same:
+            self.tensors_read.add(head)
+        return same
 
     def _is_harmless(self, key: str, value: object) -> bool:
         if key.startswith(("rope_scaling.", "rope_parameters.")):

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from squall import spec
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.recipes import parts
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.parts import Each, context, depth, head_dim
-from squall.spec import Activation, Attention, Decoder, Mlp, Moe, Norm, Rope
+from squall.spec import Activation, Attention, Mlp, Rope
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -219,30 +217,3 @@ def mlp(c: ConfigFields, key: str = "hidden_act") -> tuple[Mlp, ...]:
     """The gated MLP of every layer; `key` is that of its activation."""
     bias = c.flag("mlp_bias", False)
     return parts.mlp(c, activation(c, key), gated=True, bias=bias)
-
-
-def is_tied(c: ConfigFields) -> bool:
-    """Whether the head is the embedding table.
-
-    A file may say so and have a head all the same; then the head counts, if it differs.
-    """
-    head, embed = c.naming.name("head.weight"), c.naming.name("embed.weight")
-    if head not in c.tensors or embed not in c.tensors:
-        return c.flag("tie_word_embeddings", True)
-    if not c.flag("tie_word_embeddings", False):
-        return False
-    same = np.array_equal(c.tensors[head].data, c.tensors[embed].data)
-    if same:
-        c.tensors_read.add(head)
-    return same
-
-
-def decoder(
-    c: ConfigFields,
-    norm: Norm,
-    attention: Sequence[Attention],
-    feed_forward: Sequence[Mlp | Moe],
-    **fields: Any,
-) -> Decoder:
-    own = {"vocab": c.count("vocab_size"), "tied": is_tied(c)}
-    return parts.decoder(c, norm, attention, feed_forward, **(own | fields))

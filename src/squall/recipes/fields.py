@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -116,6 +117,10 @@ class Fields:
         if not all(math.isfinite(v) and 1e-6 < v <= 1e9 for v in values):
             raise InvalidCheckpoint(f"tensor {tensor!r} holds numbers outside 1e-6..1e9")
         return values
+
+    def head(self) -> dict[str, Any]:
+        """Fields of a `Decoder` that say what it begins and ends with, as far as the file does."""
+        raise NotImplementedError
 
     def check_all_read(self) -> None:
         """Raise UnsupportedModel when the recipe did not read a key that may matter.

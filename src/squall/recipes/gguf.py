@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from squall.recipes.fields import Fields
-from squall.recipes.gguf_parts import attention, decoder, mlp, mlp_or_moe, rope, sectioned, windows
-from squall.recipes.parts import context, depth, head_dim, hidden, layer_norm, rms
+from squall.recipes.gguf_parts import attention, mlp, mlp_or_moe, rope, sectioned, windows
+from squall.recipes.parts import context, decoder, depth, head_dim, hidden, layer_norm, rms
 from squall.spec import Attention, Decoder
 
 RecipeFunction = Callable[[Fields], Decoder]

@@ -16,7 +16,7 @@ from squall.recipes import parts
 from squall.recipes.fields import NEUTRAL, Fields
 from squall.recipes.names import Naming
 from squall.recipes.parts import Each, context, depth, head_dim
-from squall.spec import Activation, Attention, Decoder, Mlp, Moe, Norm, Rope
+from squall.spec import Activation, Attention, Mlp, Moe, Rope
 
 HARMLESS = frozenset(
     {
@@ -56,6 +56,16 @@ class GgufFields(Fields):
 
     def shown(self, key: str) -> str:
         return self._prefix + key
+
+    def head(self) -> dict[str, Any]:
+        if "token_embd.weight" not in self.tensors:
+            raise InvalidCheckpoint("the tensor 'token_embd.weight' is missing")
+        return {
+            "vocab": self.tensors["token_embd.weight"].shape[0],
+            "tied": "output.weight" not in self.tensors,
+            "head_bias": "output.bias" in self.tensors,
+            "logit_softcap": self.optional("final_logit_softcapping"),
+        }
 
     def _is_harmless(self, key: str, value: object) -> bool:
         neutral = NEUTRAL_BY_KEY.get(key, NEUTRAL)
@@ -191,24 +201,6 @@ def _have_bias(c: Fields, *stems: str) -> tuple[bool, ...]:
     return tuple(
         any(f"blk.{layer}.{stem}.bias" in c.tensors for stem in stems) for layer in range(depth(c))
     )
-
-
-def decoder(
-    c: Fields,
-    norm: Norm,
-    attention: Sequence[Attention],
-    feed_forward: Sequence[Mlp | Moe],
-    **fields: Any,
-) -> Decoder:
-    if "token_embd.weight" not in c.tensors:
-        raise InvalidCheckpoint("the tensor 'token_embd.weight' is missing")
-    own = {
-        "vocab": c.tensors["token_embd.weight"].shape[0],
-        "tied": "output.weight" not in c.tensors,
-        "head_bias": "output.bias" in c.tensors,
-        "logit_softcap": c.optional("final_logit_softcapping"),
-    }
-    return parts.decoder(c, norm, attention, feed_forward, **(own | fields))
 
 
 NAMING = Naming(

@@ -59,7 +59,7 @@ def language(c: ConfigFields) -> Decoder:
         heads[i] = replace(heads[i], rope=None, qk_norm=norm, recalls=True)
     c.skip("tie_word_embeddings", "dropout")
     mlp = config_parts.mlp(c)
-    made = config_parts.decoder(c, norm, heads, mlp, tied=False, more_ids=MORE_IDS)
+    made = parts.decoder(c, norm, heads, mlp, tied=False, more_ids=MORE_IDS)
     layers = list(made.layers)
     for i in recalling:
         stem = f"{c.naming.layer.format(i)}cross_attn_"

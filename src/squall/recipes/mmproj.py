@@ -20,8 +20,7 @@ from squall.files import quote
 from squall.recipes import parts
 from squall.recipes.axial_towers import turned
 from squall.recipes.gguf_parts import GgufFields
-from squall.recipes.names import Naming, Part, locate
-from squall.roles import roles
+from squall.recipes.names import Naming, Part, place
 from squall.spec import Activation, Connector, Decoder, Layer, Mlp, Norm, Rope, Tower
 
 SOURCE = "mmproj"
@@ -152,15 +151,7 @@ def add(decoder: Decoder, checkpoint: Checkpoint, *, scaled: bool = False) -> tu
     for fields in (f.vision, f.top):
         fields.skip(*_KNOWN.split())
         fields.check_all_read()
-    wanted = [(roles(part.spec), part.naming) for part in made]
-    placed = []
-    for part, found in zip(made, locate(wanted, f.tensors, read={BREAK}), strict=True):
-        names = {
-            part.prefix + role: tuple(replace(place, source=SOURCE) for place in places)
-            for role, places in found.items()
-        }
-        placed.append(replace(part, names=names))
-    return tuple(placed)
+    return place(made, f.tensors, read={BREAK}, source=SOURCE)
 
 
 def _tower(f: _File) -> Part:

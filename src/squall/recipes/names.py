@@ -13,7 +13,7 @@ from squall.checkpoints.base import Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.program import Names, Slice
-from squall.roles import Network, Shapes
+from squall.roles import Network, Shapes, roles
 
 Kind = Literal["decoder", "tower", "connector", "encoder", "vae"]
 ROLE = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)")
@@ -109,6 +109,21 @@ def locate(
             "it is a variant that Squall cannot run"
         )
     return tuple(found)
+
+
+def place(
+    parts: Sequence[Part], tensors: Mapping[str, Tensor], *, read: set[str], source: str = ""
+) -> tuple[Part, ...]:
+    """The parts with the places of their weights in a source; otherwise as `locate`."""
+    found = locate([(roles(part.spec), part.naming) for part in parts], tensors, read=read)
+    made = []
+    for part, names in zip(parts, found, strict=True):
+        places = {
+            part.prefix + role: tuple(replace(one, source=source) for one in slices)
+            for role, slices in names.items()
+        }
+        made.append(replace(part, names=MappingProxyType(places)))
+    return tuple(made)
 
 
 def _alike(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:

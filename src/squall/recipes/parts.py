@@ -93,4 +93,6 @@ def decoder(
     """The Decoder with these parts in its layers; `fields` are its others."""
     parts = zip(attention, feed_forward, strict=True)
     layers = tuple(Layer(*pair, norm, wiring) for pair in parts)
-    return Decoder(hidden=hidden(c), context=context(c), layers=layers, norm=norm, **fields)
+    return Decoder(
+        hidden=hidden(c), context=context(c), layers=layers, norm=norm, **(c.head() | fields)
+    )

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from squall import errors
 from squall.api.requests import NUMBERS
+from squall.engine.fields import complaint
 
 LOGGER = logging.getLogger("squall.server")
 INVALID = "invalid_request_error"
@@ -116,5 +117,5 @@ def _invalid(error: ValidationError) -> ApiError:
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     message = f"{where}: {first['msg']}" if where else first["msg"]
     if where in NUMBERS:
-        message = NUMBERS[where].complaint(where, first["input"])
+        message = complaint(where, first["input"], NUMBERS[where].allowed)
     return ApiError(400, message, code, param=where or None)

@@ -133,17 +133,17 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         body, served = await _read(service, request, schemas.ChatBody)
         return JSONResponse(await _chat(service, body.request, partial(_rendered, served.model)))
 
-    @router.post("/v1/chat/completions/render", openapi_extra=_takes(ChatBody))
+    @router.post("/v1/chat/completions/render", openapi_extra=_takes(schemas.ChatBody))
     async def render_chat(request: Request) -> Response:
         """The token ids of a chat's prompt, as vLLM has them."""
-        body, served = await _read(service, request, ChatBody)
+        body, served = await _read(service, request, schemas.ChatBody)
         ids = await _chat(service, body.request, partial(chat_ids, served.model))
         return JSONResponse({"model": served.name, "token_ids": ids})
 
-    @router.post("/v1/completions/render", openapi_extra=_takes(CompletionBody))
+    @router.post("/v1/completions/render", openapi_extra=_takes(schemas.CompletionBody))
     async def render_completion(request: Request) -> Response:
         """The token ids of each prompt, as vLLM has them."""
-        body, served = await _read(service, request, CompletionBody)
+        body, served = await _read(service, request, schemas.CompletionBody)
         prompts = await _work(service, partial(_prompts, served.model, body))
         return JSONResponse([{"model": served.name, "token_ids": ids} for ids in prompts])
 
@@ -170,7 +170,7 @@ def _as_chat(body: schemas.TokenizeBody) -> ChatCompletionRequest:
     return ChatCompletionRequest(**given)
 
 
-def _prompts(model: Model, body: CompletionBody) -> list[list[int]]:
+def _prompts(model: Model, body: schemas.CompletionBody) -> list[list[int]]:
     asked = CompletionRequest(prompt=body.prompt)
     return [model.encode(p) if isinstance(p, str) else [*p] for p in asked.prompts]
 

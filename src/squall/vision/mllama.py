@@ -97,6 +97,7 @@ class Mllama(Family):
         order = np.argsort(~there, kind="stable")
         tile, place, real = tile[order], place[order], int(there.sum())
         own, full = np.arange(len(tile), dtype=np.int32), place < each
+        ends = np.where(own < real, np.int32(len(own)), np.int32(real))
         given = np.zeros((len(tile), tiles.shape[2]), np.float32)
         filled = there[order] & (place > 0)
         given[filled] = tiles[tile[filled], place[filled] - 1]
@@ -110,6 +111,6 @@ class Mllama(Family):
             "tile": at,
             "place": at * each + place,
             "full": np.where(full, own, -1),
-            "spans": np.stack([np.zeros_like(own), np.where(own < real, len(own), real)]),
+            "spans": np.stack([np.zeros_like(own), ends]),
             "merged": own[full],
         }, real

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from squall import executors
+from squall.batch import Mixture
 from squall.engine.request import CacheScope, Recalled, Span
 from squall.errors import InvalidRequest
 from squall.executors import Adapter, Executor, Limits, Memory
 from squall.program import Program, Site, sites
 from squall.quant import Plan
-from squall.vision import memory
 from squall.vision.family import Family, Processed
 from squall.vision.images import digest
 from squall.vision.placing import Placed
@@ -32,6 +32,7 @@ Floats = NDArray[np.float32]
 T = TypeVar("T", Floats, Memory)
 
 LEAST_ROWS, MOST_ROWS = 1024, 1 << 16
+MOST_AT_ONCE = 512  # rows that a memory is made of
 _ANYONE = CacheScope()
 
 
@@ -122,7 +123,7 @@ class Sight:
         return partial(self._use, store, *self._opened(store))
 
     def _opened(self, store: WeightStore) -> tuple[Executor, Executor | None]:
-        keys, limits = self._key_program, Limits(rows={"image": memory.MOST})
+        keys, limits = self._key_program, Limits(rows={"image": MOST_AT_ONCE})
         tower = self._open(store, LEAST_ROWS)
         return tower, None if keys is None else self._beside(keys, store, limits)
 
@@ -207,14 +208,14 @@ class Sight:
         processed = [image.processed for image in images]
         mixture = tuple((adapter.keys, weight) for adapter, weight in adapters)
 
-        def remember() -> Memory:
+        def make() -> Memory:
             assert self._keys is not None
             rows = [self.rows(image, adapters, scope) for image in images]
-            ordered = memory.ordered(list(zip(processed, rows, strict=True)))
-            return memory.remember(self._keys, self._decoder, ordered, mixture)
+            every = ordered(list(zip(processed, rows, strict=True)))
+            return remember(self._keys, self._decoder, every, mixture)
 
-        found = self._once(repr(scope).encode(), remember)
-        return Recalled(found, memory.seen(placed.ids, placed.token, processed))
+        found = self._once(repr(scope).encode(), make)
+        return Recalled(found, seen(placed.ids, placed.token, processed))
 
     def _read(self, inputs: Mapping[str, NDArray[np.generic]], adapters: Adapting) -> Floats:
         """The tower's rows; the lock is held."""
@@ -238,3 +239,38 @@ class Sight:
         """An executor for so many rows of each space; weights are there once."""
         limits = Limits(rows=dict.fromkeys(self._program.spaces, rows))
         return self._beside(self._program, store, limits)
+
+
+def ordered(images: Sequence[tuple[Processed, Floats]]) -> Floats:
+    """The rows of all images, and after them those of what fills them up."""
+    cut = [np.split(rows, [(image.recalled or (0,))[0]]) for image, rows in images]
+    return np.concatenate([rows for part in zip(*cut, strict=True) for rows in part])
+
+
+def seen(ids: Sequence[int], token: int, images: Sequence[Processed]) -> NDArray[np.int32]:
+    """What tokens see of the memory, as `Batch.seen` has it; images stand where the `token` is.
+
+    They see the last image before them, with those right before that one, and none after it.
+    Tokens without an image before them see all, and what fills images up.
+    """
+    sizes = [image.recalled or (0, 0) for image in images]
+    ends = np.cumsum([0, *(size[0] for size in sizes)])
+    found = np.zeros((3, len(ids)), np.int32)
+    found[1] = sum(map(sum, sizes))
+    first = 0
+    for image, at in enumerate(at for at, id_ in enumerate(ids) if id_ == token):
+        first = first if at and ids[at - 1] == token else image
+        found[:, at:] = [[ends[first]], [ends[image + 1]], [1]]
+    return found
+
+
+def remember(keys: Executor, decoder: Executor, rows: Floats, mixture: Mixture = ()) -> Memory:
+    """A memory of the decoder's. keys: runs `decoder.compile_memory`. mixture: of its adapters."""
+    memory = decoder.memory(len(rows))
+    for start in range(0, len(rows), MOST_AT_ONCE):
+        part = rows[start : start + MOST_AT_ONCE]
+        chosen = np.full(len(part), 0 if mixture else -1, np.int32)
+        given = {"image": part, "mixture.image": chosen}
+        made = list(keys.run(given, mixtures=(mixture,) if mixture else (), patient=True).values())
+        memory.write(start, made[::2], made[1::2])
+    return memory
