@@ -33,6 +33,7 @@ told, arrays = ranks.hear(0)
 for exact in (True, False):
     total = ranks.sum(torch.from_numpy(arrays["x"] * 1e-3), exact=exact)
     ranks.tell([told, exact], {"x": total.numpy(), "none": np.empty((0, 3), np.int32)})
+assert ranks.sum(torch.empty(0, 3), exact=True).shape == (0, 3)
 ranks.tell({"error": "out of memory"})
 os._exit(1)
 """
@@ -61,6 +62,7 @@ def test_what_ranks_say_and_sum_and_why_one_ended(rng: np.random.Generator) -> N
         assert told == ["sum", exact]
         assert np.array_equal(arrays["x"], total)
         assert arrays["none"].shape == (0, 3)
+    assert ranks.sum(torch.empty(0, 3), exact=True).shape == (0, 3)  # a step with no outputs
     assert ranks.hear(1)[0] == {"error": "out of memory"}
     with pytest.raises(EngineStopped, match="rank 1 of 2 has ended: out of memory"):
         ranks.hear(1)
@@ -104,10 +106,10 @@ class Told:
     lost = None
 
     def __init__(self) -> None:
-        self.said: list[set[str]] = []
+        self.said: list[tuple[str, set[str]]] = []
 
-    def tell(self, _: str, arrays: Any) -> None:
-        self.said.append(set(arrays))
+    def tell(self, told: str, arrays: Any) -> None:
+        self.said.append((told, set(arrays)))
 
 
 def test_the_first_rank_tells_what_it_runs_and_refuses_what_others_cannot() -> None:
@@ -118,7 +120,7 @@ def test_the_first_rank_tells_what_it_runs_and_refuses_what_others_cannot() -> N
     program = Builder().build()
     own: Any = SimpleNamespace(
         program=program, placement=Placement((Stage("torch"),), ranks=ranks), vocab=7,
-        run=lambda *_: {"logits": np.ones((1, 7), np.float32)},
+        run=lambda *_: {"logits": np.ones((1, 7), np.float32)}, profile=lambda act: act() or [],
     )  # fmt: skip
     found: Any = LeadingExecutor(own, ranks)
     assert found.placement.ranks is None  # towers are the first rank's alone
@@ -129,8 +131,9 @@ def test_the_first_rank_tells_what_it_runs_and_refuses_what_others_cannot() -> N
         block_tables=np.array([[0]], np.int32),
     )  # fmt: skip
     assert found.step(batch).shape == (1, 7)
-    (said,) = ranks.said
-    assert {"tokens", "at.positions", "at.bounds", "at.block_tables"} <= said
+    assert found.profile(lambda: found.step(batch) is None) == []
+    assert [told for told, _ in ranks.said] == ["run", "profile"]
+    assert {"tokens", "at.positions", "at.bounds", "at.block_tables"} <= ranks.said[0][1]
     with pytest.raises(InvalidRequest, match="--merge"):
         found.adapter({})
     with pytest.raises(InvalidRequest, match="keeps its number formats"):

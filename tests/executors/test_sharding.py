@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from harness import BLOCKS, Build, Built, build, distance, run
 from lockstep import Lockstep
+from numpy.typing import NDArray
 from tiny import CASES, CONTEXT, Case
 
 from native_executor import in_memory
-from squall.checkpoints.base import Checkpoint
+from squall.adapters.edits import adaptable
+from squall.checkpoints.base import ByteTensor, Checkpoint
 from squall.decoder import compile
 from squall.errors import InvalidRequest
 from squall.executors.sharding import shard
 from squall.program import (
     AllReduce,
+    Builder,
+    CacheLayer,
     Linear,
     Matrix,
     MixtureOfExperts,
@@ -75,6 +82,12 @@ def test_two_ranks_have_half_of_the_layers_and_of_the_cache(built: Build) -> Non
     for found in (first, second):
         assert [cache.kv_heads for cache in found.caches] == [1] * 4
         assert sum(isinstance(op, AllReduce) for op in found.ops) == 8
+
+
+def test_places_for_adapters_are_left_out(built: Build) -> None:
+    model = built(BY_NAME["llama"])
+    whole, store = program_of(model), WeightStore(model.checkpoint)
+    assert shard(adaptable(whole), store, 1, 2) == shard(whole, store, 1, 2)
 
 
 def test_more_ranks_than_kv_heads_have_one_each(built: Build) -> None:
@@ -168,6 +181,35 @@ def test_adapters_that_are_merged_are_cut_too(rng: np.random.Generator) -> None:
     assert np.allclose(values(store.rows(part, 0), 4), wanted, atol=1e-6)
     vector = Vector((Slice("b", 0, 6),), 3, role="layers.0.attention.q.bias", part=Part(2, 5, 6))
     assert np.allclose(store.vector(vector), 2 * bias[2:5])
+
+
+class Disordered(ByteTensor):
+    """Columns 2i + 1 come before columns 2i, as GPTQ may store them."""
+
+    @property
+    def order(self) -> NDArray[np.uint32]:
+        return np.arange(self.cols, dtype=np.uint32).reshape(-1, 2)[:, ::-1].reshape(-1)
+
+
+def test_columns_that_are_stored_in_another_order(rng: np.random.Generator) -> None:
+    w = rng.normal(size=(6, 8)).astype(np.float16).astype(np.float32)
+    stored = Disordered("w", "f32", w.shape, w.reshape(-1).view(np.uint8))
+    store = WeightStore(Checkpoint(Path(), {}, {"w": stored}, 0))
+    whole, grain = store.cuttable(matrix(8))
+    assert (whole.restored, grain) == (True, 1)
+    part = replace(whole, cols=4, cols_of=Part(4, 8, 8))
+    assert np.array_equal(values(store.rows(part, 0), 4), w[:, [5, 4, 7, 6]])
+    b = Builder()
+    x = b.value("x", 4)
+    program = b.build(b.emit(Linear(b.value("y", 6), x, part)), inputs=[x])
+    assert store.arranged(program).ops == program.ops  # nothing is to be gathered
+
+
+def test_images_that_a_decoder_recalls_are_for_one_rank(built: Build) -> None:
+    model = built(BY_NAME["llama"])
+    recalling = replace(program_of(model), memories=(CacheLayer(2, 32),))
+    with pytest.raises(InvalidRequest, match="it recalls images"):
+        shard(recalling, WeightStore(model.checkpoint), 0, 2)
 
 
 def test_experts_share_their_columns_and_route_alike(built: Build) -> None:

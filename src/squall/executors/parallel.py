@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from squall.batch import Batch, Mixture, Sequences
 from squall.errors import EngineStopped, InvalidRequest
-from squall.executors import Executor, Floats, Limits, Placement
+from squall.executors import Executor, Floats, Limits, Phase, Placement
 from squall.executors.sharding import shard
 from squall.program import Program
 from squall.weights import WeightStore
@@ -95,6 +96,8 @@ class Ranks:
         import torch.distributed as dist
 
         x = x.contiguous()
+        if not x.numel():
+            return x
         if not exact:
             dist.all_reduce(x)
             return x
@@ -262,16 +265,17 @@ def open_rank(
 def _follow(executor: Executor, ranks: Ranks) -> NoReturn:
     ranks.tell("ready")
     while True:
-        _, arrays = ranks.hear(0)
+        told, arrays = ranks.hear(0)
         at: Any = {name: arrays[f"at.{name}"] for name in _AT if f"at.{name}" in arrays}
-        executor.run(arrays, Sequences(**at) if at else None)
+        run: Any = partial(executor.run, arrays, Sequences(**at) if at else None)
+        executor.profile(run) if told == "profile" else run()
 
 
 class LeadingExecutor:
     """The first rank's: the others run what it runs; see `Executor`."""
 
     def __init__(self, own: Executor, ranks: Ranks) -> None:
-        self._own, self._ranks = own, ranks
+        self._own, self._ranks, self._told = own, ranks, "run"
         self.placement = replace(own.placement, ranks=None)
 
     def __getattr__(self, name: str) -> object:
@@ -291,7 +295,7 @@ class LeadingExecutor:
     ) -> dict[str, Floats]:
         """See `Executor`."""
         at = {f"at.{name}": getattr(sequences, name) for name in _AT} if sequences else {}
-        self._ranks.tell("run", {**inputs, **at})
+        self._ranks.tell(self._told, {**inputs, **at})
         with self._ranks.together():
             return self._own.run(inputs, sequences, mixtures, **how)
 
@@ -299,6 +303,14 @@ class LeadingExecutor:
         """See `Executor`."""
         program = self._own.program
         return self.run(batch.inputs(program.indices, program.inputs), batch)["logits"]
+
+    def profile(self, act: Callable[[], None]) -> list[Phase]:
+        """See `Executor`; steps may look otherwise meanwhile, and so on all ranks."""
+        self._told = "profile"
+        try:
+            return self._own.profile(act)
+        finally:
+            self._told = "run"
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise InvalidRequest(

@@ -23,6 +23,7 @@ def shard(program: p.Program, store: WeightStore, rank: int, size: int) -> p.Pro
     has fewer heads than there are ranks, or fewer blocks of its number format. All but the first
     rank end at the last sum, and give no outputs. Raises InvalidRequest if nothing is shared.
     """
+    program = replace(program, ops=tuple(map(_without_adapters, program.ops)))
     edit = _Edit(program, store, rank, size)
     for op in program.ops:
         match op:
@@ -46,9 +47,9 @@ class _Edit:
 
     def __init__(self, program: p.Program, store: WeightStore, rank: int, size: int) -> None:
         self._program, self._store, self._rank, self._size = program, store, rank, size
-        self._ops = {op.out: _without_adapters(op) for op in program.ops}
+        self._ops = {op.out: op for op in program.ops}
         self._readers: dict[p.Value, list[p.Op]] = {}
-        for op in self._ops.values():
+        for op in program.ops:
             for value in p.reads(op):
                 self._readers.setdefault(value, []).append(op)
         self._narrow: dict[p.Value, p.Value] = {}
