@@ -3,7 +3,9 @@
 # to be possible. bench/gpu.sh --small is the same in miniature on the CPU.
 #
 # It runs where nothing can be downloaded: wheels in .whl/ are installed beside Python's own packages,
-# and the native core is built if it is missing, with the CMake and nanobind that are there.
+# and the native core is built if it is missing, with the CMake and nanobind that are there. Beside
+# what PyTorch and transformers bring, wheels of these are needed: annotated-types fastapi gguf httptools
+# llguidance prompt-toolkit pydantic pydantic-core starlette typing-inspection uvicorn wcwidth.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
