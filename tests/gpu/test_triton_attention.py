@@ -14,6 +14,7 @@ SHAPES = {
     "plain": Heads(),
     "one head": Heads(heads=1, kv_heads=1, dim=7),
     "grouped": Heads(heads=9, kv_heads=3, dim=64, block=32),
+    "shared": Heads(kv_heads=1, block=32),
     "window": Heads(window=37, dim=17, kv_heads=4),
     "softcap": Heads(softcap=5.0, heads=6, dim=40),
     "wide": Heads(heads=2, kv_heads=2, dim=256, window=300, softcap=30.0),
@@ -35,7 +36,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "PART", 64)
 
 
-@pytest.mark.parametrize("name, dtype, exact", CASES)
+@pytest.mark.parametrize(("name", "dtype", "exact"), CASES)
 def test_sequences_see_what_they_stored(
     name: str, dtype: torch.dtype, exact: bool, rng: np.random.Generator
 ) -> None:
@@ -49,10 +50,12 @@ def test_sequences_see_what_they_stored(
         np.testing.assert_allclose(got, wanted, atol=BOUNDS[dtype])
 
 
+@pytest.mark.slow("interprets a prompt walked in three ways")
 @pytest.mark.parametrize(
-    "name, dtype",
+    ("name", "dtype"),
     [
-        ("grouped", torch.float16),
+        ("shared", torch.float16),
+        pytest.param("grouped", torch.float16, marks=nightly),
         pytest.param("plain", torch.float32, marks=nightly),
         pytest.param("window", torch.float32, marks=nightly),
     ],

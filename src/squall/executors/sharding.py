@@ -217,12 +217,9 @@ class _Edit:
 
     def _renamed(self, op: p.Op) -> p.Op:
         """The op with values as wide as they are now."""
-        given = {f.name: getattr(op, f.name) for f in fields(op)}
-        narrow = {
-            name: self._narrow[item]
-            for name, item in given.items()
-            if isinstance(item, p.Value) and item in self._narrow
-        }
+        given = ((f.name, getattr(op, f.name)) for f in fields(op))
+        values = ((name, item) for name, item in given if isinstance(item, p.Value))
+        narrow = {name: self._narrow[item] for name, item in values if item in self._narrow}
         return replace(op, **narrow) if narrow else op  # type: ignore[arg-type]
 
 

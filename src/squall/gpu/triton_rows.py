@@ -18,7 +18,7 @@ def _normalize(
     """One group of a row. REPEATED: weight and bias are the same for every group."""
     k = tl.arange(0, BLOCK)
     seen = k < GROUP
-    row, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * GROUP
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUP
     y = tl.load(x + row * x_stride + first + k, seen, other=0).to(tl.float32)
     if CENTRED:
         y = tl.where(seen, y - tl.sum(y) / GROUP, 0)
@@ -37,7 +37,7 @@ def _rotate(
 ):  # fmt: skip
     """Some heads of a row. Of every pair, the first is a cos - b sin, the second b cos + a sin."""
     HALF: tl.constexpr = DIMS // 2
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     turned = k < DIMS
     if INTERLEAVED:
@@ -48,7 +48,7 @@ def _rotate(
     cos = tl.load(angles + row * DIMS + pair, turned, other=1)[None, :]
     sin = tl.load(angles + row * DIMS + HALF + pair, turned, other=0)
     sin = tl.where(second, sin, -sin)[None, :]
-    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None]
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     seen = (head < heads) & (k < SIZE)[None, :]
     x += row * x_stride + head * SIZE
     own = tl.load(x + k[None, :], seen, other=0).to(tl.float32)
@@ -67,7 +67,7 @@ def normalize(
     out = torch.empty((n, width), dtype=x.dtype, device=x.device)
     if n:
         block = triton.next_power_of_2(group)
-        _normalize[(width // group, n)](
+        _normalize[(n, width // group)](
             out, x, weight, bias, width, x.stride(0), eps, group, weight.numel() == group,
             kind == "layer", block, num_warps=min(max(block // 512, 1), 16),
             enable_fp_fusion=False,
@@ -83,8 +83,8 @@ def rotate(x: Tensor, angles: Tensor, heads: int, head_dim: int, interleaved: bo
     if n:
         block = triton.next_power_of_2(head_dim)
         some = min(triton.next_power_of_2(heads), max(1, 1024 // block))
-        _rotate[(-(-heads // some), n)](
+        _rotate[(n, -(-heads // some))](
             out, x, angles, heads, x.stride(0), head_dim, angles.shape[1], interleaved, some, block,
-            num_warps=2, enable_fp_fusion=False,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
