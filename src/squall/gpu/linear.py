@@ -166,7 +166,9 @@ def _by_triton(x: Tensor, exact: bool, *weights: Weight) -> bool:
     """Whether a BLAS is not as good."""
     many = len(x) >= _MANY
     return uses_triton(x) and (
-        exact or not all(many or isinstance(w, Plain) or _fits(x, w) for w in weights)
+        exact
+        or len(x) == 1  # which reads each weight once, and has no launch for what follows
+        or not all(many or isinstance(w, Plain) or _fits(x, w) for w in weights)
     )
 
 
