@@ -285,8 +285,8 @@ def profile() -> None:
 # Seconds that a step may take, in the order of what they tell.
 STEPS: dict[str, tuple[int, Callable[[], None]]] = {
     "ceilings": (30, ceilings),
-    "q4_k": (75, partial(squall, "q4_k")),
-    "bf16": (75, partial(squall, "bf16")),
+    "q4_k": (100, partial(squall, "q4_k")),
+    "bf16": (100, partial(squall, "bf16")),
     "tests": (110, tests),
     "scaling": (100, scaling),
     "profile": (60, profile),
