@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from squall.executors.parallel import Ranks
 
 # The native executor; PyTorch on the CPU; PyTorch on a GPU of NVIDIA's, or of Apple's.
-_FORM = re.compile(r"(cpu|torch|(?:cuda|mps|metal)(?::\d{1,3}|\[\d{1,3}\])?)")
-_LISTED = re.compile(r"\s*([^=\s]*)(?:=(\d{1,4}))?\s*")
-_COUNTED = re.compile(r"(?:(\d{1,3}):)?(\d{1,4})")
+_FORM = re.compile(r"cpu|torch|cuda(:\d{1,3}|\[\d{1,3}\])?|(mps|metal)(:0|\[0\])?")
+_LISTED = re.compile(r"\s*([^=\s]*)(?:=(\d{1,9}))?\s*")
+_COUNTED = re.compile(r"(?:(\d{1,3}):)?(\d{1,9})")
 # Where no driver is, PyTorch need not be asked: of Linux, and of Windows' subsystem for it.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 
