@@ -168,8 +168,8 @@ def attention_cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             q, spans = torch.zeros(n, 8 * dim, dtype=dtype), torch.zeros(2, n, dtype=torch.int32)
             for exact in (True, False):
                 cases[f"attend {dim} of {n}{' exact' if exact else ''}"] = (
-                    lambda a=(op, q, cache, spans, placed), exact=exact: (
-                        triton_attention.attend(*a, exact=exact)
+                    lambda a=(op, q, cache, spans, placed), exact=exact: triton_attention.attend(
+                        *a, exact=exact
                     )
                 )
         new = torch.zeros(n, 2 * dim, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -111,9 +111,8 @@ class Inputs:
         indices = {}
         uses = self._uses.items()
         for index, use in uses:
-            found = given.indices[index.name]
+            found = _narrowed(given.indices[index.name], index.name)
             shape = (index.axes, rows[index.rows]) if index.axes > 1 else (rows[index.rows],)
-            expect(found.dtype == np.int32, f"the index {index.name} is not of int32")
             expect(found.size == np.prod(shape), "an index differs from its rows")
             indices[index.name] = found.reshape(shape)
             self._check_index(indices[index.name], use, rows, mixtures)
@@ -199,6 +198,14 @@ class Inputs:
             more = to[value.rows] - len(floats)
             values[value.name] = np.pad(floats, ((0, more), (0, 0)))
         return replace(given, indices=indices, values=values)
+
+
+def _narrowed(found: NDArray[np.integer[Any]], name: str) -> Int32:
+    """As int32, which indices may come wider than."""
+    expect(found.dtype.kind in "iu", f"the index {name} is not of whole numbers")
+    narrow = found.astype(np.int32, copy=False)
+    expect((narrow == found).all(), f"a number of the index {name} does not fit int32")
+    return narrow
 
 
 def _there(sight: _Sight, rows: Mapping[str, int], at: Sequences) -> NDArray[np.int64] | int:

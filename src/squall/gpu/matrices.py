@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 from squall import _native
 from squall import program as p
 from squall.errors import InvalidCheckpoint, OutOfMemory
+from squall.executors.memory import available_bytes
+from squall.gpu import uses_triton
 from squall.gpu.unpacking import bits, middle, take_apart, unpack
 from squall.quant import FORMATS, Format, FormatTotal
 from squall.weights import Progress, Stored, WeightStore, values
@@ -100,19 +102,25 @@ _Whole = TypeVar("_Whole", bound=Plain | Float8 | Packed | Scales)
 class Matrices:
     """Weights of a store on a device, each made once for all executors on both.
 
-    dtype: of activations there, and of all that is no integer but vectors.
+    dtype: of activations there, and of all that is no integer but vectors. floats: whatever is
+        packed or of 8 bits becomes float32, so that it is taken apart once.
     """
 
-    def __init__(self, store: WeightStore, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, store: WeightStore, device: torch.device, dtype: torch.dtype, floats: bool
+    ) -> None:
         self._store = store
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._floats = device, dtype, floats
         self._matrices: dict[object, Weight] = {}
         self._vectors: dict[p.Vector, Tensor] = {}
 
     @classmethod
-    def of(cls, store: WeightStore, device: torch.device, dtype: torch.dtype) -> Matrices:
+    def of(
+        cls, store: WeightStore, device: torch.device, dtype: torch.dtype, *, floats: bool = False
+    ) -> Matrices:
         """Those of this store."""
-        found = store.layouts.setdefault((cls, device, dtype), cls(store, device, dtype))
+        given = (device, dtype, floats)
+        found = store.layouts.setdefault((cls, *given), cls(store, *given))
         assert isinstance(found, Matrices)
         return found
 
@@ -130,7 +138,9 @@ class Matrices:
                     vector = torch.from_numpy(self._store.vector(weight))
                     self._vectors[weight] = vector.to(self._device)
                 else:
-                    self._matrices[self._store.key(weight)] = self._made(weight, pool)
+                    made = self._made(weight, pool)
+                    made = _unpacked(made) if self._floats else made
+                    self._matrices[self._store.key(weight)] = made
         except torch.OutOfMemoryError:
             raise OutOfMemory(
                 f"the weights do not fit in the memory of {self._device}; "
@@ -193,6 +203,21 @@ def plain(stored: Stored, rows: int, cols: int, device: torch.device) -> Plain:
     """Floats as they are stored, such as an adapter's."""
     data, factors = _sent(stored, cols, device)
     return _plain(_values(data, factors, cols, stored.format).reshape(rows, cols))
+
+
+def floats_fit(weights: Sequence[p.Matrix | p.Vector], device: torch.device) -> bool:
+    """Whether they may become float32: no kernel of the device takes others, and memory is free."""
+    if device.type != "cpu" or uses_triton(torch.empty(0)):
+        return False
+    sizes = (4 * w.experts * w.rows * w.cols for w in weights if isinstance(w, p.Matrix))
+    return sum(sizes) <= (available_bytes() or 0) // 2
+
+
+def _unpacked(m: Weight) -> Plain:
+    if isinstance(m, Plain):
+        return m
+    values = torch.stack([dense(m, expert) for expert in range(m.experts)])
+    return Plain(m.format, m.experts, m.rows, m.cols, values)
 
 
 def dense(m: Weight, expert: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
