@@ -183,6 +183,11 @@ class Opening:
                 raise InvalidRequest(f"{one} and {other} cannot go together: {remedy}")
         if isinstance(self.draft, Opening) and any(getattr(self.draft, n) for n in _OF_ADAPTERS):
             raise InvalidRequest("a draft has no adapters; merge them: squall adapters merge")
+        places = ("device", "device_layers", "tensor_parallel")
+        if isinstance(self.draft, Opening) and any(
+            getattr(self.draft, name) != getattr(DEFAULTS, name) for name in places
+        ):
+            raise InvalidRequest("a draft runs where the model begins; it has no device of its own")
 
     @property
     def of_draft(self) -> Opening | None:

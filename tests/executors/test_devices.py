@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -10,7 +11,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from command import squall
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,6 +100,12 @@ def test_values_of_another_kind(wrong: dict[str, Any]) -> None:
         Opening(**wrong)
 
 
+@pytest.mark.parametrize("own", [{"device": "cuda"}, {"device_layers": 2}], ids=str)
+def test_drafts_have_no_device_of_their_own(own: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="a draft runs where the model begins"):
+        Opening(draft=Opening("small", **own))
+
+
 @pytest.mark.parametrize(
     ("device", "ranks", "message"),
     [
@@ -151,6 +160,44 @@ def test_without_pytorch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [device.name for device in devices.available()] == ["cpu"]
     with Model.open(folder, device="auto", context=64) as model:
         assert model.executor.placement.spread(6) == [("cpu", 6)]
+
+
+def test_a_pytorch_that_is_broken(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('no libcudart')")
+    code = f"""
+import pytest, squall
+from squall.executors import devices
+devices.has_driver = lambda: True
+assert len(devices.available()) == 2
+for device in ("cuda", "torch", "torch=1;cpu"):
+    with pytest.raises(squall.InvalidRequest, match="loaded: no libcudart; there are: cpu$"):
+        squall.Model.open({str(folder)!r}, device=device)
+squall.Model.open({str(folder)!r}, device="auto", context=64).close()
+"""
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_pytorchs_defaults_are_a_programs_own(tmp_path: Path, default: Any) -> None:
+    """What a program that has PyTorch too says of its own tensors."""
+    folder = write_folder(tmp_path, "MixtralForCausalLM", num_local_experts=4)
+
+    def logits(isq: str | None) -> Any:
+        with Model.open(folder, device="torch", isq=isq, context=64) as model:
+            return model.logits(range(3, 20))
+
+    kinds = (None, "Q4K", "FP8")
+    wanted = [logits(isq) for isq in kinds]
+    dtypes = isinstance(default, torch.dtype)
+    change = torch.set_default_dtype if dtypes else torch.set_default_device
+    change(default)
+    try:
+        found = [logits(isq) for isq in kinds]
+    finally:
+        change(torch.float32 if dtypes else None)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_runners(folder: Path) -> None:

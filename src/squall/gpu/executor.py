@@ -244,7 +244,8 @@ class TorchExecutor(ProgramReader):
         cuda, host = self._device.type == "cuda", {}
         for name in names:
             found = self._last[name].float()
-            host[name] = torch.empty(found.shape, pin_memory=cuda).copy_(found, non_blocking=cuda)
+            like = {"dtype": torch.float32, "device": "cpu", "pin_memory": cuda}
+            host[name] = torch.empty(found.shape, **like).copy_(found, non_blocking=cuda)
         if cuda:
             done = torch.cuda.Event()
             done.record()
