@@ -244,8 +244,8 @@ class TorchExecutor(ProgramReader):
         cuda, host = self._device.type == "cuda", {}
         for name in names:
             found = self._last[name].float()
-            like = {"dtype": torch.float32, "device": "cpu", "pin_memory": cuda}
-            host[name] = torch.empty(found.shape, **like).copy_(found, non_blocking=cuda)
+            own = found.new_empty(found.shape, device="cpu", pin_memory=cuda)
+            host[name] = own.copy_(found, non_blocking=cuda)
         if cuda:
             done = torch.cuda.Event()
             done.record()
