@@ -196,6 +196,8 @@ class TorchExecutor(ProgramReader):
             rows = None if few is None else few["tokens"]
             placed, shape = attention.layout(at, self.block_size, rows=rows)
             arrays |= {f"at.{name}": array for name, array in placed.items()}
+        # A graph is of any bounds.
+        bounds = at.bounds.tolist() if few is None else None
         buffer, places = staged(arrays, pinned=self._device.type == "cuda")
 
         def body(inputs: Tensor) -> graphs.Outputs:
@@ -204,7 +206,7 @@ class TorchExecutor(ProgramReader):
             run = ops.Run(
                 values={v.id: tensors[v.name].to(self._types[v]) for v in self.program.inputs},
                 indices=tensors,
-                rows=None if shape is None else attention.Rows(own, shape, self.block_size),
+                rows=None if shape is None else attention.Rows(own, shape, self.block_size, bounds),
                 memories=cast(Sequence[TorchMemory | None], at.memories),
                 mixtures=cast(Sequence[TorchMixture], mixtures),
                 given=given,
