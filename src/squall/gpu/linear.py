@@ -146,7 +146,7 @@ def experts(  # noqa: PLR0913
         y = _product(x, w, expert, exact=exact).float()
         return y if bias is None else y + bias.view(w.experts, -1)[expert]
 
-    found = torch.empty(*chosen.shape, down.rows, device=x.device)
+    found = x.new_empty(*chosen.shape, down.rows, dtype=torch.float32)
     for expert in set(chosen.flatten().tolist()):
         at = chosen == expert
         rows = x[at.any(1)]
@@ -156,7 +156,7 @@ def experts(  # noqa: PLR0913
         else:
             inner = activated(part(rows, gate, expert, gate_bias), activation, exact=exact) * inner
         found[at] = part(inner.to(x.dtype), down, expert, down_bias)
-    total = torch.zeros(len(x), down.rows, device=x.device)
+    total = x.new_zeros(len(x), down.rows, dtype=torch.float32)
     for k in range(chosen.shape[1]):
         total += shares[:, k, None] * found[:, k]
     return total

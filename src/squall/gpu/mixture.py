@@ -86,7 +86,7 @@ class Experts:
         for start, stop, number in run.segments(self.op.adapters):
             for expert in np.unique(asked[start:stop]).tolist():
                 found = np.stack(np.nonzero(asked[start:stop] == expert))
-                rows, places = torch.as_tensor(found).to(x.device) + x.new_tensor(
+                rows, places = torch.as_tensor(found, device=x.device) + x.new_tensor(
                     [[start], [0]], dtype=torch.int64
                 )
                 own = None if scalings is None else scalings[rows]
