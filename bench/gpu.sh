@@ -29,4 +29,5 @@ if ! "$python" -c "import squall._native" 2>/dev/null; then
     || echo "the native core could not be built" >&2
   cp "$site"/native/squall/_native*.so src/squall/ || true
 fi
+export SQUALL_GPU_S=${SQUALL_GPU_S:-$((460 - SECONDS))}
 exec "$python" bench/gpu_steps.py "$@"
