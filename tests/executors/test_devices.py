@@ -219,7 +219,9 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, *free: int, cuda: str | None = "1
     torch.version = SimpleNamespace(cuda=cuda, hip=None)
     torch.cuda = SimpleNamespace(
         device_count=lambda: len(free),
-        mem_get_info=lambda name: (free[int(name[5:])], 80 * GIB),
+        mem_get_info=lambda name: (free[int(name[5:])] - GIB, 80 * GIB),
+        memory_reserved=lambda _: 3 * GIB,
+        memory_allocated=lambda _: 2 * GIB,
         get_device_properties=lambda _: about,
     )
     torch.backends = SimpleNamespace(mps=SimpleNamespace(is_available=lambda: False))

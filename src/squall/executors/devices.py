@@ -237,6 +237,8 @@ def _gpu(name: str) -> Device:
         total = torch.mps.recommended_max_memory()
         return Device(name, total, total - torch.mps.driver_allocated_memory(), "Metal")
     free, total = torch.cuda.mem_get_info(name)
+    # What PyTorch keeps of tensors that are gone is free too.
+    free += torch.cuda.memory_reserved(name) - torch.cuda.memory_allocated(name)
     about = torch.cuda.get_device_properties(name)
     capability = f"compute capability {about.major}.{about.minor}"
     return Device(name, total, free, f"{about.name}, {capability}")
