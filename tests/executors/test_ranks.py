@@ -15,12 +15,12 @@ from harness import distance
 from tiny_models import write_folder, write_gguf
 from two_ranks import OPTIONS, TEXT
 
-from squall import Model, embedded
+from squall import Model, embedded, executors
 from squall.batch import Batch
 from squall.errors import EngineStopped, InvalidRequest
 from squall.executors import Limits, Placement
 from squall.executors.devices import Stage
-from squall.executors.parallel import LeadingExecutor, Ranks, open_rank
+from squall.executors.parallel import LeadingExecutor, Ranks
 from squall.opening import Opening
 from squall.program import Builder
 
@@ -95,9 +95,10 @@ def test_every_rank_has_all_layers() -> None:
     with pytest.raises(InvalidRequest, match="every rank has all layers"):
         Opening(tensor_parallel=2, device_layers="0:16")
     ranks: Any = SimpleNamespace(rank=0, size=2)
+    store: Any = None
     placement = Placement((Stage("torch", 1), Stage("cpu")), ranks=ranks)
     with pytest.raises(InvalidRequest, match="every rank has all layers"):
-        open_rank(Builder().build(), None, Limits(), placement=placement)  # type: ignore[arg-type]
+        executors.open(Builder().build(), store, Limits(), placement=placement)
 
 
 class Told:

@@ -194,7 +194,7 @@ def test_quantized_when_loaded(type: str, cols: int, rng: np.random.Generator) -
     made.load(weights, pool, lambda *progress: seen.append(progress))
     tiles.load(weights, pool, None)
     for weight in weights:
-        for expert, tile in enumerate(tiles.tiles(weight)):
+        for expert, tile in enumerate(tiles.matrices(weight)):
             found = values(dense(made.matrix(weight), expert))
             np.testing.assert_array_equal(found, tile.dequantize())
     totals = [
@@ -214,7 +214,7 @@ def test_quantized_again_when_loaded(rng: np.random.Generator) -> None:
     made.load([weight], None, None)
     tiles.load([weight], _native.ThreadPool(1), None)
     np.testing.assert_array_equal(
-        values(dense(made.matrix(weight))), tiles.tile(weight).dequantize()
+        values(dense(made.matrix(weight))), tiles.matrix(weight).dequantize()
     )
 
 

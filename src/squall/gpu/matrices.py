@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -13,10 +12,11 @@ from torch.nn.functional import pad
 
 from squall import _native
 from squall import program as p
-from squall.errors import InvalidCheckpoint, OutOfMemory
+from squall.errors import InvalidCheckpoint
+from squall.executors.base import Laid
 from squall.gpu.unpacking import bits, middle, take_apart, unpack
-from squall.quant import FORMATS, Format, FormatTotal
-from squall.weights import Progress, Stored, WeightStore, values
+from squall.quant import FORMATS, Format
+from squall.weights import Stored, WeightStore, values
 
 RUN = 32  # bytes of a plane of codes that belong together
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -97,68 +97,20 @@ Weight = Plain | Float8 | Packed
 _Whole = TypeVar("_Whole", bound=Plain | Float8 | Packed | Scales)
 
 
-class Matrices:
-    """Weights of a store on a device, each made once for all executors on both.
+class Matrices(Laid[Weight, Tensor]):
+    """On one device, all experts as one.
 
     dtype: of activations there, and of all that is no integer but vectors.
     """
 
     def __init__(self, store: WeightStore, device: torch.device, dtype: torch.dtype) -> None:
-        self._store = store
+        super().__init__(store)
         self._device, self._dtype = device, dtype
-        self._matrices: dict[object, Weight] = {}
-        self._vectors: dict[p.Vector, Tensor] = {}
 
-    @classmethod
-    def of(cls, store: WeightStore, device: torch.device, dtype: torch.dtype) -> Matrices:
-        """Those of this store."""
-        found = store.layouts.setdefault((cls, device, dtype), cls(store, device, dtype))
-        assert isinstance(found, Matrices)
-        return found
+    def _vector(self, weight: p.Vector) -> Tensor:
+        return torch.from_numpy(self._store.vector(weight)).to(self._device)
 
-    def load(
-        self,
-        weights: Sequence[p.Matrix | p.Vector],
-        pool: _native.ThreadPool | None,
-        progress: Progress | None,
-    ) -> None:
-        """Make those that are not there yet."""
-        missing = [weight for weight in weights if not self._has(weight)]
-        try:
-            for weight in self._store.each(missing, progress):
-                if isinstance(weight, p.Vector):
-                    vector = torch.from_numpy(self._store.vector(weight))
-                    self._vectors[weight] = vector.to(self._device)
-                else:
-                    self._matrices[self._store.key(weight)] = self._made(weight, pool)
-        except torch.OutOfMemoryError:
-            raise OutOfMemory(
-                f"the weights do not fit in the memory of {self._device}; "
-                "quantize them, or give it fewer layers"
-            ) from None
-
-    def matrix(self, weight: p.Matrix) -> Weight:
-        """All experts of a weight."""
-        return self._matrices[self._store.key(weight)]
-
-    def vector(self, weight: p.Vector | None) -> Tensor | None:
-        """The values, if there are some."""
-        return None if weight is None else self._vectors[weight]
-
-    def totals(self, weights: Sequence[p.Matrix | p.Vector]) -> tuple[FormatTotal, ...]:
-        """What the matrices among the weights became."""
-        distinct = {self._store.key(w): self.matrix(w) for w in weights if isinstance(w, p.Matrix)}
-        matrices, parameters, nbytes = Counter[str](), Counter[str](), Counter[str]()
-        for found in distinct.values():
-            matrices[found.format] += 1
-            parameters[found.format] += found.experts * found.rows * found.cols
-            nbytes[found.format] += found.nbytes
-        return tuple(FormatTotal(n, matrices[n], parameters[n], nbytes[n]) for n in matrices)
-
-    def _has(self, weight: p.Matrix | p.Vector) -> bool:
-        return self._store.key(weight) in self._matrices or weight in self._vectors
-
-    def _made(self, weight: p.Matrix, pool: _native.ThreadPool | None) -> Weight:
+    def _matrix(self, weight: p.Matrix, pool: _native.ThreadPool) -> list[Weight]:
         stored = [self._store.rows(weight, expert) for expert in range(weight.experts)]
         targets = {self._store.target(weight, rows.format) for rows in stored}
         target = targets.pop() if len(targets) == 1 else "f32"
@@ -174,7 +126,7 @@ class Matrices:
                 for to, piece in zip(_tensors(whole), _tensors(made), strict=True):
                     to[expert, start : start + made.rows] = piece[0]
         assert whole is not None
-        return whole
+        return [whole]
 
     def _piece(self, rows: Stored, cols: int, target: str) -> Weight:
         """Rows on the device, as one expert."""
@@ -260,9 +212,7 @@ def _runs(stored: Stored, rows: int, run: int) -> Iterator[tuple[int, Stored]]:
         yield start, Stored(stored.format, data[part].reshape(-1), some)
 
 
-def _quantized(
-    rows: Stored, weight: p.Matrix, target: str, pool: _native.ThreadPool | None
-) -> Stored:
+def _quantized(rows: Stored, weight: p.Matrix, target: str, pool: _native.ThreadPool) -> Stored:
     if target in (rows.format, *FLOATS):
         return rows
     try:
