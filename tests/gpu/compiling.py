@@ -198,8 +198,8 @@ def describe(kernel: Any) -> dict[str, object]:
     }
 
 
-def main(capability: int, type: str) -> None:
-    """Compiles all; a line of JSON for each kernel."""
+def main(capability: int, type: str, wanted: str = "") -> None:
+    """Compiles cases whose names match `wanted`; a line of JSON for each kernel."""
     triton.runtime.driver.set_active(Absent(capability))
     products._has_warpgroups = lambda _: capability >= 90  # type: ignore[assignment]
     made: list[tuple[str, Any]] = []
@@ -213,6 +213,8 @@ def main(capability: int, type: str) -> None:
     JITFunction.run = compiled
     for cases in CASES:
         for case, launch in cases(TYPES[type]).items():
+            if not re.search(wanted, case):
+                continue
             made.clear()
             launch()
             for name, kernel in made:
@@ -221,4 +223,4 @@ def main(capability: int, type: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -7,13 +7,13 @@ import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
-from squall.cli.options import ChatTemplate, ContextSize, DraftModel
+from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option
 from squall.cli.selectors import Selected
 from squall.cli.toml_selector import TomlSelection
 from squall.opening import Opening
@@ -33,122 +33,95 @@ CHAT: dict[str, Any] = {
 class ServeFlags(ModelFlags):
     """The flags of both commands."""
 
-    serve_ip: Annotated[
-        str,
-        typer.Option(
-            "--serve-ip", "--host", help="The address to listen on; 0.0.0.0: all of this machine's."
-        ),
-    ] = "127.0.0.1"
-    port: Annotated[
-        int, typer.Option("-p", "--port", min=0, max=65535, help="0: any that is free.")
-    ] = 8080
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="SQUALL_API_KEY", help="Ask for this key; several: each has its own cache."
-        ),
-    ] = None
-    cors: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Web pages from here may use the server; *: all."),
-    ] = None
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A name, beside the address, the server may go by."),
-    ] = None
-    allow_media_url: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="HOST", help="Images may be loaded from here; .HOST: below it; *: all."
-        ),
-    ] = None
-    allow_media_path: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Or may be files within this one.")
-    ] = None
-    served_model_name: Annotated[
-        str | None, typer.Option(help="The model's name for clients; by default its file's.")
-    ] = None
-    strict_fields: Annotated[
-        bool, typer.Option("--strict-fields", help="Unknown fields are errors, not ignored.")
-    ] = False
-    max_seqs: Annotated[int, typer.Option(min=1, help="Answers computed at a time.")] = 16
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait beside those.")] = 256
-    queue_timeout: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", min=0, help="Refuse what waits longer; by default never."),
-    ] = None
-    adapter_folder: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FOLDER", help="Clients may load adapters from here, and remove some."
-        ),
-    ] = None
-    image_memory: Annotated[
-        int,
-        typer.Option(min=0, help="MiB for what was made of images lately, so that it is kept."),
-    ] = 256
-    adapter_memory: Annotated[
-        int | None, typer.Option(min=1, help="MiB for adapters; the unused longest make room.")
-    ] = None
+    serve_ip: str = option(
+        "127.0.0.1",
+        "--serve-ip",
+        "--host",
+        help="The address to listen on; 0.0.0.0: all of this machine's.",
+    )
+    port: int = option(8080, "-p", "--port", min=0, max=65535, help="0: any that is free.")
+    api_key: list[str] | None = option(
+        None, envvar="SQUALL_API_KEY", help="Ask for this key; several: each has its own cache."
+    )
+    cors: list[str] | None = option(
+        None, metavar="ORIGIN", help="Web pages from here may use the server; *: all."
+    )
+    allow_host: list[str] | None = option(
+        None, metavar="NAME", help="A name, beside the address, the server may go by."
+    )
+    allow_media_url: list[str] | None = option(
+        None, metavar="HOST", help="Images may be loaded from here; .HOST: below it; *: all."
+    )
+    allow_media_path: Path | None = option(
+        None, metavar="FOLDER", help="Or may be files within this one."
+    )
+    served_model_name: str | None = option(
+        None, help="The model's name for clients; by default its file's."
+    )
+    strict_fields: bool = option(
+        False, "--strict-fields", help="Unknown fields are errors, not ignored."
+    )
+    max_seqs: int = option(16, min=1, help="Answers computed at a time.")
+    max_queue: int = option(256, min=0, help="Requests that wait beside those.")
+    queue_timeout: float | None = option(
+        None, metavar="SECONDS", min=0, help="Refuse what waits longer; by default never."
+    )
+    adapter_folder: list[Path] | None = option(
+        None, metavar="FOLDER", help="Clients may load adapters from here, and remove some."
+    )
+    image_memory: int = option(
+        256, min=0, help="MiB for what was made of images lately, so that it is kept."
+    )
+    adapter_memory: int | None = option(
+        None, min=1, help="MiB for adapters; the unused longest make room."
+    )
     draft: DraftModel = None
     context: ContextSize = None
-    kv_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--kv-tokens", "--pa-ctxt-len", min=1,
-            help="Tokens of all answers together in the KV cache; by default 2048 for each.",
-        ),
-    ] = None  # fmt: skip
-    kv_memory: Annotated[
-        int | None, typer.Option("--kv-memory", "--pa-gpu-mem", min=1, help="Or its size in MiB.")
-    ] = None
-    kv_fraction: Annotated[
-        float | None,
-        typer.Option(
-            "--kv-fraction", "--pa-gpu-mem-usage", min=0, max=1,
-            help="Or as a part of the memory that the weights leave free; counts first.",
-        ),
-    ] = None  # fmt: skip
-    kv_block: Annotated[
-        int, typer.Option("--kv-block", "--pa-blk-size", help="Tokens a block: 16, 32, ...")
-    ] = 16
-    no_kv_cache: Annotated[
-        bool, typer.Option("--no-kv-cache", help="Compute every token anew in every step.")
-    ] = False
-    prefix_cache_n: Annotated[
-        int, typer.Option(min=0, help="Keep prefixes, as much as so many contexts; 0: none.")
-    ] = 16
-    prompt_batchsize: Annotated[
-        int | None, typer.Option(min=1, help="At most so many prompt tokens a step.")
-    ] = None
-    truncate_sequence: Annotated[
-        bool,
-        typer.Option(
-            "-t", "--truncate-sequence", help="Cut prompts that are too long, at the beginning."
-        ),
-    ] = False
+    kv_tokens: int | None = option(
+        None,
+        "--kv-tokens",
+        "--pa-ctxt-len",
+        min=1,
+        help="Tokens of all answers together in the KV cache; by default 2048 for each.",
+    )
+    kv_memory: int | None = option(
+        None, "--kv-memory", "--pa-gpu-mem", min=1, help="Or its size in MiB."
+    )
+    kv_fraction: float | None = option(
+        None,
+        "--kv-fraction",
+        "--pa-gpu-mem-usage",
+        min=0,
+        max=1,
+        help="Or as a part of the memory that the weights leave free; counts first.",
+    )
+    kv_block: int = option(16, "--kv-block", "--pa-blk-size", help="Tokens a block: 16, 32, ...")
+    no_kv_cache: bool = option(
+        False, "--no-kv-cache", help="Compute every token anew in every step."
+    )
+    prefix_cache_n: int = option(
+        16, min=0, help="Keep prefixes, as much as so many contexts; 0: none."
+    )
+    prompt_batchsize: int | None = option(None, min=1, help="At most so many prompt tokens a step.")
+    truncate_sequence: bool = option(
+        False, "-t", "--truncate-sequence", help="Cut prompts that are too long, at the beginning."
+    )
     chat_template: ChatTemplate = None
-    seed: Annotated[
-        int | None, typer.Option("-s", "--seed", min=0, help="For requests that give none.")
-    ] = None
-    log: Annotated[
-        Path | None, typer.Option("-l", "--log", help="Append requests and responses to a file.")
-    ] = None
-    throughput: Annotated[
-        bool, typer.Option("--throughput", help="Tokens a second in the access log.")
-    ] = False
-    drain_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds for running answers after SIGTERM or Ctrl-C.")
-    ] = 30.0
-    stall_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds without a step after which the engine is dead.")
-    ] = 300.0
-    interactive_mode: Annotated[
-        bool, typer.Option("-i", "--interactive-mode", help="A chat here instead of a server.")
-    ] = False
-    no_paged_attn: Annotated[
-        bool, typer.Option("--no-paged-attn", help="Accepted; the KV cache is always paged.")
-    ] = False
+    seed: int | None = option(None, "-s", "--seed", min=0, help="For requests that give none.")
+    log: Path | None = option(None, "-l", "--log", help="Append requests and responses to a file.")
+    throughput: bool = option(False, "--throughput", help="Tokens a second in the access log.")
+    drain_timeout: float = option(
+        30.0, min=0, help="Seconds for running answers after SIGTERM or Ctrl-C."
+    )
+    stall_timeout: float = option(
+        300.0, min=1, help="Seconds without a step after which the engine is dead."
+    )
+    interactive_mode: bool = option(
+        False, "-i", "--interactive-mode", help="A chat here instead of a server."
+    )
+    no_paged_attn: bool = option(
+        False, "--no-paged-attn", help="Accepted; the KV cache is always paged."
+    )
 
     @property
     def adapts_all(self) -> bool:
