@@ -97,6 +97,14 @@ class Added:
         scaled = self.adapters is not None and self.adapters.scalings is not None
         return run[self.adapters.scalings] if scaled else None  # type: ignore[index, union-attr]
 
+    def product(
+        self, run: Run, x: Tensor, matrix: p.Matrix, weight: matrices.Weight, bias: Tensor | None
+    ) -> Tensor:
+        """x @ weight.T + bias, with what adapters add, float32."""
+        y = linear.linear(x, weight, exact=self.exact, dtype=torch.float32)
+        self.add(run, y, x, (matrix.role, 0))
+        return y if bias is None else y + bias
+
     def add(self, run: Run, y: Tensor, x: Tensor, site: p.Site) -> None:
         """To products y of the rows x, in place."""
         scalings = self.scalings(run)

@@ -217,14 +217,22 @@ def _(op: p.Recall, to: Lowering) -> Act:
 # ---- products ----
 
 
-def _changed(fused: Act, run: Run, changed: Tensor, segments: list[Segment]) -> Tensor:
+def _adaptable(adapters: p.Adapters | None, fused: Act, changed: Act) -> Act:
     """Rows with adapters as `changed` has them; the others as if there were no adapters."""
-    if sum(stop - start for start, stop, _ in segments) == len(changed):
-        return changed
-    out = fused(run)
-    for start, stop, _ in segments:
-        out[start:stop] = changed[start:stop]
-    return out
+
+    def act(run: Run) -> Tensor:
+        segments = run.segments(adapters)
+        if not segments:
+            return fused(run)
+        other = changed(run)
+        if sum(stop - start for start, stop, _ in segments) == len(other):
+            return other
+        out = fused(run)
+        for start, stop, _ in segments:
+            out[start:stop] = other[start:stop]
+        return out
+
+    return fused if adapters is None else act
 
 
 @lower.register
@@ -234,15 +242,13 @@ def _(op: p.Embed, to: Lowering) -> Act:
     def fused(run: Run) -> Tensor:
         return linear.embed(run[op.index], table, scale=op.scale, dtype=to.types[op.out])
 
-    def act(run: Run) -> Tensor:
-        if not (segments := run.segments(op.adapters)):
-            return fused(run)
+    def changed(run: Run) -> Tensor:
         ids = run[op.index]
         y = matrices.lookup(table, ids)
         added.add(run, y, ids, (op.table.role, 0))
-        return _changed(fused, run, y * op.scale, segments)
+        return y * op.scale
 
-    return fused if op.adapters is None else act
+    return _adaptable(op.adapters, fused, changed)
 
 
 @lower.register
@@ -257,25 +263,18 @@ def _(op: p.Linear, to: Lowering) -> Act:
             residual=residual, exact=exact, dtype=to.types[op.out],
         )  # fmt: skip
 
-    def act(run: Run) -> Tensor:
-        if not (segments := run.segments(op.adapters)):
-            return fused(run)
-        y = linear.linear(run[op.x], weight, exact=exact, dtype=torch.float32)
-        added.add(run, y, run[op.x], (op.weight.role, 0))
-        y = linear.activated(y if bias is None else y + bias, op.activation, exact=exact) * op.scale
-        y = y if op.residual is None else run[op.residual] + y
-        return _changed(fused, run, y, segments)
+    def changed(run: Run) -> Tensor:
+        y = added.product(run, run[op.x], op.weight, weight, bias)
+        y = linear.activated(y, op.activation, exact=exact) * op.scale
+        return y if op.residual is None else run[op.residual] + y
 
-    return fused if op.adapters is None else act
+    return _adaptable(op.adapters, fused, changed)
 
 
 @lower.register
 def _(op: p.GatedLinear, to: Lowering) -> Act:
-    parts = [
-        (part, to.weights.matrix(part), to.weights.vector(bias))
-        for part, bias in ((op.gate, op.gate_bias), (op.up, op.up_bias))
-    ]
-    (_, gate, gate_bias), (_, up, up_bias) = parts
+    gate, up = to.weights.matrix(op.gate), to.weights.matrix(op.up)
+    gate_bias, up_bias = to.weights.vector(op.gate_bias), to.weights.vector(op.up_bias)
     exact, added = to.exact, Added.of(op, to.exact)
 
     def fused(run: Run) -> Tensor:
@@ -284,18 +283,12 @@ def _(op: p.GatedLinear, to: Lowering) -> Act:
             activation=op.activation, exact=exact,
         )  # fmt: skip
 
-    def act(run: Run) -> Tensor:
-        if not (segments := run.segments(op.adapters)):
-            return fused(run)
-        x, sums = run[op.x], []
-        for part, weight, bias in parts:
-            y = linear.linear(x, weight, exact=exact, dtype=torch.float32)
-            added.add(run, y, x, (part.role, 0))
-            sums.append(y if bias is None else y + bias)
-        y = linear.activated(sums[0], op.activation, exact=exact) * sums[1]
-        return _changed(fused, run, y, segments)
+    def changed(run: Run) -> Tensor:
+        first = added.product(run, run[op.x], op.gate, gate, gate_bias)
+        second = added.product(run, run[op.x], op.up, up, up_bias)
+        return linear.activated(first, op.activation, exact=exact) * second
 
-    return fused if op.adapters is None else act
+    return _adaptable(op.adapters, fused, changed)
 
 
 # ---- mixture of experts ----
@@ -314,18 +307,15 @@ def _(op: p.MixtureOfExperts, to: Lowering) -> Act:
     exact = to.exact
 
     def act(run: Run) -> Tensor:
-        x, segments = run[op.x], run.segments(op.adapters)
+        x = run[op.x]
         logits = linear.linear(x, router, bias=router_bias, exact=exact, dtype=torch.float32)
         added.add(run, logits, x, (op.router.role, 0))
         chosen, shares = route(op, logits, run.groups(op.shared))
-
-        def fused(_: Run) -> Tensor:
-            return experts.together(x, chosen, shares)
-
-        if segments:
-            y = _changed(fused, run, experts.adapted(run, x, chosen, shares), segments)
-        else:
-            y = fused(run)
+        y = _adaptable(
+            op.adapters,
+            lambda _: experts.together(x, chosen, shares),
+            lambda run: experts.adapted(run, x, chosen, shares),
+        )(run)
         y = y if op.scale == 1 else y * op.scale
         return y if op.residual is None else run[op.residual] + y
 
