@@ -18,19 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from asking import Products
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from squall import program as p
 from squall.batch import Sequences
-from squall.gpu import attention, triton_attention
-from squall.gpu import triton_linear as products
+from squall.gpu import attention, triton_attention, triton_linear
 from squall.gpu import triton_rows as rows
 from squall.gpu.matrices import Float8, Packed, Plain, Scales, Weight
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+products = Products(triton_linear)
 
 
 class Absent(DriverBase):  # type: ignore[misc]
@@ -168,8 +169,8 @@ def attention_cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             q, spans = torch.zeros(n, 8 * dim, dtype=dtype), torch.zeros(2, n, dtype=torch.int32)
             for exact in (True, False):
                 cases[f"attend {dim} of {n}{' exact' if exact else ''}"] = (
-                    lambda a=(op, q, cache, spans, placed), exact=exact: (
-                        triton_attention.attend(*a, exact=exact)
+                    lambda a=(op, q, cache, spans, placed), exact=exact: triton_attention.attend(
+                        *a, exact=exact
                     )
                 )
         new = torch.zeros(n, 2 * dim, dtype=dtype)
@@ -201,7 +202,7 @@ def describe(kernel: Any) -> dict[str, object]:
 def main(capability: int, type: str, wanted: str = "") -> None:
     """Compiles cases whose names match `wanted`; a line of JSON for each kernel."""
     triton.runtime.driver.set_active(Absent(capability))
-    products._has_warpgroups = lambda _: capability >= 90  # type: ignore[assignment]
+    triton_linear._has_warpgroups = lambda _: capability >= 90  # type: ignore[assignment]
     made: list[tuple[str, Any]] = []
     run = JITFunction.run
 

@@ -37,8 +37,8 @@ class _Part:
         return (wide if self.b is None else _product(wide, self.b, exact)) * self.scale
 
 
-def _product(x: Tensor, weight: matrices.Plain, exact: bool) -> Tensor:
-    return linear.linear(x, weight, exact=exact, dtype=torch.float32)
+def _product(x: Tensor, weight: matrices.Weight, exact: bool) -> Tensor:
+    return linear.linear(x, linear.Product(weight), exact=exact, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +101,7 @@ class Added:
         self, run: Run, x: Tensor, matrix: p.Matrix, weight: matrices.Weight, bias: Tensor | None
     ) -> Tensor:
         """x @ weight.T + bias, with what adapters add, float32."""
-        y = linear.linear(x, weight, exact=self.exact, dtype=torch.float32)
+        y = _product(x, weight, self.exact)
         self.add(run, y, x, (matrix.role, 0))
         return y if bias is None else y + bias
 

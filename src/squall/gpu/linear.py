@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -53,58 +54,54 @@ def activated(x: Tensor, activation: Activation | None, *, exact: bool) -> Tenso
     return x if activation is None else (_EXACT if exact else _FAST)[activation](x)
 
 
-def linear(  # noqa: PLR0913
-    x: Tensor,  # [rows, cols of w]
-    w: Weight,
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """scale * activation(x @ weight.T + bias), or with a gate
+    scale * activation(x @ gate.T + gate_bias) * (x @ weight.T + bias).
+
+    Biases of experts are one after another.
+    """
+
+    weight: Weight
+    bias: Tensor | None = None
+    activation: Activation | None = None
+    gate: Weight | None = None
+    gate_bias: Tensor | None = None
+    scale: float = 1.0
+
+
+def linear(
+    x: Tensor,  # [rows, cols of the weight]
+    product: Product,
     *,
-    bias: Tensor | None = None,
-    activation: Activation | None = None,
-    scale: float = 1.0,
     residual: Tensor | None = None,
     exact: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """residual + scale * activation(x @ w.T + bias), in the type of x, or another."""
+    """residual + product, in the type of x, or another."""
+    w, bias, activation = product.weight, product.bias, product.activation
+    if _by_triton(x, exact, w, product.gate or w):
+        from squall.gpu import triton_linear
+
+        return triton_linear.linear(x, product, residual=residual, exact=exact, dtype=dtype)
     dtype = dtype or x.dtype
-    if _by_triton(x, exact, w):
-        from squall.gpu import triton_linear
-
-        return triton_linear.linear(
-            x, w, bias=bias, activation=activation, scale=scale, residual=residual, exact=exact,
-            dtype=dtype,
-        )  # fmt: skip
-    added = residual if bias is None else bias.to(dtype)
-    simple = activation is None and scale == 1.0 and (bias is None or residual is None)
-    if simple and added is not None and isinstance(w, Plain) and not exact and dtype == x.dtype:
-        return torch.addmm(added, x, w.values[0].to(dtype).T)
-    y = _product(x, w, exact=exact, dtype=dtype)
-    y = y if bias is None else y.float() + bias
-    y = y if activation is None else activated(y.float(), activation, exact=exact)
-    y = y if scale == 1.0 else y * scale
-    return (y if residual is None else residual + y).to(dtype)
-
-
-def gated(  # noqa: PLR0913
-    x: Tensor,  # [rows, cols of gate]
-    gate: Weight,
-    up: Weight,
-    *,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    activation: Activation,
-    exact: bool,
-) -> Tensor:
-    """activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias), in the type of x."""
-    if _by_triton(x, exact, gate, up):
-        from squall.gpu import triton_linear
-
-        return triton_linear.gated(
-            x, gate, up, gate_bias=gate_bias, up_bias=up_bias, activation=activation, exact=exact
+    if product.gate is not None:
+        wide = torch.float32 if exact else x.dtype
+        first, y = (
+            linear(x, part, exact=exact, dtype=wide)
+            for part in (Product(product.gate, product.gate_bias), Product(w, bias))
         )
-    wide = torch.float32 if exact else x.dtype
-    first = linear(x, gate, bias=gate_bias, exact=exact, dtype=wide)
-    second = linear(x, up, bias=up_bias, exact=exact, dtype=wide)
-    return (activated(first, activation, exact=exact) * second).to(x.dtype)
+        y = activated(first, activation, exact=exact) * y
+    else:
+        added = residual if bias is None else bias.to(dtype)
+        simple = activation is None and product.scale == 1.0 and (bias is None or residual is None)
+        if simple and added is not None and isinstance(w, Plain) and not exact and dtype == x.dtype:
+            return torch.addmm(added, x, w.values[0].to(dtype).T)
+        y = _product(x, w, exact=exact, dtype=dtype)
+        y = y if bias is None else y.float() + bias
+        y = y if activation is None else activated(y.float(), activation, exact=exact)
+    y = y if product.scale == 1.0 else y * product.scale
+    return (y if residual is None else residual + y).to(dtype)
 
 
 def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Tensor:
@@ -116,47 +113,37 @@ def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Te
     return (lookup(table, ids) * scale).to(dtype)
 
 
-def experts(  # noqa: PLR0913
+def experts(
     x: Tensor,  # [rows, cols]
     chosen: Tensor,  # int32 [rows, k]
     shares: Tensor,  # float32 [rows, k]
+    inner: Product,
+    down: Product,
     *,
-    gate: Weight | None,
-    up: Weight,
-    down: Weight,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: Activation,
     exact: bool,
 ) -> Tensor:
-    """The sum of shares * down(activation(gate x) * up x) over the chosen, in order; float32.
-
-    Without a gate down(activation(up x)). Biases are those of all experts, one after another.
-    """
+    """The sum of shares * down(inner(x)) over the chosen, in order; float32."""
     if uses_triton(x):
         from squall.gpu import triton_linear
 
-        return triton_linear.experts(
-            x, chosen, shares, gate=gate, up=up, down=down, gate_bias=gate_bias, up_bias=up_bias,
-            down_bias=down_bias, activation=activation, exact=exact,
-        )  # fmt: skip
+        return triton_linear.experts(x, chosen, shares, inner, down, exact=exact)
 
     def part(x: Tensor, w: Weight, expert: int, bias: Tensor | None) -> Tensor:
         y = _product(x, w, expert, exact=exact).float()
         return y if bias is None else y + bias.view(w.experts, -1)[expert]
 
-    found = torch.empty(*chosen.shape, down.rows, device=x.device)
+    found = torch.empty(*chosen.shape, down.weight.rows, device=x.device)
     for expert in set(chosen.flatten().tolist()):
         at = chosen == expert
         rows = x[at.any(1)]
-        inner = part(rows, up, expert, up_bias)
-        if gate is None:
-            inner = activated(inner, activation, exact=exact)
+        y = part(rows, inner.weight, expert, inner.bias)
+        if inner.gate is None:
+            y = activated(y, inner.activation, exact=exact)
         else:
-            inner = activated(part(rows, gate, expert, gate_bias), activation, exact=exact) * inner
-        found[at] = part(inner.to(x.dtype), down, expert, down_bias)
-    total = torch.zeros(len(x), down.rows, device=x.device)
+            gate = part(rows, inner.gate, expert, inner.gate_bias)
+            y = activated(gate, inner.activation, exact=exact) * y
+        found[at] = part(y.to(x.dtype), down.weight, expert, down.bias)
+    total = torch.zeros(len(x), down.weight.rows, device=x.device)
     for k in range(chosen.shape[1]):
         total += shares[:, k, None] * found[:, k]
     return total

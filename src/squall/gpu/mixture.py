@@ -60,27 +60,16 @@ def _near(logits: Tensor, chosen: Tensor, jitter: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The experts of an op. biases: of gates, ups and downs, each [experts * rows]."""
+    """The experts of an op, and what adapters add to them."""
 
-    gate: Weight | None
-    up: Weight
-    down: Weight
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
+    inner: linear.Product
+    down: linear.Product
     op: p.MixtureOfExperts
     added: Added
-    exact: bool
-
-    def together(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """The sums of all rows, as if they had no adapters, float32."""
-        gate_bias, up_bias, down_bias = self.biases
-        return linear.experts(
-            x, chosen, shares, gate=self.gate, up=self.up, down=self.down, gate_bias=gate_bias,
-            up_bias=up_bias, down_bias=down_bias, activation=self.op.activation, exact=self.exact,
-        )  # fmt: skip
 
     def adapted(self, run: Run, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """The sums of the rows that have adapters, expert by expert: the host asks which."""
-        outs = x.new_zeros((*chosen.shape, self.down.rows), dtype=torch.float32)
+        outs = x.new_zeros((*chosen.shape, self.down.weight.rows), dtype=torch.float32)
         scalings = self.added.scalings(run)
         asked = chosen.cpu().numpy()
         for start, stop, number in run.segments(self.op.adapters):
@@ -100,19 +89,19 @@ class Experts:
         self, expert: int, x: Tensor, mixture: TorchMixture, scalings: Tensor | None
     ) -> Tensor:
         """One expert's products of rows that have one mixture of adapters."""
+        exact = self.added.exact
 
         def product(x: Tensor, matrix: p.Matrix, weight: Weight, bias: Tensor | None) -> Tensor:
-            y = linear.linear(
-                x, matrices.one(weight, expert), exact=self.exact, dtype=torch.float32
-            )
+            own = linear.Product(matrices.one(weight, expert))
+            y = linear.linear(x, own, exact=exact, dtype=torch.float32)
             self.added.add_to(y, x, (matrix.role, expert), mixture, scalings)
             return y if bias is None else y + bias.view(weight.experts, -1)[expert]
 
-        op, (gate_bias, up_bias, down_bias) = self.op, self.biases
-        inner = product(x, op.up, self.up, up_bias)
-        if op.gate is None or self.gate is None:
-            inner = linear.activated(inner, op.activation, exact=self.exact)
+        op, inner, down = self.op, self.inner, self.down
+        y = product(x, op.up, inner.weight, inner.bias)
+        if op.gate is None or inner.gate is None:
+            y = linear.activated(y, op.activation, exact=exact)
         else:
-            gate = product(x, op.gate, self.gate, gate_bias)
-            inner = linear.activated(gate, op.activation, exact=self.exact) * inner
-        return product(inner.to(x.dtype), op.down, self.down, down_bias)
+            gate = product(x, op.gate, inner.gate, inner.gate_bias)
+            y = linear.activated(gate, op.activation, exact=exact) * y
+        return product(y.to(x.dtype), op.down, down.weight, down.bias)

@@ -253,18 +253,18 @@ def _(op: p.Embed, to: Lowering) -> Act:
 
 @lower.register
 def _(op: p.Linear, to: Lowering) -> Act:
-    weight, bias = to.weights.matrix(op.weight), to.weights.vector(op.bias)
-    exact, added = to.exact, Added.of(op, to.exact)
+    vector, exact, added = to.weights.vector, to.exact, Added.of(op, to.exact)
+    product = linear.Product(
+        to.weights.matrix(op.weight), vector(op.bias), op.activation, scale=op.scale
+    )
 
     def fused(run: Run) -> Tensor:
         residual = None if op.residual is None else run[op.residual]
-        return linear.linear(
-            run[op.x], weight, bias=bias, activation=op.activation, scale=op.scale,
-            residual=residual, exact=exact, dtype=to.types[op.out],
-        )  # fmt: skip
+        dtype = to.types[op.out]
+        return linear.linear(run[op.x], product, residual=residual, exact=exact, dtype=dtype)
 
     def changed(run: Run) -> Tensor:
-        y = added.product(run, run[op.x], op.weight, weight, bias)
+        y = added.product(run, run[op.x], op.weight, product.weight, product.bias)
         y = linear.activated(y, op.activation, exact=exact) * op.scale
         return y if op.residual is None else run[op.residual] + y
 
@@ -275,13 +275,11 @@ def _(op: p.Linear, to: Lowering) -> Act:
 def _(op: p.GatedLinear, to: Lowering) -> Act:
     gate, up = to.weights.matrix(op.gate), to.weights.matrix(op.up)
     gate_bias, up_bias = to.weights.vector(op.gate_bias), to.weights.vector(op.up_bias)
+    product = linear.Product(up, up_bias, op.activation, gate, gate_bias)
     exact, added = to.exact, Added.of(op, to.exact)
 
     def fused(run: Run) -> Tensor:
-        return linear.gated(
-            run[op.x], gate, up, gate_bias=gate_bias, up_bias=up_bias,
-            activation=op.activation, exact=exact,
-        )  # fmt: skip
+        return linear.linear(run[op.x], product, exact=exact)
 
     def changed(run: Run) -> Tensor:
         first = added.product(run, run[op.x], op.gate, gate, gate_bias)
@@ -296,24 +294,23 @@ def _(op: p.GatedLinear, to: Lowering) -> Act:
 
 @lower.register
 def _(op: p.MixtureOfExperts, to: Lowering) -> Act:
-    vector, added = to.weights.vector, Added.of(op, to.exact)
-    router, router_bias = to.weights.matrix(op.router), vector(op.router_bias)
-    gate = None if op.gate is None else to.weights.matrix(op.gate)
-    experts = Experts(
-        gate, to.weights.matrix(op.up), to.weights.matrix(op.down),
-        (vector(op.gate_bias), vector(op.up_bias), vector(op.down_bias)),
-        op, added, to.exact,
-    )  # fmt: skip
-    exact = to.exact
+    matrix, vector, exact = to.weights.matrix, to.weights.vector, to.exact
+    added = Added.of(op, exact)
+    router = linear.Product(matrix(op.router), vector(op.router_bias))
+    gate = None if op.gate is None else matrix(op.gate)
+    inner = linear.Product(
+        matrix(op.up), vector(op.up_bias), op.activation, gate, vector(op.gate_bias)
+    )
+    experts = Experts(inner, linear.Product(matrix(op.down), vector(op.down_bias)), op, added)
 
     def act(run: Run) -> Tensor:
         x = run[op.x]
-        logits = linear.linear(x, router, bias=router_bias, exact=exact, dtype=torch.float32)
+        logits = linear.linear(x, router, exact=exact, dtype=torch.float32)
         added.add(run, logits, x, (op.router.role, 0))
         chosen, shares = route(op, logits, run.groups(op.shared))
         y = _adaptable(
             op.adapters,
-            lambda _: experts.together(x, chosen, shares),
+            lambda _: linear.experts(x, chosen, shares, inner, experts.down, exact=exact),
             lambda run: experts.adapted(run, x, chosen, shares),
         )(run)
         y = y if op.scale == 1 else y * op.scale
