@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,113 +194,58 @@ class _Lowering:
         if (a := op.adapters) is None:
             return None
         scalings, first = self.ids.get(a.scalings), self.sites[p.sites(op)[0]][0]
-        return self[a.x], self[a.mixture], scalings, a.columns, first
+        return self.ids[a.x], self.ids[a.mixture], scalings, a.columns, first
 
-    def __getitem__(self, item: p.Value | p.Index) -> int:
-        return self.ids[item]
-
-
-@functools.singledispatch
-def _lower(op: p.Op, to: _Lowering) -> None:  # noqa: ARG001
-    """Hand one op to the native executor."""
-    raise AssertionError(f"no lowering of {type(op).__name__}")
-
-
-@_lower.register
-def _(op: p.Embed, to: _Lowering) -> None:
-    table, adapters = to.weights.matrix(op.table), to.adapters(op)
-    to.core.embed(to[op.out], to[op.index], table, op.scale, adapters)
+    def of(self, item: object) -> Any:
+        """A field of an op, as the core takes it."""
+        match item:
+            case p.Value() | p.Index():
+                return self.ids[item]
+            case p.Matrix():
+                return self.weights.matrices(item)[0]
+            case p.Vector():
+                return self.weights.vector(item)
+        return item
 
 
-@_lower.register
-def _(op: p.RopeAngles, to: _Lowering) -> None:
-    axes = op.axes or (0,) * len(op.frequencies)
-    positions = to[op.positions]
-    to.core.rope_angles(to[op.out], positions, op.frequencies, axes, op.magnitude)
+_CALLS: Mapping[type, Callable[..., None]] = {
+    p.Embed: _native.Executor.embed,
+    p.RopeAngles: _native.Executor.rope_angles,
+    p.Normalize: _native.Executor.normalize,
+    p.Linear: _native.Executor.linear,
+    p.GatedLinear: _native.Executor.gated_linear,
+    p.Rotate: _native.Executor.rotate,
+    p.Attend: _native.Executor.attend,
+    p.Recall: _native.Executor.attend,
+    p.MixtureOfExperts: _native.Executor.mixture_of_experts,
+    p.Add: _native.Executor.add,
+    p.Softcap: _native.Executor.softcap,
+    p.GatherRows: _native.Executor.gather_rows,
+    p.Overlay: _native.Executor.overlay,
+    p.Concatenate: _native.Executor.concatenate,
+    p.GatherColumns: _native.Executor.gather_columns,
+}
 
 
-@_lower.register
-def _(op: p.Normalize, to: _Lowering) -> None:
-    weight, bias = to.weights.vector(op.weight), to.weights.vector(op.bias)
-    assert weight is not None
-    to.core.normalize(to[op.out], to[op.x], weight, bias, op.kind == "rms", op.eps, op.group)
-
-
-@_lower.register
-def _(op: p.Linear, to: _Lowering) -> None:
-    weight, bias = to.weights.matrix(op.weight), to.weights.vector(op.bias)
-    to.core.linear(
-        to[op.out], to[op.x], weight, bias, op.activation, op.scale, to.ids.get(op.residual),
-        to.adapters(op),
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.GatedLinear, to: _Lowering) -> None:
-    gate, up = to.weights.matrix(op.gate), to.weights.matrix(op.up)
-    biases = to.weights.vector(op.gate_bias), to.weights.vector(op.up_bias)
-    adapters = to.adapters(op)
-    to.core.gated_linear(to[op.out], to[op.x], gate, up, *biases, op.activation, adapters)
-
-
-@_lower.register
-def _(op: p.Rotate, to: _Lowering) -> None:
-    to.core.rotate(to[op.out], to[op.x], to[op.angles], op.heads, op.head_dim, op.interleaved)
-
-
-@_lower.register
-def _(op: p.Attend, to: _Lowering) -> None:
-    to.core.attend(
-        to[op.out], to[op.q], to[op.k], to[op.v], to[op.spans], op.cache, op.heads, op.kv_heads,
-        op.head_dim, op.scale, op.window, op.softcap,
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.Recall, to: _Lowering) -> None:
-    to.core.attend(
-        to[op.out], to[op.q], None, None, to[op.seen], op.memory, op.heads, op.kv_heads,
-        op.head_dim, op.scale, None, None,
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.MixtureOfExperts, to: _Lowering) -> None:
-    tiles = to.weights.matrices
-    gates = [] if op.gate is None else tiles(op.gate)
-    biases = (op.router_bias, op.gate_bias, op.up_bias, op.down_bias)
-    to.core.mixture_of_experts(
-        to[op.out], to[op.x], to.weights.matrix(op.router), gates, tiles(op.up), tiles(op.down),
-        op.top_k, op.activation, op.normalize, op.jitter, op.scale, to.ids.get(op.residual),
-        to.adapters(op), [to.weights.vector(bias) for bias in biases], to.ids.get(op.shared),
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.Add, to: _Lowering) -> None:
-    to.core.add(to[op.out], to[op.a], to[op.b], op.scale)
-
-
-@_lower.register
-def _(op: p.Softcap, to: _Lowering) -> None:
-    to.core.softcap(to[op.out], to[op.x], op.cap)
-
-
-@_lower.register
-def _(op: p.GatherRows, to: _Lowering) -> None:
-    to.core.gather_rows(to[op.out], to[op.x], to[op.index], op.mean)
-
-
-@_lower.register
-def _(op: p.Overlay, to: _Lowering) -> None:
-    to.core.overlay(to[op.out], to[op.x], to[op.rows], to[op.index])
-
-
-@_lower.register
-def _(op: p.Concatenate, to: _Lowering) -> None:
-    to.core.concatenate(to[op.out], to[op.a], to[op.b])
-
-
-@_lower.register
-def _(op: p.GatherColumns, to: _Lowering) -> None:
-    to.core.gather_columns(to[op.out], to[op.x], np.frombuffer(op.order, "<u4"))
+def _lower(op: p.Op, to: _Lowering) -> None:
+    """Hand one op to the core, which knows the fields of most by the same names."""
+    given = {field.name: to.of(getattr(op, field.name)) for field in fields(op)}
+    match op:
+        case p.Embed() | p.Linear() | p.GatedLinear():
+            given["adapters"] = to.adapters(op)
+        case p.RopeAngles():
+            given["axes"] = op.axes or (0,) * len(op.frequencies)
+        case p.Normalize():
+            given["rms"] = given.pop("kind") == "rms"
+        case p.Recall():
+            given |= {"spans": given.pop("seen"), "cache": given.pop("memory")}
+            given |= dict.fromkeys(("k", "v", "window", "softcap"))
+        case p.MixtureOfExperts():
+            for name in ("gate", "up", "down"):
+                experts = getattr(op, name)
+                given[name] = [] if experts is None else to.weights.matrices(experts)
+            biases = ("router_bias", "gate_bias", "up_bias", "down_bias")
+            given |= {"biases": [given.pop(bias) for bias in biases], "adapters": to.adapters(op)}
+        case p.GatherColumns():
+            given["order"] = np.frombuffer(op.order, "<u4")
+    _CALLS[type(op)](to.core, **given)
