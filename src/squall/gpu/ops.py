@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,16 +19,11 @@ from torch import Tensor
 from squall import program as p
 from squall.executors.parallel import Ranks
 from squall.gpu import attention, linear, matrices, rows
-from squall.gpu.adapters import Added, TorchMixture
+from squall.gpu.adapters import Added, Experts, TorchMixture
 from squall.gpu.inputs import Given, Segment
-from squall.gpu.mixture import Experts, route
 
-
-class Recalled(Protocol):
-    """What a sequence recalls; at: keys and values of each of the program's memories."""
-
-    @property
-    def at(self) -> Sequence[tuple[Tensor, Tensor]]: ...
+if TYPE_CHECKING:
+    from squall.gpu.executor import TorchMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +33,7 @@ class Run:
     values: dict[int, Tensor]
     indices: Mapping[str, Tensor]
     rows: attention.Rows | None
-    memories: Sequence[Recalled | None]
+    memories: Sequence[TorchMemory | None]
     mixtures: Sequence[TorchMixture]
     given: Given
 
@@ -292,6 +287,44 @@ def _(op: p.GatedLinear, to: Lowering) -> Act:
 # ---- mixture of experts ----
 
 
+def _route(
+    op: p.MixtureOfExperts, logits: Tensor, groups: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Each row's experts, best first, int32 [rows, top_k]; and their shares.
+
+    groups: rows that have one expert together. Nothing waits for the device.
+    """
+    if op.shared is not None:
+        scores = torch.softmax(logits, 1)
+        for own in groups:
+            scores[own] = rows.total(scores[own].T)[:, 0]
+        chosen = _ranked(scores, op.top_k)
+        return chosen.int(), torch.ones_like(chosen, dtype=torch.float32)
+    chosen = _ranked(logits, op.top_k)
+    if op.jitter is None:
+        shares = torch.softmax(logits, 1).gather(1, chosen)
+    else:
+        shares = _near(logits, chosen, op.jitter)
+    return chosen.int(), shares / rows.total(shares) if op.normalize else shares
+
+
+def _ranked(scores: Tensor, top_k: int) -> Tensor:
+    """The best first, and among equals the lower index."""
+    return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :top_k]
+
+
+def _near(logits: Tensor, chosen: Tensor, jitter: float) -> Tensor:
+    """Of each chosen one its part of a softmax over those near it and not chosen before it."""
+    shares, left = [], logits
+    for one in chosen.unbind(1):
+        best = logits.gather(1, one[:, None])
+        far = (best - logits) / torch.maximum(logits.abs(), best) > 2 * jitter
+        near = torch.softmax(left.masked_fill(far, -torch.inf), 1)
+        shares.append(near.gather(1, one[:, None]))
+        left = left.scatter(1, one[:, None], -torch.inf)
+    return torch.cat(shares, 1)
+
+
 @lower.register
 def _(op: p.MixtureOfExperts, to: Lowering) -> Act:
     matrix, vector, exact = to.weights.matrix, to.weights.vector, to.exact
@@ -307,7 +340,7 @@ def _(op: p.MixtureOfExperts, to: Lowering) -> Act:
         x = run[op.x]
         logits = linear.linear(x, router, exact=exact, dtype=torch.float32)
         added.add(run, logits, x, (op.router.role, 0))
-        chosen, shares = route(op, logits, run.groups(op.shared))
+        chosen, shares = _route(op, logits, run.groups(op.shared))
         y = _adaptable(
             op.adapters,
             lambda _: linear.experts(x, chosen, shares, inner, experts.down, exact=exact),

@@ -58,7 +58,6 @@ class Where:
 
 
 def store(cache: attention.Cache, k: Tensor, v: Tensor, rows: attention.Rows) -> None:
-    """See `attention.store`."""
     width = k.shape[1]
     block = min(triton.next_power_of_2(width), 1024)
     _store[len(k), triton.cdiv(width, block)](
@@ -70,7 +69,6 @@ def attend(
     op: p.Attend, q: Tensor, cache: attention.Cache, spans: Tensor, rows: attention.Rows,
     *, exact: bool,
 ) -> Tensor:  # fmt: skip
-    """See `attention.attend`."""
     out, shape, tiles = torch.empty_like(q), rows.shape, rows.tensors["tiles"]
     short = Where(tiles, shape.short, shape.most, shape.longest, rows)
     long = Where(tiles[shape.short :], shape.long, attention.TILE_ROWS, shape.longest, rows)
@@ -83,7 +81,6 @@ def attend(
 def attend_here(
     op: p.Attend, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *, exact: bool
 ) -> Tensor:
-    """See `attention.attend_here`."""
     out, n = torch.empty_like(q), len(q)
     if n:
         most = min(triton.next_power_of_2(n), attention.TILE_ROWS)

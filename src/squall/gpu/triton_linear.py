@@ -430,7 +430,6 @@ def linear(
     x: Tensor, product: Product, *, residual: Tensor | None = None, exact: bool,
     dtype: torch.dtype | None = None, routes: Routes = NO_ROUTES,
 ) -> Tensor:  # fmt: skip
-    """See `gpu/linear.py`."""
     n = len(x) if routes.chosen is None else routes.chosen.numel()
     out = x.new_empty((n, product.weight.rows), dtype=dtype or x.dtype)
     if n == 0:
@@ -511,7 +510,6 @@ def _plan(chosen: Tensor, count: int, exact: bool) -> Plan:
 
 
 def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Tensor:
-    """See `gpu/linear.py`."""
     out = torch.empty((len(ids), table.cols), dtype=dtype, device=ids.device)
     if len(ids):
         weight = _argument(table)
@@ -530,7 +528,6 @@ def dense(w: Weight, expert: int, dtype: torch.dtype) -> Tensor:
 def experts(
     x: Tensor, chosen: Tensor, shares: Tensor, inner: Product, down: Product, *, exact: bool
 ) -> Tensor:
-    """See `gpu/linear.py`."""
     n, k = chosen.shape
     plan = None if n == 1 and not exact else _plan(chosen, inner.weight.experts, exact)
     y = linear(x, inner, exact=exact, routes=Routes(chosen, k, plan))
