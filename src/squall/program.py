@@ -457,6 +457,11 @@ def _renumbered(op: Op, caches: Sequence[int], memories: Sequence[int]) -> Op:
     return replace(op, memory=memories.index(op.memory)) if isinstance(op, Recall) else op
 
 
+def name_of(op: Op) -> str:
+    """Such as gather_rows."""
+    return re.sub("(?!^)([A-Z])", r"_\1", type(op).__name__).lower()
+
+
 def op_weights(op: Op) -> list[Matrix | Vector]:
     """The weights of an op, in order of its fields."""
     return _parts(op, (Matrix, Vector))

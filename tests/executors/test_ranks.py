@@ -120,7 +120,7 @@ def test_the_first_rank_tells_what_it_runs_and_refuses_what_others_cannot() -> N
     ranks.together = nullcontext
     program = Builder().build()
     own: Any = SimpleNamespace(
-        program=program, placement=Placement((Stage("torch"),), ranks=ranks), vocab=7,
+        program=program, placement=Placement((Stage("torch"),), ranks=ranks), vocab=7, _indices=(),
         run=lambda *_: {"logits": np.ones((1, 7), np.float32)}, profile=lambda act: act() or [],
     )  # fmt: skip
     found: Any = LeadingExecutor(own, ranks)

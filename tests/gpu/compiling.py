@@ -156,7 +156,7 @@ def attention_cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     for dim, size in ((64, 32), (80, 16), (96, 16), (128, 16), (256, 16)):
         x = p.Value(0, "x", 8 * dim)
         op = p.Attend(x, x, x, x, p.Index("", axes=2), 0, 8, 2, dim, 0.1, None, None)
-        cache = attention.Cache(64, size, p.CacheLayer(2, dim), dtype, torch.device("cpu"))
+        cache = attention.Cache(64 * size, p.CacheLayer(2, dim), dtype, torch.device("cpu"))
         for n in (1, 64):
             sequences = Sequences(
                 positions=np.arange(600, 600 + n, dtype=np.int32),

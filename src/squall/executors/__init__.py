@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
 from typing import Literal, Protocol, cast
 
 import numpy as np
@@ -227,26 +228,20 @@ def open(  # noqa: PLR0913
         from squall.executors.parallel import open_rank
 
         return open_rank(order, progress)
-    (device, _), *more = placement.spread(len(program.layers))
-    executor = _executor(order, "" if more else device)
+    kind, *more = (device for device, _ in placement.spread(len(program.layers)))
+    if not more:
+        order = replace(order, placement=replace(placement, stages=(Stage(kind),)))
+    executor: Executor = resolve_name(_KINDS.get("" if more else kind, _TORCH))(order)
     executor.load(store, progress)
     return executor
 
 
-def _executor(order: Order, device: str) -> Executor:
-    """One that has no weights yet. device: the only one; "": there are several."""
-    if not device:
-        from squall.executors.staged import StagedExecutor
-
-        return StagedExecutor(order)
-    order = replace(order, placement=replace(order.placement, stages=(Stage(device),)))
-    if device == "cpu":
-        from squall.executors.native import NativeExecutor
-
-        return NativeExecutor(order)
-    from squall.gpu.executor import TorchExecutor
-
-    return TorchExecutor(order)
+# By the only device; "": there are several. Named, as PyTorch is slow to import.
+_KINDS = {
+    "": "squall.executors.staged:StagedExecutor",
+    "cpu": "squall.executors.native:NativeExecutor",
+}
+_TORCH = "squall.gpu.executor:TorchExecutor"
 
 
 def default_threads() -> int:

@@ -208,27 +208,8 @@ class _Lowering:
         return item
 
 
-_CALLS: Mapping[type, Callable[..., None]] = {
-    p.Embed: _native.Executor.embed,
-    p.RopeAngles: _native.Executor.rope_angles,
-    p.Normalize: _native.Executor.normalize,
-    p.Linear: _native.Executor.linear,
-    p.GatedLinear: _native.Executor.gated_linear,
-    p.Rotate: _native.Executor.rotate,
-    p.Attend: _native.Executor.attend,
-    p.Recall: _native.Executor.attend,
-    p.MixtureOfExperts: _native.Executor.mixture_of_experts,
-    p.Add: _native.Executor.add,
-    p.Softcap: _native.Executor.softcap,
-    p.GatherRows: _native.Executor.gather_rows,
-    p.Overlay: _native.Executor.overlay,
-    p.Concatenate: _native.Executor.concatenate,
-    p.GatherColumns: _native.Executor.gather_columns,
-}
-
-
 def _lower(op: p.Op, to: _Lowering) -> None:
-    """Hand one op to the core, which knows the fields of most by the same names."""
+    """Hand one op to the core, which has most of them, and their fields, by the same names."""
     given = {field.name: to.of(getattr(op, field.name)) for field in fields(op)}
     match op:
         case p.Embed() | p.Linear() | p.GatedLinear():
@@ -248,4 +229,5 @@ def _lower(op: p.Op, to: _Lowering) -> None:
             given |= {"biases": [given.pop(bias) for bias in biases], "adapters": to.adapters(op)}
         case p.GatherColumns():
             given["order"] = np.frombuffer(op.order, "<u4")
-    _CALLS[type(op)](to.core, **given)
+    name = "attend" if isinstance(op, p.Recall) else p.name_of(op)
+    getattr(to.core, name)(**given)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.batch import Batch, Mixture, Sequences
+from squall.batch import Mixture, Sequences
 from squall.errors import EngineStopped, InvalidRequest
 from squall.executors import Executor, Floats, Order, Phase
 from squall.executors.sharding import shard
@@ -297,10 +297,7 @@ class LeadingExecutor:
         with self._ranks.together():
             return self._own.run(inputs, sequences, mixtures, **how)
 
-    def step(self, batch: Batch) -> Floats:
-        """See `Executor`."""
-        program = self._own.program
-        return self.run(batch.inputs(program.indices, program.inputs), batch)["logits"]
+    step = Executor.step
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         """See `Executor`; steps may look otherwise meanwhile, and so on all ranks."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,23 +21,16 @@ from squall.weights import Progress, Term, WeightStore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Adapters:
-    """An adapter, stage by stage."""
+class _Parts:
+    """An adapter or a memory, stage by stage; counts: of memories, how many each stage has."""
 
-    parts: Sequence[Adapter | Memory | None]
+    parts: Sequence[Any]
+    counts: Sequence[int] = ()
+    rows: int = 0
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts if part is not None)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Memories(_Adapters):
-    """A memory, stage by stage; counts: how many of the program's memories each has."""
-
-    parts: Sequence[Memory | None]
-    counts: Sequence[int]
-    rows: int
 
     def write(self, first: int, keys: Sequence[Floats], values: Sequence[Floats]) -> None:
         at = 0
@@ -103,12 +97,12 @@ class StagedExecutor(Executor):
         parts: list[dict[Site, Term]] = [{} for _ in self._stages]
         for site, term in terms.items():
             parts[self._stage_of.get(site, 0)][site] = term  # an unknown one is refused there
-        return _Adapters([s.adapter(part) for s, part in zip(self._stages, parts, strict=True)])
+        return _Parts([s.adapter(part) for s, part in zip(self._stages, parts, strict=True)])
 
     def memory(self, rows: int) -> Memory:
         counts = [len(part.memories) for part in self._programs]
         made = zip(self._stages, counts, strict=True)
-        return _Memories([stage.memory(rows) if n else None for stage, n in made], counts, rows)
+        return _Parts([stage.memory(rows) if n else None for stage, n in made], counts, rows)
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         found: list[Phase] = []
@@ -130,13 +124,13 @@ def _recalling(sequences: Sequences | None, number: int) -> Sequences | None:
     if sequences is None or not sequences.memories:
         return sequences
     # A stage refuses what was made for another model.
-    parts = [m.parts[number] if isinstance(m, _Memories) else m for m in sequences.memories]
+    parts = [m.parts[number] if isinstance(m, _Parts) else m for m in sequences.memories]
     return replace(sequences, memories=tuple(parts) if any(parts) else ())
 
 
 def _adapted(mixtures: Sequence[Mixture], number: int) -> list[Mixture]:
     """The mixtures of what a stage has of their adapters."""
     return [
-        tuple((a.parts[number] if isinstance(a, _Adapters) else a, weight) for a, weight in mixture)
+        tuple((a.parts[number] if isinstance(a, _Parts) else a, weight) for a, weight in mixture)
         for mixture in mixtures
     ]

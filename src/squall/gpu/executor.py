@@ -67,13 +67,13 @@ class TorchExecutor(Executor):
         self.isa = f"{name} {described(self._device)} ({_SHORT[self._dtype]})"
         self._lock = threading.Lock()
         self._inputs = Inputs(order.program, limits)
-        kept = (value for value in order.program.values if value.name in self._kept)
-        self._held = tuple(dict.fromkeys((*order.program.outputs, *kept)))
+        held = self._kept | {value.name for value in self.program.outputs}
+        self._held = tuple(value for value in self.program.values if value.name in held)
         self._last: dict[str, Tensor] = {}
         self._profile: Profile | None = None
         with memory_errors("the KV cache"), self._on_device():
             self._caches = [
-                attention.Cache(self.blocks, self.block_size, layer, self._kv_dtype, self._device)
+                attention.Cache(self.blocks * self.block_size, layer, self._kv_dtype, self._device)
                 for layer in order.program.caches
             ]
         self.kv_bytes = sum(cache.nbytes for cache in self._caches)
@@ -100,7 +100,7 @@ class TorchExecutor(Executor):
 
     def _dying(self, program: p.Program) -> list[set[int]]:
         """The values that nothing reads after an op, for each op."""
-        needed: set[int] = {value.id for value in self._held}
+        needed = {value.id for value in self._held}
         found: list[set[int]] = []
         for op in reversed(program.ops):
             found.append({value.id for value in (*p.reads(op), op.out)} - needed)

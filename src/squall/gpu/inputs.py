@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -46,6 +46,28 @@ class Given:
 _CACHE, _MEMORY = "(cache)", "(memory)"
 
 
+def _bounds(op: p.Op) -> Iterator[tuple[p.Index, int, int | str, str]]:
+    """Of an index the least and the most, a number or how many rows a space has; and the error."""
+    match op:
+        case p.Embed():
+            yield op.index, 0, op.table.rows, "a token id is outside the vocabulary"
+        case p.RopeAngles():
+            yield op.positions, 0, 1 << 31, "an index is negative"
+        case p.GatherRows():
+            yield op.index, 0, op.x.rows, "a chosen row is outside the step"
+        case p.Overlay():
+            yield op.index, -(1 << 31), op.rows.rows, "a chosen row is outside the step"
+
+
+def _seen(op: p.Op) -> Iterator[tuple[p.Index, str]]:
+    """What each row sees, and of what."""
+    match op:
+        case p.Attend():
+            yield op.spans, op.k.rows if op.cache is None else _CACHE
+        case p.Recall():
+            yield op.seen, _MEMORY
+
+
 class Inputs:
     """What a program asks of a run."""
 
@@ -53,34 +75,12 @@ class Inputs:
         tokens = limits.rows.get("tokens", 0)
         self._program, self._limits = program, limits
         self._most = {space: limits.rows.get(space, tokens) for space in program.spaces}
-        # The least and the most of indices, a number or how many rows a space has; what each row
-        # sees, and of what; which rows have adapters; which share.
-        bounds: dict[tuple[p.Index, int, int | str, str], None] = {}
-        seen: dict[tuple[p.Index, str], None] = {}
-        mixtures, shared = dict[p.Index, None](), dict[p.Index, None]()
-        for op in program.ops:
-            match op:
-                case p.Embed():
-                    what = "a token id is outside the vocabulary"
-                    bounds[op.index, 0, op.table.rows, what] = None
-                case p.RopeAngles():
-                    bounds[op.positions, 0, 1 << 31, "an index is negative"] = None
-                case p.GatherRows():
-                    bounds[op.index, 0, op.x.rows, "a chosen row is outside the step"] = None
-                case p.Overlay():
-                    what = "a chosen row is outside the step"
-                    bounds[op.index, -(1 << 31), op.rows.rows, what] = None
-                case p.Attend():
-                    seen[op.spans, op.k.rows if op.cache is None else _CACHE] = None
-                case p.Recall():
-                    seen[op.seen, _MEMORY] = None
-                case p.MixtureOfExperts() if op.shared is not None:
-                    shared[op.shared] = None
-            if (adapters := getattr(op, "adapters", None)) is not None:
-                mixtures[adapters.mixture] = None
-        self._bounds, self._seen = tuple(bounds), tuple(seen)
-        self._mixtures, self._shared = tuple(mixtures), tuple(shared)
-        self._cached = {spans.rows for spans, of in seen if of in (_CACHE, _MEMORY)}
+        ops = program.ops
+        self._bounds = tuple(dict.fromkeys(bound for op in ops for bound in _bounds(op)))
+        self._seen = tuple(dict.fromkeys(seen for op in ops for seen in _seen(op)))
+        self._mixtures = {a.mixture for op in ops if (a := getattr(op, "adapters", None))}
+        self._shared = {s for op in ops if (s := getattr(op, "shared", None))}
+        self._cached = {spans.rows for spans, of in self._seen if of in (_CACHE, _MEMORY)}
         self.cached = bool(self._cached)
 
     def checked(self, given: Given, sequences: Sequences, mixtures: int) -> Given:

@@ -43,20 +43,6 @@ def tiling(dtype: torch.dtype, head_dim: int, short: bool, exact: bool) -> Tilin
     return Tiling(16, positions, 4, 3) if short else Tiling(64 if wide else 128, positions, 8, 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Rows to attend: `count` tiles of up to `most`, and what they may see.
-
-    rows: of a cache; None: tiles are one after another, and see the first `longest` keys.
-    """
-
-    tiles: Tensor
-    count: int
-    most: int
-    longest: int
-    rows: attention.Rows | None = None
-
-
 def store(cache: attention.Cache, k: Tensor, v: Tensor, rows: attention.Rows) -> None:
     width = k.shape[1]
     block = min(triton.next_power_of_2(width), 1024)
@@ -70,11 +56,11 @@ def attend(
     *, exact: bool,
 ) -> Tensor:  # fmt: skip
     out, shape, tiles = torch.empty_like(q), rows.shape, rows.tensors["tiles"]
-    short = Where(tiles, shape.short, shape.most, shape.longest, rows)
-    long = Where(tiles[shape.short :], shape.long, attention.TILE_ROWS, shape.longest, rows)
+    short = tiles, shape.short, shape.most, shape.longest
+    long = tiles[shape.short :], shape.long, attention.TILE_ROWS, shape.longest
     for where in (short, long):
-        if where.count:
-            _attend(op, (q, cache.k, cache.v, out), spans, where, exact)
+        if where[1]:
+            _attend(op, (q, cache.k, cache.v, out), spans, where, rows, exact)
     return out
 
 
@@ -84,30 +70,36 @@ def attend_here(
     out, n = torch.empty_like(q), len(q)
     if n:
         most = min(triton.next_power_of_2(n), attention.TILE_ROWS)
-        where = Where(spans, triton.cdiv(n, most), most, len(k))
-        _attend(op, (q, k.contiguous(), v.contiguous(), out), spans, where, exact)
+        where = spans, triton.cdiv(n, most), most, len(k)
+        _attend(op, (q, k.contiguous(), v.contiguous(), out), spans, where, None, exact)
     return out
 
 
 def _attend(
-    op: p.Attend, tensors: tuple[Tensor, ...], spans: Tensor, where: Where, exact: bool
-) -> None:
+    op: p.Attend, tensors: tuple[Tensor, ...], spans: Tensor, where: tuple[Tensor, int, int, int],
+    rows: attention.Rows | None, exact: bool,
+) -> None:  # fmt: skip
+    """where: tiles, how many, of up to how many rows, and the longest context.
+
+    rows: of a cache; None: tiles are one after another, and see the first keys.
+    """
     q, k, v, out = tensors
-    group, few = op.heads // op.kv_heads, where.most <= attention.SHORT_ROWS
+    tiles, count, most, longest = where
+    group, few = op.heads // op.kv_heads, most <= attention.SHORT_ROWS
     tile = tiling(q.dtype, op.head_dim, few, exact)
     lanes = min(group, tile.lanes)
     grid = (
-        where.count * triton.cdiv(where.most, tile.lanes // lanes),
+        count * triton.cdiv(most, tile.lanes // lanes),
         op.kv_heads * triton.cdiv(group, lanes),
     )
-    parts, rows = triton.cdiv(where.longest, PART), where.rows
-    slots = where.count * where.most * op.heads * parts
+    parts = triton.cdiv(longest, PART)
+    slots = count * most * op.heads * parts
     split = few and parts > 1 and grid[0] * grid[1] < _FEW_PROGRAMS
     split = split and slots * op.head_dim <= _SUMS_LIMIT
     sums = out.new_empty(slots * (op.head_dim + 2) if split else 1, dtype=torch.float32)
     given = {} if rows is None else rows.tensors
     positions, ends, tables = (given.get(x, spans) for x in ("positions", "ends", "tables"))
-    seen = (spans, spans.stride(0), positions, ends, where.tiles, len(q), where.longest, where.most)
+    seen = (spans, spans.stride(0), positions, ends, tiles, len(q), longest, most)
     constants = {
         "HEADS": op.heads, "HEAD_DIM": op.head_dim, "WINDOW": op.window or 0, "PART": PART,
         "WIDTH": max(triton.next_power_of_2(op.head_dim), 16), "CACHED": rows is not None,
@@ -122,9 +114,7 @@ def _attend(
         CAP=cap is not None, num_warps=tile.warps, num_stages=tile.stages, **constants,
     )  # fmt: skip
     if split:
-        _merge[where.count * where.most, op.heads](
-            sums, out, *seen, parts, slots, **constants, num_warps=1
-        )
+        _merge[count * most, op.heads](sums, out, *seen, parts, slots, **constants, num_warps=1)
 
 
 @triton.jit
