@@ -16,9 +16,10 @@ from native_executor import in_memory, opened
 from reference_executor import ReferenceExecutor
 from squall.adapters.edits import adaptable
 from squall.batch import Sequences
-from squall.errors import InvalidRequest, OutOfMemory
+from squall.errors import InvalidRequest, OutOfMemory, UnsupportedModel
 from squall.program import (
     Add,
+    Attend,
     Builder,
     Concatenate,
     Embed,
@@ -34,6 +35,7 @@ from squall.program import (
     RopeAngles,
     Rotate,
     Softcap,
+    Value,
 )
 from squall.quant import Plan
 
@@ -374,11 +376,14 @@ def test_bad_inputs_are_refused_on_the_host() -> None:
     executor = embedding()
     good = {"tokens": np.array([3, 8], np.int32), "outputs": np.array([1], np.int32)}
     assert executor.run(good)["logits"].tolist() == [[32, 33, 34, 35]]
+    wide = {name: index.astype(np.int64) for name, index in good.items()}
+    assert executor.run(wide)["logits"].tolist() == [[32, 33, 34, 35]]
     long = np.zeros(65, np.int32)
     for change, message in (
         ({"tokens": np.array([3, 9], np.int32)}, "outside the vocabulary"),
         ({"tokens": np.array([-1, 0], np.int32)}, "outside the vocabulary"),
-        ({"tokens": np.array([1, 0])}, "not of int32"),
+        ({"tokens": np.array([1.0, 0.0])}, "not of whole numbers"),
+        ({"tokens": np.array([1 << 40, 0])}, "does not fit int32"),
         ({"tokens": long}, "too many rows"),
         ({"outputs": np.array([2], np.int32)}, "a chosen row is outside the step"),
         ({"outputs": np.array([-1], np.int32)}, "a chosen row is outside the step"),
@@ -388,6 +393,49 @@ def test_bad_inputs_are_refused_on_the_host() -> None:
     with pytest.raises(InvalidRequest, match="lacks 'outputs', which the program asks for"):
         executor.run({"tokens": good["tokens"]})
     assert executor.run(good)["logits"].shape == (1, 4)
+
+
+def test_sizes_that_do_not_fit_are_refused_when_it_opens(rng: np.random.Generator) -> None:
+    """Of each op one size is another than it needs."""
+    w = Weights(rng)
+    x, y, wide = Value(0, "x", 8), Value(1, "logits", 8), Value(2, "wide", 12)
+    square, spans = w.matrix(8, 8), Index("spans", axes=2)
+    heads: dict[str, int] = {"heads": 2, "kv_heads": 1, "head_dim": 4}
+    few = Value(3, "few", 4)
+    mixture: dict[str, Any] = {
+        "top_k": 2, "activation": "silu", "normalize": True, "router": w.matrix(3, 8),
+        "gate": w.matrix(5, 8, 3), "up": w.matrix(5, 8, 3), "down": w.matrix(8, 5, 3),
+    }  # fmt: skip
+    ops: list[Any] = [
+        Embed(y, Index("tokens"), w.matrix(9, 4)),
+        Normalize(y, x, w.vector(6), None, "rms", 1e-5, 8),
+        Normalize(y, x, w.vector(8), w.vector(4), "layer", 1e-5, 8),
+        Normalize(y, x, w.vector(3), None, "rms", 1e-5, 3),
+        Linear(y, x, w.matrix(8, 4)),
+        Linear(y, x, w.matrix(4, 8)),
+        Linear(y, x, square, w.vector(1)),
+        Linear(y, x, square, residual=wide),
+        GatedLinear(y, x, square, w.matrix(4, 8), "silu"),
+        GatedLinear(y, x, square, square, "silu", w.vector(1)),
+        Rotate(y, x, wide, 2, 4, False),
+        Rotate(y, x, few, 3, 4, False),
+        Attend(y, x, x, few, spans, None, **heads, scale=1.0, window=None, softcap=None),
+        Attend(y, wide, few, few, spans, None, **heads, scale=1.0, window=None, softcap=None),
+        Add(y, x, few),
+        *(
+            MixtureOfExperts(y, x, **{**mixture, **change})
+            for change in (
+                {"top_k": 4}, {"router": square}, {"gate": w.matrix(4, 8, 3)},
+                {"down": w.matrix(8, 5, 2)}, {"up_bias": w.vector(5)},
+            )
+        ),
+    ]  # fmt: skip
+    for op in ops:
+        program = Program((op,), (x, y, wide, few), (y,), inputs=(x, wide, few))
+        with pytest.raises(UnsupportedModel, match="sizes do not fit each other at logits"):
+            on_torch(program, w.checkpoint(), SPACES)
+        with pytest.raises(UnsupportedModel):
+            opened(program, w.checkpoint(), SPACES)
 
 
 def test_bad_sequences_are_refused_on_the_host(rng: np.random.Generator) -> None:

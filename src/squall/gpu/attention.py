@@ -47,16 +47,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Rows:
-    """A layout on a device."""
+    """A layout on a device. kept: bounds, if the host need not ask for them."""
 
     tensors: Mapping[str, Tensor]
     shape: Shape
     block_size: int
+    kept: Sequence[int] | None = None
 
     @cached_property
-    def bounds(self) -> list[int]:
-        """As in `Sequences`, back from the device."""
-        return [int(bound) for bound in self.tensors["bounds"].tolist()]
+    def bounds(self) -> Sequence[int]:
+        """As in `Sequences`."""
+        return self.tensors["bounds"].tolist() if self.kept is None else self.kept
 
 
 class Cache:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from squall import program as p
 from squall.batch import Mixture, Sequences
-from squall.errors import OutOfMemory
+from squall.errors import OutOfMemory, UnsupportedModel
 from squall.executors import Adapter, Executor, Floats, Limits, Memory, Order, Phase, Placement
 from squall.executors.base import NO_SEQUENCES, layout_of, sites_of
 from squall.gpu import attention, graphs, ops
 from squall.gpu.adapters import TorchAdapter, TorchMixture
 from squall.gpu.inputs import Given, Inputs, expect, staged, views
-from squall.gpu.matrices import Matrices
+from squall.gpu.matrices import Matrices, floats_fit
 from squall.gpu.profile import Profile
 from squall.weights import Progress, Term, WeightStore
 
@@ -80,7 +80,12 @@ class TorchExecutor(Executor):
 
     def _load(self, store: WeightStore, progress: Progress | None) -> None:
         program = store.arranged(self.program)
-        weights = Matrices.of(store, self._device, self._dtype)
+        if wrong := next((op for op in program.ops if not ops.fits(op)), None):
+            raise UnsupportedModel(
+                f"this model cannot run: sizes do not fit each other at {wrong.out.name}"
+            )
+        floats = floats_fit(program.weights(), self._device)
+        weights = Matrices.of(store, self._device, self._dtype, floats)
         with memory_errors("the weights"), self._on_device():
             weights.load(program.weights(), self.pool, progress)
             self._types = ops.types(program, self._dtype)
@@ -167,6 +172,8 @@ class TorchExecutor(Executor):
             rows = None if few is None else few["tokens"]
             placed, shape = attention.layout(at, self.block_size, rows=rows)
             arrays |= {f"at.{name}": array for name, array in placed.items()}
+        # A graph is of any bounds.
+        bounds = at.bounds.tolist() if few is None else None
         buffer, places = staged(arrays, pinned=self._device.type == "cuda")
 
         def body(inputs: Tensor) -> graphs.Outputs:
@@ -175,7 +182,7 @@ class TorchExecutor(Executor):
             run = ops.Run(
                 values={v.id: tensors[v.name].to(self._types[v]) for v in self.program.inputs},
                 indices=tensors,
-                rows=None if shape is None else attention.Rows(own, shape, self.block_size),
+                rows=None if shape is None else attention.Rows(own, shape, self.block_size, bounds),
                 memories=cast(Sequence[TorchMemory | None], at.memories),
                 mixtures=cast(Sequence[TorchMixture], mixtures),
                 given=given,

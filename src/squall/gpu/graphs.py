@@ -7,6 +7,7 @@ It reads its inputs from a buffer of its own, and leaves its outputs where they 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 MOST_ROWS = 64
 _MOST = 64  # shapes
+_CAPTURING = threading.Lock()
 
 _log = logging.getLogger(__name__)
 
@@ -34,11 +36,12 @@ def cuda_recorder(device: torch.device) -> Record:
     def record(act: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
         current = torch.cuda.current_stream(device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            act()  # so that nothing is set up, compiled or tuned while capturing
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            outputs = act()
+        # What begins a capture waits for the device, which fails while another is captured.
+        with _CAPTURING, torch.cuda.stream(stream):  # left so, even if the capture fails
+            act()  # so that nothing is set up, compiled or tuned while capturing
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                outputs = act()
         current.wait_stream(stream)
         return graph.replay, outputs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,9 +90,8 @@ class Inputs:
         for space, count in rows.items():
             expect(count <= self._most[space], "too many rows in a step")
         for index in self._program.indices:
-            found = given.indices[index.name]
+            found = _narrowed(given.indices[index.name], index.name)
             shape = (index.axes, rows[index.rows]) if index.axes > 1 else (rows[index.rows],)
-            expect(found.dtype == np.int32, f"the index {index.name} is not of int32")
             expect(found.size == np.prod(shape), "an index differs from its rows")
             indices[index.name] = found.reshape(shape)
         for value in self._program.inputs:
@@ -171,6 +171,14 @@ class Inputs:
             more = to[value.rows] - len(floats)
             values[value.name] = np.pad(floats, ((0, more), (0, 0)))
         return replace(given, indices=indices, values=values)
+
+
+def _narrowed(found: NDArray[np.integer[Any]], name: str) -> Int32:
+    """As int32, which indices may come wider than."""
+    expect(found.dtype.kind in "iu", f"the index {name} is not of whole numbers")
+    narrow = found.astype(np.int32, copy=False)
+    expect((narrow == found).all(), f"a number of the index {name} does not fit int32")
+    return narrow
 
 
 def _segments(mixture: Int32) -> list[Segment]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -14,6 +14,8 @@ from squall import _native
 from squall import program as p
 from squall.errors import InvalidCheckpoint
 from squall.executors.base import Laid
+from squall.executors.memory import available_bytes
+from squall.gpu import uses_triton
 from squall.gpu.unpacking import bits, middle, take_apart, unpack
 from squall.quant import FORMATS, Format
 from squall.weights import Stored, WeightStore, values
@@ -100,12 +102,15 @@ _Whole = TypeVar("_Whole", bound=Plain | Float8 | Packed | Scales)
 class Matrices(Laid[Weight, Tensor]):
     """On one device, all experts as one.
 
-    dtype: of activations there, and of all that is no integer but vectors.
+    dtype: of activations there, and of all that is no integer but vectors. floats: whatever is
+        packed or of 8 bits becomes float32, so that it is taken apart once.
     """
 
-    def __init__(self, store: WeightStore, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, store: WeightStore, device: torch.device, dtype: torch.dtype, floats: bool = False
+    ) -> None:
         super().__init__(store)
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._floats = device, dtype, floats
 
     def _vector(self, weight: p.Vector) -> Tensor:
         return torch.from_numpy(self._store.vector(weight)).to(self._device)
@@ -126,7 +131,7 @@ class Matrices(Laid[Weight, Tensor]):
                 for to, piece in zip(_tensors(whole), _tensors(made), strict=True):
                     to[expert, start : start + made.rows] = piece[0]
         assert whole is not None
-        return [whole]
+        return [_unpacked(whole) if self._floats else whole]
 
     def _piece(self, rows: Stored, cols: int, target: str) -> Weight:
         """Rows on the device, as one expert."""
@@ -145,6 +150,21 @@ def plain(stored: Stored, rows: int, cols: int, device: torch.device) -> Plain:
     """Floats as they are stored, such as an adapter's."""
     data, factors = _sent(stored, cols, device)
     return _plain(_values(data, factors, cols, stored.format).reshape(rows, cols))
+
+
+def floats_fit(weights: Sequence[p.Matrix | p.Vector], device: torch.device) -> bool:
+    """Whether they may become float32: no kernel of the device takes others, and memory is free."""
+    if device.type != "cpu" or uses_triton(torch.empty(0)):
+        return False
+    sizes = (4 * w.experts * w.rows * w.cols for w in weights if isinstance(w, p.Matrix))
+    return sum(sizes) <= (available_bytes() or 0) // 2
+
+
+def _unpacked(m: Weight) -> Plain:
+    if isinstance(m, Plain):
+        return m
+    values = torch.stack([dense(m, expert) for expert in range(m.experts)])
+    return Plain(m.format, m.experts, m.rows, m.cols, values)
 
 
 def dense(m: Weight, expert: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

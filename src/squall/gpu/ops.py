@@ -87,6 +87,52 @@ def types(program: p.Program, dtype: torch.dtype) -> dict[p.Value, torch.dtype]:
     return {value: torch.float32 if value in wide else dtype for value in program.values}
 
 
+def fits(op: p.Op) -> bool:
+    """Whether an op's values and weights have the sizes that it needs."""
+    out = op.out.width
+    match op:
+        case p.Embed():
+            return op.table.cols == out
+        case p.Normalize():
+            size = op.weight.size
+            whole = op.x.width % op.group == 0 and size in (op.group, out)
+            return whole and _even((op.x, out), (op.bias, size))
+        case p.Linear():
+            fits = _multiplies(op.weight, op.x.width, out, op.bias)
+            return fits and _even((op.residual, out))
+        case p.GatedLinear():
+            parts = (op.gate, op.gate_bias), (op.up, op.up_bias)
+            return all(_multiplies(w, op.x.width, out, bias) for w, bias in parts)
+        case p.MixtureOfExperts():
+            x, inner, count = op.x.width, op.up.rows, op.up.experts
+            ends = (op.gate, x, inner, op.gate_bias), (op.up, x, inner, op.up_bias)
+            weights = *ends, (op.down, inner, out, op.down_bias)
+            alike = all(w is None or w.experts == count for w, *_ in weights)
+            fits = op.top_k <= count and _multiplies(op.router, x, count, op.router_bias)
+            return alike and fits and all(_multiplies(*weight) for weight in weights)
+        case p.Rotate():
+            width = op.heads * op.head_dim
+            return _even((op.x, width), (op.out, width)) and op.angles.width <= op.head_dim
+        case p.Attend() | p.Recall():
+            width, own = op.heads * op.head_dim, op.kv_heads * op.head_dim
+            stored = ((op.k, own), (op.v, own)) if isinstance(op, p.Attend) else ()
+            return op.heads % op.kv_heads == 0 and _even((op.q, width), (op.out, width), *stored)
+        case p.Add():
+            return _even((op.a, out), (op.b, out))
+    return True
+
+
+def _even(*sizes: tuple[p.Value | p.Vector | None, int]) -> bool:
+    return all(
+        item is None or needed == (item.width if isinstance(item, p.Value) else item.size)
+        for item, needed in sizes
+    )
+
+
+def _multiplies(w: p.Matrix | None, x: int, out: int, bias: p.Vector | None) -> bool:
+    return w is None or ((w.cols, w.rows) == (x, out) and _even((bias, w.experts * out)))
+
+
 @functools.singledispatch
 def lower(op: p.Op, to: Lowering) -> Act:  # noqa: ARG001
     """The op as a function of a run."""
