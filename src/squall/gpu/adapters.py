@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,52 +127,14 @@ class Added:
                 if part.bias is not None:
                     y += part.bias * weight
 
+    def to_experts(
+        self, op: p.MixtureOfExperts, mixture: TorchMixture, scalings: Tensor | None
+    ) -> linear.Add:
+        """What rows that have one mixture get, expert by expert."""
+        weights = {"gate": op.gate or op.up, "up": op.up, "down": op.down}
 
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """The experts of an op, and what adapters add to them."""
+        def add(y: Tensor, x: Tensor, name: str, expert: int, rows: Tensor) -> None:
+            scaling = None if scalings is None else scalings[rows]
+            self.add_to(y, x, (weights[name].role, expert), mixture, scaling)
 
-    inner: linear.Product
-    down: linear.Product
-    op: p.MixtureOfExperts
-    added: Added
-
-    def adapted(self, run: Run, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """The sums of the rows that have adapters, expert by expert: the host asks which."""
-        outs = x.new_zeros((*chosen.shape, self.down.weight.rows), dtype=torch.float32)
-        scalings = self.added.scalings(run)
-        asked = chosen.cpu().numpy()
-        for start, stop, number in run.segments(self.op.adapters):
-            for expert in np.unique(asked[start:stop]).tolist():
-                found = np.stack(np.nonzero(asked[start:stop] == expert))
-                rows, places = torch.as_tensor(found).to(x.device) + x.new_tensor(
-                    [[start], [0]], dtype=torch.int64
-                )
-                own = None if scalings is None else scalings[rows]
-                outs[rows, places] = self._expert(expert, x[rows], run.mixtures[number], own)
-        summed = torch.zeros_like(outs[:, 0])
-        for place in range(self.op.top_k):
-            summed = summed + outs[:, place] * shares[:, place, None]
-        return summed
-
-    def _expert(
-        self, expert: int, x: Tensor, mixture: TorchMixture, scalings: Tensor | None
-    ) -> Tensor:
-        """One expert's products of rows that have one mixture of adapters."""
-        exact = self.added.exact
-
-        def product(
-            x: Tensor, matrix: p.Matrix, weight: matrices.Weight, bias: Tensor | None
-        ) -> Tensor:
-            y = _product(x, matrices.one(weight, expert), exact)
-            self.added.add_to(y, x, (matrix.role, expert), mixture, scalings)
-            return y if bias is None else y + bias.view(weight.experts, -1)[expert]
-
-        op, inner, down = self.op, self.inner, self.down
-        y = product(x, op.up, inner.weight, inner.bias)
-        if op.gate is None or inner.gate is None:
-            y = linear.activated(y, op.activation, exact=exact)
-        else:
-            gate = product(x, op.gate, inner.gate, inner.gate_bias)
-            y = linear.activated(gate, op.activation, exact=exact) * y
-        return product(y.to(x.dtype), op.down, down.weight, down.bias)
+        return add

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from squall.gpu import uses_triton
-from squall.gpu.matrices import Float8, Plain, Weight, dense_runs, lookup
+from squall.gpu.matrices import Float8, Plain, Weight, dense_runs, lookup, one
 from squall.spec import Activation
 
 # A BLAS chooses by the shape of a product, and on a CPU by its threads too, how it adds up. So
@@ -128,25 +129,44 @@ def experts(
 
         return triton_linear.experts(x, chosen, shares, inner, down, exact=exact)
 
-    def part(x: Tensor, w: Weight, expert: int, bias: Tensor | None) -> Tensor:
-        y = _product(x, w, expert, exact=exact).float()
-        return y if bias is None else y + bias.view(w.experts, -1)[expert]
+    return expert_by_expert(x, (chosen, shares), inner, down, exact, lambda *_: None)
 
+
+Add = Callable[[Tensor, Tensor, str, int, Tensor], None]
+"""Adds to y, of rows of x, what they have beside the gate, the up or the down of an expert; which
+rows of all those are."""
+
+
+def expert_by_expert(
+    x: Tensor, routed: tuple[Tensor, Tensor], inner: Product, down: Product, exact: bool, add: Add
+) -> Tensor:
+    """The same, with what is added to products. The host asks which experts there are."""
+    chosen, shares = routed
     found = torch.empty(*chosen.shape, down.weight.rows, device=x.device)
     for expert in set(chosen.flatten().tolist()):
         at = chosen == expert
-        rows = x[at.any(1)]
-        y = part(rows, inner.weight, expert, inner.bias)
+        own = at.any(1)
+        part = partial(_part, expert, own, exact, add)
+        y = part("up", x[own], inner.weight, inner.bias)
         if inner.gate is None:
             y = activated(y, inner.activation, exact=exact)
         else:
-            gate = part(rows, inner.gate, expert, inner.gate_bias)
+            gate = part("gate", x[own], inner.gate, inner.gate_bias)
             y = activated(gate, inner.activation, exact=exact) * y
-        found[at] = part(y.to(x.dtype), down.weight, expert, down.bias)
+        found[at] = part("down", y.to(x.dtype), down.weight, down.bias)
     total = torch.zeros(len(x), down.weight.rows, device=x.device)
     for k in range(chosen.shape[1]):
         total += shares[:, k, None] * found[:, k]
     return total
+
+
+def _part(  # noqa: PLR0913
+    expert: int, own: Tensor, exact: bool, add: Add, name: str, x: Tensor, w: Weight,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    y = linear(x, Product(one(w, expert)), exact=exact, dtype=torch.float32)
+    add(y, x, name, expert, own)
+    return y if bias is None else y + bias.view(w.experts, -1)[expert]
 
 
 def _by_triton(x: Tensor, exact: bool, *weights: Weight) -> bool:
@@ -168,26 +188,24 @@ def _fits(x: Tensor, w: Weight) -> bool:
     )
 
 
-def _product(
-    x: Tensor, w: Weight, expert: int = 0, *, exact: bool, dtype: torch.dtype | None = None
-) -> Tensor:
+def _product(x: Tensor, w: Weight, *, exact: bool, dtype: torch.dtype | None = None) -> Tensor:
     """x @ w.T, in the type of x or in `dtype`."""
     if not exact and _fits(x, w):
         assert isinstance(w, Float8)
         scales = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
         codes = (x / scales).to(torch.float8_e4m3fn)
-        given = w.values[expert].T, scales, w.factors[expert][None]
+        given = w.values[0].T, scales, w.factors
         return torch._scaled_mm(codes, *given, out_dtype=torch.bfloat16)
     if isinstance(w, Plain):
-        values = w.values[expert].to(x.dtype)
+        values = w.values[0].to(x.dtype)
         if dtype == torch.float32 != x.dtype and x.is_cuda and not exact:
             return torch.mm(x, values.T, out_dtype=dtype)
         return _times(x, values, exact)
     if uses_triton(x) and not exact:
         from squall.gpu import triton_linear
 
-        return _times(x, triton_linear.dense(w, expert, x.dtype), exact)
-    parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w, expert)]
+        return _times(x, triton_linear.dense(w, 0, x.dtype), exact)
+    parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from squall import program as p
 from squall.executors.parallel import Ranks
 from squall.gpu import attention, linear, matrices, rows
-from squall.gpu.adapters import Added, Experts, TorchMixture
+from squall.gpu.adapters import Added, TorchMixture
 from squall.gpu.inputs import Given, Segment
 
 if TYPE_CHECKING:
@@ -380,7 +380,18 @@ def _(op: p.MixtureOfExperts, to: Lowering) -> Act:
     inner = linear.Product(
         matrix(op.up), vector(op.up_bias), op.activation, gate, vector(op.gate_bias)
     )
-    experts = Experts(inner, linear.Product(matrix(op.down), vector(op.down_bias)), op, added)
+    down = linear.Product(matrix(op.down), vector(op.down_bias))
+
+    def adapted(run: Run, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        sums = x.new_zeros(len(x), down.weight.rows, dtype=torch.float32)
+        scalings = added.scalings(run)
+        for start, stop, number in run.segments(op.adapters):
+            own = slice(start, stop)
+            scaling = None if scalings is None else scalings[own]
+            add = added.to_experts(op, run.mixtures[number], scaling)
+            routed = chosen[own], shares[own]
+            sums[own] = linear.expert_by_expert(x[own], routed, inner, down, exact, add)
+        return sums
 
     def act(run: Run) -> Tensor:
         x = run[op.x]
@@ -389,8 +400,8 @@ def _(op: p.MixtureOfExperts, to: Lowering) -> Act:
         chosen, shares = _route(op, logits, run.groups(op.shared))
         y = _adaptable(
             op.adapters,
-            lambda _: linear.experts(x, chosen, shares, inner, experts.down, exact=exact),
-            lambda run: experts.adapted(run, x, chosen, shares),
+            lambda _: linear.experts(x, chosen, shares, inner, down, exact=exact),
+            lambda run: adapted(run, x, chosen, shares),
         )(run)
         y = y if op.scale == 1 else y * op.scale
         return y if op.residual is None else run[op.residual] + y
