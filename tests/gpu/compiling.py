@@ -27,7 +27,7 @@ from squall import program as p
 from squall.batch import Sequences
 from squall.gpu import attention, triton_attention, triton_linear
 from squall.gpu import triton_rows as rows
-from squall.gpu.matrices import Float8, Packed, Plain, Scales, Weight
+from squall.gpu.matrices import Float8, Packed, Plain, Weight
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -64,33 +64,29 @@ class Absent(DriverBase):  # type: ignore[misc]
 
 
 def packed(
-    shape: tuple[int, int, int], bits: tuple[int, int], middle: int, *groups: tuple[int, int]
+    shape: tuple[int, int, int], bits: tuple[int, int], middle: int, group: int, least: bool
 ) -> Packed:
-    """groups: of the scale and the minimum, those of base and part."""
+    """Of super-blocks of 256. least: with minimums."""
     experts, rows, cols = shape
-
-    def scales(base: int, part: int) -> Scales:
-        values = torch.zeros(experts, rows, cols // base, dtype=torch.float16)
-        parts = torch.zeros(experts, rows, cols // part, dtype=torch.uint8) if part else None
-        return Scales(values, parts, base, part)
-
     low, high = (
         torch.zeros(experts, rows, cols * b // 8, dtype=torch.uint8) if b else None for b in bits
     )
     assert low is not None
-    scale, minimum = [*(scales(*pair) for pair in groups), None][:2]
-    assert scale is not None
+    base = torch.zeros(experts, rows, cols // 256, dtype=torch.float16)
+    part = torch.zeros(experts, rows, cols // group, dtype=torch.uint8)
+    more = (base.clone(), part.clone()) if least else (None, None)
     return Packed(
-        "", experts, rows, cols, cols, low, bits[0], high, bits[1], scale, minimum, middle
-    )
+        "", experts, rows, cols, cols, low, bits[0], high, bits[1], middle, 256, group, base, part,
+        *more,
+    )  # fmt: skip
 
 
 def q4_k(rows: int, cols: int, experts: int = 1) -> Packed:
-    return packed((experts, rows, cols), (4, 0), 0, (256, 32), (256, 32))
+    return packed((experts, rows, cols), (4, 0), 0, 32, least=True)
 
 
 def q6_k(rows: int, cols: int, experts: int = 1) -> Packed:
-    return packed((experts, rows, cols), (4, 2), 32, (256, 16))
+    return packed((experts, rows, cols), (4, 2), 32, 16, least=False)
 
 
 def plain(rows: int, cols: int, dtype: torch.dtype) -> Plain:
@@ -131,7 +127,7 @@ def linear_cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         )  # fmt: skip
     cases["float8"] = lambda: products.linear(some, float8(4096, 2048), exact=True)
     cases["q3_k"] = lambda: products.linear(
-        one, packed((1, 4096, 2048), (2, 1), 4, (256, 16)), exact=False
+        one, packed((1, 4096, 2048), (2, 1), 4, 16, least=False), exact=False
     )
     ids = torch.zeros(3, dtype=torch.int32)
     cases["embed"] = lambda: products.embed(ids, q4_k(4096, 2048), scale=1.0, dtype=dtype)

@@ -63,26 +63,15 @@ class Float8(_Weight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scales:
-    """Of groups along a row: base[.., k // base_group] * part[.., k // group].
-
-    base: f16 or f32, [experts, rows, groups]. part: uint8 or int8; None: 1, and the groups are
-        those of the base.
-    """
-
-    base: Tensor
-    part: Tensor | None
-    base_group: int
-    group: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Packed(_Weight):
     """Integers: scale * (code - middle) - minimum, in float32 and in this order.
 
     low, high: planes of codes, code = low | high << low_bits, uint8 [experts, rows, bytes]. Of b
         bits, 32 bytes hold 256 / b values, byte i those at i + 32 * j in its bits j * b.
     padded: columns that planes and scales have, whole runs of both planes; those added are worth 0.
+    base, part: scale = base[.., k // base_group] * part[.., k // group]; f16 or f32, and uint8 or
+        int8 [experts, rows, groups]; without parts it is the base.
+    minimum, less: of the minimum, by the same groups; None: there is none; only less: times base.
     """
 
     padded: int
@@ -90,13 +79,22 @@ class Packed(_Weight):
     low_bits: int
     high: Tensor | None
     high_bits: int
-    scale: Scales
-    minimum: Scales | None
     middle: int
+    base_group: int
+    group: int
+    base: Tensor
+    part: Tensor | None
+    minimum: Tensor | None
+    less: Tensor | None
+
+    @property
+    def least(self) -> Tensor | None:
+        """What the parts of the minimum multiply."""
+        return self.minimum if self.less is None or self.minimum is not None else self.base
 
 
 Weight = Plain | Float8 | Packed
-_Whole = TypeVar("_Whole", bound=Plain | Float8 | Packed | Scales)
+_Whole = TypeVar("_Whole", bound=Plain | Float8 | Packed)
 
 
 class Matrices(Laid[Weight, Tensor]):
@@ -200,19 +198,16 @@ def _dense(m: Weight) -> Tensor:
     codes = unpack(m.low, m.low_bits, RUN)
     if m.high is not None:
         codes = codes | unpack(m.high, m.high_bits, RUN) << m.low_bits
-    found = (codes.float() - m.middle).view(len(codes), -1, m.scale.group) * _expanded(m.scale)
-    if m.minimum is not None:
-        found -= _expanded(m.minimum)
+    found = (codes.float() - m.middle).view(len(codes), -1, m.group) * _groups(m, m.base, m.part)
+    if m.least is not None:
+        found -= _groups(m, m.least, m.less)
     return found.reshape(len(codes), -1)[:, : m.cols]
 
 
-def _expanded(scales: Scales) -> Tensor:
+def _groups(m: Packed, base: Tensor, part: Tensor | None) -> Tensor:
     """Of each group, [rows, groups, 1]."""
-    base = scales.base.float()
-    if scales.part is not None:
-        repeats = scales.base_group // scales.group
-        base = base.repeat_interleave(repeats, 1) * scales.part.float()
-    return base[:, :, None]
+    found = base.float().repeat_interleave(m.base_group // m.group, 1)
+    return (found if part is None else found * part.float())[:, :, None]
 
 
 # ---- from the store to the device ----
@@ -280,16 +275,14 @@ def _packed(data: Tensor, cols: int, format: Format) -> Packed:
     run = RUN * 8 // min(low_bits, high_bits or 8)
     padded = -(-cols // run) * run
     more = (padded - cols) // format.block * format.block_bytes
-    codes, scale, minimum = take_apart(pad(data, (0, more)), format)
-
-    def scales(base: Tensor, part: Tensor | None) -> Scales:
-        group = format.block if part is None else padded // part.shape[1]
-        return Scales(base[None], None if part is None else part[None], format.block, group)
-
+    codes, *parts = take_apart(pad(data, (0, more)), format)
+    base, part, minimum, less = (None if found is None else found[None] for found in parts)
+    assert base is not None
     return Packed(
         format.name, 1, len(data), cols, padded, _plane(codes, low_bits), low_bits,
-        _plane(codes >> low_bits, high_bits) if high_bits else None, high_bits,
-        scales(*scale), None if minimum is None else scales(*minimum), middle(format),
+        _plane(codes >> low_bits, high_bits) if high_bits else None, high_bits, middle(format),
+        format.block, format.block if part is None else padded // part.shape[2],
+        base, part, minimum, less,
     )  # fmt: skip
 
 
@@ -305,16 +298,9 @@ def _plane(codes: Tensor, bits: int) -> Tensor:
 # ---- tensors of weights ----
 
 
-def _tensors(item: Any) -> list[Tensor]:
-    """Every distinct one of a weight."""
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _mapped(item, keep)
-    return found
+def _tensors(item: _Weight) -> list[Tensor]:
+    found = (getattr(item, field.name) for field in fields(item))
+    return [one for one in found if isinstance(one, Tensor)]
 
 
 def _room(piece: Weight, weight: p.Matrix) -> Weight:
@@ -326,18 +312,8 @@ def _room(piece: Weight, weight: p.Matrix) -> Weight:
     return replace(_mapped(piece, room), experts=weight.experts, rows=weight.rows)
 
 
-def _mapped(
-    item: _Whole, change: Callable[[Tensor], Tensor], made: dict[int, Tensor] | None = None
-) -> _Whole:
-    """The same of changed tensors; what shares memory still does."""
-    made = {} if made is None else made
-    changes: dict[str, Any] = {}
-    for field in fields(item):
-        found = getattr(item, field.name)
-        if isinstance(found, Tensor):
-            if found.data_ptr() not in made:
-                made[found.data_ptr()] = change(found)
-            changes[field.name] = made[found.data_ptr()]
-        elif isinstance(found, Scales):
-            changes[field.name] = _mapped(found, change, made)
+def _mapped(item: _Whole, change: Callable[[Tensor], Tensor]) -> _Whole:
+    """The same of changed tensors."""
+    found = {field.name: getattr(item, field.name) for field in fields(item)}
+    changes: dict[str, Any] = {n: change(x) for n, x in found.items() if isinstance(x, Tensor)}
     return replace(item, **changes)

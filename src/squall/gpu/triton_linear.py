@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from squall.gpu.linear import Product
-from squall.gpu.matrices import Float8, Packed, Plain, Scales, Weight
+from squall.gpu.matrices import Float8, Packed, Plain, Weight
 
 PARTED = 256  # programs that a product of few rows should have at least
 LONGEST = 8  # parts of K at most
@@ -410,12 +410,10 @@ def _argument(w: Weight | None) -> Argument:
         return Argument((w.values, None), w.cols, (0, 0))
     if isinstance(w, Float8):
         return Argument((w.values.view(torch.uint8), w.factors), w.cols, (0, 1))
-    minimum = w.minimum or Scales(w.scale.base, None, 0, 0)
-    scales = (w.scale.base, w.scale.part, minimum.base, minimum.part)
-    parts = [(s.base_group, s.group if s.part is not None else 0) for s in (w.scale, minimum)]
-    groups = [group for pair in parts for group in pair]
-    unit = min(32, *(group for group in groups if group))
-    form = (w.low_bits, w.high_bits if w.high is not None else 0, w.middle, *groups, unit)
+    scales = (w.base, w.part, w.base if w.least is None else w.least, w.less)
+    groups = [w.base_group, w.group if w.part is not None else 0]
+    groups += [w.base_group if w.least is not None else 0, w.group if w.less is not None else 0]
+    form = (w.low_bits, w.high_bits, w.middle, *groups, min(32, w.group))
     return Argument((w.low, w.high, *scales), w.padded, form)
 
 
