@@ -21,7 +21,7 @@ from squall.executors.base import NO_SEQUENCES, layout_of, sites_of
 from squall.gpu import attention, graphs, ops
 from squall.gpu.adapters import TorchAdapter, TorchMixture
 from squall.gpu.inputs import Given, Inputs, expect, staged, views
-from squall.gpu.matrices import Matrices, floats_fit
+from squall.gpu.matrices import FLOAT_NAMES, FLOATS, Matrices, floats_fit
 from squall.gpu.profile import Profile
 from squall.weights import Progress, Term, WeightStore
 
@@ -64,7 +64,7 @@ class TorchExecutor(Executor):
         self._device = torch.device("cpu" if name == "torch" else name)
         self._dtype = activations(self._device, self.placement, order.store)
         self._kv_dtype = cache_type(limits, self._dtype)
-        self.isa = f"{name} {described(self._device)} ({_SHORT[self._dtype]})"
+        self.isa = f"{name} {described(self._device)} ({FLOAT_NAMES[self._dtype]})"
         self._lock = threading.Lock()
         self._inputs = Inputs(order.program, limits)
         held = self._kept | {value.name for value in self.program.outputs}
@@ -244,16 +244,12 @@ class TorchExecutor(Executor):
             return self._fetched(name)[name]
 
 
-_SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_DTYPES = {name: dtype for dtype, name in _SHORT.items()}
-
-
 def activations(device: torch.device, placement: Placement, store: WeightStore) -> torch.dtype:
     """The type of activations on a device: the best that it is fast with, if none is asked for."""
     if store.exact or device.type == "cpu":
         return torch.float32
     if placement.dtype != "auto":
-        return _DTYPES[placement.dtype]
+        return FLOATS[placement.dtype]
     if device.type == "mps":
         return torch.float16
     capability = torch.cuda.get_device_capability(device)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -143,9 +144,9 @@ def expert_by_expert(
     """The same, with what is added to products. The host asks which experts there are."""
     chosen, shares = routed
     found = torch.empty(*chosen.shape, down.weight.rows, device=x.device)
-    for expert in set(chosen.flatten().tolist()):
-        at = chosen == expert
-        own = at.any(1)
+    asked = chosen.cpu().numpy()
+    for expert in np.unique(asked).tolist():
+        own, places = torch.as_tensor(np.stack(np.nonzero(asked == expert))).to(x.device)
         part = partial(_part, expert, own, exact, add)
         y = part("up", x[own], inner.weight, inner.bias)
         if inner.gate is None:
@@ -153,7 +154,7 @@ def expert_by_expert(
         else:
             gate = part("gate", x[own], inner.gate, inner.gate_bias)
             y = activated(gate, inner.activation, exact=exact) * y
-        found[at] = part("down", y.to(x.dtype), down.weight, down.bias)
+        found[own, places] = part("down", y.to(x.dtype), down.weight, down.bias)
     total = torch.zeros(len(x), down.weight.rows, device=x.device)
     for k in range(chosen.shape[1]):
         total += shares[:, k, None] * found[:, k]

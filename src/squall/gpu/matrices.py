@@ -22,7 +22,7 @@ from squall.weights import Stored, WeightStore, values
 
 RUN = 32  # bytes of a plane of codes that belong together
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 # Of wide codes the low bits are one plane, and the rest another.
 _LOW_BITS = {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
 # Values taken apart at a time; on a CPU so few that they stay in its cache.
@@ -265,7 +265,7 @@ def _values(data: Tensor, factors: Tensor | None, cols: int, format: str) -> Ten
 
 def _plain(values: Tensor) -> Plain:
     rows, cols = values.shape
-    return Plain(_NAMES[values.dtype], 1, rows, cols, values[None])
+    return Plain(FLOAT_NAMES[values.dtype], 1, rows, cols, values[None])
 
 
 def _packed(data: Tensor, cols: int, format: Format) -> Packed:
