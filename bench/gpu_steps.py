@@ -97,8 +97,10 @@ def tests() -> None:
     """Parity and exactness on the device."""
     paths = [path for path in TESTS if (ROOT / path).exists()]
     chosen = [paths[0], "-k", "often and q4_k"] if SMALL else paths
-    workers = ["-n", "6"] if not SMALL and find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=40", *workers, *chosen]
+    # Workers compile kernels, each on a processor of its own; what is done in time is told.
+    workers = ["-n", "12"] if not SMALL and find_spec("xdist") else []
+    how = ["-q", "-W", "default", "--maxfail=40", "--session-timeout=80"]
+    command = [sys.executable, "-m", "pytest", *how, *workers, *chosen]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"SQUALL_TEST_DEVICE": DEVICE},
         stdout=subprocess.PIPE, text=True, check=False,

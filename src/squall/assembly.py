@@ -36,7 +36,6 @@ from squall.weights import WeightStore
 
 if TYPE_CHECKING:
     from squall.adapters.lora import Lora
-    from squall.executors.parallel import Ranks
     from squall.vision.sight import Sight
 
 Prepared = tuple[Checkpoint, Recipe, Plan]
@@ -211,12 +210,15 @@ def place(models: Sequence[Prepared], opening: Opening) -> tuple[Placement, list
     Of several ranks, which it waits for, this is of one.
     """
     ranks, topology = None, models[0][2].topology
-    if (opening.tensor_parallel or 1) > 1:
+    if (size := opening.tensor_parallel or 1) > 1:
         from squall.executors.parallel import Ranks
 
-        ranks = Ranks(opening.tensor_parallel or 1, opening.device, opening.command)
+        cuda = opening.device.startswith("cuda")
+        devices.check(f"cuda:{size - 1}" if cuda else "torch")
+        _sizes(models[0], opening, (0, size))  # no rank is started for what cannot be shared out
+        ranks = Ranks(size, opening.device, opening.command)
         opening = replace(opening, device=ranks.device)
-    sizes = _sizes(models[0], opening, ranks)
+    sizes = _sizes(models[0], opening, None if ranks is None else (ranks.rank, size))
     others = [_sizes(model, opening) for model in models[1:]]
     count = len(sizes.kv)
     if opening.device == devices.AUTO and opening.device_layers is None:
@@ -248,11 +250,12 @@ def _chosen(
     return devices.chosen(layers, sizes.bytes(tokens) + beside, free)
 
 
-def _sizes(model: Prepared, opening: Opening, ranks: Ranks | None = None) -> Sizes:
+def _sizes(model: Prepared, opening: Opening, rank: tuple[int, int] | None = None) -> Sizes:
+    """rank: which of how many it is, where several have a part each."""
     checkpoint, recipe, plan = model
     program = decoder.compile(recipe.decoder, recipe.names, context=recipe.decoder.context)
     store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-    own = program if ranks is None else shard(program, store, ranks.rank, ranks.size)
+    own = program if rank is None else shard(program, store, *rank)
     return Sizes.of(own, store, opening.kv_dtype, caches=2 if opening.xlora else 1, whole=program)
 
 

@@ -24,7 +24,9 @@ Weights = Literal["packed", "f32"]
 KvDtype = Literal["f16", "f32", "q8_0"]
 
 NO_MMPROJ = "none"
-_CHOICES = {"weights": get_args(Weights), "kv_dtype": get_args(KvDtype)}
+_CHOICES = {
+    "weights": get_args(Weights), "kv_dtype": get_args(KvDtype), "exact": (True, False),
+}  # fmt: skip
 _KINDS = {
     (int, "a whole number"): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge "
     "image_bytes tensor_parallel",
@@ -148,11 +150,13 @@ class Opening:
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
-                raise InvalidRequest(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+                listed = ", ".join(map(str, allowed))
+                raise InvalidRequest(f"{name} is {value!r}; it must be one of {listed}")
         for (kind, what), names in _KINDS.items():
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                none = value is None and name != "device"
+                if not none and (not isinstance(value, kind) or isinstance(value, bool)):
                     raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
         for name, least in _LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
@@ -172,6 +176,11 @@ class Opening:
                 raise InvalidRequest(f"{one} and {other} cannot go together: {remedy}")
         if isinstance(self.draft, Opening) and any(getattr(self.draft, n) for n in _OF_ADAPTERS):
             raise InvalidRequest("a draft has no adapters; merge them: squall adapters merge")
+        places = ("device", "device_layers", "tensor_parallel")
+        if isinstance(self.draft, Opening) and any(
+            getattr(self.draft, name) != getattr(DEFAULTS, name) for name in places
+        ):
+            raise InvalidRequest("a draft runs where the model begins; it has no device of its own")
 
     @property
     def of_draft(self) -> Opening | None:

@@ -25,6 +25,7 @@ from squall.errors import (
     ContextLengthExceeded,
     EngineStopped,
     InvalidRequest,
+    OutOfMemory,
     QueueFull,
     SamplingFailed,
 )
@@ -230,6 +231,44 @@ def test_row_3_an_error_in_a_step_ends_all_and_is_told(executor: FakeExecutor) -
     with pytest.raises(EngineStopped, match="open the model again"):
         engine.submit(request([1]), print)
     assert engine.stats().counts.errors == 6
+    engine.close()
+
+
+class Full(FakeExecutor):
+    """Finds no memory for its third step, and all that was in its cache is lost."""
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        if len(self.rows) == 2:
+            self.rows.append([])
+            self.slots[:] = -1
+            raise OutOfMemory("full")
+        return super().step(batch)
+
+
+def test_a_step_without_memory_ends_those_that_run() -> None:
+    engine = Engine(executor := Full(), EngineConfig(max_seqs=2), text=Numbers)
+    executor.hold()
+    wanted = [request([1, 2, 3, 4, 5, i]) for i in range(3)]
+    first, second, waits = (Generation(engine, one) for one in wanted)
+    executor.let()
+    for generation in (first, second):
+        with pytest.raises(OutOfMemory, match="full"):
+            generation.read()
+    waits.read()
+    assert waits.ids == alone(wanted[2])
+    assert waits.usage.cached_tokens == 0
+    assert engine.alive
+    engine.close()
+
+
+def test_a_step_without_memory_ends_all_ranks() -> None:
+    """The others may be in the middle of it."""
+    executor = Full()
+    executor.lost = None  # type: ignore[attr-defined]
+    engine = Engine(executor, text=Numbers)
+    with pytest.raises(EngineStopped, match="OutOfMemory: full"):
+        Generation(engine, request([1])).read()
+    assert not engine.alive
     engine.close()
 
 

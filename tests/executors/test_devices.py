@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -10,7 +11,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from command import squall
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("torch=0;cpu", None, [("cpu", 6)]),
         ("cpu", 4, [("cuda:0", 4), ("cpu", 2)]),
         ("cpu", "4", [("cuda:0", 4), ("cpu", 2)]),
-        ("cpu", 99, [("cuda:0", 6)]),
+        ("cpu", 999999, [("cuda:0", 6)]),
         ("cpu", "0", [("cpu", 6)]),
         ("cpu", "0:0", [("cpu", 6)]),
         ("cpu", "1:2;0:3", [("cuda:1", 2), ("cuda:0", 3), ("cpu", 1)]),
@@ -67,6 +70,8 @@ def test_what_is_meant(device: str, layers: Any, wanted: list[tuple[str, int]]) 
         ("gpu", None, "unknown device 'gpu'; devices are cpu, cuda, cuda:N, mps, and torch"),
         ("", None, "unknown device ''"),
         ("cuda:x", None, "unknown device 'cuda:x'"),
+        ("mps:1", None, "unknown device 'mps:1'"),
+        ("metal[7]", None, "unknown device 'metal"),
         ("torch;cpu", None, "DEVICE=LAYERS;DEVICE"),
         ("torch=a;cpu", None, "DEVICE=LAYERS;DEVICE"),
         ("torch=-1;cpu", None, "DEVICE=LAYERS;DEVICE"),
@@ -87,6 +92,36 @@ def test_what_means_nothing(device: str, layers: Any, message: str) -> None:
 def test_layers_of_another_kind(layers: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"device_layers is .* it must be 20 or '0:16;1:12'"):
         Opening(device_layers=layers)
+
+
+@pytest.mark.parametrize("wrong", [{"device": None}, {"exact": None}, {"exact": "no"}], ids=str)
+def test_values_of_another_kind(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r" is .*; it must be (text|one of True, False)"):
+        Opening(**wrong)
+
+
+@pytest.mark.parametrize("own", [{"device": "cuda"}, {"device_layers": 2}], ids=str)
+def test_drafts_have_no_device_of_their_own(own: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="a draft runs where the model begins"):
+        Opening(draft=Opening("small", **own))
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "message"),
+    [
+        ("cuda", 2, "no device cuda:1 here"),
+        ("cuda:0", 2**40, "no device cuda:1099511627775 here"),
+        ("torch", 1000, "cannot be shared out to 1000 ranks"),
+    ],
+)
+def test_no_rank_is_started_in_vain(
+    folder: Path, tmp_path: Path, device: str, ranks: int, message: str
+) -> None:
+    started = tmp_path / "started"
+    command = ("-c", f"open({str(started)!r}, 'w')")
+    with pytest.raises(InvalidRequest, match=message):
+        Model.open(folder, device=device, tensor_parallel=ranks, command=command)
+    assert not started.exists()
 
 
 def test_a_topology_names_devices() -> None:
@@ -127,6 +162,44 @@ def test_without_pytorch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert model.executor.placement.spread(6) == [("cpu", 6)]
 
 
+def test_a_pytorch_that_is_broken(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('no libcudart')")
+    code = f"""
+import pytest, squall
+from squall.executors import devices
+devices.has_driver = lambda: True
+assert len(devices.available()) == 2
+for device in ("cuda", "torch", "torch=1;cpu"):
+    with pytest.raises(squall.InvalidRequest, match="loaded: no libcudart; there are: cpu$"):
+        squall.Model.open({str(folder)!r}, device=device)
+squall.Model.open({str(folder)!r}, device="auto", context=64).close()
+"""
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_pytorchs_defaults_are_a_programs_own(tmp_path: Path, default: Any) -> None:
+    """What a program that has PyTorch too says of its own tensors."""
+    folder = write_folder(tmp_path, "MixtralForCausalLM", num_local_experts=4)
+
+    def logits(isq: str | None) -> Any:
+        with Model.open(folder, device="torch", isq=isq, context=64) as model:
+            return model.logits(range(3, 20))
+
+    kinds = (None, "Q4K", "FP8")
+    wanted = [logits(isq) for isq in kinds]
+    dtypes = isinstance(default, torch.dtype)
+    change = torch.set_default_dtype if dtypes else torch.set_default_device
+    change(default)
+    try:
+        found = [logits(isq) for isq in kinds]
+    finally:
+        change(torch.float32 if dtypes else None)
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_runners(folder: Path) -> None:
     which = Which.Plain(str(folder))
     with pytest.raises(InvalidRequest, match="no device cuda:0 here"):
@@ -148,7 +221,9 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, *free: int, cuda: str | None = "1
     torch.version = SimpleNamespace(cuda=cuda, hip=None)
     torch.cuda = SimpleNamespace(
         device_count=lambda: len(free),
-        mem_get_info=lambda name: (free[int(name[5:])], 80 * GIB),
+        mem_get_info=lambda name: (free[int(name[5:])] - GIB, 80 * GIB),
+        memory_reserved=lambda _: 3 * GIB,
+        memory_allocated=lambda _: 2 * GIB,
         get_device_properties=lambda _: about,
     )
     torch.backends = SimpleNamespace(mps=SimpleNamespace(is_available=lambda: False))
@@ -283,6 +358,8 @@ def test_commands_say_what_goes_where(folder: Path) -> None:
     shown = squall("inspect", str(folder), *device).stdout
     assert "KV of 1,000 tokens" in shown
     assert not json.loads(squall("inspect", str(folder), "--json").stdout)["placement"]
+    for empty in (("--device", ""), ("-n", "")):
+        assert squall("inspect", str(folder), *empty).returncode == 1
     failed = squall("inspect", str(folder), "-n", "3")
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
     assert "no device cuda:0 here" in failed.stderr
@@ -306,6 +383,15 @@ def test_commands_run_on_several_devices(folder: Path) -> None:
     refused = squall("serve", str(folder), "-n", "0:2;1:2", "--port", "0")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "there are: cpu" in refused.stderr
+
+
+@pytest.mark.parametrize("size", ["", "x"])
+def test_ranks_of_other_programs_are_none(folder: Path, size: str) -> None:
+    done = squall(
+        "run", str(folder), "hello", "--max-tokens", "2", "--context", "64", "--raw",
+        env={"RANK": "one", "WORLD_SIZE": size},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_cpu_needs_no_pytorch(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import test_attention as attending
 import test_low_rank
 import test_rows
+import torch
 
 from gpu.on_torch import Array, Weights, on_torch
 from native_executor import in_memory, opened
@@ -480,6 +482,23 @@ def test_what_pytorchs_devices_have_not() -> None:
             attending.attention(128, cached=True), in_memory({}), {"tokens": 8},
             blocks=2**34,
         )  # fmt: skip
+
+
+def test_an_error_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is told that there was none would else hold on to what the step had."""
+    executor, held = embedding(), []
+
+    def full(_: Any) -> Any:
+        activations = torch.zeros(9)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(executor, "_acted", full)
+    inputs = {"tokens": np.array([3], np.int32), "outputs": np.array([0], np.int32)}
+    with pytest.raises(OutOfMemory) as error:
+        executor.run(inputs)
+    assert error.value.__context__
+    assert held[0]() is None
 
 
 # ---- the rest of what executors do ----

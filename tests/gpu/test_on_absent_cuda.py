@@ -86,7 +86,7 @@ class Faked:
     """Stands for `Matrices`: as they are made on the CPU, and then without data on CUDA."""
 
     def __init__(self, store: WeightStore, mode: FakeTensorMode) -> None:
-        self._real = matrices.Matrices(store, CPU, torch.bfloat16)
+        self._real = matrices.Matrices(store, CPU, torch.bfloat16, False)
         self._mode = mode
         self.totals = self._real.totals
 
@@ -162,7 +162,7 @@ def mode(monkeypatch: pytest.MonkeyPatch, launches: Launches) -> Iterator[FakeTe
     made: dict[int, Faked] = {}
     monkeypatch.setattr(
         matrices.Matrices, "of",
-        lambda store, *_: made.setdefault(id(store), Faked(store, found)),
+        lambda store, *_, **__: made.setdefault(id(store), Faked(store, found)),
     )  # fmt: skip
     # PyTorch built without CUDA knows no current device of it: the CPU's stands in.
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
@@ -268,8 +268,9 @@ def test_towers(exact: bool, mode: FakeTensorMode, rng: np.random.Generator) -> 
     ]
     program = b.build(*outs, inputs=(x,))
     with mode:
-        model = opened(program, weights.checkpoint(), LIMITS, exact)
-        for n in (1, 17, 700):
+        limits = replace(LIMITS, rows={"tokens": 70000})
+        model = opened(program, weights.checkpoint(), limits, exact)
+        for n in (1, 17, 700, 70000):
             given = {
                 "x": np.zeros((n, 96), np.float32), "at": np.zeros((2, n), np.int32),
                 "spans": np.stack([np.zeros(n), np.full(n, n)]).astype(np.int32),
@@ -306,5 +307,5 @@ def test_weights_are_taken_apart_there(name: str, mode: FakeTensorMode) -> None:
     format = FORMATS[name]
     stored = Stored(name, np.zeros(8 * format.row_bytes(512), np.uint8), None)
     with mode, OnDevice():
-        made = matrices.Matrices(None, CUDA, torch.bfloat16)._piece(stored, 512, name)  # type: ignore[arg-type]
+        made = matrices.Matrices(None, CUDA, torch.bfloat16, False)._piece(stored, 512, name)  # type: ignore[arg-type]
     assert made.format in (name, "bf16")

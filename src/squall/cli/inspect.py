@@ -66,8 +66,9 @@ def inspect(
     else:
         run = _tried(path)
     loads = []
-    if not run.obstacle and (device or layers):
-        loads = _loads(Opening(path, device=device or "cpu", device_layers=layers))
+    if not run.obstacle and (device, layers) != (None, None):
+        named = "cpu" if device is None else device
+        loads = _loads(Opening(path, device=named, device_layers=layers))
     if as_json:
         report = asdict(found) | {"runs": not run.obstacle, "obstacle": run.obstacle or None}
         report |= {"sees": run.sees or None, "modules": [m._asdict() for m in modules]}

@@ -78,8 +78,8 @@ class ModelFlags:
             for item in fields(Opening)
             if (value := vars(self).get(item.name)) is not None
         }
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun's
-            given.setdefault("tensor_parallel", int(os.environ["WORLD_SIZE"]))
+        if found := torchrun():
+            given.setdefault("tensor_parallel", found[1])
         given["command"] = tuple(sys.orig_argv[1:])
         hub = Hub(self.revision, self.token_source, self.offline)
         if self.adapter:
@@ -99,6 +99,12 @@ class ModelFlags:
         if selected is None or isinstance(selected, str):
             return replace(others, path=selected or self.file or self.model)
         return selected.opening(others)
+
+
+def torchrun() -> tuple[int, int] | None:
+    """This process's rank, and how many there are, where torchrun has started it."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else None
 
 
 def check_one(*names: object) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from squall.cli.flags import command
-from squall.cli.opening import ModelFlags
+from squall.cli.opening import ModelFlags, torchrun
 from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option
 from squall.cli.selectors import Selected
 from squall.cli.toml_selector import TomlSelection
@@ -207,10 +207,9 @@ def _chat(flags: ServeFlags, selected: Selected) -> None:
 def _serve(flags: ServeFlags, selected: Selected) -> None:
     # A signal while the model loads ends the process, also where it is a container's first one.
     signal.signal(signal.SIGTERM, _leave)
-    from squall.executors.parallel import follows
     from squall.server.run import listen, serve_on
 
-    if follows():
+    if (torchrun() or (0, 1))[0]:
         flags.served(selected)  # as long as the first rank serves
     options = flags.options()
     listener = listen(flags.serve_ip, flags.port)

@@ -23,7 +23,13 @@ from squall.engine.scheduler import Limits, Scheduler
 from squall.engine.sequence import Sequence
 from squall.engine.speculation import Speculation
 from squall.engine.stepping import Counts, Stepper
-from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
+from squall.errors import (
+    ContextLengthExceeded,
+    EngineStopped,
+    InvalidRequest,
+    OutOfMemory,
+    QueueFull,
+)
 from squall.executors import Executor
 from squall.text.stream import TextStream
 
@@ -336,7 +342,14 @@ class Engine:
         self._moved_s = time.monotonic()
 
     def _step(self) -> None:
-        self._stepper.step(self.executor)
+        try:
+            self._stepper.step(self.executor)
+        except OutOfMemory as error:
+            if hasattr(self.executor, "lost"):  # other ranks may be in the middle of the step
+                raise
+            for sequence in tuple(self._scheduler.running):
+                self._stepper.end(self._replies[sequence.number], "error", error)
+            self._scheduler.restart()
         self._moved_s = time.monotonic()
 
     def _die(self, error: BaseException) -> None:

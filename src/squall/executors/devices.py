@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from squall.executors.parallel import Ranks
 
 # The native executor; PyTorch on the CPU; PyTorch on a GPU of NVIDIA's, or of Apple's.
-_FORM = re.compile(r"(cpu|torch|(?:cuda|mps|metal)(?::\d{1,3}|\[\d{1,3}\])?)")
-_LISTED = re.compile(r"\s*([^=\s]*)(?:=(\d{1,4}))?\s*")
-_COUNTED = re.compile(r"(?:(\d{1,3}):)?(\d{1,4})")
+_FORM = re.compile(r"cpu|torch|cuda(:\d{1,3}|\[\d{1,3}\])?|(mps|metal)(:0|\[0\])?")
+_LISTED = re.compile(r"\s*([^=\s]*)(?:=(\d{1,9}))?\s*")
+_COUNTED = re.compile(r"(?:(\d{1,3}):)?(\d{1,9})")
 # Where no driver is, PyTorch need not be asked: of Linux, and of Windows' subsystem for it.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 
@@ -189,7 +189,8 @@ def has_driver() -> bool:
 def check(device: str) -> None:
     """Raise InvalidRequest for a device that is not here, with those that are."""
     if device != "cpu" and (reason := lack(device)):
-        here = ", ".join(found.name for found in available())
+        names = (found.name for found in available())
+        here = ", ".join(name for name in names if name == "cpu" or not lack(name))
         raise InvalidRequest(f"there is no device {device} here: {reason}; there are: {here}")
 
 
@@ -203,7 +204,7 @@ def free_bytes(device: str) -> int | None:
 
 def gpus() -> list[str]:
     """The GPUs that PyTorch finds; it is only loaded if there is a driver."""
-    if find_spec("torch") is None or not has_driver():
+    if not has_driver() or lack("torch"):
         return []
     import torch
 
@@ -215,10 +216,12 @@ def lack(device: str) -> str:
     """Why a device is not here; "" if it is."""
     if find_spec("torch") is None:
         return "it needs PyTorch: pip install 'squall[torch]'"
+    try:
+        import torch
+    except Exception as error:
+        return f"PyTorch cannot be loaded: {error}"
     if device == "torch":
         return ""
-    import torch
-
     if device == "mps":
         return "" if torch.backends.mps.is_available() else "PyTorch finds no GPU of Apple's"
     if torch.version.cuda is None and torch.version.hip is None:
@@ -234,6 +237,8 @@ def _gpu(name: str) -> Device:
         total = torch.mps.recommended_max_memory()
         return Device(name, total, total - torch.mps.driver_allocated_memory(), "Metal")
     free, total = torch.cuda.mem_get_info(name)
+    # What PyTorch keeps of tensors that are gone is free too.
+    free += torch.cuda.memory_reserved(name) - torch.cuda.memory_allocated(name)
     about = torch.cuda.get_device_properties(name)
     capability = f"compute capability {about.major}.{about.minor}"
     return Device(name, total, free, f"{about.name}, {capability}")

@@ -46,11 +46,6 @@ JOIN_S = 300.0
 _AT = ("positions", "bounds", "block_tables")
 
 
-def follows() -> bool:
-    """Whether this process is one of several, and not the first."""
-    return int(os.environ.get("RANK", 0)) > 0
-
-
 class Ranks:
     """The processes of this machine that run one model, this one among them.
 

@@ -70,7 +70,7 @@ def _part(sites: Sites, site: p.Site, term: Term, device: torch.device) -> _Part
         return matrices.plain(stored, *shape, device)
 
     a, b = plain(term.a, shapes[0]), plain(term.b, shapes[1])
-    bias = None if term.bias is None else torch.as_tensor(term.bias).to(device)
+    bias = None if term.bias is None else torch.as_tensor(term.bias, device=device)
     return _Part(a, b, term.scale, bias)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import cast
@@ -219,7 +220,8 @@ class TorchExecutor(Executor):
         cuda, host = self._device.type == "cuda", {}
         for name in names:
             found = self._last[name].float()
-            host[name] = torch.empty(found.shape, pin_memory=cuda).copy_(found, non_blocking=cuda)
+            own = found.new_empty(found.shape, device="cpu", pin_memory=cuda)
+            host[name] = own.copy_(found, non_blocking=cuda)
         if cuda:
             done = torch.cuda.Event()
             done.record()
@@ -285,6 +287,7 @@ def memory_errors(what: str) -> Iterator[None]:
         full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not full:
             raise
+        traceback.clear_frames(error.__traceback__)  # whoever has the error has no tensors
         raise OutOfMemory(
             f"there is no room for {what} in the device's memory: choose a smaller context or "
             "quantized weights, or give it fewer layers"

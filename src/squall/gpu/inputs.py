@@ -200,7 +200,7 @@ def staged(arrays: Mapping[str, NDArray[np.generic]], *, pinned: bool) -> tuple[
     for name, array in arrays.items():
         places.append((name, array.dtype == np.float32, array.shape, end))
         end += -(-array.size // 4) * 4  # tensors begin at whole 16 bytes
-    buffer = torch.empty(end, dtype=torch.int32, pin_memory=pinned)
+    buffer = torch.empty(end, dtype=torch.int32, device="cpu", pin_memory=pinned)
     flat = buffer.numpy()
     for (_, _, _, start), array in zip(places, arrays.values(), strict=True):
         flat[start : start + array.size] = np.ascontiguousarray(array).reshape(-1).view(np.int32)

@@ -143,10 +143,10 @@ def expert_by_expert(
 ) -> Tensor:
     """The same, with what is added to products. The host asks which experts there are."""
     chosen, shares = routed
-    found = torch.empty(*chosen.shape, down.weight.rows, device=x.device)
+    found = x.new_empty(*chosen.shape, down.weight.rows, dtype=torch.float32)
     asked = chosen.cpu().numpy()
     for expert in np.unique(asked).tolist():
-        own, places = torch.as_tensor(np.stack(np.nonzero(asked == expert))).to(x.device)
+        own, places = torch.as_tensor(np.stack(np.nonzero(asked == expert)), device=x.device)
         part = partial(_part, expert, own, exact, add)
         y = part("up", x[own], inner.weight, inner.bias)
         if inner.gate is None:
@@ -155,7 +155,7 @@ def expert_by_expert(
             gate = part("gate", x[own], inner.gate, inner.gate_bias)
             y = activated(gate, inner.activation, exact=exact) * y
         found[own, places] = part("down", y.to(x.dtype), down.weight, down.bias)
-    total = torch.zeros(len(x), down.weight.rows, device=x.device)
+    total = x.new_zeros(len(x), down.weight.rows, dtype=torch.float32)
     for k in range(chosen.shape[1]):
         total += shares[:, k, None] * found[:, k]
     return total

@@ -136,7 +136,7 @@ class Matrices(Laid[Weight, Tensor]):
         data, factors = _sent(rows, cols, self._device)
         if target == "f8_e4m3" and self._device.type != "mps":
             if factors is None:
-                factors = torch.ones(len(data), device=self._device)
+                factors = torch.ones(len(data), dtype=torch.float32, device=self._device)
             found = data.view(torch.float8_e4m3fn)
             return Float8(target, 1, len(data), cols, found[None], factors[None])
         if target == rows.format and FORMATS[target].block > 1 and factors is None:
@@ -241,7 +241,8 @@ def _quantized(rows: Stored, weight: p.Matrix, target: str, pool: _native.Thread
 def _sent(stored: Stored, cols: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Bytes [rows, bytes], and factors."""
     # A copy, since the file's pages may go.
-    data = torch.empty(stored.data.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    cuda = device.type == "cuda"
+    data = torch.empty(stored.data.size, dtype=torch.uint8, device="cpu", pin_memory=cuda)
     data.numpy()[:] = stored.data
     factors = stored.factors
     row_bytes = FORMATS[stored.format].row_bytes(cols)
