@@ -18,7 +18,7 @@ BUDGETS = {
     "src/squall/convert": 895,
     "src/squall/engine": 2843,
     "src/squall/executors": 1727,
-    "src/squall/gpu": 3228,
+    "src/squall/gpu": 3263,
     "src/squall/quant": 999,
     "src/squall/recipes": 3101,
     "src/squall/server": 2668,

@@ -186,10 +186,68 @@ def _tanh(double):
     return tl.where(double < 0, -t, t)
 
 
+@triton.jit
+def _nothing(M: tl.constexpr, WIDTH: tl.constexpr):
+    """Peak, total and mixed before the first position."""
+    none = tl.full([M], float("-inf"), tl.float32)
+    return none, tl.zeros([M], tl.float32), tl.zeros([M, WIDTH], tl.float32)
+
+
+@triton.jit
+def _range(begin, end, SPLIT: tl.constexpr, PART: tl.constexpr):
+    """From where and up to where any row sees; of a part, if split."""
+    low = tl.min(tl.where(end > 0, begin, 2147483647))
+    high = tl.max(end)
+    if SPLIT:
+        low = tl.maximum(low, tl.program_id(2) * PART)
+        high = tl.minimum(high, (tl.program_id(2) + 1) * PART)
+    else:
+        low = tl.minimum(low, high)
+    return low, high
+
+
+@triton.jit
+def _scores(asked, key, past, begin, end, scale, cap, CAP: tl.constexpr):
+    scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * scale
+    if CAP:
+        scores = _tanh(scores) * cap
+    sees = (begin[:, None] <= past[None, :]) & (past[None, :] < end[:, None])
+    return tl.where(sees, scores, float("-inf"))
+
+
+@triton.jit
+def _slot(table, past, inside, BLOCK: tl.constexpr, CACHED: tl.constexpr):
+    """Where keys and values of positions are."""
+    slot = past.to(tl.int64)
+    if CACHED:
+        block = tl.load(table + past // BLOCK, mask=inside, other=0)
+        slot = block.to(tl.int64) * BLOCK + past % BLOCK
+    return slot
+
+
+@triton.jit
+def _mix(scores, values, there, peak, total, mixed, TYPE: tl.constexpr):
+    """Peak, total and mixed with some positions more."""
+    top = tl.maximum(peak, tl.max(scores, 1))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weights, old = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
+    value = tl.load(values, mask=there, other=0.0).to(TYPE)
+    total = total * old + tl.sum(weights, 1)
+    mixed = tl.dot(weights.to(TYPE), value, mixed * old[:, None], input_precision="ieee")
+    return top, total, mixed
+
+
+@triton.jit
+def _keep(own, ends_at, valid, mask, peak, total, mixed):
+    tl.store(own, mixed, mask=mask)
+    tl.store(ends_at, peak, mask=valid)
+    tl.store(ends_at + 1, total, mask=valid)
+
+
 @triton.jit(
     do_not_specialize=["span_stride", "rows", "keys", "most", "table_width", "parts", "slots"]
 )
-def _walk(  # noqa: C901
+def _walk(
     q, k, v, out, sums, spans, span_stride, positions, ends, tiles, rows, keys, most, parts, slots,
     tables, table_width, q_stride, k_stride, scale, cap,
     GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -212,23 +270,16 @@ def _walk(  # noqa: C901
     valid = (lane < ROWS * LANES) & (at_row < count) & (member < GROUP)
     row, head = first + at_row, kv_head * GROUP + member
     begin, end = _seen(spans, span_stride, positions, ends, row, valid, keys, WINDOW, CACHED)
-    low = tl.min(tl.where(end > 0, begin, 2147483647))
-    high = tl.max(end)
-    if SPLIT:
-        low = tl.maximum(low, tl.program_id(2) * PART)
-        high = tl.minimum(high, (tl.program_id(2) + 1) * PART)
+    low, high = _range(begin, end, SPLIT, PART)
+    if SPLIT:  # noqa: SIM102
         if low >= high:
             return
-    else:
-        low = tl.minimum(low, high)
     column = tl.arange(0, WIDTH)
     across = (column < HEAD_DIM)[None, :]
     mask = valid[:, None] & across
     own = row.to(tl.int64)[:, None] * q_stride + (head * HEAD_DIM)[:, None] + column[None, :]
     asked = tl.load(q + own, mask=mask, other=0.0)
-    peak = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    mixed = tl.zeros([M, WIDTH], tl.float32)
+    peak, total, mixed = _nothing(M, WIDTH)
     if FOLD and not SPLIT:
         all_peak, all_total, all_mixed = peak, total, mixed
     of_head = kv_head * HEAD_DIM + column[None, :]
@@ -238,35 +289,20 @@ def _walk(  # noqa: C901
                 all_peak, all_total, all_mixed = _fold(
                     all_peak, all_total, all_mixed, peak, total, mixed
                 )
-                peak = tl.full([M], float("-inf"), tl.float32)
-                total = tl.zeros([M], tl.float32)
-                mixed = tl.zeros([M, WIDTH], tl.float32)
+                peak, total, mixed = _nothing(M, WIDTH)
         past = step * N + tl.arange(0, N)
         inside = past < high
-        slot = past.to(tl.int64)
-        if CACHED:
-            block = tl.load(tables + sequence * table_width + past // BLOCK, mask=inside, other=0)
-            slot = block.to(tl.int64) * BLOCK + past % BLOCK
+        slot = _slot(tables + sequence * table_width, past, inside, BLOCK, CACHED)
         source = slot[:, None] * k_stride + of_head
         key = tl.load(k + source, mask=inside[:, None] & across, other=0.0).to(asked.dtype)
-        scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * scale
-        if CAP:
-            scores = _tanh(scores) * cap
-        sees = (begin[:, None] <= past[None, :]) & (past[None, :] < end[:, None])
-        scores = tl.where(sees, scores, float("-inf"))
-        top = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        weights, old = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
-        value = tl.load(v + source, mask=inside[:, None] & across, other=0.0).to(asked.dtype)
-        total = total * old + tl.sum(weights, 1)
-        mixed = tl.dot(weights.to(asked.dtype), value, mixed * old[:, None], input_precision="ieee")
-        peak = top
+        scores = _scores(asked, key, past, begin, end, scale, cap, CAP)
+        values, there = v + source, inside[:, None] & across
+        peak, total, mixed = _mix(scores, values, there, peak, total, mixed, asked.dtype)
     if SPLIT:
         place = ((tile * most + at_row) * HEADS + head).to(tl.int64) * parts + tl.program_id(2)
-        tl.store(sums + place[:, None] * HEAD_DIM + column[None, :], mixed, mask=mask)
+        own = sums + place[:, None] * HEAD_DIM + column[None, :]
         ends_at = sums + slots.to(tl.int64) * HEAD_DIM + place * 2
-        tl.store(ends_at, peak, mask=valid)
-        tl.store(ends_at + 1, total, mask=valid)
+        _keep(own, ends_at, valid, mask, peak, total, mixed)
     else:
         if FOLD:
             peak, total, mixed = _fold(all_peak, all_total, all_mixed, peak, total, mixed)
@@ -288,9 +324,7 @@ def _merge(
     begin, end = _seen(spans, span_stride, positions, ends, row, one == 0, keys, WINDOW, CACHED)
     column = tl.arange(0, WIDTH)
     mask = (one == 0)[:, None] & (column < HEAD_DIM)[None, :]
-    peak = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    mixed = tl.zeros([1, WIDTH], tl.float32)
+    peak, total, mixed = _nothing(1, WIDTH)
     place = (tl.program_id(0) * HEADS + tl.program_id(1) + one).to(tl.int64) * parts
     own = sums + place[:, None] * HEAD_DIM + column[None, :]
     ends_at = sums + slots.to(tl.int64) * HEAD_DIM + place * 2
