@@ -28,15 +28,13 @@ _CHOICES = {
     "weights": get_args(Weights), "kv_dtype": get_args(KvDtype), "exact": (True, False),
 }  # fmt: skip
 _KINDS = {
-    (
-        int,
-        "a whole number",
-    ): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge image_bytes "
-    "tensor_parallel",
+    (int, "a whole number"): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge "
+    "image_bytes tensor_parallel",
     (str, "text"): "architecture chat_template device",
     (int | str | list | tuple, "20 or '0:16;1:12'"): "device_layers",
     (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff",
 }
+_LEAST = {"draft_tokens": 1, "max_edge": 1, "image_bytes": 0, "tensor_parallel": 1}
 # Named, as their modules are slow to import; who has such an object has its module too.
 _CLASSES = {
     "kv": "squall.engine.memory:KvSize",
@@ -160,12 +158,7 @@ class Opening:
                 none = value is None and name != "device"
                 if not none and (not isinstance(value, kind) or isinstance(value, bool)):
                     raise InvalidRequest(f"{name} is {value!r}; it must be {what}")
-        for name, least in {
-            "draft_tokens": 1,
-            "max_edge": 1,
-            "image_bytes": 0,
-            "tensor_parallel": 1,
-        }.items():
+        for name, least in _LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise InvalidRequest(f"{name} is {value}; it must be at least {least}")
         for name, place in _CLASSES.items():

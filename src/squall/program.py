@@ -457,6 +457,11 @@ def _renumbered(op: Op, caches: Sequence[int], memories: Sequence[int]) -> Op:
     return replace(op, memory=memories.index(op.memory)) if isinstance(op, Recall) else op
 
 
+def name_of(op: Op) -> str:
+    """Such as gather_rows."""
+    return re.sub("(?!^)([A-Z])", r"_\1", type(op).__name__).lower()
+
+
 def op_weights(op: Op) -> list[Matrix | Vector]:
     """The weights of an op, in order of its fields."""
     return _parts(op, (Matrix, Vector))
@@ -490,28 +495,26 @@ def _parts(op: Op | Adapters, kinds: tuple[type[T], ...]) -> list[T]:
 
 
 def _line(number: int, op: Op) -> str:
-    parts = []
-    for field in fields(op):
-        item = getattr(op, field.name)
-        if field.name == "out" or item is None:
-            continue
-        match item:
-            case Value() | Index():
-                text = item.name
-            case Matrix():
-                experts = f"{item.experts}x" if item.experts > 1 else ""
-                text = f"{item.slices[0].tensor}[{experts}{item.rows},{item.cols}]"
-            case Adapters():
-                text = item.mixture.name
-            case Vector():
-                text = f"{item.slices[0].tensor}[{item.size}]"
-            case tuple() | bytes():
-                text = f"({len(item)} values)"
-            case _:
-                text = f"{item:g}" if isinstance(item, float) else str(item)
-        parts.append(f"{field.name}={text}")
+    given = ((f.name, getattr(op, f.name)) for f in fields(op) if f.name != "out")
+    parts = (f"{name}={_text(item)}" for name, item in given if item is not None)
     out = f"{op.out.name}[{op.out.rows},{op.out.width}]"
     return f"{number:4} {type(op).__name__:17} {out}  {' '.join(parts)}"
+
+
+def _text(item: object) -> str:
+    match item:
+        case Value() | Index():
+            return item.name
+        case Matrix():
+            experts = f"{item.experts}x" if item.experts > 1 else ""
+            return f"{item.slices[0].tensor}[{experts}{item.rows},{item.cols}]"
+        case Adapters():
+            return item.mixture.name
+        case Vector():
+            return f"{item.slices[0].tensor}[{item.size}]"
+        case tuple() | bytes():
+            return f"({len(item)} values)"
+    return f"{item:g}" if isinstance(item, float) else str(item)
 
 
 class Builder:

@@ -14,27 +14,14 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from squall import program as p
 from squall.checkpoints.base import Checkpoint, Pages, Tensor, transposed
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
-from squall.program import (
-    GatedLinear,
-    GatherColumns,
-    Linear,
-    Matrix,
-    MixtureOfExperts,
-    Op,
-    Part,
-    Program,
-    Site,
-    Slice,
-    Value,
-    Vector,
-)
 from squall.quant import FORMATS, Plan
 
 Progress = Callable[[int, int], None]
 Floats = NDArray[np.float32]
-Weight = Matrix | Vector
+Weight = p.Matrix | p.Vector
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +72,7 @@ class WeightStore:
         plan: Plan | None = None,
         exact: bool = False,
         others: Mapping[str, Checkpoint] = MappingProxyType({}),
-        merged: Mapping[Site, tuple[Term, ...]] = MappingProxyType({}),
+        merged: Mapping[p.Site, tuple[Term, ...]] = MappingProxyType({}),
         vectors: Mapping[str, Floats] = MappingProxyType({}),
     ) -> None:
         self.plan = plan or Plan()
@@ -110,7 +97,7 @@ class WeightStore:
 
     def key(self, weight: Weight) -> object:
         """Equal for weights that become the same, whatever their roles."""
-        if isinstance(weight, Vector):
+        if isinstance(weight, p.Vector):
             return weight
         stored = "f16" if weight.restored else self._tensor(weight.slices[0]).format
         role = weight.role if weight.role in self._changed else ""
@@ -118,16 +105,16 @@ class WeightStore:
 
     def becomes(self, weight: Weight) -> int:
         """Bytes of a weight in the format that it becomes."""
-        if isinstance(weight, Vector):
+        if isinstance(weight, p.Vector):
             return 4 * weight.size
         format = FORMATS[self.target(weight, self._tensor(weight.slices[0]).format)]
         return weight.experts * weight.rows * -(-weight.cols // format.block) * format.block_bytes
 
-    def target(self, weight: Matrix, stored: str) -> str:
+    def target(self, weight: p.Matrix, stored: str) -> str:
         """The number format that rows of a matrix become; experts may be stored in several."""
         return "f32" if self.exact else self.plan.target(weight.role, stored, weight.whole[1])
 
-    def cuttable(self, weight: Matrix) -> tuple[Matrix, int]:
+    def cuttable(self, weight: p.Matrix) -> tuple[p.Matrix, int]:
         """The matrix as its columns can be parted, and a number of them that stays together."""
         tensors = [self._tensor(part) for part in weight.slices]
         if any(tensor.order is not None for tensor in tensors):
@@ -136,7 +123,7 @@ class WeightStore:
         formats = stored | {self.target(weight, format) for format in stored}
         return weight, math.lcm(*(FORMATS[format].block for format in formats))
 
-    def rows(self, weight: Matrix, expert: int) -> Stored:
+    def rows(self, weight: p.Matrix, expert: int) -> Stored:
         """One expert's rows as they are stored, or merged; a dense weight has one expert."""
         rows, cols = weight.whole
         first = expert * rows + (weight.rows_of.start if weight.rows_of else 0)
@@ -147,7 +134,7 @@ class WeightStore:
         found = self._merged(weight, found, terms) if terms else found
         return _columns(weight, found) if weight.cols_of else found
 
-    def vector(self, weight: Vector) -> NDArray[np.float32]:
+    def vector(self, weight: p.Vector) -> NDArray[np.float32]:
         """The values, with the offset."""
         parts = [
             self._tensor(part).to_float32().reshape(-1)[part.start : part.stop]
@@ -158,7 +145,7 @@ class WeightStore:
             vector += self.vectors[weight.role]
         for term in self.merged.get((weight.role.removesuffix(".bias"), 0), ()):
             vector += 0 if term.bias is None else term.bias
-        part = weight.part or Part(0, weight.size, weight.size)
+        part = weight.part or p.Part(0, weight.size, weight.size)
         if vector.size != part.whole:
             raise InvalidCheckpoint(
                 f"{weight.slices[0].tensor} has {vector.size} values, not {part.whole}"
@@ -182,7 +169,7 @@ class WeightStore:
             if progress is not None:
                 progress(done, whole)
 
-    def arranged(self, program: Program) -> Program:
+    def arranged(self, program: p.Program) -> p.Program:
         """The program with ops that bring columns into the order that weights are stored in.
 
         Where an op multiplies its input by several weights that do not agree on an order, these
@@ -190,7 +177,7 @@ class WeightStore:
         """
         return _Arranger(self._tensor, program).program()
 
-    def _merged(self, weight: Matrix, found: Stored, terms: Sequence[Term]) -> Stored:
+    def _merged(self, weight: p.Matrix, found: Stored, terms: Sequence[Term]) -> Stored:
         """Rows with what terms add, in their format or the plan's; f32 for it to be quantized."""
         if found.format not in MERGEABLE:
             raise InvalidRequest(
@@ -218,7 +205,7 @@ class WeightStore:
             parts.append(format.quantize(sums.reshape(-1)))
         return Stored(format.name, np.concatenate(parts), None)
 
-    def _tensor(self, part: Slice) -> Tensor:
+    def _tensor(self, part: p.Slice) -> Tensor:
         tensor = self.checkpoints[part.source].tensors[part.tensor]
         return transposed(tensor) if part.transposed else tensor
 
@@ -235,7 +222,7 @@ class WeightStore:
         """Bytes of a weight in the checkpoint."""
         tensor = self._tensor(weight.slices[0])
         units = tensor.rows * tensor.cols
-        if isinstance(weight, Vector):
+        if isinstance(weight, p.Vector):
             return weight.size * tensor.nbytes // units
         return weight.experts * weight.rows * weight.cols * tensor.nbytes // units
 
@@ -247,9 +234,9 @@ class WeightStore:
 
 # The weights that an op multiplies its input by.
 _MULTIPLIED: Mapping[type, tuple[str, ...]] = {
-    Linear: ("weight",),
-    GatedLinear: ("gate", "up"),
-    MixtureOfExperts: ("router", "gate", "up", "down"),
+    p.Linear: ("weight",),
+    p.GatedLinear: ("gate", "up"),
+    p.MixtureOfExperts: ("router", "gate", "up", "down"),
 }
 
 
@@ -259,48 +246,48 @@ _MOST_F16 = 65504
 
 
 class _Arranger:
-    def __init__(self, tensor: Callable[[Slice], Tensor], program: Program) -> None:
+    def __init__(self, tensor: Callable[[p.Slice], Tensor], program: p.Program) -> None:
         self._tensor = tensor
         self._program = program
         self._values = list(program.values)
-        self._gathered: dict[tuple[Value, bytes], Value] = {}
-        self._ops: list[Op] = []
+        self._gathered: dict[tuple[p.Value, bytes], p.Value] = {}
+        self._ops: list[p.Op] = []
 
-    def program(self) -> Program:
+    def program(self) -> p.Program:
         for op in self._program.ops:
             self._ops.append(self._arranged(op))
         return replace(self._program, ops=tuple(self._ops), values=tuple(self._values))
 
-    def _arranged(self, op: Op) -> Op:
+    def _arranged(self, op: p.Op) -> p.Op:
         names = _MULTIPLIED.get(type(op), ())
         weights = {name: w for name in names if (w := getattr(op, name)) is not None}
         orders = self._orders(*weights.values())
         if orders <= {b""}:
             return op
-        if isinstance(op, Linear | GatedLinear) and len(orders) == 1:
+        if isinstance(op, p.Linear | p.GatedLinear) and len(orders) == 1:
             return replace(op, x=self._input(op.x, *orders))  # not what adapters multiply
         disordered = {name: w for name, w in weights.items() if self._orders(w) != {b""}}
         return replace(op, **{n: replace(w, restored=True) for n, w in disordered.items()})
 
-    def _orders(self, *weights: Matrix) -> set[bytes]:
+    def _orders(self, *weights: p.Matrix) -> set[bytes]:
         """The orders of their columns; b"" is the natural one."""
         stored = (weight for weight in weights if not weight.restored)
         tensors = [self._tensor(part) for weight in stored for part in weight.slices]
         orders = (tensor.order for tensor in tensors)
         return {b"" if order is None else order.astype("<u4").tobytes() for order in orders}
 
-    def _input(self, x: Value, order: bytes) -> Value:
+    def _input(self, x: p.Value, order: bytes) -> p.Value:
         if (x, order) not in self._gathered:
-            out = Value(
+            out = p.Value(
                 len(self._values), f"{x.name}.ordered.{len(self._gathered)}", x.width, x.rows
             )
             self._values.append(out)
-            self._ops.append(GatherColumns(out, x, order))
+            self._ops.append(p.GatherColumns(out, x, order))
             self._gathered[x, order] = out
         return self._gathered[x, order]
 
 
-def _columns(weight: Matrix, rows: Stored) -> Stored:
+def _columns(weight: p.Matrix, rows: Stored) -> Stored:
     """Of rows as the slices have them, the matrix's columns, which are whole blocks."""
     assert weight.cols_of is not None
     size, part = FORMATS[rows.format].row_bytes, weight.cols_of
@@ -336,8 +323,8 @@ def as_stored(tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.ui
 
 
 def gather(
-    tensor_of: Callable[[Slice], Tensor],
-    slices: Sequence[Slice],
+    tensor_of: Callable[[p.Slice], Tensor],
+    slices: Sequence[p.Slice],
     first: int,
     last: int,
     cols: int,

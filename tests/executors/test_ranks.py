@@ -15,12 +15,12 @@ from harness import distance
 from tiny_models import write_folder, write_gguf
 from two_ranks import OPTIONS, TEXT
 
-from squall import Model, embedded
+from squall import Model, embedded, executors
 from squall.batch import Batch
 from squall.errors import EngineStopped, InvalidRequest
 from squall.executors import Limits, Placement
 from squall.executors.devices import Stage
-from squall.executors.parallel import LeadingExecutor, Ranks, open_rank
+from squall.executors.parallel import LeadingExecutor, Ranks
 from squall.opening import Opening
 from squall.program import Builder
 
@@ -95,9 +95,10 @@ def test_every_rank_has_all_layers() -> None:
     with pytest.raises(InvalidRequest, match="every rank has all layers"):
         Opening(tensor_parallel=2, device_layers="0:16")
     ranks: Any = SimpleNamespace(rank=0, size=2)
+    store: Any = None
     placement = Placement((Stage("torch", 1), Stage("cpu")), ranks=ranks)
     with pytest.raises(InvalidRequest, match="every rank has all layers"):
-        open_rank(Builder().build(), None, Limits(), placement=placement)  # type: ignore[arg-type]
+        executors.open(Builder().build(), store, Limits(), placement=placement)
 
 
 class Told:
@@ -119,7 +120,7 @@ def test_the_first_rank_tells_what_it_runs_and_refuses_what_others_cannot() -> N
     ranks.together = nullcontext
     program = Builder().build()
     own: Any = SimpleNamespace(
-        program=program, placement=Placement((Stage("torch"),), ranks=ranks), vocab=7,
+        program=program, placement=Placement((Stage("torch"),), ranks=ranks), vocab=7, _indices=(),
         run=lambda *_: {"logits": np.ones((1, 7), np.float32)}, profile=lambda act: act() or [],
     )  # fmt: skip
     found: Any = LeadingExecutor(own, ranks)

@@ -122,7 +122,7 @@ class Texts:
         """spare: rows of padding."""
         heads = self.heads
         op, layer = heads.program().ops[0], CacheLayer(heads.kv_heads, heads.dim)
-        cache = attention.Cache(self.blocks, heads.block, layer, dtype, device)
+        cache = attention.Cache(self.blocks * heads.block, layer, dtype, device)
         assert isinstance(op, Attend)
 
         def run(given: list[Array], spans: Spans, sequences: Sequences) -> Array:

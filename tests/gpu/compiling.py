@@ -18,19 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from asking import Products
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from squall import program as p
 from squall.batch import Sequences
-from squall.gpu import attention, triton_attention
-from squall.gpu import triton_linear as products
+from squall.gpu import attention, triton_attention, triton_linear
 from squall.gpu import triton_rows as rows
-from squall.gpu.matrices import Float8, Packed, Plain, Scales, Weight
+from squall.gpu.matrices import Float8, Packed, Plain, Weight
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+products = Products(triton_linear)
 
 
 class Absent(DriverBase):  # type: ignore[misc]
@@ -63,33 +64,29 @@ class Absent(DriverBase):  # type: ignore[misc]
 
 
 def packed(
-    shape: tuple[int, int, int], bits: tuple[int, int], middle: int, *groups: tuple[int, int]
+    shape: tuple[int, int, int], bits: tuple[int, int], middle: int, group: int, least: bool
 ) -> Packed:
-    """groups: of the scale and the minimum, those of base and part."""
+    """Of super-blocks of 256. least: with minimums."""
     experts, rows, cols = shape
-
-    def scales(base: int, part: int) -> Scales:
-        values = torch.zeros(experts, rows, cols // base, dtype=torch.float16)
-        parts = torch.zeros(experts, rows, cols // part, dtype=torch.uint8) if part else None
-        return Scales(values, parts, base, part)
-
     low, high = (
         torch.zeros(experts, rows, cols * b // 8, dtype=torch.uint8) if b else None for b in bits
     )
     assert low is not None
-    scale, minimum = [*(scales(*pair) for pair in groups), None][:2]
-    assert scale is not None
+    base = torch.zeros(experts, rows, cols // 256, dtype=torch.float16)
+    part = torch.zeros(experts, rows, cols // group, dtype=torch.uint8)
+    more = (base.clone(), part.clone()) if least else (None, None)
     return Packed(
-        "", experts, rows, cols, cols, low, bits[0], high, bits[1], scale, minimum, middle
-    )
+        "", experts, rows, cols, cols, low, bits[0], high, bits[1], middle, 256, group, base, part,
+        *more,
+    )  # fmt: skip
 
 
 def q4_k(rows: int, cols: int, experts: int = 1) -> Packed:
-    return packed((experts, rows, cols), (4, 0), 0, (256, 32), (256, 32))
+    return packed((experts, rows, cols), (4, 0), 0, 32, least=True)
 
 
 def q6_k(rows: int, cols: int, experts: int = 1) -> Packed:
-    return packed((experts, rows, cols), (4, 2), 32, (256, 16))
+    return packed((experts, rows, cols), (4, 2), 32, 16, least=False)
 
 
 def plain(rows: int, cols: int, dtype: torch.dtype) -> Plain:
@@ -130,7 +127,7 @@ def linear_cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         )  # fmt: skip
     cases["float8"] = lambda: products.linear(some, float8(4096, 2048), exact=True)
     cases["q3_k"] = lambda: products.linear(
-        one, packed((1, 4096, 2048), (2, 1), 4, (256, 16)), exact=False
+        one, packed((1, 4096, 2048), (2, 1), 4, 16, least=False), exact=False
     )
     ids = torch.zeros(3, dtype=torch.int32)
     cases["embed"] = lambda: products.embed(ids, q4_k(4096, 2048), scale=1.0, dtype=dtype)
@@ -155,7 +152,7 @@ def attention_cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     for dim, size in ((64, 32), (80, 16), (96, 16), (128, 16), (256, 16)):
         x = p.Value(0, "x", 8 * dim)
         op = p.Attend(x, x, x, x, p.Index("", axes=2), 0, 8, 2, dim, 0.1, None, None)
-        cache = attention.Cache(64, size, p.CacheLayer(2, dim), dtype, torch.device("cpu"))
+        cache = attention.Cache(64 * size, p.CacheLayer(2, dim), dtype, torch.device("cpu"))
         for n in (1, 64):
             sequences = Sequences(
                 positions=np.arange(600, 600 + n, dtype=np.int32),
@@ -201,7 +198,7 @@ def describe(kernel: Any) -> dict[str, object]:
 def main(capability: int, type: str, wanted: str = "") -> None:
     """Compiles cases whose names match `wanted`; a line of JSON for each kernel."""
     triton.runtime.driver.set_active(Absent(capability))
-    products._has_warpgroups = lambda _: capability >= 90  # type: ignore[assignment]
+    triton_linear._has_warpgroups = lambda _: capability >= 90  # type: ignore[assignment]
     made: list[tuple[str, Any]] = []
     run = JITFunction.run
 

@@ -32,6 +32,7 @@ from squall.program import (
     Linear,
     MixtureOfExperts,
     Normalize,
+    Overlay,
     Program,
     RopeAngles,
     Rotate,
@@ -174,9 +175,16 @@ def test_rows_of_images(images: int, rng: np.random.Generator) -> None:
         assert out.tobytes() == native[name].tobytes(), name
 
 
-def test_an_index_that_may_choose_none_gathers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_rows, "opened", on_torch)
-    test_rows.test_an_index_that_may_choose_none_gathers_nothing()
+def test_an_index_that_chooses_none_gathers_nothing() -> None:
+    b, place = Builder(), Index("place")
+    x, rows = b.value("x", 4), b.value("rows", 4)
+    overlaid = b.emit(Overlay(b.value("overlaid", 4), x, rows, place))
+    gathered = b.emit(GatherRows(b.value("gathered", 4), x, place))
+    executor = on_torch(b.build(overlaid, gathered, inputs=(x, rows)), in_memory({}), SPACES)
+    inputs = {name: np.ones((2, 4), np.float32) for name in ("x", "rows")}
+    executor.run({**inputs, "place": np.array([0, 1], np.int32)})
+    with pytest.raises(InvalidRequest, match="a chosen row is outside the step"):
+        executor.run({**inputs, "place": np.array([0, -1], np.int32)})
 
 
 # ---- attention ----

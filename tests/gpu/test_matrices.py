@@ -17,7 +17,7 @@ from squall import program as p
 from squall.checkpoints.base import ByteTensor, Checkpoint
 from squall.errors import InvalidCheckpoint
 from squall.executors.native import Tiles
-from squall.gpu.matrices import Float8, Matrices, Packed, Plain, Scales, dense, lookup, plain
+from squall.gpu.matrices import Float8, Matrices, Packed, Plain, dense, lookup, plain
 from squall.quant import FORMATS, Format, Plan
 from squall.quant.isq import TYPES
 from squall.weights import Stored, WeightStore
@@ -87,9 +87,9 @@ def test_layout(format: Format, rng: np.random.Generator) -> None:
     codes = plane(found.low, found.low_bits, k)
     if found.high is not None:
         codes |= plane(found.high, found.high_bits, k) << found.low_bits
-    value = of_groups(found.scale, k) * (codes.astype(np.float32) - found.middle)
-    if found.minimum is not None:
-        value -= of_groups(found.minimum, k)
+    value = of_groups(found, found.base, found.part, k) * (codes.astype(np.float32) - found.middle)
+    if found.least is not None:
+        value -= of_groups(found, found.least, found.less, k)
     np.testing.assert_array_equal(value[:, :cols].reshape(-1), format.dequantize(data))
     assert not value[:, cols:].any()
 
@@ -102,12 +102,14 @@ def plane(found: torch.Tensor, bits: int, k: NDArray[np.int64]) -> NDArray[np.in
     return codes & ((1 << bits) - 1)
 
 
-def of_groups(scales: Scales, k: NDArray[np.int64]) -> NDArray[np.float32]:
-    found = scales.base[0].float().numpy()[:, k // scales.base_group]
-    if scales.part is None:
+def of_groups(
+    m: Packed, base: torch.Tensor, part: torch.Tensor | None, k: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    found = base[0].float().numpy()[:, k // m.base_group]
+    if part is None:
         return found
-    assert scales.part.dtype in (torch.uint8, torch.int8)
-    return found * scales.part[0].float().numpy()[:, k // scales.group]
+    assert part.dtype in (torch.uint8, torch.int8)
+    return found * part[0].float().numpy()[:, k // m.group]
 
 
 @packed
@@ -194,7 +196,7 @@ def test_quantized_when_loaded(type: str, cols: int, rng: np.random.Generator) -
     made.load(weights, pool, lambda *progress: seen.append(progress))
     tiles.load(weights, pool, None)
     for weight in weights:
-        for expert, tile in enumerate(tiles.tiles(weight)):
+        for expert, tile in enumerate(tiles.matrices(weight)):
             found = values(dense(made.matrix(weight), expert))
             np.testing.assert_array_equal(found, tile.dequantize())
     totals = [
@@ -214,7 +216,7 @@ def test_quantized_again_when_loaded(rng: np.random.Generator) -> None:
     made.load([weight], None, None)
     tiles.load([weight], _native.ThreadPool(1), None)
     np.testing.assert_array_equal(
-        values(dense(made.matrix(weight))), tiles.tile(weight).dequantize()
+        values(dense(made.matrix(weight))), tiles.matrix(weight).dequantize()
     )
 
 

@@ -27,7 +27,7 @@ from formats import random_checkpoint
 from gpu.on_torch import Weights
 from native_executor import in_memory
 from random_gguf import SHAPES
-from squall import decoder, quant, recipes
+from squall import decoder, executors, quant, recipes
 from squall import program as p
 from squall.adapters.edits import adaptable
 from squall.batch import Batch, Sequences
@@ -175,7 +175,7 @@ def mode(monkeypatch: pytest.MonkeyPatch, launches: Launches) -> Iterator[FakeTe
 def opened(program: p.Program, checkpoint: Any, limits: Limits, exact: bool) -> Any:
     placement = Placement((Stage("cuda:0"),), exact=exact, dtype="bf16")
     store = WeightStore(checkpoint, plan=quant.Plan())
-    return executor.TorchExecutor(program, store, limits, placement=placement, pool=thread_pool(1))
+    return executors.open(program, store, limits, placement=placement, pool=thread_pool(1))
 
 
 def step(*counts: int, start: int = 40) -> Batch:

@@ -10,16 +10,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from gpu.asking import Products
 from gpu.test_matrices import CPU, loaded, matrix, stored
 from quant.random_blocks import random_blocks
 from reference_executor import ACTIVATIONS
-from squall.gpu import linear as products
-from squall.gpu import uses_triton
+from squall.gpu import linear, uses_triton
 from squall.gpu.matrices import plain
 from squall.quant import FORMATS
 from squall.weights import Stored
 
 ROWS = (1, 2, 3, 8, 16, 17, 64)
+products = Products(linear)
 SHAPES = [(1, 1), (5, 3), (33, 65), (100, 256), (7, 1000), (16, 4099)]
 
 activations = pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
@@ -182,7 +183,7 @@ def of_rows(chosen: NDArray[np.int32], shares: torch.Tensor) -> Iterator[tuple[i
 
 def test_float8_times_float8(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on chips that multiply them; each row of activations has a scale of its own."""
-    monkeypatch.setattr(products, "_fits", lambda *_: True)
+    monkeypatch.setattr(linear, "_fits", lambda *_: True)
     w, values = weight_of("f8_e4m3", rng, 48, 256)
     x = floats(rng, 32, 256) * torch.logspace(-6, 3, 32)[:, None]
     x[5] = 0

@@ -9,13 +9,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from gpu.asking import Products
 from gpu.test_products import ROWS, assert_close, floats, weight_of
 from reference_executor import ACTIVATIONS
-from squall.gpu import triton_linear as products
-from squall.gpu.linear import linear
+from squall.gpu import linear, triton_linear
 from squall.gpu.matrices import Packed, Plain
 from squall.quant import FORMATS
 
+products = Products(triton_linear)
 both = pytest.mark.parametrize("exact", [True, False])
 
 
@@ -161,9 +162,9 @@ def test_many_rows_go_to_the_library(
     w, values = weight_of("q4_k", rng, 6, 256)
     x, bias = floats(rng, 512, 256), floats(rng, 6)
     expected = x.double().numpy() @ values[0].T + bias.numpy()
-    assert_close(linear(x, w, bias=bias, exact=False), expected)
+    assert_close(Products(linear).linear(x, w, bias=bias, exact=False), expected)
     monkeypatch.setattr(products, "_product", None)
-    assert_close(linear(x, w, bias=bias, exact=False), expected)
+    assert_close(Products(linear).linear(x, w, bias=bias, exact=False), expected)
 
 
 def test_parts_are_of_the_weight_alone() -> None:

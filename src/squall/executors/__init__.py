@@ -1,21 +1,24 @@
-"""What runs programs. `open` chooses by device; everything else knows the `Executor` protocol."""
+"""What runs programs. `open` chooses by device; everything else knows `Executor`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from pkgutil import resolve_name
+from typing import Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall import _native
 from squall._native import ThreadPool as ThreadPool
-from squall.batch import Batch, Mixture, Sequences
+from squall.batch import Batch, Int32, Mixture, Sequences
+from squall.errors import InvalidRequest
 from squall.executors.devices import CPU as CPU
 from squall.executors.devices import Placement as Placement
 from squall.executors.devices import Stage
-from squall.program import Program, Site
+from squall.program import Embed, Program, Site
 from squall.quant import FormatTotal, Plan
 from squall.weights import Progress, Term, WeightStore
 
@@ -78,7 +81,19 @@ class Memory(Protocol):
         ...
 
 
-class Executor(Protocol):
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """What an executor is to be; see `open`."""
+
+    program: Program
+    store: WeightStore
+    limits: Limits
+    placement: Placement
+    pool: ThreadPool
+    keep: frozenset[str]
+
+
+class Executor(ABC):
     """Runs a program: one call a step.
 
     pool: its threads, which others may share between runs. max_rows: tokens of a step.
@@ -90,28 +105,45 @@ class Executor(Protocol):
     settles: from so many tokens of an answer on, K and V depend on where the prompt ended.
     """
 
-    program: Program
-    context: int
-    vocab: int
-    ids: int
-    image_width: int
-    blocks: int
-    block_size: int
-    max_rows: int
-    max_outputs: int
-    threads: int
     isa: str
-    plan: Plan
     formats: tuple[FormatTotal, ...]
-    weight_bytes: int
     kv_bytes: int
-    settles: int | None
-    whole: bool
-    placement: Placement
+    settles: int | None = None
+
+    def __init__(self, order: Order) -> None:
+        program, limits = order.program, order.limits
+        self.program, self.placement, self.pool = program, order.placement, order.pool
+        self.context, self.threads = program.context, order.pool.threads
+        self.vocab = next((out.width for out in program.outputs if out.name == "logits"), 0)
+        embeds = (op for op in program.ops if isinstance(op, Embed))
+        self.ids = next((op.table.rows for op in embeds if op.index.name == "tokens"), 0)
+        self.image_width = next((v.width for v in program.inputs if v.name == "images"), 0)
+        self.blocks, self.block_size = limits.blocks, limits.block_size
+        self.max_rows = limits.rows.get("tokens", 0)
+        self.max_outputs = limits.rows.get("outputs", 0)
+        self._indices, self._spaces = program.indices, program.spaces
+        self.whole = any(index.name == "shared" for index in self._indices)
+        self._limits, self._kept = limits, order.keep
+        if missing := self._kept - {value.name for value in program.values}:
+            raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
 
     @property
-    def pool(self) -> ThreadPool | None: ...
+    def plan(self) -> Plan:
+        return self._store.plan
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(total.nbytes for total in self.formats)
+
+    def load(self, store: WeightStore, progress: Progress | None = None) -> None:
+        """Take all weights from a store, in place of those it has; not during a run."""
+        self._load(store, progress)
+        self._store = store
+
+    @abstractmethod
+    def _load(self, store: WeightStore, progress: Progress | None) -> None: ...
+
+    @abstractmethod
     def run(
         self,
         inputs: Mapping[str, NDArray[np.generic]],
@@ -126,37 +158,52 @@ class Executor(Protocol):
             K and V are in the caches afterwards. mixtures: of adapters, which rows name.
         patient: in slices, between which other runs on the pool go first; the bytes are the same.
         """
-        ...
 
+    @abstractmethod
     def adapter(self, terms: Mapping[Site, Term]) -> Adapter:
         """An adapter for runs of this program; may be made while one runs.
 
         Raises InvalidRequest for a site that the program has not, or that has another shape.
         """
-        ...
 
+    @abstractmethod
     def memory(self, rows: int) -> Memory:
         """Room for what a sequence recalls; zeros at first. May be made while a run is on."""
-        ...
 
     def step(self, batch: Batch) -> Floats:
         """A run of a decoder: logits [outputs, vocab]."""
-        ...
+        given = batch.inputs(self._indices, self.program.inputs)
+        return self.run(given, batch, batch.mixtures)["logits"]
 
     def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
         """Load all weights again from the checkpoint, by another plan; the caches are lost.
 
         Until it is done the old weights are in memory too; if it fails, they stay.
         """
-        ...
+        self.load(self._store.replanned(plan), progress)
 
+    @abstractmethod
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         """Where the time of the runs in `act` goes, in the order of the program."""
-        ...
 
+    @abstractmethod
     def value(self, name: str) -> Floats:
         """A kept value of the last run, float32 [rows, width]."""
-        ...
+
+    def _given(
+        self, inputs: Mapping[str, NDArray[np.generic]]
+    ) -> tuple[dict[str, int], dict[str, Int32], dict[str, Floats]]:
+        """Rows of each space, and the indices and values that the program asks for."""
+        values = self.program.inputs
+        names = [*(index.name for index in self._indices), *(value.name for value in values)]
+        try:
+            found = {name: inputs[name] for name in names}
+        except KeyError as error:
+            raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
+        rows = {value.rows: len(found[value.name]) for value in values}
+        rows |= {index.rows: found[index.name].shape[-1] for index in self._indices}
+        indices = {index.name: cast(Int32, found[index.name]) for index in self._indices}
+        return rows, indices, {value.name: cast(Floats, found[value.name]) for value in values}
 
 
 def open(  # noqa: PLR0913
@@ -176,24 +223,25 @@ def open(  # noqa: PLR0913
     keep: names of values that `value` can return after a run.
     progress: called with (bytes of the checkpoint loaded, bytes in all).
     """
-    given: dict[str, Any] = {"pool": pool, "keep": keep, "progress": progress}
+    order = Order(program, store, limits, placement, pool or thread_pool(), frozenset(keep))
     if placement.ranks is not None:
         from squall.executors.parallel import open_rank
 
-        return open_rank(program, store, limits, placement=placement, **given)
-    (device, _), *more = placement.spread(len(program.layers))
-    if more:
-        from squall.executors.staged import StagedExecutor
+        return open_rank(order, progress)
+    kind, *more = (device for device, _ in placement.spread(len(program.layers)))
+    if not more:
+        order = replace(order, placement=replace(placement, stages=(Stage(kind),)))
+    executor: Executor = resolve_name(_KINDS.get("" if more else kind, _TORCH))(order)
+    executor.load(store, progress)
+    return executor
 
-        return StagedExecutor(program, store, limits, placement=placement, **given)
-    if device == "cpu":
-        from squall.executors.native import NativeExecutor
 
-        return NativeExecutor(program, store, limits, **given)
-    from squall.gpu.executor import TorchExecutor
-
-    one = replace(placement, stages=(Stage(device),))
-    return TorchExecutor(program, store, limits, placement=one, **given)
+# By the only device; "": there are several. Named, as PyTorch is slow to import.
+_KINDS = {
+    "": "squall.executors.staged:StagedExecutor",
+    "cpu": "squall.executors.native:NativeExecutor",
+}
+_TORCH = "squall.gpu.executor:TorchExecutor"
 
 
 def default_threads() -> int:

@@ -1,18 +1,20 @@
-"""What executors read of a program, and how they run it as a decoder."""
+"""What executors have in common: weights as they lay them out, where adapters may add to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from squall import program as p
-from squall.batch import Batch, Int32, Sequences
+from squall.batch import Sequences
 from squall.errors import InvalidRequest
-from squall.executors import Floats, Limits, ThreadPool, thread_pool
-from squall.weights import Term
+from squall.executors import ThreadPool
+from squall.quant import FormatTotal
+from squall.weights import Progress, Term, Weight, WeightStore
 
 NO_SEQUENCES = Sequences(
     positions=np.empty(0, np.int32),
@@ -21,52 +23,81 @@ NO_SEQUENCES = Sequences(
 )
 
 
-class ProgramReader:
-    """The part of an executor that any device has; see `Executor`."""
+class _Made(Protocol):
+    @property
+    def format(self) -> str: ...
 
-    settles: int | None = None
-    run: Callable[..., dict[str, Floats]]
+    @property
+    def nbytes(self) -> int: ...
 
-    def __init__(
-        self, program: p.Program, limits: Limits, pool: ThreadPool | None, keep: Sequence[str]
-    ) -> None:
-        self.program = program
-        self.context = program.context
-        self.vocab = next((out.width for out in program.outputs if out.name == "logits"), 0)
-        embeds = (op for op in program.ops if isinstance(op, p.Embed))
-        self.ids = next((op.table.rows for op in embeds if op.index.name == "tokens"), 0)
-        self.image_width = next((v.width for v in program.inputs if v.name == "images"), 0)
-        self.blocks, self.block_size = limits.blocks, limits.block_size
-        self.max_rows = limits.rows.get("tokens", 0)
-        self.max_outputs = limits.rows.get("outputs", 0)
-        self.pool = pool or thread_pool()
-        self.threads = self.pool.threads
-        self._indices, self._spaces = program.indices, program.spaces
-        self.whole = any(index.name == "shared" for index in self._indices)
-        self._kept = frozenset(keep)
-        if missing := self._kept - {value.name for value in program.values}:
-            raise InvalidRequest(f"the program has no value named {', '.join(sorted(missing))}")
-        self._limits = limits
 
-    def step(self, batch: Batch) -> Floats:
-        """See `Executor`."""
-        given = batch.inputs(self._indices, self.program.inputs)
-        return self.run(given, batch, batch.mixtures)["logits"]
+M = TypeVar("M", bound=_Made)
+V = TypeVar("V")
+L = TypeVar("L", bound="Laid[Any, Any]")
 
-    def _given(
-        self, inputs: Mapping[str, NDArray[np.generic]]
-    ) -> tuple[dict[str, int], dict[str, Int32], dict[str, Floats]]:
-        """Rows of each space, and the indices and values that the program asks for."""
-        values = self.program.inputs
-        names = [*(index.name for index in self._indices), *(value.name for value in values)]
-        try:
-            found = {name: inputs[name] for name in names}
-        except KeyError as error:
-            raise InvalidRequest(f"the run lacks {error}, which the program asks for") from None
-        rows = {value.rows: len(found[value.name]) for value in values}
-        rows |= {index.rows: found[index.name].shape[-1] for index in self._indices}
-        indices = {index.name: cast(Int32, found[index.name]) for index in self._indices}
-        return rows, indices, {value.name: cast(Floats, found[value.name]) for value in values}
+
+class Laid(ABC, Generic[M, V]):
+    """Weights of a store as matrices and vectors, each made once for all executors on it."""
+
+    def __init__(self, store: WeightStore, *_: object) -> None:
+        self._store = store
+        self._matrices: dict[object, list[M]] = {}
+        self._vectors: dict[p.Vector, V] = {}
+
+    @classmethod
+    def of(cls: type[L], store: WeightStore, *how: object) -> L:
+        """Those of this store. how: what else they depend on."""
+        found = store.layouts.setdefault((cls, *how), cls(store, *how))
+        assert isinstance(found, cls)
+        return found
+
+    @abstractmethod
+    def _matrix(self, weight: p.Matrix, pool: ThreadPool) -> list[M]:
+        """All experts of a matrix, in one or more of the same size."""
+
+    @abstractmethod
+    def _vector(self, weight: p.Vector) -> V: ...
+
+    def load(self, weights: Sequence[Weight], pool: ThreadPool, progress: Progress | None) -> None:
+        """Make those that are not there yet."""
+        there = self._matrices.keys() | self._vectors.keys()
+        missing = [weight for weight in weights if self._store.key(weight) not in there]
+        for weight in self._store.each(missing, progress):
+            if isinstance(weight, p.Vector):
+                self._vectors[weight] = self._vector(weight)
+            else:
+                self._matrices[self._store.key(weight)] = self._matrix(weight, pool)
+
+    def matrices(self, weight: p.Matrix) -> list[M]:
+        return self._matrices[self._store.key(weight)]
+
+    def matrix(self, weight: p.Matrix) -> M:
+        """The only one."""
+        (matrix,) = self.matrices(weight)
+        return matrix
+
+    def vector(self, weight: p.Vector | None) -> V | None:
+        """The values, if there are some."""
+        return None if weight is None else self._vectors[weight]
+
+    def totals(self, weights: Sequence[Weight]) -> tuple[FormatTotal, ...]:
+        """What the matrices among the weights became."""
+        distinct = {self._store.key(w): w for w in weights if isinstance(w, p.Matrix)}
+        found = []
+        for key, weight in distinct.items():
+            made = self._matrices[key]
+            size = weight.experts * weight.rows * weight.cols // len(made)
+            firsts = {part.format: part for part in made[::-1]}.values()
+            found += [FormatTotal(m.format, m in firsts, size, m.nbytes) for m in made]
+        return together(found)
+
+
+def together(totals: Iterable[FormatTotal]) -> tuple[FormatTotal, ...]:
+    """One of each format."""
+    found: dict[str, list[list[int]]] = {}
+    for name, *counts in map(astuple, totals):
+        found.setdefault(name, []).append(counts)
+    return tuple(FormatTotal(name, *map(sum, zip(*of, strict=True))) for name, of in found.items())
 
 
 # ---- adapters ----

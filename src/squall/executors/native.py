@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,75 +13,23 @@ from squall import _native
 from squall import program as p
 from squall.batch import Mixture, Sequences
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.executors import CPU, Adapter, Floats, Limits, Memory, Phase
-from squall.executors.base import NO_SEQUENCES, ProgramReader, Sites, layout_of, shapes_of, sites_of
-from squall.quant import FormatTotal, Plan
-from squall.weights import Progress, Term, Weight, WeightStore
+from squall.executors import Adapter, Executor, Floats, Memory, Order, Phase
+from squall.executors.base import NO_SEQUENCES, Laid, Sites, layout_of, shapes_of, sites_of
+from squall.weights import Progress, Term, WeightStore
 
 
-class Tiles:
-    """Weights of a store as tiles and vectors, each made once for all executors on it."""
+class Tiles(Laid[_native.Tile, Floats]):
+    """An expert a tile."""
 
     def __init__(self, store: WeightStore) -> None:
-        self._store = store
+        super().__init__(store)
         self._arena = _native.Arena()
-        self._tiles: dict[object, list[_native.Tile]] = {}
-        self._vectors: dict[p.Vector, Floats] = {}
 
-    @classmethod
-    def of(cls, store: WeightStore) -> Tiles:
-        """Those of this store."""
-        found = store.layouts.setdefault(cls, cls(store))
-        assert isinstance(found, Tiles)
-        return found
+    def _matrix(self, weight: p.Matrix, pool: _native.ThreadPool) -> list[_native.Tile]:
+        return [self._pack(weight, expert, pool) for expert in range(weight.experts)]
 
-    def load(
-        self, weights: Sequence[Weight], pool: _native.ThreadPool, progress: Progress | None
-    ) -> None:
-        """Make those that are not there yet."""
-        missing = [weight for weight in weights if not self._has(weight)]
-        for weight in self._store.each(missing, progress):
-            if isinstance(weight, p.Vector):
-                self._vectors[weight] = self._store.vector(weight)
-            else:
-                experts = range(weight.experts)
-                packed = [self._pack(weight, expert, pool) for expert in experts]
-                self._tiles[self._store.key(weight)] = packed
-
-    def tiles(self, weight: p.Matrix) -> list[_native.Tile]:
-        """One an expert."""
-        return self._tiles[self._store.key(weight)]
-
-    def tile(self, weight: p.Matrix) -> _native.Tile:
-        """Of a dense weight."""
-        (tile,) = self.tiles(weight)
-        return tile
-
-    def vector(self, weight: p.Vector | None) -> Floats | None:
-        """The values, if there are some."""
-        return None if weight is None else self._vectors[weight]
-
-    def totals(self, weights: Sequence[Weight]) -> tuple[FormatTotal, ...]:
-        """What the matrices among the weights became."""
-        found: dict[str, list[_native.Tile]] = {}
-        matrices = Counter[str]()
-        distinct = {self._store.key(w): self.tiles(w) for w in weights if isinstance(w, p.Matrix)}
-        for tiles in distinct.values():
-            for tile in tiles:
-                found.setdefault(tile.format, []).append(tile)
-            matrices.update({tile.format for tile in tiles})
-        return tuple(
-            FormatTotal(
-                name,
-                matrices[name],
-                sum(tile.rows * tile.cols for tile in tiles),
-                sum(tile.nbytes for tile in tiles),
-            )
-            for name, tiles in found.items()
-        )
-
-    def _has(self, weight: Weight) -> bool:
-        return self._store.key(weight) in self._tiles or weight in self._vectors
+    def _vector(self, weight: p.Vector) -> Floats:
+        return self._store.vector(weight)
 
     def _pack(self, weight: p.Matrix, expert: int, pool: _native.ThreadPool) -> _native.Tile:
         rows = self._store.rows(weight, expert)
@@ -108,28 +55,12 @@ def default_isa() -> str:
         raise InvalidRequest(str(error)) from None
 
 
-class NativeExecutor(ProgramReader):
-    """Runs a program on the CPU; see `Executor`, and `open` for the arguments."""
+class NativeExecutor(Executor):
+    """Runs a program on the CPU."""
 
-    placement = CPU
-
-    def __init__(
-        self,
-        program: p.Program,
-        store: WeightStore,
-        limits: Limits,
-        *,
-        pool: _native.ThreadPool | None = None,
-        keep: Sequence[str] = (),
-        progress: Progress | None = None,
-    ) -> None:
-        super().__init__(program, limits, pool, keep)
+    def __init__(self, order: Order) -> None:
+        super().__init__(order)
         self.isa = default_isa()
-        self._load(store, progress)
-
-    def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
-        """See `Executor`. Not during a run."""
-        self._load(self._store.replanned(plan), progress)
 
     def _load(self, store: WeightStore, progress: Progress | None) -> None:
         program, tiles = store.arranged(self.program), Tiles.of(store)
@@ -145,10 +76,7 @@ class NativeExecutor(ProgramReader):
                 f"for {max(self._limits.rows.values())} rows do not fit in memory; "
                 "choose a smaller context"
             ) from None
-        self._store = store
-        self.plan = store.plan
         self.formats = tiles.totals(weights)
-        self.weight_bytes = sum(total.nbytes for total in self.formats)
         self.kv_bytes = self._native.cache_bytes
 
     def _lower(self, program: p.Program, tiles: Tiles) -> _native.Executor:
@@ -182,7 +110,6 @@ class NativeExecutor(ProgramReader):
         return executor
 
     def adapter(self, terms: Mapping[p.Site, Term]) -> Adapter:
-        """See `Executor`."""
         stored = [part for term in terms.values() for part in (term.a, term.b) if part is not None]
         made = _native.Adapter(self._layout)
         arena = _native.Arena(sum(part.data.nbytes for part in stored) + 8192 * len(stored))
@@ -228,7 +155,6 @@ class NativeExecutor(ProgramReader):
         return outputs
 
     def memory(self, rows: int) -> Memory:
-        """See `Executor`."""
         try:
             return self._native.remember(rows)
         except (ValueError, TypeError) as error:
@@ -237,7 +163,6 @@ class NativeExecutor(ProgramReader):
             raise OutOfMemory(f"{rows} rows of an image do not fit in memory") from None
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
-        """See `Executor`."""
         self._native.profile(True)
         try:
             act()
@@ -246,7 +171,6 @@ class NativeExecutor(ProgramReader):
         return [Phase(*entry) for entry in self._native.profiled()]
 
     def value(self, name: str) -> Floats:
-        """See `Executor`."""
         return self._native.read(self._ids[name])
 
 
@@ -270,113 +194,40 @@ class _Lowering:
         if (a := op.adapters) is None:
             return None
         scalings, first = self.ids.get(a.scalings), self.sites[p.sites(op)[0]][0]
-        return self[a.x], self[a.mixture], scalings, a.columns, first
+        return self.ids[a.x], self.ids[a.mixture], scalings, a.columns, first
 
-    def __getitem__(self, item: p.Value | p.Index) -> int:
-        return self.ids[item]
-
-
-@functools.singledispatch
-def _lower(op: p.Op, to: _Lowering) -> None:  # noqa: ARG001
-    """Hand one op to the native executor."""
-    raise AssertionError(f"no lowering of {type(op).__name__}")
-
-
-@_lower.register
-def _(op: p.Embed, to: _Lowering) -> None:
-    table, adapters = to.weights.tile(op.table), to.adapters(op)
-    to.core.embed(to[op.out], to[op.index], table, op.scale, adapters)
+    def of(self, item: object) -> Any:
+        """A field of an op, as the core takes it."""
+        match item:
+            case p.Value() | p.Index():
+                return self.ids[item]
+            case p.Matrix():
+                return self.weights.matrices(item)[0]
+            case p.Vector():
+                return self.weights.vector(item)
+        return item
 
 
-@_lower.register
-def _(op: p.RopeAngles, to: _Lowering) -> None:
-    axes = op.axes or (0,) * len(op.frequencies)
-    positions = to[op.positions]
-    to.core.rope_angles(to[op.out], positions, op.frequencies, axes, op.magnitude)
-
-
-@_lower.register
-def _(op: p.Normalize, to: _Lowering) -> None:
-    weight, bias = to.weights.vector(op.weight), to.weights.vector(op.bias)
-    assert weight is not None
-    to.core.normalize(to[op.out], to[op.x], weight, bias, op.kind == "rms", op.eps, op.group)
-
-
-@_lower.register
-def _(op: p.Linear, to: _Lowering) -> None:
-    weight, bias = to.weights.tile(op.weight), to.weights.vector(op.bias)
-    to.core.linear(
-        to[op.out], to[op.x], weight, bias, op.activation, op.scale, to.ids.get(op.residual),
-        to.adapters(op),
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.GatedLinear, to: _Lowering) -> None:
-    gate, up = to.weights.tile(op.gate), to.weights.tile(op.up)
-    biases = to.weights.vector(op.gate_bias), to.weights.vector(op.up_bias)
-    adapters = to.adapters(op)
-    to.core.gated_linear(to[op.out], to[op.x], gate, up, *biases, op.activation, adapters)
-
-
-@_lower.register
-def _(op: p.Rotate, to: _Lowering) -> None:
-    to.core.rotate(to[op.out], to[op.x], to[op.angles], op.heads, op.head_dim, op.interleaved)
-
-
-@_lower.register
-def _(op: p.Attend, to: _Lowering) -> None:
-    to.core.attend(
-        to[op.out], to[op.q], to[op.k], to[op.v], to[op.spans], op.cache, op.heads, op.kv_heads,
-        op.head_dim, op.scale, op.window, op.softcap,
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.Recall, to: _Lowering) -> None:
-    to.core.attend(
-        to[op.out], to[op.q], None, None, to[op.seen], op.memory, op.heads, op.kv_heads,
-        op.head_dim, op.scale, None, None,
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.MixtureOfExperts, to: _Lowering) -> None:
-    tiles = to.weights.tiles
-    gates = [] if op.gate is None else tiles(op.gate)
-    biases = (op.router_bias, op.gate_bias, op.up_bias, op.down_bias)
-    to.core.mixture_of_experts(
-        to[op.out], to[op.x], to.weights.tile(op.router), gates, tiles(op.up), tiles(op.down),
-        op.top_k, op.activation, op.normalize, op.jitter, op.scale, to.ids.get(op.residual),
-        to.adapters(op), [to.weights.vector(bias) for bias in biases], to.ids.get(op.shared),
-    )  # fmt: skip
-
-
-@_lower.register
-def _(op: p.Add, to: _Lowering) -> None:
-    to.core.add(to[op.out], to[op.a], to[op.b], op.scale)
-
-
-@_lower.register
-def _(op: p.Softcap, to: _Lowering) -> None:
-    to.core.softcap(to[op.out], to[op.x], op.cap)
-
-
-@_lower.register
-def _(op: p.GatherRows, to: _Lowering) -> None:
-    to.core.gather_rows(to[op.out], to[op.x], to[op.index], op.mean)
-
-
-@_lower.register
-def _(op: p.Overlay, to: _Lowering) -> None:
-    to.core.overlay(to[op.out], to[op.x], to[op.rows], to[op.index])
-
-
-@_lower.register
-def _(op: p.Concatenate, to: _Lowering) -> None:
-    to.core.concatenate(to[op.out], to[op.a], to[op.b])
-
-
-@_lower.register
-def _(op: p.GatherColumns, to: _Lowering) -> None:
-    to.core.gather_columns(to[op.out], to[op.x], np.frombuffer(op.order, "<u4"))
+def _lower(op: p.Op, to: _Lowering) -> None:
+    """Hand one op to the core, which has most of them, and their fields, by the same names."""
+    given = {field.name: to.of(getattr(op, field.name)) for field in fields(op)}
+    match op:
+        case p.Embed() | p.Linear() | p.GatedLinear():
+            given["adapters"] = to.adapters(op)
+        case p.RopeAngles():
+            given["axes"] = op.axes or (0,) * len(op.frequencies)
+        case p.Normalize():
+            given["rms"] = given.pop("kind") == "rms"
+        case p.Recall():
+            given |= {"spans": given.pop("seen"), "cache": given.pop("memory")}
+            given |= dict.fromkeys(("k", "v", "window", "softcap"))
+        case p.MixtureOfExperts():
+            for name in ("gate", "up", "down"):
+                experts = getattr(op, name)
+                given[name] = [] if experts is None else to.weights.matrices(experts)
+            biases = ("router_bias", "gate_bias", "up_bias", "down_bias")
+            given |= {"biases": [given.pop(bias) for bias in biases], "adapters": to.adapters(op)}
+        case p.GatherColumns():
+            given["order"] = np.frombuffer(op.order, "<u4")
+    name = "attend" if isinstance(op, p.Recall) else p.name_of(op)
+    getattr(to.core, name)(**given)

@@ -27,12 +27,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.batch import Batch, Mixture, Sequences
+from squall.batch import Mixture, Sequences
 from squall.errors import EngineStopped, InvalidRequest
-from squall.executors import Executor, Floats, Limits, Phase, Placement
+from squall.executors import Executor, Floats, Order, Phase
 from squall.executors.sharding import shard
-from squall.program import Program
-from squall.weights import WeightStore
+from squall.weights import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -227,22 +226,21 @@ def _message(data: bytes) -> Message:
     return told, arrays
 
 
-def open_rank(
-    program: Program, store: WeightStore, limits: Limits, *, placement: Placement, **given: Any
-) -> Executor:
+def open_rank(order: Order, progress: Progress | None) -> Executor:
     """The first rank's executor, once all are ready; the others run what it says, and never return.
 
-    given: see `executors.open`.
+    order, progress: see `executors.open`.
     """
     from squall.gpu.executor import TorchExecutor
 
-    ranks = placement.ranks
+    ranks = order.placement.ranks
     assert ranks is not None
     try:
-        if len(placement.stages) > 1:
+        if len(order.placement.stages) > 1:
             raise InvalidRequest("every rank has all layers: leave out the topology's devices")
-        own = shard(program, store, ranks.rank, ranks.size)
-        executor: Executor = TorchExecutor(own, store, limits, placement=placement, **given)
+        own = shard(order.program, order.store, ranks.rank, ranks.size)
+        executor = TorchExecutor(replace(order, program=own))
+        executor.load(order.store, progress)
         if ranks.rank:
             _follow(executor, ranks)
     except Exception as error:
@@ -294,10 +292,7 @@ class LeadingExecutor:
         with self._ranks.together():
             return self._own.run(inputs, sequences, mixtures, **how)
 
-    def step(self, batch: Batch) -> Floats:
-        """See `Executor`."""
-        program = self._own.program
-        return self.run(batch.inputs(program.indices, program.inputs), batch)["logits"]
+    step = Executor.step
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
         """See `Executor`; steps may look otherwise meanwhile, and so on all ranks."""

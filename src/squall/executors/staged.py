@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall import executors
 from squall.batch import Mixture, Sequences
-from squall.executors import Adapter, Floats, Limits, Memory, Phase, Placement
-from squall.executors.base import ProgramReader, sites_of
+from squall.executors import Adapter, Executor, Floats, Memory, Order, Phase
+from squall.executors.base import sites_of, together
 from squall.executors.devices import Stage
-from squall.program import Program, Site
-from squall.quant import FormatTotal, Plan
+from squall.program import Site
 from squall.weights import Progress, Term, WeightStore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Adapters:
-    """An adapter, stage by stage."""
+class _Parts:
+    """An adapter or a memory, stage by stage; counts: of memories, how many each stage has."""
 
-    parts: Sequence[Adapter | Memory | None]
+    parts: Sequence[Any]
+    counts: Sequence[int] = ()
+    rows: int = 0
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts if part is not None)
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Memories(_Adapters):
-    """A memory, stage by stage; counts: how many of the program's memories each has."""
-
-    parts: Sequence[Memory | None]
-    counts: Sequence[int]
-    rows: int
-
     def write(self, first: int, keys: Sequence[Floats], values: Sequence[Floats]) -> None:
-        """See `Memory`."""
         at = 0
         for part, count in zip(self.parts, self.counts, strict=True):
             if part is not None:
@@ -48,37 +40,21 @@ class _Memories(_Adapters):
             at += count
 
 
-class StagedExecutor(ProgramReader):
-    """Runs a program's layers where the placement says; see `Executor` and `executors.open`."""
+class StagedExecutor(Executor):
+    """Runs a program's layers where the placement says."""
 
-    def __init__(  # noqa: PLR0913
-        self,
-        program: Program,
-        store: WeightStore,
-        limits: Limits,
-        *,
-        placement: Placement,
-        pool: executors.ThreadPool | None = None,
-        keep: Sequence[str] = (),
-        progress: Progress | None = None,
-    ) -> None:
-        super().__init__(program, limits, pool, keep)
-        self.placement = placement
-        layers = program.layers
-        self._spread = placement.spread(len(layers))
+    def __init__(self, order: Order) -> None:
+        super().__init__(order)
+        layers = self.program.layers
+        self._spread = self.placement.spread(len(layers))
         ends = accumulate(count for _, count in self._spread[:-1])
-        self._programs = program.stages(*(layers[end - 1] for end in ends))
+        self._programs = self.program.stages(*(layers[end - 1] for end in ends))
         values = [{value.name for value in part.values} for part in self._programs]
         self._keeper = {
-            name: next(i for i, names in enumerate(values) if name in names) for name in keep
+            name: next(i for i, names in enumerate(values) if name in names) for name in self._kept
         }
         parts = [sites_of(part) for part in self._programs]
         self._stage_of = {site: number for number, sites in enumerate(parts) for site in sites}
-        self._load(store, progress)
-
-    def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
-        """See `Executor`. Not during a run."""
-        self._load(self._store.replanned(plan), progress)
 
     def _load(self, store: WeightStore, progress: Progress | None) -> None:
         sizes = [sum(map(store.nbytes, part.weights())) for part in self._programs]
@@ -93,9 +69,8 @@ class StagedExecutor(ProgramReader):
                 zip(self._programs, self._spread, strict=True)
             )
         ]  # fmt: skip
-        self._stages, self._store, self.plan = stages, store, store.plan
-        self.formats = _together(total for stage in stages for total in stage.formats)
-        self.weight_bytes = sum(stage.weight_bytes for stage in stages)
+        self._stages = stages
+        self.formats = together(total for stage in stages for total in stage.formats)
         self.kv_bytes = sum(stage.kv_bytes for stage in stages)
         counts = (count for _, count in self._spread)
         self.isa = ", then ".join(
@@ -109,7 +84,6 @@ class StagedExecutor(ProgramReader):
         mixtures: Sequence[Mixture] = (),
         **how: bool,
     ) -> dict[str, Floats]:
-        """See `Executor`."""
         made: dict[str, NDArray[np.generic]] = dict(inputs)
         outputs: dict[str, Floats] = {}
         for number, stage in enumerate(self._stages):
@@ -120,20 +94,17 @@ class StagedExecutor(ProgramReader):
         return {value.name: outputs[value.name] for value in self.program.outputs}
 
     def adapter(self, terms: Mapping[Site, Term]) -> Adapter:
-        """See `Executor`."""
         parts: list[dict[Site, Term]] = [{} for _ in self._stages]
         for site, term in terms.items():
             parts[self._stage_of.get(site, 0)][site] = term  # an unknown one is refused there
-        return _Adapters([s.adapter(part) for s, part in zip(self._stages, parts, strict=True)])
+        return _Parts([s.adapter(part) for s, part in zip(self._stages, parts, strict=True)])
 
     def memory(self, rows: int) -> Memory:
-        """See `Executor`."""
         counts = [len(part.memories) for part in self._programs]
         made = zip(self._stages, counts, strict=True)
-        return _Memories([stage.memory(rows) if n else None for stage, n in made], counts, rows)
+        return _Parts([stage.memory(rows) if n else None for stage, n in made], counts, rows)
 
     def profile(self, act: Callable[[], None]) -> list[Phase]:
-        """See `Executor`."""
         found: list[Phase] = []
         for stage in self._stages:
             act = partial(lambda profile, act: found.extend(profile(act)), stage.profile, act)
@@ -141,7 +112,6 @@ class StagedExecutor(ProgramReader):
         return found
 
     def value(self, name: str) -> Floats:
-        """See `Executor`."""
         return self._stages[self._keeper[name]].value(name)
 
 
@@ -154,21 +124,13 @@ def _recalling(sequences: Sequences | None, number: int) -> Sequences | None:
     if sequences is None or not sequences.memories:
         return sequences
     # A stage refuses what was made for another model.
-    parts = [m.parts[number] if isinstance(m, _Memories) else m for m in sequences.memories]
+    parts = [m.parts[number] if isinstance(m, _Parts) else m for m in sequences.memories]
     return replace(sequences, memories=tuple(parts) if any(parts) else ())
 
 
 def _adapted(mixtures: Sequence[Mixture], number: int) -> list[Mixture]:
     """The mixtures of what a stage has of their adapters."""
     return [
-        tuple((a.parts[number] if isinstance(a, _Adapters) else a, weight) for a, weight in mixture)
+        tuple((a.parts[number] if isinstance(a, _Parts) else a, weight) for a, weight in mixture)
         for mixture in mixtures
     ]
-
-
-def _together(totals: Iterable[FormatTotal]) -> tuple[FormatTotal, ...]:
-    """One of each format."""
-    found: dict[str, list[list[int]]] = {}
-    for name, *counts in map(astuple, totals):
-        found.setdefault(name, []).append(counts)
-    return tuple(FormatTotal(name, *map(sum, zip(*of, strict=True))) for name, of in found.items())

@@ -37,8 +37,8 @@ class _Part:
         return (wide if self.b is None else _product(wide, self.b, exact)) * self.scale
 
 
-def _product(x: Tensor, weight: matrices.Plain, exact: bool) -> Tensor:
-    return linear.linear(x, weight, exact=exact, dtype=torch.float32)
+def _product(x: Tensor, weight: matrices.Weight, exact: bool) -> Tensor:
+    return linear.linear(x, linear.Product(weight), exact=exact, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +97,14 @@ class Added:
         scaled = self.adapters is not None and self.adapters.scalings is not None
         return run[self.adapters.scalings] if scaled else None  # type: ignore[index, union-attr]
 
+    def product(
+        self, run: Run, x: Tensor, matrix: p.Matrix, weight: matrices.Weight, bias: Tensor | None
+    ) -> Tensor:
+        """x @ weight.T + bias, with what adapters add, float32."""
+        y = _product(x, weight, self.exact)
+        self.add(run, y, x, (matrix.role, 0))
+        return y if bias is None else y + bias
+
     def add(self, run: Run, y: Tensor, x: Tensor, site: p.Site) -> None:
         """To products y of the rows x, in place."""
         scalings = self.scalings(run)
@@ -118,3 +126,15 @@ class Added:
                 y += more if scalings is None else more * scalings[:, column + i, None]
                 if part.bias is not None:
                     y += part.bias * weight
+
+    def to_experts(
+        self, op: p.MixtureOfExperts, mixture: TorchMixture, scalings: Tensor | None
+    ) -> linear.Add:
+        """What rows that have one mixture get, expert by expert."""
+        weights = {"gate": op.gate or op.up, "up": op.up, "down": op.down}
+
+        def add(y: Tensor, x: Tensor, name: str, expert: int, rows: Tensor) -> None:
+            scaling = None if scalings is None else scalings[rows]
+            self.add_to(y, x, (weights[name].role, expert), mixture, scaling)
+
+        return add

@@ -64,20 +64,14 @@ class Cache:
     """Keys and values of one layer, by slot."""
 
     def __init__(
-        self,
-        blocks: int,
-        block_size: int,
-        layer: p.CacheLayer,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, slots: int, layer: p.CacheLayer, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (blocks * block_size, layer.kv_heads, layer.head_dim)
+        shape = (slots, layer.kv_heads, layer.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
-        """On the device."""
         return self.k.nbytes + self.v.nbytes
 
 

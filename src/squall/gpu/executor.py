@@ -17,14 +17,13 @@ from torch import Tensor
 from squall import program as p
 from squall.batch import Mixture, Sequences
 from squall.errors import OutOfMemory, UnsupportedModel
-from squall.executors import Adapter, Floats, Limits, Memory, Phase, Placement, ThreadPool
-from squall.executors.base import NO_SEQUENCES, ProgramReader, layout_of, sites_of
+from squall.executors import Adapter, Executor, Floats, Limits, Memory, Order, Phase, Placement
+from squall.executors.base import NO_SEQUENCES, layout_of, sites_of
 from squall.gpu import attention, graphs, ops
 from squall.gpu.adapters import TorchAdapter, TorchMixture
 from squall.gpu.inputs import Given, Inputs, expect, staged, views
-from squall.gpu.matrices import Matrices, floats_fit
+from squall.gpu.matrices import FLOAT_NAMES, FLOATS, Matrices, floats_fit
 from squall.gpu.profile import Profile
-from squall.quant import Plan
 from squall.weights import Progress, Term, WeightStore
 
 
@@ -44,7 +43,6 @@ class TorchMemory:
         return sum(part.nbytes for pair in self.at for part in pair)
 
     def write(self, first: int, keys: Sequence[Floats], values: Sequence[Floats]) -> None:
-        """See `executors.Memory`."""
         new = [
             np.ascontiguousarray(rows) for pair in zip(keys, values, strict=False) for rows in pair
         ]
@@ -57,47 +55,29 @@ class TorchMemory:
             part[first : first + count] = torch.from_numpy(rows)
 
 
-class TorchExecutor(ProgramReader):
-    """Runs a program on one device; see `Executor`, and `executors.open` for the arguments.
+class TorchExecutor(Executor):
+    """Runs a program on one device, one run at a time, whether they are patient or not."""
 
-    Runs are one at a time, whether they are patient or not.
-    """
-
-    def __init__(  # noqa: PLR0913
-        self,
-        program: p.Program,
-        store: WeightStore,
-        limits: Limits,
-        *,
-        placement: Placement,
-        pool: ThreadPool | None = None,
-        keep: Sequence[str] = (),
-        progress: Progress | None = None,
-    ) -> None:
-        super().__init__(program, limits, pool, keep)
-        self.placement = placement
-        name = placement.stages[0].device
+    def __init__(self, order: Order) -> None:
+        super().__init__(order)
+        limits = order.limits
+        name = self.placement.stages[0].device
         self._device = torch.device("cpu" if name == "torch" else name)
-        self._dtype = activations(self._device, placement, store)
+        self._dtype = activations(self._device, self.placement, order.store)
         self._kv_dtype = cache_type(limits, self._dtype)
-        self.isa = f"{name} {described(self._device)} ({_SHORT[self._dtype]})"
+        self.isa = f"{name} {described(self._device)} ({FLOAT_NAMES[self._dtype]})"
         self._lock = threading.Lock()
-        self._inputs = Inputs(program, limits)
-        kept = (value for value in program.values if value.name in self._kept)
-        self._held = tuple(dict.fromkeys((*program.outputs, *kept)))
+        self._inputs = Inputs(order.program, limits)
+        held = self._kept | {value.name for value in self.program.outputs}
+        self._held = tuple(value for value in self.program.values if value.name in held)
         self._last: dict[str, Tensor] = {}
         self._profile: Profile | None = None
         with memory_errors("the KV cache"), self._on_device():
             self._caches = [
-                attention.Cache(self.blocks, self.block_size, layer, self._kv_dtype, self._device)
-                for layer in program.caches
+                attention.Cache(self.blocks * self.block_size, layer, self._kv_dtype, self._device)
+                for layer in order.program.caches
             ]
         self.kv_bytes = sum(cache.nbytes for cache in self._caches)
-        self._load(store, progress)
-
-    def requantize(self, plan: Plan, *, progress: Progress | None = None) -> None:
-        """See `Executor`. Not during a run."""
-        self._load(self._store.replanned(plan), progress)
 
     def _load(self, store: WeightStore, progress: Progress | None) -> None:
         program = store.arranged(self.program)
@@ -106,7 +86,7 @@ class TorchExecutor(ProgramReader):
                 f"this model cannot run: sizes do not fit each other at {wrong.out.name}"
             )
         floats = floats_fit(program.weights(), self._device)
-        weights = Matrices.of(store, self._device, self._dtype, floats=floats)
+        weights = Matrices.of(store, self._device, self._dtype, floats)
         with memory_errors("the weights"), self._on_device():
             weights.load(program.weights(), self.pool, progress)
             self._types = ops.types(program, self._dtype)
@@ -121,14 +101,12 @@ class TorchExecutor(ProgramReader):
         self._layout = layout_of(self._sites)
         cuda = self._device.type == "cuda"
         self._graphs = graphs.Graphs(graphs.cuda_recorder(self._device)) if cuda else None
-        self._store, self._weights = store, weights
-        self.plan = store.plan
+        self._weights = weights
         self.formats = weights.totals(program.weights())
-        self.weight_bytes = sum(total.nbytes for total in self.formats)
 
     def _dying(self, program: p.Program) -> list[set[int]]:
         """The values that nothing reads after an op, for each op."""
-        needed: set[int] = {value.id for value in self._held}
+        needed = {value.id for value in self._held}
         found: list[set[int]] = []
         for op in reversed(program.ops):
             found.append({value.id for value in (*p.reads(op), op.out)} - needed)
@@ -145,12 +123,10 @@ class TorchExecutor(ProgramReader):
             yield
 
     def adapter(self, terms: Mapping[p.Site, Term]) -> Adapter:
-        """See `Executor`."""
         with memory_errors("an adapter"), self._on_device():
             return TorchAdapter.of(self._sites, terms, self._device)
 
     def memory(self, rows: int) -> Memory:
-        """See `Executor`."""
         layers = self.program.memories
         expect(layers, "the program has no memories")
         expect(0 < rows < 2**31, "a memory has 1 to 2^31 - 1 rows")
@@ -264,15 +240,10 @@ class TorchExecutor(ProgramReader):
         return profile.phases()
 
     def value(self, name: str) -> Floats:
-        """See `Executor`."""
         with self._lock, self._on_device():
             kept = name in self._kept and name in self._last
             expect(kept, "only a kept value can be read after a step")
             return self._fetched(name)[name]
-
-
-_SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_DTYPES = {name: dtype for dtype, name in _SHORT.items()}
 
 
 def activations(device: torch.device, placement: Placement, store: WeightStore) -> torch.dtype:
@@ -280,7 +251,7 @@ def activations(device: torch.device, placement: Placement, store: WeightStore) 
     if store.exact or device.type == "cpu":
         return torch.float32
     if placement.dtype != "auto":
-        return _DTYPES[placement.dtype]
+        return FLOATS[placement.dtype]
     if device.type == "mps":
         return torch.float16
     capability = torch.cuda.get_device_capability(device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from squall import program as p
 from squall.batch import Int32, Sequences
-from squall.errors import InvalidRequest, UnsupportedModel
+from squall.errors import InvalidRequest
 from squall.executors import Floats, Limits
 
 Places = tuple[tuple[str, bool, tuple[int, ...], int], ...]
@@ -43,23 +43,30 @@ class Given:
     groups: Mapping[str, list[Int32]] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Use:
-    """What an index is for. limit: of its values; into: the space whose rows it names."""
-
-    limit: int | None = None
-    into: str | None = None
-    fill: Literal["zeros", "none", "own"] = "zeros"  # rows that pad; negative ones name nothing
-    mixtures: bool = False
+# What positions are of, beside row spaces: those of a sequence, and of what it recalls.
+_CACHE, _MEMORY = "(cache)", "(memory)"
 
 
-@dataclass(frozen=True, slots=True)
-class _Sight:
-    """Spans, and what they see; space: whose rows, if keys of the run."""
+def _bounds(op: p.Op) -> Iterator[tuple[p.Index, int, int | str, str]]:
+    """Of an index the least and the most, a number or how many rows a space has; and the error."""
+    match op:
+        case p.Embed():
+            yield op.index, 0, op.table.rows, "a token id is outside the vocabulary"
+        case p.RopeAngles():
+            yield op.positions, 0, 1 << 31, "an index is negative"
+        case p.GatherRows():
+            yield op.index, 0, op.x.rows, "a chosen row is outside the step"
+        case p.Overlay():
+            yield op.index, -(1 << 31), op.rows.rows, "a chosen row is outside the step"
 
-    spans: p.Index
-    of: Literal["cache", "run", "memory"]
-    space: str
+
+def _seen(op: p.Op) -> Iterator[tuple[p.Index, str]]:
+    """What each row sees, and of what."""
+    match op:
+        case p.Attend():
+            yield op.spans, op.k.rows if op.cache is None else _CACHE
+        case p.Recall():
+            yield op.seen, _MEMORY
 
 
 class Inputs:
@@ -67,118 +74,84 @@ class Inputs:
 
     def __init__(self, program: p.Program, limits: Limits) -> None:
         tokens = limits.rows.get("tokens", 0)
-        self._limits, self._context = limits, program.context
+        self._program, self._limits = program, limits
         self._most = {space: limits.rows.get(space, tokens) for space in program.spaces}
-        self._program = program
-        self._uses = {index: _Use() for index in program.indices}
-        sights: dict[_Sight, None] = {}
-        for op in program.ops:
-            self._use(op)
-            if isinstance(op, p.Attend):
-                of: Literal["cache", "run"] = "run" if op.cache is None else "cache"
-                sights[_Sight(op.spans, of, op.k.rows)] = None
-            elif isinstance(op, p.Recall):
-                sights[_Sight(op.seen, "memory", "")] = None
-        self._sights = tuple(sights)
-        self.cached = any(sight.of != "run" for sight in sights)
-
-    def _use(self, op: p.Op) -> None:
-        uses = self._uses
-        match op:
-            case p.Embed():
-                uses[op.index].limit = min(uses[op.index].limit or op.table.rows, op.table.rows)
-            case p.GatherRows():
-                self._choose(uses[op.index], op.x.rows, "zeros")
-            case p.Overlay():
-                self._choose(uses[op.index], op.rows.rows, "none")
-            case p.MixtureOfExperts() if op.shared is not None:
-                uses[op.shared].fill = "own"
-        if (adapters := getattr(op, "adapters", None)) is not None:
-            uses[adapters.mixture].mixtures, uses[adapters.mixture].fill = True, "none"
-
-    def _choose(self, use: _Use, space: str, fill: Literal["zeros", "none"]) -> None:
-        if use.into is not None and (use.into, use.fill) != (space, fill):
-            raise UnsupportedModel(
-                "an index chooses rows of two spaces, or is to choose none and some"
-            )
-        use.into, use.fill = space, fill
+        ops = program.ops
+        self._bounds = tuple(dict.fromkeys(bound for op in ops for bound in _bounds(op)))
+        self._seen = tuple(dict.fromkeys(seen for op in ops for seen in _seen(op)))
+        self._mixtures = {a.mixture for op in ops if (a := getattr(op, "adapters", None))}
+        self._shared = {s for op in ops if (s := getattr(op, "shared", None))}
+        self._cached = {spans.rows for spans, of in self._seen if of in (_CACHE, _MEMORY)}
+        self.cached = bool(self._cached)
 
     def checked(self, given: Given, sequences: Sequences, mixtures: int) -> Given:
         """In the shapes that ops read. Raises InvalidRequest for what is amiss."""
-        rows = given.rows
+        rows, indices = given.rows, {}
         for space, count in rows.items():
             expect(count <= self._most[space], "too many rows in a step")
-        indices = {}
-        uses = self._uses.items()
-        for index, use in uses:
+        for index in self._program.indices:
             found = _narrowed(given.indices[index.name], index.name)
             shape = (index.axes, rows[index.rows]) if index.axes > 1 else (rows[index.rows],)
             expect(found.size == np.prod(shape), "an index differs from its rows")
             indices[index.name] = found.reshape(shape)
-            self._check_index(indices[index.name], use, rows, mixtures)
         for value in self._program.inputs:
             floats = given.values[value.name]
             expect(floats.dtype == np.float32, f"the input {value.name} is not of float32")
             fits = floats.shape == (rows[value.rows], value.width)
             expect(fits, f"the input {value.name} is not [rows, {value.width}]")
-        if self.cached:
-            self._check_sequences(sequences, rows)
-        for sight in self._sights:
-            there = _there(sight, rows, sequences)
-            first, last = indices[sight.spans.name]
-            ok = (first >= 0) & (first <= last) & (last <= there)
-            expect(ok.all(), "a row sees a position that is not there")
+        for index, least, most, what in self._bounds:
+            found, most = indices[index.name], rows[most] if isinstance(most, str) else most
+            expect(((found >= least) & (found < most)).all(), what)
+        self._check_seen(indices, rows, sequences)
+        for index in self._mixtures:
+            highest = indices[index.name].max(initial=-1)
+            expect(highest < mixtures, "a row names adapters that are not there")
+        for index in self._shared:
+            found = indices[index.name]
+            first = (found >= 0) & (found <= np.arange(len(found)))
+            shares = first.all() and (found[found] == found).all()
+            expect(shares, "rows that share must name the first of them")
         return replace(
             given,
             indices=indices,
-            segments={i.name: _segments(indices[i.name]) for i, u in uses if u.mixtures},
-            groups={i.name: _groups(indices[i.name]) for i, u in uses if u.fill == "own"},
+            segments={index.name: _segments(indices[index.name]) for index in self._mixtures},
+            groups={index.name: _groups(indices[index.name]) for index in self._shared},
         )
 
-    def _check_index(self, found: Int32, use: _Use, rows: Mapping[str, int], mixtures: int) -> None:
-        if not found.size:
-            return
-        low, high = int(found.min()), int(found.max())
-        if use.mixtures:
-            expect(high < mixtures, "a row names adapters that are not there")
-        elif use.fill == "own":
-            backwards = low >= 0 and (found <= np.arange(len(found))).all()
-            expect(
-                backwards and (found[found] == found).all(),
-                "rows that share must name the first of them",
-            )
-        elif use.into is not None:
-            ok = (low >= 0 or use.fill == "none") and high < rows[use.into]
-            expect(ok, "a chosen row is outside the step")
-        if use.limit is not None:
-            expect(low >= 0 and high < use.limit, "a token id is outside the vocabulary")
-        elif use.fill == "zeros":
-            expect(low >= 0, "an index is negative")
+    def _check_seen(
+        self, indices: Mapping[str, Int32], rows: Mapping[str, int], at: Sequences
+    ) -> None:
+        there: dict[str, NDArray[np.int64] | int] = {**rows}
+        if self.cached:
+            self._check_sequences(at, rows)
+            lengths, unlimited = np.diff(at.bounds), 2**31
+            memories = at.memories or (None,) * len(lengths)
+            recalled = [getattr(memory, "rows", unlimited) for memory in memories]
+            there[_CACHE] = np.repeat(at.positions[at.bounds[1:] - 1].astype(np.int64) + 1, lengths)
+            there[_MEMORY] = np.repeat(np.array(recalled, np.int64), lengths)
+        for spans, of in self._seen:
+            first, last = indices[spans.name]
+            ok = (first >= 0) & (first <= last) & (last <= there[of])
+            expect(ok.all(), "a row sees a position that is not there")
 
     def _check_sequences(self, at: Sequences, rows: Mapping[str, int]) -> None:
-        spaces = {sight.spans.rows for sight in self._sights if sight.of != "run"}
-        count, bounds, tables = len(at.positions), at.bounds, at.block_tables
-        expect(
-            count > 0 and all(rows[space] == count for space in spaces),
-            "cached attention needs rows, and a position for each",
-        )
-        expect(
-            len(bounds) >= 2 and bounds[0] == 0 and bounds[-1] == count
-            and (np.diff(bounds) >= 0).all(),
-            "sequence bounds must ascend from 0 to the number of rows",
-        )  # fmt: skip
-        expect(tables.ndim == 2 and len(tables) == len(bounds) - 1, "one block table a sequence")
-        positions = at.positions
-        inside = positions.min() >= 0 and positions.max() < self._context
+        positions, bounds, tables = at.positions, at.bounds, at.block_tables
+        count, lengths = len(positions), np.diff(bounds)
+        placed = count > 0 and all(rows[space] == count for space in self._cached)
+        expect(placed, "cached attention needs rows, and a position for each")
+        ascend = len(lengths) and bounds[0] == 0 and bounds[-1] == count and lengths.min() >= 0
+        expect(ascend, "sequence bounds must ascend from 0 to the number of rows")
+        expect(tables.ndim == 2 and len(tables) == len(lengths), "one block table a sequence")
+        inside = positions.min() >= 0 and positions.max() < self._program.context
         expect(inside, "a position is outside the context")
-        follows = np.diff(positions) == 1
-        follows[bounds[1:-1][(bounds[1:-1] > 0) & (bounds[1:-1] < count)] - 1] = True
-        expect(follows.all(), "positions of a sequence must ascend by one")
-        filled = np.diff(bounds) > 0
-        needed = positions[bounds[1:][filled] - 1] // self._limits.block_size + 1
+        starts = np.repeat(bounds[:-1], lengths)
+        follow = positions - positions[starts] == np.arange(count) - starts
+        expect(follow.all(), "positions of a sequence must ascend by one")
+        last = positions[bounds[1:] - 1]
+        needed = np.where(lengths > 0, last // self._limits.block_size + 1, 0)
         width = tables.shape[1]
         expect(needed.max() <= width, "a block table is shorter than its sequence")
-        used = tables[filled][np.arange(width) < needed[:, None]]
+        used = tables[np.arange(width) < needed[:, None]]
         inside = used.min() >= 0 and used.max() < self._limits.blocks
         expect(inside, "a block is outside the KV cache")
         expect(len(at.memories) in (0, len(tables)), "memories are one a sequence, or none")
@@ -186,10 +159,10 @@ class Inputs:
     def padded(self, given: Given, to: Mapping[str, int]) -> Given:
         """With so many rows of each space; what is added changes no other row."""
         indices, values = {}, {}
-        for index, use in self._uses.items():
+        for index in self._program.indices:
             old, count = given.indices[index.name], to[index.rows]
-            new = np.full((*old.shape[:-1], count), -(use.fill == "none"), np.int32)
-            if use.fill == "own":
+            new = np.full((*old.shape[:-1], count), -(index in self._mixtures), np.int32)
+            if index in self._shared:
                 new[:] = np.arange(count)
             new[..., : old.shape[-1]] = old
             indices[index.name] = new
@@ -206,20 +179,6 @@ def _narrowed(found: NDArray[np.integer[Any]], name: str) -> Int32:
     narrow = found.astype(np.int32, copy=False)
     expect((narrow == found).all(), f"a number of the index {name} does not fit int32")
     return narrow
-
-
-def _there(sight: _Sight, rows: Mapping[str, int], at: Sequences) -> NDArray[np.int64] | int:
-    """How many positions there are for each row to see."""
-    if sight.of == "run":
-        return rows[sight.space]
-    counts = np.diff(at.bounds)
-    if sight.of == "cache":
-        ends = at.positions[at.bounds[1:] - 1].astype(np.int64) + 1
-    else:
-        unlimited = 2**31
-        memories = at.memories or (None,) * len(counts)
-        ends = np.array([getattr(memory, "rows", unlimited) for memory in memories], np.int64)
-    return np.repeat(ends, counts)
 
 
 def _segments(mixture: Int32) -> list[Segment]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from squall.gpu import uses_triton
-from squall.gpu.matrices import Float8, Plain, Weight, dense_runs, lookup
+from squall.gpu.matrices import Float8, Plain, Weight, dense_runs, lookup, one
 from squall.spec import Activation
 
 # A BLAS chooses by the shape of a product, and on a CPU by its threads too, how it adds up. So
@@ -53,58 +56,54 @@ def activated(x: Tensor, activation: Activation | None, *, exact: bool) -> Tenso
     return x if activation is None else (_EXACT if exact else _FAST)[activation](x)
 
 
-def linear(  # noqa: PLR0913
-    x: Tensor,  # [rows, cols of w]
-    w: Weight,
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """scale * activation(x @ weight.T + bias), or with a gate
+    scale * activation(x @ gate.T + gate_bias) * (x @ weight.T + bias).
+
+    Biases of experts are one after another.
+    """
+
+    weight: Weight
+    bias: Tensor | None = None
+    activation: Activation | None = None
+    gate: Weight | None = None
+    gate_bias: Tensor | None = None
+    scale: float = 1.0
+
+
+def linear(
+    x: Tensor,  # [rows, cols of the weight]
+    product: Product,
     *,
-    bias: Tensor | None = None,
-    activation: Activation | None = None,
-    scale: float = 1.0,
     residual: Tensor | None = None,
     exact: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """residual + scale * activation(x @ w.T + bias), in the type of x, or another."""
+    """residual + product, in the type of x, or another."""
+    w, bias, activation = product.weight, product.bias, product.activation
+    if _by_triton(x, exact, w, product.gate or w):
+        from squall.gpu import triton_linear
+
+        return triton_linear.linear(x, product, residual=residual, exact=exact, dtype=dtype)
     dtype = dtype or x.dtype
-    if _by_triton(x, exact, w):
-        from squall.gpu import triton_linear
-
-        return triton_linear.linear(
-            x, w, bias=bias, activation=activation, scale=scale, residual=residual, exact=exact,
-            dtype=dtype,
-        )  # fmt: skip
-    added = residual if bias is None else bias.to(dtype)
-    simple = activation is None and scale == 1.0 and (bias is None or residual is None)
-    if simple and added is not None and isinstance(w, Plain) and not exact and dtype == x.dtype:
-        return torch.addmm(added, x, w.values[0].to(dtype).T)
-    y = _product(x, w, exact=exact, dtype=dtype)
-    y = y if bias is None else y.float() + bias
-    y = y if activation is None else activated(y.float(), activation, exact=exact)
-    y = y if scale == 1.0 else y * scale
-    return (y if residual is None else residual + y).to(dtype)
-
-
-def gated(  # noqa: PLR0913
-    x: Tensor,  # [rows, cols of gate]
-    gate: Weight,
-    up: Weight,
-    *,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    activation: Activation,
-    exact: bool,
-) -> Tensor:
-    """activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias), in the type of x."""
-    if _by_triton(x, exact, gate, up):
-        from squall.gpu import triton_linear
-
-        return triton_linear.gated(
-            x, gate, up, gate_bias=gate_bias, up_bias=up_bias, activation=activation, exact=exact
+    if product.gate is not None:
+        wide = torch.float32 if exact else x.dtype
+        first, y = (
+            linear(x, part, exact=exact, dtype=wide)
+            for part in (Product(product.gate, product.gate_bias), Product(w, bias))
         )
-    wide = torch.float32 if exact else x.dtype
-    first = linear(x, gate, bias=gate_bias, exact=exact, dtype=wide)
-    second = linear(x, up, bias=up_bias, exact=exact, dtype=wide)
-    return (activated(first, activation, exact=exact) * second).to(x.dtype)
+        y = activated(first, activation, exact=exact) * y
+    else:
+        added = residual if bias is None else bias.to(dtype)
+        simple = activation is None and product.scale == 1.0 and (bias is None or residual is None)
+        if simple and added is not None and isinstance(w, Plain) and not exact and dtype == x.dtype:
+            return torch.addmm(added, x, w.values[0].to(dtype).T)
+        y = _product(x, w, exact=exact, dtype=dtype)
+        y = y if bias is None else y.float() + bias
+        y = y if activation is None else activated(y.float(), activation, exact=exact)
+    y = y if product.scale == 1.0 else y * product.scale
+    return (y if residual is None else residual + y).to(dtype)
 
 
 def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Tensor:
@@ -116,50 +115,59 @@ def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Te
     return (lookup(table, ids) * scale).to(dtype)
 
 
-def experts(  # noqa: PLR0913
+def experts(
     x: Tensor,  # [rows, cols]
     chosen: Tensor,  # int32 [rows, k]
     shares: Tensor,  # float32 [rows, k]
+    inner: Product,
+    down: Product,
     *,
-    gate: Weight | None,
-    up: Weight,
-    down: Weight,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: Activation,
     exact: bool,
 ) -> Tensor:
-    """The sum of shares * down(activation(gate x) * up x) over the chosen, in order; float32.
-
-    Without a gate down(activation(up x)). Biases are those of all experts, one after another.
-    """
+    """The sum of shares * down(inner(x)) over the chosen, in order; float32."""
     if uses_triton(x):
         from squall.gpu import triton_linear
 
-        return triton_linear.experts(
-            x, chosen, shares, gate=gate, up=up, down=down, gate_bias=gate_bias, up_bias=up_bias,
-            down_bias=down_bias, activation=activation, exact=exact,
-        )  # fmt: skip
+        return triton_linear.experts(x, chosen, shares, inner, down, exact=exact)
 
-    def part(x: Tensor, w: Weight, expert: int, bias: Tensor | None) -> Tensor:
-        y = _product(x, w, expert, exact=exact).float()
-        return y if bias is None else y + bias.view(w.experts, -1)[expert]
+    return expert_by_expert(x, (chosen, shares), inner, down, exact, lambda *_: None)
 
-    found = x.new_empty(*chosen.shape, down.rows, dtype=torch.float32)
-    for expert in set(chosen.flatten().tolist()):
-        at = chosen == expert
-        rows = x[at.any(1)]
-        inner = part(rows, up, expert, up_bias)
-        if gate is None:
-            inner = activated(inner, activation, exact=exact)
+
+Add = Callable[[Tensor, Tensor, str, int, Tensor], None]
+"""Adds to y, of rows of x, what they have beside the gate, the up or the down of an expert; which
+rows of all those are."""
+
+
+def expert_by_expert(
+    x: Tensor, routed: tuple[Tensor, Tensor], inner: Product, down: Product, exact: bool, add: Add
+) -> Tensor:
+    """The same, with what is added to products. The host asks which experts there are."""
+    chosen, shares = routed
+    found = x.new_empty(*chosen.shape, down.weight.rows, dtype=torch.float32)
+    asked = chosen.cpu().numpy()
+    for expert in np.unique(asked).tolist():
+        own, places = torch.as_tensor(np.stack(np.nonzero(asked == expert)), device=x.device)
+        part = partial(_part, expert, own, exact, add)
+        y = part("up", x[own], inner.weight, inner.bias)
+        if inner.gate is None:
+            y = activated(y, inner.activation, exact=exact)
         else:
-            inner = activated(part(rows, gate, expert, gate_bias), activation, exact=exact) * inner
-        found[at] = part(inner.to(x.dtype), down, expert, down_bias)
-    total = x.new_zeros(len(x), down.rows, dtype=torch.float32)
+            gate = part("gate", x[own], inner.gate, inner.gate_bias)
+            y = activated(gate, inner.activation, exact=exact) * y
+        found[own, places] = part("down", y.to(x.dtype), down.weight, down.bias)
+    total = x.new_zeros(len(x), down.weight.rows, dtype=torch.float32)
     for k in range(chosen.shape[1]):
         total += shares[:, k, None] * found[:, k]
     return total
+
+
+def _part(  # noqa: PLR0913
+    expert: int, own: Tensor, exact: bool, add: Add, name: str, x: Tensor, w: Weight,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    y = linear(x, Product(one(w, expert)), exact=exact, dtype=torch.float32)
+    add(y, x, name, expert, own)
+    return y if bias is None else y + bias.view(w.experts, -1)[expert]
 
 
 def _by_triton(x: Tensor, exact: bool, *weights: Weight) -> bool:
@@ -183,26 +191,24 @@ def _fits(x: Tensor, w: Weight) -> bool:
     )
 
 
-def _product(
-    x: Tensor, w: Weight, expert: int = 0, *, exact: bool, dtype: torch.dtype | None = None
-) -> Tensor:
+def _product(x: Tensor, w: Weight, *, exact: bool, dtype: torch.dtype | None = None) -> Tensor:
     """x @ w.T, in the type of x or in `dtype`."""
     if not exact and _fits(x, w):
         assert isinstance(w, Float8)
         scales = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
         codes = (x / scales).to(torch.float8_e4m3fn)
-        given = w.values[expert].T, scales, w.factors[expert][None]
+        given = w.values[0].T, scales, w.factors
         return torch._scaled_mm(codes, *given, out_dtype=torch.bfloat16)
     if isinstance(w, Plain):
-        values = w.values[expert].to(x.dtype)
+        values = w.values[0].to(x.dtype)
         if dtype == torch.float32 != x.dtype and x.is_cuda and not exact:
             return torch.mm(x, values.T, out_dtype=dtype)
         return _times(x, values, exact)
     if uses_triton(x) and not exact:
         from squall.gpu import triton_linear
 
-        return _times(x, triton_linear.dense(w, expert, x.dtype), exact)
-    parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w, expert)]
+        return _times(x, triton_linear.dense(w, 0, x.dtype), exact)
+    parts = [_times(x, rows.to(x.dtype), exact) for rows in dense_runs(w)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -13,16 +12,17 @@ from torch.nn.functional import pad
 
 from squall import _native
 from squall import program as p
-from squall.errors import InvalidCheckpoint, OutOfMemory
+from squall.errors import InvalidCheckpoint
+from squall.executors.base import Laid
 from squall.executors.memory import available_bytes
 from squall.gpu import uses_triton
 from squall.gpu.unpacking import bits, middle, take_apart, unpack
-from squall.quant import FORMATS, Format, FormatTotal
-from squall.weights import Progress, Stored, WeightStore, values
+from squall.quant import FORMATS, Format
+from squall.weights import Stored, WeightStore, values
 
 RUN = 32  # bytes of a plane of codes that belong together
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 # Of wide codes the low bits are one plane, and the rest another.
 _LOW_BITS = {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
 # Values taken apart at a time; on a CPU so few that they stay in its cache.
@@ -63,26 +63,15 @@ class Float8(_Weight):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scales:
-    """Of groups along a row: base[.., k // base_group] * part[.., k // group].
-
-    base: f16 or f32, [experts, rows, groups]. part: uint8 or int8; None: 1, and the groups are
-        those of the base.
-    """
-
-    base: Tensor
-    part: Tensor | None
-    base_group: int
-    group: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Packed(_Weight):
     """Integers: scale * (code - middle) - minimum, in float32 and in this order.
 
     low, high: planes of codes, code = low | high << low_bits, uint8 [experts, rows, bytes]. Of b
         bits, 32 bytes hold 256 / b values, byte i those at i + 32 * j in its bits j * b.
     padded: columns that planes and scales have, whole runs of both planes; those added are worth 0.
+    base, part: scale = base[.., k // base_group] * part[.., k // group]; f16 or f32, and uint8 or
+        int8 [experts, rows, groups]; without parts it is the base.
+    minimum, less: of the minimum, by the same groups; None: there is none; only less: times base.
     """
 
     padded: int
@@ -90,85 +79,41 @@ class Packed(_Weight):
     low_bits: int
     high: Tensor | None
     high_bits: int
-    scale: Scales
-    minimum: Scales | None
     middle: int
+    base_group: int
+    group: int
+    base: Tensor
+    part: Tensor | None
+    minimum: Tensor | None
+    less: Tensor | None
+
+    @property
+    def least(self) -> Tensor | None:
+        """What the parts of the minimum multiply."""
+        return self.minimum if self.less is None or self.minimum is not None else self.base
 
 
 Weight = Plain | Float8 | Packed
-_Whole = TypeVar("_Whole", bound=Plain | Float8 | Packed | Scales)
+_Whole = TypeVar("_Whole", bound=Plain | Float8 | Packed)
 
 
-class Matrices:
-    """Weights of a store on a device, each made once for all executors on both.
+class Matrices(Laid[Weight, Tensor]):
+    """On one device, all experts as one.
 
     dtype: of activations there, and of all that is no integer but vectors. floats: whatever is
         packed or of 8 bits becomes float32, so that it is taken apart once.
     """
 
     def __init__(
-        self, store: WeightStore, device: torch.device, dtype: torch.dtype, floats: bool
+        self, store: WeightStore, device: torch.device, dtype: torch.dtype, floats: bool = False
     ) -> None:
-        self._store = store
+        super().__init__(store)
         self._device, self._dtype, self._floats = device, dtype, floats
-        self._matrices: dict[object, Weight] = {}
-        self._vectors: dict[p.Vector, Tensor] = {}
 
-    @classmethod
-    def of(
-        cls, store: WeightStore, device: torch.device, dtype: torch.dtype, *, floats: bool = False
-    ) -> Matrices:
-        """Those of this store."""
-        given = (device, dtype, floats)
-        found = store.layouts.setdefault((cls, *given), cls(store, *given))
-        assert isinstance(found, Matrices)
-        return found
+    def _vector(self, weight: p.Vector) -> Tensor:
+        return torch.from_numpy(self._store.vector(weight)).to(self._device)
 
-    def load(
-        self,
-        weights: Sequence[p.Matrix | p.Vector],
-        pool: _native.ThreadPool | None,
-        progress: Progress | None,
-    ) -> None:
-        """Make those that are not there yet."""
-        missing = [weight for weight in weights if not self._has(weight)]
-        try:
-            for weight in self._store.each(missing, progress):
-                if isinstance(weight, p.Vector):
-                    vector = torch.from_numpy(self._store.vector(weight))
-                    self._vectors[weight] = vector.to(self._device)
-                else:
-                    made = self._made(weight, pool)
-                    made = _unpacked(made) if self._floats else made
-                    self._matrices[self._store.key(weight)] = made
-        except torch.OutOfMemoryError:
-            raise OutOfMemory(
-                f"the weights do not fit in the memory of {self._device}; "
-                "quantize them, or give it fewer layers"
-            ) from None
-
-    def matrix(self, weight: p.Matrix) -> Weight:
-        """All experts of a weight."""
-        return self._matrices[self._store.key(weight)]
-
-    def vector(self, weight: p.Vector | None) -> Tensor | None:
-        """The values, if there are some."""
-        return None if weight is None else self._vectors[weight]
-
-    def totals(self, weights: Sequence[p.Matrix | p.Vector]) -> tuple[FormatTotal, ...]:
-        """What the matrices among the weights became."""
-        distinct = {self._store.key(w): self.matrix(w) for w in weights if isinstance(w, p.Matrix)}
-        matrices, parameters, nbytes = Counter[str](), Counter[str](), Counter[str]()
-        for found in distinct.values():
-            matrices[found.format] += 1
-            parameters[found.format] += found.experts * found.rows * found.cols
-            nbytes[found.format] += found.nbytes
-        return tuple(FormatTotal(n, matrices[n], parameters[n], nbytes[n]) for n in matrices)
-
-    def _has(self, weight: p.Matrix | p.Vector) -> bool:
-        return self._store.key(weight) in self._matrices or weight in self._vectors
-
-    def _made(self, weight: p.Matrix, pool: _native.ThreadPool | None) -> Weight:
+    def _matrix(self, weight: p.Matrix, pool: _native.ThreadPool) -> list[Weight]:
         stored = [self._store.rows(weight, expert) for expert in range(weight.experts)]
         targets = {self._store.target(weight, rows.format) for rows in stored}
         target = targets.pop() if len(targets) == 1 else "f32"
@@ -184,7 +129,7 @@ class Matrices:
                 for to, piece in zip(_tensors(whole), _tensors(made), strict=True):
                     to[expert, start : start + made.rows] = piece[0]
         assert whole is not None
-        return whole
+        return [_unpacked(whole) if self._floats else whole]
 
     def _piece(self, rows: Stored, cols: int, target: str) -> Weight:
         """Rows on the device, as one expert."""
@@ -253,19 +198,16 @@ def _dense(m: Weight) -> Tensor:
     codes = unpack(m.low, m.low_bits, RUN)
     if m.high is not None:
         codes = codes | unpack(m.high, m.high_bits, RUN) << m.low_bits
-    found = (codes.float() - m.middle).view(len(codes), -1, m.scale.group) * _expanded(m.scale)
-    if m.minimum is not None:
-        found -= _expanded(m.minimum)
+    found = (codes.float() - m.middle).view(len(codes), -1, m.group) * _groups(m, m.base, m.part)
+    if m.least is not None:
+        found -= _groups(m, m.least, m.less)
     return found.reshape(len(codes), -1)[:, : m.cols]
 
 
-def _expanded(scales: Scales) -> Tensor:
+def _groups(m: Packed, base: Tensor, part: Tensor | None) -> Tensor:
     """Of each group, [rows, groups, 1]."""
-    base = scales.base.float()
-    if scales.part is not None:
-        repeats = scales.base_group // scales.group
-        base = base.repeat_interleave(repeats, 1) * scales.part.float()
-    return base[:, :, None]
+    found = base.float().repeat_interleave(m.base_group // m.group, 1)
+    return (found if part is None else found * part.float())[:, :, None]
 
 
 # ---- from the store to the device ----
@@ -285,9 +227,7 @@ def _runs(stored: Stored, rows: int, run: int) -> Iterator[tuple[int, Stored]]:
         yield start, Stored(stored.format, data[part].reshape(-1), some)
 
 
-def _quantized(
-    rows: Stored, weight: p.Matrix, target: str, pool: _native.ThreadPool | None
-) -> Stored:
+def _quantized(rows: Stored, weight: p.Matrix, target: str, pool: _native.ThreadPool) -> Stored:
     if target in (rows.format, *FLOATS):
         return rows
     try:
@@ -326,7 +266,7 @@ def _values(data: Tensor, factors: Tensor | None, cols: int, format: str) -> Ten
 
 def _plain(values: Tensor) -> Plain:
     rows, cols = values.shape
-    return Plain(_NAMES[values.dtype], 1, rows, cols, values[None])
+    return Plain(FLOAT_NAMES[values.dtype], 1, rows, cols, values[None])
 
 
 def _packed(data: Tensor, cols: int, format: Format) -> Packed:
@@ -336,16 +276,14 @@ def _packed(data: Tensor, cols: int, format: Format) -> Packed:
     run = RUN * 8 // min(low_bits, high_bits or 8)
     padded = -(-cols // run) * run
     more = (padded - cols) // format.block * format.block_bytes
-    codes, scale, minimum = take_apart(pad(data, (0, more)), format)
-
-    def scales(base: Tensor, part: Tensor | None) -> Scales:
-        group = format.block if part is None else padded // part.shape[1]
-        return Scales(base[None], None if part is None else part[None], format.block, group)
-
+    codes, *parts = take_apart(pad(data, (0, more)), format)
+    base, part, minimum, less = (None if found is None else found[None] for found in parts)
+    assert base is not None
     return Packed(
         format.name, 1, len(data), cols, padded, _plane(codes, low_bits), low_bits,
-        _plane(codes >> low_bits, high_bits) if high_bits else None, high_bits,
-        scales(*scale), None if minimum is None else scales(*minimum), middle(format),
+        _plane(codes >> low_bits, high_bits) if high_bits else None, high_bits, middle(format),
+        format.block, format.block if part is None else padded // part.shape[2],
+        base, part, minimum, less,
     )  # fmt: skip
 
 
@@ -361,16 +299,9 @@ def _plane(codes: Tensor, bits: int) -> Tensor:
 # ---- tensors of weights ----
 
 
-def _tensors(item: Any) -> list[Tensor]:
-    """Every distinct one of a weight."""
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _mapped(item, keep)
-    return found
+def _tensors(item: _Weight) -> list[Tensor]:
+    found = (getattr(item, field.name) for field in fields(item))
+    return [one for one in found if isinstance(one, Tensor)]
 
 
 def _room(piece: Weight, weight: p.Matrix) -> Weight:
@@ -382,18 +313,8 @@ def _room(piece: Weight, weight: p.Matrix) -> Weight:
     return replace(_mapped(piece, room), experts=weight.experts, rows=weight.rows)
 
 
-def _mapped(
-    item: _Whole, change: Callable[[Tensor], Tensor], made: dict[int, Tensor] | None = None
-) -> _Whole:
-    """The same of changed tensors; what shares memory still does."""
-    made = {} if made is None else made
-    changes: dict[str, Any] = {}
-    for field in fields(item):
-        found = getattr(item, field.name)
-        if isinstance(found, Tensor):
-            if found.data_ptr() not in made:
-                made[found.data_ptr()] = change(found)
-            changes[field.name] = made[found.data_ptr()]
-        elif isinstance(found, Scales):
-            changes[field.name] = _mapped(found, change, made)
+def _mapped(item: _Whole, change: Callable[[Tensor], Tensor]) -> _Whole:
+    """The same of changed tensors."""
+    found = {field.name: getattr(item, field.name) for field in fields(item)}
+    changes: dict[str, Any] = {n: change(x) for n, x in found.items() if isinstance(x, Tensor)}
     return replace(item, **changes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,14 +21,9 @@ from squall.executors.parallel import Ranks
 from squall.gpu import attention, linear, matrices, rows
 from squall.gpu.adapters import Added, TorchMixture
 from squall.gpu.inputs import Given, Segment
-from squall.gpu.mixture import Experts, route
 
-
-class Recalled(Protocol):
-    """What a sequence recalls; at: keys and values of each of the program's memories."""
-
-    @property
-    def at(self) -> Sequence[tuple[Tensor, Tensor]]: ...
+if TYPE_CHECKING:
+    from squall.gpu.executor import TorchMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +33,7 @@ class Run:
     values: dict[int, Tensor]
     indices: Mapping[str, Tensor]
     rows: attention.Rows | None
-    memories: Sequence[Recalled | None]
+    memories: Sequence[TorchMemory | None]
     mixtures: Sequence[TorchMixture]
     given: Given
 
@@ -263,14 +258,22 @@ def _(op: p.Recall, to: Lowering) -> Act:
 # ---- products ----
 
 
-def _changed(fused: Act, run: Run, changed: Tensor, segments: list[Segment]) -> Tensor:
+def _adaptable(adapters: p.Adapters | None, fused: Act, changed: Act) -> Act:
     """Rows with adapters as `changed` has them; the others as if there were no adapters."""
-    if sum(stop - start for start, stop, _ in segments) == len(changed):
-        return changed
-    out = fused(run)
-    for start, stop, _ in segments:
-        out[start:stop] = changed[start:stop]
-    return out
+
+    def act(run: Run) -> Tensor:
+        segments = run.segments(adapters)
+        if not segments:
+            return fused(run)
+        other = changed(run)
+        if sum(stop - start for start, stop, _ in segments) == len(other):
+            return other
+        out = fused(run)
+        for start, stop, _ in segments:
+            out[start:stop] = other[start:stop]
+        return out
+
+    return fused if adapters is None else act
 
 
 @lower.register
@@ -280,98 +283,126 @@ def _(op: p.Embed, to: Lowering) -> Act:
     def fused(run: Run) -> Tensor:
         return linear.embed(run[op.index], table, scale=op.scale, dtype=to.types[op.out])
 
-    def act(run: Run) -> Tensor:
-        if not (segments := run.segments(op.adapters)):
-            return fused(run)
+    def changed(run: Run) -> Tensor:
         ids = run[op.index]
         y = matrices.lookup(table, ids)
         added.add(run, y, ids, (op.table.role, 0))
-        return _changed(fused, run, y * op.scale, segments)
+        return y * op.scale
 
-    return fused if op.adapters is None else act
+    return _adaptable(op.adapters, fused, changed)
 
 
 @lower.register
 def _(op: p.Linear, to: Lowering) -> Act:
-    weight, bias = to.weights.matrix(op.weight), to.weights.vector(op.bias)
-    exact, added = to.exact, Added.of(op, to.exact)
+    vector, exact, added = to.weights.vector, to.exact, Added.of(op, to.exact)
+    product = linear.Product(
+        to.weights.matrix(op.weight), vector(op.bias), op.activation, scale=op.scale
+    )
 
     def fused(run: Run) -> Tensor:
         residual = None if op.residual is None else run[op.residual]
-        return linear.linear(
-            run[op.x], weight, bias=bias, activation=op.activation, scale=op.scale,
-            residual=residual, exact=exact, dtype=to.types[op.out],
-        )  # fmt: skip
+        dtype = to.types[op.out]
+        return linear.linear(run[op.x], product, residual=residual, exact=exact, dtype=dtype)
 
-    def act(run: Run) -> Tensor:
-        if not (segments := run.segments(op.adapters)):
-            return fused(run)
-        y = linear.linear(run[op.x], weight, exact=exact, dtype=torch.float32)
-        added.add(run, y, run[op.x], (op.weight.role, 0))
-        y = linear.activated(y if bias is None else y + bias, op.activation, exact=exact) * op.scale
-        y = y if op.residual is None else run[op.residual] + y
-        return _changed(fused, run, y, segments)
+    def changed(run: Run) -> Tensor:
+        y = added.product(run, run[op.x], op.weight, product.weight, product.bias)
+        y = linear.activated(y, op.activation, exact=exact) * op.scale
+        return y if op.residual is None else run[op.residual] + y
 
-    return fused if op.adapters is None else act
+    return _adaptable(op.adapters, fused, changed)
 
 
 @lower.register
 def _(op: p.GatedLinear, to: Lowering) -> Act:
-    parts = [
-        (part, to.weights.matrix(part), to.weights.vector(bias))
-        for part, bias in ((op.gate, op.gate_bias), (op.up, op.up_bias))
-    ]
-    (_, gate, gate_bias), (_, up, up_bias) = parts
+    gate, up = to.weights.matrix(op.gate), to.weights.matrix(op.up)
+    gate_bias, up_bias = to.weights.vector(op.gate_bias), to.weights.vector(op.up_bias)
+    product = linear.Product(up, up_bias, op.activation, gate, gate_bias)
     exact, added = to.exact, Added.of(op, to.exact)
 
     def fused(run: Run) -> Tensor:
-        return linear.gated(
-            run[op.x], gate, up, gate_bias=gate_bias, up_bias=up_bias,
-            activation=op.activation, exact=exact,
-        )  # fmt: skip
+        return linear.linear(run[op.x], product, exact=exact)
 
-    def act(run: Run) -> Tensor:
-        if not (segments := run.segments(op.adapters)):
-            return fused(run)
-        x, sums = run[op.x], []
-        for part, weight, bias in parts:
-            y = linear.linear(x, weight, exact=exact, dtype=torch.float32)
-            added.add(run, y, x, (part.role, 0))
-            sums.append(y if bias is None else y + bias)
-        y = linear.activated(sums[0], op.activation, exact=exact) * sums[1]
-        return _changed(fused, run, y, segments)
+    def changed(run: Run) -> Tensor:
+        first = added.product(run, run[op.x], op.gate, gate, gate_bias)
+        second = added.product(run, run[op.x], op.up, up, up_bias)
+        return linear.activated(first, op.activation, exact=exact) * second
 
-    return fused if op.adapters is None else act
+    return _adaptable(op.adapters, fused, changed)
 
 
 # ---- mixture of experts ----
 
 
+def _route(
+    op: p.MixtureOfExperts, logits: Tensor, groups: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Each row's experts, best first, int32 [rows, top_k]; and their shares.
+
+    groups: rows that have one expert together. Nothing waits for the device.
+    """
+    if op.shared is not None:
+        scores = torch.softmax(logits, 1)
+        for own in groups:
+            scores[own] = rows.total(scores[own].T)[:, 0]
+        chosen = _ranked(scores, op.top_k)
+        return chosen.int(), torch.ones_like(chosen, dtype=torch.float32)
+    chosen = _ranked(logits, op.top_k)
+    if op.jitter is None:
+        shares = torch.softmax(logits, 1).gather(1, chosen)
+    else:
+        shares = _near(logits, chosen, op.jitter)
+    return chosen.int(), shares / rows.total(shares) if op.normalize else shares
+
+
+def _ranked(scores: Tensor, top_k: int) -> Tensor:
+    """The best first, and among equals the lower index."""
+    return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :top_k]
+
+
+def _near(logits: Tensor, chosen: Tensor, jitter: float) -> Tensor:
+    """Of each chosen one its part of a softmax over those near it and not chosen before it."""
+    shares, left = [], logits
+    for one in chosen.unbind(1):
+        best = logits.gather(1, one[:, None])
+        far = (best - logits) / torch.maximum(logits.abs(), best) > 2 * jitter
+        near = torch.softmax(left.masked_fill(far, -torch.inf), 1)
+        shares.append(near.gather(1, one[:, None]))
+        left = left.scatter(1, one[:, None], -torch.inf)
+    return torch.cat(shares, 1)
+
+
 @lower.register
 def _(op: p.MixtureOfExperts, to: Lowering) -> Act:
-    vector, added = to.weights.vector, Added.of(op, to.exact)
-    router, router_bias = to.weights.matrix(op.router), vector(op.router_bias)
-    gate = None if op.gate is None else to.weights.matrix(op.gate)
-    experts = Experts(
-        gate, to.weights.matrix(op.up), to.weights.matrix(op.down),
-        (vector(op.gate_bias), vector(op.up_bias), vector(op.down_bias)),
-        op, added, to.exact,
-    )  # fmt: skip
-    exact = to.exact
+    matrix, vector, exact = to.weights.matrix, to.weights.vector, to.exact
+    added = Added.of(op, exact)
+    router = linear.Product(matrix(op.router), vector(op.router_bias))
+    gate = None if op.gate is None else matrix(op.gate)
+    inner = linear.Product(
+        matrix(op.up), vector(op.up_bias), op.activation, gate, vector(op.gate_bias)
+    )
+    down = linear.Product(matrix(op.down), vector(op.down_bias))
+
+    def adapted(run: Run, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        sums = x.new_zeros(len(x), down.weight.rows, dtype=torch.float32)
+        scalings = added.scalings(run)
+        for start, stop, number in run.segments(op.adapters):
+            own = slice(start, stop)
+            scaling = None if scalings is None else scalings[own]
+            add = added.to_experts(op, run.mixtures[number], scaling)
+            routed = chosen[own], shares[own]
+            sums[own] = linear.expert_by_expert(x[own], routed, inner, down, exact, add)
+        return sums
 
     def act(run: Run) -> Tensor:
-        x, segments = run[op.x], run.segments(op.adapters)
-        logits = linear.linear(x, router, bias=router_bias, exact=exact, dtype=torch.float32)
+        x = run[op.x]
+        logits = linear.linear(x, router, exact=exact, dtype=torch.float32)
         added.add(run, logits, x, (op.router.role, 0))
-        chosen, shares = route(op, logits, run.groups(op.shared))
-
-        def fused(_: Run) -> Tensor:
-            return experts.together(x, chosen, shares)
-
-        if segments:
-            y = _changed(fused, run, experts.adapted(run, x, chosen, shares), segments)
-        else:
-            y = fused(run)
+        chosen, shares = _route(op, logits, run.groups(op.shared))
+        y = _adaptable(
+            op.adapters,
+            lambda _: linear.experts(x, chosen, shares, inner, down, exact=exact),
+            lambda run: adapted(run, x, chosen, shares),
+        )(run)
         y = y if op.scale == 1 else y * op.scale
         return y if op.residual is None else run[op.residual] + y
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 
@@ -27,7 +26,8 @@ class Profile:
 
     def __init__(self, weights: Matrices, device: torch.device, kv_bytes: int) -> None:
         self._weights, self._cuda, self._kv_bytes = weights, device.type == "cuda", kv_bytes
-        self._noted: dict[tuple[int, p.Op], list[tuple[_Stamp, _Stamp, tuple[int, int]]]] = {}
+        self._noted: dict[int, list[tuple[_Stamp, _Stamp, tuple[int, int]]]] = {}
+        self._ops: dict[int, p.Op] = {}
         self._run: tuple[Given, Sequences] | None = None
 
     def begin(self, given: Given, at: Sequences) -> None:
@@ -37,17 +37,19 @@ class Profile:
     def act(self, number: int, op: p.Op, act: Callable[[], Tensor]) -> Tensor:
         """The op's result; its time is noted."""
         before, out, after = self._stamp(), act(), self._stamp()
-        self._noted.setdefault((number, op), []).append((before, after, self._work(op, len(out))))
+        self._ops[number] = op
+        self._noted.setdefault(number, []).append((before, after, self._work(op, len(out))))
         return out
 
     def phases(self) -> list[Phase]:
         """In the program's order; runs are done, on the device too."""
         found = []
-        for (_, op), noted in sorted(self._noted.items(), key=lambda item: item[0][0]):
+        for number, noted in sorted(self._noted.items()):
+            op = self._ops[number]
             shapes = [
                 f" {self._weights.matrix(m).format} {m.rows}x{m.cols}" for m in p.matrices(op)
             ]
-            name = re.sub("(?!^)([A-Z])", r" \1", type(op).__name__).lower()
+            name = p.name_of(op).replace("_", " ")
             elapsed_s = sum(_seconds(before, after) for before, after, _ in noted)
             nbytes, fmas = (sum(work[i] for _, _, work in noted) for i in (0, 1))
             found.append(Phase(name + "".join(shapes[-1:]), elapsed_s, 0.0, nbytes, 0, fmas))

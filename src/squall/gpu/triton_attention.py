@@ -43,22 +43,7 @@ def tiling(dtype: torch.dtype, head_dim: int, short: bool, exact: bool) -> Tilin
     return Tiling(16, positions, 4, 3) if short else Tiling(64 if wide else 128, positions, 8, 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Rows to attend: `count` tiles of up to `most`, and what they may see.
-
-    rows: of a cache; None: tiles are one after another, and see the first `longest` keys.
-    """
-
-    tiles: Tensor
-    count: int
-    most: int
-    longest: int
-    rows: attention.Rows | None = None
-
-
 def store(cache: attention.Cache, k: Tensor, v: Tensor, rows: attention.Rows) -> None:
-    """See `attention.store`."""
     width = k.shape[1]
     block = min(triton.next_power_of_2(width), 1024)
     _store[len(k), triton.cdiv(width, block)](
@@ -70,47 +55,51 @@ def attend(
     op: p.Attend, q: Tensor, cache: attention.Cache, spans: Tensor, rows: attention.Rows,
     *, exact: bool,
 ) -> Tensor:  # fmt: skip
-    """See `attention.attend`."""
     out, shape, tiles = torch.empty_like(q), rows.shape, rows.tensors["tiles"]
-    short = Where(tiles, shape.short, shape.most, shape.longest, rows)
-    long = Where(tiles[shape.short :], shape.long, attention.TILE_ROWS, shape.longest, rows)
+    short = tiles, shape.short, shape.most, shape.longest
+    long = tiles[shape.short :], shape.long, attention.TILE_ROWS, shape.longest
     for where in (short, long):
-        if where.count:
-            _attend(op, (q, cache.k, cache.v, out), spans, where, exact)
+        if where[1]:
+            _attend(op, (q, cache.k, cache.v, out), spans, where, rows, exact)
     return out
 
 
 def attend_here(
     op: p.Attend, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *, exact: bool
 ) -> Tensor:
-    """See `attention.attend_here`."""
     out, n = torch.empty_like(q), len(q)
     if n:
         most = min(triton.next_power_of_2(n), attention.TILE_ROWS)
-        where = Where(spans, triton.cdiv(n, most), most, len(k))
-        _attend(op, (q, k.contiguous(), v.contiguous(), out), spans, where, exact)
+        where = spans, triton.cdiv(n, most), most, len(k)
+        _attend(op, (q, k.contiguous(), v.contiguous(), out), spans, where, None, exact)
     return out
 
 
 def _attend(
-    op: p.Attend, tensors: tuple[Tensor, ...], spans: Tensor, where: Where, exact: bool
-) -> None:
+    op: p.Attend, tensors: tuple[Tensor, ...], spans: Tensor, where: tuple[Tensor, int, int, int],
+    rows: attention.Rows | None, exact: bool,
+) -> None:  # fmt: skip
+    """where: tiles, how many, of up to how many rows, and the longest context.
+
+    rows: of a cache; None: tiles are one after another, and see the first keys.
+    """
     q, k, v, out = tensors
-    group, few = op.heads // op.kv_heads, where.most <= attention.SHORT_ROWS
+    tiles, count, most, longest = where
+    group, few = op.heads // op.kv_heads, most <= attention.SHORT_ROWS
     tile = tiling(q.dtype, op.head_dim, few, exact)
     lanes = min(group, tile.lanes)
     grid = (
-        where.count * triton.cdiv(where.most, tile.lanes // lanes),
+        count * triton.cdiv(most, tile.lanes // lanes),
         op.kv_heads * triton.cdiv(group, lanes),
     )
-    parts, rows = triton.cdiv(where.longest, PART), where.rows
-    slots = where.count * where.most * op.heads * parts
+    parts = triton.cdiv(longest, PART)
+    slots = count * most * op.heads * parts
     split = few and parts > 1 and grid[0] * grid[1] < _FEW_PROGRAMS
     split = split and slots * op.head_dim <= _SUMS_LIMIT
     sums = out.new_empty(slots * (op.head_dim + 2) if split else 1, dtype=torch.float32)
     given = {} if rows is None else rows.tensors
     positions, ends, tables = (given.get(x, spans) for x in ("positions", "ends", "tables"))
-    seen = (spans, spans.stride(0), positions, ends, where.tiles, len(q), where.longest, where.most)
+    seen = (spans, spans.stride(0), positions, ends, tiles, len(q), longest, most)
     constants = {
         "HEADS": op.heads, "HEAD_DIM": op.head_dim, "WINDOW": op.window or 0, "PART": PART,
         "WIDTH": max(triton.next_power_of_2(op.head_dim), 16), "CACHED": rows is not None,
@@ -125,9 +114,7 @@ def _attend(
         CAP=cap is not None, num_warps=tile.warps, num_stages=tile.stages, **constants,
     )  # fmt: skip
     if split:
-        _merge[where.count * where.most, op.heads](
-            sums, out, *seen, parts, slots, **constants, num_warps=1
-        )
+        _merge[count * most, op.heads](sums, out, *seen, parts, slots, **constants, num_warps=1)
 
 
 @triton.jit
@@ -199,10 +186,68 @@ def _tanh(double):
     return tl.where(double < 0, -t, t)
 
 
+@triton.jit
+def _nothing(M: tl.constexpr, WIDTH: tl.constexpr):
+    """Peak, total and mixed before the first position."""
+    none = tl.full([M], float("-inf"), tl.float32)
+    return none, tl.zeros([M], tl.float32), tl.zeros([M, WIDTH], tl.float32)
+
+
+@triton.jit
+def _range(begin, end, SPLIT: tl.constexpr, PART: tl.constexpr):
+    """From where and up to where any row sees; of a part, if split."""
+    low = tl.min(tl.where(end > 0, begin, 2147483647))
+    high = tl.max(end)
+    if SPLIT:
+        low = tl.maximum(low, tl.program_id(2) * PART)
+        high = tl.minimum(high, (tl.program_id(2) + 1) * PART)
+    else:
+        low = tl.minimum(low, high)
+    return low, high
+
+
+@triton.jit
+def _scores(asked, key, past, begin, end, scale, cap, CAP: tl.constexpr):
+    scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * scale
+    if CAP:
+        scores = _tanh(scores) * cap
+    sees = (begin[:, None] <= past[None, :]) & (past[None, :] < end[:, None])
+    return tl.where(sees, scores, float("-inf"))
+
+
+@triton.jit
+def _slot(table, past, inside, BLOCK: tl.constexpr, CACHED: tl.constexpr):
+    """Where keys and values of positions are."""
+    slot = past.to(tl.int64)
+    if CACHED:
+        block = tl.load(table + past // BLOCK, mask=inside, other=0)
+        slot = block.to(tl.int64) * BLOCK + past % BLOCK
+    return slot
+
+
+@triton.jit
+def _mix(scores, values, there, peak, total, mixed, TYPE: tl.constexpr):
+    """Peak, total and mixed with some positions more."""
+    top = tl.maximum(peak, tl.max(scores, 1))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weights, old = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
+    value = tl.load(values, mask=there, other=0.0).to(TYPE)
+    total = total * old + tl.sum(weights, 1)
+    mixed = tl.dot(weights.to(TYPE), value, mixed * old[:, None], input_precision="ieee")
+    return top, total, mixed
+
+
+@triton.jit
+def _keep(own, ends_at, valid, mask, peak, total, mixed):
+    tl.store(own, mixed, mask=mask)
+    tl.store(ends_at, peak, mask=valid)
+    tl.store(ends_at + 1, total, mask=valid)
+
+
 @triton.jit(
     do_not_specialize=["span_stride", "rows", "keys", "most", "table_width", "parts", "slots"]
 )
-def _walk(  # noqa: C901
+def _walk(
     q, k, v, out, sums, spans, span_stride, positions, ends, tiles, rows, keys, most, parts, slots,
     tables, table_width, q_stride, k_stride, scale, cap,
     GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -225,23 +270,16 @@ def _walk(  # noqa: C901
     valid = (lane < ROWS * LANES) & (at_row < count) & (member < GROUP)
     row, head = first + at_row, kv_head * GROUP + member
     begin, end = _seen(spans, span_stride, positions, ends, row, valid, keys, WINDOW, CACHED)
-    low = tl.min(tl.where(end > 0, begin, 2147483647))
-    high = tl.max(end)
-    if SPLIT:
-        low = tl.maximum(low, tl.program_id(2) * PART)
-        high = tl.minimum(high, (tl.program_id(2) + 1) * PART)
+    low, high = _range(begin, end, SPLIT, PART)
+    if SPLIT:  # noqa: SIM102
         if low >= high:
             return
-    else:
-        low = tl.minimum(low, high)
     column = tl.arange(0, WIDTH)
     across = (column < HEAD_DIM)[None, :]
     mask = valid[:, None] & across
     own = row.to(tl.int64)[:, None] * q_stride + (head * HEAD_DIM)[:, None] + column[None, :]
     asked = tl.load(q + own, mask=mask, other=0.0)
-    peak = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    mixed = tl.zeros([M, WIDTH], tl.float32)
+    peak, total, mixed = _nothing(M, WIDTH)
     if FOLD and not SPLIT:
         all_peak, all_total, all_mixed = peak, total, mixed
     of_head = kv_head * HEAD_DIM + column[None, :]
@@ -251,35 +289,20 @@ def _walk(  # noqa: C901
                 all_peak, all_total, all_mixed = _fold(
                     all_peak, all_total, all_mixed, peak, total, mixed
                 )
-                peak = tl.full([M], float("-inf"), tl.float32)
-                total = tl.zeros([M], tl.float32)
-                mixed = tl.zeros([M, WIDTH], tl.float32)
+                peak, total, mixed = _nothing(M, WIDTH)
         past = step * N + tl.arange(0, N)
         inside = past < high
-        slot = past.to(tl.int64)
-        if CACHED:
-            block = tl.load(tables + sequence * table_width + past // BLOCK, mask=inside, other=0)
-            slot = block.to(tl.int64) * BLOCK + past % BLOCK
+        slot = _slot(tables + sequence * table_width, past, inside, BLOCK, CACHED)
         source = slot[:, None] * k_stride + of_head
         key = tl.load(k + source, mask=inside[:, None] & across, other=0.0).to(asked.dtype)
-        scores = tl.dot(asked, tl.trans(key), input_precision="ieee") * scale
-        if CAP:
-            scores = _tanh(scores) * cap
-        sees = (begin[:, None] <= past[None, :]) & (past[None, :] < end[:, None])
-        scores = tl.where(sees, scores, float("-inf"))
-        top = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        weights, old = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
-        value = tl.load(v + source, mask=inside[:, None] & across, other=0.0).to(asked.dtype)
-        total = total * old + tl.sum(weights, 1)
-        mixed = tl.dot(weights.to(asked.dtype), value, mixed * old[:, None], input_precision="ieee")
-        peak = top
+        scores = _scores(asked, key, past, begin, end, scale, cap, CAP)
+        values, there = v + source, inside[:, None] & across
+        peak, total, mixed = _mix(scores, values, there, peak, total, mixed, asked.dtype)
     if SPLIT:
         place = ((tile * most + at_row) * HEADS + head).to(tl.int64) * parts + tl.program_id(2)
-        tl.store(sums + place[:, None] * HEAD_DIM + column[None, :], mixed, mask=mask)
+        own = sums + place[:, None] * HEAD_DIM + column[None, :]
         ends_at = sums + slots.to(tl.int64) * HEAD_DIM + place * 2
-        tl.store(ends_at, peak, mask=valid)
-        tl.store(ends_at + 1, total, mask=valid)
+        _keep(own, ends_at, valid, mask, peak, total, mixed)
     else:
         if FOLD:
             peak, total, mixed = _fold(all_peak, all_total, all_mixed, peak, total, mixed)
@@ -301,9 +324,7 @@ def _merge(
     begin, end = _seen(spans, span_stride, positions, ends, row, one == 0, keys, WINDOW, CACHED)
     column = tl.arange(0, WIDTH)
     mask = (one == 0)[:, None] & (column < HEAD_DIM)[None, :]
-    peak = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    mixed = tl.zeros([1, WIDTH], tl.float32)
+    peak, total, mixed = _nothing(1, WIDTH)
     place = (tl.program_id(0) * HEADS + tl.program_id(1) + one).to(tl.int64) * parts
     own = sums + place[:, None] * HEAD_DIM + column[None, :]
     ends_at = sums + slots.to(tl.int64) * HEAD_DIM + place * 2

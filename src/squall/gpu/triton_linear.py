@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from squall.gpu.matrices import Float8, Packed, Plain, Scales, Weight
-from squall.spec import Activation
+from squall.gpu.linear import Product
+from squall.gpu.matrices import Float8, Packed, Plain, Weight
 
 PARTED = 256  # programs that a product of few rows should have at least
 LONGEST = 8  # parts of K at most
@@ -385,17 +385,6 @@ class Argument(NamedTuple):
     form: tuple[int, ...]
 
 
-class After(NamedTuple):
-    """What follows a product."""
-
-    dtype: torch.dtype
-    bias: Tensor | None = None
-    gate_bias: Tensor | None = None
-    activation: Activation | None = None
-    scale: float = 1.0
-    residual: Tensor | None = None
-
-
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 """Rows of out in order of their experts; of every tile the expert, where it begins and ends."""
 
@@ -403,12 +392,15 @@ Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 class Routes(NamedTuple):
     """Which expert each row of out has; its row of x is its own number divided by k.
 
-    plan: None, if rows are computed one by one.
+    chosen: None: there are none to choose. plan: None, if rows are computed one by one.
     """
 
-    chosen: Tensor
+    chosen: Tensor | None
     k: int
     plan: Plan | None
+
+
+NO_ROUTES = Routes(None, 1, None)
 
 
 def _argument(w: Weight | None) -> Argument:
@@ -418,12 +410,10 @@ def _argument(w: Weight | None) -> Argument:
         return Argument((w.values, None), w.cols, (0, 0))
     if isinstance(w, Float8):
         return Argument((w.values.view(torch.uint8), w.factors), w.cols, (0, 1))
-    minimum = w.minimum or Scales(w.scale.base, None, 0, 0)
-    scales = (w.scale.base, w.scale.part, minimum.base, minimum.part)
-    parts = [(s.base_group, s.group if s.part is not None else 0) for s in (w.scale, minimum)]
-    groups = [group for pair in parts for group in pair]
-    unit = min(32, *(group for group in groups if group))
-    form = (w.low_bits, w.high_bits if w.high is not None else 0, w.middle, *groups, unit)
+    scales = (w.base, w.part, w.base if w.least is None else w.least, w.less)
+    groups = [w.base_group, w.group if w.part is not None else 0]
+    groups += [w.base_group if w.least is not None else 0, w.group if w.less is not None else 0]
+    form = (w.low_bits, w.high_bits, w.middle, *groups, min(32, w.group))
     return Argument((w.low, w.high, *scales), w.padded, form)
 
 
@@ -434,58 +424,58 @@ def _parts(rows: int, cols: int) -> tuple[int, int]:
     return -(-cols // span), span
 
 
-def _product_of(
-    x: Tensor, w: Weight, gate: Weight | None, after: After, exact: bool, routes: Routes | None
-) -> Tensor:
-    n = len(x) if routes is None else routes.chosen.numel()
-    out = x.new_empty((n, w.rows), dtype=after.dtype)
+def linear(
+    x: Tensor, product: Product, *, residual: Tensor | None = None, exact: bool,
+    dtype: torch.dtype | None = None, routes: Routes = NO_ROUTES,
+) -> Tensor:  # fmt: skip
+    n = len(x) if routes.chosen is None else routes.chosen.numel()
+    out = x.new_empty((n, product.weight.rows), dtype=dtype or x.dtype)
     if n == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    if routes.plan is None if routes is not None else len(x) == 1 and not exact:
-        _one(out, x, w, gate, after, routes)
+    one = len(x) == 1 and not exact if routes.chosen is None else routes.plan is None
+    if one:
+        _one(out, x, product, residual, routes)
     else:
-        _many(out, x, w, gate, after, exact, routes)
+        _many(out, x, product, residual, routes, exact)
     return out
 
 
-def _one(
-    out: Tensor, x: Tensor, w: Weight, gate: Weight | None, after: After, routes: Routes | None
-) -> None:
-    weight, other = _argument(w), _argument(gate)
+def _one(out: Tensor, x: Tensor, product: Product, residual: Tensor | None, routes: Routes) -> None:
+    w, weight, gate = product.weight, _argument(product.weight), _argument(product.gate)
     rows = 4 if w.rows <= 8192 else 8
     _vector[(-(-w.rows // rows), len(out))](
-        out, x, weight.tensors, other.tensors, after.bias, after.gate_bias, after.residual,
-        None if routes is None else routes.chosen, w.rows, w.cols, weight.padded, other.padded,
-        x.stride(0), after.scale, 1 if routes is None else routes.k,
-        weight.form, other.form, after.activation, rows, 1024, num_warps=rows // 2,
+        out, x, weight.tensors, gate.tensors, product.bias, product.gate_bias, residual,
+        routes.chosen, w.rows, w.cols, weight.padded, gate.padded,
+        x.stride(0), product.scale, routes.k,
+        weight.form, gate.form, product.activation, rows, 1024, num_warps=rows // 2,
     )  # fmt: skip
 
 
 def _many(
-    out: Tensor, x: Tensor, w: Weight, gate: Weight | None, after: After, exact: bool,
-    routes: Routes | None,
+    out: Tensor, x: Tensor, product: Product, residual: Tensor | None, routes: Routes,
+    exact: bool,
 ) -> None:  # fmt: skip
-    weight, other = _argument(w), _argument(gate)
-    n, whole = len(out), gate is None and routes is None
-    packed = isinstance(w, Packed) or isinstance(gate, Packed)
+    w, weight, gate = product.weight, _argument(product.weight), _argument(product.gate)
+    n, whole = len(out), product.gate is None and routes.chosen is None
+    packed = isinstance(w, Packed) or isinstance(product.gate, Packed)
     tile = _tile_of(n, x.device, exact, packed)
     parts, span = _parts(w.rows, w.cols) if whole and (exact or n <= SOME) else (1, w.cols)
     split = parts > 1 and n <= SOME
-    plan = None if routes is None else routes.plan
+    plan = routes.plan
     count = -(-n // tile.x) if plan is None else plan[1].numel()
     sums = x.new_empty((parts, n, w.rows), dtype=torch.float32) if split else out
     _product[(count * -(-w.rows // tile.rows), parts if split else 1)](
-        sums, x, weight.tensors, other.tensors, after.bias, after.gate_bias,
-        after.residual, plan, n, w.rows, w.cols, weight.padded, other.padded, x.stride(0),
-        after.scale, span, 1 if routes is None else routes.k, weight.form, other.form,
-        after.activation, parts, split, tile.x, tile.rows, tile.columns,
+        sums, x, weight.tensors, gate.tensors, product.bias, product.gate_bias,
+        residual, plan, n, w.rows, w.cols, weight.padded, gate.padded, x.stride(0),
+        product.scale, span, routes.k, weight.form, gate.form,
+        product.activation, parts, split, tile.x, tile.rows, tile.columns,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if split:
         _sum[(n, -(-w.rows // 256))](
-            out, sums, None, weight.tensors, after.bias, after.residual, w.rows, w.rows,
-            n * w.rows, after.scale, weight.form, after.activation, parts, 256,
+            out, sums, None, weight.tensors, product.bias, residual, w.rows, w.rows,
+            n * w.rows, product.scale, weight.form, product.activation, parts, 256,
             num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -517,26 +507,7 @@ def _plan(chosen: Tensor, count: int, exact: bool) -> Plan:
     return rows, expert, begin, torch.minimum(begin + height, bounds[expert + 1])
 
 
-def linear(
-    x: Tensor, w: Weight, *, bias: Tensor | None = None, activation: Activation | None = None,
-    scale: float = 1.0, residual: Tensor | None = None, exact: bool,
-    dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
-    """See `gpu/linear.py`."""
-    after = After(dtype or x.dtype, bias, None, activation, scale, residual)
-    return _product_of(x, w, None, after, exact, None)
-
-
-def gated(
-    x: Tensor, gate: Weight, up: Weight, *, gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None, activation: Activation, exact: bool,
-) -> Tensor:  # fmt: skip
-    """See `gpu/linear.py`."""
-    return _product_of(x, up, gate, After(x.dtype, up_bias, gate_bias, activation), exact, None)
-
-
 def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Tensor:
-    """See `gpu/linear.py`."""
     out = torch.empty((len(ids), table.cols), dtype=dtype, device=ids.device)
     if len(ids):
         weight = _argument(table)
@@ -553,21 +524,17 @@ def dense(w: Weight, expert: int, dtype: torch.dtype) -> Tensor:
 
 
 def experts(
-    x: Tensor, chosen: Tensor, shares: Tensor, *, gate: Weight | None, up: Weight, down: Weight,
-    gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None, activation: Activation, exact: bool,
-) -> Tensor:  # fmt: skip
-    """See `gpu/linear.py`."""
+    x: Tensor, chosen: Tensor, shares: Tensor, inner: Product, down: Product, *, exact: bool
+) -> Tensor:
     n, k = chosen.shape
-    plan = None if n == 1 and not exact else _plan(chosen, up.experts, exact)
-    after = After(x.dtype, up_bias, gate_bias, activation)
-    inner = _product_of(x, up, gate, after, exact, Routes(chosen, k, plan))
-    after = After(torch.float32, down_bias)
-    parts = _product_of(inner, down, None, after, exact, Routes(chosen, 1, plan))
-    out = x.new_empty((n, down.rows), dtype=torch.float32)
+    plan = None if n == 1 and not exact else _plan(chosen, inner.weight.experts, exact)
+    y = linear(x, inner, exact=exact, routes=Routes(chosen, k, plan))
+    routes, width = Routes(chosen, 1, plan), down.weight.rows
+    parts = linear(y, down, exact=exact, dtype=torch.float32, routes=routes)
+    out = x.new_empty((n, width), dtype=torch.float32)
     if n:
-        _sum[(n, -(-down.rows // 256))](
-            out, parts, shares, (), None, None, down.rows, k * down.rows, down.rows, 1.0, (-1,),
+        _sum[(n, -(-width // 256))](
+            out, parts, shares, (), None, None, width, k * width, width, 1.0, (-1,),
             None, k, 256, num_warps=2, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -11,6 +11,7 @@ from squall.quant import Format, hqq
 
 # Of a scale or a minimum: the float of each block, and what it is multiplied by in groups.
 Pair = tuple[Tensor, Tensor | None]
+Apart = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 _DTYPES = {
     "<f2": torch.float16, "<f4": torch.float32, "<i2": torch.int16,
@@ -39,8 +40,10 @@ def middle(format: Format) -> int:
     return 128 if _signed(format) else _MIDDLES.get(format.name, 0)
 
 
-def take_apart(data: Tensor, format: Format) -> tuple[Tensor, Pair, Pair | None]:
-    """Rows of blocks, uint8 [rows, bytes] -> codes, uint8 [rows, cols], scale, minimum."""
+def take_apart(data: Tensor, format: Format) -> Apart:
+    """Rows of blocks, uint8 [rows, bytes] -> codes, uint8 [rows, cols]; and as in `Packed` base,
+    part, minimum and less.
+    """
     fields = _fields(data, format)
     scale, minimum = fields["scale"], fields.get("minimum")
     part: Tensor | None = None
@@ -48,10 +51,10 @@ def take_apart(data: Tensor, format: Format) -> tuple[Tensor, Pair, Pair | None]
     if format.name in _PARTS:
         part, less = _PARTS[format.name](fields["groups"])
     elif "zero" in fields:  # whole numbers, whose products are exact in float32
-        minimum, less = scale, fields["zero"].to(torch.uint8)
+        less = fields["zero"].to(torch.uint8)
     elif minimum is not None:
         minimum = -minimum
-    return _codes(fields, format), (scale, part), None if minimum is None else (minimum, less)
+    return _codes(fields, format), scale, part, minimum, less
 
 
 def unpack(packed: Tensor, bits: int, run: int) -> Tensor:
