@@ -383,11 +383,11 @@ def test_commands_run_on_several_devices(folder: Path) -> None:
     assert "there are: cpu" in refused.stderr
 
 
-@pytest.mark.parametrize("size", ["", "x"])
-def test_ranks_of_other_programs_are_none(folder: Path, size: str) -> None:
+@pytest.mark.parametrize(("rank", "size"), [("one", "x"), ("1", "4")])
+def test_ranks_of_other_programs_are_none(folder: Path, rank: str, size: str) -> None:
     done = squall(
         "run", str(folder), "hello", "--max-tokens", "2", "--context", "64", "--raw",
-        env={"RANK": "one", "WORLD_SIZE": size},
+        env={"RANK": rank, "WORLD_SIZE": size},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -76,7 +76,7 @@ def test_a_rank_that_ends_before_it_is_here() -> None:
         Ranks(2, "torch", ("-c", "raise SystemExit(3)"))
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps", "auto", "cuda:0=16;cpu"])
+@pytest.mark.parametrize("device", ["cpu", "mps", "auto", "cuda:0=16;cpu", "cuda:1"])
 def test_ranks_are_of_some_devices_only(device: str) -> None:
     with pytest.raises(InvalidRequest, match="ranks run on cuda, or on torch"):
         Ranks(2, device, ("-c", ""))

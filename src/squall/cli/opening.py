@@ -103,8 +103,11 @@ class ModelFlags:
 
 def torchrun() -> tuple[int, int] | None:
     """This process's rank, and how many there are, where torchrun has started it."""
-    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else None
+    run, *numbers = (os.environ.get(n, "") for n in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"))
+    if not run or not all(map(str.isdecimal, numbers)):
+        return None
+    rank, size = map(int, numbers)
+    return rank, size
 
 
 def check_one(*names: object) -> None:

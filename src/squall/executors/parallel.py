@@ -54,7 +54,7 @@ class Ranks:
 
     def __init__(self, size: int, device: str, command: Sequence[str]) -> None:
         """Waits for the others, which `command` starts where torchrun has not."""
-        cuda, env = re.fullmatch(r"cuda(:\d+)?", device) is not None, os.environ
+        cuda, env = re.fullmatch("cuda(:0)?", device) is not None, os.environ
         self.rank, self.size = int(env.get("RANK", 0)), size
         self.device = f"cuda:{env.get('LOCAL_RANK', 0)}" if cuda else device
         self.lost: str | None = None
@@ -174,9 +174,11 @@ class Ranks:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         listener = socket.create_server((LOCAL, 0))
         port = listener.getsockname()[1]
+        # As torchrun does.
         env = os.environ | {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(port)}
+        env |= {"WORLD_SIZE": str(self.size), "TORCHELASTIC_RUN_ID": "squall"}
         for rank in range(1, self.size):
-            own = {"WORLD_SIZE": str(self.size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             self._started[rank] = subprocess.Popen(
                 [sys.executable, *command], env=env | own, stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, start_new_session=True,
