@@ -97,9 +97,11 @@ class Added:
         scaled = self.adapters is not None and self.adapters.scalings is not None
         return run[self.adapters.scalings] if scaled else None  # type: ignore[index, union-attr]
 
-    def add(self, run: Run, y: Tensor, x: Tensor, site: p.Site) -> None:
-        """To products y of the rows x, in place."""
-        scalings = self.scalings(run)
+    def add(self, run: Run, y: Tensor, site: p.Site) -> None:
+        """To products y, in place. Of what adapters multiply, which may not be what weights do."""
+        if self.adapters is None:
+            return
+        x, scalings = run[self.adapters.x], self.scalings(run)
         for start, stop, number in run.segments(self.adapters):
             own = slice(start, stop)
             scaling = None if scalings is None else scalings[own]

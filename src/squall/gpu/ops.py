@@ -283,9 +283,8 @@ def _(op: p.Embed, to: Lowering) -> Act:
     def act(run: Run) -> Tensor:
         if not (segments := run.segments(op.adapters)):
             return fused(run)
-        ids = run[op.index]
-        y = matrices.lookup(table, ids)
-        added.add(run, y, ids, (op.table.role, 0))
+        y = matrices.lookup(table, run[op.index])
+        added.add(run, y, (op.table.role, 0))
         return _changed(fused, run, y * op.scale, segments)
 
     return fused if op.adapters is None else act
@@ -307,7 +306,7 @@ def _(op: p.Linear, to: Lowering) -> Act:
         if not (segments := run.segments(op.adapters)):
             return fused(run)
         y = linear.linear(run[op.x], weight, exact=exact, dtype=torch.float32)
-        added.add(run, y, run[op.x], (op.weight.role, 0))
+        added.add(run, y, (op.weight.role, 0))
         y = linear.activated(y if bias is None else y + bias, op.activation, exact=exact) * op.scale
         y = y if op.residual is None else run[op.residual] + y
         return _changed(fused, run, y, segments)
@@ -336,7 +335,7 @@ def _(op: p.GatedLinear, to: Lowering) -> Act:
         x, sums = run[op.x], []
         for part, weight, bias in parts:
             y = linear.linear(x, weight, exact=exact, dtype=torch.float32)
-            added.add(run, y, x, (part.role, 0))
+            added.add(run, y, (part.role, 0))
             sums.append(y if bias is None else y + bias)
         y = linear.activated(sums[0], op.activation, exact=exact) * sums[1]
         return _changed(fused, run, y, segments)
@@ -362,7 +361,7 @@ def _(op: p.MixtureOfExperts, to: Lowering) -> Act:
     def act(run: Run) -> Tensor:
         x, segments = run[op.x], run.segments(op.adapters)
         logits = linear.linear(x, router, bias=router_bias, exact=exact, dtype=torch.float32)
-        added.add(run, logits, x, (op.router.role, 0))
+        added.add(run, logits, (op.router.role, 0))
         chosen, shares = route(op, logits, run.groups(op.shared))
 
         def fused(_: Run) -> Tensor:
