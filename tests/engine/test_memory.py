@@ -54,7 +54,7 @@ def test_the_fullest_device_decides() -> None:
     ]
     assert choose(None, loads) == 2000
     assert choose(4000, loads) == 4000
-    with pytest.raises(OutOfMemory, match="4001 MiB .* memory of cuda:0 for 4000 tokens"):
+    with pytest.raises(OutOfMemory, match=r"4001 MiB .* memory of cuda:0 for 4000 tokens"):
         choose(4001, loads)
     assert kv(KvSize(bytes=700 * MIB), loads) == 700
     assert kv(KvSize(fraction=0.5), loads) == 2000

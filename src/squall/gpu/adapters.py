@@ -102,12 +102,14 @@ class Added:
     ) -> Tensor:
         """x @ weight.T + bias, with what adapters add, float32."""
         y = _product(x, weight, self.exact)
-        self.add(run, y, x, (matrix.role, 0))
+        self.add(run, y, (matrix.role, 0))
         return y if bias is None else y + bias
 
-    def add(self, run: Run, y: Tensor, x: Tensor, site: p.Site) -> None:
-        """To products y of the rows x, in place."""
-        scalings = self.scalings(run)
+    def add(self, run: Run, y: Tensor, site: p.Site) -> None:
+        """To products y, in place, of what adapters multiply; weights may multiply it reordered."""
+        if self.adapters is None:
+            return
+        x, scalings = run[self.adapters.x], self.scalings(run)
         for start, stop, number in run.segments(self.adapters):
             own = slice(start, stop)
             scaling = None if scalings is None else scalings[own]

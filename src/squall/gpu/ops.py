@@ -284,9 +284,8 @@ def _(op: p.Embed, to: Lowering) -> Act:
         return linear.embed(run[op.index], table, scale=op.scale, dtype=to.types[op.out])
 
     def changed(run: Run) -> Tensor:
-        ids = run[op.index]
-        y = matrices.lookup(table, ids)
-        added.add(run, y, ids, (op.table.role, 0))
+        y = matrices.lookup(table, run[op.index])
+        added.add(run, y, (op.table.role, 0))
         return y * op.scale
 
     return _adaptable(op.adapters, fused, changed)
@@ -396,7 +395,7 @@ def _(op: p.MixtureOfExperts, to: Lowering) -> Act:
     def act(run: Run) -> Tensor:
         x = run[op.x]
         logits = linear.linear(x, router, exact=exact, dtype=torch.float32)
-        added.add(run, logits, x, (op.router.role, 0))
+        added.add(run, logits, (op.router.role, 0))
         chosen, shares = _route(op, logits, run.groups(op.shared))
         y = _adaptable(
             op.adapters,
