@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import defaultdict
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -69,7 +70,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The files that took longest, and slow tests that do not say why."""
     files: dict[str, float] = defaultdict(float)
     unmarked: list[tuple[float, str]] = []
-    for report in terminalreporter.getreports(""):
+    for report in chain.from_iterable(terminalreporter.stats.values()):
         if isinstance(report, pytest.TestReport):
             files[report.nodeid.split("::")[0]] += report.duration
             if report.duration >= SLOW_S and "slow" not in report.keywords:

@@ -208,8 +208,8 @@ def test_marks_that_are_control_tokens(smollm_metadata: dict[str, Any]) -> None:
     tokenizer = Tokenizer.from_gguf({**smollm_metadata, "tokenizer.ggml.tokens": tokens})
     row = tool_format(SOURCES["mistral-args"], tokenizer)
     assert ChatPrompt((), row, None).shown(tokenizer) == {5, 6}
-    for marks, ids in ((("[THINK]", "[/THINK]"), {7, 8}), (("<think>", "</think>"), set[int]())):
-        assert ChatPrompt((), None, Reasoning(*marks)).shown(tokenizer) == ids
+    for pair, ids in ((("[THINK]", "[/THINK]"), {7, 8}), (("<think>", "</think>"), set[int]())):
+        assert ChatPrompt((), None, Reasoning(*pair)).shown(tokenizer) == ids
     lark = row.grammar(TOOLS, required=True, parallel=True).value
     assert 'call1: "now" <[6]> arguments1' in lark
     messages = [*MESSAGES, {"role": "user", "content": "".join(marks)}]
