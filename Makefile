@@ -128,7 +128,7 @@ TORCH := $(addprefix tests/,$(patsubst %,parity/test_%.py,parity config packed_f
   $(patsubst %,vision/test_%.py,llava phi3v idefics gemma3 qwen_vl pixtral mllama exact) \
   $(patsubst %,adapters/test_%.py,lora lora_bases xlora anymoe) engine/test_speculation_models.py)
 ON_TORCH := once or (test_config and logits) or (packed and (test_logits or head or lora_bases)) or every_format \
-  or test_rows or test_answers or no_bit or recall or (test_lora and folders) or pefts or trained \
+  or test_rows or test_answers or no_bit or recall or (test_lora and folders) or pefts or (trained and (phi3 or olmo2)) \
   or (exact and llava and (together or cut or draft or grammars or test_adapters))
 
 # Several at a time, since one waits for the network while another compiles.
@@ -137,7 +137,7 @@ test: ## Set up, lint, native tests here and elsewhere, then every Python test
 	@$(MAKE) --no-print-directory -j3 --output-sync=target lint native sanitize emulate
 	@$(BIN)/python -m pytest -q -m serial; $(call NOTE,serial tests)
 	@SQUALL_TEST_DEVICE=torch $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TORCH) \
-	  -k "($(ON_TORCH)) and not (refused or settle or q8_0)"; $(call NOTE,models by PyTorch)
+	  -k "($(ON_TORCH)) and not (refused or settle or q8_0 or f16-f32)"; $(call NOTE,models by PyTorch)
 	@echo "seconds of each step, some of them side by side:"; cat build/steps
 	@$(BIN)/python -m pytest -m "not serial" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 

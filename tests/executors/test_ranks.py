@@ -144,7 +144,11 @@ def test_the_first_rank_tells_what_it_runs_and_refuses_what_others_cannot() -> N
 @pytest.mark.slow("two processes import torch and read a model")
 @pytest.mark.parametrize(
     ("name", "weights", "parts"),
-    [("floats", "f32", 2), ("q8_0", "packed", 2), ("smollm2", "packed", 3)],
+    [
+        pytest.param("floats", "f32", 2, marks=pytest.mark.nightly("10 s")),
+        ("q8_0", "packed", 2),
+        ("smollm2", "packed", 3),
+    ],
 )
 def test_two_processes_are_as_one(name: str, weights: Any, parts: int, tmp_path: Path) -> None:
     """parts: of the KV cache, of which the first rank has one; SmolLM2 has three KV heads."""
