@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import BLOCKS, Build, Built, build, distance, run
+from harness import BLOCKS, Build, Built, build, distance, once, run
 from lockstep import Lockstep
 from numpy.typing import NDArray
 from tiny import CASES, CONTEXT, Case
@@ -45,15 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    folder = tmp_path_factory.mktemp("sharding")
-    done: dict[str, Built] = {}
-
-    def get(case: Case) -> Built:
-        if case.name not in done:
-            done[case.name] = build(case, folder / f"{case.name}.gguf")
-        return done[case.name]
-
-    return get
+    return once(tmp_path_factory.mktemp("sharding"), "{}.gguf", build)
 
 
 def program_of(model: Built) -> Program:

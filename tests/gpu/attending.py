@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from native_executor import in_memory
 from reference_executor import ReferenceExecutor
+from spans import Spans
 from squall.batch import Sequences
 from squall.gpu import attention
 from squall.program import Attend, Builder, CacheLayer, Index, Program, Recall
 
 Array = NDArray[np.float32]
-Spans = NDArray[np.int32]
 Chunk = tuple[int, int, int]
 """(sequence, first position, one past the last)."""
 CPU = torch.device("cpu")
@@ -143,15 +143,6 @@ class Texts:
 
 def causal(rows: int) -> Spans:
     return np.stack([np.zeros(rows), np.arange(1, rows + 1)]).astype(np.int32)
-
-
-def any_spans(rng: np.random.Generator, rows: int, keys: int) -> Spans:
-    """Long ones, short ones, and some that hold nothing."""
-    ends = rng.integers(0, keys + 1, (2, rows)).astype(np.int32)
-    ends.sort(axis=0)
-    ends[:, ::3] = [[0], [keys]]
-    ends[0, 1::4] = ends[1, 1::4]
-    return ends
 
 
 def chunked(start: int, stop: int, size: int) -> list[Chunk]:

@@ -10,10 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from attending import Heads, Texts, any_spans, causal, chunked, here  # noqa: E402
+from attending import Heads, Texts, causal, chunked, here  # noqa: E402
 
 from native_executor import in_memory  # noqa: E402
 from reference_executor import ReferenceExecutor  # noqa: E402
+from spans import any_spans  # noqa: E402
 from squall.batch import Sequences  # noqa: E402
 from squall.gpu import attention  # noqa: E402
 from squall.program import Attend, Recall  # noqa: E402

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attending import Heads, Texts, any_spans, causal, chunked, here
+from attending import Heads, Texts, causal, chunked, here
 
+from spans import any_spans
 from squall.gpu import attention, triton_attention
 from squall.program import Attend
 

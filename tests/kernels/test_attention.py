@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from native_executor import in_memory, opened
 from reference_executor import ReferenceExecutor
+from spans import Spans, any_spans
 from squall import _native
 from squall.batch import Sequences
 from squall.errors import InvalidRequest
@@ -19,7 +20,6 @@ from squall.executors import CacheType
 from squall.program import Attend, Builder, CacheLayer, Index, Program, Recall
 
 Array = NDArray[np.float32]
-Spans = NDArray[np.int32]
 HEADS, KV_HEADS, BLOCK, BLOCKS = 4, 2, 16, 40
 # How far the cache's own rounding moves a mean of values.
 BOUNDS: dict[CacheType, float] = {"f32": 1e-5, "f16": 5e-3, "q8_0": 5e-2}
@@ -45,15 +45,6 @@ def attention(
 def drawn(rng: np.random.Generator, dim: int, rows: int, keys: int) -> dict[str, Any]:
     sizes = {"q": (rows, HEADS * dim), "k": (keys, KV_HEADS * dim), "v": (keys, KV_HEADS * dim)}
     return {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
-
-
-def any_spans(rng: np.random.Generator, rows: int, keys: int) -> Spans:
-    """Long ones, short ones, and some that hold nothing."""
-    ends = rng.integers(0, keys + 1, (2, rows)).astype(np.int32)
-    ends.sort(axis=0)
-    ends[:, ::3] = [[0], [keys]]
-    ends[0, 1::4] = ends[1, 1::4]
-    return ends
 
 
 def image_spans(rows: int, images: Sequence[tuple[int, int]]) -> Spans:

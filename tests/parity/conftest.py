@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from harness import BLOCK, BLOCKS, Build, Built, MakeExecutor, build, build_folder
-from tiny import Case
+from harness import BLOCK, BLOCKS, Build, MakeExecutor, build, build_folder, once
 
 from native_executor import native
 from reference_executor import ReferenceExecutor
@@ -20,29 +19,13 @@ from squall.program import Program
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Builds, converts and runs the model of a case, once."""
-    folder = tmp_path_factory.mktemp("parity")
-    done: dict[str, Built] = {}
-
-    def get(case: Case) -> Built:
-        if case.name not in done:
-            done[case.name] = build(case, folder / f"{case.name}.gguf")
-        return done[case.name]
-
-    return get
+    return once(tmp_path_factory.mktemp("parity"), "{}.gguf", build)
 
 
 @pytest.fixture(scope="session")
 def built_folder(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """The same, as a folder with config.json."""
-    folder = tmp_path_factory.mktemp("folders")
-    done: dict[str, Built] = {}
-
-    def get(case: Case) -> Built:
-        if case.name not in done:
-            done[case.name] = build_folder(case, folder / case.name)
-        return done[case.name]
-
-    return get
+    return once(tmp_path_factory.mktemp("folders"), "{}", build_folder)
 
 
 def _options(keep: Sequence[str]) -> dict[str, Any]:

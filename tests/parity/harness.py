@@ -59,6 +59,18 @@ def build_folder(case: tiny.Case, path: Path) -> Built:
     return run_model(model, case, open_folder(path))
 
 
+def once(folder: Path, name: str, make: Callable[[tiny.Case, Path], Built]) -> Build:
+    """Makes the model of a case when it is asked for first. name: of its file, with {}."""
+    done: dict[str, Built] = {}
+
+    def get(case: tiny.Case) -> Built:
+        if case.name not in done:
+            done[case.name] = make(case, folder / name.format(case.name))
+        return done[case.name]
+
+    return get
+
+
 def run_model(model: Any, case: tiny.Case, checkpoint: Checkpoint) -> Built:
     import torch
 
