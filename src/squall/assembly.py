@@ -20,7 +20,7 @@ from squall.engine.request import Request
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest, SquallError
 from squall.executors import Executor, Limits, Placement, ThreadPool, devices
-from squall.executors.memory import Load, Sizes, available_bytes, together
+from squall.executors.memory import Load, Sizes, available_bytes, by_memory
 from squall.executors.sharding import shard
 from squall.locate import find_mmproj, locate, locate_uqff
 from squall.opening import NO_MMPROJ, Opening
@@ -184,7 +184,7 @@ def _room(models: Sequence[Prepared], opening: Opening, max_seqs: int) -> _Room:
     """Sizes of the context, and of the KV cache, which several models share."""
     kv = opening.kv or KvSize(tokens=opening.kv_tokens)
     placement, stages = place(models, opening)
-    loads = together(stages)
+    loads = by_memory(stages)
     trained, wanted = models[0][1].decoder.context, opening.context
     if wanted is None and opening.anymoe:
         wanted = min(trained, LONGEST_STEP)

@@ -18,7 +18,7 @@ from squall.engine.memory import choose_context
 from squall.errors import InvalidRequest
 from squall.executors import CPU, CacheType, Limits, Phase, Placement, thread_pool
 from squall.executors.devices import free_bytes
-from squall.executors.memory import Sizes, together
+from squall.executors.memory import Sizes, by_memory
 from squall.recipes import Recipe
 from squall.weights import Progress, WeightStore
 
@@ -126,7 +126,7 @@ class Bench:
         sizes = Sizes.of(compiled(context=trained), store, workload.kv_dtype, caches=batch)
         loads = sizes.loads(placement.spread(len(sizes.kv)), free_bytes)
         wanted = max(workload.context, 1)
-        size = choose_context(wanted, trained=trained, loads=together(loads))
+        size = choose_context(wanted, trained=trained, loads=by_memory(loads))
         program = compiled(context=size)
         self.checkpoint = checkpoint
         self.architecture = recipe.architecture

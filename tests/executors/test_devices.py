@@ -24,7 +24,7 @@ from squall.assembly import place, prepare
 from squall.errors import InvalidRequest, OutOfMemory
 from squall.executors import devices
 from squall.executors.devices import Placement, chosen, stages_of
-from squall.executors.memory import Load, together
+from squall.executors.memory import Load, by_memory
 from squall.opening import Opening
 from squall.quant import Topology
 
@@ -267,7 +267,7 @@ def test_auto_measures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         given = Opening(folder, device="auto", context=1024, **changes)
         models = [model] * (1 + (given.draft is not None))
         placement, loads = place(models, given)
-        for load in together(loads):
+        for load in by_memory(loads):
             assert load.weights + 1024 * load.kv <= (load.free or 0), load
         return placement.spread(6)
 
@@ -308,7 +308,7 @@ def test_context_and_cache_fit_the_fullest_device(
 
 def test_the_host_is_one_memory() -> None:
     loads = [Load("torch", 2, 10, 3, 100), Load("cuda:0", 1, 7, 1, 50), Load("cpu", 3, 20, 5, 100)]
-    assert together(loads) == [Load("cpu", 5, 30, 8, 100), Load("cuda:0", 1, 7, 1, 50)]
+    assert by_memory(loads) == [Load("cpu", 5, 30, 8, 100), Load("cuda:0", 1, 7, 1, 50)]
 
 
 BYTES = st.integers(0, 1000)

@@ -89,10 +89,10 @@ class Laid(ABC, Generic[M, V]):
             size = weight.experts * weight.rows * weight.cols // len(made)
             firsts = {part.format: part for part in made[::-1]}.values()
             found += [FormatTotal(m.format, m in firsts, size, m.nbytes) for m in made]
-        return together(found)
+        return summed(found)
 
 
-def together(totals: Iterable[FormatTotal]) -> tuple[FormatTotal, ...]:
+def summed(totals: Iterable[FormatTotal]) -> tuple[FormatTotal, ...]:
     """One of each format."""
     found: dict[str, list[list[int]]] = {}
     for name, *counts in map(astuple, totals):

@@ -92,7 +92,7 @@ class Sizes:
         return sum(together.values())
 
 
-def together(loads: Iterable[Load]) -> list[Load]:
+def by_memory(loads: Iterable[Load]) -> list[Load]:
     """One for each memory, which PyTorch on the CPU shares with the native executor."""
     found: dict[str, Load] = {}
     for load in loads:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from squall import executors
 from squall.batch import Mixture, Sequences
 from squall.executors import Adapter, Executor, Floats, Memory, Order, Phase
-from squall.executors.base import sites_of, together
+from squall.executors.base import sites_of, summed
 from squall.executors.devices import Stage
 from squall.program import Site
 from squall.weights import Progress, Term, WeightStore
@@ -70,7 +70,7 @@ class StagedExecutor(Executor):
             )
         ]  # fmt: skip
         self._stages = stages
-        self.formats = together(total for stage in stages for total in stage.formats)
+        self.formats = summed(total for stage in stages for total in stage.formats)
         self.kv_bytes = sum(stage.kv_bytes for stage in stages)
         counts = (count for _, count in self._spread)
         self.isa = ", then ".join(
