@@ -11,19 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall.batch import Batch, Mixture, Sequences
-from squall.checkpoints.base import Checkpoint
+from squall.checkpoints.base import Checkpoint, tap_by_tap
 from squall.program import (
     Add,
     AllReduce,
     Attend,
     Concatenate,
+    ConcatenateRows,
     Embed,
     GatedLinear,
     GatherColumns,
     GatherRows,
+    GroupNormalize,
     Linear,
     Matrix,
     MixtureOfExperts,
+    Modulate,
     Normalize,
     Overlay,
     Program,
@@ -188,7 +191,8 @@ class ReferenceExecutor:
         return data[:, row : row + weight.rows, col : col + weight.cols]
 
     def _slice(self, part: Slice, weight: Matrix | Vector) -> Array:
-        data = self.checkpoints[part.source].tensors[part.tensor].to_float32()
+        tensor = self.checkpoints[part.source].tensors[part.tensor]
+        data = (tensor if part.taps == 1 else tap_by_tap(tensor, part.taps)).to_float32()
         data = data.reshape((-1, weight.whole[1]) if isinstance(weight, Matrix) else -1)
         return data[part.start : part.stop]
 
@@ -247,7 +251,11 @@ class ReferenceExecutor:
         return 0.0 if weight is None else np.tile(self.weights[weight], width // weight.size)
 
     def linear(self, op: Linear) -> Array:
-        y = self.product(op, op.weight, self.of(op.x)) + self.bias(op.bias)
+        x = self.of(op.x)
+        if op.taps is not None:
+            taps = np.atleast_2d(self.indices[op.taps.name])
+            x = np.concatenate([np.where(t[:, None] < 0, 0, x[t]) for t in taps], axis=1)
+        y = self.product(op, op.weight, x) + self.bias(op.bias)
         y = ACTIVATIONS[op.activation](y) * np.float32(op.scale)
         return y if op.residual is None else self.of(op.residual) + y
 
@@ -322,6 +330,11 @@ class ReferenceExecutor:
         k, v = (np.repeat(x, group, axis=1) for x in (k, v))
         q = q.reshape(len(q), op.heads, op.head_dim)
         scores = np.einsum("qhd,khd->hqk", q, k, optimize=True).astype(np.float64) * op.scale
+        if isinstance(op, Attend) and op.relative is not None:
+            n = len(op.buckets) // 2
+            apart = np.clip(np.arange(len(k)) - np.arange(len(q))[:, None], -n, n) + n
+            biases = self.weights[op.relative].reshape(-1, op.heads)
+            scores += biases[np.array(op.buckets)[apart]].transpose(2, 0, 1)
         if isinstance(op, Attend) and op.softcap is not None:
             scores = op.softcap * np.tanh(scores / op.softcap)
         begin, end = spans[:, :, None]
@@ -368,7 +381,27 @@ class ReferenceExecutor:
         return part(op.down, op.down_bias, inner)
 
     def add(self, op: Add) -> Array:
-        return self.of(op.a) + np.float32(op.scale) * self.of(op.b)
+        b = np.float32(op.scale) * self.of(op.b)
+        if op.gate is not None:
+            b = self.of(op.gate)[:1, op.column : op.column + op.b.width] * b
+        return ACTIVATIONS[op.activation](self.of(op.a) + b)
+
+    def modulate(self, op: Modulate) -> Array:
+        x = self.of(op.x).astype(np.float64)
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + op.eps)
+        shift, scale = (self.of(op.by)[:1, at : at + op.x.width] for at in (op.shift, op.scale))
+        return x * (1 + scale) + shift
+
+    def group_normalize(self, op: GroupNormalize) -> Array:
+        x = self.of(op.x).astype(np.float64).reshape(-1, op.groups, op.x.width // op.groups)
+        x = x - x.mean(axis=(0, 2), keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=(0, 2), keepdims=True) + op.eps)
+        y = x.reshape(-1, op.x.width) * self.weights[op.weight] + self.weights[op.bias]
+        return ACTIVATIONS[op.activation](y)
+
+    def concatenate_rows(self, op: ConcatenateRows) -> Array:
+        return np.concatenate([self.of(op.a), self.of(op.b)])
 
     def softcap(self, op: Softcap) -> Array:
         return op.cap * np.tanh(self.of(op.x) / op.cap)
@@ -410,4 +443,7 @@ HANDLERS: dict[type, Callable[[ReferenceExecutor, Any], Array]] = {
     Concatenate: ReferenceExecutor.concatenate,
     GatherColumns: ReferenceExecutor.gather_columns,
     AllReduce: ReferenceExecutor.all_reduce,
+    Modulate: ReferenceExecutor.modulate,
+    GroupNormalize: ReferenceExecutor.group_normalize,
+    ConcatenateRows: ReferenceExecutor.concatenate_rows,
 }

@@ -43,6 +43,7 @@ class Slice:
 
     source: which checkpoint's, where there are others beside the model's own.
     transposed: the tensor has columns where the matrix has rows.
+    taps: it is a convolution's, [rows, channels, taps], whose matrix has columns tap by tap.
     """
 
     tensor: str
@@ -50,6 +51,7 @@ class Slice:
     stop: int
     source: str = ""
     transposed: bool = False
+    taps: int = 1
 
 
 Names = Mapping[str, tuple[Slice, ...]]
@@ -172,7 +174,11 @@ class Normalize:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """out = residual + scale * activation(x @ weight.T + bias)"""
+    """out = residual + scale * activation(x @ weight.T + bias)
+
+    taps: a convolution: in place of x its rows that the index names, side by side; zeros where it
+        is negative.
+    """
 
     out: Value
     x: Value
@@ -182,6 +188,7 @@ class Linear:
     scale: float = 1.0
     residual: Value | None = None
     adapters: Adapters | None = None
+    taps: Index | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +225,9 @@ class Attend:
     cache: which one k and v are stored in, where positions are those of the row's sequence. None:
         positions are rows of k and v in this run, which may be others than those of q.
     window: so many positions up to the row's own, and what it sees after it.
+    relative: added to scores after `scale`, by distance and head, [distances, heads]: `buckets`
+        has, for a key's position less its query's from -n to n, which distance that is; beyond n
+        as at n. Only without a cache.
     """
 
     out: Value
@@ -232,6 +242,8 @@ class Attend:
     scale: float
     window: int | None
     softcap: float | None
+    relative: Vector | None = None
+    buckets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,17 +301,63 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """out = a + scale * b"""
+    """out = activation(a + scale * gate * b)
+
+    gate: a value of one row, of which columns from `column` on are for all rows of b; None: ones.
+    """
 
     out: Value
     a: Value
     b: Value
     scale: float = 1.0
+    gate: Value | None = None
+    column: int = 0
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Modulate:
+    """out = layer_norm(x) * (1 + by[scale]) + by[shift], the norm without weights
+
+    by: a value of one row; shift, scale: the columns in it from which on they are.
+    """
+
+    out: Value
+    x: Value
+    by: Value
+    shift: int
+    scale: int
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNormalize:
+    """out = activation(group norm of x): of each of `groups` runs of columns over all rows.
+
+    Sums are made in a fixed order, however many threads there are.
+    """
+
+    out: Value
+    x: Value
+    weight: Vector
+    bias: Vector
+    groups: int
+    eps: float
+    activation: Activation | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Concatenate:
     """out = the columns of a, then those of b"""
+
+    out: Value
+    a: Value
+    b: Value
+
+
+@dataclass(frozen=True, slots=True)
+class ConcatenateRows:
+    """out = the rows of a, then those of b; its row space has as many as both"""
 
     out: Value
     a: Value
@@ -358,7 +416,7 @@ class AllReduce:
 Op = (
     Embed | RopeAngles | Normalize | Linear | GatedLinear | Rotate | Attend | MixtureOfExperts
     | Add | Concatenate | Softcap | Recall | GatherRows | GatherColumns | Overlay
-    | AllReduce
+    | AllReduce | Modulate | GroupNormalize | ConcatenateRows
 )  # fmt: skip
 
 

@@ -330,3 +330,73 @@ class Connector:
     newlines: int = 0
     early: bool = False
     scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """T5's relative positions (arXiv 1910.10683): a learned bias for each head and bucket.
+
+    Half of the `buckets` are for keys after their query. Near distances have a bucket each, farther
+    ones share them, logarithmically, up to `farthest`.
+    """
+
+    buckets: int
+    farthest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A transformer that makes a row of each token of a text.
+
+    positions: learned ones that there are; 0: none. relative: of all layers' attention.
+    """
+
+    vocab: int
+    hidden: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    positions: int = 0
+    relative: Relative | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Flux:
+    """The transformer of FLUX.1: the velocity of a picture's patches, given a text.
+
+    patch: values of a patch of latents. text, pooled: widths of what T5 and CLIP make of the text.
+    double: layers in which picture and text have weights of their own; single: those after them.
+    axes: columns of a head that turn with each of three axes: 0, line, column.
+    guidance: it is told how closely to follow the text.
+    """
+
+    patch: int
+    hidden: int
+    heads: int
+    head_dim: int
+    double: int
+    single: int
+    text: int
+    pooled: int
+    axes: tuple[int, int, int]
+    mlp: int
+    theta: float = 10000.0
+    guidance: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AutoEncoder:
+    """A convolutional autoencoder (AutoencoderKL): pictures to latents, and back.
+
+    latent: channels of latents, which are stored as (x - shift) * scale. widths: channels at each
+    resolution, the finest first; each is half of the one before. blocks: at a resolution when
+    encoding, one more when decoding. groups: of its norms. attends: in the middle.
+    """
+
+    latent: int
+    widths: tuple[int, ...]
+    blocks: int
+    groups: int
+    scale: float
+    shift: float
+    attends: bool = True
+    eps: float = 1e-6

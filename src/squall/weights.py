@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squall import program as p
-from squall.checkpoints.base import Checkpoint, Pages, Tensor, transposed
+from squall.checkpoints.base import Checkpoint, Pages, Tensor, tap_by_tap, transposed
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.quant import FORMATS, Plan
 
@@ -207,7 +207,8 @@ class WeightStore:
 
     def _tensor(self, part: p.Slice) -> Tensor:
         tensor = self.checkpoints[part.source].tensors[part.tensor]
-        return transposed(tensor) if part.transposed else tensor
+        tensor = transposed(tensor) if part.transposed else tensor
+        return tensor if part.taps == 1 else tap_by_tap(tensor, part.taps)
 
     def _restored(self, tensor: Tensor, start: int, stop: int) -> tuple[str, NDArray[np.uint8]]:
         if tensor.order is None:

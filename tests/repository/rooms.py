@@ -43,6 +43,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {
         "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",
     },
+    "diffusion": {
+        "errors", "closing", "files", "spec", "roles", "program", "blocks", "checkpoints",
+        "recipes", "quant", "weights", "executors", "text", "vision", "opening", "locate",
+        "_native",
+    },
     "embedded": {"errors"},
     "opening": {"errors", "adapters", "checkpoints", "engine", "executors", "quant"},
     "locate": {"errors", "embedded", "checkpoints"},
@@ -60,9 +65,11 @@ ABOVE: dict[str, set[str]] = {
     },
     "api": {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
-        "model",
+        "model", "diffusion",
     },
-    "server": {"__version__", "errors", "adapters", "engine", "model", "api", "vision"},
+    "server": {
+        "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
+    },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api"},
 }  # fmt: skip

@@ -16,6 +16,7 @@ BUDGETS = {
     "src/squall/checkpoints": 2725,
     "src/squall/cli": 2438,
     "src/squall/convert": 895,
+    "src/squall/diffusion": 2000,
     "src/squall/engine": 2843,
     "src/squall/executors": 1727,
     "src/squall/gpu": 3263,

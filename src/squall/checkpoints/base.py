@@ -193,6 +193,16 @@ def transposed(tensor: Tensor) -> Tensor:
     return Deferred(tensor.name, "f32", tensor.shape[::-1], made)
 
 
+def tap_by_tap(tensor: Tensor, taps: int) -> Tensor:
+    """A convolution's weight, [rows, channels, taps], as rows with columns tap by tap."""
+
+    def made() -> NDArray[np.uint8]:
+        values = tensor.to_float32().reshape(tensor.shape[0], -1, taps)
+        return np.ascontiguousarray(values.swapaxes(1, 2)).reshape(-1).view(np.uint8)
+
+    return Deferred(tensor.name, "f32", (tensor.shape[0], math.prod(tensor.shape[1:])), made)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """An open checkpoint; reading a tensor's `data` is what brings its pages in.
