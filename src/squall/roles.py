@@ -8,9 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from squall.spec import Attention, Connector, Decoder, Layer, Mlp, Moe, Norm, Perceiver, Tower
+from squall.spec import (
+    Attention,
+    Connector,
+    Decoder,
+    Encoder,
+    Layer,
+    Mlp,
+    Moe,
+    Norm,
+    Perceiver,
+    Tower,
+)
 
-Network = Decoder | Tower | Connector | Perceiver
+Network = Decoder | Tower | Connector | Perceiver | Encoder
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -31,6 +42,8 @@ def roles(network: Network) -> Shapes:
             return _connector(network)
         case Perceiver():
             return _perceiver(network)
+        case Encoder():
+            return _encoder(network)
 
 
 def _decoder(decoder: Decoder) -> Shapes:
@@ -82,6 +95,15 @@ def _perceiver(p: Perceiver) -> Shapes:
     for index, layer in enumerate(p.layers):
         shapes |= _norm(f"layers.{index}.attention.context_norm", layer.norm, p.hidden)
     return shapes
+
+
+def _encoder(e: Encoder) -> Shapes:
+    shapes = _linear("embed", e.vocab, e.hidden) | _norm("norm", e.norm, e.hidden)
+    if e.positions:
+        shapes |= _linear("positions", e.positions, e.hidden)
+    if e.relative is not None:
+        shapes["relative.weight"] = (e.relative.buckets * e.layers[0].attention.heads,)
+    return shapes | _layers(e.layers, e.hidden)
 
 
 def _layers(layers: Sequence[Layer], hidden: int, name: str = "layers") -> Shapes:
