@@ -13,6 +13,7 @@ from squall.spec import (
     AutoEncoder,
     Connector,
     Decoder,
+    Encoder,
     Layer,
     Mlp,
     Moe,
@@ -21,7 +22,7 @@ from squall.spec import (
     Tower,
 )
 
-Network = Decoder | Tower | Connector | Perceiver | AutoEncoder
+Network = Decoder | Tower | Connector | Perceiver | Encoder | AutoEncoder
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -49,6 +50,8 @@ def roles(network: Network) -> Shapes:
             return _connector(network)
         case Perceiver():
             return _perceiver(network)
+        case Encoder():
+            return _encoder(network)
 
 
 def _decoder(decoder: Decoder) -> Shapes:
@@ -100,6 +103,15 @@ def _perceiver(p: Perceiver) -> Shapes:
     for index, layer in enumerate(p.layers):
         shapes |= _norm(f"layers.{index}.attention.context_norm", layer.norm, p.hidden)
     return shapes
+
+
+def _encoder(e: Encoder) -> Shapes:
+    shapes = _linear("embed", e.vocab, e.hidden) | _norm("norm", e.norm, e.hidden)
+    if e.positions:
+        shapes |= _linear("positions", e.positions, e.hidden)
+    if e.relative is not None:
+        shapes["relative.weight"] = (e.relative.buckets * e.layers[0].attention.heads,)
+    return shapes | _layers(e.layers, e.hidden)
 
 
 def _auto_encoder(a: AutoEncoder) -> Shapes:
