@@ -116,33 +116,36 @@ def _encoder(e: Encoder) -> Shapes:
 
 def _auto_encoder(a: AutoEncoder) -> Shapes:
     """Named as FLUX's own files have them; levels are resolutions, the finest first."""
-    last, middle = len(a.widths) - 1, a.widths[-1]
-    shapes = _convolution("encoder.conv_in", a.widths[0], 3)
-    shapes |= _convolution("decoder.conv_in", middle, a.latent)
-    for level, width in enumerate(a.widths):
-        finer, coarser = a.widths[max(level - 1, 0)], a.widths[min(level + 1, last)]
-        for name, given, blocks in (
-            (f"encoder.down.{level}", finer, a.blocks),
-            (f"decoder.up.{level}", coarser, a.blocks + 1),
-        ):
-            for block in range(blocks):
-                shapes |= _residual(f"{name}.block.{block}", width, given)
-                given = width
-        if level < last:
-            shapes |= _convolution(f"encoder.down.{level}.downsample.conv", width, width)
-        if level:
-            shapes |= _convolution(f"decoder.up.{level}.upsample.conv", width, width)
-    for side, rows, width in (("encoder", 2 * a.latent, middle), ("decoder", 3, a.widths[0])):
-        for part in ("block_1", "block_2"):
-            shapes |= _residual(f"{side}.mid.{part}", middle, middle)
+    levels, first, middle = [*enumerate(a.widths)], a.widths[0], a.widths[-1]
+    shapes = _levels("encoder.down", "downsample", levels, a.blocks)
+    shapes |= _levels("decoder.up", "upsample", levels[::-1], a.blocks + 1)
+    for side, given, begin, end, made in (
+        ("encoder", 3, first, middle, 2 * a.latent),
+        ("decoder", a.latent, middle, first, 3),
+    ):
+        shapes |= _convolution(f"{side}.conv_in", begin, given)
+        for block in ("block_1", "block_2"):
+            shapes |= _residual(f"{side}.mid.{block}", middle, middle)
         if a.attends:
             shapes |= _norm(f"{side}.mid.attn_1.norm", _GROUPS, middle)
             for part in ("q", "k", "v", "proj_out"):
                 shapes |= _linear(f"{side}.mid.attn_1.{part}", middle, middle, bias=True)
-        shapes |= _norm(f"{side}.norm_out", _GROUPS, width)
-        shapes |= _convolution(f"{side}.conv_out", rows, width)
+        shapes |= _norm(f"{side}.norm_out", _GROUPS, end)
+        shapes |= _convolution(f"{side}.conv_out", made, end)
     for name, size in (("quant_conv", 2 * a.latent), ("post_quant_conv", a.latent)):
         shapes |= _linear(name, size, size, bias=True) if a.mixes else {}
+    return shapes
+
+
+def _levels(stem: str, sample: str, levels: Sequence[tuple[int, int]], blocks: int) -> Shapes:
+    """Of levels and their widths, in the order in which they are run."""
+    shapes, given = Shapes(), levels[0][1]
+    for level, width in levels:
+        for block in range(blocks):
+            shapes |= _residual(f"{stem}.{level}.block.{block}", width, given)
+            given = width
+        if level != levels[-1][0]:
+            shapes |= _convolution(f"{stem}.{level}.{sample}.conv", width, width)
     return shapes
 
 

@@ -30,34 +30,32 @@ def compile_decoder(spec: AutoEncoder, names: p.Names) -> p.Program:
     b, space = _blocks(spec, names), 0
     given = x = b.builder.value(LATENTS, spec.latent, "s0")
     if spec.mixes:
-        x = b.linear(x, "vae.post_quant_conv", "mixed", bias=True)
-    x = _middle(b, spec, _convolve(b, x, "vae.decoder.conv_in"), "vae.decoder.mid")
+        x = b.linear(x, "post_quant_conv", "mixed", bias=True)
+    x = _middle(b, spec, _convolve(b, x, "decoder.conv_in"), "decoder.mid")
     for level in reversed(range(len(spec.widths))):
         for block in range(spec.blocks + 1):
-            x = _residual(b, spec, x, f"vae.decoder.up.{level}.block.{block}")
+            x = _residual(b, spec, x, f"decoder.up.{level}.block.{block}")
         if level:
             space += 1
-            x = _convolve(b, x, f"vae.decoder.up.{level}.upsample.conv", _taps("finer", space))
-    x = _norm(b, spec, x, "vae.decoder.norm_out", "silu")
-    return b.builder.build(_convolve(b, x, "vae.decoder.conv_out", name=PIXELS), inputs=[given])
+            x = _convolve(b, x, f"decoder.up.{level}.upsample.conv", _taps("finer", space))
+    x = _norm(b, spec, x, "decoder.norm_out", "silu")
+    return b.builder.build(_convolve(b, x, "decoder.conv_out", name=PIXELS), inputs=[given])
 
 
 def compile_encoder(spec: AutoEncoder, names: p.Names) -> p.Program:
     b, space = _blocks(spec, names), len(spec.widths) - 1
     given = x = b.builder.value(PIXELS, 3, f"s{space}")
-    x = _convolve(b, x, "vae.encoder.conv_in")
+    x = _convolve(b, x, "encoder.conv_in")
     for level in range(len(spec.widths)):
         for block in range(spec.blocks):
-            x = _residual(b, spec, x, f"vae.encoder.down.{level}.block.{block}")
+            x = _residual(b, spec, x, f"encoder.down.{level}.block.{block}")
         if space:
             space -= 1
-            x = _convolve(
-                b, x, f"vae.encoder.down.{level}.downsample.conv", _taps("coarser", space)
-            )
-    x = _norm(b, spec, _middle(b, spec, x, "vae.encoder.mid"), "vae.encoder.norm_out", "silu")
-    x = _convolve(b, x, "vae.encoder.conv_out", name="unmixed" if spec.mixes else MOMENTS)
+            x = _convolve(b, x, f"encoder.down.{level}.downsample.conv", _taps("coarser", space))
+    x = _norm(b, spec, _middle(b, spec, x, "encoder.mid"), "encoder.norm_out", "silu")
+    x = _convolve(b, x, "encoder.conv_out", name="unmixed" if spec.mixes else MOMENTS)
     if spec.mixes:
-        x = b.linear(x, "vae.quant_conv", MOMENTS, bias=True)
+        x = b.linear(x, "quant_conv", MOMENTS, bias=True)
     return b.builder.build(x, inputs=[given])
 
 
@@ -103,7 +101,7 @@ def _taps(kind: str, space: int) -> p.Index:
 
 
 def _blocks(spec: AutoEncoder, names: p.Names) -> Blocks:
-    return Blocks(names, {f"vae.{role}": shape for role, shape in roles(spec).items()}, SPANS)
+    return Blocks(names, roles(spec), SPANS, prefix="vae.")
 
 
 def _residual(b: Blocks, spec: AutoEncoder, x: p.Value, role: str) -> p.Value:

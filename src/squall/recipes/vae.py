@@ -58,18 +58,16 @@ class _Config(Fields):
 def load_vae(checkpoint: Checkpoint) -> Part:
     """The autoencoder of a checkpoint, in whichever layout."""
     tensors, given = checkpoint.tensors, checkpoint.metadata
-    layout, config = _layout(tensors), {**DEFAULTS, **given}
+    layout = _layout(tensors)
     if not layout and given.get("_class_name") not in KNOWN["_class_name"]:
-        config = {
-            **DEFAULTS,
-            **_flux(tensors),
-        }  # the config.json is another model's, or there is none
+        given = _flux(tensors)  # the config.json is another model's, or there is none
+    config = {**DEFAULTS, **given}
     for key, known in KNOWN.items():
         found = config.get(key, [])
         if any(value not in known for value in (found if isinstance(found, list) else [found])):
             raise UnsupportedModel(f"{key} is {found!r:.99} of the autoencoder; known: {known[0]}")
     spec = _spec(_Config(dict(flatten(config)), tensors))
-    return place([Part("vae", spec, _naming(spec, layout))], tensors, read=set())[0]
+    return place([Part("vae", spec, naming(spec, layout))], tensors, read=set())[0]
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> Pairs:
@@ -134,7 +132,8 @@ def _spec(c: Fields) -> AutoEncoder:
     return spec
 
 
-def _naming(spec: AutoEncoder, pairs: Pairs) -> Naming:
+def naming(spec: AutoEncoder, pairs: Pairs) -> Naming:
+    """Of a layout: what `pairs` make of roles."""
     last, stems = len(spec.widths) - 1, {}
     for role in roles(spec):
         name = stem = role.rpartition(".")[0]
