@@ -47,6 +47,8 @@ if TYPE_CHECKING:
         VisionArchitecture,
         Which,
     )
+    from squall.diffusion.model import ImageModel
+    from squall.diffusion.request import Picture, PictureRequest
     from squall.engine.engine import EngineConfig
     from squall.engine.generation import Generation
     from squall.engine.memory import KvSize
@@ -60,12 +62,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AnyMoeConfig", "AnyMoeExpertType", "Architecture", "AsyncRunner",
     "ChatCompletionChunkResponse", "ChatCompletionRequest", "ChatCompletionResponse",
-    "CompletionChunkResponse", "CompletionRequest", "CompletionResponse",
-    "ContextLengthExceeded", "DiffusionArchitecture", "EngineConfig", "EngineStopped",
-    "Generation", "Grammar", "ImageGenerationResponseFormat", "InvalidCheckpoint", "InvalidRequest",
+    "CompletionChunkResponse", "CompletionRequest", "CompletionResponse", "ContextLengthExceeded",
+    "DiffusionArchitecture", "EngineConfig", "EngineStopped", "Generation", "Grammar",
+    "ImageGenerationResponseFormat", "ImageModel", "InvalidCheckpoint", "InvalidRequest",
     "IsqOrganization", "KvSize", "Message", "Model", "ModelDType", "ModelNotFound", "Opening",
-    "OutOfMemory", "Piece", "QueueFull", "Runner", "SamplingFailed", "SquallError",
-    "TemplateError", "ToolChoice", "UnknownAdapter", "UnsupportedModel", "Usage",
+    "OutOfMemory", "Picture", "PictureRequest", "Piece", "QueueFull", "Runner", "SamplingFailed",
+    "SquallError", "TemplateError", "ToolChoice", "UnknownAdapter", "UnsupportedModel", "Usage",
     "VisionArchitecture", "Which", "XLora", "__version__",
 ]  # fmt: skip
 
@@ -79,6 +81,8 @@ _MODULES = {
     "squall.api.tool_choice": "ToolChoice",
     "squall.api.which": "Architecture DiffusionArchitecture "
     "ImageGenerationResponseFormat IsqOrganization ModelDType VisionArchitecture Which",
+    "squall.diffusion.model": "ImageModel",
+    "squall.diffusion.request": "Picture PictureRequest",
     "squall.engine.engine": "EngineConfig",
     "squall.engine.generation": "Generation",
     "squall.engine.memory": "KvSize",

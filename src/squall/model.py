@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from squall.engine.request import CacheScope, Constraint, Request, Scoring
 from squall.engine.sampling import DRY_BREAKERS, Breakers, Dry, LogitsProcessor, Sampling
 from squall.errors import ContextLengthExceeded, InvalidRequest
 from squall.executors import Executor
-from squall.opening import Opening
+from squall.opening import Opening, one_by_one
 from squall.program import Program
 from squall.quant import FormatTotal, Plan
 from squall.spec import Decoder
@@ -46,22 +45,9 @@ _NO_PROMPT = (
 _CLOSED = "the model is closed; open it again"
 GREEDY = Sampling(temperature=0, seed=0)
 
-_Options = ParamSpec("_Options")
 
-
-def _one_by_one(
-    describe: Callable[_Options, Opening],
-) -> Callable[Concatenate[type[Model], _Options], Model]:
-    """`Model.open_with` as a method that takes the options themselves, spelled nowhere else."""
-
-    def open(cls: type[Model], /, *path: _Options.args, **options: _Options.kwargs) -> Model:
-        return cls.open_with(describe(*path, **options))
-
-    open.__doc__ = describe.__doc__
-    first, *_ = inspect.signature(open).parameters.values()
-    options = inspect.signature(describe).parameters.values()
-    open.__signature__ = inspect.Signature([first, *options])  # type: ignore[attr-defined]
-    return open
+def _open(cls: type[Model], opening: Opening) -> Model:
+    return cls.open_with(opening)
 
 
 class Model(Closing):
@@ -91,7 +77,7 @@ class Model(Closing):
         """Open what is described; `open` takes the options themselves."""
         return cls(assemble(opening))
 
-    open = classmethod(_one_by_one(Opening))
+    open = classmethod(one_by_one(Opening, _open))
 
     @property
     def context(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 from squall.errors import InvalidRequest
 from squall.quant.isq import Dtype
@@ -32,7 +33,7 @@ _KINDS = {
     "image_bytes tensor_parallel",
     (str, "text"): "architecture chat_template device",
     (int | str | list | tuple, "20 or '0:16;1:12'"): "device_layers",
-    (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff",
+    (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff t5 clip vae",
 }
 _LEAST = {"draft_tokens": 1, "max_edge": 1, "image_bytes": 0, "tensor_parallel": 1}
 # Named, as their modules are slow to import; who has such an object has its module too.
@@ -87,7 +88,8 @@ class Opening:
     draft: guesses how answers go on, which makes them faster and changes nothing: a smaller model
         with the same vocabulary, or "ngram", a look-up in the text so far.
     draft_tokens: at most so many guesses an answer and step, by default 32.
-    architecture: such as "mistral", in place of what a folder's config.json says.
+    architecture: such as "mistral", in place of what a folder's config.json says. Of models that
+        make pictures "flux", or "flux-offloaded": weights are read when their layer runs.
     hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
     tokenizer_json: a file to use in place of the model's own tokenizer.
     mmproj: the GGUF file of the tower that a GGUF model sees with; by default the one beside it
@@ -104,6 +106,8 @@ class Opening:
     adapter_bytes: so much memory for adapters; those that were not used for longest make room.
     xlora: adapters that the model itself weighs, token by token (X-LoRA).
     anymoe: experts made of other models or adapters, and gates between them (AnyMoE).
+    t5, clip, vae: of a model that makes pictures, where these parts are, if not beside it or where
+        they usually come from.
     max_edge: images are made smaller first, until their longer edge is at most so many pixels.
     image_bytes: so much memory for what models made of images lately, so that it is not made again.
     progress: called with (done, in all): bytes loaded; then adapters, or steps of a training.
@@ -143,6 +147,9 @@ class Opening:
     adapter_bytes: int | None = None
     xlora: XLora | None = None
     anymoe: AnyMoe | None = None
+    t5: Path | None = None
+    clip: Path | None = None
+    vae: Path | None = None
     max_edge: int | None = None
     image_bytes: int = 256 << 20
     progress: Callable[[int, int], None] | None = field(default=None, compare=False)
@@ -182,6 +189,13 @@ class Opening:
         ):
             raise InvalidRequest("a draft runs where the model begins; it has no device of its own")
 
+    def check_only(self, allowed: frozenset[str], what: str) -> None:
+        """Raises InvalidRequest for an option that is set and is none of those for `what`."""
+        for one in fields(self):
+            if one.name not in allowed and getattr(self, one.name) != getattr(DEFAULTS, one.name):
+                known = ", ".join(sorted(allowed))
+                raise InvalidRequest(f"{one.name} is not for {what}; there are {known}")
+
     @property
     def of_draft(self) -> Opening | None:
         """How to open the draft model, if there is one."""
@@ -192,3 +206,21 @@ class Opening:
 
 
 DEFAULTS = Opening()
+
+_Options = ParamSpec("_Options")
+_Opened = TypeVar("_Opened")
+
+
+def one_by_one(
+    describe: Callable[_Options, Opening], open_with: Callable[[type[_Opened], Opening], _Opened]
+) -> Callable[Concatenate[type[_Opened], _Options], _Opened]:
+    """`open_with` as a method that takes the options themselves, spelled nowhere else."""
+
+    def open(cls: type[_Opened], /, *path: _Options.args, **options: _Options.kwargs) -> _Opened:
+        return open_with(cls, describe(*path, **options))
+
+    open.__doc__ = describe.__doc__
+    first, *_ = inspect.signature(open).parameters.values()
+    options = inspect.signature(describe).parameters.values()
+    open.__signature__ = inspect.Signature([first, *options])  # type: ignore[attr-defined]
+    return open
