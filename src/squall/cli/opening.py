@@ -35,6 +35,8 @@ OF_TEXT = """
 OF_PICTURES = """
     t5 clip vae size steps guidance strength n output show image_folder image_age
 """
+# The options of a model that makes pictures, if it is opened beside one of text.
+SHARED = ("threads", "device", "exact", "hub", "t5", "clip", "vae")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +125,20 @@ class ModelFlags:
             return isinstance(selected, Which.DiffusionPlain)
         return _is_image_model(path)
 
-    def open_pictures(self, selected: Selected) -> ImageModel:
-        """The model that makes pictures; a terminal is told how far it is."""
+    def open_pictures(self, selected: Selected, beside: str | None = None) -> ImageModel:
+        """The model that makes pictures; a terminal is told how far it is.
+
+        beside: it is this one, and what is selected is a model of text, whose flags count.
+        """
         from squall.diffusion.model import ImageModel
 
+        given = self._given()
         with options.progress("loading") as shown:
-            opening = self._chosen(selected, Opening(progress=shown, **self._given()))
+            if beside is None:
+                opening = self._chosen(selected, Opening(progress=shown, **given))
+            else:
+                shared = {name: given[name] for name in SHARED if name in given}
+                opening = Opening(beside, progress=shown, **shared)
             return ImageModel.open_with(opening)
 
     def check_kind(self, *, text: bool, pictures: bool) -> None:
