@@ -327,10 +327,23 @@ inline void mix_columns(Sums* sums, const float (*p)[kTilePositions], const Sour
   for (; column < width; column += kLanes) mix<kQueries, 1>(sums, p, source, from, to, column);
 }
 
+// p = scale * p + what the query adds by distance, for lanes [from, to)
+inline void add_relative(const AttendArgs& a, const Query& query, size_t tile, size_t from,
+                         size_t to, float* p) {
+  constexpr auto kBefore = static_cast<ptrdiff_t>(kLanes);
+  const auto reach = static_cast<ptrdiff_t>(a.reach);
+  for (size_t lane = from / kLanes * kLanes; lane < to; lane += kLanes) {
+    ptrdiff_t apart = static_cast<ptrdiff_t>(tile + lane) - query.own;
+    apart = apart < -reach - kBefore ? -reach - kBefore : apart > reach ? reach : apart;
+    store(p + lane, fma(load(p + lane), set1(a.scale), load(query.relative + apart)));
+  }
+}
+
 // Scores to weights, which join the total; the sums so far are brought to the new maximum. kWhole:
 // all lanes are seen.
 template <bool kWhole>
-inline void weigh(const AttendArgs& a, const Seen& seen, float* p, Sums& sums, size_t width) {
+inline void weigh(float scale, float softcap, const Seen& seen, float* p, Sums& sums,
+                  size_t width) {
   const size_t first = kWhole ? 0 : seen.from / kLanes, last = kWhole ? 4 : (seen.to + 15) / kLanes;
   const auto visible = [&](size_t i, F32x16 x, F32x16 otherwise) {
     return kWhole ? x : select(seen.mask(i * kLanes), x, otherwise);
@@ -339,8 +352,8 @@ inline void weigh(const AttendArgs& a, const Seen& seen, float* p, Sums& sums, s
 #pragma GCC unroll 4
   for (size_t i = first; i < last; ++i) {
     s[i] = load(p + i * kLanes);
-    if (a.softcap != 0.0f) s[i] = mul(tanh(mul(s[i], set1(a.scale / a.softcap))), set1(a.softcap));
-    s[i] = mul(s[i], set1(a.softcap != 0.0f ? kLog2E : a.scale * kLog2E));
+    if (softcap != 0.0f) s[i] = mul(tanh(mul(s[i], set1(scale / softcap))), set1(softcap));
+    s[i] = mul(s[i], set1(softcap != 0.0f ? kLog2E : scale * kLog2E));
     s[i] = visible(i, s[i], set1(-FLT_MAX));
     peak = max(peak, s[i]);
   }
@@ -409,13 +422,13 @@ struct Attention {
     const Cached<Cache> cached{a, tile, end};
     if (a.count <= kQueryBlock) {  // read once anyway
       score_all(all, cached);
-      weigh_all(tile);
+      weigh_all(tile, all);
       mix_all(tile, all, cached);
       return;
     }
     copy_keys(cached, all);
     score_all(all, Copied{scratch, kTilePositions});
-    weigh_all(tile);
+    weigh_all(tile, all);
     copy_values(cached, all);
     mix_all(tile, all, Copied{scratch, width});
   }
@@ -424,12 +437,16 @@ struct Attention {
   void score_all(const Seen& all, const Source& source) {
     blocks<kQueryBlock>(a.count, [&]<int kQueries>(size_t i) { score<kQueries>(i, all, source); });
   }
-  void weigh_all(size_t tile) {
+  void weigh_all(size_t tile, const Seen& all) {
+    const bool relative = a.queries[0].relative != nullptr;
+    const float scale = relative ? 1.0f : a.scale;
+    for (size_t i = 0; relative && i < a.count; ++i)
+      add_relative(a, a.queries[i], tile, all.from, all.to, p[i]);
     for (size_t i = 0; i < a.count; ++i)
       if (const Seen one = seen(i, tile); one.to - one.from == kTilePositions)
-        weigh<true>(a, one, p[i], sums[i], width);
+        weigh<true>(scale, a.softcap, one, p[i], sums[i], width);
       else if (one.to > 0)
-        weigh<false>(a, one, p[i], sums[i], width);
+        weigh<false>(scale, a.softcap, one, p[i], sums[i], width);
   }
   template <class Source>
   void mix_all(size_t tile, const Seen& all, const Source& source) {

@@ -356,12 +356,14 @@ void bind_ops(nb::class_<Executor>& c) {
           "attend",
           [](Executor& e, size_t out, size_t q, MaybeId k, MaybeId v, size_t spans, MaybeId cache,
              size_t heads, size_t kv_heads, size_t head_dim, float scale,
-             std::optional<size_t> window, std::optional<float> softcap) {
+             std::optional<size_t> window, std::optional<float> softcap,
+             const std::optional<Floats>& relative, const std::vector<uint32_t>& buckets) {
             e.attend({out, q, id(k), id(v), spans, id(cache), heads, kv_heads, head_dim, scale,
-                      window.value_or(0), softcap.value_or(0.0f)});
+                      window.value_or(0), softcap.value_or(0.0f), vector(relative), buckets});
           },
           "out"_a, "q"_a, "k"_a.none(), "v"_a.none(), "spans"_a, "cache"_a.none(), "heads"_a,
-          "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a.none(), "softcap"_a.none())
+          "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a.none(), "softcap"_a.none(),
+          "relative"_a.none() = nb::none(), "buckets"_a = std::vector<uint32_t>{})
       .def(
           "mixture_of_experts",
           [](Executor& e, size_t out, size_t x, TileRef router, const std::vector<TileRef>& gate,
@@ -380,11 +382,25 @@ void bind_ops(nb::class_<Executor>& c) {
           "out"_a, "x"_a, "router"_a, "gate"_a, "up"_a, "down"_a, "top_k"_a, "activation"_a,
           "normalize"_a, "jitter"_a.none(), "scale"_a, "residual"_a.none(), "adapters"_a.none(),
           "biases"_a, "shared"_a.none())
-      .def("add", &Executor::add, "out"_a, "a"_a, "b"_a, "scale"_a)
+      .def(
+          "add",
+          [](Executor& e, size_t out, size_t a, size_t b, float scale, MaybeId gate, size_t column,
+             const std::optional<std::string>& act) {
+            e.add({out, a, b, scale, id(gate), column, activation_named(act)});
+          },
+          "out"_a, "a"_a, "b"_a, "scale"_a, "gate"_a.none() = nb::none(), "column"_a = 0,
+          "activation"_a.none() = nb::none())
+      .def(
+          "modulate",
+          [](Executor& e, size_t out, size_t x, size_t by, size_t shift, size_t scale, float eps) {
+            e.modulate({out, x, by, shift, scale, eps});
+          },
+          "out"_a, "x"_a, "by"_a, "shift"_a, "scale"_a, "eps"_a)
       .def("softcap", &Executor::softcap, "out"_a, "x"_a, "cap"_a)
       .def("gather_rows", &Executor::gather_rows, "out"_a, "x"_a, "index"_a, "mean"_a = false)
       .def("overlay", &Executor::overlay, "out"_a, "x"_a, "rows"_a, "index"_a)
       .def("concatenate", &Executor::concatenate, "out"_a, "a"_a, "b"_a)
+      .def("concatenate_rows", &Executor::concatenate_rows, "out"_a, "a"_a, "b"_a)
       .def(
           "gather_columns",
           [](Executor& e, size_t out, size_t x, const Columns& order) {

@@ -40,6 +40,20 @@ Vector part(const Vector& all, size_t index, size_t parts) {
   return {begin, begin + size};
 }
 
+// Of [distances][heads] those of each head by distance, with more of the outermost on both sides.
+Vector spread(const Vector& relative, const std::vector<uint32_t>& buckets, size_t heads) {
+  expect(heads > 0 && relative.size() % heads == 0 && buckets.size() % 2 == 1 &&
+             *std::max_element(buckets.begin(), buckets.end()) < relative.size() / heads,
+         "relative positions are of an odd number of distances, each of them there");
+  Vector all;
+  for (size_t head = 0; head < heads; ++head)
+    for (size_t i = 0; i < buckets.size() + 2 * kLanes; ++i) {
+      const size_t at = std::clamp(i, kLanes, buckets.size() - 1 + kLanes) - kLanes;
+      all.push_back(relative[buckets[at] * heads + head]);
+    }
+  return all;
+}
+
 // A weight's format and shape, as profiles tell them.
 std::string described(const Tile& w) {
   return std::string(info(w.format()).name) + " " + std::to_string(w.rows()) + "x" +
@@ -113,6 +127,14 @@ void Executor::add_phase(std::string name, std::unique_ptr<Phase> phase) {
 const Buffer& Executor::floats(size_t id) {
   buffers_.at(id)->wants_float = true;
   return *buffers_[id];
+}
+
+const Buffer& Executor::one_row(size_t id, size_t column, size_t columns) {
+  const Buffer& value = floats(id);
+  expect(column <= value.width && columns <= value.width - column,
+         "columns of a gate or a modulation are not there");
+  single_.push_back(value.space);
+  return value;
 }
 
 void Executor::read(Phase& phase, size_t x, const Tile& weight) {
@@ -344,6 +366,10 @@ void Executor::add_attend(const AttendOp& op, Keys keys, size_t from, size_t sto
 void Executor::attend(AttendOp op) {
   if (op.k == kNone) return add_attend(op, Keys::kRecalled, kNone, kNone);
   const bool cached = op.cache != kNone;
+  if (!op.relative.empty()) {
+    expect(!cached, "positions are relative without a cache only");
+    op.by_head = spread(op.relative, op.buckets, op.heads);
+  }
   const size_t space = buffers_.at(op.k)->space;
   if (!cached) {
     op.cache = uncached_.layers.size();
@@ -510,16 +536,56 @@ void Executor::combine(const Mixture& m) {
   add_phase("moe combine", std::move(phase));
 }
 
-void Executor::add(size_t out, size_t a, size_t b, float scale) {
-  const Buffer &x = floats(a), &y = floats(b), &to = *buffers_[out];
-  expect(x.width == y.width && x.width == to.width, "a sum's inputs differ in width");
+void Executor::add(AddOp op) {
+  const Buffer &x = floats(op.a), &y = floats(op.b), &to = *buffers_.at(op.out);
+  expect(x.width == y.width && x.width == to.width && x.space == to.space && y.space == to.space,
+         "a sum's inputs differ in width or rows");
+  const Buffer* gate = op.gate == kNone ? nullptr : &one_row(op.gate, op.column, to.width);
+  auto phase = row_phase(
+      to, pool_->threads(), [&k = kernels_, &x, &y, &to, gate, op](const Step&, size_t r) {
+        const float* by = gate == nullptr ? nullptr : gate->data + op.column;
+        k.add_gated(x.row(r), y.row(r), op.scale, by, op.activation, to.width, to.row(r));
+        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
+      });
+  phase->reads = {op.a, op.b};
+  if (gate != nullptr) phase->reads.push_back(op.gate);
+  phase->writes = {op.out};
+  phase->quantizes = true;
+  add_phase("add", std::move(phase));
+}
+
+void Executor::modulate(ModulateOp op) {
+  const Buffer &x = floats(op.x), &to = *buffers_.at(op.out);
+  expect(x.width == to.width && x.space == to.space, "a modulation keeps its rows and width");
+  const Buffer& by = one_row(op.by, std::max(op.shift, op.scale), to.width);
   auto phase =
-      row_phase(to, pool_->threads(), [&k = kernels_, &x, &y, &to, scale](const Step&, size_t r) {
-        k.add_scaled(x.row(r), y.row(r), scale, to.width, to.row(r));
+      row_phase(to, pool_->threads(), [&k = kernels_, &x, &to, &by, op](const Step&, size_t r) {
+        auto* const weight = static_cast<float*>(thread_memory(to.width * sizeof(float)));
+        for (size_t i = 0; i < to.width; ++i) weight[i] = 1.0f + by.data[op.scale + i];
+        k.layer_norm(x.row(r), to.width, to.width, weight, by.data + op.shift, op.eps, to.row(r));
+        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
+      });
+  phase->reads = {op.x, op.by};
+  phase->writes = {op.out};
+  phase->quantizes = true;
+  add_phase("modulate", std::move(phase));
+}
+
+void Executor::concatenate_rows(size_t out, size_t a, size_t b) {
+  const Buffer &first = floats(a), &second = floats(b), &to = *buffers_.at(out);
+  expect(first.width == to.width && second.width == to.width,
+         "rows one after another are equally wide");
+  joined_.push_back({to.space, first.space, second.space});
+  auto phase = row_phase(
+      to, pool_->threads(), [&k = kernels_, &first, &second, &to](const Step& step, size_t r) {
+        const size_t rows = step.rows_of(first);
+        std::copy_n(r < rows ? first.row(r) : second.row(r - rows), to.width, to.row(r));
+        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
       });
   phase->reads = {a, b};
   phase->writes = {out};
-  add_phase("add", std::move(phase));
+  phase->quantizes = true;
+  add_phase("concatenate rows", std::move(phase));
 }
 
 void Executor::softcap(size_t out, size_t x, float cap) {
@@ -780,6 +846,11 @@ void Executor::check(const Inputs& in) const {
          "a run needs rows of each space, and all indices and values");
   for (size_t space = 0; space < in.rows.size(); ++space)
     expect(in.rows[space] <= limits_.rows[space], "too many rows in a step");
+  for (const size_t space : single_)
+    expect(in.rows[space] == 1, "a gate or a modulation has one row");
+  for (const auto& [both, a, b] : joined_)
+    expect(in.rows[both] == in.rows[a] + in.rows[b],
+           "rows one after another are as many as there are of both");
   for (size_t i = 0; i < indices_.size(); ++i) check_index(in, i);
   for (const auto& mixture : in.mixtures)
     for (const auto& [adapter, weight] : mixture)

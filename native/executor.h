@@ -1,6 +1,7 @@
 // Runs a program on the CPU: ops become phases, phases between two barriers run together, one call
 // a step.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -176,8 +177,27 @@ struct AttendOp {
   size_t cache;         // or memory; kNone: the rows of k and v in this run
   size_t heads, kv_heads, head_dim;
   float scale;
-  size_t window;  // 0: none
-  float softcap;  // 0: none
+  size_t window;                       // 0: none
+  float softcap;                       // 0: none
+  Vector relative = {};                // [distances][heads]; empty: none
+  std::vector<uint32_t> buckets = {};  // which of them is for -n, ..., n
+  Vector by_head = {};                 // [heads][-n - kLanes, ..., n + kLanes], from these
+
+  size_t reach() const { return buckets.size() / 2; }
+  const float* relative_of(size_t head) const {
+    const size_t centre = reach() + kLanes;
+    return by_head.empty() ? nullptr : &by_head[head * (2 * centre + 1) + centre];
+  }
+};
+struct AddOp {
+  size_t out, a, b;
+  float scale = 1.0f;
+  size_t gate = kNone, column = 0;  // a value of one row, and where it begins there
+  Activation activation = Activation::kNone;
+};
+struct ModulateOp {
+  size_t out, x, by, shift, scale;  // columns of `by`, a value of one row
+  float eps;
 };
 struct MoeOp {
   size_t out, x;
@@ -219,7 +239,8 @@ class Executor {
   void rotate(RotateOp op);
   void attend(AttendOp op);
   void mixture_of_experts(MoeOp op);
-  void add(size_t out, size_t a, size_t b, float scale);
+  void add(AddOp op);
+  void modulate(ModulateOp op);
   void softcap(size_t out, size_t x, float cap);
   // Of an index with axes, side by side, or their mean.
   void gather_rows(size_t out, size_t x, size_t index, bool mean = false);
@@ -227,6 +248,8 @@ class Executor {
   void overlay(size_t out, size_t x, size_t rows, size_t index);
   // out = the columns of a, then those of b
   void concatenate(size_t out, size_t a, size_t b);
+  // out = the rows of a, then those of b
+  void concatenate_rows(size_t out, size_t a, size_t b);
   // out[:, i] = x[:, order[i]]
   void gather_columns(size_t out, size_t x, std::vector<uint32_t> order);
   // No more ops: groups the phases and lays out the buffers. adapted: as adapters' layout.
@@ -305,6 +328,8 @@ class Executor {
               const Routing* routing = nullptr);
   // The value, which someone is going to read as it is.
   const Buffer& floats(size_t id);
+  // The same, and that it has one row in every run, with these columns.
+  const Buffer& one_row(size_t id, size_t column, size_t columns);
   // Float or int8 reading of `x`, whichever the weight wants.
   void read(Phase& phase, size_t x, const Tile& weight);
   // Phases that make the int8 form of values whose writers do not, group by group.
@@ -326,6 +351,8 @@ class Executor {
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<Index> indices_;
   std::vector<Sight> sights_;
+  std::vector<size_t> single_;                 // spaces of one row
+  std::vector<std::array<size_t, 3>> joined_;  // a space with the rows of two others
   KvCache cache_;
   KvCache uncached_;             // keys and values of attention without a cache, an op at a time
   size_t uncached_key_ = kNone;  // the value that stands for it

@@ -24,6 +24,9 @@ struct Query {
   float* out;      // [head_dim]
   int32_t begin;   // first position it sees
   int32_t end;     // one past the last; where it is not above begin, zeros are mixed
+  // Added to scores by distance from `own`, from -reach - kLanes to reach + kLanes; null: nothing.
+  const float* relative = nullptr;
+  int32_t own = 0;
 };
 
 enum class CacheType : uint8_t { kF16, kF32, kQ8_0 };
@@ -50,6 +53,7 @@ struct AttendArgs {
   const int32_t* table;  // block of each run of block_size positions
   size_t block_size, head_dim, value_bytes;
   float scale, softcap;  // softcap 0: none
+  int32_t reach = 0;     // of the queries' `relative`, which all have, or none
 };
 constexpr size_t kMaxQueries = 64;
 constexpr size_t kMaxHeadDim = 512;
@@ -101,6 +105,9 @@ struct Kernels : IntegerKernels {
   void (*finish_gated)(const float* gate, const float* up, size_t rows, const float* gate_bias,
                        const float* up_bias, Activation act, float* out, size_t stride, size_t n);
   void (*add_scaled)(const float* a, const float* b, float scale, size_t n, float* out);
+  // out = act(a + scale * gate * b); gate may be null
+  void (*add_gated)(const float* a, const float* b, float scale, const float* gate, Activation act,
+                    size_t n, float* out);
   void (*softcap)(const float* x, float cap, size_t n, float* out);
   void (*softmax)(float* x, size_t n);
   CacheType cache;

@@ -838,10 +838,16 @@ void finish_gated(const float* gate, const float* up, size_t rows, const float* 
     store_first(out, mul(activate(act, biased(gate, gate_bias, n)), biased(up, up_bias, n)), n);
 }
 
-void add_scaled(const float* a, const float* b, float scale, size_t n, float* out) {
+void add_gated(const float* a, const float* b, float scale, const float* gate, Activation act,
+               size_t n, float* out) {
   spans(n, [&](size_t i, size_t m) {
-    store_first(out + i, fma(load_first(b + i, m), set1(scale), load_first(a + i, m)), m);
+    const F32x16 by = gate != nullptr ? mul(load_first(gate + i, m), set1(scale)) : set1(scale);
+    store_first(out + i, activate(act, fma(load_first(b + i, m), by, load_first(a + i, m))), m);
   });
+}
+
+void add_scaled(const float* a, const float* b, float scale, size_t n, float* out) {
+  add_gated(a, b, scale, nullptr, Activation::kNone, n, out);
 }
 
 void softcap(const float* x, float cap, size_t n, float* out) {
@@ -1001,6 +1007,7 @@ constexpr squall::Kernels table(const char* isa, CacheType type) {
       finish,
       finish_gated,
       add_scaled,
+      add_gated,
       softcap,
       softmax,
       type,

@@ -445,7 +445,7 @@ class AttendPhase final : public Phase {
         queries[i] = query(view, rows.begin + (first + i) / group(),
                            kv_head * group() + (first + i) % group());
       fn({queries, count, head.keys, head.values, table, limits_.block_size, op_.head_dim,
-          head.value_bytes, op_.scale, op_.softcap},
+          head.value_bytes, op_.scale, op_.softcap, static_cast<int32_t>(op_.reach())},
          first);
     }
   }
@@ -454,7 +454,7 @@ class AttendPhase final : public Phase {
     const int32_t from = op_.window == 0 ? 0 : own + 1 - static_cast<int32_t>(op_.window);
     const size_t column = head * op_.head_dim;
     return {q_.row(row) + column, out_.row(row) + column, std::max(view.begin[row], from),
-            view.end[row]};
+            view.end[row],        op_.relative_of(head),  own};
   }
   void quantize(const RowRun& rows, size_t kv_head) const {
     if (out_.quant == nullptr || !quantizes) return;

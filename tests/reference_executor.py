@@ -47,7 +47,7 @@ Array = NDArray[np.float32]
 
 
 def gelu(x: Array) -> Array:
-    return np.float32(0.5) * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return np.float32(0.5) * x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
 
 
 def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:

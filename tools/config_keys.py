@@ -38,12 +38,12 @@ WITHOUT_EFFECT = {
 UNUSED = {"initializer_factor", "projection_dim", "vision_use_head", "torch_dtype"}
 # Of the text's keys without effect: what an image is.
 OF_IMAGES = {"mm_tokens_per_image"}
-# Whose parts are described, and the parts of others that models may have.
+# Whose parts are described, and the parts that models may have beside those.
 SEEING = (
     "Gemma3", "Idefics2", "Idefics3", "Llava", "LlavaNext", "Mistral3", "Mllama", "Qwen2VL",
     "Qwen2_5_VL", "SmolVLM",
 )  # fmt: skip
-MORE_PARTS = ("CLIPVision", "SiglipVision", "PixtralVision")
+MORE_PARTS = ("CLIPVision", "SiglipVision", "PixtralVision", "CLIPText", "T5")
 # Read by training alone, except in this architecture.
 JITTER, WITH_JITTER = "router_jitter_noise", "phimoe"
 

@@ -16,11 +16,14 @@ class Reach:
     """What the rows of an attention see: where spans come from, and its cache, or its memory.
 
     read: what keys and values are made of, of the rows themselves; by default of these alone.
+    relative, buckets: see `program.Attend`.
     """
 
     spans: p.Index
     cache: int | None = None
     read: Callable[[p.Value], p.Value] = lambda value: value
+    relative: p.Vector | None = None
+    buckets: tuple[int, ...] = ()
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Blocks:
     """Makes ops with the weights of `names`, whose roles have `shapes`.
 
     rotary: where a row is for its rotary embedding. context: positions that there are.
+    prefix: what roles begin with in `names`.
     """
 
     names: p.Names
@@ -39,6 +43,7 @@ class Blocks:
     angles: dict[tuple[tuple[float, ...], float, tuple[int, ...]], p.Value] = field(
         default_factory=dict
     )
+    prefix: str = ""
 
     def layer(
         self,
@@ -84,7 +89,7 @@ class Blocks:
         read = reach.read(h)
         q, k, v = self.heads(name, a, q=h, k=read, v=read)
         out = self.builder.value(f"{name}.out", q.width, h.rows)
-        how = (reach.cache, *sizes, a.scale, a.window, a.softcap)
+        how = (reach.cache, *sizes, a.scale, a.window, a.softcap, reach.relative, reach.buckets)
         return self.builder.emit(p.Attend(out, q, k, v, reach.spans, *how))
 
     def heads(self, name: str, a: Attention, **of: p.Value) -> list[p.Value]:
@@ -186,7 +191,9 @@ class Blocks:
 
     def matrix(self, role: str) -> p.Matrix:
         *experts, rows, cols = self.shapes[f"{role}.weight"]
-        return p.Matrix(self.names[f"{role}.weight"], rows, cols, math.prod(experts), role)
+        own = self.prefix + role
+        return p.Matrix(self.names[f"{own}.weight"], rows, cols, math.prod(experts), own)
 
     def vector(self, role: str, *, offset: float = 0.0) -> p.Vector:
-        return p.Vector(self.names[role], self.shapes[role][0], offset, role)
+        own = self.prefix + role
+        return p.Vector(self.names[own], self.shapes[role][0], offset, own)

@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from squall.spec import Attention, Connector, Decoder, Layer, Mlp, Moe, Norm, Perceiver, Tower
+from squall.spec import (
+    Attention,
+    AutoEncoder,
+    Connector,
+    Decoder,
+    Encoder,
+    Layer,
+    Mlp,
+    Moe,
+    Norm,
+    Perceiver,
+    Tower,
+)
 
-Network = Decoder | Tower | Connector | Perceiver
+Network = Decoder | Tower | Connector | Perceiver | Encoder | AutoEncoder
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -21,8 +33,13 @@ ATTENTION = {False: "attention", True: "recall"}
 
 
 def roles(network: Network) -> Shapes:
-    """Every weight: matrices `[rows, cols]`, experts `[experts, rows, cols]`, vectors `[size]`."""
+    """Every weight: matrices `[rows, cols]`, experts `[experts, rows, cols]`, vectors `[size]`.
+
+    And convolutions `[rows, channels, 3, 3]`.
+    """
     match network:
+        case AutoEncoder():
+            return _auto_encoder(network)
         case Decoder():
             return _decoder(network)
         case Tower():
@@ -31,6 +48,8 @@ def roles(network: Network) -> Shapes:
             return _connector(network)
         case Perceiver():
             return _perceiver(network)
+        case Encoder():
+            return _encoder(network)
 
 
 def _decoder(decoder: Decoder) -> Shapes:
@@ -82,6 +101,59 @@ def _perceiver(p: Perceiver) -> Shapes:
     for index, layer in enumerate(p.layers):
         shapes |= _norm(f"layers.{index}.attention.context_norm", layer.norm, p.hidden)
     return shapes
+
+
+def _encoder(e: Encoder) -> Shapes:
+    shapes = _linear("embed", e.vocab, e.hidden) | _norm("norm", e.norm, e.hidden)
+    if e.positions:
+        shapes |= _linear("positions", e.positions, e.hidden)
+    if e.relative is not None:
+        shapes["relative.weight"] = (e.relative.buckets * e.layers[0].attention.heads,)
+    return shapes | _layers(e.layers, e.hidden)
+
+
+def _auto_encoder(a: AutoEncoder) -> Shapes:
+    """Levels are resolutions, the finest first."""
+    last = len(a.widths) - 1
+    shapes = _convolution("encoder.conv_in", a.widths[0], 3)
+    shapes |= _convolution("decoder.conv_in", a.widths[last], a.latent)
+    for level, width in enumerate(a.widths):
+        finer, coarser = a.widths[max(level - 1, 0)], a.widths[min(level + 1, last)]
+        for side, given, blocks in (("encoder", finer, 0), ("decoder", coarser, 1)):
+            for block in range(a.blocks + blocks):
+                name = f"{side}.levels.{level}.{block}"
+                shapes |= _residual(name, width, width if block else given)
+            if level != (0 if blocks else last):
+                shapes |= _convolution(f"{side}.levels.{level}.resize", width, width)
+    for side, rows, finest in (("encoder", 2 * a.latent, last), ("decoder", 3, 0)):
+        middle, width = f"{side}.middle", a.widths[last]
+        shapes |= _residual(f"{middle}.0", width, width) | _residual(f"{middle}.1", width, width)
+        if a.attends:
+            shapes |= _affine(f"{middle}.attention.norm", width)
+            for part in ("q", "k", "v", "out"):
+                shapes |= _linear(f"{middle}.attention.{part}", width, width, bias=True)
+        shapes |= _affine(f"{side}.norm_out", a.widths[finest])
+        shapes |= _convolution(f"{side}.conv_out", rows, a.widths[finest])
+    if a.mixes:
+        shapes |= _linear("encoder.mix", 2 * a.latent, 2 * a.latent, bias=True)
+        shapes |= _linear("decoder.mix", a.latent, a.latent, bias=True)
+    return shapes
+
+
+def _residual(role: str, rows: int, channels: int) -> Shapes:
+    shapes = _affine(f"{role}.norm1", channels) | _affine(f"{role}.norm2", rows)
+    shapes |= _convolution(f"{role}.conv1", rows, channels)
+    shapes |= _convolution(f"{role}.conv2", rows, rows)
+    same = rows == channels
+    return shapes if same else shapes | _linear(f"{role}.shortcut", rows, channels, bias=True)
+
+
+def _convolution(role: str, rows: int, channels: int) -> Shapes:
+    return {f"{role}.weight": (rows, channels, 3, 3), f"{role}.bias": (rows,)}
+
+
+def _affine(role: str, size: int) -> Shapes:
+    return {f"{role}.weight": (size,), f"{role}.bias": (size,)}
 
 
 def _layers(layers: Sequence[Layer], hidden: int, name: str = "layers") -> Shapes:

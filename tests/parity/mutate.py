@@ -6,9 +6,20 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from squall.spec import Connector, Decoder, Layer, LinearScaling, Norm, Rope, Tiles, Tower
+from squall.spec import (
+    Connector,
+    Decoder,
+    Encoder,
+    Layer,
+    LinearScaling,
+    Norm,
+    Relative,
+    Rope,
+    Tiles,
+    Tower,
+)
 
-Spec = TypeVar("Spec", Decoder, Tower, Connector)
+Spec = TypeVar("Spec", Decoder, Tower, Connector, Encoder)
 
 # What an absent option becomes.
 PRESENT: dict[str, Any] = {
@@ -24,6 +35,7 @@ PRESENT: dict[str, Any] = {
     "norm": Norm("layer", 0.01, bias=True),
     "activation": "relu",
     "rope": Rope(10000.0, 32),
+    "relative": Relative(8, 16),
     "tiles": Tiles(2, 1, (0.5, 0.5, 0.5), (), (0,)),
 }
 # Where one more would be out of range, or would not cross a rounding or a threshold.
@@ -37,6 +49,7 @@ OWN: dict[str, Callable[[Any, int], Any]] = {
     "order": lambda value, _: tuple(reversed(value)),
     "widths": lambda value, _: tuple(width + 1 for width in value),
     "local": lambda value, _: value ^ {0},
+    "farthest": lambda value, _: value * 2,
     "read": lambda value, _: tuple(max(layer - 1, 0) for layer in value),
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import cast
 
 from squall.checkpoints.base import Checkpoint, Tensor
@@ -25,7 +24,7 @@ from squall.recipes import (
 from squall.recipes.config_fields import ConfigFields
 from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
-from squall.recipes.linears import linears, named
+from squall.recipes.linears import linears, named, stored
 from squall.recipes.names import Kind, Naming, Part, place
 from squall.spec import Decoder
 
@@ -130,16 +129,7 @@ def _load_uqff(name: str, checkpoint: Checkpoint) -> Recipe:
     tensors, originals = named(order, checkpoint.tensors)
     fields = config.fields(checkpoint.metadata, tensors, name)
     recipe = _from_config(name, checkpoint, tensors, fields)
-
-    def original(names: Names) -> Names:
-        return MappingProxyType(
-            {
-                role: tuple(replace(p, tensor=originals.get(p.tensor, p.tensor)) for p in places)
-                for role, places in names.items()
-            }
-        )
-
-    parts = tuple(replace(part, names=original(part.names)) for part in recipe.parts)
+    parts = tuple(replace(part, names=stored(part.names, originals)) for part in recipe.parts)
     return replace(recipe, parts=parts)
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from squall.checkpoints.base import Tensor
 from squall.checkpoints.uqff import bias_name, weight_name
 from squall.errors import InvalidCheckpoint
+from squall.program import Names
 from squall.recipes.names import Naming
-from squall.spec import Decoder, Moe
+from squall.spec import Decoder, Encoder, Moe
 
 # Whose q, k and v are one linear, and gate and up another.
 FUSED = ("Phi3ForCausalLM",)
 # Whose router of the experts is quantized.
 ROUTED = ("MixtralForCausalLM",)
-# Whose head is not, nor the layers that recall.
-HEADLESS = ("MllamaForConditionalGeneration",)
+# Whose head is not, nor the layers that recall; or that have none.
+HEADLESS = ("MllamaForConditionalGeneration", "T5EncoderModel")
 _ATTENTION = ("attention.q", "attention.k", "attention.v", "attention.out")
 _MLP = ("feed_forward.gate", "feed_forward.up", "feed_forward.down")
 _EXPERT = tuple(f"feed_forward.experts.{part}" for part in ("gate", "down", "up"))
@@ -34,9 +36,9 @@ class Linear:
     expert: int = 0
 
 
-def linears(architecture: str, decoder: Decoder, naming: Naming) -> tuple[Linear, ...]:
+def linears(architecture: str, spec: Decoder | Encoder, naming: Naming) -> tuple[Linear, ...]:
     found = [] if architecture in HEADLESS else [_single(naming, "head")]
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(spec.layers):
         if layer.attention.recalls:
             continue
         stems = [*_ATTENTION, *([] if isinstance(layer.feed_forward, Moe) else _MLP)]
@@ -70,6 +72,16 @@ def named(
             originals[f"{linear.tensor}.bias"] = bias_name(index)
     renamed = {name: t for name, t in tensors.items() if not name.startswith("uqff.")}
     return renamed | {name: tensors[own] for name, own in originals.items()}, originals
+
+
+def stored(names: Names, originals: Mapping[str, str]) -> Names:
+    """Places in tensors of usual names, in those of the checkpoint."""
+    return MappingProxyType(
+        {
+            role: tuple(replace(p, tensor=originals.get(p.tensor, p.tensor)) for p in places)
+            for role, places in names.items()
+        }
+    )
 
 
 def _single(naming: Naming, role: str) -> Linear:

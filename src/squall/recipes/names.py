@@ -169,6 +169,9 @@ class _Finder:
     def slice(self, name: str, shape: tuple[int, ...]) -> Slice:
         """The whole tensor: its rows, or, of a vector, its elements."""
         self.tensors[name].check_format()
+        if len(shape) == 4:  # a convolution
+            self.check(name, shape)
+            return Slice(name, 0, shape[0], taps=math.prod(shape[2:]))
         return Slice(name, 0, math.prod(shape[:-1] or shape))
 
     def fused(self, role: str) -> tuple[Slice, ...]:

@@ -1,0 +1,166 @@
+"""Autoencoders: the original file of FLUX, `ae.safetensors`, and folders of diffusers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any
+
+from squall.checkpoints.base import Checkpoint, Tensor
+from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.recipes.config_fields import flatten
+from squall.recipes.fields import NEUTRAL, Fields
+from squall.recipes.names import Naming, Part, place
+from squall.roles import roles
+from squall.spec import AutoEncoder
+
+# What diffusers takes for what a config.json does not say.
+DEFAULTS: Mapping[str, Any] = {
+    "block_out_channels": [64], "latent_channels": 4, "layers_per_block": 1,
+    "norm_num_groups": 32, "scaling_factor": 0.18215,
+}  # fmt: skip
+# The only values that can be followed, which are diffusers' defaults too.
+KNOWN: Mapping[str, tuple[object, ...]] = {
+    "_class_name": ("AutoencoderKL",),
+    "act_fn": ("silu", "swish"),
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "in_channels": (3,),
+    "out_channels": (3,),
+}
+MOST_WIDTH, MOST_LEVELS, MOST_BLOCKS = 1 << 14, 8, 64
+Names = tuple[tuple[str, str], ...]
+# Patterns of roles and what stands in names in their place; {0} and {1} are the pattern's groups,
+# {back} the first counted from the end of levels.
+_BOTH: Names = ((r"encoder\.mix", "quant_conv"), (r"decoder\.mix", "post_quant_conv"))
+ORIGINAL: Names = (
+    *_BOTH,
+    (r"encoder\.levels\.(\d+)\.resize", "encoder.down.{0}.downsample.conv"),
+    (r"encoder\.levels\.(\d+)\.(\d+)", "encoder.down.{0}.block.{1}"),
+    (r"decoder\.levels\.(\d+)\.resize", "decoder.up.{0}.upsample.conv"),
+    (r"decoder\.levels\.(\d+)\.(\d+)", "decoder.up.{0}.block.{1}"),
+    (r"middle\.0", "mid.block_1"),
+    (r"middle\.1", "mid.block_2"),
+    (r"middle\.attention\.out", "mid.attn_1.proj_out"),
+    (r"middle\.attention", "mid.attn_1"),
+    (r"shortcut", "nin_shortcut"),
+)
+_FOLDER: Names = (
+    *_BOTH,
+    (r"encoder\.levels\.(\d+)\.resize", "encoder.down_blocks.{0}.downsamplers.0.conv"),
+    (r"encoder\.levels\.(\d+)\.(\d+)", "encoder.down_blocks.{0}.resnets.{1}"),
+    (r"decoder\.levels\.(\d+)\.resize", "decoder.up_blocks.{back}.upsamplers.0.conv"),
+    (r"decoder\.levels\.(\d+)\.(\d+)", "decoder.up_blocks.{back}.resnets.{1}"),
+    (r"middle\.(\d)", "mid_block.resnets.{0}"),
+    (r"middle\.attention\.norm", "mid_block.attentions.0.group_norm"),
+    (r"shortcut", "conv_shortcut"),
+    (r"norm_out", "conv_norm_out"),
+)
+FOLDER: Names = (
+    *_FOLDER,
+    (r"middle\.attention\.out", "mid_block.attentions.0.to_out.0"),
+    (r"middle\.attention\.(.)", "mid_block.attentions.0.to_{0}"),
+)
+OLDER: Names = (
+    *_FOLDER,
+    (r"middle\.attention\.q", "mid_block.attentions.0.query"),
+    (r"middle\.attention\.k", "mid_block.attentions.0.key"),
+    (r"middle\.attention\.v", "mid_block.attentions.0.value"),
+    (r"middle\.attention\.out", "mid_block.attentions.0.proj_attn"),
+)
+
+
+class _Config(Fields):
+    def _is_harmless(self, key: str, value: object) -> bool:
+        known = (*KNOWN, "sample_size", "force_upcast")
+        return key.startswith("_") or key in known or value in (*NEUTRAL, [])
+
+
+def load_vae(checkpoint: Checkpoint) -> Part:
+    """The autoencoder of a checkpoint, in whichever layout."""
+    tensors, given = checkpoint.tensors, checkpoint.metadata
+    layout, config = _layout(tensors), DEFAULTS | given
+    if layout is ORIGINAL and given.get("_class_name") not in KNOWN["_class_name"]:
+        config = DEFAULTS | _flux(tensors)  # the config.json is another model's, or there is none
+    for key, known in KNOWN.items():
+        found = config.get(key, [])
+        if any(value not in known for value in (found if isinstance(found, list) else [found])):
+            raise UnsupportedModel(f"{key} is {found!r:.99} of the autoencoder; known: {known[0]}")
+    spec = _spec(_Config(dict(flatten(config)), tensors))
+    return place([Part("vae", spec, _naming(spec, layout))], tensors, read=set())[0]
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> Names:
+    if "decoder.up.0.block.0.conv1.weight" in tensors:
+        return ORIGINAL
+    if "decoder.up_blocks.0.resnets.0.conv1.weight" in tensors:
+        older = "decoder.mid_block.attentions.0.query.weight" in tensors
+        return OLDER if older else FOLDER
+    raise InvalidCheckpoint(
+        "the file is no autoencoder: it has neither decoder.up.0.block.0.conv1.weight, as "
+        "ae.safetensors has, nor decoder.up_blocks.0.resnets.0.conv1.weight, as diffusers has"
+    )
+
+
+def _flux(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a config.json would say of an original file: sizes as its tensors have them."""
+
+    def channels(name: str, axis: int = 0) -> int:
+        shape = tensors[name].shape if name in tensors else ()
+        if len(shape) != 4:
+            raise InvalidCheckpoint(f"the tensor {name} is missing, or has shape {shape}")
+        return shape[axis]
+
+    def all_of(name: str) -> list[int]:
+        found = map(name.format, range(len(tensors)))
+        return [channels(one) for one in takewhile(tensors.__contains__, found)]
+
+    widths = all_of("encoder.down.{}.block.0.conv1.weight")
+    mixes = "quant_conv.weight" in tensors
+    return {
+        "block_out_channels": widths,
+        "latent_channels": channels("decoder.conv_in.weight", 1),
+        "layers_per_block": len(all_of("encoder.down.0.block.{}.conv1.weight")),
+        "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in tensors,
+        "use_quant_conv": mixes, "use_post_quant_conv": mixes,
+        "scaling_factor": 0.3611, "shift_factor": 0.1159,
+    }  # fmt: skip
+
+
+def _spec(c: Fields) -> AutoEncoder:
+    widths = c.indices("block_out_channels", below=MOST_WIDTH + 1)
+    groups = c.count("norm_num_groups", high=MOST_WIDTH)
+    if not 1 <= len(widths) <= MOST_LEVELS or any(not n or n % groups for n in widths):
+        raise InvalidCheckpoint(
+            f"block_out_channels is {widths!s:.99}; it must be 1 to {MOST_LEVELS} multiples of "
+            f"norm_num_groups, which is {groups}"
+        )
+    mixes = c.flag("use_quant_conv", True)
+    if c.flag("use_post_quant_conv", True) != mixes:
+        raise UnsupportedModel("use_quant_conv and use_post_quant_conv differ")
+    spec = AutoEncoder(
+        c.count("latent_channels", high=MOST_WIDTH),
+        widths,
+        c.count("layers_per_block", high=MOST_BLOCKS),
+        groups,
+        c.number("scaling_factor"),
+        c.number("shift_factor", 0.0, low=-1e9),
+        attends=c.flag("mid_block_add_attention", True),
+        mixes=mixes,
+    )
+    c.check_all_read()
+    return spec
+
+
+def _naming(spec: AutoEncoder, layout: Names) -> Naming:
+    last, stems = len(spec.widths) - 1, {}
+    for role in roles(spec):
+        stem = name = role.rpartition(".")[0]
+        for pattern, template in layout:
+            if match := re.search(pattern, name):
+                back = last - int(match[1]) if "{back}" in template else 0
+                made = template.format(*match.groups(), back=back)
+                name = name[: match.start()] + made + name[match.end() :]
+        stems[stem] = name
+    return Naming(stems, "")
