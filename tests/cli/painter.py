@@ -15,9 +15,11 @@ from squall.errors import InvalidRequest
 from squall.opening import Opening
 from squall.quant import FormatTotal
 
+SECONDS = {"a slow cat": 1.0, "stuck": 0.5}  # of a step
+
 
 class Painter:
-    """A pipeline. A prompt of "slow" takes so long that it must be cancelled."""
+    """A pipeline."""
 
     steps, guidance, max_prompt = 4, 3.5, 32
     formats = (FormatTotal("q4_k", 2, 512, 288),)
@@ -36,7 +38,9 @@ class Painter:
         steps = request.steps or self.steps
         for step in range(steps + 1):
             on_step(step, steps)
-            time.sleep("slow" in request.prompt)
+            time.sleep(SECONDS.get(request.prompt, 0))
+            if request.prompt == "stuck" and step:
+                time.sleep(60)
         seed = request.seed % 256
         columns = np.arange(request.width) + seed
         pixels = np.zeros((request.height, request.width, 3), np.uint8)

@@ -175,10 +175,10 @@ class Easel:
                 return painting.result()
         except KeyboardInterrupt:
             if painting is None:
-                raise
-        painting.cancel()
-        note("\nit ends with this step; Ctrl-C again ends the program at once")
+                return None
         try:
+            painting.cancel()
+            note("\nit ends with this step; Ctrl-C again ends the program at once")
             wait([painting.future])
         except KeyboardInterrupt:
             os._exit(INTERRUPTED)
@@ -187,8 +187,8 @@ class Easel:
 
 def free(prompt: str, seed: int) -> Path:
     """A file of the current folder that is not there yet, named after the prompt."""
-    words = "-".join(re.findall(r"\w+", prompt.lower()))[:MOST_NAME].strip("-")
-    paths = (Path(f"image-{words}-{seed}{f'-{n}' * (n > 1)}.png") for n in count(1))
+    words = "-".join(["image", *re.findall(r"\w+", prompt.lower())])[:MOST_NAME].rstrip("-")
+    paths = (Path(f"{words}-{seed}{f'-{n}' * (n > 1)}.png") for n in count(1))
     return next(path for path in paths if not path.exists())
 
 
