@@ -170,8 +170,8 @@ class Easel:
         painting = None
         try:
             with progress("step", "decoding") as shown:
-                shown(0, request.steps or self.model.steps)
                 painting = self.model.submit(request, shown)
+                shown(painting.step, painting.steps)
                 return painting.result()
         except KeyboardInterrupt:
             if painting is None:
