@@ -130,7 +130,7 @@ def tokens(length: int) -> list[int]:
 # ---- parity ----
 
 
-@pytest.mark.parametrize("executor", ["reference"])
+@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("feed_forward", FEED_FORWARDS)
 def test_t5(tmp_path: Path, feed_forward: str, executor: str) -> None:
     case = t5(tmp_path, feed_forward_proj=feed_forward)
