@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint, read_header
@@ -69,7 +69,7 @@ def find(opening: Opening) -> Files:
     path = _located(opening)
     folder = path if path.is_dir() else path.parent
     _check_pipeline(folder)
-    hub = opening.hub or Hub()
+    hub = replace(opening.hub or Hub(), revision="main")  # what is named is of the model alone
 
     def part(given: str | os.PathLike[str] | None, *places: str) -> Path | None:
         if given is not None:
