@@ -211,7 +211,7 @@ class _Lowering:
 def _lower(op: p.Op, to: _Lowering) -> None:
     """Hand one op to the core, which has most of them, and their fields, by the same names."""
     given = {field.name: to.of(getattr(op, field.name)) for field in fields(op)}
-    later = ["taps", "relative", *(("gate", "activation") if isinstance(op, p.Add) else ())]
+    later = ["relative", *(("gate", "activation") if isinstance(op, p.Add) else ())]
     if any(given.pop(name, None) is not None for name in later):
         raise ValueError(f"{', '.join(later)} are not there yet")
     given.pop("buckets", None)
