@@ -100,7 +100,7 @@ class Network:
                 values |= self._open(stage, rows).run(values, patient=True)
                 self._store.layouts.clear()
                 values = {name: value for name, value in values.items() if name in needed}
-            return values
+            return {value.name: values[value.name] for value in self.program.outputs}
 
         try:
             yield run
