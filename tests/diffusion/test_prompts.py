@@ -220,7 +220,7 @@ def saved(clip_folder: Path, path: Path) -> Path:
         ({"tokens": None}, InvalidCheckpoint),
         ({"scores": ["x"]}, InvalidCheckpoint),
         ({"scores": np.zeros(3, np.float32)}, InvalidCheckpoint),
-        ({"eos_token_id": None}, InvalidCheckpoint),
+        ({"tokens": ["a"] * 909, "eos_token_id": None}, InvalidCheckpoint),
         ({"eos_token_id": 10**6}, InvalidCheckpoint),
         ({"unknown_token_id": None}, InvalidCheckpoint),
         ({"precompiled_charsmap": [1, 2, 3]}, InvalidCheckpoint),
