@@ -43,6 +43,10 @@ class _Tokens:
             raise InvalidRequest(
                 "the prompt has half a surrogate pair; send valid Unicode"
             ) from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library's panics, of broken files, are no Exceptions
+            raise InvalidCheckpoint(f"the tokenizer cannot read the prompt: {error}") from None
 
 
 class T5Tokens(_Tokens):
