@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ class Chat:
         self._system = system
         self._history: list[dict[str, Any]] = []
         self._commands: dict[str, Callable[[str], None]] = {
-            "\\help": lambda _: _note(HELP),
+            "\\help": lambda _: note(HELP),
             "\\system": self._set_system,
             "\\image": self._show_image,
             "\\clear": lambda _: self._history.clear(),
@@ -48,27 +48,13 @@ class Chat:
 
     def loop(self) -> None:
         model = self._model
-        _note(f"{model.architecture}, context {model.context} tokens (of {model.spec.context}).")
-        _note(r"\help lists the commands.")
-        read = _reader()
-        while True:
-            try:
-                text = read().strip()
-            except (EOFError, KeyboardInterrupt):
-                return
-            command, _, argument = text.partition(" ")
-            if command == "\\exit":
-                return
-            if command in self._commands:
-                self._commands[command](argument.strip())
-            elif text.startswith("\\"):
-                _note(f"unknown command {command}; \\help lists them")
-            elif text:
-                self._reply(text)
+        note(f"{model.architecture}, context {model.context} tokens (of {model.spec.context}).")
+        note(r"\help lists the commands.")
+        converse(self._commands, self._reply)
 
     def _set_system(self, text: str) -> None:
         self._system = text or None
-        _note("system message set" if text else "system message removed")
+        note("system message set" if text else "system message removed")
 
     def _show_image(self, argument: str) -> None:
         """Answer a text about an image, which stays in the conversation."""
@@ -76,7 +62,7 @@ class Chat:
 
         sight, found = self._model.sight, _PLACE_TEXT.fullmatch(argument)
         if sight is None or found is None:
-            _note(f"error: {BLIND}" if sight is None else r"say \image PLACE TEXT")
+            note(f"error: {BLIND}" if sight is None else r"say \image PLACE TEXT")
             return
         *places, text = found.groups()
         place = "".join(filter(None, places))
@@ -85,11 +71,11 @@ class Chat:
             seen = sight.process(image).processed.text
             count = len(self._model.tokenizer.encode(seen, add_bos=False, specials=True))
         except SquallError as error:
-            _note(f"error: {error}")
+            note(f"error: {error}")
             return
         number = 1 + sum(isinstance(message["content"], list) for message in self._history)
         name = quote(re.split(r"[/\\]", place)[-1])[1:-1]
-        _note(f"[image {number}: {name}, {image.width} x {image.height}, {count} tokens]")
+        note(f"[image {number}: {name}, {image.width} x {image.height}, {count} tokens]")
         self._reply([{"type": "image", "source": image}, {"type": "text", "text": text}])
 
     def _messages(self) -> list[dict[str, Any]]:
@@ -104,7 +90,7 @@ class Chat:
             generation = self._settings.answer(self._model, prompt)
         except SquallError as error:
             self._history.pop()
-            _note(f"error: {error}\n\\clear begins anew")
+            note(f"error: {error}\n\\clear begins anew")
             return
         said: list[str] = []
         try:
@@ -113,10 +99,10 @@ class Chat:
         except KeyboardInterrupt:
             sys.stdout.write(" ^C")
         except SquallError as error:
-            _note(f"\nerror: {error}")
+            note(f"\nerror: {error}")
         sys.stdout.write("\n")
         sys.stdout.flush()
-        _note(summary(generation))
+        note(summary(generation))
         self._history.append({"role": "assistant", "content": "".join(said)})
 
     def _make_room(self) -> None:
@@ -127,10 +113,29 @@ class Chat:
         ):
             del self._history[:2]
         if forgotten := (before - len(self._history)) // 2:
-            _note(f"the context of {context} tokens is full; forgot the oldest turns: {forgotten}")
+            note(f"the context of {context} tokens is full; forgot the oldest turns: {forgotten}")
 
 
-def _note(text: str) -> None:
+def converse(commands: Mapping[str, Callable[[str], None]], say: Callable[[str], None]) -> None:
+    r"""Lines until \exit: commands, or what is said."""
+    read = _reader()
+    while True:
+        try:
+            text = read().strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        command, _, argument = text.partition(" ")
+        if command == "\\exit":
+            return
+        if command in commands:
+            commands[command](argument.strip())
+        elif text.startswith("\\"):
+            note(f"unknown command {command}; \\help lists them")
+        elif text:
+            say(text)
+
+
+def note(text: str) -> None:
     """On stderr, as stdout has the model's words alone."""
     sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if sys.stderr.isatty() else f"{text}\n")
     sys.stderr.flush()

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from typer.models import ArgumentInfo
 
 from squall.cli.options import keyword, taking
-from squall.cli.selectors import NOT_YET, SELECTORS, Selected
+from squall.cli.selectors import SELECTORS, Selected
 from squall.engine.fields import Number, described, help_of
 from squall.errors import ModelNotFound
 from squall.locate import looks_like_model
@@ -82,12 +82,9 @@ def command(
         going_on = _words(own, act, HELP_OF[name])
         app.command(name, rich_help_panel="Arguments", context_settings=HELP)(going_on)
     for word, selector in SELECTORS.items():
-        # What belongs to a kind that is not there yet is not known either.
-        unknown = word in NOT_YET
-        more = [] if unknown else [p for p in own if p.name not in _NAMES]
-        app.command(
-            word, rich_help_panel=PANEL, context_settings=HELP | {"ignore_unknown_options": unknown}
-        )(_after(more, selector, act, selector.__doc__))
+        more = [p for p in own if p.name not in _NAMES]
+        going_on = _after(more, selector, act, selector.__doc__)
+        app.command(word, rich_help_panel=PANEL, context_settings=HELP)(going_on)
     return app
 
 

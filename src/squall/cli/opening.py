@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from squall.api.which import Which
 from squall.checkpoints.hub import TOKEN_SOURCES, Hub
 from squall.cli import options
 from squall.cli.options import option
@@ -18,7 +19,24 @@ from squall.errors import InvalidRequest
 from squall.opening import DEFAULTS, KvDtype, Opening, Weights
 
 if TYPE_CHECKING:
+    from squall.diffusion.model import ImageModel
     from squall.model import Model
+
+
+# The fields of flags for models of one kind alone.
+OF_TEXT = """
+    mmproj device_layers tensor_parallel kv_dtype adapter merge temperature top_k top_p min_p
+    frequency_penalty presence_penalty repetition_penalty min_tokens dry_multiplier dry_base
+    dry_allowed_length dry_range dry_sequence_breakers max_tokens stop system chat_template raw
+    context draft json_schema grammar regex max_seqs max_queue queue_timeout adapter_folder
+    image_memory adapter_memory kv_tokens kv_memory kv_fraction kv_block no_kv_cache prefix_cache_n
+    prompt_batchsize truncate_sequence throughput
+"""
+OF_PICTURES = """
+    t5 clip vae size steps guidance strength n output show image_folder image_age
+"""
+# The options of a model that makes pictures, if it is opened beside one of text.
+SHARED = ("threads", "device", "exact", "hub", "t5", "clip", "vae")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +91,15 @@ class ModelFlags:
         return model
 
     def opening(self, selected: Selected, others: Opening = DEFAULTS) -> Opening:
-        given = {
-            item.name: value
-            for item in fields(Opening)
-            if (value := vars(self).get(item.name)) is not None
-        }
+        if self.makes_pictures(selected):
+            raise InvalidRequest(
+                "this model makes pictures, which is for squall run, serve, quantize and inspect; "
+                "name a model of text"
+            )
+        given = self._given()
         if found := torchrun():
             given.setdefault("tensor_parallel", found[1])
         given["command"] = tuple(sys.orig_argv[1:])
-        hub = Hub(self.revision, self.token_source, self.offline)
         if self.adapter:
             weighted = named_adapters(self.adapter)
             given["adapters"] = {name: path for name, (path, _) in weighted.items()}
@@ -90,15 +108,62 @@ class ModelFlags:
                 given["active"] = weights
             elif set(weights.values()) != {1.0}:
                 raise InvalidRequest("--adapter: requests choose the weights; leave them out")
-        opening = self._chosen(selected, replace(others, hub=hub, **given))
+        opening = self._chosen(selected, replace(others, **given))
         as_stored = opening.isq is None and opening.topology is None
         return opening if as_stored or opening.from_uqff is not None else _of_floats(opening)
+
+    def _given(self) -> dict[str, Any]:
+        """The options that flags of their names set, and the hub."""
+        named = {item.name: vars(self).get(item.name) for item in fields(Opening)}
+        given = {name: value for name, value in named.items() if value is not None}
+        return given | {"hub": Hub(self.revision, self.token_source, self.offline)}
+
+    def makes_pictures(self, selected: Selected) -> bool:
+        """Whether the model is one of pictures."""
+        path = selected or self.file or self.model
+        if not isinstance(path, str):
+            return isinstance(selected, Which.DiffusionPlain)
+        return _is_image_model(path)
+
+    def open_pictures(self, selected: Selected, beside: str | None = None) -> ImageModel:
+        """The model that makes pictures; a terminal is told how far it is.
+
+        beside: it is this one, and what is selected is a model of text, whose flags count.
+        """
+        from squall.diffusion.model import ImageModel
+
+        given = self._given()
+        with options.progress("loading") as shown:
+            if beside is None:
+                opening = self._chosen(selected, Opening(progress=shown, **given))
+            else:
+                shared = {name: given[name] for name in SHARED if name in given}
+                opening = Opening(beside, progress=shown, **shared)
+            return ImageModel.open_with(opening)
+
+    def check_kind(self, *, text: bool, pictures: bool) -> None:
+        """Raises InvalidRequest for flags that the models at hand can make no use of."""
+        useless = ("" if text else OF_TEXT) + ("" if pictures else OF_PICTURES)
+        for item in fields(self):
+            if item.name in useless.split() and getattr(self, item.name) != item.default:
+                kind = "pictures" if text else "text"
+                flag = item.name.replace("_", "-")
+                raise InvalidRequest(f"--{flag} is for models that make {kind}; leave it out")
 
     def _chosen(self, selected: Selected, others: Opening) -> Opening:
         check_one(self.file, self.model, selected)
         if selected is None or isinstance(selected, str):
             return replace(others, path=selected or self.file or self.model)
         return selected.opening(others)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFlags(ModelFlags):
+    """And where parts of models that make pictures are, if not with the model."""
+
+    t5: str | None = option(None, metavar="PATH_OR_ID", help="Its first encoder of texts.")
+    clip: str | None = option(None, metavar="PATH_OR_ID", help="Its second one.")
+    vae: str | None = option(None, metavar="PATH_OR_ID", help="What decodes its pictures.")
 
 
 def torchrun() -> tuple[int, int] | None:
@@ -151,3 +216,7 @@ def _formats(model: Model) -> str:
         for total in model.weight_formats
     ]
     return f"[weights: {', '.join(parts)}]"
+
+
+def _is_image_model(path: str) -> bool:
+    return Path(path).expanduser().joinpath("model_index.json").is_file()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PROGRESS_S = 0.5
+AVERAGED_S = 3600.0  # for the time left, as a step may take minutes
 
 File = Annotated[
     str | None, typer.Option("-f", "--file", help="A GGUF file; of a split one any part.")
@@ -95,19 +96,23 @@ def read_text(path: Path) -> str:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's stderr, told (done, whole); only if it takes longer than PROGRESS_S."""
+def progress(what: str, last: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, told (done, whole); only if it takes longer than PROGRESS_S.
+
+    last: what comes after all steps, which are long and counted, and have a bar from the start.
+    """
     start_s = time.monotonic()
     bar: Progress | None = None
     with ExitStack() as shown:
 
         def show(done: int, whole: int) -> None:
             nonlocal bar
-            if bar is None and done < whole and time.monotonic() - start_s > PROGRESS_S:
+            name = what if not last else last if done == whole else f"{what} {done + 1}/{whole}"
+            if bar is None and done < whole and (last or time.monotonic() - start_s > PROGRESS_S):
                 bar = shown.enter_context(_bar())
-                bar.add_task(what, total=whole, completed=done)
+                bar.add_task(name, total=whole, completed=done)
             elif bar is not None:
-                bar.update(bar.task_ids[0], completed=done, total=whole)
+                bar.update(bar.task_ids[0], description=name, completed=done, total=whole)
 
         yield show if sys.stderr.isatty() else lambda *_: None
 
@@ -117,5 +122,6 @@ def _bar() -> Progress:
     from rich.progress import Progress
 
     return Progress(
-        console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
-    )
+        console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False,
+        speed_estimate_period=AVERAGED_S,
+    )  # fmt: skip

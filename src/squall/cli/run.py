@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from squall.cli.flags import HELP_OF, TEXT, command
-from squall.cli.opening import ModelFlags
+from squall.cli.opening import PictureFlags
 from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option, read_text
 from squall.cli.selectors import Selected
 from squall.engine.sampling import SamplingFields
@@ -41,7 +41,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(SamplingFields, ModelFlags):
+class RunFlags(SamplingFields, PictureFlags):
     max_tokens: int = option(1024, help="At most so many tokens an answer.")
     stop: list[str] | None = option(None, help="Text that ends the answer.")
     system: str | None = option(None, help="A system message.")
@@ -57,8 +57,20 @@ class RunFlags(SamplingFields, ModelFlags):
     )
     regex: str | None = option(None, help="What the whole answer must match.")
     image: list[str] | None = option(
-        None, metavar="FILE|URL", help="An image that the PROMPT is about, or several."
+        None, metavar="FILE|URL",
+        help="An image that the PROMPT is about, or several; or that a picture begins with.",
+    )  # fmt: skip
+    size: str | None = option(
+        None, metavar="WxH", help="Of a picture, in multiples of 16; by default 1280x720."
     )
+    steps: int | None = option(None, help="In which a picture is made.")
+    guidance: float | None = option(None, help="How closely a picture is to follow the PROMPT.")
+    strength: float | None = option(None, help="How much of the image to make anew, up to 1.")
+    n: int = option(1, "--n", min=1, help="Pictures, each with the seed after the last one's.")
+    output: Path | None = option(
+        None, "-o", "--output", help="The picture's file; by default image-PROMPT-SEED.png here."
+    )
+    show: bool = option(True, "--show/--no-show", help="Show pictures too, on a terminal that can.")
     prompt: Annotated[str | None, typer.Argument(metavar=TEXT, help=HELP_OF[TEXT])] = None
 
     @property
@@ -96,11 +108,20 @@ def run(flags: RunFlags, selected: Selected) -> None:
 
     squall run FOLDER --image cat.png "What is this?"
 
+    squall run FLUX --size 512x512 --seed 1 "A cat on a fence."
+
     A pipe or a file on stdin is one prompt, behind the PROMPT if there is one.
 
     A PROMPT that is the name of a kind or a file has -- before it: squall run -- plain
     """
-    prompt = _asked(flags.prompt)
+    prompt, pictures = _asked(flags.prompt), flags.makes_pictures(selected)
+    flags.check_kind(text=not pictures, pictures=pictures)
+    if pictures:
+        from squall.cli.pictures import draw
+
+        with _interruptible():
+            draw(replace(flags, prompt=prompt), selected)
+        return
     with _interruptible(), flags.open(selected) as model:
         _converse(model, replace(flags, prompt=prompt))
 

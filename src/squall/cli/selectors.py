@@ -13,12 +13,9 @@ import typer
 from squall.api.which import NUMBERS, Selection, Which, chosen
 from squall.cli.options import keyword, taking
 from squall.cli.toml_selector import TomlSelection, read_toml
-from squall.errors import InvalidRequest
 
 Selected = Selection | TomlSelection | str | None
 
-# Words whose models cannot be opened yet, and what they are for.
-NOT_YET = {"diffusion-plain": "diffusion models"}
 # The fields of kinds as flags: letter and help; where two have one letter, the first has it.
 _FLAGS: dict[str, tuple[str, str]] = {
     "model_id": ("m", "A folder, or owner/name."),
@@ -87,25 +84,13 @@ def toml(
     return read_toml(file)
 
 
-def _not_yet(word: str, what: str) -> Callable[..., Selected]:
-    def select(
-        arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    ) -> Selected:
-        del arguments
-        raise InvalidRequest(
-            f"{word}: {what} are not supported yet; models of text are: plain, gguf, ggml..."
-        )
-
-    select.__doc__ = f"Not supported yet: {what}."
-    return select
-
-
 _FILE = frozenset(("quantized_model_id", "quantized_filename"))
 SELECTORS: dict[str, Callable[..., Any]] = {
     "plain": _selector(Which.Plain, "A folder of transformers, or a model of the hub."),
     "vision-plain": _selector(Which.VisionPlain, "As plain, of a model that sees."),
     "gguf": _selector(Which.GGUF, "A GGUF file. With neither -m nor -f, the default model.", _FILE),
     "ggml": _selector(Which.GGML, "A LLaMA file from before GGUF."),
+    "diffusion-plain": _selector(Which.DiffusionPlain, "A model that makes pictures: FLUX.1."),
     "toml": toml,
     "lora": _selector(Which.Lora, "A folder of transformers, with LoRA adapters."),
     "lora-gguf": _selector(Which.LoraGGUF, "A GGUF file, with LoRA adapters."),
@@ -113,5 +98,4 @@ SELECTORS: dict[str, Callable[..., Any]] = {
     "x-lora": _selector(Which.XLora, "A folder of transformers, with X-LoRA."),
     "x-lora-gguf": _selector(Which.XLoraGGUF, "A GGUF file, with X-LoRA."),
     "x-lora-ggml": _selector(Which.XLoraGGML, "A LLaMA file from before GGUF, with X-LoRA."),
-    **{word: _not_yet(word, what) for word, what in NOT_YET.items()},
 }

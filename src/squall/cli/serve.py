@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,13 +14,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from squall.cli.flags import command
-from squall.cli.opening import ModelFlags, torchrun
+from squall.cli.opening import PictureFlags, torchrun
 from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option
 from squall.cli.selectors import Selected
 from squall.cli.toml_selector import TomlSelection
+from squall.errors import InvalidRequest
 from squall.opening import Opening
 
 if TYPE_CHECKING:
+    from squall.diffusion.model import ImageModel
     from squall.model import Model
     from squall.server.options import ServerOptions
 
@@ -30,7 +34,7 @@ CHAT: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeFlags(ModelFlags):
+class ServeFlags(PictureFlags):
     """The flags of both commands."""
 
     serve_ip: str = option(
@@ -69,6 +73,13 @@ class ServeFlags(ModelFlags):
     adapter_folder: list[Path] | None = option(
         None, metavar="FOLDER", help="Clients may load adapters from here, and remove some."
     )
+    image_model: str | None = option(
+        None, metavar="DIR_OR_ID", help="A model that makes pictures, beside one of text."
+    )
+    image_folder: Path | None = option(
+        None, help="Where the pictures lie that clients get as URLs; by default a new folder."
+    )
+    image_age: float = option(3600.0, metavar="SECONDS", min=1, help="Remove them after so long.")
     image_memory: int = option(
         256, min=0, help="MiB for what was made of images lately, so that it is kept."
     )
@@ -171,6 +182,8 @@ class ServeFlags(ModelFlags):
             keep_alive_s=keep_alive_s(),
             drain_s=self.drain_timeout,
             stall_s=self.stall_timeout,
+            image_folder=self.image_folder,
+            image_age_s=self.image_age,
         )
 
 
@@ -183,8 +196,14 @@ def serve(flags: ServeFlags, selected: Selected) -> None:
 
     squall serve plain -m FOLDER --isq Q4K
 
+    squall serve FOLDER --image-model FLUX
+
     squall-server --port 1234 gguf -m FOLDER -f model.gguf
     """
+    pictures = flags.makes_pictures(selected)
+    if pictures and flags.image_model is not None:
+        raise InvalidRequest("--image-model goes beside a model of text; this one makes pictures")
+    flags.check_kind(text=not pictures, pictures=pictures or flags.image_model is not None)
     if flags.interactive_mode:
         _chat(flags, selected)
     else:
@@ -196,6 +215,13 @@ server = command("squall-server", ServeFlags, serve, no_args_is_help=True)
 
 
 def _chat(flags: ServeFlags, selected: Selected) -> None:
+    if flags.makes_pictures(selected):
+        from squall.cli.pictures import Easel
+        from squall.diffusion.request import PictureRequest
+
+        with flags.open_pictures(selected) as painter:
+            Easel(painter, PictureRequest(prompt="-", seed=flags.seed)).loop()
+        return
     from squall.cli.chat import Chat
     from squall.cli.run import Settings
 
@@ -218,21 +244,54 @@ def _serve(flags: ServeFlags, selected: Selected) -> None:
             f"warning: whoever reaches {flags.serve_ip} may use this server; --api-key KEY asks "
             "for a key\n"
         )
-    with listener, flags.served(selected) as model:
+    with listener, _opened(flags, selected) as models:
         host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        path = model.checkpoint.path.absolute()
-        name = options.model_id or (path.name if path.is_dir() else path.stem)
+        place = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
         def started() -> None:
-            sys.stderr.write(
-                f"{name} at http://{shown}:{port}/v1 (context {model.context} tokens, "
-                f"KV cache {model.executor.blocks * model.executor.block_size}, "
-                f"{model.executor.threads} threads, {model.executor.isa})\n"
-            )
+            for name, model in models.items():
+                sys.stderr.write(f"{name} at {place} ({_about(model)})\n")
 
-        status = serve_on(model, replace(options, model_id=name), listener, started=started)
+        name, *more = models
+        served = models if more else models[name]
+        options = replace(options, model_id=None if more else name)
+        status = serve_on(served, options, listener, started=started)
     raise typer.Exit(status)
+
+
+@contextmanager
+def _opened(flags: ServeFlags, selected: Selected) -> Iterator[dict[str, Model | ImageModel]]:
+    """The models to serve, by name."""
+    with ExitStack() as opened:
+        if flags.makes_pictures(selected):
+            painter = opened.enter_context(flags.open_pictures(selected))
+            yield {flags.served_model_name or name_of(painter.path): painter}
+            return
+        model = opened.enter_context(flags.served(selected))
+        found: dict[str, Model | ImageModel] = {}
+        found[flags.served_model_name or name_of(model.checkpoint.path)] = model
+        if flags.image_model is not None:
+            painter = opened.enter_context(flags.open_pictures(selected, flags.image_model))
+            name = name_of(painter.path)
+            found[name if name not in found else f"{name}-images"] = painter
+        yield found
+
+
+def name_of(path: Path) -> str:
+    path = path.absolute()
+    return path.name if path.is_dir() else path.stem
+
+
+def _about(model: Model | ImageModel) -> str:
+    from squall.model import Model
+
+    if not isinstance(model, Model):
+        return f"pictures, {model.steps} steps"
+    executor = model.executor
+    return (
+        f"context {model.context} tokens, KV cache {executor.blocks * executor.block_size}, "
+        f"{executor.threads} threads, {executor.isa}"
+    )
 
 
 def _leave(number: int, _: object) -> NoReturn:
