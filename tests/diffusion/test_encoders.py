@@ -24,7 +24,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from native_executor import opened
 from reference_executor import ReferenceExecutor
-from squall.checkpoints.base import Checkpoint
+from squall.checkpoints.base import ByteTensor, Checkpoint
 from squall.checkpoints.folder import open_folder
 from squall.checkpoints.gguf import open_gguf
 from squall.checkpoints.uqff import GGML, RESIDUAL, VERSION, open_uqff
@@ -308,6 +308,38 @@ def test_clip_with_and_without_a_prefix(tmp_path: Path, prefix: str) -> None:
     )
     found = replace(case, checkpoint=checkpoint, part=load_clip(checkpoint)).found(ids)
     assert distance(found, case.wanted(ids)) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "load"),
+    [
+        ("T5EncoderModel", {
+            "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+            "feed_forward_proj": "gated-gelu",
+        }, load_t5),
+        ("CLIPTextModel", {
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "hidden_act": "quick_gelu",
+        }, load_clip),
+    ],
+)  # fmt: skip
+def test_files_without_a_config(
+    tmp_path: Path, kind: str, config: dict[str, Any], load: Callable[[Checkpoint], Part]
+) -> None:
+    """They are the ones that FLUX.1 was trained with; their shapes fit, and no others."""
+    model = getattr(transformers, kind)
+    with torch.device("meta"):
+        shapes = model(model.config_class(**config)).state_dict()
+    tensors = {
+        name: ByteTensor(name, "f16", tuple(t.shape), np.empty(0, np.uint8))
+        for name, t in shapes.items()
+        if not name.endswith("position_ids")
+    }
+    bare = Checkpoint(tmp_path, {}, tensors, 0, kind="folder")
+    described = Checkpoint(
+        tmp_path, model.config_class(**config).to_dict(), tensors, 0, kind="folder"
+    )
+    assert load(bare) == load(described)
 
 
 # ---- GGUF ----
