@@ -161,9 +161,9 @@ class ModelFlags:
 class PictureFlags(ModelFlags):
     """And where parts of models that make pictures are, if not with the model."""
 
-    t5: str | None = option(None, metavar="PATH_OR_ID", help="Its first encoder of texts.")
-    clip: str | None = option(None, metavar="PATH_OR_ID", help="Its second one.")
-    vae: str | None = option(None, metavar="PATH_OR_ID", help="What decodes its pictures.")
+    t5: options.T5 = None
+    clip: options.Clip = None
+    vae: options.Vae = None
 
 
 def torchrun() -> tuple[int, int] | None:
