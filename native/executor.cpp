@@ -545,7 +545,7 @@ void Executor::add(AddOp op) {
       to, pool_->threads(), [&k = kernels_, &x, &y, &to, gate, op](const Step&, size_t r) {
         const float* by = gate == nullptr ? nullptr : gate->data + op.column;
         k.add_gated(x.row(r), y.row(r), op.scale, by, op.activation, to.width, to.row(r));
-        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
+        to.quantize_groups(k, r);
       });
   phase->reads = {op.a, op.b};
   if (gate != nullptr) phase->reads.push_back(op.gate);
@@ -715,8 +715,7 @@ void Executor::add_quantize_phases() {
     phases.push_back(std::move(phase));
     if (!missing) continue;
     auto extra = row_phase(value, pool_->threads(), [&k = kernels_, &value](const Step&, size_t r) {
-      for (size_t c = 0; c < value.width; c += kGroup)
-        value.quantize(k, r, c, kGroup, value.row(r) + c);
+      value.quantize_groups(k, r);
     });
     extra->name = "quantize";
     extra->reads = extra->writes = {out};

@@ -56,6 +56,11 @@ struct Buffer {
     auto* digits = reinterpret_cast<FineGroup*>(first + groups());
     k.quantize(x, cols, first + column / kGroup, digits + column / kGroup);
   }
+  // Of a row, where it is wanted; each group as a span, as of what comes with a run.
+  void quantize_groups(const Kernels& k, size_t r) const {
+    for (size_t c = 0; quant != nullptr && c < width; c += kGroup)
+      quantize(k, r, c, kGroup, row(r) + c);
+  }
 };
 
 // A run of consecutive rows of one sequence.

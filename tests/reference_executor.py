@@ -254,7 +254,7 @@ class ReferenceExecutor:
         x = self.of(op.x)
         if op.taps is not None:
             taps = np.atleast_2d(self.indices[op.taps.name])
-            x = np.concatenate([np.where(t[:, None] < 0, 0, x[t]) for t in taps], axis=1)
+            x = np.concatenate([np.where(t[:, None] < 0, 0, x[t.clip(0)]) for t in taps], axis=1)
         y = self.product(op, op.weight, x) + self.bias(op.bias)
         y = ACTIVATIONS[op.activation](y) * np.float32(op.scale)
         return y if op.residual is None else self.of(op.residual) + y

@@ -171,7 +171,16 @@ struct Context {
   std::vector<int32_t> table = shuffled();
   Floats keys = floats(slots * dim), values = floats(slots * dim);
   Floats queries = floats(kMaxQueries * dim);
+  size_t reach = 0;
+  Floats relative = {};  // for distances from -reach - kLanes to reach + kLanes; empty: none
 
+  // Scores of queries that see up to the position before theirs depend on the distance.
+  void measure(size_t far) {
+    reach = far;
+    relative = floats(2 * (reach + kLanes) + 1);
+    std::fill_n(relative.begin(), kLanes, relative[kLanes]);
+    std::fill_n(relative.rbegin(), kLanes, *(relative.rbegin() + kLanes));
+  }
   static std::vector<int32_t> shuffled() {
     std::vector<int32_t> blocks(kBlocks);
     std::iota(blocks.begin(), blocks.end(), 0);
@@ -182,7 +191,12 @@ struct Context {
   Query query(size_t i, size_t length, size_t window, float* out) const {
     const size_t end = length - std::min(i / 2, length - 1);
     const size_t begin = end > window ? end - window : 0;
-    return {queries.data() + i * dim, out, static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+    return {queries.data() + i * dim,
+            out,
+            static_cast<int32_t>(begin),
+            static_cast<int32_t>(end),
+            relative.empty() ? nullptr : relative.data() + reach + kLanes,
+            static_cast<int32_t>(end)};
   }
   // What the cache keeps of x[d], one of a position's `dim` values.
   double stored(const float* x, size_t d) const {
@@ -210,8 +224,17 @@ struct Context {
     Floats out(count * dim), pieces(count * dim);
     Query all[kMaxQueries];
     for (size_t i = 0; i < count; ++i) all[i] = query(i, length, window, out.data() + i * dim);
-    AttendArgs args{all,        count, own_keys, own_values, table.data(),
-                    block_size, dim,   row,      0.3f,       softcap};
+    AttendArgs args{all,
+                    count,
+                    own_keys,
+                    own_values,
+                    table.data(),
+                    block_size,
+                    dim,
+                    row,
+                    0.3f,
+                    softcap,
+                    static_cast<int32_t>(reach)};
     k.attend(args);
     const size_t segments = (length + kSegment - 1) / kSegment;
     std::vector<Floats> parts(segments, Floats(count * part_floats(dim)));
@@ -235,6 +258,9 @@ struct Context {
         double score = 0;
         for (size_t d = 0; d < dim; ++d) score += q.q[d] * stored(&keys[p * dim], d);
         score *= double{0.3f};
+        const auto far = static_cast<ptrdiff_t>(reach);
+        const ptrdiff_t apart = static_cast<ptrdiff_t>(p) - q.own;
+        if (q.relative != nullptr) score += double{q.relative[std::clamp(apart, -far, far)]};
         if (softcap != 0) score = std::tanh(score / double{softcap}) * double{softcap};
         total += std::exp(score);
         for (size_t d = 0; d < dim; ++d)
@@ -250,8 +276,9 @@ void test_attention() {
   for (const CacheType type : {CacheType::kF16, CacheType::kF32, CacheType::kQ8_0})
     for (const auto& [dim, block_size] : {std::pair<size_t, size_t>{20, 16}, {64, 32}, {112, 16}}) {
       if (brief && dim == 64) continue;
-      const Context context{type, dim, block_size};
-      for (const size_t count : {1, 2, 3, 4, 7, 32})
+      Context context{type, dim, block_size};
+      for (const size_t count : {1, 2, 3, 4, 7, 32}) {
+        if (count > 2) context.measure(count == 4 ? 600 : count);
         for (const size_t length : {2, 37, 131, brief ? 300 : 600}) {
           if (brief && (count % 2 == 0 || length == 131)) continue;
           for (const auto& [window, softcap] : {std::pair<size_t, float>{1000, 0.0f}, {50, 5.0f}})
@@ -262,6 +289,7 @@ void test_attention() {
                 [&](const Kernels& k) { return context.run(k, count, length, window, softcap); },
                 type);
         }
+      }
     }
 }
 
@@ -355,8 +383,8 @@ void test_finish(Activation act, size_t n) {
 
 void test_rows() {
   for (const size_t n : {1, 15, 16, 50, 1000}) {
-    const Floats x = floats(n, 20.0f), y = floats(n);
-    Doubles soft(n), capped(n), sum(n);
+    const Floats x = floats(n, 20.0f), y = floats(n), gate = floats(n);
+    Doubles soft(n), capped(n), sum(n), gated(n);
     const double top = *std::max_element(x.begin(), x.end());
     double total = 0;
     for (const float v : x) total += std::exp(v - top);
@@ -364,6 +392,7 @@ void test_rows() {
       soft[i] = std::exp(x[i] - top) / total;
       capped[i] = std::tanh(x[i] / 30.0) * 30;
       sum[i] = x[i] + 0.3f * double{y[i]};
+      gated[i] = activate(Activation::kSilu, x[i] + 0.3f * double{gate[i]} * y[i]);
     }
     const std::string width = " of " + std::to_string(n);
     check("softmax" + width, soft, [&](const Kernels& k) {
@@ -379,6 +408,11 @@ void test_rows() {
     check("a scaled sum" + width, sum, [&](const Kernels& k) {
       Floats out(n);
       k.add_scaled(x.data(), y.data(), 0.3f, n, out.data());
+      return out;
+    });
+    check("a gated sum" + width, gated, [&](const Kernels& k) {
+      Floats out(n);
+      k.add_gated(x.data(), y.data(), 0.3f, gate.data(), Activation::kSilu, n, out.data());
       return out;
     });
   }

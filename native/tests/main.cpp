@@ -239,7 +239,7 @@ struct Model {
     e->linear({quick, inner, down, {}, Activation::kQuickGelu, 0.1f, z});
     e->mixture_of_experts({mixed, z, router, gates, ups, downs, 2, Activation::kGeluTanh, true,
                            0.01f, 0.5f, z, adapted(z, 4)});
-    e->add(sum, mixed, quick, 0.25f);
+    e->add({sum, mixed, quick, 0.25f});
     const size_t last = value(kHidden);
     MoeOp plain{last, sum, router, {}, ups, downs, 1, Activation::kGelu, false, {}, 1.0f, sum};
     plain.router_bias = of_router, plain.up_bias = of_ups, plain.down_bias = of_downs;

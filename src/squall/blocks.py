@@ -167,11 +167,13 @@ class Blocks:
         activation: Activation | None = None,
         residual: p.Value | None = None,
         scale: float = 1.0,
+        taps: p.Index | None = None,
     ) -> p.Value:
         weight = self.matrix(role)
         b = self.vector(f"{role}.bias") if bias else None
-        value = self.builder.value(out, weight.rows, x.rows)
-        return self.builder.emit(p.Linear(value, x, weight, b, activation, scale, residual))
+        value = self.builder.value(out, weight.rows, (taps or x).rows)
+        how = (b, activation, scale, residual, None, taps)
+        return self.builder.emit(p.Linear(value, x, weight, *how))
 
     def norm(
         self, x: p.Value, role: str, norm: Norm, group: int | None = None, out: str = ""
@@ -190,7 +192,10 @@ class Blocks:
         return self.builder.emit(p.Add(out, x, normed, scale))
 
     def matrix(self, role: str) -> p.Matrix:
-        *experts, rows, cols = self.shapes[f"{role}.weight"]
+        shape = self.shapes[f"{role}.weight"]
+        if len(shape) == 4:  # a convolution
+            shape = shape[0], math.prod(shape[1:])
+        *experts, rows, cols = shape
         own = self.prefix + role
         return p.Matrix(self.names[f"{own}.weight"], rows, cols, math.prod(experts), own)
 

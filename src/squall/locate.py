@@ -69,7 +69,7 @@ def _in_folder(folder: Path) -> Path:
         file for file in found if (part := _PART.search(file.name)) is None or part[1] == "00001"
     ]
     if "config.json" in names and (folder_weights(names) or not models):
-        return _only_uqff(folder) or folder
+        return only_uqff(folder) or folder
     if "adapter_config.json" in names and not models:
         raise ModelNotFound(
             f"{folder} is a LoRA adapter: open the model that it is for, with --adapter {folder}"
@@ -105,7 +105,7 @@ def locate_uqff(path: Path, name: str | os.PathLike[str]) -> Path:
     return found
 
 
-def _only_uqff(folder: Path) -> Path | None:
+def only_uqff(folder: Path) -> Path | None:
     """The UQFF file of a folder whose other weights are what the file does not hold."""
     found = sorted(folder.iterdir())
     weights = [f.name for f in found if f.suffix in (".safetensors", ".bin", ".pth", ".pt")]

@@ -31,6 +31,8 @@ HAS_POST_NORM = {"pre": False, "sandwich": True, "post": True, "parallel": False
 # By whether it recalls.
 ATTENTION = {False: "attention", True: "recall"}
 
+_GROUPS = Norm("layer", 1e-6, bias=True)  # what stands for norms of groups: they have biases
+
 
 def roles(network: Network) -> Shapes:
     """Every weight: matrices `[rows, cols]`, experts `[experts, rows, cols]`, vectors `[size]`.
@@ -113,47 +115,51 @@ def _encoder(e: Encoder) -> Shapes:
 
 
 def _auto_encoder(a: AutoEncoder) -> Shapes:
-    """Levels are resolutions, the finest first."""
-    last = len(a.widths) - 1
-    shapes = _convolution("encoder.conv_in", a.widths[0], 3)
-    shapes |= _convolution("decoder.conv_in", a.widths[last], a.latent)
-    for level, width in enumerate(a.widths):
-        finer, coarser = a.widths[max(level - 1, 0)], a.widths[min(level + 1, last)]
-        for side, given, blocks in (("encoder", finer, 0), ("decoder", coarser, 1)):
-            for block in range(a.blocks + blocks):
-                name = f"{side}.levels.{level}.{block}"
-                shapes |= _residual(name, width, width if block else given)
-            if level != (0 if blocks else last):
-                shapes |= _convolution(f"{side}.levels.{level}.resize", width, width)
-    for side, rows, finest in (("encoder", 2 * a.latent, last), ("decoder", 3, 0)):
-        middle, width = f"{side}.middle", a.widths[last]
-        shapes |= _residual(f"{middle}.0", width, width) | _residual(f"{middle}.1", width, width)
+    """Named as FLUX's own files have them; levels are resolutions, the finest first."""
+    levels, first, middle = [*enumerate(a.widths)], a.widths[0], a.widths[-1]
+    shapes = _levels("encoder.down", "downsample", levels, a.blocks)
+    shapes |= _levels("decoder.up", "upsample", levels[::-1], a.blocks + 1)
+    for side, given, begin, end, made in (
+        ("encoder", 3, first, middle, 2 * a.latent),
+        ("decoder", a.latent, middle, first, 3),
+    ):
+        shapes |= _convolution(f"{side}.conv_in", begin, given)
+        for block in ("block_1", "block_2"):
+            shapes |= _residual(f"{side}.mid.{block}", middle, middle)
         if a.attends:
-            shapes |= _affine(f"{middle}.attention.norm", width)
-            for part in ("q", "k", "v", "out"):
-                shapes |= _linear(f"{middle}.attention.{part}", width, width, bias=True)
-        shapes |= _affine(f"{side}.norm_out", a.widths[finest])
-        shapes |= _convolution(f"{side}.conv_out", rows, a.widths[finest])
-    if a.mixes:
-        shapes |= _linear("encoder.mix", 2 * a.latent, 2 * a.latent, bias=True)
-        shapes |= _linear("decoder.mix", a.latent, a.latent, bias=True)
+            shapes |= _norm(f"{side}.mid.attn_1.norm", _GROUPS, middle)
+            for part in ("q", "k", "v", "proj_out"):
+                shapes |= _linear(f"{side}.mid.attn_1.{part}", middle, middle, bias=True)
+        shapes |= _norm(f"{side}.norm_out", _GROUPS, end)
+        shapes |= _convolution(f"{side}.conv_out", made, end)
+    for name, size in (("quant_conv", 2 * a.latent), ("post_quant_conv", a.latent)):
+        shapes |= _linear(name, size, size, bias=True) if a.mixes else {}
+    return shapes
+
+
+def _levels(stem: str, sample: str, levels: Sequence[tuple[int, int]], blocks: int) -> Shapes:
+    """Of levels and their widths, in the order in which they are run."""
+    shapes, given = Shapes(), levels[0][1]
+    for level, width in levels:
+        for block in range(blocks):
+            shapes |= _residual(f"{stem}.{level}.block.{block}", width, given)
+            given = width
+        if level != levels[-1][0]:
+            shapes |= _convolution(f"{stem}.{level}.{sample}.conv", width, width)
     return shapes
 
 
 def _residual(role: str, rows: int, channels: int) -> Shapes:
-    shapes = _affine(f"{role}.norm1", channels) | _affine(f"{role}.norm2", rows)
+    shapes = _norm(f"{role}.norm1", _GROUPS, channels) | _norm(f"{role}.norm2", _GROUPS, rows)
     shapes |= _convolution(f"{role}.conv1", rows, channels)
     shapes |= _convolution(f"{role}.conv2", rows, rows)
-    same = rows == channels
-    return shapes if same else shapes | _linear(f"{role}.shortcut", rows, channels, bias=True)
+    if rows != channels:
+        shapes |= _linear(f"{role}.nin_shortcut", rows, channels, bias=True)
+    return shapes
 
 
 def _convolution(role: str, rows: int, channels: int) -> Shapes:
     return {f"{role}.weight": (rows, channels, 3, 3), f"{role}.bias": (rows,)}
-
-
-def _affine(role: str, size: int) -> Shapes:
-    return {f"{role}.weight": (size,), f"{role}.bias": (size,)}
 
 
 def _layers(layers: Sequence[Layer], hidden: int, name: str = "layers") -> Shapes:

@@ -99,16 +99,20 @@ class WeightStore:
         """Equal for weights that become the same, whatever their roles."""
         if isinstance(weight, p.Vector):
             return weight
-        stored = "f16" if weight.restored else self._tensor(weight.slices[0]).format
         role = weight.role if weight.role in self._changed else ""
-        return replace(weight, role=role), self.target(weight, stored)
+        return replace(weight, role=role), self.format(weight)
 
     def becomes(self, weight: Weight) -> int:
         """Bytes of a weight in the format that it becomes."""
         if isinstance(weight, p.Vector):
             return 4 * weight.size
-        format = FORMATS[self.target(weight, self._tensor(weight.slices[0]).format)]
+        format = FORMATS[self.format(weight)]
         return weight.experts * weight.rows * -(-weight.cols // format.block) * format.block_bytes
+
+    def format(self, weight: p.Matrix) -> str:
+        """The number format that a matrix becomes."""
+        stored = "f16" if weight.restored else self._tensor(weight.slices[0]).format
+        return self.target(weight, stored)
 
     def target(self, weight: p.Matrix, stored: str) -> str:
         """The number format that rows of a matrix become; experts may be stored in several."""

@@ -38,6 +38,7 @@ class Painter:
 
     def paint(self, request, on_step):
         steps = request.steps or self.steps
+        on_step(-1, steps)
         on_step(0, steps)
         on_step(0, steps)
         for step in range(steps):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
@@ -19,9 +21,11 @@ from reference_executor import ReferenceExecutor
 from squall.checkpoints.base import Checkpoint
 from squall.checkpoints.safetensors import open_part
 from squall.diffusion import vae
+from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.program import Program
-from squall.recipes.names import Part
-from squall.recipes.vae import load_vae
+from squall.recipes.names import Part, place
+from squall.recipes.vae import FOLDER, load_vae, naming
+from squall.spec import AutoEncoder
 
 Floats = NDArray[np.float32]
 Tensors = dict[str, torch.Tensor]
@@ -50,39 +54,26 @@ def build(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     model: Any = diffusers.AutoencoderKL(**config, **kinds)
     for name, weight in model.named_parameters():
         around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        spread = 0.02 if "conv_in" in name else 1.2 * weight[0].numel() ** -0.5
+        spread = 0.003 if "conv_in" in name else 1.2 * weight[0].numel() ** -0.5
         weight.data = (around + torch.randn(weight.shape) * min(spread, 0.3)).to(dtype).float()
     return model.eval()
 
 
 def original(tensors: Tensors, levels: int) -> Tensors:
-    """The names and shapes of ae.safetensors, told by diffusers' converter of those."""
-    attention = {
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "to_out.0": "proj_out",
-        "group_norm": "norm",
-    }
+    """The names and shapes of ae.safetensors."""
+    parts = {
+        "mid_block.attentions.0": "mid.attn_1", "to_out.0": "proj_out", "group_norm": "norm",
+        "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+        "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "to_": "",
+        "samplers.0": "sample", "down_blocks.": "down.", "resnets.": "block.",
+    }  # fmt: skip
     made = {}
     for name, tensor in tensors.items():
-        for block in range(levels):
-            for kind in ("weight", "bias"):  # of one tensor only, which is told by its end
-                del kind
-            name = name.replace(f"up_blocks.{block}.resnets", f"up.{levels - 1 - block}.block")
-            name = name.replace(
-                f"up_blocks.{block}.upsamplers.0", f"up.{levels - 1 - block}.upsample"
-            )
-            name = name.replace(f"down_blocks.{block}.resnets", f"down.{block}.block")
-            name = name.replace(f"down_blocks.{block}.downsamplers.0", f"down.{block}.downsample")
-        for theirs, own in attention.items():
-            name = name.replace(f"mid_block.attentions.0.{theirs}", f"mid.attn_1.{own}")
-        name = name.replace("mid_block.resnets.0", "mid.block_1")
-        name = name.replace("mid_block.resnets.1", "mid.block_2")
-        name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        if "attn_1" in name and tensor.dim() == 2:
-            tensor = tensor[:, :, None, None]
-        made[name] = tensor
+        linear = tensor.dim() == 2
+        for theirs, own in parts.items():
+            name = name.replace(theirs, own)
+        name = re.sub(r"up_blocks\.(\d)", lambda at: f"up.{levels - 1 - int(at[1])}", name)
+        made[name] = tensor[:, :, None, None] if linear else tensor
     return made
 
 
@@ -194,3 +185,126 @@ def test_encodes_as_diffusers(tiny: Case, size: tuple[int, int]) -> None:
     pixels = draw(3, *(finer * length for length in size))
     found = encode(tiny.part, tiny.checkpoint, pixels)
     assert distance(found, encoded(tiny, pixels)) < CLOSE
+
+
+def test_every_layout_gives_the_same_bytes(small: Case, tmp_path: Path) -> None:
+    scaled, pixels = draw(3, 2, 3), draw(3, 8, 12)
+    renamed = original(small.tensors, 3)
+    back = convert_ldm_vae_checkpoint(renamed, small.config)
+    assert {name: tensor.shape for name, tensor in back.items()} == {
+        name: tensor.shape for name, tensor in small.tensors.items()
+    }
+    for number, tensors in enumerate([renamed, older(small.tensors)]):
+        checkpoint = stored(tensors, small.config, tmp_path / f"{number}.safetensors")
+        part = load_vae(checkpoint)
+        assert part.spec == small.part.spec
+        for run, given in ((decode, scaled), (encode, pixels)):
+            found = run(part, checkpoint, given)
+            assert found.tobytes() == run(small.part, small.checkpoint, given).tobytes()
+
+
+def test_sizes_of_flux_are_those_of_its_tensors(tmp_path: Path) -> None:
+    """Beside ae.safetensors there is no config.json, or that of the transformer."""
+    folder = case(FLUX, tmp_path)
+    for config in ({}, {"_class_name": "FluxTransformer2DModel", "in_channels": 64}):
+        found = stored(original(folder.tensors, 2), config, tmp_path / "ae.safetensors")
+        assert load_vae(found).spec == folder.part.spec
+
+
+def test_bf16_weights_decode_as_diffusers(tmp_path: Path) -> None:
+    rounded = case(SMALL, tmp_path, torch.bfloat16)
+    scaled = draw(3, 3, 2)
+    assert {t.format for t in rounded.checkpoint.tensors.values()} == {"bf16"}
+    found = decode(rounded.part, rounded.checkpoint, scaled)
+    assert distance(found, decoded(rounded, scaled)) < CLOSE
+
+
+OTHER: dict[str, Callable[[Any], Any]] = {
+    "latent": lambda value: value + 1,
+    "widths": lambda value: tuple(2 * width for width in value),
+    "blocks": lambda value: value + 1,
+    "groups": lambda value: value // 2,
+    "scale": lambda value: value * 1.5,
+    "shift": lambda value: value * 1.5,
+    "attends": lambda value: not value,
+    "mixes": lambda value: not value,
+    "eps": lambda value: value * 10,
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(AutoEncoder)])
+def test_no_field_goes_unnoticed(small: Case, name: str) -> None:
+    spec: Any = replace(small.part.spec, **{name: OTHER[name](getattr(small.part.spec, name))})
+    scaled = draw(3, 2, 3)
+    try:
+        part = replace(small.part, spec=spec, naming=naming(spec, FOLDER))
+        (part,) = place([part], small.checkpoint.tensors, read=set())
+    except (InvalidCheckpoint, UnsupportedModel):
+        return
+    found = decode(part, small.checkpoint, scaled)
+    assert distance(found, decoded(small, scaled)) > 4 * CLOSE
+
+
+def test_missing_and_misshapen_tensors_are_refused(small: Case, tmp_path: Path) -> None:
+    tensors, path = small.tensors, tmp_path / "bad.safetensors"
+    for name, wrong in {
+        "decoder.up_blocks.1.resnets.2.conv1.bias": None,
+        "encoder.conv_in.weight": (3, 8, 3, 3),
+        "decoder.conv_in.weight": (16, 3, 1, 9),
+        "encoder.mid_block.attentions.0.to_q.weight": (4, 64),
+        "decoder.conv_norm_out.weight": (9,),
+        "decoder.mid_block.resnets.0.conv1.weight": (16, 16, 1, 1),
+    }.items():
+        bad = {other: tensor for other, tensor in tensors.items() if other != name}
+        if wrong is not None:
+            bad[name] = torch.zeros(wrong)
+        with pytest.raises(InvalidCheckpoint, match=re.escape(name)):
+            load_vae(stored(bad, small.config, path))
+    with pytest.raises(UnsupportedModel, match="more"):
+        load_vae(stored(tensors | {"more": torch.zeros(1)}, small.config, path))
+    with pytest.raises(InvalidCheckpoint, match="no autoencoder"):
+        load_vae(stored({"more": torch.zeros(1)}, small.config, path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"block_out_channels": [8, 16, 1 << 40]}, "block_out_channels"),
+        ({"block_out_channels": [8, 16, 18]}, "multiples of"),
+        ({"block_out_channels": []}, "1 to 8"),
+        ({"block_out_channels": [4] * 9}, "1 to 8"),
+        ({"block_out_channels": 8}, "a list"),
+        ({"block_out_channels": [8, -16, 16]}, "block_out_channels"),
+        ({"block_out_channels": [8, 16, 4096]}, "metadata asks for"),
+        ({"norm_num_groups": 0}, "norm_num_groups"),
+        ({"latent_channels": 1 << 30}, "latent_channels"),
+        ({"layers_per_block": 10**6}, "layers_per_block"),
+        ({"layers_per_block": 3}, "missing"),
+        ({"scaling_factor": 0}, "scaling_factor"),
+        ({"scaling_factor": float("inf")}, "scaling_factor"),
+        ({"shift_factor": "1"}, "shift_factor"),
+        ({"act_fn": "gelu"}, "act_fn"),
+        ({"in_channels": 4}, "in_channels"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types"),
+        ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
+        ({"latents_mean": [1.0, 2.0, 3.0]}, "latents_mean"),
+        ({"use_quant_conv": True}, "differ"),
+        ({"use_quant_conv": True, "use_post_quant_conv": True}, "quant_conv"),
+    ],
+    ids=str,
+)
+def test_configurations_that_cannot_be_are_refused(
+    small: Case, changed: dict[str, Any], told: str
+) -> None:
+    bad = replace(small.checkpoint, metadata=small.config | changed)
+    with pytest.raises((InvalidCheckpoint, UnsupportedModel), match=told):
+        load_vae(bad)
+
+
+def test_indices_of_large_pictures_are_made_at_once(small: Case) -> None:
+    flux: Any = replace(small.part.spec, widths=(128, 256, 512, 512))
+    found = vae.decoder_inputs(flux, 90, 160)
+    assert {one.dtype for one in found.values()} == {np.dtype(np.int32)}
+    assert found["finer.s3"].shape == found["same.s3"].shape == (9, 720 * 1280)
+    assert found["finer.s3"].max() == 360 * 640 - 1
+    assert found["same.s3"].min() == -1

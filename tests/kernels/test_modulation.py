@@ -90,10 +90,10 @@ def given(rng: np.random.Generator, rows: int, text: int, width: int) -> dict[st
 
 @pytest.mark.usefixtures("on")
 @isas
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    ("width", "quantized"), [*((width, False) for width in WIDTHS), (32, True), (224, True)]
+)
 def test_rows_are_modulated(width: int, quantized: bool, rng: np.random.Generator) -> None:
-    width = 32 * width if quantized else width
     program = modulated(width, quantized=quantized)
     weights = {"w": rng.normal(0, width**-0.5, (19, width)).astype(np.float32)}
     checkpoint = in_memory(weights if quantized else {})
@@ -144,7 +144,12 @@ def test_rows_that_do_not_add_up_are_refused(rng: np.random.Generator) -> None:
             executor.run(inputs | {"by": np.ones((count, 14), np.float32)})
 
 
-def wrong(b: Builder, name: str) -> Program:
+WRONG = ("gate", "before", "shift", "scale", "rows", "modulated", "width")
+
+
+def wrong(name: str) -> Program:
+    """An op whose sizes do not fit each other."""
+    b = Builder()
     x, text, by = b.value("x", 4), b.value("text", 4, "text"), b.value("by", 9, "one")
     out, both = b.value("out", 4), b.value("both", 5, "all")
     ops = {
@@ -159,10 +164,10 @@ def wrong(b: Builder, name: str) -> Program:
     return b.build(b.emit(ops[name]), inputs=(x, text, by))
 
 
-@pytest.mark.parametrize("name", ["gate", "before", "shift", "scale", "rows", "modulated", "width"])
+@pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_fit_is_refused(name: str) -> None:
     with pytest.raises((UnsupportedModel, TypeError)):
-        opened(wrong(Builder(), name), in_memory({}), SPACES)
+        opened(wrong(name), in_memory({}), SPACES)
 
 
 # ---- attention by distance ----
@@ -252,10 +257,12 @@ def test_distances_are_the_same_in_every_run(quantized: bool, rng: np.random.Gen
         assert opened[1].run(few)[out.name].tobytes() == whole[:rows].tobytes()
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{"cached": True}, {"buckets": ()}, {"buckets": (0, 1)}, {"buckets": (0, DISTANCES, 1)}],
-)
+MISMEASURED: tuple[dict[str, Any], ...] = (
+    {"cached": True}, {"buckets": ()}, {"buckets": (0, 1)}, {"buckets": (0, DISTANCES, 1)},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("given", MISMEASURED)
 def test_distances_that_are_not_there_are_refused(
     given: dict[str, Any], rng: np.random.Generator
 ) -> None:

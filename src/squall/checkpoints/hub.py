@@ -32,6 +32,17 @@ _CONFIGURATION = re.compile(
     r"|chat_template|processor_config|preprocessor_config)\.json|chat_template\.jinja"
     r"|additional_chat_templates/[A-Za-z0-9_-]+\.jinja"
 )
+# Of models that make pictures: the parts of a pipeline, and what is FLUX.1's own layout.
+_PICTURES = re.compile(
+    r"model_index\.json|scheduler/scheduler_config\.json"
+    r"|tokenizer(_2)?/(tokenizer\.json|vocab\.json|merges\.txt)"
+    r"|(text_encoder(_2)?|transformer|vae)/(config\.json|residual\.safetensors"
+    r"|(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    rf"|{_PART}\.uqff)"
+)
+_FLUX = re.compile(r"flux\d{1,3}-[a-z]{1,20}\.safetensors|ae\.safetensors")
+# What a repository of a tokenizer alone has.
+_TOKENS = re.compile(rf"{_PART}\.?tokenizer\.json")
 _GGUF = re.compile(rf"({_PART}/)?{_PART}\.gguf")
 # What adapters have, one or in folders several, what weighs them (X-LoRA), and gates of AnyMoE.
 _ADAPTERS = re.compile(
@@ -40,7 +51,10 @@ _ADAPTERS = re.compile(
 )
 # The first kind that a repository has is fetched.
 _WEIGHTS = (
-    re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"),
+    re.compile(
+        r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+        r"|t5_xxl-shard-\d\.safetensors"
+    ),
     re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.(bin|pt|pth)|pytorch_model\.bin\.index\.json"),
 )
 
@@ -73,21 +87,22 @@ class Hub:
         judge: Judge | None = None,
         *,
         mmproj: bool = False,
+        skip: tuple[str, ...] = (),
     ) -> Path:
         """The folder of the model `owner/name`, or the file of `owner/name:file`.
 
         file: a GGUF file of the repository, or a part of its name such as `Q4_K_M`. Downloads
         what is not in the cache, and calls `progress` with bytes done and bytes in all. Before,
         `judge` gets what the hub knows of the model, keys of config.json or of GGUF metadata, and
-        may raise. mmproj: the tower of a GGUF model comes too, if it has one. Raises ModelNotFound
-        if the model cannot be had.
+        may raise. mmproj: the tower of a GGUF model comes too, if it has one. skip: what names of
+        files begin with that are not needed. Raises ModelNotFound if the model cannot be had.
         """
         from huggingface_hub import constants
 
         id, _, file = name.partition(":")
         _check(_ID, id, "model id", "owner/name of letters, digits, '-', '_' and '.'")
         if self.offline or constants.HF_HUB_OFFLINE:
-            found = self._cached(id, file)
+            found = self._cached(id, file, skip)
             if found is None:
                 raise ModelNotFound(
                     f"{name} is not, or not wholly, in the cache of the hub, and --offline (or "
@@ -95,14 +110,15 @@ class Hub:
                 )
             return found
         try:
-            return _Download(self, id, file, progress or (lambda *_: None)).run(judge, mmproj)
+            download = _Download(self, id, file, progress or (lambda *_: None))
+            return download.run(judge, mmproj, skip)
         except ConnectionError as error:
-            found = self._cached(id, file)
+            found = self._cached(id, file, skip)
             if found is None:
                 raise ModelNotFound(f"cannot download {name}: {error}") from None
             return found
 
-    def _cached(self, id: str, file: str) -> Path | None:
+    def _cached(self, id: str, file: str, skip: tuple[str, ...]) -> Path | None:
         """What the cache has for `file`, or None unless it has all of it."""
         from huggingface_hub import constants
 
@@ -112,7 +128,7 @@ class Hub:
         except OSError:
             commit = self.revision
         folder = root / "snapshots" / commit
-        return _in_folder(folder, file) if _COMMIT.fullmatch(commit) else None
+        return _in_folder(folder, file, skip) if _COMMIT.fullmatch(commit) else None
 
 
 def is_id(name: str) -> bool:
@@ -155,11 +171,11 @@ def _token_source(source: str) -> tuple[str, str]:
     return kind, value
 
 
-def _in_folder(folder: Path, file: str) -> Path | None:
+def _in_folder(folder: Path, file: str, skip: tuple[str, ...]) -> Path | None:
     """What a folder of the cache has for `file`, or None unless it has all of it."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     try:
-        chosen, main = choose(names, file)
+        chosen, main = choose(names, file, skip=skip)
     except ModelNotFound:
         return None
     whole = all(part in names for name in chosen for part in _parts(name))
@@ -185,12 +201,17 @@ def tower(names: Collection[str]) -> list[str]:
 
 
 def choose(
-    names: Collection[str], file: str, *, mmproj: bool = False
+    names: Collection[str], file: str, *, mmproj: bool = False, skip: tuple[str, ...] = ()
 ) -> tuple[list[str], str | None]:
-    """Which files of a repository are needed; and the GGUF file to open, if it is one.
+    """Which files of a repository are needed; and the one to open, if it is one.
 
-    mmproj: the tower that goes with it, too.
+    mmproj: the tower that goes with it, too. skip: what others begin with.
     """
+    names = [name for name in names if not name.startswith(skip)]
+    if not file and (pictures := _pictures(names)):
+        return pictures, None
+    if file in names and _TOKENS.fullmatch(file) and ".." not in file:
+        return [file], file
     if not file and (weights := folder_weights(names)):
         return sorted(filter(_CONFIGURATION.fullmatch, names)) + weights, None
     ggufs = sorted(name for name in names if _GGUF.fullmatch(name) and ".." not in name)
@@ -210,6 +231,16 @@ def choose(
         )  # fmt: skip
     more = tower(names) if mmproj and not is_mmproj(found[0]) else []
     return [part for part in _parts(found[0]) if part in names] + more, found[0]
+
+
+def _pictures(names: Collection[str]) -> list[str]:
+    """The files of a model that makes pictures, of one layout; none if it is none."""
+    parts = sorted(name for name in names if _PICTURES.fullmatch(name) and ".." not in name)
+    weights = (".safetensors", ".uqff")
+    if any(name.startswith("transformer/") and name.endswith(weights) for name in parts):
+        return parts
+    own = sorted(filter(_FLUX.fullmatch, names))
+    return parts + own if any(name != "ae.safetensors" for name in own) else []
 
 
 def _adapters(names: Collection[str], file: str) -> tuple[list[str], str | None] | None:
@@ -248,7 +279,7 @@ class _Download:
             "token": token(hub.token_source) or False,
         }
 
-    def run(self, judge: Judge | None, mmproj: bool) -> Path:
+    def run(self, judge: Judge | None, mmproj: bool, skip: tuple[str, ...]) -> Path:
         """Raises ConnectionError where the hub could not be asked."""
         from huggingface_hub import HfApi, snapshot_download
 
@@ -258,7 +289,7 @@ class _Download:
         if not _COMMIT.fullmatch(str(info.sha)):
             raise ModelNotFound(f"the hub gives no commit for {self._id}; try again later")
         try:
-            names, main = choose(sizes, self._file, mmproj=mmproj)
+            names, main = choose(sizes, self._file, mmproj=mmproj, skip=skip)
         except ModelNotFound as error:
             raise ModelNotFound(f"cannot open {self._id} of the hub: {error}") from None
         if judge is not None:

@@ -36,13 +36,18 @@ class Pipeline(Protocol):
     steps: int
     guidance: float | None
     max_prompt: int
-    formats: tuple[FormatTotal, ...]
+
+    @property
+    def formats(self) -> tuple[FormatTotal, ...]: ...
 
     def check(self, request: PictureRequest) -> None:
         """Raises InvalidRequest or OutOfMemory for what cannot be made."""
 
     def paint(self, request: PictureRequest, on_step: OnStep) -> Picture:
-        """Make it. on_step: called often, with steps done and in all; what it raises ends it."""
+        """Make it. on_step: called often, with steps done and in all; what it raises ends it.
+
+        Steps are -1 while the text is read.
+        """
 
     def close(self) -> None:
         """Free what it has."""
@@ -280,8 +285,8 @@ class ImageModel(Closing):
             nonlocal done
             if painting.future.cancelled():
                 raise _Cancelled
-            self._spend("text_s" if not step else "steps_s" if step > done else "decode_s")
-            painting.step, painting.steps = step, steps
+            self._spend("text_s" if done < 0 else "decode_s" if done == steps else "steps_s")
+            painting.step, painting.steps = max(step, 0), steps
             if step > done and painting.on_progress is not None:
                 painting.on_progress(step, steps)
             done = max(done, step)

@@ -104,7 +104,8 @@ def logarithm(x: _Reals) -> _Reals:
     square, series = s * s, np.zeros_like(s)
     for k in range(21, 0, -2):
         series = series * square + 1 / k
-    return exponent * _LN2 + 2 * s * series
+    found: _Reals = exponent * _LN2 + 2 * s * series
+    return found
 
 
 def _ratio(of: tuple[tuple[float, ...], tuple[float, ...]], x: _Reals) -> _Reals:

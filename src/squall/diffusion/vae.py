@@ -1,12 +1,10 @@
 """Autoencoder -> programs: latents to pixels, and back; rows are places, line by line.
 
-Row spaces are resolutions: `s0` the coarsest, that of latents, then each twice as fine. What
-depends on a picture's size, and how a convolution reads its surroundings, comes as indices.
+Row spaces are resolutions: `s0` the coarsest, that of latents, then each twice as fine. Where
+convolutions read, and with it all that depends on a picture's size, comes as indices.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,176 +20,128 @@ Int32 = NDArray[np.int32]
 LATENTS, PIXELS, MOMENTS = "latents", "pixels", "moments"
 # What each row of the coarsest space sees: all of them.
 SPANS = p.Index("spans", "s0", 2)
-_NONE = -(1 << 30)  # twice it is an int32, and no place makes it positive; -1 in the end
+# Taps of the i-th place on an axis read (step * i + 0, 1 and 2 - before) // share: of the same
+# space, of one half as fine, and of one twice as fine, where zeros are after the last alone.
+_READS = {"same": (1, 1, 1), "finer": (1, 1, 2), "coarser": (2, 0, 1)}
+_OUTSIDE = -(1 << 30)  # twice it is an int32, and no place makes it positive
 
 
 def compile_decoder(spec: AutoEncoder, names: p.Names) -> p.Program:
-    c = _coder(spec, names, "decoder")
-    given = x = c.builder.value(LATENTS, spec.latent, "s0")
-    x = c.plain(x, "mix") if spec.mixes else x
-    x = c.middle(c.convolution(x, "conv_in"))
+    b, space = _blocks(spec, names), 0
+    given = x = b.builder.value(LATENTS, spec.latent, "s0")
+    if spec.mixes:
+        x = b.linear(x, "post_quant_conv", "mixed", bias=True)
+    x = _middle(b, spec, _convolve(b, x, "decoder.conv_in"), "decoder.mid")
     for level in reversed(range(len(spec.widths))):
         for block in range(spec.blocks + 1):
-            x = c.residual(x, f"levels.{level}.{block}")
+            x = _residual(b, spec, x, f"decoder.up.{level}.block.{block}")
         if level:
-            x = c.convolution(x, f"levels.{level}.resize", _finer(x.rows))
-    x = c.norm_groups(x, "norm_out", "silu")
-    return c.builder.build(c.convolution(x, "conv_out", name=PIXELS), inputs=[given])
+            space += 1
+            x = _convolve(b, x, f"decoder.up.{level}.upsample.conv", _taps("finer", space))
+    x = _norm(b, spec, x, "decoder.norm_out", "silu")
+    return b.builder.build(_convolve(b, x, "decoder.conv_out", name=PIXELS), inputs=[given])
 
 
 def compile_encoder(spec: AutoEncoder, names: p.Names) -> p.Program:
-    c, levels = _coder(spec, names, "encoder"), len(spec.widths)
-    given = x = c.builder.value(PIXELS, 3, f"s{levels - 1}")
-    x = c.convolution(x, "conv_in")
-    for level in range(levels):
+    b, space = _blocks(spec, names), len(spec.widths) - 1
+    given = x = b.builder.value(PIXELS, 3, f"s{space}")
+    x = _convolve(b, x, "encoder.conv_in")
+    for level in range(len(spec.widths)):
         for block in range(spec.blocks):
-            x = c.residual(x, f"levels.{level}.{block}")
-        if level < levels - 1:
-            x = c.convolution(x, f"levels.{level}.resize", _coarser(x.rows))
-    x = c.norm_groups(c.middle(x), "norm_out", "silu")
-    x = c.convolution(x, "conv_out", name="unmixed" if spec.mixes else MOMENTS)
-    return c.builder.build(c.plain(x, "mix", name=MOMENTS) if spec.mixes else x, inputs=[given])
+            x = _residual(b, spec, x, f"encoder.down.{level}.block.{block}")
+        if space:
+            space -= 1
+            x = _convolve(b, x, f"encoder.down.{level}.downsample.conv", _taps("coarser", space))
+    x = _norm(b, spec, _middle(b, spec, x, "encoder.mid"), "encoder.norm_out", "silu")
+    x = _convolve(b, x, "encoder.conv_out", name="unmixed" if spec.mixes else MOMENTS)
+    if spec.mixes:
+        x = b.linear(x, "quant_conv", MOMENTS, bias=True)
+    return b.builder.build(x, inputs=[given])
 
 
 def decoder_inputs(spec: AutoEncoder, lines: int, columns: int) -> dict[str, Int32]:
     """The indices of the decoder for latents of this size."""
-    found = _around(spec, lines, columns)
-    for space in range(len(spec.widths) - 1):
-        size = lines << space, columns << space
-        found[_finer(f"s{space}").name] = _taps(*size, *(_twice(n) for n in size))
-    return found
+    return _inputs(spec, lines, columns, "finer", range(1, len(spec.widths)))
 
 
 def encoder_inputs(spec: AutoEncoder, lines: int, columns: int) -> dict[str, Int32]:
     """The indices of the encoder for latents, not pixels, of this size."""
-    found = _around(spec, lines, columns)
-    for space in range(1, len(spec.widths)):
-        size = lines << space, columns << space
-        found[_coarser(f"s{space}").name] = _taps(*size, *(_half(n) for n in size))
-    return found
+    return _inputs(spec, lines, columns, "coarser", range(len(spec.widths) - 1))
 
 
-def _around(spec: AutoEncoder, lines: int, columns: int) -> dict[str, Int32]:
-    """What both have: attention's spans, and convolutions that keep the size."""
-    spans = np.zeros((2, lines * columns), np.int32)
-    spans[1] = lines * columns
-    found = {SPANS.name: spans} if spec.attends else {}
-    for space in range(len(spec.widths)):
-        size = lines << space, columns << space
-        found[_same(f"s{space}").name] = _taps(*size, *(_each(n) for n in size))
-    return found
+def _inputs(
+    spec: AutoEncoder, lines: int, columns: int, resize: str, spaces: range
+) -> dict[str, Int32]:
+    given = [("same", space) for space in range(len(spec.widths))]
+    given += [(resize, space) for space in spaces]
+    found = {
+        _taps(kind, space).name: _rows_read(kind, lines << space, columns << space)
+        for kind, space in given
+    }
+    spans = np.array([[0], [lines * columns]], np.int32).repeat(lines * columns, axis=1)
+    return found | {SPANS.name: spans} if spec.attends else found
 
 
-# ---- indices: of each row, those that the 9 taps of a convolution read ----
-
-
-def _same(space: str) -> p.Index:
-    return p.Index(f"taps.{space}", space, 9)
-
-
-def _finer(space: str) -> p.Index:
-    """Of a picture of twice the size, in which each place is there four times."""
-    space = f"s{int(space[1:]) + 1}"
-    return p.Index(f"finer.{space}", space, 9)
-
-
-def _coarser(space: str) -> p.Index:
-    """Of every other place, with zeros after the last line and column alone."""
-    space = f"s{int(space[1:]) - 1}"
-    return p.Index(f"coarser.{space}", space, 9)
-
-
-def _taps(lines: int, columns: int, down: Int32, across: Int32) -> Int32:
-    """[9, rows] of which lines and columns, [3, size] each, the taps of each place read."""
-    down = np.where((down >= 0) & (down < lines), down * np.int32(columns), np.int32(_NONE))
-    across = np.where((across >= 0) & (across < columns), across, np.int32(_NONE))
-    found = (down[:, None, :, None] + across[None, :, None, :]).reshape(9, -1)
+def _rows_read(kind: str, lines: int, columns: int) -> Int32:
+    """[9, rows] of a picture that is made: the rows that each of its places reads, or -1."""
+    step, before, share = _READS[kind]
+    down, across = (
+        (step * np.arange(size, dtype=np.int32) + np.arange(-before, 3 - before)[:, None]) // share
+        for size in (lines, columns)
+    )
+    lines, columns = lines * step // share, columns * step // share
+    down = np.where((down >= 0) & (down < lines), down * columns, _OUTSIDE).astype(np.int32)
+    across = np.where((across >= 0) & (across < columns), across, _OUTSIDE).astype(np.int32)
+    found: Int32 = (down[:, None, :, None] + across[None, :, None, :]).reshape(9, -1)
     return np.maximum(found, -1, out=found)
 
 
-def _each(size: int) -> Int32:
-    return np.arange(size, dtype=np.int32) + np.arange(-1, 2, dtype=np.int32)[:, None]
+def _taps(kind: str, space: int) -> p.Index:
+    return p.Index(f"{kind}.s{space}", f"s{space}", 9)
 
 
-def _twice(size: int) -> Int32:
-    return _each(2 * size) // 2
+def _blocks(spec: AutoEncoder, names: p.Names) -> Blocks:
+    return Blocks(names, roles(spec), SPANS, prefix="vae.")
 
 
-def _half(size: int) -> Int32:
-    return np.arange(0, size - 1, 2, dtype=np.int32) + np.arange(3, dtype=np.int32)[:, None]
+def _residual(b: Blocks, spec: AutoEncoder, x: p.Value, role: str) -> p.Value:
+    """The shortcut comes first: then x is needed no more once it is normed."""
+    kept, shortcut = x, f"{role}.nin_shortcut"
+    if f"{shortcut}.weight" in b.shapes:
+        kept = b.linear(x, shortcut, shortcut, bias=True)
+    h = _convolve(b, _norm(b, spec, x, f"{role}.norm1", "silu"), f"{role}.conv1")
+    return _convolve(b, _norm(b, spec, h, f"{role}.norm2", "silu"), f"{role}.conv2", residual=kept)
 
 
-# ---- layers ----
-
-
-def _coder(spec: AutoEncoder, names: p.Names, side: str) -> _Coder:
-    shapes = {f"vae.{role}": shape for role, shape in roles(spec).items()}
-    return _Coder(Blocks(names, shapes, SPANS), spec, f"vae.{side}.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Coder:
-    """Makes the ops of the encoder or the decoder, whose roles begin with `prefix`."""
-
-    blocks: Blocks
-    spec: AutoEncoder
-    prefix: str
-
-    @property
-    def builder(self) -> p.Builder:
-        return self.blocks.builder
-
-    def residual(self, x: p.Value, role: str) -> p.Value:
-        """The shortcut comes first: then x is needed no more once it is normed."""
-        narrow = f"{self.prefix}{role}.shortcut.weight" in self.blocks.shapes
-        kept = self.plain(x, f"{role}.shortcut") if narrow else x
-        h = self.convolution(self.norm_groups(x, f"{role}.norm1", "silu"), f"{role}.conv1")
-        h = self.norm_groups(h, f"{role}.norm2", "silu")
-        return self.convolution(h, f"{role}.conv2", residual=kept)
-
-    def middle(self, x: p.Value) -> p.Value:
-        x = self.residual(x, "middle.0")
-        return self.residual(self.attention(x) if self.spec.attends else x, "middle.1")
-
-    def attention(self, x: p.Value) -> p.Value:
-        h, role = self.norm_groups(x, "middle.attention.norm"), "middle.attention."
-        q, k, v = (self.plain(h, f"{role}{part}") for part in "qkv")
-        out = self.builder.value(f"{self.prefix}{role}seen", x.width, x.rows)
+def _middle(b: Blocks, spec: AutoEncoder, x: p.Value, role: str) -> p.Value:
+    x, name = _residual(b, spec, x, f"{role}.block_1"), f"{role}.attn_1"
+    if spec.attends:
+        h = _norm(b, spec, x, f"{name}.norm")
+        q, k, v = (b.linear(h, f"{name}.{part}", f"{name}.{part}", bias=True) for part in "qkv")
+        out = b.builder.value(f"{name}.seen", x.width, x.rows)
         how = (None, 1, 1, x.width, x.width**-0.5, None, None)
-        return self.plain(
-            self.builder.emit(p.Attend(out, q, k, v, SPANS, *how)), f"{role}out", residual=x
-        )
+        h = b.builder.emit(p.Attend(out, q, k, v, SPANS, *how))
+        x = b.linear(h, f"{name}.proj_out", name, bias=True, residual=x)
+    return _residual(b, spec, x, f"{role}.block_2")
 
-    def plain(
-        self, x: p.Value, role: str, *, name: str = "", residual: p.Value | None = None
-    ) -> p.Value:
-        """A linear of each place by itself."""
-        role = self.prefix + role
-        return self.blocks.linear(x, role, name or role, bias=True, residual=residual)
 
-    def convolution(
-        self,
-        x: p.Value,
-        role: str,
-        taps: p.Index | None = None,
-        *,
-        name: str = "",
-        residual: p.Value | None = None,
-    ) -> p.Value:
-        role, taps = self.prefix + role, taps or _same(x.rows)
-        rows, channels, *size = self.blocks.shapes[f"{role}.weight"]
-        weight = p.Matrix(
-            self.blocks.names[f"{role}.weight"], rows, channels * int(np.prod(size)), role=role
-        )
-        out, bias = (
-            self.builder.value(name or role, rows, taps.rows),
-            self.blocks.vector(f"{role}.bias"),
-        )
-        return self.builder.emit(p.Linear(out, x, weight, bias, residual=residual, taps=taps))
+def _convolve(
+    b: Blocks,
+    x: p.Value,
+    role: str,
+    taps: p.Index | None = None,
+    *,
+    name: str = "",
+    residual: p.Value | None = None,
+) -> p.Value:
+    taps = taps or _taps("same", int(x.rows[1:]))
+    return b.linear(x, role, name or role, bias=True, residual=residual, taps=taps)
 
-    def norm_groups(self, x: p.Value, role: str, activation: Activation | None = None) -> p.Value:
-        role = self.prefix + role
-        weight, bias = (self.blocks.vector(f"{role}.{kind}") for kind in ("weight", "bias"))
-        out = self.builder.value(role, x.width, x.rows)
-        how = (self.spec.groups, self.spec.eps, activation)
-        return self.builder.emit(p.GroupNormalize(out, x, weight, bias, *how))
+
+def _norm(
+    b: Blocks, spec: AutoEncoder, x: p.Value, role: str, activation: Activation | None = None
+) -> p.Value:
+    weight, bias = b.vector(f"{role}.weight"), b.vector(f"{role}.bias")
+    out = b.builder.value(role, x.width, x.rows)
+    how = (spec.groups, spec.eps, activation)
+    return b.builder.emit(p.GroupNormalize(out, x, weight, bias, *how))

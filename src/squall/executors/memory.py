@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from squall.program import Attend, Program, op_weights
+from squall.program import Attend, Program, Value, op_weights, reads
 
 if TYPE_CHECKING:
     from squall.weights import WeightStore
@@ -103,6 +104,29 @@ def by_memory(loads: Iterable[Load]) -> list[Load]:
             kv=before.kv + load.kv,
         )  # fmt: skip
     return list(found.values())
+
+
+def activations(program: Program, rows: Mapping[str, int]) -> int:
+    """About how many bytes a run takes beside weights and caches. rows: of each space."""
+    last: dict[Value, int] = {value: len(program.ops) for value in program.outputs}
+    for number, op in reversed(list(enumerate(program.ops))):
+        for value in reads(op):
+            last.setdefault(value, number)
+    given = sum(4 * rows[index.rows] * index.axes for index in program.indices)
+    held = given + 2 * sum(map(_bytes, program.inputs, repeat(rows)))
+    most, keys = held, 0
+    for number, op in enumerate(program.ops):
+        held += _bytes(op.out, rows)
+        if isinstance(op, Attend) and op.cache is None:
+            keys = max(keys, _bytes(op.k, rows) + _bytes(op.v, rows))
+        most = max(most, held)
+        held -= sum(_bytes(value, rows) for value in reads(op) if last[value] == number)
+    return most + keys + sum(_bytes(value, rows) for value in program.outputs)
+
+
+def _bytes(value: Value, rows: Mapping[str, int]) -> int:
+    """As floats, and, as what a linear multiplies, as integers beside them."""
+    return rows[value.rows] * value.width * 21 // 4
 
 
 # ---- this machine ----

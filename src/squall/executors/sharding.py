@@ -60,6 +60,8 @@ class _Edit:
 
     def attention(self, op: p.Attend) -> None:
         """The heads of one attention, if they can be."""
+        if op.relative is not None:
+            return
         chains = [self._chain(value, op.head_dim) for value in (op.q, op.k, op.v)]
         reader = self._reader(op.out)
         out = self._reader(reader.out) if isinstance(reader, p.GatherRows) else reader
@@ -81,7 +83,7 @@ class _Edit:
 
     def feed_forward(self, down: p.Linear) -> None:
         """The columns of a down, and the rows of what makes them."""
-        if down.activation or self._reader(down.x) is not down:
+        if down.activation or down.taps or self._reader(down.x) is not down:
             return
         names: tuple[str, ...] = "gate", "up", "gate_bias", "up_bias"
         match self._ops.get(down.x):

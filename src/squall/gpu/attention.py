@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -163,17 +163,21 @@ def attend(
     return out
 
 
-def attend_here(
-    op: p.Attend, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *, exact: bool
-) -> Tensor:
-    """Attention of q to the rows of k and v, which may be others than its own."""
-    if uses_triton(q):
+def attend_here(  # noqa: PLR0913
+    op: p.Attend, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *, exact: bool,
+    relative: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of q to the rows of k and v, which may be others than its own.
+
+    relative: what is added to scores, [distances, heads], from the farthest before to that behind.
+    """
+    if relative is None and uses_triton(q):
         from squall.gpu import triton_attention
 
         return triton_attention.attend_here(op, q, k, v, spans, exact=exact)
     own = torch.arange(len(q), dtype=torch.int32, device=q.device)
     seen = _seen(op, spans, own, torch.full_like(own, len(k)))
-    return _attend(op, q, (_heads(k, op.kv_heads), _heads(v, op.kv_heads)), seen, exact)
+    return _attend(op, q, (_heads(k, op.kv_heads), _heads(v, op.kv_heads)), seen, exact, relative)
 
 
 def recall(
@@ -209,14 +213,29 @@ def _seen(op: p.Attend, spans: Tensor, positions: Tensor, ends: Tensor) -> Pair:
     return begin.clamp(min=0), end
 
 
-def _attend(op: p.Attend, q: Tensor, stored: Pair, seen: Pair, exact: bool) -> Tensor:
+def _attend(
+    op: p.Attend, q: Tensor, stored: Pair, seen: Pair, exact: bool, relative: Tensor | None = None
+) -> Tensor:
     """Some rows at a time: that bounds memory, and leaves out what none of them sees."""
     way = _tiled if exact or op.softcap is not None else _fused
     out, (begin, end) = torch.empty_like(q), seen
     for first in range(0, len(q), _CHUNK):
         own = slice(first, first + _CHUNK)
-        out[own] = way(op, _heads(q[own], op.heads), stored, (begin[own], end[own])).flatten(1)
+        near = None if relative is None else partial(_near, relative, first, len(q[own]))
+        seen = begin[own], end[own]
+        out[own] = way(op, _heads(q[own], op.heads), stored, seen, near).flatten(1)
     return out
+
+
+Near = Callable[[Tensor], Tensor] | None
+"""Of some positions, what is added to the scores of rows, [heads, rows, positions]."""
+
+
+def _near(relative: Tensor, first: int, rows: int, positions: Tensor) -> Tensor:
+    reach = len(relative) // 2
+    own = torch.arange(first, first + rows, device=positions.device)
+    apart = (positions - own[:, None]).clamp(-reach, reach) + reach
+    return relative[apart].permute(2, 0, 1)
 
 
 def _range(seen: Pair) -> tuple[int, int]:
@@ -225,20 +244,22 @@ def _range(seen: Pair) -> tuple[int, int]:
     return (int(begin.min()), int(end.max())) if len(begin) else (0, 0)
 
 
-def _fused(op: p.Attend, q: Tensor, stored: Pair, seen: Pair) -> Tensor:
+def _fused(op: p.Attend, q: Tensor, stored: Pair, seen: Pair, near: Near = None) -> Tensor:
     first, last = _range(seen)
     if first == last:
         return torch.zeros_like(q)
     k, v = (x[None, first:last].to(q.dtype).transpose(1, 2) for x in stored)
     at = torch.arange(first, last, device=q.device)
-    mask = (seen[0][:, None] <= at) & (at < seen[1][:, None])
+    sees = mask = (seen[0][:, None] <= at) & (at < seen[1][:, None])
+    if near is not None:
+        mask = near(at).masked_fill(~sees, -torch.inf).to(q.dtype)
     out = functional.scaled_dot_product_attention(
         q[None].transpose(1, 2), k, v, mask, scale=op.scale, enable_gqa=op.heads > op.kv_heads
     )
-    return torch.where(mask.any(1)[:, None, None], out[0].transpose(0, 1), 0.0)
+    return torch.where(sees.any(1)[:, None, None], out[0].transpose(0, 1), 0.0)
 
 
-def _tiled(op: p.Attend, q: Tensor, stored: Pair, seen: Pair) -> Tensor:
+def _tiled(op: p.Attend, q: Tensor, stored: Pair, seen: Pair, near: Near = None) -> Tensor:
     """Position tiles from 0 on, merged in order, by products of one shape: exact."""
     n, group = len(q), op.heads // op.kv_heads
     lanes = q.float().view(n, op.kv_heads, group, -1).transpose(0, 1).flatten(1, 2)
@@ -253,9 +274,12 @@ def _tiled(op: p.Attend, q: Tensor, stored: Pair, seen: Pair) -> Tensor:
     for at in range(first // _POSITIONS * _POSITIONS, last, _POSITIONS):
         k, v = (_tile(x[at : at + _POSITIONS]) for x in stored)
         scores = _products(tiles, k.transpose(1, 2)).mul_(op.scale)
+        past = torch.arange(at, at + _POSITIONS, device=q.device)
+        if near is not None:
+            more = near(past).unflatten(0, (op.kv_heads, group)).transpose(1, 2).flatten(1, 2)
+            scores.add_(functional.pad(more, (0, 0, 0, spare)).view_as(scores))
         if op.softcap is not None:
             scores = scores.div_(op.softcap).tanh_().mul_(op.softcap)
-        past = torch.arange(at, at + _POSITIONS, device=q.device)
         scores.masked_fill_((past < begin) | (past >= end), -torch.inf)
         top = torch.maximum(peak, scores.amax(-1, keepdim=True))
         base = top.clamp(min=torch.finfo(top.dtype).min)

@@ -56,6 +56,8 @@ def _bounds(op: p.Op) -> Iterator[tuple[p.Index, int, int | str, str]]:
             yield op.positions, 0, 1 << 31, "an index is negative"
         case p.GatherRows():
             yield op.index, 0, op.x.rows, "a chosen row is outside the step"
+        case p.Linear(taps=p.Index() as taps):
+            yield taps, -(1 << 31), op.x.rows, "a chosen row is outside the step"
         case p.Overlay():
             yield op.index, -(1 << 31), op.rows.rows, "a chosen row is outside the step"
 
@@ -69,6 +71,13 @@ def _seen(op: p.Op) -> Iterator[tuple[p.Index, str]]:
             yield op.seen, _MEMORY
 
 
+def _alone(op: p.Op) -> Iterator[p.Value]:
+    """What has one row."""
+    match op:
+        case p.Add(gate=p.Value() as row) | p.Modulate(by=row):
+            yield row
+
+
 class Inputs:
     """What a program asks of a run."""
 
@@ -79,6 +88,8 @@ class Inputs:
         ops = program.ops
         self._bounds = tuple(dict.fromkeys(bound for op in ops for bound in _bounds(op)))
         self._seen = tuple(dict.fromkeys(seen for op in ops for seen in _seen(op)))
+        self._alone = {row.rows for op in ops for row in _alone(op)}
+        self._joined = [op for op in ops if isinstance(op, p.ConcatenateRows)]
         self._mixtures = {a.mixture for op in ops if (a := getattr(op, "adapters", None))}
         self._shared = {s for op in ops if (s := getattr(op, "shared", None))}
         self._cached = {spans.rows for spans, of in self._seen if of in (_CACHE, _MEMORY)}
@@ -89,6 +100,10 @@ class Inputs:
         rows, indices = given.rows, {}
         for space, count in rows.items():
             expect(count <= self._most[space], "too many rows in a step")
+        expect(all(rows[space] == 1 for space in self._alone), "a gate or a modulation has one row")
+        for op in self._joined:
+            together = rows[op.out.rows] == rows[op.a.rows] + rows[op.b.rows]
+            expect(together, "rows one after another are as many as there are of both")
         for index in self._program.indices:
             found = _narrowed(given.indices[index.name], index.name)
             shape = (index.axes, rows[index.rows]) if index.axes > 1 else (rows[index.rows],)

@@ -22,6 +22,7 @@ from squall.spec import Activation
 _TILE = 16
 _SUM = 64
 _LARGEST = 448  # of float8
+_GATHERED = 1 << 24  # values of rows side by side
 _MANY = 512  # rows from which on it costs little to write a weight as floats first
 
 _Elementwise = Callable[[Tensor], Tensor]
@@ -104,6 +105,23 @@ def linear(
         y = y if activation is None else activated(y.float(), activation, exact=exact)
     y = y if product.scale == 1.0 else y * product.scale
     return (y if residual is None else residual + y).to(dtype)
+
+
+def convolved(
+    x: Tensor, product: Product, taps: Tensor, *, residual: Tensor | None, exact: bool,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """A product of rows of x side by side, [taps, rows], negative: zeros; some rows at a time."""
+    out = x.new_empty(taps.shape[1], product.weight.rows, dtype=dtype)
+    padded = F.pad(x, (0, 0, 0, 1))
+    taps = torch.where(taps < 0, len(x), taps).T
+    step = max(_GATHERED // product.weight.cols // _TILE, 1) * _TILE
+    for start in range(0, len(taps), step):
+        some, own = taps[start : start + step], slice(start, start + step)
+        beside = padded.index_select(0, some.reshape(-1)).view(len(some), -1)
+        more = None if residual is None else residual[own]
+        out[own] = linear(beside, product, residual=more, exact=exact, dtype=dtype)
+    return out
 
 
 def embed(ids: Tensor, table: Weight, *, scale: float, dtype: torch.dtype) -> Tensor:

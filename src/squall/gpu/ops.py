@@ -98,8 +98,9 @@ def fits(op: p.Op) -> bool:
             whole = op.x.width % op.group == 0 and size in (op.group, out)
             return whole and _even((op.x, out), (op.bias, size))
         case p.Linear():
-            fits = _multiplies(op.weight, op.x.width, out, op.bias)
-            return fits and _even((op.residual, out))
+            taps = 1 if op.taps is None else op.taps.axes
+            fits = _multiplies(op.weight, taps * op.x.width, out, op.bias)
+            return fits and _even((op.residual, out)) and not (op.taps and op.adapters)
         case p.GatedLinear():
             parts = (op.gate, op.gate_bias), (op.up, op.up_bias)
             return all(_multiplies(w, op.x.width, out, bias) for w, bias in parts)
@@ -116,10 +117,41 @@ def fits(op: p.Op) -> bool:
         case p.Attend() | p.Recall():
             width, own = op.heads * op.head_dim, op.kv_heads * op.head_dim
             stored = ((op.k, own), (op.v, own)) if isinstance(op, p.Attend) else ()
-            return op.heads % op.kv_heads == 0 and _even((op.q, width), (op.out, width), *stored)
-        case p.Add():
-            return _even((op.a, out), (op.b, out))
+            even = _even((op.q, width), (op.out, width), *stored)
+            return op.heads % op.kv_heads == 0 and even and _measures(op)
+        case p.Add() | p.Modulate() | p.GroupNormalize() | p.ConcatenateRows():
+            return _keeps(op)
     return True
+
+
+def _keeps(op: p.Add | p.Modulate | p.GroupNormalize | p.ConcatenateRows) -> bool:
+    """Whether an op that keeps the width of what it reads has the sizes that it needs."""
+    out = op.out.width
+    match op:
+        case p.Add():
+            even = _even((op.a, out), (op.b, out)) and op.a.rows == op.b.rows == op.out.rows
+            return even and (op.gate is None or _has(op.gate, out, op.column))
+        case p.Modulate():
+            even = _even((op.x, out)) and op.x.rows == op.out.rows
+            return even and _has(op.by, out, op.shift, op.scale)
+        case p.GroupNormalize():
+            even = _even((op.x, out), (op.weight, out), (op.bias, out))
+            return even and out % op.groups == 0 and op.x.rows == op.out.rows
+        case p.ConcatenateRows():
+            return _even((op.a, out), (op.b, out))
+
+
+def _has(row: p.Value, width: int, *columns: int) -> bool:
+    return all(0 <= column <= row.width - width for column in columns)
+
+
+def _measures(op: p.Attend | p.Recall) -> bool:
+    """Whether the distances of an attention, if it has some, are there."""
+    if isinstance(op, p.Recall) or op.relative is None:
+        return True
+    count, rest = divmod(op.relative.size, op.heads)
+    known = all(0 <= bucket < count for bucket in op.buckets)
+    return op.cache is None and rest == 0 and len(op.buckets) % 2 == 1 and known
 
 
 def _even(*sizes: tuple[p.Value | p.Vector | None, int]) -> bool:
@@ -174,10 +206,36 @@ def _(op: p.Rotate, run: Run) -> Tensor:
     return rows.rotate(run[op.x], run[op.angles], op.heads, op.head_dim, op.interleaved)
 
 
+@lower.register
+def _(op: p.Add, to: Lowering) -> Act:
+    def act(run: Run) -> Tensor:
+        b = run[op.b] if op.scale == 1 else run[op.b].float() * op.scale
+        if op.gate is not None:
+            b = _columns(run[op.gate], op.column, op.b.width) * b
+        y = run[op.a] + b
+        return linear.activated(y.float(), op.activation, exact=to.exact) if op.activation else y
+
+    return act
+
+
+def _columns(row: Tensor, first: int, count: int) -> Tensor:
+    return row[0, first : first + count].float()
+
+
 @_act.register
-def _(op: p.Add, run: Run) -> Tensor:
-    a, b = run[op.a], run[op.b]
-    return a + b if op.scale == 1 else a + b.float() * op.scale
+def _(op: p.Modulate, run: Run) -> Tensor:
+    shift, scale = (_columns(run[op.by], at, op.x.width) for at in (op.shift, op.scale))
+    return rows.normalize(run[op.x], 1 + scale, shift, "layer", op.eps, op.x.width)
+
+
+@lower.register
+def _(op: p.GroupNormalize, to: Lowering) -> Act:
+    weight, bias = to.weights.vector(op.weight), to.weights.vector(op.bias)
+    assert weight is not None
+    assert bias is not None
+
+    finish = functools.partial(linear.activated, activation=op.activation, exact=to.exact)
+    return lambda run: rows.group_normalize(op, run[op.x], weight, bias, finish)
 
 
 @_act.register
@@ -188,6 +246,11 @@ def _(op: p.Softcap, run: Run) -> Tensor:
 @_act.register
 def _(op: p.Concatenate, run: Run) -> Tensor:
     return torch.cat((run[op.a], run[op.b]), 1)
+
+
+@_act.register
+def _(op: p.ConcatenateRows, run: Run) -> Tensor:
+    return torch.cat((run[op.a], run[op.b]))
 
 
 @lower.register
@@ -227,8 +290,11 @@ def _(op: p.AllReduce, to: Lowering) -> Act:
 def _(op: p.Attend, to: Lowering) -> Act:
     exact = to.exact
     if op.cache is None:
+        relative = to.weights.vector(op.relative)
+        if relative is not None:
+            relative = relative.view(-1, op.heads)[to.tensor(op.buckets, torch.int32)]
         return lambda run: attention.attend_here(
-            op, run[op.q], run[op.k], run[op.v], run[op.spans], exact=exact
+            op, run[op.q], run[op.k], run[op.v], run[op.spans], exact=exact, relative=relative
         )
     cache = to.caches[op.cache]
 
@@ -300,8 +366,11 @@ def _(op: p.Linear, to: Lowering) -> Act:
 
     def fused(run: Run) -> Tensor:
         residual = None if op.residual is None else run[op.residual]
-        dtype = to.types[op.out]
-        return linear.linear(run[op.x], product, residual=residual, exact=exact, dtype=dtype)
+        dtype, x = to.types[op.out], run[op.x]
+        if op.taps is not None:
+            taps = run[op.taps].view(op.taps.axes, -1)
+            return linear.convolved(x, product, taps, residual=residual, exact=exact, dtype=dtype)
+        return linear.linear(x, product, residual=residual, exact=exact, dtype=dtype)
 
     def changed(run: Run) -> Tensor:
         y = added.product(run, run[op.x], op.weight, product.weight, product.bias)

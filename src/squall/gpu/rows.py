@@ -5,12 +5,16 @@ A row's bytes do not depend on the others: sums are trees of one shape.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from squall import program as p
 from squall.gpu import uses_triton
+
+_VALUES = 1 << 24
 
 
 def total(x: Tensor) -> Tensor:
@@ -38,6 +42,25 @@ def normalize(
     y = y / torch.sqrt(total(y * y) / group + eps) * weight.view(-1, group)
     y = y if bias is None else y + bias.view(-1, group)
     return y.view(x.shape).to(x.dtype)
+
+
+def group_normalize(
+    op: p.GroupNormalize, x: Tensor, weight: Tensor, bias: Tensor,
+    activated: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """See `program.GroupNormalize`; x: [rows, width]. Few rows at a time are float32."""
+    shape, count = (-1, op.groups, op.x.width // op.groups), len(x) * op.x.width // op.groups
+    parts = [part.view(shape) for part in x.split(max(_VALUES // op.x.width, 1))]
+
+    def mean(of: Callable[[Tensor], Tensor]) -> Tensor:
+        sums = [total(total(of(part.float()))[..., 0].T) for part in parts]
+        return total(torch.cat(sums, 1)) / count
+
+    centre = mean(lambda y: y)
+    factor = weight.view(op.groups, -1) / torch.sqrt(mean(lambda y: (y - centre) ** 2) + op.eps)
+    shift = bias.view(op.groups, -1)
+    norms = ((part.float() - centre) * factor + shift for part in parts)
+    return torch.cat([activated(norm).to(x.dtype) for norm in norms]).view(x.shape)
 
 
 def rotate(x: Tensor, angles: Tensor, heads: int, head_dim: int, interleaved: bool) -> Tensor:

@@ -27,7 +27,7 @@ FALLBACKS = {
     "hqq1": "q4_0",
 }  # fmt: skip
 _KEPT = ("embed", "classifier", "router", "patches", "class", "positions", "newline")
-_LAYER = re.compile(r"layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:(?:encoder|flux)\.)?layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)

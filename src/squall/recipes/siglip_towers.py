@@ -11,7 +11,7 @@ from squall.recipes.config_fields import ConfigFields
 from squall.recipes.config_names import USUAL
 from squall.recipes.names import Part
 from squall.recipes.vision import Sections, seer
-from squall.spec import Attention, Connector, Layer, Mlp, Norm, Perceiver
+from squall.spec import Attention, Connector, Layer, Mlp, Norm, Perceiver, Tower
 
 PATCHES = "embeddings.patch_embedding"
 
@@ -20,6 +20,7 @@ def tower(s: Sections, v: ConfigFields) -> Part:
     """A tower of SigLIP with the norm after it, and without the head that makes one row."""
     norm = parts.layer_norm(v)
     part = clip_towers.tower(v, s.before(PATCHES), -1, class_token=False)
+    assert isinstance(part.spec, Tower)
     return replace(part, spec=replace(part.spec, norm=norm))
 
 

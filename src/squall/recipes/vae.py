@@ -30,45 +30,23 @@ KNOWN: Mapping[str, tuple[object, ...]] = {
     "out_channels": (3,),
 }
 MOST_WIDTH, MOST_LEVELS, MOST_BLOCKS = 1 << 14, 8, 64
-Names = tuple[tuple[str, str], ...]
-# Patterns of roles and what stands in names in their place; {0} and {1} are the pattern's groups,
-# {back} the first counted from the end of levels.
-_BOTH: Names = ((r"encoder\.mix", "quant_conv"), (r"decoder\.mix", "post_quant_conv"))
-ORIGINAL: Names = (
-    *_BOTH,
-    (r"encoder\.levels\.(\d+)\.resize", "encoder.down.{0}.downsample.conv"),
-    (r"encoder\.levels\.(\d+)\.(\d+)", "encoder.down.{0}.block.{1}"),
-    (r"decoder\.levels\.(\d+)\.resize", "decoder.up.{0}.upsample.conv"),
-    (r"decoder\.levels\.(\d+)\.(\d+)", "decoder.up.{0}.block.{1}"),
-    (r"middle\.0", "mid.block_1"),
-    (r"middle\.1", "mid.block_2"),
-    (r"middle\.attention\.out", "mid.attn_1.proj_out"),
-    (r"middle\.attention", "mid.attn_1"),
-    (r"shortcut", "nin_shortcut"),
+# What roles have, and the tensors of diffusers in its place; it counts the levels of decoders from
+# the coarsest. FLUX's own files have the names of roles.
+Pairs = tuple[tuple[str, str], ...]
+FOLDER: Pairs = (
+    (r"\.(down|up)\.(\d+)\.block", r".\1_blocks.\2.resnets"),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample", r".\1_blocks.\2.\3samplers.0"),
+    ("mid.block_1", "mid_block.resnets.0"),
+    ("mid.block_2", "mid_block.resnets.1"),
+    ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"),
+    ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
+    ("mid.attn_1.", "mid_block.attentions.0.to_"),
+    ("nin_shortcut", "conv_shortcut"),
+    ("norm_out", "conv_norm_out"),
 )
-_FOLDER: Names = (
-    *_BOTH,
-    (r"encoder\.levels\.(\d+)\.resize", "encoder.down_blocks.{0}.downsamplers.0.conv"),
-    (r"encoder\.levels\.(\d+)\.(\d+)", "encoder.down_blocks.{0}.resnets.{1}"),
-    (r"decoder\.levels\.(\d+)\.resize", "decoder.up_blocks.{back}.upsamplers.0.conv"),
-    (r"decoder\.levels\.(\d+)\.(\d+)", "decoder.up_blocks.{back}.resnets.{1}"),
-    (r"middle\.(\d)", "mid_block.resnets.{0}"),
-    (r"middle\.attention\.norm", "mid_block.attentions.0.group_norm"),
-    (r"shortcut", "conv_shortcut"),
-    (r"norm_out", "conv_norm_out"),
-)
-FOLDER: Names = (
-    *_FOLDER,
-    (r"middle\.attention\.out", "mid_block.attentions.0.to_out.0"),
-    (r"middle\.attention\.(.)", "mid_block.attentions.0.to_{0}"),
-)
-OLDER: Names = (
-    *_FOLDER,
-    (r"middle\.attention\.q", "mid_block.attentions.0.query"),
-    (r"middle\.attention\.k", "mid_block.attentions.0.key"),
-    (r"middle\.attention\.v", "mid_block.attentions.0.value"),
-    (r"middle\.attention\.out", "mid_block.attentions.0.proj_attn"),
-)
+OLDER: Pairs = (
+    *FOLDER, ("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")
+)  # fmt: skip
 
 
 class _Config(Fields):
@@ -80,20 +58,21 @@ class _Config(Fields):
 def load_vae(checkpoint: Checkpoint) -> Part:
     """The autoencoder of a checkpoint, in whichever layout."""
     tensors, given = checkpoint.tensors, checkpoint.metadata
-    layout, config = _layout(tensors), DEFAULTS | given
-    if layout is ORIGINAL and given.get("_class_name") not in KNOWN["_class_name"]:
-        config = DEFAULTS | _flux(tensors)  # the config.json is another model's, or there is none
+    layout = _layout(tensors)
+    if not layout and given.get("_class_name") not in KNOWN["_class_name"]:
+        given = _flux(tensors)  # the config.json is another model's, or there is none
+    config = {**DEFAULTS, **given}
     for key, known in KNOWN.items():
         found = config.get(key, [])
         if any(value not in known for value in (found if isinstance(found, list) else [found])):
             raise UnsupportedModel(f"{key} is {found!r:.99} of the autoencoder; known: {known[0]}")
     spec = _spec(_Config(dict(flatten(config)), tensors))
-    return place([Part("vae", spec, _naming(spec, layout))], tensors, read=set())[0]
+    return place([Part("vae", spec, naming(spec, layout))], tensors, read=set())[0]
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> Names:
+def _layout(tensors: Mapping[str, Tensor]) -> Pairs:
     if "decoder.up.0.block.0.conv1.weight" in tensors:
-        return ORIGINAL
+        return ()
     if "decoder.up_blocks.0.resnets.0.conv1.weight" in tensors:
         older = "decoder.mid_block.attentions.0.query.weight" in tensors
         return OLDER if older else FOLDER
@@ -153,14 +132,14 @@ def _spec(c: Fields) -> AutoEncoder:
     return spec
 
 
-def _naming(spec: AutoEncoder, layout: Names) -> Naming:
+def naming(spec: AutoEncoder, pairs: Pairs) -> Naming:
+    """Of a layout: what `pairs` make of roles."""
     last, stems = len(spec.widths) - 1, {}
     for role in roles(spec):
-        stem = name = role.rpartition(".")[0]
-        for pattern, template in layout:
-            if match := re.search(pattern, name):
-                back = last - int(match[1]) if "{back}" in template else 0
-                made = template.format(*match.groups(), back=back)
-                name = name[: match.start()] + made + name[match.end() :]
+        name = stem = role.rpartition(".")[0]
+        if pairs:
+            name = re.sub(r"(?<=\.up\.)\d+", lambda level: str(last - int(level[0])), name)
+        for pattern, other in pairs:
+            name = re.sub(pattern, other, name)
         stems[stem] = name
     return Naming(stems, "")

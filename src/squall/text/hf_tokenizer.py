@@ -107,12 +107,13 @@ class _Files:
 
 
 def _opened(files: _Files) -> tuple[Any, Vocabulary]:
-    library = _load(files.tokenizer)
+    library = library_of(files.tokenizer)
     _repair(library, files)
     return library, _vocabulary(library, files)
 
 
-def _load(text: str) -> Any:
+def library_of(text: str) -> Any:
+    """The tokenizer of the `tokenizers` library that a tokenizer.json describes."""
     try:
         library = Library.from_str(text)
         library.no_truncation()
@@ -283,7 +284,8 @@ def _inner(library: Any, spec: Mapping[str, Any]) -> Any:
     changed = {name: _without_prefix(spec.get(name)) for name in ("normalizer", "pre_tokenizer")}
     if all(changed[name] == spec.get(name) for name in changed):
         return library
-    inner = _load(json.dumps({"version": "1.0", "added_tokens": [], **changed, "model": _NOTHING}))
+    empty = {"version": "1.0", "added_tokens": [], **changed, "model": _NOTHING}
+    inner = library_of(json.dumps(empty))
     inner.model = library.model
     for _, token in sorted(library.get_added_tokens_decoder().items()):
         (inner.add_special_tokens if token.special else inner.add_tokens)([token])
