@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.opening import check_one
+from squall.cli.opening import check_one, makes_pictures
 from squall.cli.options import T5, Clip, File, Folder, Json, Threads, Vae, progress
 from squall.errors import InvalidRequest
 from squall.opening import NO_MMPROJ, Opening
@@ -72,18 +72,17 @@ def quantize(
     """
     from squall import convert
     from squall.assembly import prepare
-    from squall.diffusion.files import is_image_model
     from squall.executors import default_threads
     from squall.quant import Plan, Topology
 
     check_one(model, file, folder)
     path = model or file or folder
-    pictures = path is not None and is_image_model(path)
+    pictures = path is not None and makes_pictures(path)
     _check(output, path, topology if isq is None else isq, folder=pictures)
     if pictures:
         opening = Opening(path, t5=t5, clip=clip, vae=vae)
         with progress("quantizing") as shown:
-            plan = Plan.of(isq, topology and Topology.from_file(topology))
+            plan = Plan.of(isq, None if topology is None else Topology.from_file(topology))
             found = _pictures(replace(opening, progress=shown), plan, output, threads)
         _report(output, found, as_json=as_json)
         return
