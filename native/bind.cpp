@@ -331,12 +331,20 @@ void bind_ops(nb::class_<Executor>& c) {
           "linear",
           [](Executor& e, size_t out, size_t x, TileRef weight, const std::optional<Floats>& bias,
              const std::optional<std::string>& act, float scale, MaybeId residual,
-             const MaybeAdapters& adapters) {
+             const MaybeAdapters& adapters, MaybeId taps) {
             e.linear({out, x, std::move(weight), vector(bias), activation_named(act), scale,
-                      id(residual), adapters_of(adapters)});
+                      id(residual), adapters_of(adapters), id(taps)});
           },
           "out"_a, "x"_a, "weight"_a, "bias"_a.none(), "activation"_a.none(), "scale"_a,
-          "residual"_a.none(), "adapters"_a.none() = nb::none())
+          "residual"_a.none(), "adapters"_a.none() = nb::none(), "taps"_a.none() = nb::none())
+      .def(
+          "group_normalize",
+          [](Executor& e, size_t out, size_t x, const Floats& weight, const Floats& bias,
+             size_t groups, float eps, const std::optional<std::string>& act) {
+            e.group_normalize(
+                {out, x, vector(weight), vector(bias), groups, eps, activation_named(act)});
+          },
+          "out"_a, "x"_a, "weight"_a, "bias"_a, "groups"_a, "eps"_a, "activation"_a.none())
       .def(
           "gated_linear",
           [](Executor& e, size_t out, size_t x, TileRef gate, TileRef up,

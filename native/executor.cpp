@@ -263,12 +263,46 @@ void Executor::normalize(NormalizeOp op) {
   add_phase("norm", std::move(phase));
 }
 
+void Executor::group_normalize(GroupNormalizeOp op) {
+  const Buffer &x = floats(op.x), &to = *buffers_[op.out];
+  expect(x.width == to.width && x.space == to.space && op.groups > 0 && x.width % op.groups == 0 &&
+             op.weight.size() == x.width && op.bias.size() == x.width,
+         "a group norm's groups or weights do not fit its input");
+  const size_t in = op.x, out = op.out, sums = split(x.space);
+  const auto moments =
+      std::make_shared<Moments>(std::move(op), x, limits_.rows[x.space] * x.multiple, *split_);
+  const auto blocks = [&x](const Step& step) { return ceil_div(step.rows_of(x), Moments::kRows); };
+  auto blockwise = task_phase(blocks, [&k = kernels_, moments](const Step& step, size_t block) {
+    moments->block(k, step, block);
+  });
+  blockwise->reads = {in};
+  blockwise->writes = {sums};
+  add_phase("group norm moments", std::move(blockwise));
+  auto merge =
+      task_phase([&x, groups = moments->op.groups](
+                     const Step& step) { return step.rows_of(x) > 0 ? groups : 0; },
+                 [moments](const Step& step, size_t group) { moments->merge(step, group); });
+  merge->reads = merge->writes = {sums};
+  add_phase("group norm merge", std::move(merge));
+  auto phase =
+      row_phase(to, pool_->threads(), [&k = kernels_, &x, &to, moments](const Step&, size_t r) {
+        k.scale_columns(x.row(r), moments->means(), moments->factors(), moments->op.bias.data(),
+                        moments->op.activation, to.width, to.row(r));
+        if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
+      });
+  phase->reads = {in, sums};
+  phase->writes = {out};
+  phase->quantizes = true;
+  add_phase("group norm", std::move(phase));
+}
+
 void Executor::linear(LinearOp op) {
   const Buffer& to = *buffers_[op.out];
   expect(to.width == op.weight->rows() && (op.bias.empty() || op.bias.size() == to.width),
          "a linear's weight or bias does not fit its output");
   const Buffer* residual = op.residual == kNone ? nullptr : &floats(op.residual);
   expect(residual == nullptr || residual->width == to.width, "a residual differs in width");
+  if (op.taps != kNone) return convolution(std::move(op), residual);
   const size_t out = op.out, in = op.x, rest = op.residual;
   const TilePtr weight = op.weight;
   const Added added = adapt(op.adapters, 0, 1, out, op.adapters.x);
@@ -279,6 +313,25 @@ void Executor::linear(LinearOp op) {
   if (rest != kNone) phase->reads.push_back(rest);
   phase->writes = {out};
   add_phase("linear " + described(*weight), std::move(phase));
+}
+
+void Executor::convolution(LinearOp op, const Buffer* residual) {
+  const Buffer &x = *buffers_.at(op.x), &to = *buffers_[op.out];
+  const Tile& weight = *op.weight;
+  expect(weight.cols() == product({choosing(op.taps, x, to, true).axes, x.width}),
+         "a convolution's weight has not the columns of its taps");
+  expect(!op.adapters.any(), "a convolution has no adapters");
+  expect(!weight.is_integer() || x.width % kGroup == 0,
+         "of int8 a tap has columns in multiples of 32");
+  (weight.is_integer() ? buffers_[op.x]->wants_quant : buffers_[op.x]->wants_float) = true;
+  std::vector<size_t> reads = {op.x}, writes = {op.out};
+  if (residual != nullptr) reads.push_back(op.residual);
+  std::string name = "convolution " + described(weight);
+  auto phase = std::make_unique<ConvolutionPhase>(kernels_, pool_->threads(), std::move(op), x, to,
+                                                  residual);
+  phase->reads = std::move(reads);
+  phase->writes = std::move(writes);
+  add_phase(std::move(name), std::move(phase));
 }
 
 void Executor::gated_linear(GatedLinearOp op) {
@@ -352,15 +405,20 @@ void Executor::add_attend(const AttendOp& op, Keys keys, size_t from, size_t sto
              op.heads % op.kv_heads == 0 && q.width == product({op.heads, op.head_dim}) &&
              out.width == q.width && out.space == q.space,
          "attention's heads or rows do not fit its inputs or its cache");
-  if (split_value_ == kNone) split_value_ = add_value(1, q.space, false);
+  const size_t sums = split(q.space);
   auto phase =
       std::make_unique<AttendPhase>(kernels_, pool_->threads(), limits_, op,
                                     sight_of(op, keys, from), cache, floats(op.q), out, *split_);
-  phase->reads = {op.q, split_value_};
+  phase->reads = {op.q, sums};
   if (stored != kNone) phase->reads.push_back(stored);
-  phase->writes = {op.out, split_value_};
+  phase->writes = {op.out, sums};
   phase->quantizes = op.head_dim % kGroup == 0;
   add_phase(keys == Keys::kRecalled ? "recall" : "attend", std::move(phase));
+}
+
+size_t Executor::split(size_t space) {
+  if (split_value_ == kNone) split_value_ = add_value(1, space, false);
+  return split_value_;
 }
 
 void Executor::attend(AttendOp op) {

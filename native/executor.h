@@ -157,6 +157,7 @@ struct LinearOp {
   float scale = 1.0f;
   size_t residual = kNone;
   AdaptersOp adapters = {};
+  size_t taps = kNone;  // index
 };
 struct GatedLinearOp {
   size_t out, x;
@@ -171,6 +172,13 @@ struct NormalizeOp {
   bool rms;
   float eps;
   size_t group;  // columns that are normalized together
+};
+struct GroupNormalizeOp {
+  size_t out, x;
+  Vector weight, bias;
+  size_t groups;
+  float eps;
+  Activation activation;
 };
 struct RotateOp {
   size_t out, x, angles, heads, head_dim;
@@ -239,6 +247,7 @@ class Executor {
   void rope_angles(size_t out, size_t positions, Vector frequencies, std::vector<size_t> axes,
                    float magnitude);
   void normalize(NormalizeOp op);
+  void group_normalize(GroupNormalizeOp op);
   void linear(LinearOp op);
   void gated_linear(GatedLinearOp op);
   void rotate(RotateOp op);
@@ -323,6 +332,9 @@ class Executor {
   Index& choosing(size_t index, const Buffer& from, const Buffer& to, bool overlays);
   void add_layer(KvCache& cache, size_t kv_heads, size_t head_dim, size_t keys);
   size_t sight_of(const AttendOp& op, Keys keys, size_t from);
+  void convolution(LinearOp op, const Buffer* residual);
+  // The value that stands for the sums in split_, so that no two ops have them at once.
+  size_t split(size_t space);
   // What attends to keys and values once they are stored. stored: stands for them; kNone: a memory.
   void add_attend(const AttendOp& op, Keys keys, size_t from, size_t stored);
   View view(const Inputs& inputs, const Sight& sight) const;
@@ -352,7 +364,7 @@ class Executor {
   std::vector<size_t> rows_seen_;         // of each space, in the last run
   bool planned_ = false, profiling_ = false;
   int64_t layout_ = 0;
-  size_t split_value_ = kNone;  // stands for split_, so that no two attends run at once
+  size_t split_value_ = kNone;
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<Index> indices_;
   std::vector<Sight> sights_;

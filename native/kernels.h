@@ -15,8 +15,19 @@ enum class Activation : uint8_t { kNone, kSilu, kGelu, kGeluTanh, kQuickGelu, kR
 // out[tiles][rows][16] = x[rows] . `tiles` tiles, which lie tile_bytes apart
 using MatmulQuantized = void (*)(const uint8_t* tile, size_t tiles, size_t tile_bytes, size_t cols,
                                  const QuantGroup* x, size_t x_stride, size_t rows, float* out);
+// Rows `stride` apart; or, where there are taps, the rows of x that they name side by side.
+struct FloatRows {
+  const float* x;
+  size_t stride;
+  // [cols / width][apart]: numbers of rows, zeros where negative. panel: kPanelStride floats for
+  // each of the rows that are multiplied.
+  const int32_t* taps = nullptr;
+  size_t apart = 0, width = 0;
+  float* panel = nullptr;
+};
+constexpr size_t kPanelCols = 128, kPanelStride = kPanelCols + kLanes;
 using MatmulFloat = void (*)(const uint8_t* tile, size_t tiles, size_t tile_bytes, size_t cols,
-                             const float* x, size_t x_stride, size_t rows, float* out);
+                             const FloatRows& x, size_t rows, float* out);
 
 // One query head at one position.
 struct Query {
@@ -97,6 +108,12 @@ struct Kernels : IntegerKernels {
                    float* out);
   void (*layer_norm)(const float* x, size_t cols, size_t group, const float* weight,
                      const float* bias, float eps, float* out);
+  // Of each column its mean, and the sum of squared distances from it.
+  void (*moments)(const float* x, size_t stride, size_t rows, size_t cols, float* mean,
+                  float* squares);
+  // out = act((x - mean) * factor + bias), of columns
+  void (*scale_columns)(const float* x, const float* mean, const float* factor, const float* bias,
+                        Activation act, size_t n, float* out);
   // out = residual + scale * act(acc[rows][16] + bias) for n <= 16 columns; rows of out and of
   // residual are `stride` apart; bias and residual may be null
   void (*finish)(const float* acc, size_t rows, const float* bias, Activation act, float scale,

@@ -17,6 +17,7 @@ namespace {
 
 using squall::Activation;
 using squall::FineGroup;
+using squall::FloatRows;
 using squall::kFineRatio;
 using squall::kGroup;
 using squall::kLanes;
@@ -27,6 +28,11 @@ using squall::QuantGroup;
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
+
+template <class Fn>  // fn(offset, lanes) over [0, n)
+inline void spans(size_t n, Fn fn) {
+  for (size_t i = 0; i < n; i += kLanes) fn(i, n - i < kLanes ? n - i : kLanes);
+}
 
 // ---- codes ----
 
@@ -598,7 +604,7 @@ void matmul_float_blocks(const Tiles& tiles, const FloatColumns& c, size_t row =
 
 // Columns at a time, of all tiles: those of two tiles stay in the first-level cache while all rows
 // are multiplied with them, those of the rows in the second until all tiles are.
-constexpr size_t kFloatSlice = 128;
+constexpr size_t kFloatSlice = squall::kPanelCols;
 
 // Columns `begin` on of some tiles, made float32 once for all rows.
 template <class Element, int kTiles>
@@ -631,13 +637,36 @@ inline void each_tiles(Tiles tiles, size_t count, const Fn& fn) {
   if constexpr (kTiles > 1) each_tiles<kTiles / 2>(tiles, count, fn);
 }
 
+// Columns of rows that taps name, to the panel.
+inline void gather_taps(const FloatRows& x, size_t begin, size_t count, size_t rows) {
+  for (size_t done = 0, n; done < count; done += n) {
+    const size_t tap = (begin + done) / x.width, column = (begin + done) % x.width;
+    n = x.width - column < count - done ? x.width - column : count - done;
+    const int32_t* const named = x.taps + tap * x.apart;
+    for (size_t r = 0; r < rows; ++r) {
+      float* const to = x.panel + r * squall::kPanelStride + done;
+      if (named[r] < 0) {
+        spans(n, [&](size_t i, size_t m) { store_first(to + i, zero(), m); });
+        continue;
+      }
+      const float* const from = x.x + static_cast<size_t>(named[r]) * x.stride + column;
+      spans(n, [&](size_t i, size_t m) { store_first(to + i, load_first(from + i, m), m); });
+    }
+  }
+}
+
 template <class Element>
-void matmul_float(const uint8_t* data, size_t count, size_t bytes, size_t cols, const float* x,
-                  size_t stride, size_t rows, float* out) {
+void matmul_float(const uint8_t* data, size_t count, size_t bytes, size_t cols, const FloatRows& x,
+                  size_t rows, float* out) {
   const Tiles all{data, bytes, out, rows};
-  const size_t slice = rows > kFloatRowBlock ? kFloatSlice : cols;
+  const bool taps = x.taps != nullptr;
+  const size_t slice = taps || rows > kFloatRowBlock ? kFloatSlice : cols;
   for (size_t begin = 0; begin < cols; begin += slice) {
-    const FloatColumns c{cols - begin < slice ? cols - begin : slice, x + begin, stride, begin > 0};
+    FloatColumns c{cols - begin < slice ? cols - begin : slice, x.x + begin, x.stride, begin > 0};
+    if (taps) {
+      gather_taps(x, begin, c.count, rows);
+      c.x = x.panel, c.stride = squall::kPanelStride;
+    }
     each_tiles(all, count, [&]<int kTiles>(const Tiles& tiles) {
       if (slice == cols)
         matmul_float_blocks<Element, kTiles>(tiles, c);
@@ -773,11 +802,6 @@ inline F32x16 activate(Activation act, F32x16 x) {
 
 // ---- rows ----
 
-template <class Fn>  // fn(offset, lanes) over [0, n)
-inline void spans(size_t n, Fn fn) {
-  for (size_t i = 0; i < n; i += kLanes) fn(i, n - i < kLanes ? n - i : kLanes);
-}
-
 inline void rms_norm_group(const float* x, size_t n, const float* weight, float eps, float* out) {
   F32x16 squares = zero();
   spans(n, [&](size_t i, size_t m) {
@@ -813,6 +837,35 @@ void layer_norm(const float* x, size_t cols, size_t group, const float* weight, 
       store_first(out + c + i, fma(v, load_first(weight + i, m), b), m);
     });
   }
+}
+
+void moments(const float* x, size_t stride, size_t rows, size_t cols, float* mean, float* squares) {
+  const F32x16 share = set1(1.0f / static_cast<float>(rows));
+  spans(cols, [&](size_t i, size_t m) {
+    store_first(mean + i, zero(), m);
+    store_first(squares + i, zero(), m);
+  });
+  for (size_t r = 0; r < rows; ++r)
+    spans(cols, [&](size_t i, size_t m) {
+      const F32x16 v = load_first(x + r * stride + i, m);
+      store_first(mean + i, add(load_first(mean + i, m), v), m);
+    });
+  spans(cols,
+        [&](size_t i, size_t m) { store_first(mean + i, mul(load_first(mean + i, m), share), m); });
+  for (size_t r = 0; r < rows; ++r)
+    spans(cols, [&](size_t i, size_t m) {
+      const F32x16 v = sub(load_first(x + r * stride + i, m), load_first(mean + i, m));
+      store_first(squares + i, fma(v, v, load_first(squares + i, m)), m);
+    });
+}
+
+void scale_columns(const float* x, const float* mean, const float* factor, const float* bias,
+                   Activation act, size_t n, float* out) {
+  spans(n, [&](size_t i, size_t m) {
+    const F32x16 v = sub(load_first(x + i, m), load_first(mean + i, m));
+    const F32x16 y = fma(v, load_first(factor + i, m), load_first(bias + i, m));
+    store_first(out + i, activate(act, y), m);
+  });
 }
 
 inline F32x16 biased(const float* acc, const float* bias, size_t n) {
@@ -1004,6 +1057,8 @@ constexpr squall::Kernels table(const char* isa, CacheType type) {
       quantize,
       rms_norm,
       layer_norm,
+      moments,
+      scale_columns,
       finish,
       finish_gated,
       add_scaled,

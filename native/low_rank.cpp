@@ -14,8 +14,8 @@ size_t whole_tiles(size_t n) { return ceil_div(n, kLanes) * kLanes; }
 
 void multiply(const Kernels& k, const Tile& w, size_t tile, size_t tiles, const float* x,
               size_t stride, size_t rows, float* out) {
-  k.matmul_float[static_cast<size_t>(w.format())](w.tile(tile), tiles, w.tile_bytes(), w.cols(), x,
-                                                  stride, rows, out);
+  k.matmul_float[static_cast<size_t>(w.format())](w.tile(tile), tiles, w.tile_bytes(), w.cols(),
+                                                  {x, stride}, rows, out);
 }
 
 }  // namespace

@@ -45,6 +45,24 @@ class RowPhase : public Phase {
   size_t threads_;
 };
 
+// `count` tasks of a step, whatever they are.
+template <class Count, class Fn>
+class TasksOf final : public Phase {
+ public:
+  TasksOf(Count count, Fn fn) : count_(std::move(count)), fn_(std::move(fn)) {}
+  size_t tasks(const Step& step) const override { return count_(step); }
+  void run(const Step& step, size_t task) override { fn_(step, task); }
+
+ private:
+  Count count_;
+  Fn fn_;
+};
+
+template <class Count, class Fn>
+std::unique_ptr<Phase> task_phase(Count count, Fn fn) {
+  return std::make_unique<TasksOf<Count, Fn>>(std::move(count), std::move(fn));
+}
+
 template <class Fn>
 class RowsOf final : public RowPhase {
  public:
@@ -74,7 +92,7 @@ inline void matmul(const Kernels& k, const Tile& w, const TileRange& tiles, cons
     k.matmul_quantized[format](first, tiles.count(), w.tile_bytes(), w.cols(), x.quant_row(row),
                                x.quant_stride(), rows, acc);
   else
-    k.matmul_float[format](first, tiles.count(), w.tile_bytes(), w.cols(), x.row(row), x.width,
+    k.matmul_float[format](first, tiles.count(), w.tile_bytes(), w.cols(), {x.row(row), x.width},
                            rows, acc);
 }
 
@@ -83,6 +101,12 @@ inline Work linear_work(const Tile& w, size_t rows) {
   if (rows == 0) return {};
   const uint64_t products = uint64_t{rows} * w.rows() * w.cols();
   return {w.nbytes(), w.is_integer() ? products : 0, w.is_integer() ? 0 : products};
+}
+
+// The first row of one of several parts: whole blocks of the kernels' rows, but for the last.
+inline size_t first_row(size_t part, size_t parts, size_t rows) {
+  constexpr size_t kRows = 24;
+  return part == parts ? rows : rows / kRows * part / parts * kRows;
 }
 
 // Work that is done tile by tile of a weight. With many rows each thread has a part of them, and
@@ -122,15 +146,21 @@ class TilePhase : public Phase {
   size_t parts(size_t rows) const {
     return rows < threads_ * kRowsAThread ? 1 : ceil_div(rows, threads_ * kMostRows) * threads_;
   }
-  // Whole blocks of the kernels' rows, but for the last.
-  size_t first(size_t part, size_t rows) const {
-    constexpr size_t kRows = 24;
-    return part == parts(rows) ? rows : rows / kRows * part / parts(rows) * kRows;
-  }
+  size_t first(size_t part, size_t rows) const { return first_row(part, parts(rows), rows); }
   size_t chunks() const { return ceil_div(tiles_, tiles_a_task_); }
 
   size_t tiles_, threads_, tiles_a_task_, rows_at_once_;
 };
+
+inline void finish_tiles(const Kernels& k, const LinearOp& op, const float* acc, const Buffer& out,
+                         const Buffer* residual, const TileRange& tiles, size_t row, size_t rows) {
+  for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
+    k.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, at(op.bias, column), op.activation,
+             op.scale, residual != nullptr ? residual->row(row) + column : nullptr,
+             out.row(row) + column, out.width, n);
+  }
+}
 
 inline void linear_block(const Kernels& k, const LinearOp& op, const Buffer& x, const Buffer& out,
                          const Buffer* residual, const Step& step, const LowRank* added,
@@ -138,12 +168,7 @@ inline void linear_block(const Kernels& k, const LinearOp& op, const Buffer& x, 
   auto* const acc = static_cast<float*>(thread_memory(kProductsAtOnce * kLanes * sizeof(float)));
   matmul(k, *op.weight, tiles, x, row, rows, acc);
   if (added != nullptr) added->add(step, tiles.begin, tiles.count(), row, rows, acc);
-  for (size_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    const size_t column = tile * kLanes, n = std::min(kLanes, out.width - column);
-    k.finish(acc + (tile - tiles.begin) * rows * kLanes, rows, at(op.bias, column), op.activation,
-             op.scale, residual != nullptr ? residual->row(row) + column : nullptr,
-             out.row(row) + column, out.width, n);
-  }
+  finish_tiles(k, op, acc, out, residual, tiles, row, rows);
 }
 
 class LinearPhase final : public TilePhase {
@@ -174,6 +199,96 @@ class LinearPhase final : public TilePhase {
   const Buffer &x_, &out_;
   const Buffer* residual_;
   const LowRank* added_;
+};
+
+// A linear of rows that an index names, side by side. Each task has some rows, and with many of
+// them all tiles, so that each is brought together once.
+class ConvolutionPhase final : public Phase {
+ public:
+  ConvolutionPhase(const Kernels& k, size_t threads, LinearOp op, const Buffer& x,
+                   const Buffer& out, const Buffer* residual)
+      : k_(k),
+        op_(std::move(op)),
+        x_(x),
+        out_(out),
+        residual_(residual),
+        threads_(threads),
+        taps_(op_.weight->cols() / x.width),
+        rows_at_once_(op_.weight->is_integer()
+                          ? std::clamp(kPanelBytes / quant_row_bytes(), size_t{1}, size_t{64})
+                          : kRowsAtOnce) {}
+
+  size_t tasks(const Step& step) const override {
+    const size_t rows = step.rows_of(out_);
+    return parts(rows) * chunks(rows);
+  }
+  void run(const Step& step, size_t task) override {
+    const size_t rows = step.rows_of(out_), part = task / chunks(rows), many = tiles_a_task(rows);
+    const size_t first = task % chunks(rows) * many;
+    const TileRange tiles{first, std::min(op_.weight->tiles(), first + many)};
+    const size_t end = first_row(part + 1, parts(rows), rows);
+    for (size_t row = first_row(part, parts(rows), rows); row < end; row += rows_at_once_)
+      block(step, tiles, row, std::min(rows_at_once_, end - row));
+  }
+  Work work(const Step& step) const override {
+    return linear_work(*op_.weight, step.rows_of(out_));
+  }
+
+ private:
+  // What a thread works on stays in its second-level cache.
+  static constexpr size_t kRowsAtOnce = 240, kTilesATask = 32, kPanelBytes = size_t{1} << 19;
+
+  size_t parts(size_t rows) const { return ceil_div(rows, kRowsAtOnce); }
+  size_t tiles_a_task(size_t rows) const {
+    const size_t shared = op_.weight->tiles() * parts(rows) / (4 * threads_);
+    return std::clamp(shared / 2 * 2, size_t{2}, kTilesATask);
+  }
+  size_t chunks(size_t rows) const { return ceil_div(op_.weight->tiles(), tiles_a_task(rows)); }
+  size_t quant_groups() const { return taps_ * x_.groups(); }
+  size_t quant_row_bytes() const { return (2 * quant_groups() + 1) * sizeof(QuantGroup); }
+
+  void block(const Step& step, const TileRange& tiles, size_t row, size_t rows) const {
+    const size_t sums = tiles.count() * rows * kLanes * sizeof(float);
+    const bool integer = op_.weight->is_integer();
+    auto* const memory = static_cast<uint8_t*>(
+        thread_memory(sums + rows * (integer ? quant_row_bytes() : kPanelStride * sizeof(float))));
+    auto* const acc = reinterpret_cast<float*>(memory);
+    const Tile& w = *op_.weight;
+    const size_t format = static_cast<size_t>(w.format()), all = step.rows_of(out_);
+    const int32_t* const named = step.inputs.indices[op_.taps].data() + row;
+    if (integer) {
+      auto* const panel = reinterpret_cast<QuantGroup*>(memory + sums);
+      for (size_t tap = 0; tap < taps_; ++tap)
+        for (size_t r = 0; r < rows; ++r) gather(named[tap * all + r], tap, panel_row(panel, r));
+      k_.matmul_quantized[format](w.tile(tiles.begin), tiles.count(), w.tile_bytes(), w.cols(),
+                                  panel, 2 * quant_groups() + 1, rows, acc);
+    } else {
+      auto* const panel = reinterpret_cast<float*>(memory + sums);
+      k_.matmul_float[format](w.tile(tiles.begin), tiles.count(), w.tile_bytes(), w.cols(),
+                              {x_.data, x_.width, named, all, x_.width, panel}, rows, acc);
+    }
+    finish_tiles(k_, op_, acc, out_, residual_, tiles, row, rows);
+  }
+  QuantGroup* panel_row(QuantGroup* panel, size_t r) const {
+    return panel + r * (2 * quant_groups() + 1);
+  }
+  void gather(int32_t from, size_t tap, QuantGroup* to) const {
+    const size_t groups = x_.groups();
+    to += tap * groups;
+    if (from < 0) {
+      std::fill_n(to, groups, QuantGroup{});
+      return;
+    }
+    const QuantGroup* const row = x_.quant_row(static_cast<size_t>(from));
+    std::copy_n(row, groups, to);
+    std::copy_n(row + groups, groups, to + quant_groups());
+  }
+
+  const Kernels& k_;
+  LinearOp op_;
+  const Buffer &x_, &out_;
+  const Buffer* residual_;
+  size_t threads_, taps_, rows_at_once_;
 };
 
 // What adapters add to a gated linear; null: nothing.
@@ -251,6 +366,75 @@ class DownPhase final : public Phase {
   }
   LowRank& sums_;
   size_t threads_;
+};
+
+// Sums of segments that other tasks than the merging one made. One phase at a time has them.
+struct SplitSums {
+  std::unique_ptr<Memory> memory;
+  size_t floats = 0;                      // wanted
+  std::vector<std::atomic<size_t>> done;  // a step that failed may leave some
+
+  void clear() {
+    for (auto& count : done) count.store(0, std::memory_order_relaxed);
+  }
+};
+
+// ---- norms over rows ----
+
+// The moments of blocks of rows, each made by one task, are merged in order, whoever made them.
+struct Moments {
+  static constexpr size_t kRows = 64;  // of a block
+  struct Sum {
+    double mean, squares, count;
+    // Chan, Golub and LeVeque's update.
+    void add(double mean2, double squares2, double count2) {
+      const double away = mean2 - mean, all = count + count2;
+      mean += away * count2 / all;
+      squares += squares2 + away * away * count * count2 / all;
+      count = all;
+    }
+  };
+
+  const GroupNormalizeOp op;
+  const Buffer& x;
+  SplitSums& memory;
+
+  Moments(GroupNormalizeOp of, const Buffer& from, size_t most_rows, SplitSums& in)
+      : op(std::move(of)), x(from), memory(in) {
+    const size_t sums = product({ceil_div(most_rows, kRows), op.groups, sizeof(Sum) / 4});
+    memory.floats = std::max(memory.floats, sums + 2 * x.width);
+  }
+  size_t group() const { return x.width / op.groups; }
+  float* means() const { return reinterpret_cast<float*>(memory.memory->data()); }
+  float* factors() const { return means() + x.width; }
+  Sum* of_block(size_t block) const {
+    return reinterpret_cast<Sum*>(means() + 2 * x.width) + block * op.groups;
+  }
+
+  void block(const Kernels& k, const Step& step, size_t index) const {
+    const size_t row = index * kRows, rows = std::min(kRows, step.rows_of(x) - row);
+    auto* const mean = static_cast<float*>(thread_memory(2 * x.width * sizeof(float)));
+    float* const squares = mean + x.width;
+    k.moments(x.row(row), x.width, rows, x.width, mean, squares);
+    for (size_t g = 0; g < op.groups; ++g) {
+      Sum sum{};
+      for (size_t c = g * group(); c < (g + 1) * group(); ++c)
+        sum.add(mean[c], squares[c], static_cast<double>(rows));
+      of_block(index)[g] = sum;
+    }
+  }
+  void merge(const Step& step, size_t g) const {
+    Sum all = of_block(0)[g];
+    for (size_t b = 1; b < ceil_div(step.rows_of(x), kRows); ++b) {
+      const Sum& more = of_block(b)[g];
+      all.add(more.mean, more.squares, more.count);
+    }
+    const double factor = 1.0 / std::sqrt(all.squares / all.count + static_cast<double>(op.eps));
+    for (size_t c = g * group(); c < (g + 1) * group(); ++c) {
+      means()[c] = static_cast<float>(all.mean);
+      factors()[c] = static_cast<float>(factor) * op.weight[c];
+    }
+  }
 };
 
 // ---- attention ----
@@ -331,17 +515,6 @@ class StorePhase final : public Phase {
   size_t layer_;
   bool cached_;
   const Buffer &key_, &value_;
-};
-
-// Sums of segments that other tasks than the merging one made. One phase at a time has them.
-struct SplitSums {
-  std::unique_ptr<Memory> memory;
-  size_t floats = 0;                      // wanted
-  std::vector<std::atomic<size_t>> done;  // a step that failed may leave some
-
-  void clear() {
-    for (auto& count : done) count.store(0, std::memory_order_relaxed);
-  }
 };
 
 // A task is a run of rows and a KV head. When these are few, as in decode, it is one segment of

@@ -141,7 +141,7 @@ void test_linear(Format format, size_t cols, size_t rows) {
             k.matmul_quantized[f](w->tile(0), w->tiles(), w->tile_bytes(), cols, q.groups.data(),
                                   q.stride, rows, out.data());
           } else {
-            k.matmul_float[f](w->tile(0), w->tiles(), w->tile_bytes(), cols, x.data(), cols, rows,
+            k.matmul_float[f](w->tile(0), w->tiles(), w->tile_bytes(), cols, {x.data(), cols}, rows,
                               out.data());
           }
           return out;

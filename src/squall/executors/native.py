@@ -211,8 +211,6 @@ class _Lowering:
 def _lower(op: p.Op, to: _Lowering) -> None:
     """Hand one op to the core, which has most of them, and their fields, by the same names."""
     given = {field.name: to.of(getattr(op, field.name)) for field in fields(op)}
-    if given.pop("taps", None) is not None:
-        raise ValueError("taps are not there yet")
     match op:
         case p.Embed() | p.Linear() | p.GatedLinear():
             given["adapters"] = to.adapters(op)
