@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from textwrap import fill
 
-from squall.cli.selectors import NOT_YET, SELECTORS
+from squall.cli.selectors import SELECTORS
 from squall.quant import FORMATS, GGML_FORMATS, UNSUPPORTED
 from squall.quant.isq import BITS, FALLBACKS, TYPES
 from squall.quant.scheme import METHODS
@@ -57,6 +57,7 @@ GGML = "llama"  # there are no others from before GGUF that can be read
 KINDS = {
     "plain": "folders of transformers, UQFF files",
     "vision-plain": "the same, of models that see",
+    "diffusion-plain": "FLUX.1, which makes pictures: [diffusion.md](diffusion.md)",
     "gguf": "GGUF files",
     "ggml": "LLaMA files from before GGUF",
     "toml": "any of these, named in a TOML file",
@@ -164,8 +165,7 @@ def kinds() -> str:
         for word, adapted in ADAPTED.items()
         for kind in ("plain", "gguf", "ggml")
     }
-    rows = [(f"`{w}`", NOT_YET.get(w) or what[w], "" if w in NOT_YET else "yes") for w in SELECTORS]
-    return table(("kind", "what", "supported"), rows)
+    return table(("kind", "what"), [(f"`{word}`", what[word]) for word in SELECTORS])
 
 
 def formats() -> str:

@@ -10,7 +10,7 @@ from command import squall
 
 from squall import InvalidRequest
 from squall.api.which import IsqOrganization, ModelDType, Which
-from squall.cli.selectors import NOT_YET, SELECTORS
+from squall.cli.selectors import SELECTORS
 from squall.load import percentiles
 
 SERVER = "from squall.cli import server; server()"
@@ -21,14 +21,6 @@ def server(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]
         [sys.executable, "-c", SERVER, *arguments],
         input=stdin, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("word", sorted(NOT_YET))
-def test_words_that_are_not_there_yet(word: str) -> None:
-    done = server("--port", "1", word, "-m", "somebody/something", "--anything", "x")
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {word}: ")
-    assert "not supported yet" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from squall import assembly, model
 from squall.adapters.xlora import XLora
 from squall.cli.app import app
-from squall.cli.selectors import NOT_YET, SELECTORS
+from squall.cli.selectors import SELECTORS
 from squall.cli.serve import server
 from squall.engine.memory import KvSize
 from squall.errors import SquallError
@@ -190,18 +190,11 @@ def test_wrong_usage(line: str, problem: str) -> None:
     assert problem in done.stderr
 
 
-@pytest.mark.parametrize("word", NOT_YET)
-@pytest.mark.parametrize("command", COMMANDS)
-def test_kinds_that_are_not_there_yet(command: str, word: str) -> None:
-    done = invoke(f"{command} {word} -m somebody/something --anything x -x 5")
-    assert "not supported yet" in str(done.exception)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_every_kind(command: str) -> None:
     text = invoke(f"{command} --help").stdout
     assert all(f" {word} " in text for word in SELECTORS)
-    for word in SELECTORS.keys() - NOT_YET.keys():
+    for word in SELECTORS:
         text = invoke(f"{command} {word} -h").stdout
         assert "--kv-dtype" in text
         assert "--file" in text if word == "toml" else "--model" not in text.split("Options")[2]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import painter
 import pytest
 from fastapi.testclient import TestClient
 from pictures import draw
@@ -20,7 +21,7 @@ from tiny_seers import write_seer
 from typer.testing import CliRunner, Result
 
 from squall.cli.serve import server
-from squall.errors import SquallError
+from squall.diffusion.model import ImageModel
 from squall.server import run
 from squall.server.app import create_app
 
@@ -74,10 +75,12 @@ SERVERS = [
     f"--port 1234 x-lora-gguf -o {ORDER} -t {ZEPHYR} {ZEPHYR_GGUF} -x lamm-mit/x-lora",
     f"--port 1234 lora-gguf -o {ORDER} {ZEPHYR_GGUF} -a lamm-mit/x-lora",
 ]
-NOT_YET = {
-    "--port 1234 diffusion-plain -m black-forest-labs/FLUX.1-schnell -a flux": "diffusion models",
-    "-i diffusion-plain -m black-forest-labs/FLUX.1-schnell -a flux": "diffusion models",
-}
+FLUX = "black-forest-labs/FLUX.1-schnell"
+PICTURES = [
+    f"--port 1234 diffusion-plain -m {FLUX} -a flux",
+    f"-i diffusion-plain -m {FLUX} -a flux",
+    f"-i diffusion-plain -m {FLUX} -a flux-offloaded",
+]
 FILES = {
     "toml-selectors/gguf.toml": """
         [model]
@@ -144,6 +147,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_gguf(root / "TheBloke/zephyr-7B-beta-GGUF/zephyr-7b-beta.Q5_0.gguf", zephyr)
     write_xlora(root / "lamm-mit/x-lora", zephyr, ["adapter_1", "adapter_2"], ZEPHYR)
     write_adapter(root / "typeof/zephyr-7b-beta-lora", zephyr, target_modules=["up_proj"])
+    painter.write_model(root / FLUX)
     for path, text in FILES.items():
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_text(text)
@@ -213,15 +217,38 @@ def test_servers(
         assert "Hi" in Path("output.txt").read_text()
 
 
-@pytest.mark.parametrize(("command", "what"), NOT_YET.items())
+@pytest.mark.parametrize("command", PICTURES)
 @pytest.mark.usefixtures("answers")
-def test_what_is_not_there_yet(command: str, what: str) -> None:
-    done = invoke(command)
-    assert isinstance(done.exception, SquallError)
-    assert what in str(done.exception)
-    assert "not supported yet" in str(done.exception)
+def test_pictures(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: Path
+) -> None:
+    monkeypatch.setattr(ImageModel, "open_with", painter.opened)
+    seen: list[Any] = []
+
+    def serve_on(model: Any, options: Any, listener: socket.socket, **_: Any) -> int:
+        listener.close()
+        with TestClient(create_app(model, options), base_url="http://127.0.0.1") as client:
+            body = {"prompt": "a cat", "height": 32, "width": 64, "response_format": "B64Json"}
+            seen.append(client.post("/v1/images/generations", json=body).json())
+        return 0
+
+    monkeypatch.setattr(run, "serve_on", serve_on)
+    if "-i" in command:
+        (tmp_path / "black-forest-labs").symlink_to(models / "black-forest-labs")
+        monkeypatch.chdir(tmp_path)
+    said = "\\size 64x32\na cat\n\\help\n\\exit\n"
+    done = CliRunner().invoke(server, shlex.split(command), input=said)
+    assert done.exit_code == 0, (done.output, done.exception)
+    if "-i" in command:
+        saved = tmp_path / done.stdout.strip()
+        assert saved.read_bytes().startswith(b"\x89PNG")
+        assert "\\exit" in done.stderr
+    else:
+        ((picture,),) = (answer["data"] for answer in seen)
+        assert picture["b64_json"]
 
 
 def test_help_names_the_kinds() -> None:
     text = invoke("--help").stdout
     assert all(word in text for word in ("plain", "gguf", "ggml", "toml", "lora", "vision-plain"))
+    assert "diffusion-plain" in text

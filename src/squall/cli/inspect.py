@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
-from squall.cli.opening import check_one
-from squall.cli.options import DeviceLayers, File, Folder, Json
+from squall.cli.opening import check_one, makes_pictures
+from squall.cli.options import T5, Clip, DeviceLayers, File, Folder, Json, Vae
 from squall.errors import SquallError
 from squall.opening import Opening
 
@@ -38,12 +38,16 @@ def inspect(
         typer.Option(metavar="NAME|auto", help="Show what would go where, as --device of run."),
     ] = None,
     layers: DeviceLayers = None,
+    t5: T5 = None,
+    clip: Clip = None,
+    vae: Vae = None,
     as_json: Json = False,
 ) -> None:
     """Show metadata, tensors and types of a model file, and whether Squall can run it.
 
     With --device or -n: how many layers run where, what they take, and what is free. Of an
-    adapter it shows which modules are adapted, with which rank. Only the header is read. The
+    adapter it shows which modules are adapted, with which rank; of a model that makes pictures its
+    parts, and what they and pictures take. Only headers are read. The
     exit status is 1 if the file is broken; a model that is well-formed but not supported is shown
     all the same.
 
@@ -56,6 +60,11 @@ def inspect(
 
     check_one(model, file, folder)
     name = model or file or folder
+    if name is not None and makes_pictures(name):
+        from squall.cli.inspect_pictures import inspect_pictures
+
+        inspect_pictures(Opening(name, t5=t5, clip=clip, vae=vae), as_json=as_json)
+        return
     adapter = None if name is None else _adapter(Path(name).expanduser())
     path = adapter.path if adapter else locate(name)
     header = adapter or read_header(path)

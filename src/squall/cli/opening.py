@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squall.api.which import Which
-from squall.checkpoints.hub import TOKEN_SOURCES, Hub
+from squall.checkpoints.hub import TOKEN_SOURCES, Hub, is_id
 from squall.cli import options
 from squall.cli.options import option
 from squall.cli.selectors import Selected
@@ -123,7 +123,7 @@ class ModelFlags:
         path = selected or self.file or self.model
         if not isinstance(path, str):
             return isinstance(selected, Which.DiffusionPlain)
-        return _is_image_model(path)
+        return makes_pictures(path)
 
     def open_pictures(self, selected: Selected, beside: str | None = None) -> ImageModel:
         """The model that makes pictures; a terminal is told how far it is.
@@ -161,9 +161,19 @@ class ModelFlags:
 class PictureFlags(ModelFlags):
     """And where parts of models that make pictures are, if not with the model."""
 
-    t5: str | None = option(None, metavar="PATH_OR_ID", help="Its first encoder of texts.")
-    clip: str | None = option(None, metavar="PATH_OR_ID", help="Its second one.")
-    vae: str | None = option(None, metavar="PATH_OR_ID", help="What decodes its pictures.")
+    t5: options.T5 = None
+    clip: options.Clip = None
+    vae: options.Vae = None
+
+
+def makes_pictures(path: str) -> bool:
+    """Whether a file, a folder or a model of the hub, going by its name, makes pictures."""
+    try:
+        from squall.diffusion.files import is_image_model
+    except ImportError:  # until all of it is there
+        return Path(path).expanduser().joinpath("model_index.json").is_file()
+    on_hub = is_id(path) and not os.path.exists(path)
+    return is_image_model(path) or (on_hub and re.search(r"flux\W?1", path.lower()) is not None)
 
 
 def torchrun() -> tuple[int, int] | None:
@@ -216,7 +226,3 @@ def _formats(model: Model) -> str:
         for total in model.weight_formats
     ]
     return f"[weights: {', '.join(parts)}]"
-
-
-def _is_image_model(path: str) -> bool:
-    return Path(path).expanduser().joinpath("model_index.json").is_file()

@@ -49,6 +49,18 @@ TensorParallel = Annotated[
     int | None,
     typer.Option("--tensor-parallel", min=1, help="Processes that share every layer, a GPU each."),
 ]
+T5 = Annotated[
+    str | None,
+    typer.Option(
+        "--t5",
+        metavar="PATH_OR_ID",
+        help="The first encoder of texts of a model that makes pictures.",
+    ),
+]
+Clip = Annotated[str | None, typer.Option("--clip", metavar="PATH_OR_ID", help="The second one.")]
+Vae = Annotated[
+    str | None, typer.Option("--vae", metavar="PATH_OR_ID", help="What decodes its pictures.")
+]
 ContextSize = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens of prompt and answer together.")
 ]

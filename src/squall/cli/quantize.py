@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.opening import check_one
-from squall.cli.options import File, Folder, Json, Threads, progress
+from squall.cli.opening import check_one, makes_pictures
+from squall.cli.options import T5, Clip, File, Folder, Json, Threads, Vae, progress
 from squall.errors import InvalidRequest
 from squall.opening import NO_MMPROJ, Opening
 
 if TYPE_CHECKING:
     from squall.checkpoints import Checkpoint
     from squall.convert import Written
+    from squall.quant import Plan
 
 _ENDINGS = (".uqff", ".gguf")
 
@@ -29,7 +30,10 @@ def quantize(
     ] = None,
     *,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="The file to write: NAME.uqff or NAME.gguf.")
+        Path,
+        typer.Option(
+            "-o", "--output", help="The file to write, NAME.uqff or NAME.gguf, or folder."
+        ),
     ],
     isq: Annotated[
         str | None,
@@ -44,29 +48,44 @@ def quantize(
     experts_only: Annotated[
         bool, typer.Option("--experts-only", help="Only the experts of a mixture, and the head.")
     ] = False,
+    t5: T5 = None,
+    clip: Clip = None,
+    vae: Vae = None,
     file: File = None,
     folder: Folder = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model's weights once, and write them to a UQFF or GGUF file.
+    """Quantize a model's weights once, and write them to a UQFF or GGUF file, or a folder.
 
     Beside a UQFF file lie residual.safetensors, which has what is not quantized, and JSON files.
     With several types their names end the files' names: model-q4k.uqff, model-q8_0.uqff.
 
-    Example:
+    Models that make pictures become a folder: UQFF files of what is large, and the rest as it is.
+
+    Examples:
 
     squall quantize FOLDER --isq Q4K -o quantized/model.uqff
+
+    squall quantize FLUX --isq Q4K -o flux-q4k
     """
     from squall import convert
     from squall.assembly import prepare
     from squall.executors import default_threads
-    from squall.quant import Plan
+    from squall.quant import Plan, Topology
 
     check_one(model, file, folder)
     path = model or file or folder
-    _check(output, path, topology if isq is None else isq)
+    pictures = path is not None and makes_pictures(path)
+    _check(output, path, topology if isq is None else isq, folder=pictures)
+    if pictures:
+        opening = Opening(path, t5=t5, clip=clip, vae=vae)
+        with progress("quantizing") as shown:
+            plan = Plan.of(isq, None if topology is None else Topology.from_file(topology))
+            found = _pictures(replace(opening, progress=shown), plan, output, threads)
+        _report(output, found, as_json=as_json)
+        return
     outputs = {out: Plan.of(name).isq for out, name in _outputs(output, isq).items()}
     opening = Opening(path, topology=topology, experts_only=experts_only, mmproj=NO_MMPROJ)
     with progress("fetching") as shown:
@@ -83,8 +102,46 @@ def quantize(
         _report(out, written, as_json=as_json)
 
 
-def _check(output: Path, path: object, types: object) -> None:
-    if output.suffix not in _ENDINGS:
+def _pictures(
+    opening: Opening, plan: Plan, output: Path, threads: int | None
+) -> tuple[Written, ...]:
+    """Quantize a model that makes pictures: the transformer, and the larger encoder of texts."""
+    from squall import convert
+    from squall.diffusion.files import find, open_part
+    from squall.executors import default_threads
+    from squall.recipes.encoders import load_t5
+    from squall.recipes.flux import load_flux
+
+    files = find(opening)
+    transformer, t5 = open_part(files.transformer), open_part(files.t5)
+    networks = {
+        "transformer": (transformer, load_flux(transformer)),
+        "text_encoder_2": (t5, load_t5(t5)),
+    }
+    root = files.path if files.path.is_dir() else files.path.parent
+    copies = {
+        "model_index.json": root / "model_index.json",
+        "scheduler/scheduler_config.json": files.scheduler,
+        "text_encoder": files.clip,
+        "tokenizer"
+        if files.clip_tokens.is_dir()
+        else "tokenizer/tokenizer.json": files.clip_tokens,
+        "tokenizer_2"
+        if files.t5_tokens.is_dir()
+        else "tokenizer_2/tokenizer.json": files.t5_tokens,
+        "vae" if files.vae.is_dir() else "ae.safetensors": files.vae,
+    }
+    there = {place: source for place, source in copies.items() if source.exists()}
+    return convert.write_pictures(
+        networks, there, plan, output, threads=threads or default_threads(),
+        progress=opening.progress,
+    )  # fmt: skip
+
+
+def _check(output: Path, path: object, types: object, *, folder: bool) -> None:
+    if folder and output.suffix in _ENDINGS:
+        raise InvalidRequest(f"{output} must name a new folder; the model makes pictures")
+    if not folder and output.suffix not in _ENDINGS:
         raise InvalidRequest(f"{output} must end in {' or '.join(_ENDINGS)}")
     if path is None:
         raise InvalidRequest("which model? Name a folder, a GGUF file or a model of the hub")
@@ -131,6 +188,10 @@ def _report(path: Path, written: tuple[Written, ...], *, as_json: bool) -> None:
         shape, rmse = " x ".join(map(str, item.shape)), f"{100 * item.rmse:.2f} %"
         table.add_row(Text(item.name), item.source, item.format, shape, str(item.nbytes), rmse)
     Console().print(table)
-    size, values = path.stat().st_size, sum(item.shape[0] * item.shape[1] for item in written)
+    files = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
+    size, values = (
+        sum(file.stat().st_size for file in files),
+        sum(item.shape[0] * item.shape[1] for item in written),
+    )
     bits = 8 * sum(item.nbytes for item in written) / max(values, 1)
     typer.echo(f"{path}: {size / 2**20:.1f} MiB, {bits:.2f} bits a quantized weight")

@@ -11,12 +11,21 @@ from squall.convert.gguf import write_gguf
 from squall.convert.imatrix import read_imatrix
 from squall.convert.matrices import Importance, Quantizer, Work, Written
 from squall.convert.merged import merge_folder, merged
+from squall.convert.pictures import write_pictures
 from squall.convert.uqff import write_uqff
 from squall.quant import Plan
 from squall.recipes import Recipe
 from squall.weights import Progress
 
-__all__ = ["Importance", "Written", "merge_folder", "merged", "read_imatrix", "write"]
+__all__ = [
+    "Importance",
+    "Written",
+    "merge_folder",
+    "merged",
+    "read_imatrix",
+    "write",
+    "write_pictures",
+]
 
 
 def write(  # noqa: PLR0913

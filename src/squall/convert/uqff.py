@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall.checkpoints import writing
-from squall.checkpoints.base import Tensor
+from squall.checkpoints.base import ByteTensor, Checkpoint, Tensor
 from squall.checkpoints.uqff import DTYPES, FP8, GGML, HQQ, PLAIN, RESIDUAL, VERSION
 from squall.checkpoints.uqff_hqq import fits, split
 from squall.checkpoints.writing import Chunks, Item, Part, copy_of
-from squall.convert.matrices import Matrix, Work, count_error
+from squall.convert.matrices import Importance, Matrix, Quantizer, Work, count_error
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
-from squall.quant import FORMATS
+from squall.program import Names
+from squall.quant import FORMATS, Plan
 from squall.quant.hqq import GROUP
 from squall.recipes.gguf_parts import NAMING
 from squall.recipes.linears import Linear, linears
-from squall.roles import roles
+from squall.roles import Shapes, roles
 from squall.weights import values
 
 BESIDE = (
@@ -35,36 +37,60 @@ _MOST = (1 << 32) - 1
 
 def write_uqff(work: Work, path: Path, *, force: bool) -> None:
     """Write a folder's model; residual.safetensors and JSON files go beside it."""
-    checkpoint = work.quantizer.checkpoint
-    if checkpoint.kind != "folder":
-        raise UnsupportedModel(
-            "a UQFF file is made from a folder with config.json and float weights; "
-            "a GGUF file can be quantized to a .gguf file"
-        )
-    job = _Job(work.quantizer, work.recipe, work.plan, work.importance)
-    items = [job.item(i, linear) for i, linear in enumerate(job.linears)]
+    checkpoint, recipe = work.quantizer.checkpoint, work.recipe
+    check_floats(checkpoint)
     writing.make_folder(path.parent)
     for name in BESIDE:
         source = checkpoint.path / name
         if source.is_file() and source.resolve() != path.with_name(name).resolve():
             with writing.replacing(path.with_name(name), force=force) as file:
                 file.write(source.read_bytes())
+    order = linears(recipe.text or recipe.architecture, recipe.decoder, recipe.naming)
+    names, shapes = dict(recipe.names), roles(recipe.decoder)
+    if recipe.decoder.tied:
+        names["head.weight"], shapes["head.weight"] = names["embed.weight"], shapes["embed.weight"]
+    write_linears(
+        Job(work.quantizer, work.plan, order, names, shapes, work.importance), path, force
+    )
+
+
+def check_floats(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModel for what no UQFF file is made from."""
+    if checkpoint.kind != "folder":
+        raise UnsupportedModel(
+            "a UQFF file is made from a folder with config.json and float weights; "
+            "a GGUF file can be quantized to a .gguf file"
+        )
+
+
+def write_linears(job: Job, path: Path, force: bool) -> None:
+    """Write a network's linears, and beside them what else it has."""
+    items = [job.item(i, linear) for i, linear in enumerate(job.linears)]
     writing.write_safetensors(path.with_name(RESIDUAL), job.residual(), force=force)
     writing.write_safetensors(path, items, force=force)
 
 
-class _Job(Work):
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        text = self.recipe.text or self.recipe.architecture
-        return linears(text, self.recipe.decoder, self.recipe.naming)
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A network that is to be written: its linears in their order, where its weights are.
+
+    prefix: of its roles in the plan.
+    """
+
+    quantizer: Quantizer
+    plan: Plan
+    linears: tuple[Linear, ...]
+    names: Names
+    shapes: Shapes
+    importance: Importance = field(default_factory=dict)
+    prefix: str = ""
 
     def residual(self) -> list[Item]:
         """The tensors that hold no linear."""
         roles = {role for linear in self.linears for role in linear.roles}
         taken = {
             part.tensor
-            for role, parts in self.recipe.names.items()
+            for role, parts in self.names.items()
             if role.rsplit(".", 1)[0] in roles
             for part in parts
         }
@@ -99,14 +125,11 @@ class _Job(Work):
         return _joined(head, matrix.nbytes, lambda: self.quantizer.chunks(matrix), tail)
 
     def matrix(self, linear: Linear) -> Matrix:
-        names = [f"{role}.weight" for role in linear.roles]
-        if self.recipe.decoder.tied and linear.roles == ("head",):
-            names = ["embed.weight"]
-        shapes = roles(self.recipe.decoder)
-        slices = tuple(part for name in names for part in self.recipe.names[name])
+        names, shapes = [f"{role}.weight" for role in linear.roles], self.shapes
+        slices = tuple(part for name in names for part in self.names[name])
         rows, cols = sum(shapes[name][-2] for name in names), shapes[names[0]][-1]
         stored = self.quantizer.checkpoint.tensors[slices[0].tensor].format
-        format = self.plan.target(linear.roles[0], stored, cols)
+        format = self.plan.target(self.prefix + linear.roles[0], stored, cols)
         known = self.importance.get(
             NAMING.name(f"{linear.roles[0]}.weight").removesuffix(".weight")
         )
@@ -117,10 +140,17 @@ class _Job(Work):
 
     def bias(self, linear: Linear) -> Tensor | None:
         """The bias; of a fused linear there is none."""
-        parts = self.recipe.names.get(f"{linear.roles[0]}.bias", ())
+        parts = self.names.get(f"{linear.roles[0]}.bias", ())
         if len(linear.roles) > 1 and parts:
             raise UnsupportedModel(f"{linear.tensor} is fused and has a bias")
-        return self.quantizer.checkpoint.tensors[parts[0].tensor] if parts else None
+        if not parts:
+            return None
+        tensors = [self.quantizer.checkpoint.tensors[part.tensor] for part in parts]
+        if len(parts) == 1 and tensors[0].shape == (parts[0].stop - parts[0].start,):
+            return tensors[0]
+        pieces = zip(tensors, parts, strict=True)
+        values = np.concatenate([t.to_float32()[p.start : p.stop] for t, p in pieces])
+        return ByteTensor(f"{linear.tensor}.bias", "f32", values.shape, values.view(np.uint8))
 
     def _plain(self, matrix: Matrix, bias: Tensor | None) -> Part:
         head = struct.pack("<IBB", VERSION, PLAIN, bias is not None)

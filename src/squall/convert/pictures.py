@@ -1,0 +1,123 @@
+"""A model that makes pictures as a folder of diffusers' kind, in which two parts are UQFF files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from squall import _native
+from squall.checkpoints import Checkpoint, writing
+from squall.convert.matrices import Quantizer, Written
+from squall.convert.uqff import Job, check_floats, write_linears
+from squall.errors import InvalidRequest
+from squall.quant import Plan
+from squall.recipes.linears import linears
+from squall.recipes.names import Part
+from squall.roles import roles
+from squall.spec import Flux
+from squall.weights import Progress
+
+FILE = "model.uqff"
+KINDS = {"encoder": "T5EncoderModel", "flux": "FluxTransformer2DModel"}
+INDEX = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", KINDS["encoder"]],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", KINDS["flux"]],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def write_pictures(
+    networks: Mapping[str, tuple[Checkpoint, Part]],
+    copies: Mapping[str, Path],
+    plan: Plan,
+    folder: Path,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> tuple[Written, ...]:
+    """Quantize networks, each to a folder of that name within a new one.
+
+    copies: what is taken as it is, files and folders, by where it is put.
+    """
+    for checkpoint, _ in networks.values():
+        check_floats(checkpoint)
+    pool, written = _native.ThreadPool(threads), list[Written]()
+    whole = sum(t.nbytes for c, _ in networks.values() for t in c.tensors.values())
+    with _making(folder) as made:
+        for place, source in copies.items():
+            _put(source, made / place)
+        if not (made / "model_index.json").exists():
+            (made / "model_index.json").write_text(json.dumps(INDEX, indent=2))
+        before = 0
+        for name, (checkpoint, part) in networks.items():
+            shown = progress and partial(_further, progress, before, whole)
+            quantizer = Quantizer(checkpoint, pool, whole - before, shown)
+            writing.make_folder(made / name)
+            config = dict(checkpoint.metadata) or _config(part.spec)
+            (made / name / "config.json").write_text(json.dumps(config, indent=2))
+            write_linears(_job(quantizer, part, plan), made / name / FILE, force=False)
+            before += sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+            written += quantizer.written
+    return tuple(written)
+
+
+def _further(progress: Progress, before: int, whole: int, done: int, _: int) -> None:
+    progress(before + done, whole)
+
+
+def _job(quantizer: Quantizer, part: Part, plan: Plan) -> Job:
+    order = linears(KINDS[part.kind], part.spec, part.naming)  # type: ignore[arg-type]
+    names = {role.removeprefix(part.prefix): places for role, places in part.names.items()}
+    return Job(quantizer, plan, order, names, roles(part.spec), prefix=part.prefix)
+
+
+def _config(spec: object) -> dict[str, Any]:
+    """diffusers' config.json of a transformer that came without one."""
+    assert isinstance(spec, Flux)
+    return {
+        "_class_name": KINDS["flux"], "patch_size": 1, "in_channels": spec.patch,
+        "num_layers": spec.double, "num_single_layers": spec.single,
+        "attention_head_dim": spec.head_dim, "num_attention_heads": spec.heads,
+        "joint_attention_dim": spec.text, "pooled_projection_dim": spec.pooled,
+        "guidance_embeds": spec.guidance, "axes_dims_rope": list(spec.axes),
+    }  # fmt: skip
+
+
+@contextmanager
+def _making(folder: Path) -> Iterator[Path]:
+    """A folder with a temporary name, which becomes `folder` when it is complete."""
+    if folder.exists():
+        raise InvalidRequest(f"{folder} exists; give another name, or remove it")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(folder)
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(source: Path, target: Path) -> None:
+    """The same file by another name, or a copy of it; of a folder its files."""
+    if source.is_dir():
+        for file in filter(Path.is_file, source.iterdir()):
+            _put(file, target / file.name)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
