@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-import squall
-from squall import ImageModel, PictureRequest
+from squall import ImageModel, Model, Opening, PictureRequest
 from squall.diffusion import noise, pipeline
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
 
@@ -202,25 +202,30 @@ def test_the_same_bytes_with_weights_for_a_moment_only(schnell, monkeypatch):
             assert (model.submit(asked()).result(WAIT_S).pixels == whole).all()
 
 
-def test_the_same_bytes_beside_another_picture(schnell):
+def test_the_same_bytes_beside_a_chat_and_another_picture(schnell):
     folder, _ = schnell
-    alone = made(folder)
-    with ImageModel.open(folder) as one, ImageModel.open(folder) as other:
-        stop = threading.Event()
+    alone, opening = made(folder), Opening(folder)
+    with Model.open(context=256) as chat, ImageModel.open(folder) as other:
+        pool, stop = chat.executor.pool, threading.Event()
+        said = list(chat.generate("The tide", max_tokens=20, seed=1))
 
-        def busy():
+        def talk():
+            while not stop.is_set():
+                assert list(chat.generate("The tide", max_tokens=20, seed=1)) == said
+
+        def paint():
             while not stop.is_set():
                 other.submit(asked("a dog", width=64, height=64)).result(WAIT_S)
 
-        thread = threading.Thread(target=busy)
-        thread.start()
-        try:
-            for _ in range(3):
-                assert (one.submit(asked()).result(WAIT_S).pixels == alone).all()
-                assert (one.submit(asked(width=64)).result(WAIT_S).pixels.shape) == (32, 64, 3)
-        finally:
-            stop.set()
-            thread.join()
+        with ImageModel.open_with(opening, pool=pool) as one, ThreadPoolExecutor() as threads:
+            beside = [threads.submit(talk), threads.submit(paint)]
+            try:
+                for _ in range(3):
+                    assert (one.submit(asked()).result(WAIT_S).pixels == alone).all()
+                    assert one.submit(asked(width=64)).result(WAIT_S).pixels.shape == (32, 64, 3)
+            finally:
+                stop.set()
+            assert [task.result(WAIT_S) for task in beside] == [None, None]
 
 
 @pytest.mark.parametrize("isq", ["Q8_0", "Q4K"])
@@ -393,4 +398,3 @@ def test_a_picture_is_cancelled_between_its_parts(schnell, architecture):
         assert model.drain(WAIT_S)
         assert painting.future.cancelled()
         assert len(found) < 90
-    assert squall.ImageModel is ImageModel
