@@ -50,7 +50,7 @@ def given(count: int = 40) -> dict:
 
 
 def states(part: Network, between=lambda: None, count: int = 40) -> bytes:
-    with part.opened({"tokens": count}, between) as run:
+    with part.opened(given(count), between) as run:
         return run(given(count))["states"].tobytes()
 
 
@@ -66,7 +66,7 @@ def test_layer_by_layer_gives_the_same_bytes(folder):
 
 def test_weights_are_in_memory_while_it_is_open_or_loaded(folder):
     part = network(folder)
-    with part.opened(ROWS, lambda: None):
+    with part.opened(given(), lambda: None):
         assert part._store.layouts
     assert not part._store.layouts
     part.load(None)

@@ -162,7 +162,7 @@ def test_the_same_prompt_is_read_once(schnell, monkeypatch):
     with ImageModel.open(folder) as model:
         first = model.submit(asked()).result(WAIT_S)
         read = []
-        monkeypatch.setattr(model._pipeline._networks.t5, "opened", read.append)
+        monkeypatch.setattr(model._pipeline.parts["T5"], "opened", read.append)
         again = model.submit(asked()).result(WAIT_S)
         assert (first.pixels == again.pixels).all()
         with pytest.raises(TypeError):
@@ -190,15 +190,15 @@ def test_the_same_bytes_with_weights_for_a_moment_only(schnell, monkeypatch):
     folder, _ = schnell
     whole = made(folder)
     with ImageModel.open(folder) as model:
-        parts = model._pipeline._networks
-        assert [part.loaded for part in (parts.flux, *parts.small)] == [True] * 4 + [False]
-    needed = parts.flux.weight_bytes
-    monkeypatch.setattr(pipeline.FluxPipeline, "_needs", lambda *_: 0)
+        parts = model._pipeline.parts
+        assert all(part.loaded for part in parts.values())
+    needed = parts["transformer"].weight_bytes
+    monkeypatch.setattr(pipeline.FluxPipeline, "needs", lambda *_, **__: 0)
     monkeypatch.setattr(pipeline.devices, "free_bytes", lambda _: int(needed * 1.2))
     with ImageModel.open(folder) as model:
-        parts = model._pipeline._networks
+        parts = model._pipeline.parts
         for _ in range(2):
-            assert [part.loaded for part in (parts.flux, *parts.small)] == [True] + [False] * 4
+            assert [name for name, part in parts.items() if part.loaded] == ["transformer"]
             assert (model.submit(asked()).result(WAIT_S).pixels == whole).all()
 
 
@@ -294,7 +294,7 @@ def test_memory_is_told_before_it_is_missed(schnell, monkeypatch):
     free = [10**12]
     monkeypatch.setattr(pipeline.devices, "free_bytes", lambda _: free[0])
     with ImageModel.open(schnell[0]) as model:
-        small, large = (model._pipeline._needs(asked(width=n, height=n)) for n in (256, 1024))
+        small, large = (model._pipeline.needs(asked(width=n, height=n)) for n in (256, 1024))
         assert small < large / 8
         free[0] = model._pipeline._budget = int(small * 1.1)
         model.submit(asked(width=256, height=256)).cancel()
