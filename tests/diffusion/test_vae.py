@@ -17,6 +17,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from native_executor import opened
 from reference_executor import ReferenceExecutor
 from squall.checkpoints.base import Checkpoint
 from squall.checkpoints.safetensors import open_part
@@ -128,6 +129,15 @@ def reference(program: Program, checkpoint: Checkpoint, _given: Mapping[str, NDA
     return ReferenceExecutor(program, checkpoint, blocks=0)
 
 
+def native(program: Program, checkpoint: Checkpoint, given: Mapping[str, NDArray[Any]]) -> Any:
+    rows = {value.rows: len(given[value.name]) for value in program.inputs}
+    rows |= {index.rows: given[index.name].shape[-1] for index in program.indices}
+    return opened(program, checkpoint, rows)
+
+
+EXECUTORS = pytest.mark.parametrize("make", [reference, native])
+
+
 def decode(part: Part, checkpoint: Checkpoint, scaled: Floats, make: Make = reference) -> Floats:
     """Pixels [3, lines, columns] of latents [channels, lines, columns] as they are stored."""
     spec: Any = part.spec
@@ -172,18 +182,20 @@ def encoded(tiny: Case, pixels: Floats) -> torch.Tensor:
     return found
 
 
+@EXECUTORS
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_decodes_as_diffusers(tiny: Case, size: tuple[int, int]) -> None:
+def test_decodes_as_diffusers(tiny: Case, size: tuple[int, int], make: Make) -> None:
     scaled = draw(tiny.model.config.latent_channels, *size)
-    found = decode(tiny.part, tiny.checkpoint, scaled)
+    found = decode(tiny.part, tiny.checkpoint, scaled, make)
     assert distance(found, decoded(tiny, scaled)) < CLOSE
 
 
+@EXECUTORS
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_encodes_as_diffusers(tiny: Case, size: tuple[int, int]) -> None:
+def test_encodes_as_diffusers(tiny: Case, size: tuple[int, int], make: Make) -> None:
     finer = 2 ** (len(tiny.part.spec.widths) - 1)  # type: ignore[union-attr]
     pixels = draw(3, *(finer * length for length in size))
-    found = encode(tiny.part, tiny.checkpoint, pixels)
+    found = encode(tiny.part, tiny.checkpoint, pixels, make)
     assert distance(found, encoded(tiny, pixels)) < CLOSE
 
 
@@ -199,8 +211,8 @@ def test_every_layout_gives_the_same_bytes(small: Case, tmp_path: Path) -> None:
         part = load_vae(checkpoint)
         assert part.spec == small.part.spec
         for run, given in ((decode, scaled), (encode, pixels)):
-            found = run(part, checkpoint, given)
-            assert found.tobytes() == run(small.part, small.checkpoint, given).tobytes()
+            found = run(part, checkpoint, given, native)
+            assert found.tobytes() == run(small.part, small.checkpoint, given, native).tobytes()
 
 
 def test_sizes_of_flux_are_those_of_its_tensors(tmp_path: Path) -> None:
@@ -211,11 +223,12 @@ def test_sizes_of_flux_are_those_of_its_tensors(tmp_path: Path) -> None:
         assert load_vae(found).spec == folder.part.spec
 
 
-def test_bf16_weights_decode_as_diffusers(tmp_path: Path) -> None:
+@EXECUTORS
+def test_bf16_weights_decode_as_diffusers(tmp_path: Path, make: Make) -> None:
     rounded = case(SMALL, tmp_path, torch.bfloat16)
     scaled = draw(3, 3, 2)
     assert {t.format for t in rounded.checkpoint.tensors.values()} == {"bf16"}
-    found = decode(rounded.part, rounded.checkpoint, scaled)
+    found = decode(rounded.part, rounded.checkpoint, scaled, make)
     assert distance(found, decoded(rounded, scaled)) < CLOSE
 
 

@@ -19,7 +19,7 @@ BUDGETS = {
     "src/squall/diffusion": 2000,
     "src/squall/engine": 2843,
     "src/squall/executors": 1727,
-    "src/squall/gpu": 3263,
+    "src/squall/gpu": 3400,
     "src/squall/quant": 999,
     "src/squall/recipes": 3101,
     "src/squall/server": 2668,

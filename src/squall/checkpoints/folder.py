@@ -26,6 +26,7 @@ class _Kind:
     """Files of weights: how one is opened, and the names of a whole one, a shard, any, the index.
 
     plain: no separators, no leading dot: a name that stays in the folder.
+    uncounted: of shards that do not say how many there are.
     """
 
     read: Callable[[Path], Iterable[Tensor]]
@@ -33,6 +34,7 @@ class _Kind:
     shard: re.Pattern[str]
     plain: re.Pattern[str]
     index: str
+    uncounted: re.Pattern[str] = re.compile(r"(?!)")
 
 
 # The first that a folder has counts.
@@ -43,6 +45,14 @@ _KINDS = (
         re.compile(r"model-([0-9]{5})-of-([0-9]{5})\.safetensors"),
         re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors"),
         "model.safetensors.index.json",
+        re.compile(r"t5_xxl-shard-[0-9]\.safetensors"),  # as FLUX.1's T5 is on the hub
+    ),
+    _Kind(
+        lambda path: open_part(path).tensors(),
+        re.compile(r"diffusion_pytorch_model\.safetensors"),
+        re.compile(r"diffusion_pytorch_model-([0-9]{5})-of-([0-9]{5})\.safetensors"),
+        re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors"),
+        "diffusion_pytorch_model.safetensors.index.json",
     ),
     _Kind(
         lambda path: open_pickle(path).values(),
@@ -98,6 +108,7 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
         if not names and (index := read_json(folder / kind.index)) is not None:
             places = _places(index, kind)
         names = names or sorted(set(places.values())) or _set(there, kind.shard)
+        names = names or list(filter(kind.uncounted.fullmatch, there))
         if names:
             tensors = _joined(((name, kind.read(folder / name)) for name in names), places)
             missing = next((name for name in places if name not in tensors), None)

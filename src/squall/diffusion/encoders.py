@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from squall import program as p
 from squall.blocks import Blocks, Reach
-from squall.errors import InvalidCheckpoint, InvalidRequest
 from squall.roles import roles
 from squall.spec import Encoder, Relative
 
@@ -55,17 +54,7 @@ def buckets(relative: Relative) -> tuple[int, ...]:
 
 def inputs(spec: Encoder, ids: Sequence[int], *, causal: bool) -> dict[str, Int32]:
     """What a run is given. causal: a token sees those before it, not all."""
-    tokens = np.array(ids, np.int32)
-    if spec.positions and len(tokens) > spec.positions:
-        raise InvalidRequest(
-            f"the text has {len(tokens)} tokens; its encoder has {spec.positions} positions"
-        )
-    if tokens.max(initial=0) >= spec.vocab:
-        raise InvalidCheckpoint(
-            f"the tokenizer gives the id {tokens.max()}, and the encoder of texts knows "
-            f"{spec.vocab}; they belong to different models"
-        )
-    positions = np.arange(len(tokens), dtype=np.int32)
-    ends = positions + 1 if causal else np.full_like(positions, len(tokens))
-    made = {"tokens": tokens, "spans": np.stack([np.zeros_like(ends), ends])}
+    positions = np.arange(len(ids), dtype=np.int32)
+    ends = positions + 1 if causal else np.full_like(positions, len(ids))
+    made = {"tokens": np.array(ids, np.int32), "spans": np.stack([np.zeros_like(ends), ends])}
     return made | ({"positions": positions} if spec.positions else {})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from squall.checkpoints import UQFF, Checkpoint, open_checkpoint, open_file, read_header
+from squall.checkpoints import UQFF, Checkpoint, open_checkpoint, read_header
 from squall.checkpoints.hub import Hub, is_id
 from squall.errors import (
     InvalidCheckpoint,
@@ -69,7 +69,7 @@ def find(opening: Opening) -> Files:
     path = _located(opening)
     folder = path if path.is_dir() else path.parent
     _check_pipeline(folder)
-    hub = opening.hub or Hub()
+    hub = replace(opening.hub or Hub(), revision="main")  # what is named is of the model alone
 
     def part(given: str | os.PathLike[str] | None, *places: str) -> Path | None:
         if given is not None:
@@ -95,7 +95,11 @@ def open_part(path: Path) -> Checkpoint:
     """One part of a model."""
     if path.is_dir():
         return open_checkpoint(only_uqff(path) or path)
-    return open_file(path) if path.suffix == ".safetensors" else open_checkpoint(path)
+    if path.suffix == ".safetensors":
+        from squall.checkpoints import open_file
+
+        return open_file(path)
+    return open_checkpoint(path)
 
 
 def _located(opening: Opening) -> Path:

@@ -5,15 +5,14 @@ Names of special tokens in a prompt are read as such, as transformers does.
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Library
 
 from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, UnsupportedModel
 from squall.files import parse_json, read_text
@@ -22,24 +21,10 @@ from squall.text.hf_tokenizer import library_of
 from squall.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 
 JSON = "tokenizer.json"
-_UNUSED = 5  # GGUF's number of this type of tokens
-BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-# How CLIP reads a text, and cuts it into words.
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_CLIP: Mapping[str, Any] = {
-    "normalizer": {
-        "type": "Sequence", "normalizers": [
-            {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
-            {"type": "Lowercase"},
-        ],
-    },
-    "pre_tokenizer": {
-        "type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Removed", "invert": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-        ],
-    },
-}  # fmt: skip
+BEGIN, END, T5_END = "<|startoftext|>", "<|endoftext|>", "</s>"
+# How CLIP cuts a text into words.
+_WORDS = r"<\|(start|end)oftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_UNUSED = 5  # a type of tokens in GGUF
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +38,25 @@ class _Tokens:
     def encode(self, text: str) -> list[int]:
         """All ids of a text, with those that it begins and ends with."""
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"the prompt has half a surrogate pair at character {error.start}; send valid "
-                "Unicode"
-            ) from None
-        try:
             return [*self.begin, *ids_of(self.library, text), self.end]
-        except (KeyboardInterrupt, SystemExit, MemoryError):
+        except TypeError:
+            raise InvalidRequest(
+                "the prompt has half a surrogate pair; send valid Unicode"
+            ) from None
+        except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library's panics are no Exceptions
-            raise InvalidCheckpoint(f"the tokenizer cannot read this prompt: {error}") from None
+        except BaseException as error:  # the library's panics, of broken files, are no Exceptions
+            raise InvalidCheckpoint(f"the tokenizer cannot read the prompt: {error}") from None
 
 
 class T5Tokens(_Tokens):
-    """Unigrams, and an end."""
+    """Pieces with scores, and an end."""
 
     @classmethod
     def open(cls, path: Path) -> T5Tokens:
         """From a tokenizer.json, or a folder with one."""
         library = library_of(_text(path / JSON if path.is_dir() else path))
-        return cls(library, (), _id(library, "</s>"))
+        return cls(library, (), _id(library, T5_END))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> T5Tokens:
@@ -82,23 +64,9 @@ class T5Tokens(_Tokens):
         model = metadata.get("tokenizer.ggml.model")
         if model != "t5":
             raise UnsupportedModel(f"tokenizer.ggml.model is {model!r:.99}; that of T5 is 't5'")
-        v = Vocabulary.from_gguf(metadata)
-        scores = _numbers(metadata, "scores", np.float64)
-        named = v.of_type(CONTROL, UNKNOWN, USER_DEFINED)
-        if v.eos is None or v.unknown is None or scores.shape != (len(v.tokens),):
-            raise InvalidCheckpoint(
-                f"{len(scores)} scores of {len(v.tokens)} tokens, the end {v.eos}, the unknown one "
-                f"{v.unknown}: not what T5 needs; convert the model with its tokenizer"
-            )
-        # The rest fills the table up, and would pass for pieces.
-        used = max(i for i, kind in enumerate(v.types) if kind != _UNUSED) + 1
-        pieces = list(zip(v.tokens[:used], scores[:used].tolist(), strict=True))
-        spec = {
-            **_unigram(metadata),
-            "model": {"type": "Unigram", "unk_id": v.unknown, "vocab": pieces},
-            "added_tokens": [_added(i, v.tokens[i]) for i in named],
-        }
-        return cls(library_of(json.dumps(spec)), (), v.eos)
+        vocabulary = Vocabulary.from_gguf(metadata)
+        library = _made(lambda: _unigram(vocabulary, metadata), "tokenizer.ggml")
+        return cls(library, (), _id(library, T5_END))
 
     def pad(self, ids: Sequence[int], length: int) -> list[int]:
         """As many as `length`; raises InvalidRequest where there are more."""
@@ -119,10 +87,10 @@ class ClipTokens(_Tokens):
             path = path / (JSON if (path / JSON).is_file() else "vocab.json")
         text = _text(path)
         if path.name == "vocab.json":
-            vocab = parse_json(text, path.name)
-            lines = _text(path.with_name("merges.txt")).split("\n")
-            text = json.dumps(_bpe(vocab, [line for line in lines if _is_merge(line)]))
-        library = library_of(text)
+            vocab, merges = parse_json(text, path.name), _text(path.with_name("merges.txt"))
+            library = _made(lambda: _bpe(vocab, merges), "vocab.json with merges.txt")
+        else:
+            library = library_of(text)
         return cls(library, (_id(library, BEGIN),), _id(library, END))
 
     def pad(self, ids: Sequence[int], length: int) -> list[int]:
@@ -135,44 +103,53 @@ class ClipTokens(_Tokens):
         return ids.index(self.end)
 
 
-def _unigram(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What T5 does to a text before it looks for pieces."""
-    space = "always" if metadata.get("tokenizer.ggml.add_space_prefix", True) else "never"
-    steps: list[dict[str, Any]] = [
-        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": space, "split": True}
+def _unigram(v: Vocabulary, metadata: Mapping[str, Any]) -> Any:
+    def said(name: str, default: object) -> Any:
+        return metadata.get(f"tokenizer.ggml.{name}", default)
+
+    # Unused ones after the last that is used fill the table up, and would pass for pieces.
+    used = max(i for i, kind in enumerate(v.types) if kind != _UNUSED) + 1
+    scores = np.asarray(said("scores", ()), np.float64)
+    if scores.shape != (len(v.tokens),) or v.unknown is None:
+        raise ValueError(
+            f"{scores.size} scores of {len(v.tokens)} tokens, the unknown: {v.unknown}"
+        )
+    pieces = list(zip(v.tokens[:used], scores.tolist(), strict=False))
+    library = Library(models.Unigram(pieces, v.unknown, byte_fallback=False))
+    if (table := np.asarray(said("precompiled_charsmap", ()), np.uint8)).size:
+        library.normalizer = normalizers.Precompiled(table.tobytes())
+    prepended = "always" if said("add_space_prefix", True) else "never"
+    steps: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme=prepended)]
+    if said("remove_extra_whitespaces", True):
+        steps.insert(0, pre_tokenizers.WhitespaceSplit())
+    library.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    named = v.of_type(CONTROL, UNKNOWN, USER_DEFINED)
+    library.add_special_tokens([AddedToken(v.tokens[i], normalized=False) for i in named])
+    return library
+
+
+def _bpe(vocab: Any, merges: str) -> Any:
+    lines = [
+        line for line in merges.split("\n") if line.strip() and not line.startswith("#version")
     ]
-    if metadata.get("tokenizer.ggml.remove_extra_whitespaces", True):
-        steps.insert(0, {"type": "WhitespaceSplit"})
-    made: dict[str, Any] = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
-    if (table := _numbers(metadata, "precompiled_charsmap", np.uint8)).size:
-        code = base64.b64encode(table.tobytes()).decode()
-        made["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": code}
-    return made
+    pairs: list[Any] = [tuple(line.split(" ")) for line in lines]
+    library = Library(models.BPE(vocab, pairs, unk_token=END, end_of_word_suffix="</w>"))
+    library.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True)
+    symbols = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([words, symbols])
+    named = [AddedToken(name, normalized=False) for name in (BEGIN, END) if name in vocab]
+    library.add_special_tokens(named)
+    return library
 
 
-def _numbers(metadata: Mapping[str, Any], name: str, dtype: type[np.generic]) -> NDArray[Any]:
+def _made(make: Callable[[], Any], source: str) -> Any:
     try:
-        return np.asarray(metadata.get(f"tokenizer.ggml.{name}", ()), dtype)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidCheckpoint(f"tokenizer.ggml.{name} has no numbers as it should") from None
-
-
-def _bpe(vocab: Mapping[str, Any], merges: Iterable[str]) -> dict[str, Any]:
-    model = {
-        "type": "BPE", "unk_token": END, "end_of_word_suffix": "</w>",
-        "continuing_subword_prefix": "", "vocab": vocab, "merges": list(merges),
-    }  # fmt: skip
-    named = [_added(vocab[name], name) for name in (BEGIN, END) if name in vocab]
-    return {**_CLIP, "model": model, "added_tokens": named}
-
-
-def _is_merge(line: str) -> bool:
-    return bool(line.strip()) and not line.startswith("#version")
-
-
-def _added(id: int, content: str) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": id, "content": content, "special": True, **flags}
+        return make()
+    except Exception as error:  # the library has no class for its own
+        raise InvalidCheckpoint(f"{source}: {str(error)[:200]}") from None
 
 
 def _text(path: Path) -> str:

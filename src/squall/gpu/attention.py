@@ -25,6 +25,7 @@ SHORT_ROWS = 16
 """Sequences with so many rows in a step are read in parts side by side: there is nothing else to
 keep a GPU busy with."""
 _POSITIONS, _LANES, _CHUNK = 128, 16, 256
+_WIDEST = 256  # head of which Triton's tiles fit a GPU's shared memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,7 @@ def attend_here(  # noqa: PLR0913
 
     relative: what is added to scores, [distances, heads], from the farthest before to that behind.
     """
-    if relative is None and uses_triton(q):
+    if relative is None and op.head_dim <= _WIDEST and uses_triton(q):
         from squall.gpu import triton_attention
 
         return triton_attention.attend_here(op, q, k, v, spans, exact=exact)

@@ -45,8 +45,15 @@ GGUF_NAMING = Naming(
 CLIP_STEMS: Mapping[str, str] = {
     **clip_towers.CLIP_STEMS, "embed": "embeddings.token_embedding", "norm": "final_layer_norm",
 }  # fmt: skip
-# What follows from others, or is the decoder's.
-_DERIVED = ("is_gated_act", "dense_act_fn", "scale_decoder_outputs", "n_positions")
+# What files without config.json are: T5 v1.1 XXL, and CLIP ViT-L/14.
+_XXL: Mapping[str, Any] = {
+    "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+_LARGE: Mapping[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}  # fmt: skip
 # What a whole CLIP has beside its text half.
 _SEEING = r"(vision_model|visual_projection|text_projection)\..*|logit_scale|.*\.position_ids"
 
@@ -56,7 +63,7 @@ def load_t5(checkpoint: Checkpoint) -> Part:
     _check_applied(checkpoint)
     tensors, originals = checkpoint.tensors, dict[str, str]()
     read = _of_gguf if checkpoint.kind == "gguf" else _of_config
-    spec, naming = read(checkpoint.metadata, tensors)
+    spec, naming = read(checkpoint.metadata or _XXL, tensors)
     if checkpoint.kind == "uqff":
         tensors, originals = named(linears(T5, spec, naming), tensors)
     (part,) = place([Part("encoder", spec, naming)], tensors, read=set())
@@ -67,15 +74,11 @@ def load_t5(checkpoint: Checkpoint) -> Part:
 def _of_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Encoder, Naming]:
     keys, said = part_keys("t5"), str(config.get("feed_forward_proj", "relu"))
     assert keys is not None
-    gated, name = said.startswith("gated-"), said.removeprefix("gated-")
-    name = "gelu_new" if said == "gated-gelu" else name
-    for key, value in (("is_gated_act", gated), ("dense_act_fn", name)):
-        if config.get(key, value) != value:
-            raise UnsupportedModel(
-                f"{key} is {config[key]!r:.99}, and feed_forward_proj {quote(said)} means {value!r}"
-            )
+    name = "gelu_new" if said == "gated-gelu" else said.removeprefix("gated-")
+    gated = config.get("is_gated_act", said.startswith("gated-")) is True
+    name = config.get("dense_act_fn", name)  # which counts, if the file has it
     c = ConfigFields({**config, "feed_forward_proj": name}, tensors, keys, T5_NAMING)
-    c.ignored = [key for key in c.ignored if key not in _DERIVED]
+    c.ignored.clear()  # of decoders, tasks and generation
     c.skip("dropout_rate", "num_decoder_layers")
     relative = Relative(
         c.count("relative_attention_num_buckets", high=4096),
@@ -145,7 +148,7 @@ def load_clip(checkpoint: Checkpoint) -> Part:
     _check_applied(checkpoint)
     keys, tensors = part_keys("clip_text_model"), checkpoint.tensors
     assert keys is not None
-    config: Any = checkpoint.metadata
+    config: Any = checkpoint.metadata or _LARGE
     for key in ("text_config", "text_config_dict"):  # of a whole one; the latter counts
         inner = checkpoint.metadata.get(key)
         config = config if inner is None else inner
@@ -154,7 +157,7 @@ def load_clip(checkpoint: Checkpoint) -> Part:
     stem = CLIP_STEMS["embed"]
     before = next((name.partition(stem)[0] for name in tensors if stem in name), "text_model.")
     c = ConfigFields(config, tensors, keys, T5_NAMING)
-    c.ignored.clear()  # of whole models these are many
+    c.ignored.clear()  # of whole models, many
     layers = clip_towers.layers(c, parts.depth(c))
     spec = Encoder(
         c.count("vocab_size"), parts.hidden(c), layers, parts.layer_norm(c), parts.context(c)
