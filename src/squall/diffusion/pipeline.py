@@ -125,6 +125,12 @@ class FluxPipeline:
         parts = self._networks
         return summed(total for part in (parts.flux, *parts.small) for total in part.formats)
 
+    @property
+    def parts(self) -> Mapping[str, Network]:
+        """What every picture takes, by name."""
+        n = self._networks
+        return {"transformer": n.flux, "T5": n.t5, "CLIP": n.clip, "autoencoder": n.decoder}
+
     def close(self) -> None:
         """Free all weights."""
         for network in (self._networks.flux, *self._networks.small):
@@ -167,7 +173,7 @@ class FluxPipeline:
         self._check_memory(request, self._budget)
 
     def _check_memory(self, request: PictureRequest, free: int | None) -> None:
-        if free is None or (needed := self._needs(request)) <= free * (1 - MARGIN):
+        if free is None or (needed := self.needs(request)) <= free * (1 - MARGIN):
             return
         size, smaller = f"{request.width}x{request.height}", request
         while min(smaller.width, smaller.height) > MULTIPLE:
@@ -176,7 +182,7 @@ class FluxPipeline:
                 for edge in (smaller.width, smaller.height)
             )
             smaller = replace(smaller, width=width, height=height)
-            if self._needs(smaller) <= free * (1 - MARGIN):
+            if self.needs(smaller) <= free * (1 - MARGIN):
                 remedy = f"{smaller.width}x{smaller.height} would fit"
                 break
         else:
@@ -186,7 +192,7 @@ class FluxPipeline:
             f"free; {remedy}"
         )
 
-    def _needs(self, request: PictureRequest) -> int:
+    def needs(self, request: PictureRequest) -> int:
         """About how much more memory the hungriest of its phases takes."""
         networks, rows = self._networks, self._rows(request)
         used = [networks.t5, networks.clip, networks.flux, networks.decoder]
