@@ -12,8 +12,10 @@ import typer.main
 from project import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+BLOCKS = BLOCK.findall(README)
+PICTURES = BLOCK.findall((ROOT / "docs/diffusion.md").read_text())  # whose models are large
+LINES = [line for kind, text in BLOCKS + PICTURES if kind == "sh" for line in text.splitlines()]
 TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import typer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from squall.text.tokenizer import Tokenizer
 
 USUAL = 640, 480  # pixels of an image whose cost is told
+SIZES = ((512, 512), (1024, 1024), (1280, 720))  # of pictures
 _LORA = re.compile(r"(.+?)\.lora_(?:embedding_)?([aAbB])(?:\..*)?")
 
 
@@ -61,9 +63,7 @@ def inspect(
     check_one(model, file, folder)
     name = model or file or folder
     if name is not None and makes_pictures(name):
-        from squall.cli.inspect_pictures import inspect_pictures
-
-        inspect_pictures(Opening(name, t5=t5, clip=clip, vae=vae), as_json=as_json)
+        _pictures(Opening(name, t5=t5, clip=clip, vae=vae), as_json=as_json)
         return
     adapter = None if name is None else _adapter(Path(name).expanduser())
     path = adapter.path if adapter else locate(name)
@@ -85,6 +85,49 @@ def inspect(
         typer.echo(json.dumps(report))
     else:
         _print(found, run, modules, loads)
+
+
+def _pictures(opening: Opening, *, as_json: bool) -> None:
+    """The parts of a model that makes pictures; raises what is wrong with one."""
+    from squall.diffusion.pipeline import OFFLOADED, open_pipeline
+    from squall.diffusion.request import PictureRequest
+
+    pipeline, path = open_pipeline(replace(opening, architecture=OFFLOADED))  # no weight is read
+    parts: list[dict[str, Any]] = [
+        {
+            "part": name,
+            "parameters": sum(total.parameters for total in network.formats),
+            "types": sorted({total.format for total in network.formats}),
+            "bytes": network.stored_bytes,
+            "bytes_by_layer": network.weight_bytes,
+        }
+        for name, network in pipeline.parts.items()
+    ]
+    whole = sum(part["bytes"] for part in parts)
+    sizes: dict[str, dict[str, int]] = {}
+    for width, height in SIZES:
+        by_layer = pipeline.needs(PictureRequest(prompt="any", width=width, height=height))
+        sizes[f"{width}x{height}"] = {"bytes": whole + by_layer, "bytes_by_layer": by_layer}
+    if as_json:
+        report = {"path": str(path), "runs": True, "parts": parts, "sizes": sizes}
+        typer.echo(json.dumps(report))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part", "parameters", "types", "MiB", "by layer, MiB")
+    for part in parts:
+        table.add_row(part["part"], str(part["parameters"]), ", ".join(part["types"]), *_mib(part))
+    pictures = Table("picture", "at most, MiB", "as flux-offloaded, MiB")
+    for size, told in sizes.items():
+        pictures.add_row(size, *_mib(told))
+    for shown in (table, pictures):
+        Console().print(shown)
+    typer.echo(f"{path}: weights take {whole / 2**20:.1f} MiB. Squall can run it: yes")
+
+
+def _mib(told: Mapping[str, Any]) -> list[str]:
+    return [f"{told[name] / 2**20:.1f}" for name in ("bytes", "bytes_by_layer")]
 
 
 def _adapter(folder: Path) -> Checkpoint | None:

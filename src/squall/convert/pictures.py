@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,16 @@ from squall.convert.matrices import Quantizer, Written
 from squall.convert.uqff import Job, check_floats, write_linears
 from squall.errors import InvalidRequest
 from squall.quant import Plan
-from squall.recipes.linears import linears
+from squall.recipes.encoders import T5
+from squall.recipes.linears import FLUX, linears
 from squall.recipes.names import Part
 from squall.roles import roles
 from squall.spec import Flux
 from squall.weights import Progress
 
 FILE = "model.uqff"
-KINDS = {"encoder": "T5EncoderModel", "flux": "FluxTransformer2DModel"}
-INDEX = {
-    "_class_name": "FluxPipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", KINDS["encoder"]],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", KINDS["flux"]],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+KINDS = {"encoder": T5, "flux": FLUX}
+INDEX = {"_class_name": "FluxPipeline"}
 
 
 def write_pictures(
@@ -49,31 +40,25 @@ def write_pictures(
     """Quantize networks, each to a folder of that name within a new one.
 
     copies: what is taken as it is, files and folders, by where it is put.
+    progress: of each network in turn.
     """
     for checkpoint, _ in networks.values():
         check_floats(checkpoint)
     pool, written = _native.ThreadPool(threads), list[Written]()
-    whole = sum(t.nbytes for c, _ in networks.values() for t in c.tensors.values())
     with _making(folder) as made:
         for place, source in copies.items():
             _put(source, made / place)
         if not (made / "model_index.json").exists():
             (made / "model_index.json").write_text(json.dumps(INDEX, indent=2))
-        before = 0
         for name, (checkpoint, part) in networks.items():
-            shown = progress and partial(_further, progress, before, whole)
-            quantizer = Quantizer(checkpoint, pool, whole - before, shown)
+            whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+            quantizer = Quantizer(checkpoint, pool, whole, progress)
             writing.make_folder(made / name)
             config = dict(checkpoint.metadata) or _config(part.spec)
             (made / name / "config.json").write_text(json.dumps(config, indent=2))
             write_linears(_job(quantizer, part, plan), made / name / FILE, force=False)
-            before += sum(tensor.nbytes for tensor in checkpoint.tensors.values())
             written += quantizer.written
     return tuple(written)
-
-
-def _further(progress: Progress, before: int, whole: int, done: int, _: int) -> None:
-    progress(before + done, whole)
 
 
 def _job(quantizer: Quantizer, part: Part, plan: Plan) -> Job:
