@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from squall import ImageModel, PictureRequest
+
 STATUS = Path("/proc/self/status")
 told_by_linux = pytest.mark.skipif(not STATUS.exists(), reason="reads what Linux tells")
 
@@ -41,11 +43,20 @@ def peak_of(act: Callable[[], Any]) -> int:
     return most - before
 
 
-def in_process(module: str, call: str) -> Any:
-    """What an expression gives in a process of its own, by JSON; its module lies here."""
-    code = f"import json, {module}; print(json.dumps({module}.{call}))"
+def picture(folder: str) -> list[int]:
+    """What a picture takes as flux-offloaded, what it was to take, and all weights."""
+    with ImageModel.open(folder, architecture="flux-offloaded") as model:
+        request = PictureRequest(prompt="a cat", width=48, height=32, steps=3)
+        peak = peak_of(model.submit(request).result)
+        stored = sum(part.stored_bytes for part in model._pipeline.parts.values())
+        return [peak, model._pipeline.needs(request), stored]
+
+
+def in_process(call: str) -> Any:
+    """What a call of these gives in a process of its own."""
+    code = f"import json, memory; print(json.dumps(memory.{call}))"
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120,
         cwd=Path(__file__).parent,
     )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout)

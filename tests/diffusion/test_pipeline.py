@@ -16,7 +16,7 @@ import tiny_flux
 import torch
 from diffusers import FluxImg2ImgPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from memory import in_process, peak_of, told_by_linux
+from memory import in_process, told_by_linux
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -261,21 +261,12 @@ def test_on_pytorch(schnell):
     assert differ(made(folder, device="torch", dtype="f32"), exact.astype(int)) <= 1
 
 
-def measured(folder: str) -> list[int]:
-    """What a picture takes as flux-offloaded, what it was to take, and all weights."""
-    with ImageModel.open(folder, architecture="flux-offloaded") as model:
-        parts, request = model._pipeline.parts, asked()
-        peak = peak_of(lambda: model.submit(request).result(WAIT_S))
-        stored = sum(part.stored_bytes for part in parts.values())
-        return [peak, model._pipeline.needs(request), stored]
-
-
 @told_by_linux
 def test_layer_by_layer_takes_the_memory_of_one(tmp_path):
     wide = {"attention_head_dim": 64, "num_attention_heads": 8, "axes_dims_rope": (8, 28, 28)}
     pipe = tiny_flux.pipeline(tmp_path, **wide, num_layers=4, num_single_layers=10)
     pipe.transformer.bfloat16().save_pretrained(tmp_path / "transformer")
-    peak, needed, stored = in_process("test_pipeline", f"measured({str(tmp_path)!r})")
+    peak, needed, stored = in_process(f"picture({str(tmp_path)!r})")
     assert peak < needed + (16 << 20) < stored / 2
 
 
