@@ -18,9 +18,10 @@ from squall.spec import AutoEncoder
 # What diffusers takes for what a config.json does not say.
 DEFAULTS: Mapping[str, Any] = {
     "block_out_channels": [64], "latent_channels": 4, "layers_per_block": 1,
-    "norm_num_groups": 32, "scaling_factor": 0.18215,
+    "norm_num_groups": 32, "scaling_factor": 0.18215, "use_quant_conv": True,
+    "use_post_quant_conv": True,
 }  # fmt: skip
-# The only values that can be followed, which are diffusers' defaults too.
+# The only values that can be followed.
 KNOWN: Mapping[str, tuple[object, ...]] = {
     "_class_name": ("AutoencoderKL",),
     "act_fn": ("silu", "swish"),
@@ -28,6 +29,8 @@ KNOWN: Mapping[str, tuple[object, ...]] = {
     "up_block_types": ("UpDecoderBlock2D",),
     "in_channels": (3,),
     "out_channels": (3,),
+    "use_quant_conv": (False,),
+    "use_post_quant_conv": (False,),
 }
 MOST_WIDTH, MOST_LEVELS, MOST_BLOCKS = 1 << 14, 8, 64
 # What roles have, and the tensors of diffusers in its place; it counts the levels of decoders from
@@ -96,13 +99,11 @@ def _flux(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return [channels(one) for one in takewhile(tensors.__contains__, found)]
 
     widths = all_of("encoder.down.{}.block.0.conv1.weight")
-    mixes = "quant_conv.weight" in tensors
     return {
         "block_out_channels": widths,
         "latent_channels": channels("decoder.conv_in.weight", 1),
         "layers_per_block": len(all_of("encoder.down.0.block.{}.conv1.weight")),
-        "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in tensors,
-        "use_quant_conv": mixes, "use_post_quant_conv": mixes,
+        "use_quant_conv": False, "use_post_quant_conv": False,
         "scaling_factor": 0.3611, "shift_factor": 0.1159,
     }  # fmt: skip
 
@@ -115,9 +116,6 @@ def _spec(c: Fields) -> AutoEncoder:
             f"block_out_channels is {widths!s:.99}; it must be 1 to {MOST_LEVELS} multiples of "
             f"norm_num_groups, which is {groups}"
         )
-    mixes = c.flag("use_quant_conv", True)
-    if c.flag("use_post_quant_conv", True) != mixes:
-        raise UnsupportedModel("use_quant_conv and use_post_quant_conv differ")
     spec = AutoEncoder(
         c.count("latent_channels", high=MOST_WIDTH),
         widths,
@@ -126,7 +124,6 @@ def _spec(c: Fields) -> AutoEncoder:
         c.number("scaling_factor"),
         c.number("shift_factor", 0.0, low=-1e9),
         attends=c.flag("mid_block_add_attention", True),
-        mixes=mixes,
     )
     c.check_all_read()
     return spec
