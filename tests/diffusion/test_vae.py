@@ -276,6 +276,12 @@ def test_missing_and_misshapen_tensors_are_refused(small: Case, tmp_path: Path) 
         load_vae(stored(tensors | {"more": torch.zeros(1)}, small.config, path))
     with pytest.raises(InvalidCheckpoint, match="no autoencoder"):
         load_vae(stored({"more": torch.zeros(1)}, small.config, path))
+    with pytest.raises(InvalidCheckpoint, match="block_out_channels is"):
+        load_vae(stored(tensors, {}, path))
+    with pytest.raises(UnsupportedModel, match="quant_conv"):  # as early files of others have them
+        load_vae(
+            stored(tensors | {"quant_conv.weight": torch.zeros(6, 6, 1, 1)}, small.config, path)
+        )
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,6 @@ from squall.recipes.names import Naming, Part, place
 from squall.roles import roles
 from squall.spec import AutoEncoder
 
-# What diffusers takes for what a config.json does not say.
-DEFAULTS: Mapping[str, Any] = {
-    "block_out_channels": [64], "latent_channels": 4, "layers_per_block": 1,
-    "norm_num_groups": 32, "scaling_factor": 0.18215, "use_quant_conv": True,
-    "use_post_quant_conv": True,
-}  # fmt: skip
 # The only values that can be followed.
 KNOWN: Mapping[str, tuple[object, ...]] = {
     "_class_name": ("AutoencoderKL",),
@@ -64,12 +58,11 @@ def load_vae(checkpoint: Checkpoint) -> Part:
     layout = _layout(tensors)
     if not layout and given.get("_class_name") not in KNOWN["_class_name"]:
         given = _flux(tensors)  # the config.json is another model's, or there is none
-    config = {**DEFAULTS, **given}
+    spec = _spec(_Config(dict(flatten(given)), tensors))
     for key, known in KNOWN.items():
-        found = config.get(key, [])
+        found = given.get(key, [])
         if any(value not in known for value in (found if isinstance(found, list) else [found])):
             raise UnsupportedModel(f"{key} is {found!r:.99} of the autoencoder; known: {known[0]}")
-    spec = _spec(_Config(dict(flatten(config)), tensors))
     return place([Part("vae", spec, naming(spec, layout))], tensors, read=set())[0]
 
 
@@ -103,14 +96,14 @@ def _flux(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "block_out_channels": widths,
         "latent_channels": channels("decoder.conv_in.weight", 1),
         "layers_per_block": len(all_of("encoder.down.0.block.{}.conv1.weight")),
-        "use_quant_conv": False, "use_post_quant_conv": False,
-        "scaling_factor": 0.3611, "shift_factor": 0.1159,
-    }  # fmt: skip
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    }
 
 
 def _spec(c: Fields) -> AutoEncoder:
     widths = c.indices("block_out_channels", below=MOST_WIDTH + 1)
-    groups = c.count("norm_num_groups", high=MOST_WIDTH)
+    groups = c.count("norm_num_groups", 32, high=MOST_WIDTH)
     if not 1 <= len(widths) <= MOST_LEVELS or any(not n or n % groups for n in widths):
         raise InvalidCheckpoint(
             f"block_out_channels is {widths!s:.99}; it must be 1 to {MOST_LEVELS} multiples of "
