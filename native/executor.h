@@ -93,6 +93,8 @@ class Phase {
   Timing timing;
   std::vector<size_t> reads, writes;  // values
   bool quantizes = false;             // also writes the int8 form of its output where one is wanted
+  // A value as wide as its output, over which it may write that: it reads no float later.
+  size_t replaces = kNone;
 };
 
 struct Limits {
@@ -323,6 +325,11 @@ class Executor {
   void add_quantize_phases();
   void group_phases();
   void layout();
+  // Groups of phases between which a value is there, and its place in the arena.
+  struct Life {
+    size_t first = SIZE_MAX, last = 0, bytes = 0, offset = 0;
+  };
+  std::vector<size_t> joined(std::vector<Life>& lives) const;
   void run_groups(const Step& step, Turn turn);
   // A group's time, from the end of the one before on, goes to its phases as their tasks took it.
   void account(const Step& step, int64_t start_ns);
