@@ -292,6 +292,7 @@ void Executor::group_normalize(GroupNormalizeOp op) {
       });
   phase->reads = {in, sums};
   phase->writes = {out};
+  phase->replaces = in;
   phase->quantizes = true;
   add_phase("group norm", std::move(phase));
 }
@@ -325,12 +326,14 @@ void Executor::convolution(LinearOp op, const Buffer* residual) {
          "of int8 a tap has columns in multiples of 32");
   (weight.is_integer() ? buffers_[op.x]->wants_quant : buffers_[op.x]->wants_float) = true;
   std::vector<size_t> reads = {op.x}, writes = {op.out};
+  const size_t replaced = op.residual == op.x ? kNone : op.residual;
   if (residual != nullptr) reads.push_back(op.residual);
   std::string name = "convolution " + described(weight);
   auto phase = std::make_unique<ConvolutionPhase>(kernels_, pool_->threads(), std::move(op), x, to,
                                                   residual);
   phase->reads = std::move(reads);
   phase->writes = std::move(writes);
+  phase->replaces = replaced;
   add_phase(std::move(name), std::move(phase));
 }
 
@@ -794,6 +797,20 @@ void Executor::group_phases() {
   }
 }
 
+bool Executor::may_replace(const Phase& phase, size_t group) const {
+  if (phase.replaces == kNone) return false;
+  const Buffer &old = *buffers_[phase.replaces], &made = *buffers_[phase.writes.front()];
+  if (old.kept || old.wants_quant || made.wants_quant || old.width != made.width ||
+      old.space != made.space || old.multiple != made.multiple)
+    return false;
+  return std::all_of(groups_.begin() + static_cast<ptrdiff_t>(group), groups_.end(),
+                     [&](const std::vector<Phase*>& phases) {
+                       return std::all_of(phases.begin(), phases.end(), [&](const Phase* other) {
+                         return other == &phase || !meets(other->reads, {phase.replaces});
+                       });
+                     });
+}
+
 void Executor::layout() {
   struct Life {
     size_t first = SIZE_MAX, last = 0, bytes = 0, offset = 0;
@@ -805,17 +822,33 @@ void Executor::layout() {
       for (const auto* side : {&phase->reads, &phase->writes})
         for (const size_t v : *side) lives[v].last = std::max(lives[v].last, g);
     }
+  std::vector<size_t> place(buffers_.size());  // in whose place each value is
+  std::iota(place.begin(), place.end(), size_t{0});
+  for (size_t g = 0; g < groups_.size(); ++g)
+    for (const Phase* phase : groups_[g])
+      if (may_replace(*phase, g)) {
+        const size_t v = phase->writes.front();
+        place[v] = place[phase->replaces];
+        lives[place[v]].last = buffers_[v]->kept ? SIZE_MAX : lives[v].last;
+      }
   const auto rows = [&](const Buffer& b) { return product({limits_.rows[b.space], b.multiple}); };
-  size_t end = 0;
-  std::vector<size_t> placed;
+  std::vector<size_t> roots, placed;
   for (size_t v = 0; v < buffers_.size(); ++v) {
     const Buffer& b = *buffers_[v];
     Life& life = lives[v];
-    if (life.first == SIZE_MAX) continue;
+    if (life.first == SIZE_MAX || place[v] != v) continue;
     if (b.kept) life.last = SIZE_MAX;
     const size_t floats = round_up(product({rows(b), b.width, 4}), 64);
     const size_t groups = product({rows(b), b.quant_stride(), sizeof(QuantGroup)});
     life.bytes = floats + (b.wants_quant ? groups : 0);
+    roots.push_back(v);
+  }
+  // The largest first, since they leave the gaps that are worth most.
+  std::stable_sort(roots.begin(), roots.end(),
+                   [&](size_t a, size_t b) { return lives[a].bytes > lives[b].bytes; });
+  size_t end = 0;
+  for (const size_t v : roots) {
+    Life& life = lives[v];
     // First fit among those alive at the same time, in order of place.
     for (const size_t other : placed) {
       const Life& o = lives[other];
@@ -833,8 +866,10 @@ void Executor::layout() {
   cache_.make(limits_.blocks, false);
   uncached_.make(ceil_div(uncached_rows_, limits_.block_size), true);
   recalled_.make(0, false);
-  for (const size_t v : placed) {
+  for (size_t v = 0; v < buffers_.size(); ++v) {
+    if (lives[v].first == SIZE_MAX) continue;
     Buffer& b = *buffers_[v];
+    lives[v].offset = lives[place[v]].offset;
     b.data = reinterpret_cast<float*>(arena_->data() + lives[v].offset);
     if (b.wants_quant)
       b.quant = reinterpret_cast<QuantGroup*>(arena_->data() + lives[v].offset +

@@ -224,6 +224,8 @@ def test_a_generation_tells_what_it_said(model: Model) -> None:
         ({"dtype": "f8"}, "unknown dtype 'f8'"),
         ({"path": 5}, "path is 5; it must be a path"),
         ({"from_uqff": b"x"}, "from_uqff"),
+        ({"t5": 5}, "t5 is 5; it must be a path"),
+        ({"vae": "ae.safetensors"}, "vae is for models that make pictures"),
         ({"isq": "q9"}, "unknown quantization"),
         ({"chat_template": 5}, "chat_template is 5; it must be text"),
         ({"chat_template": "none.jinja"}, "none.jinja"),

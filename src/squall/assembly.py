@@ -115,6 +115,9 @@ def template_of(checkpoint: Checkpoint) -> ChatTemplate:
 
 def prepare(opening: Opening) -> Prepared:
     """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
+    for name in ("t5", "clip", "vae"):
+        if getattr(opening, name) is not None:
+            raise InvalidRequest(f"{name} is for models that make pictures")
     checkpoint = open_checkpoint(_locate(opening), gqa=opening.gqa)
     recipe = recipes.load(checkpoint, opening.architecture)
     checkpoint, recipe = _seeing(checkpoint, recipe, opening)

@@ -14,6 +14,7 @@ from squall.spec import (
     Connector,
     Decoder,
     Encoder,
+    Flux,
     Layer,
     Mlp,
     Moe,
@@ -22,7 +23,7 @@ from squall.spec import (
     Tower,
 )
 
-Network = Decoder | Tower | Connector | Perceiver | Encoder | AutoEncoder
+Network = Decoder | Tower | Connector | Perceiver | Encoder | AutoEncoder | Flux
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -52,6 +53,8 @@ def roles(network: Network) -> Shapes:
             return _perceiver(network)
         case Encoder():
             return _encoder(network)
+        case Flux():
+            return _flux(network)
 
 
 def _decoder(decoder: Decoder) -> Shapes:
@@ -112,6 +115,41 @@ def _encoder(e: Encoder) -> Shapes:
     if e.relative is not None:
         shapes["relative.weight"] = (e.relative.buckets * e.layers[0].attention.heads,)
     return shapes | _layers(e.layers, e.hidden)
+
+
+FLUX_STREAMS = ("text", "picture")
+
+
+def _flux(f: Flux) -> Shapes:
+    width = f.hidden
+    shapes = _linear("picture_in", width, f.patch, bias=True)
+    shapes |= _linear("text_in", width, f.text, bias=True)
+    told = {"time": 256, "pooled": f.pooled, **({"guidance": 256} if f.guidance else {})}
+    for role, cols in told.items():
+        shapes |= _linear(f"{role}.in", width, cols, bias=True)
+        shapes |= _linear(f"{role}.out", width, width, bias=True)
+    for index in range(f.double):
+        for stem in (f"layers.{index}.{kind}" for kind in FLUX_STREAMS):
+            shapes |= _linear(f"{stem}.modulation", 6 * width, width, bias=True)
+            shapes |= _flux_heads(f"{stem}.attention", f)
+            shapes |= _linear(f"{stem}.attention.out", width, width, bias=True)
+            shapes |= _linear(f"{stem}.feed_forward.up", f.mlp, width, bias=True)
+            shapes |= _linear(f"{stem}.feed_forward.down", width, f.mlp, bias=True)
+    for stem in (f"layers.{index}" for index in range(f.double, f.double + f.single)):
+        shapes |= _linear(f"{stem}.modulation", 3 * width, width, bias=True)
+        shapes |= _flux_heads(f"{stem}.attention", f)
+        shapes |= _linear(f"{stem}.feed_forward.up", f.mlp, width, bias=True)
+        shapes |= _linear(f"{stem}.out", width, width + f.mlp, bias=True)
+    for part in ("shift", "scale"):
+        shapes |= _linear(f"final.{part}", width, width, bias=True)
+    return shapes | _linear("final.out", f.patch, width, bias=True)
+
+
+def _flux_heads(role: str, f: Flux) -> Shapes:
+    shapes: Shapes = {f"{role}.{part}_norm.weight": (f.head_dim,) for part in "qk"}
+    for part in "qkv":
+        shapes |= _linear(f"{role}.{part}", f.heads * f.head_dim, f.hidden, bias=True)
+    return shapes
 
 
 def _auto_encoder(a: AutoEncoder) -> Shapes:

@@ -100,11 +100,12 @@ def test_sizes_of_weights_are_told_before_they_are_read(folder, isq):
         assert part.stored_bytes == part.weight_bytes
 
 
-def test_activations_are_about_what_the_executor_takes(folder):
-    part = network(folder)
+@pytest.mark.parametrize("isq", [None, "Q8_0"])
+def test_activations_are_about_what_the_executor_takes(folder, isq):
+    part = network(folder, isq=isq)
     for count in (8, 500):
         executor = part._open(part.program, {"tokens": count})
-        about = activations(part.program, {"tokens": count})
+        about = activations(part.program, {"tokens": count}, integers=isq is not None)
         assert 0.9 < about / executor._native.buffer_bytes < 2
     before = part.needs(ROWS)
     part.load(None)

@@ -160,7 +160,8 @@ def test_t5(pieces: sentencepiece.SentencePieceProcessor, tmp_path: Path, text: 
     for place in (tmp_path, tmp_path / "tokenizer.json"):
         assert T5Tokens.open(place).encode(text) == wanted
     if "<extra_id" not in text:  # which GGUF files do not name
-        assert T5Tokens.from_gguf(t5_metadata(pieces)).encode(text) == wanted
+        for changes in ({}, {"unknown_token_id": None}, {"eos_token_id": None}):
+            assert T5Tokens.from_gguf(t5_metadata(pieces, **changes)).encode(text) == wanted
 
 
 def test_t5_as_sentencepiece(pieces: sentencepiece.SentencePieceProcessor) -> None:
@@ -222,7 +223,7 @@ def saved(clip_folder: Path, path: Path) -> Path:
         ({"scores": np.zeros(3, np.float32)}, InvalidCheckpoint),
         ({"tokens": ["a"] * 909, "eos_token_id": None}, InvalidCheckpoint),
         ({"eos_token_id": 10**6}, InvalidCheckpoint),
-        ({"unknown_token_id": None}, InvalidCheckpoint),
+        ({"unknown_token_id": None, "token_type": np.ones(909, np.int32)}, InvalidCheckpoint),
         ({"precompiled_charsmap": [1, 2, 3]}, InvalidCheckpoint),
         ({"precompiled_charsmap": ["x"]}, InvalidCheckpoint),
     ],

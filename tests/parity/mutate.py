@@ -10,6 +10,7 @@ from squall.spec import (
     Connector,
     Decoder,
     Encoder,
+    Flux,
     Layer,
     LinearScaling,
     Norm,
@@ -19,7 +20,7 @@ from squall.spec import (
     Tower,
 )
 
-Spec = TypeVar("Spec", Decoder, Tower, Connector, Encoder)
+Spec = TypeVar("Spec", Decoder, Tower, Connector, Encoder, Flux)
 
 # What an absent option becomes.
 PRESENT: dict[str, Any] = {
@@ -57,7 +58,7 @@ OWN: dict[str, Callable[[Any, int], Any]] = {
 def mutations(spec: Spec, context: int) -> Iterator[tuple[str, Spec]]:
     """(what changed, the changed spec); parts that layers have in common change together."""
     yield from _fields(spec, context)
-    for name, layers in _layers(() if isinstance(spec, Connector) else spec.layers, context):
+    for name, layers in _layers(getattr(spec, "layers", ()), context):
         yield f"layers{name}", dataclasses.replace(spec, layers=layers)
 
 

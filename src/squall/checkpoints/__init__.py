@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from squall.checkpoints.base import Checkpoint, Field, Scalar, Tensor
-from squall.checkpoints.folder import open_folder, read_folder
+from squall.checkpoints.folder import open_file, open_folder, read_folder
 from squall.checkpoints.ggml import is_ggml, open_ggml
 from squall.checkpoints.gguf import open_gguf, read_gguf
 from squall.checkpoints.inspect import Inspection, describe
@@ -22,6 +22,7 @@ __all__ = [
     "Tensor",
     "describe",
     "open_checkpoint",
+    "open_file",
     "open_gguf",
     "open_uqff",
     "read_header",

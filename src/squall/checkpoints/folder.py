@@ -85,6 +85,13 @@ def _open(folder: Path, scheme: Scheme | None) -> Checkpoint:
     )
 
 
+def open_file(path: Path) -> Checkpoint:
+    """One safetensors file by itself, of which no config.json says anything."""
+    part = open_part(path)
+    tensors = {tensor.name: tensor for tensor in part.tensors()}
+    return Checkpoint(path, {}, tensors, path.stat().st_size, parts=(path,), kind="folder")
+
+
 def read_folder(folder: Path) -> Checkpoint:
     """The same, with the tensors of an unknown quantization as they are stored."""
     try:

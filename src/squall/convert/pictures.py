@@ -16,14 +16,15 @@ from squall.convert.matrices import Quantizer, Written
 from squall.convert.uqff import Job, check_floats, write_linears
 from squall.errors import InvalidRequest
 from squall.quant import Plan
-from squall.recipes.linears import linears
+from squall.recipes.encoders import T5
+from squall.recipes.linears import FLUX, linears
 from squall.recipes.names import Part
 from squall.roles import roles
 from squall.spec import Flux
 from squall.weights import Progress
 
 FILE = "model.uqff"
-KINDS = {"encoder": "T5EncoderModel", "flux": "FluxTransformer2DModel"}
+KINDS = {"encoder": T5, "flux": FLUX}
 INDEX = {"_class_name": "FluxPipeline"}
 
 

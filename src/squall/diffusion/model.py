@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from squall.closing import Closing
 from squall.diffusion.request import Picture, PictureRequest
 from squall.errors import EngineStopped, InvalidRequest, QueueFull
+from squall.executors import ThreadPool
 from squall.opening import Opening, one_by_one
 from squall.quant import FormatTotal
 
@@ -124,11 +125,14 @@ class ImageModel(Closing):
         _MODELS.add(self)
 
     @classmethod
-    def open_with(cls, opening: Opening) -> ImageModel:
-        """Open what is described; `open` takes the options themselves."""
+    def open_with(cls, opening: Opening, *, pool: ThreadPool | None = None) -> ImageModel:
+        """Open what is described; `open` takes the options themselves.
+
+        pool: threads to share with others; what other models do on it goes first.
+        """
         from squall.diffusion.pipeline import open_pipeline
 
-        pipeline, path = open_pipeline(opening)
+        pipeline, path = open_pipeline(opening, pool)
         return cls(pipeline, path=path)
 
     open = classmethod(one_by_one(Opening, _open))

@@ -15,7 +15,7 @@ from squall.executors import Executor, Limits, Placement, ThreadPool
 from squall.executors.memory import activations
 from squall.program import Matrix, Program
 from squall.quant import FormatTotal
-from squall.weights import Progress, Weight, WeightStore
+from squall.weights import MERGEABLE, Progress, Weight, WeightStore
 
 Floats = NDArray[np.float32]
 Inputs = Mapping[str, NDArray[np.generic]]
@@ -64,7 +64,7 @@ class Network:
 
     @property
     def formats(self) -> list[FormatTotal]:
-        """What each matrix becomes."""
+        """What each matrix becomes, one by one."""
         return [
             FormatTotal(self._store.format(w), 1, w.rows * w.cols, self._store.becomes(w))
             for w in self._distinct(self.program)
@@ -73,7 +73,8 @@ class Network:
 
     def needs(self, rows: Rows) -> int:
         """About how much more memory a run takes."""
-        runs = max(activations(stage, rows) for stage in self._stages)
+        integers = any(total.format not in MERGEABLE for total in self.formats)
+        runs = max(activations(stage, rows, integers=integers) for stage in self._stages)
         return runs if self.loaded else runs + self.weight_bytes
 
     def load(self, progress: Progress | None) -> None:
@@ -100,7 +101,7 @@ class Network:
                 values |= self._open(stage, rows).run(values, patient=True)
                 self._store.layouts.clear()
                 values = {name: value for name, value in values.items() if name in needed}
-            return values
+            return {value.name: values[value.name] for value in self.program.outputs}
 
         try:
             yield run

@@ -23,7 +23,7 @@ from squall.diffusion.prompts import ClipTokens, T5Tokens
 from squall.diffusion.request import MULTIPLE, Picture, PictureRequest, Pixels
 from squall.diffusion.schedule import Schedule, first_step, sinusoid
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
-from squall.executors import Placement, devices
+from squall.executors import Placement, ThreadPool, devices
 from squall.executors.base import summed
 from squall.files import read_json
 from squall.opening import Opening
@@ -332,10 +332,10 @@ def _check_finite(values: Floats, where: str) -> None:
 # ---- opening ----
 
 
-def open_pipeline(opening: Opening) -> tuple[FluxPipeline, Path]:
+def open_pipeline(opening: Opening, pool: ThreadPool | None) -> tuple[FluxPipeline, Path]:
     """What an opening describes, and where it is. Its weights are loaded as far as they fit."""
     by_layer, plan = _plan(opening)
-    room = Room(_placement(opening), executors.thread_pool(opening.threads))
+    room = Room(_placement(opening), pool or executors.thread_pool(opening.threads))
     free_bytes = partial(devices.free_bytes, room.placement.stages[0].device)
     files = find(opening)
     t5, clip, flux, coder = map(open_part, (files.t5, files.clip, files.transformer, files.vae))

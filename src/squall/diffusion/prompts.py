@@ -110,12 +110,11 @@ def _unigram(v: Vocabulary, metadata: Mapping[str, Any]) -> Any:
     # Unused ones after the last that is used fill the table up, and would pass for pieces.
     used = max(i for i, kind in enumerate(v.types) if kind != _UNUSED) + 1
     scores = np.asarray(said("scores", ()), np.float64)
-    if scores.shape != (len(v.tokens),) or v.unknown is None:
-        raise ValueError(
-            f"{scores.size} scores of {len(v.tokens)} tokens, the unknown: {v.unknown}"
-        )
+    unknown = next(iter(v.of_type(UNKNOWN)), v.unknown)
+    if scores.shape != (len(v.tokens),) or unknown is None:
+        raise ValueError(f"{scores.size} scores of {len(v.tokens)} tokens, the unknown: {unknown}")
     pieces = list(zip(v.tokens[:used], scores.tolist(), strict=False))
-    library = Library(models.Unigram(pieces, v.unknown, byte_fallback=False))
+    library = Library(models.Unigram(pieces, unknown, byte_fallback=False))
     if (table := np.asarray(said("precompiled_charsmap", ()), np.uint8)).size:
         library.normalizer = normalizers.Precompiled(table.tobytes())
     prepended = "always" if said("add_space_prefix", True) else "never"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,27 +105,28 @@ def by_memory(loads: Iterable[Load]) -> list[Load]:
     return list(found.values())
 
 
-def activations(program: Program, rows: Mapping[str, int]) -> int:
-    """About how many bytes a run takes beside weights and caches. rows: of each space."""
+def activations(program: Program, rows: Mapping[str, int], *, integers: bool) -> int:
+    """About how many bytes a run takes beside weights and caches. rows: of each space.
+
+    integers: linears multiply integers, which are kept beside the floats they were made of.
+    """
+
+    def size(*values: Value) -> int:
+        return sum(rows[v.rows] * v.width for v in values) * (21 if integers else 16) // 4
+
     last: dict[Value, int] = {value: len(program.ops) for value in program.outputs}
     for number, op in reversed(list(enumerate(program.ops))):
         for value in reads(op):
             last.setdefault(value, number)
     given = sum(4 * rows[index.rows] * index.axes for index in program.indices)
-    held = given + 2 * sum(map(_bytes, program.inputs, repeat(rows)))
-    most, keys = held, 0
+    most, keys, held = 0, 0, given + 2 * size(*program.inputs)
     for number, op in enumerate(program.ops):
-        held += _bytes(op.out, rows)
+        held += size(op.out)
         if isinstance(op, Attend) and op.cache is None:
-            keys = max(keys, _bytes(op.k, rows) + _bytes(op.v, rows))
+            keys = max(keys, size(op.k, op.v))
         most = max(most, held)
-        held -= sum(_bytes(value, rows) for value in reads(op) if last[value] == number)
-    return most + keys + sum(_bytes(value, rows) for value in program.outputs)
-
-
-def _bytes(value: Value, rows: Mapping[str, int]) -> int:
-    """As floats, and, as what a linear multiplies, as integers beside them."""
-    return rows[value.rows] * value.width * 21 // 4
+        held -= size(*(value for value in set(reads(op)) if last[value] == number))
+    return most + keys + size(*program.outputs)
 
 
 # ---- this machine ----

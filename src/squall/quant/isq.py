@@ -124,6 +124,8 @@ class Plan:
         if role.rpartition(".")[2] in _KEPT:
             return None
         layer = _LAYER.match(role)
+        if layer is None and role.startswith("flux."):
+            return None
         if self.experts_only and role != "head" and ".experts." not in role:
             return None
         chosen = self.topology.isq_of(int(layer[1])) if layer else None

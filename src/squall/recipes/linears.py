@@ -11,7 +11,8 @@ from squall.checkpoints.uqff import bias_name, weight_name
 from squall.errors import InvalidCheckpoint
 from squall.program import Names
 from squall.recipes.names import Naming
-from squall.spec import Decoder, Encoder, Moe
+from squall.roles import roles
+from squall.spec import Decoder, Encoder, Flux, Moe
 
 # Whose q, k and v are one linear, and gate and up another.
 FUSED = ("Phi3ForCausalLM",)
@@ -19,6 +20,7 @@ FUSED = ("Phi3ForCausalLM",)
 ROUTED = ("MixtralForCausalLM",)
 # Whose head is not, nor the layers that recall; or that have none.
 HEADLESS = ("MllamaForConditionalGeneration", "T5EncoderModel")
+FLUX = "FluxTransformer2DModel"
 _ATTENTION = ("attention.q", "attention.k", "attention.v", "attention.out")
 _MLP = ("feed_forward.gate", "feed_forward.up", "feed_forward.down")
 _EXPERT = tuple(f"feed_forward.experts.{part}" for part in ("gate", "down", "up"))
@@ -36,7 +38,14 @@ class Linear:
     expert: int = 0
 
 
-def linears(architecture: str, spec: Decoder | Encoder, naming: Naming) -> tuple[Linear, ...]:
+def linears(
+    architecture: str, spec: Decoder | Encoder | Flux, naming: Naming
+) -> tuple[Linear, ...]:
+    if isinstance(spec, Flux):
+        matrices = [
+            role.removesuffix(".weight") for role, shape in roles(spec).items() if shape[1:]
+        ]
+        return tuple(_single(naming, role) for role in matrices if role.startswith("layers."))
     found = [] if architecture in HEADLESS else [_single(naming, "head")]
     for index, layer in enumerate(spec.layers):
         if layer.attention.recalls:

@@ -31,6 +31,7 @@ class Naming:
     rows: role -> parameters of which each is a row of the matrix.
     harmless: what may be in a checkpoint unused.
     transposed: roles of matrices that are stored [cols, rows].
+    each: what names in each layer begin with, where they do not all have one form.
     """
 
     stems: Mapping[str, str]
@@ -40,6 +41,7 @@ class Naming:
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     harmless: re.Pattern[str] = _NONE
     transposed: frozenset[str] = frozenset()
+    each: tuple[str, ...] = ()
 
     def name(self, role: str) -> str:
         """The tensor of a role such as `layers.3.attention.q.weight`."""
@@ -51,7 +53,9 @@ class Naming:
         match = ROLE.fullmatch(role)
         assert match is not None
         layer, stem, kind = match.groups()
-        return "" if layer is None else self.layer.format(layer), stem, kind
+        if layer is None:
+            return "", stem, kind
+        return self.each[int(layer)] if self.each else self.layer.format(layer), stem, kind
 
     def meanings(self, name: str) -> Iterator[tuple[tuple[str, ...], int | None]]:
         """What a name without `.weight` may mean: roles, and which piece of them."""
