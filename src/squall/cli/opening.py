@@ -168,10 +168,8 @@ class PictureFlags(ModelFlags):
 
 def makes_pictures(path: str) -> bool:
     """Whether a file, a folder or a model of the hub, going by its name, makes pictures."""
-    try:
-        from squall.diffusion.files import is_image_model
-    except ImportError:  # until all of it is there
-        return Path(path).expanduser().joinpath("model_index.json").is_file()
+    from squall.diffusion.files import is_image_model
+
     on_hub = is_id(path) and not os.path.exists(path)
     return is_image_model(path) or (on_hub and re.search(r"flux\W?1", path.lower()) is not None)
 

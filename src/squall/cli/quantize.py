@@ -122,7 +122,7 @@ def _pictures(opening: Opening, output: Path, threads: int | None) -> tuple[Writ
     from squall.executors import default_threads
     from squall.quant import Plan, Topology
     from squall.recipes.encoders import load_t5
-    from squall.recipes.flux import load_flux
+    from squall.recipes.flux import PREFIX, load_flux
 
     topology = opening.topology
     if isinstance(topology, Path):
@@ -130,6 +130,11 @@ def _pictures(opening: Opening, output: Path, threads: int | None) -> tuple[Writ
     plan = Plan.of(opening.isq, topology)  # type: ignore[arg-type]
     files = find(opening)
     transformer, t5 = open_part(files.transformer), open_part(files.t5)
+    # Some files have all parts in one; here each has a place of its own.
+    own = {
+        n.removeprefix(PREFIX): t for n, t in transformer.tensors.items() if n.startswith(PREFIX)
+    }
+    transformer = replace(transformer, tensors=own or transformer.tensors)
     networks = {
         "transformer": (transformer, load_flux(transformer)),
         "text_encoder_2": (t5, load_t5(t5)),
