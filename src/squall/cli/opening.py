@@ -125,10 +125,12 @@ class ModelFlags:
             return isinstance(selected, Which.DiffusionPlain)
         return makes_pictures(path)
 
-    def open_pictures(self, selected: Selected, beside: str | None = None) -> ImageModel:
+    def open_pictures(
+        self, selected: Selected, name: str | None = None, beside: Model | None = None
+    ) -> ImageModel:
         """The model that makes pictures; a terminal is told how far it is.
 
-        beside: it is this one, and what is selected is a model of text, whose flags count.
+        name: it is this one, `beside` a model of text, whose flags the others are.
         """
         from squall.diffusion.model import ImageModel
 
@@ -136,10 +138,10 @@ class ModelFlags:
         with options.progress("loading") as shown:
             if beside is None:
                 opening = self._chosen(selected, Opening(progress=shown, **given))
-            else:
-                shared = {name: given[name] for name in SHARED if name in given}
-                opening = Opening(beside, progress=shown, **shared)
-            return ImageModel.open_with(opening)
+                return ImageModel.open_with(opening)
+            shared = {option: given[option] for option in SHARED if option in given}
+            opening = Opening(name, progress=shown, **shared)
+            return ImageModel.open_with(opening, pool=beside.executor.pool)
 
     def check_kind(self, *, text: bool, pictures: bool) -> None:
         """Raises InvalidRequest for flags that the models at hand can make no use of."""
