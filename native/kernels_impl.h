@@ -34,6 +34,10 @@ inline void spans(size_t n, Fn fn) {
   for (size_t i = 0; i < n; i += kLanes) fn(i, n - i < kLanes ? n - i : kLanes);
 }
 
+inline void copy(const float* from, size_t n, float* to) {
+  spans(n, [&](size_t i, size_t m) { store_first(to + i, load_first(from + i, m), m); });
+}
+
 // ---- codes ----
 
 template <int kBits>
@@ -561,20 +565,28 @@ struct FloatColumns {
   size_t next_apart = 0;          // from tile to tile
 };
 
-template <class Element, int kTiles, int kRows>
+// Each block of rows has a part of what is multiplied afterwards come nearer.
+template <int kTiles>
+inline void prefetch_next(const FloatColumns& c, size_t block, size_t blocks) {
+  const size_t all = c.count * c.next_bytes, share = (all / blocks + 63) / 64 * 64;
+  for (size_t i = block * share; i < (block + 1) * share && i < all; i += 64)
+    for (size_t t = 0; t < kTiles; ++t) prefetch(c.next + t * c.next_apart + i);
+}
+
+// kStride: of the rows of x, where it is known.
+template <class Element, int kTiles, int kRows, size_t kStride>
 void matmul_float_rows(const Tiles& tiles, const FloatColumns& c, size_t row) {
+  if (c.next != nullptr) prefetch_next<kTiles>(c, row / kRows, tiles.rows / kRows);
+  const size_t stride = kStride != 0 ? kStride : c.stride;
   Block<F32x16, kTiles, kRows> acc;
 #pragma GCC unroll 4
   for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
       acc[t][r] = c.more ? load(tiles.at(t, row + static_cast<size_t>(r))) : zero();
-  const float* const x = c.x + row * c.stride;
-  const bool ahead = c.next != nullptr && row == kRows;
+  const float* const x = c.x + row * stride;
   for (size_t k = 0; k < c.count; ++k) {
     F32x16 w[kTiles];
-    for (int t = 0; ahead && t < kTiles; ++t)
-      prefetch(c.next + static_cast<size_t>(t) * c.next_apart + k * c.next_bytes);
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t) {
       const uint8_t* const p = tiles.tile(t) + Element::kHead + k * kLanes * Element::kBytes;
@@ -583,7 +595,7 @@ void matmul_float_rows(const Tiles& tiles, const FloatColumns& c, size_t row) {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const F32x16 value = set1(x[static_cast<size_t>(r) * c.stride + k]);
+      const F32x16 value = set1(x[static_cast<size_t>(r) * stride + k]);
 #pragma GCC unroll 4
       for (int t = 0; t < kTiles; ++t) acc[t][r] = fma(w[t], value, acc[t][r]);
     }
@@ -594,12 +606,12 @@ void matmul_float_rows(const Tiles& tiles, const FloatColumns& c, size_t row) {
     for (int r = 0; r < kRows; ++r) store(tiles.at(t, row + static_cast<size_t>(r)), acc[t][r]);
 }
 
-template <class Element, int kTiles, size_t kBlock = kFloatRowBlock>
+template <class Element, int kTiles, size_t kStride = 0, size_t kBlock = kFloatRowBlock>
 void matmul_float_blocks(const Tiles& tiles, const FloatColumns& c, size_t row = 0) {
   for (; tiles.rows - row >= kBlock; row += kBlock)
-    matmul_float_rows<Element, kTiles, kBlock>(tiles, c, row);
+    matmul_float_rows<Element, kTiles, kBlock, kStride>(tiles, c, row);
   constexpr size_t kNext = kBlock > 8 ? 8 : kBlock > 4 ? 4 : kBlock / 2;
-  if constexpr (kBlock > 1) matmul_float_blocks<Element, kTiles, kNext>(tiles, c, row);
+  if constexpr (kBlock > 1) matmul_float_blocks<Element, kTiles, kStride, kNext>(tiles, c, row);
 }
 
 // Columns at a time, of all tiles: those of two tiles stay in the first-level cache while all rows
@@ -613,16 +625,22 @@ void matmul_float_slice(const Tiles& tiles, FloatColumns c, size_t begin) {
   c.next = tiles.data + at + kTiles * tiles.bytes;
   c.next_bytes = kLanes * Element::kBytes;
   c.next_apart = tiles.bytes;
+  const auto multiply = [&](const uint8_t* data, size_t bytes) {
+    const Tiles all{data, bytes, tiles.out, tiles.rows};
+    if (c.stride == squall::kPanelStride)
+      matmul_float_blocks<Float32, kTiles, squall::kPanelStride>(all, c);
+    else
+      matmul_float_blocks<Float32, kTiles>(all, c);
+  };
   if constexpr (std::is_same_v<Element, Float32>) {
-    matmul_float_blocks<Float32, kTiles>({tiles.data + at, tiles.bytes, tiles.out, tiles.rows}, c);
+    multiply(tiles.data + at, tiles.bytes);
   } else {
     alignas(64) float slice[kTiles][kFloatSlice * kLanes];
     for (int t = 0; t < kTiles; ++t)
       for (size_t k = 0; k < c.count; ++k)
         store(slice[t] + k * kLanes,
               Element::of(tiles.tile(t) + at + k * kLanes * Element::kBytes));
-    const uint8_t* const data = reinterpret_cast<const uint8_t*>(slice[0]);
-    matmul_float_blocks<Float32, kTiles>({data, sizeof slice[0], tiles.out, tiles.rows}, c);
+    multiply(reinterpret_cast<const uint8_t*>(slice[0]), sizeof slice[0]);
   }
 }
 
@@ -637,20 +655,23 @@ inline void each_tiles(Tiles tiles, size_t count, const Fn& fn) {
   if constexpr (kTiles > 1) each_tiles<kTiles / 2>(tiles, count, fn);
 }
 
-// Columns of rows that taps name, to the panel.
-inline void gather_taps(const FloatRows& x, size_t begin, size_t count, size_t rows) {
+// Columns of some rows to the panel, where they lie better.
+inline void fill_panel(const FloatRows& x, size_t begin, size_t count, size_t rows) {
+  if (x.taps == nullptr) {
+    for (size_t r = 0; r < rows; ++r)
+      copy(x.x + r * x.stride + begin, count, x.panel + r * squall::kPanelStride);
+    return;
+  }
   for (size_t done = 0, n; done < count; done += n) {
     const size_t tap = (begin + done) / x.width, column = (begin + done) % x.width;
     n = x.width - column < count - done ? x.width - column : count - done;
     const int32_t* const named = x.taps + tap * x.apart;
     for (size_t r = 0; r < rows; ++r) {
       float* const to = x.panel + r * squall::kPanelStride + done;
-      if (named[r] < 0) {
+      if (named[r] < 0)
         spans(n, [&](size_t i, size_t m) { store_first(to + i, zero(), m); });
-        continue;
-      }
-      const float* const from = x.x + static_cast<size_t>(named[r]) * x.stride + column;
-      spans(n, [&](size_t i, size_t m) { store_first(to + i, load_first(from + i, m), m); });
+      else
+        copy(x.x + static_cast<size_t>(named[r]) * x.stride + column, n, to);
     }
   }
 }
@@ -659,12 +680,12 @@ template <class Element>
 void matmul_float(const uint8_t* data, size_t count, size_t bytes, size_t cols, const FloatRows& x,
                   size_t rows, float* out) {
   const Tiles all{data, bytes, out, rows};
-  const bool taps = x.taps != nullptr;
-  const size_t slice = taps || rows > kFloatRowBlock ? kFloatSlice : cols;
+  const bool many = rows > kFloatRowBlock;
+  const size_t slice = many || x.taps != nullptr ? kFloatSlice : cols;
   for (size_t begin = 0; begin < cols; begin += slice) {
     FloatColumns c{cols - begin < slice ? cols - begin : slice, x.x + begin, x.stride, begin > 0};
-    if (taps) {
-      gather_taps(x, begin, c.count, rows);
+    if (x.taps != nullptr || (many && x.panel != nullptr)) {
+      fill_panel(x, begin, c.count, rows);
       c.x = x.panel, c.stride = squall::kPanelStride;
     }
     each_tiles(all, count, [&]<int kTiles>(const Tiles& tiles) {

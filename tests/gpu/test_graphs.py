@@ -156,7 +156,7 @@ def test_only_so_many_are_kept(rng: np.random.Generator) -> None:
     recorder = Repeated()
     graphs, device = Graphs(recorder.record, most=3), torch.device("cpu")
     staged = {key: torch.full((4,), key, dtype=torch.int32) for key in range(5)}
-    for _ in range(20):
+    for _ in range(90):
         key = int(rng.integers(0, 5))
         out = graphs.run(key, staged[key], device, lambda inputs: {"out": inputs * 2})
         assert out["out"].tolist() == [2 * key] * 4
