@@ -110,6 +110,9 @@ def test_the_original_layout_quantized(tmp_path: Path, name: str) -> None:
         ("quantize FLUX --isq nothing -o out", "unknown quantization"),
         ("quantize FLUX --isq Q4K -o lone", "lone exists"),
         ("quantize FLUX --isq Q4K --t5 none -o out", "none"),
+        ("run diffusion-plain -m FLUX -a sdxl cat", "known: flux, flux-offloaded"),
+        ("run diffusion-plain -m FLUX -a flux-offloaded --isq Q4K cat", "squall quantize"),
+        ("run FLUX --num-device-layers 3 cat", "for models that make text"),
     ],
 )
 def test_what_is_refused(root: Path, line: str, problem: str) -> None:
@@ -125,13 +128,11 @@ def test_what_is_quantized_already_is_not_again(tmp_path: Path) -> None:
         invoke(f"quantize {tmp_path / 'out'} --isq Q4_0 -o {tmp_path / 'again'}")
 
 
-def test_inspect(tmp_path: Path) -> None:
+def test_inspect() -> None:
     report = json.loads(invoke("inspect FLUX --json").stdout)
     assert report["runs"]
     parts = {part["part"]: part for part in report["parts"]}
     assert parts.keys() == {"transformer", "T5", "CLIP", "autoencoder"}
-    weights = tmp_path / "weights"
-    del weights
     stored = Path("FLUX/transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert 0.9 * stored < parts["transformer"]["bytes"] <= stored
     assert parts["transformer"]["bytes_by_layer"] < parts["transformer"]["bytes"] / 2
