@@ -15,11 +15,11 @@ from typing import Any
 import painter
 import pytest
 from fastapi.testclient import TestClient
+from pictures import draw
 from tiny_models import TEMPLATE, write_adapter, write_folder, write_gguf, write_xlora
 from tiny_seers import write_seer
 from typer.testing import CliRunner, Result
 
-from pictures import draw
 from squall.cli.serve import server
 from squall.diffusion.model import ImageModel
 from squall.server import run

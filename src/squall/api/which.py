@@ -266,5 +266,11 @@ class Which:
         """Models that make images."""
 
         model_id: str
-        arch: DiffusionArchitecture
+        arch: DiffusionArchitecture | str
         dtype: ModelDType = ModelDType.Auto
+
+        def opening(self, others: Opening = DEFAULTS) -> Opening:
+            names = {"Flux": "flux", "FluxOffloaded": "flux-offloaded"}
+            arch = self.arch if isinstance(self.arch, str) else names[self.arch.name]
+            dtype = cast(Dtype, _name(self.dtype))
+            return replace(others, path=self.model_id, architecture=arch, dtype=dtype)

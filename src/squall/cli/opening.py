@@ -125,10 +125,12 @@ class ModelFlags:
             return isinstance(selected, Which.DiffusionPlain)
         return makes_pictures(path)
 
-    def open_pictures(self, selected: Selected, beside: str | None = None) -> ImageModel:
+    def open_pictures(
+        self, selected: Selected, name: str | None = None, beside: Model | None = None
+    ) -> ImageModel:
         """The model that makes pictures; a terminal is told how far it is.
 
-        beside: it is this one, and what is selected is a model of text, whose flags count.
+        name: it is this one, `beside` a model of text, whose flags the others are.
         """
         from squall.diffusion.model import ImageModel
 
@@ -136,10 +138,10 @@ class ModelFlags:
         with options.progress("loading") as shown:
             if beside is None:
                 opening = self._chosen(selected, Opening(progress=shown, **given))
-            else:
-                shared = {name: given[name] for name in SHARED if name in given}
-                opening = Opening(beside, progress=shown, **shared)
-            return ImageModel.open_with(opening)
+                return ImageModel.open_with(opening)
+            shared = {option: given[option] for option in SHARED if option in given}
+            opening = Opening(name, progress=shown, **shared)
+            return ImageModel.open_with(opening, pool=beside.executor.pool)
 
     def check_kind(self, *, text: bool, pictures: bool) -> None:
         """Raises InvalidRequest for flags that the models at hand can make no use of."""
@@ -168,10 +170,8 @@ class PictureFlags(ModelFlags):
 
 def makes_pictures(path: str) -> bool:
     """Whether a file, a folder or a model of the hub, going by its name, makes pictures."""
-    try:
-        from squall.diffusion.files import is_image_model
-    except ImportError:  # until all of it is there
-        return Path(path).expanduser().joinpath("model_index.json").is_file()
+    from squall.diffusion.files import is_image_model
+
     on_hub = is_id(path) and not os.path.exists(path)
     return is_image_model(path) or (on_hub and re.search(r"flux\W?1", path.lower()) is not None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,9 +19,12 @@ from squall.opening import NO_MMPROJ, Opening
 if TYPE_CHECKING:
     from squall.checkpoints import Checkpoint
     from squall.convert import Written
-    from squall.quant import Plan
 
 _ENDINGS = (".uqff", ".gguf")
+_OF_PICTURES = (
+    "of a model that makes pictures: --isq, --topology or both, and -o with the name of a new "
+    "folder; no --imatrix, --experts-only or --force"
+)
 
 
 def quantize(
@@ -30,10 +34,7 @@ def quantize(
     ] = None,
     *,
     output: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--output", help="The file to write, NAME.uqff or NAME.gguf, or folder."
-        ),
+        Path, typer.Option("-o", "--output", help="To write: NAME.uqff, NAME.gguf, or a folder.")
     ],
     isq: Annotated[
         str | None,
@@ -70,50 +71,70 @@ def quantize(
 
     squall quantize FLUX --isq Q4K -o flux-q4k
     """
+    check_one(model, file, folder)
+    path = model or file or folder
+    if path is not None and makes_pictures(path):
+        given = Opening(path, isq=isq, topology=topology, t5=t5, clip=clip, vae=vae)
+        odd = imatrix or experts_only or force or output.suffix in _ENDINGS
+        if odd or (isq or topology) is None:
+            raise InvalidRequest(_OF_PICTURES)
+        _report(output, _pictures(given, output, threads), as_json=as_json)
+        return
+    _check(output, path, topology if isq is None else isq)
+    opening = Opening(path, topology=topology, experts_only=experts_only, mmproj=NO_MMPROJ)
+    for out, written in _texts(opening, _outputs(output, isq), imatrix, threads, force=force):
+        _report(out, written, as_json=as_json)
+
+
+def _texts(
+    opening: Opening,
+    outputs: Mapping[Path, str | None],
+    imatrix: Path | None,
+    threads: int | None,
+    *,
+    force: bool,
+) -> Iterator[tuple[Path, tuple[Written, ...]]]:
+    """Quantize a model of text, to a file of each type."""
     from squall import convert
     from squall.assembly import prepare
     from squall.executors import default_threads
-    from squall.quant import Plan, Topology
+    from squall.quant import Plan
 
-    check_one(model, file, folder)
-    path = model or file or folder
-    pictures = path is not None and makes_pictures(path)
-    _check(output, path, topology if isq is None else isq, folder=pictures)
-    if pictures:
-        opening = Opening(path, t5=t5, clip=clip, vae=vae)
-        with progress("quantizing") as shown:
-            plan = Plan.of(isq, None if topology is None else Topology.from_file(topology))
-            found = _pictures(replace(opening, progress=shown), plan, output, threads)
-        _report(output, found, as_json=as_json)
-        return
-    outputs = {out: Plan.of(name).isq for out, name in _outputs(output, isq).items()}
-    opening = Opening(path, topology=topology, experts_only=experts_only, mmproj=NO_MMPROJ)
+    formats = {out: Plan.of(name).isq for out, name in outputs.items()}
     with progress("fetching") as shown:
         checkpoint, recipe, plan = prepare(replace(opening, progress=shown))
     _warn_of_loss(checkpoint)
     importance = None if imatrix is None else convert.read_imatrix(imatrix)
-    for out, format in outputs.items():
+    for out, format in formats.items():
         with progress(f"quantizing {out.name}") as shown:
             written = convert.write(
                 checkpoint, recipe, replace(plan, isq=format), out,
                 force=force, importance=importance, threads=threads or default_threads(),
                 progress=shown,
             )  # fmt: skip
-        _report(out, written, as_json=as_json)
+        yield out, written
 
 
-def _pictures(
-    opening: Opening, plan: Plan, output: Path, threads: int | None
-) -> tuple[Written, ...]:
+def _pictures(opening: Opening, output: Path, threads: int | None) -> tuple[Written, ...]:
     """Quantize a model that makes pictures: the transformer, and the larger encoder of texts."""
     from squall import convert
     from squall.diffusion.files import find, open_part
     from squall.executors import default_threads
+    from squall.quant import Plan, Topology
     from squall.recipes.encoders import load_t5
-    from squall.recipes.flux import load_flux
+    from squall.recipes.flux import PREFIX, load_flux
 
+    topology = opening.topology
+    if isinstance(topology, Path):
+        topology = Topology.from_file(topology)
+    plan = Plan.of(opening.isq, topology)  # type: ignore[arg-type]
     files = find(opening)
     transformer, t5 = open_part(files.transformer), open_part(files.t5)
+    # Some files have all parts in one; here each has a place of its own.
+    own = {
+        n.removeprefix(PREFIX): t for n, t in transformer.tensors.items() if n.startswith(PREFIX)
+    }
+    transformer = replace(transformer, tensors=own or transformer.tensors)
     networks = {
         "transformer": (transformer, load_flux(transformer)),
         "text_encoder_2": (t5, load_t5(t5)),
@@ -132,16 +153,14 @@ def _pictures(
         "vae" if files.vae.is_dir() else "ae.safetensors": files.vae,
     }
     there = {place: source for place, source in copies.items() if source.exists()}
-    return convert.write_pictures(
-        networks, there, plan, output, threads=threads or default_threads(),
-        progress=opening.progress,
-    )  # fmt: skip
+    with progress("quantizing") as shown:
+        return convert.write_pictures(
+            networks, there, plan, output, threads=threads or default_threads(), progress=shown
+        )
 
 
-def _check(output: Path, path: object, types: object, *, folder: bool) -> None:
-    if folder and output.suffix in _ENDINGS:
-        raise InvalidRequest(f"{output} must name a new folder; the model makes pictures")
-    if not folder and output.suffix not in _ENDINGS:
+def _check(output: Path, path: object, types: object) -> None:
+    if output.suffix not in _ENDINGS:
         raise InvalidRequest(f"{output} must end in {' or '.join(_ENDINGS)}")
     if path is None:
         raise InvalidRequest("which model? Name a folder, a GGUF file or a model of the hub")

@@ -271,7 +271,7 @@ def _opened(flags: ServeFlags, selected: Selected) -> Iterator[dict[str, Model |
         found: dict[str, Model | ImageModel] = {}
         found[flags.served_model_name or name_of(model.checkpoint.path)] = model
         if flags.image_model is not None:
-            painter = opened.enter_context(flags.open_pictures(selected, flags.image_model))
+            painter = opened.enter_context(flags.open_pictures(selected, flags.image_model, model))
             name = name_of(painter.path)
             found[name if name not in found else f"{name}-images"] = painter
         yield found

@@ -130,9 +130,10 @@ class Job:
         rows, cols = sum(shapes[name][-2] for name in names), shapes[names[0]][-1]
         stored = self.quantizer.checkpoint.tensors[slices[0].tensor].format
         format = self.plan.target(self.prefix + linear.roles[0], stored, cols)
-        known = self.importance.get(
-            NAMING.name(f"{linear.roles[0]}.weight").removesuffix(".weight")
-        )
+        known = None
+        if self.importance:
+            name = NAMING.name(f"{linear.roles[0]}.weight")
+            known = self.importance.get(name.removesuffix(".weight"))
         weights = None if known is None else check_importance(known, linear, cols)
         return Matrix(
             linear.tensor, slices, linear.expert * rows, rows, cols, format, importance=weights

@@ -45,6 +45,8 @@ class ServerOptions:
     drain_s: what running answers get to end after a first signal to stop.
     kept_responses, kept_bytes: of /v1/responses, for clients that go on with them.
     stall_s: the engine is dead if no step ends for so long.
+    image_folder: of pictures that clients get as URLs; None: a new one. image_age_s: they are
+        removed after it.
     """
 
     model_id: str | None = None
@@ -69,6 +71,8 @@ class ServerOptions:
     keep_alive_s: float = 1.0
     drain_s: float = 30.0
     stall_s: float = 300.0
+    image_folder: Path | None = None
+    image_age_s: float = 3600.0
 
     def __post_init__(self) -> None:
         for key in self.api_keys:

@@ -1,4 +1,4 @@
-"""`bench/pictures.py` measures what it says; how much is the machine's affair."""
+"""`bench/diffusion.py` measures what it says; how much is the machine's affair."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench" / "pictures.py"
+BENCH = Path(__file__).parents[2] / "bench" / "diffusion.py"
 
 
 def run(*parts: str) -> list[dict[str, Any]]:

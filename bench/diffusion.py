@@ -1,7 +1,7 @@
 """What pictures cost at real sizes: FLUX.1's transformer, T5-XXL and the autoencoder.
 
-    python bench/pictures.py step --format q4_k
-    python bench/pictures.py decode t5 offloaded
+    python bench/diffusion.py step --format q4_k
+    python bench/diffusion.py decode t5 offloaded
 
 Weights are random, and matrices are parts of one buffer, so that nothing but memory is needed. Each
 part is a process of its own and prints a line of JSON, with the most memory it took, in MiB.
