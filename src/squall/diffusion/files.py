@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from squall.checkpoints import UQFF, Checkpoint, open_checkpoint, read_header
+from squall.checkpoints import UQFF, Checkpoint, open_checkpoint, open_file, read_header
 from squall.checkpoints.hub import Hub, is_id
 from squall.errors import (
     InvalidCheckpoint,
@@ -95,11 +95,7 @@ def open_part(path: Path) -> Checkpoint:
     """One part of a model."""
     if path.is_dir():
         return open_checkpoint(only_uqff(path) or path)
-    if path.suffix == ".safetensors":
-        from squall.checkpoints import open_file
-
-        return open_file(path)
-    return open_checkpoint(path)
+    return open_file(path) if path.suffix == ".safetensors" else open_checkpoint(path)
 
 
 def _located(opening: Opening) -> Path:

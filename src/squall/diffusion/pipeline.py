@@ -284,7 +284,7 @@ def _check_finite(values: Floats, where: str) -> None:
 # ---- opening ----
 
 
-def open_pipeline(opening: Opening, pool: ThreadPool | None) -> tuple[FluxPipeline, Path]:
+def open_pipeline(opening: Opening, pool: ThreadPool | None = None) -> tuple[FluxPipeline, Path]:
     """What an opening describes, and where it is. Its weights are loaded as far as they fit."""
     by_layer, plan = _plan(opening)
     room = Room(_placement(opening), pool or executors.thread_pool(opening.threads))
