@@ -12,16 +12,22 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
+import test_flux
+import test_vae
 import tiny_flux
 import torch
 from diffusers import FluxImg2ImgPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from memory import in_process, told_by_linux
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from squall import ImageModel, Model, Opening, PictureRequest
 from squall.diffusion import noise, pipeline
+from squall.diffusion.files import is_image_model
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -227,6 +233,51 @@ def test_the_same_bytes_beside_a_chat_and_another_picture(schnell):
             finally:
                 stop.set()
             assert [task.result(WAIT_S) for task in beside] == [None, None]
+
+
+@pytest.fixture(scope="module")
+def original(schnell, tmp_path_factory):
+    """The same model in the layout of black-forest-labs, with the texts' parts beside it."""
+    folder, _ = schnell
+    made = tmp_path_factory.mktemp("original")
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        copied(folder / part, made / part)
+    transformer, coder = (
+        load_torch(folder / part / "diffusion_pytorch_model.safetensors")
+        for part in ("transformer", "vae")
+    )
+    save_torch(test_flux.original(transformer), made / "flux1-schnell.safetensors")
+    coder = {name: tensor.contiguous() for name, tensor in test_vae.original(coder, 4).items()}
+    save_torch(coder, made / "ae.safetensors")
+    return made
+
+
+def test_the_same_bytes_in_the_original_layout(schnell, original):
+    whole = made(schnell[0])
+    assert is_image_model(original)
+    assert (made(original) == whole).all()
+    assert (made(original / "flux1-schnell.safetensors") == whole).all()
+    assert (made(original, architecture="flux-offloaded") == whole).all()
+
+
+def test_a_transformer_in_gguf(original, tmp_path):
+    writer, q8_0 = GGUFWriter(tmp_path / "flux.gguf", "flux"), GGMLQuantizationType.Q8_0
+    for name, values in load_file(original / "flux1-schnell.safetensors").items():
+        if values.ndim > 1 and not values.shape[1] % 32:
+            writer.add_tensor(name, quantize(values, q8_0), raw_dtype=q8_0)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert is_image_model(tmp_path / "flux.gguf")
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        copied(original / part, tmp_path / part)
+    vae = original / "ae.safetensors"
+    found = made(tmp_path / "flux.gguf", vae=vae)
+    assert 0 < np.abs(found.astype(float) - made(original)).mean() < 4
+    assert (made(tmp_path / "flux.gguf", vae=vae, architecture="flux-offloaded") == found).all()
 
 
 @pytest.mark.parametrize("isq", ["Q8_0", "Q4K"])

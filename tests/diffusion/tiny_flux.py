@@ -40,7 +40,7 @@ FLUX = {
 }  # fmt: skip
 VAE = {
     "block_out_channels": (32, 32, 64, 64), "latent_channels": LATENT, "layers_per_block": 1,
-    "norm_num_groups": 8, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+    "norm_num_groups": 32, "scaling_factor": 0.3611, "shift_factor": 0.1159,
     "use_quant_conv": False, "use_post_quant_conv": False,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
