@@ -291,8 +291,8 @@ void Executor::group_normalize(GroupNormalizeOp op) {
         if (to.quant != nullptr) to.quantize(k, r, 0, to.width, to.row(r));
       });
   phase->reads = {in, sums};
-  phase->writes = {out};
   phase->replaces = in;
+  phase->writes = {out};
   phase->quantizes = true;
   add_phase("group norm", std::move(phase));
 }
@@ -312,6 +312,7 @@ void Executor::linear(LinearOp op) {
   read(*phase, in, *weight);
   join(phase->reads, added.reads);
   if (rest != kNone) phase->reads.push_back(rest);
+  phase->replaces = rest;
   phase->writes = {out};
   add_phase("linear " + described(*weight), std::move(phase));
 }
@@ -326,14 +327,14 @@ void Executor::convolution(LinearOp op, const Buffer* residual) {
          "of int8 a tap has columns in multiples of 32");
   (weight.is_integer() ? buffers_[op.x]->wants_quant : buffers_[op.x]->wants_float) = true;
   std::vector<size_t> reads = {op.x}, writes = {op.out};
-  const size_t replaced = op.residual == op.x ? kNone : op.residual;
   if (residual != nullptr) reads.push_back(op.residual);
+  const size_t rest = op.residual;
   std::string name = "convolution " + described(weight);
   auto phase = std::make_unique<ConvolutionPhase>(kernels_, pool_->threads(), std::move(op), x, to,
                                                   residual);
   phase->reads = std::move(reads);
   phase->writes = std::move(writes);
-  phase->replaces = replaced;
+  phase->replaces = rest;
   add_phase(std::move(name), std::move(phase));
 }
 
@@ -797,24 +798,30 @@ void Executor::group_phases() {
   }
 }
 
-bool Executor::may_replace(const Phase& phase, size_t group) const {
-  if (phase.replaces == kNone) return false;
-  const Buffer &old = *buffers_[phase.replaces], &made = *buffers_[phase.writes.front()];
-  if (old.kept || old.wants_quant || made.wants_quant || old.width != made.width ||
-      old.space != made.space || old.multiple != made.multiple)
-    return false;
-  return std::all_of(groups_.begin() + static_cast<ptrdiff_t>(group), groups_.end(),
-                     [&](const std::vector<Phase*>& phases) {
-                       return std::all_of(phases.begin(), phases.end(), [&](const Phase* other) {
-                         return other == &phase || !meets(other->reads, {phase.replaces});
-                       });
-                     });
+// Values with one place: those that may be written over each other become one life.
+std::vector<size_t> Executor::joined(std::vector<Life>& lives) const {
+  std::vector<size_t> owner(lives.size());
+  std::iota(owner.begin(), owner.end(), size_t{0});
+  for (size_t g = 0; g < groups_.size(); ++g)
+    for (const Phase* phase : groups_[g]) {
+      const size_t x = phase->replaces, out = phase->writes[0];
+      if (x == kNone || lives[x].last != g || lives[out].first != g) continue;
+      ptrdiff_t uses = 0;
+      for (const Phase* any : groups_[g])
+        for (const auto* side : {&any->reads, &any->writes})
+          uses += std::count(side->begin(), side->end(), x);
+      const Buffer &a = *buffers_[x], &b = *buffers_[out];
+      if (uses != 1 || a.width != b.width || a.space != b.space || a.multiple != b.multiple)
+        continue;
+      owner[out] = owner[x];
+      Life& life = lives[owner[x]];
+      life.last = std::max(life.last, lives[out].last);
+      life.bytes = std::max(life.bytes, lives[out].bytes);
+    }
+  return owner;
 }
 
 void Executor::layout() {
-  struct Life {
-    size_t first = SIZE_MAX, last = 0, bytes = 0, offset = 0;
-  };
   std::vector<Life> lives(buffers_.size());
   for (size_t g = 0; g < groups_.size(); ++g)
     for (const Phase* phase : groups_[g]) {
@@ -822,34 +829,27 @@ void Executor::layout() {
       for (const auto* side : {&phase->reads, &phase->writes})
         for (const size_t v : *side) lives[v].last = std::max(lives[v].last, g);
     }
-  std::vector<size_t> place(buffers_.size());  // in whose place each value is
-  std::iota(place.begin(), place.end(), size_t{0});
-  for (size_t g = 0; g < groups_.size(); ++g)
-    for (const Phase* phase : groups_[g])
-      if (may_replace(*phase, g)) {
-        const size_t v = phase->writes.front();
-        place[v] = place[phase->replaces];
-        lives[place[v]].last = buffers_[v]->kept ? SIZE_MAX : lives[v].last;
-      }
-  const auto rows = [&](const Buffer& b) { return product({limits_.rows[b.space], b.multiple}); };
-  std::vector<size_t> roots, placed;
-  for (size_t v = 0; v < buffers_.size(); ++v) {
+  const auto float_bytes = [&](const Buffer& b) {
+    return round_up(product({limits_.rows[b.space], b.multiple, b.width, 4}), 64);
+  };
+  for (size_t v = 0; v < lives.size(); ++v) {
     const Buffer& b = *buffers_[v];
-    Life& life = lives[v];
-    if (life.first == SIZE_MAX || place[v] != v) continue;
-    if (b.kept) life.last = SIZE_MAX;
-    const size_t floats = round_up(product({rows(b), b.width, 4}), 64);
-    const size_t groups = product({rows(b), b.quant_stride(), sizeof(QuantGroup)});
-    life.bytes = floats + (b.wants_quant ? groups : 0);
-    roots.push_back(v);
+    const size_t rows = product({limits_.rows[b.space], b.multiple});
+    const size_t groups = product({rows, b.quant_stride(), sizeof(QuantGroup)});
+    lives[v].bytes = float_bytes(b) + (b.wants_quant ? groups : 0);
+    if (b.kept) lives[v].last = SIZE_MAX;
   }
-  // The largest first, since they leave the gaps that are worth most.
-  std::stable_sort(roots.begin(), roots.end(),
+  const std::vector<size_t> owner = joined(lives);
+  std::vector<size_t> order;
+  for (size_t v = 0; v < lives.size(); ++v)
+    if (owner[v] == v && lives[v].first != SIZE_MAX) order.push_back(v);
+  // The largest first, each where it fits first among those alive at the same time.
+  std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return lives[a].bytes > lives[b].bytes; });
   size_t end = 0;
-  for (const size_t v : roots) {
+  std::vector<size_t> placed;  // in order of place
+  for (const size_t v : order) {
     Life& life = lives[v];
-    // First fit among those alive at the same time, in order of place.
     for (const size_t other : placed) {
       const Life& o = lives[other];
       const bool together = o.first <= life.last && life.first <= o.last;
@@ -866,14 +866,12 @@ void Executor::layout() {
   cache_.make(limits_.blocks, false);
   uncached_.make(ceil_div(uncached_rows_, limits_.block_size), true);
   recalled_.make(0, false);
-  for (size_t v = 0; v < buffers_.size(); ++v) {
+  for (size_t v = 0; v < lives.size(); ++v) {
     if (lives[v].first == SIZE_MAX) continue;
     Buffer& b = *buffers_[v];
-    lives[v].offset = lives[place[v]].offset;
-    b.data = reinterpret_cast<float*>(arena_->data() + lives[v].offset);
-    if (b.wants_quant)
-      b.quant = reinterpret_cast<QuantGroup*>(arena_->data() + lives[v].offset +
-                                              round_up(rows(b) * b.width * 4, 64));
+    uint8_t* const at = arena_->data() + lives[owner[v]].offset;
+    b.data = reinterpret_cast<float*>(at);
+    if (b.wants_quant) b.quant = reinterpret_cast<QuantGroup*>(at + float_bytes(b));
   }
 }
 

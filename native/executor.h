@@ -99,7 +99,7 @@ class Phase {
   Timing timing;
   std::vector<size_t> reads, writes;  // values
   bool quantizes = false;             // also writes the int8 form of its output where one is wanted
-  // Of what it reads, the value that it reads only where it writes, just before.
+  // A value as wide as its output, over which it may write that: it reads no float later.
   size_t replaces = kNone;
 };
 
@@ -355,8 +355,11 @@ class Executor {
   void add_quantize_phases();
   void group_phases();
   void layout();
-  // Whether what the phase replaces is needed no more, and has room for what it writes.
-  bool may_replace(const Phase& phase, size_t group) const;
+  // Groups of phases between which a value is there, and its place in the arena.
+  struct Life {
+    size_t first = SIZE_MAX, last = 0, bytes = 0, offset = 0;
+  };
+  std::vector<size_t> joined(std::vector<Life>& lives) const;
   void run_groups(const Step& step, Turn turn);
   // A group's time, from the end of the one before on, goes to its phases as their tasks took it.
   void account(const Step& step, int64_t start_ns);

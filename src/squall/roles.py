@@ -170,8 +170,6 @@ def _auto_encoder(a: AutoEncoder) -> Shapes:
                 shapes |= _linear(f"{side}.mid.attn_1.{part}", middle, middle, bias=True)
         shapes |= _norm(f"{side}.norm_out", _GROUPS, end)
         shapes |= _convolution(f"{side}.conv_out", made, end)
-    for name, size in (("quant_conv", 2 * a.latent), ("post_quant_conv", a.latent)):
-        shapes |= _linear(name, size, size, bias=True) if a.mixes else {}
     return shapes
 
 

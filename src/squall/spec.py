@@ -389,9 +389,7 @@ class AutoEncoder:
 
     latent: channels of latents, which are stored as (x - shift) * scale. widths: channels at each
     resolution, the finest first; each is half of the one before. blocks: at a resolution when
-    encoding, one more when decoding. groups: of its norms. attends: in the middle. mixes: a linear
-    over the channels of moments comes last when encoding, one over those of latents first when
-    decoding.
+    encoding, one more when decoding. groups: of its norms. attends: in the middle.
     """
 
     latent: int
@@ -401,5 +399,4 @@ class AutoEncoder:
     scale: float
     shift: float
     attends: bool = True
-    mixes: bool = False
     eps: float = 1e-6

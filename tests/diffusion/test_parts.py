@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
+from memory import in_process, peak_of, told_by_linux
 
 from squall import executors
 from squall.checkpoints.folder import open_folder
@@ -50,7 +48,7 @@ def given(count: int = 40) -> dict:
 
 
 def states(part: Network, between=lambda: None, count: int = 40) -> bytes:
-    with part.opened({"tokens": count}, between) as run:
+    with part.opened(given(count), between) as run:
         return run(given(count))["states"].tobytes()
 
 
@@ -66,7 +64,7 @@ def test_layer_by_layer_gives_the_same_bytes(folder):
 
 def test_weights_are_in_memory_while_it_is_open_or_loaded(folder):
     part = network(folder)
-    with part.opened(ROWS, lambda: None):
+    with part.opened(given(), lambda: None):
         assert part._store.layouts
     assert not part._store.layouts
     part.load(None)
@@ -112,45 +110,19 @@ def test_activations_are_about_what_the_executor_takes(folder, isq):
     assert before - part.needs(ROWS) == part.weight_bytes
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_parts import network, states
-
-def anonymous(name):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-
-import threading, time
-part = network(Path(sys.argv[1]), by_layer=sys.argv[2] == "cut")
-before, peak, over = anonymous("RssAnon"), 0, threading.Event()
-def watch():
-    global peak
-    while not over.wait(0.0005):
-        peak = max(peak, anonymous("RssAnon"))
-thread = threading.Thread(target=watch); thread.start()
-found = states(part)
-over.set(); thread.join()
-print(json.dumps([peak - before, part.weight_bytes, part.stored_bytes, part.needs({"tokens": 40})]))
-"""
+def measured(folder: str, by_layer: bool) -> list[int]:
+    part = network(Path(folder), by_layer=by_layer)
+    return [peak_of(lambda: states(part)), part.weight_bytes, part.stored_bytes, part.needs(ROWS)]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux tells")
+@told_by_linux
 def test_layer_by_layer_takes_the_memory_of_one(tmp_path):
     large = SIZES | {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 12}
     model = transformers.T5EncoderModel(transformers.T5Config(**large))
     model.bfloat16().save_pretrained(tmp_path)
-
-    def measured(how: str) -> list[int]:
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path), how, str(Path(__file__).parent)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-        return json.loads(done.stdout)
-
     constant = 16 << 20
-    peak, _, stored, _ = measured("whole")
+    peak, _, stored, _ = in_process("test_parts", f"measured({str(tmp_path)!r}, False)")
     assert peak > 0.9 * stored
-    peak, layer, stored, needed = measured("cut")
+    peak, layer, stored, needed = in_process("test_parts", f"measured({str(tmp_path)!r}, True)")
     assert stored > 6 * layer
     assert peak < needed + constant < stored / 2

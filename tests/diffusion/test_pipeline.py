@@ -16,6 +16,7 @@ import tiny_flux
 import torch
 from diffusers import FluxImg2ImgPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from memory import in_process, peak_of, told_by_linux
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -162,7 +163,7 @@ def test_the_same_prompt_is_read_once(schnell, monkeypatch):
     with ImageModel.open(folder) as model:
         first = model.submit(asked()).result(WAIT_S)
         read = []
-        monkeypatch.setattr(model._pipeline._networks.t5, "opened", read.append)
+        monkeypatch.setattr(model._pipeline.parts["T5"], "opened", read.append)
         again = model.submit(asked()).result(WAIT_S)
         assert (first.pixels == again.pixels).all()
         with pytest.raises(TypeError):
@@ -190,15 +191,15 @@ def test_the_same_bytes_with_weights_for_a_moment_only(schnell, monkeypatch):
     folder, _ = schnell
     whole = made(folder)
     with ImageModel.open(folder) as model:
-        parts = model._pipeline._networks
-        assert [part.loaded for part in (parts.flux, *parts.small)] == [True] * 4 + [False]
-    needed = parts.flux.weight_bytes
-    monkeypatch.setattr(pipeline.FluxPipeline, "_needs", lambda *_: 0)
+        parts = model._pipeline.parts
+        assert all(part.loaded for part in parts.values())
+    needed = parts["transformer"].weight_bytes
+    monkeypatch.setattr(pipeline.FluxPipeline, "needs", lambda *_, **__: 0)
     monkeypatch.setattr(pipeline.devices, "free_bytes", lambda _: int(needed * 1.2))
     with ImageModel.open(folder) as model:
-        parts = model._pipeline._networks
+        parts = model._pipeline.parts
         for _ in range(2):
-            assert [part.loaded for part in (parts.flux, *parts.small)] == [True] + [False] * 4
+            assert [name for name, part in parts.items() if part.loaded] == ["transformer"]
             assert (model.submit(asked()).result(WAIT_S).pixels == whole).all()
 
 
@@ -260,6 +261,24 @@ def test_on_pytorch(schnell):
     assert differ(made(folder, device="torch", dtype="f32"), exact.astype(int)) <= 1
 
 
+def measured(folder: str) -> list[int]:
+    """What a picture takes as flux-offloaded, what it was to take, and all weights."""
+    with ImageModel.open(folder, architecture="flux-offloaded") as model:
+        parts, request = model._pipeline.parts, asked()
+        peak = peak_of(lambda: model.submit(request).result(WAIT_S))
+        stored = sum(part.stored_bytes for part in parts.values())
+        return [peak, model._pipeline.needs(request), stored]
+
+
+@told_by_linux
+def test_layer_by_layer_takes_the_memory_of_one(tmp_path):
+    wide = {"attention_head_dim": 64, "num_attention_heads": 8, "axes_dims_rope": (8, 28, 28)}
+    pipe = tiny_flux.pipeline(tmp_path, **wide, num_layers=4, num_single_layers=10)
+    pipe.transformer.bfloat16().save_pretrained(tmp_path / "transformer")
+    peak, needed, stored = in_process("test_pipeline", f"measured({str(tmp_path)!r})")
+    assert peak < needed + (16 << 20) < stored / 2
+
+
 # ---- what goes wrong ----
 
 
@@ -294,7 +313,7 @@ def test_memory_is_told_before_it_is_missed(schnell, monkeypatch):
     free = [10**12]
     monkeypatch.setattr(pipeline.devices, "free_bytes", lambda _: free[0])
     with ImageModel.open(schnell[0]) as model:
-        small, large = (model._pipeline._needs(asked(width=n, height=n)) for n in (256, 1024))
+        small, large = (model._pipeline.needs(asked(width=n, height=n)) for n in (256, 1024))
         assert small < large / 8
         free[0] = model._pipeline._budget = int(small * 1.1)
         model.submit(asked(width=256, height=256)).cancel()

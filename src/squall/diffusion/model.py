@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from squall.closing import Closing
 from squall.diffusion.request import Picture, PictureRequest
@@ -24,34 +24,11 @@ from squall.executors import ThreadPool
 from squall.opening import Opening, one_by_one
 from squall.quant import FormatTotal
 
+if TYPE_CHECKING:
+    from squall.diffusion.pipeline import FluxPipeline
+
 OnStep = Callable[[int, int], None]
 _SEEDS = 2**64
-
-
-class Pipeline(Protocol):
-    """What makes pictures.
-
-    steps, guidance: the defaults; without guidance it takes none. max_prompt: in tokens.
-    """
-
-    steps: int
-    guidance: float | None
-    max_prompt: int
-
-    @property
-    def formats(self) -> tuple[FormatTotal, ...]: ...
-
-    def check(self, request: PictureRequest) -> None:
-        """Raises InvalidRequest or OutOfMemory for what cannot be made."""
-
-    def paint(self, request: PictureRequest, on_step: OnStep) -> Picture:
-        """Make it. on_step: called often, with steps done and in all; what it raises ends it.
-
-        Steps are -1 while the text is read.
-        """
-
-    def close(self) -> None:
-        """Free what it has."""
 
 
 class _Cancelled(Exception):
@@ -107,7 +84,7 @@ class ImageModel(Closing):
     path: what was opened. max_queue: so many pictures may wait.
     """
 
-    def __init__(self, pipeline: Pipeline, *, path: Path, max_queue: int = 16) -> None:
+    def __init__(self, pipeline: FluxPipeline, *, path: Path, max_queue: int = 16) -> None:
         self.path = path
         self.max_queue = max_queue
         self.steps, self.guidance = pipeline.steps, pipeline.guidance
@@ -149,7 +126,6 @@ class ImageModel(Closing):
 
     @property
     def busy(self) -> bool:
-        """Whether a picture is being made."""
         return self._current is not None
 
     def stats(self) -> PaintingStats:

@@ -71,11 +71,11 @@ class Network:
             if isinstance(w, Matrix)
         ]
 
-    def needs(self, rows: Rows) -> int:
-        """About how much more memory a run takes."""
+    def needs(self, rows: Rows, *, loaded: bool = False) -> int:
+        """About how much more memory a run takes. loaded: if it were so."""
         integers = any(total.format not in MERGEABLE for total in self.formats)
         runs = max(activations(stage, rows, integers=integers) for stage in self._stages)
-        return runs if self.loaded else runs + self.weight_bytes
+        return runs if loaded or self.loaded else runs + self.weight_bytes
 
     def load(self, progress: Progress | None) -> None:
         """Keep the weights in memory, which takes no more with rows than what these need."""
@@ -87,9 +87,17 @@ class Network:
         self._store.layouts.clear()
         self.loaded = False
 
+    def run(self, inputs: Inputs, between: Callable[[], None]) -> Floats:
+        """The only output of a network that runs once."""
+        with self.opened(inputs, between) as run:
+            (found,) = run(inputs).values()
+        return found
+
     @contextmanager
-    def opened(self, rows: Rows, between: Callable[[], None]) -> Iterator[Run]:
-        """What runs it, with so many rows of each space. between: called between layers."""
+    def opened(self, inputs: Inputs, between: Callable[[], None]) -> Iterator[Run]:
+        """What runs it on inputs with as many rows as these. between: called between layers."""
+        rows = {value.rows: len(inputs[value.name]) for value in self.program.inputs}
+        rows |= {index.rows: inputs[index.name].shape[-1] for index in self.program.indices}
         whole = None if self._by_layer else self._open(self.program, rows)
 
         def run(inputs: Inputs) -> Mapping[str, Floats]:

@@ -18,7 +18,7 @@ from squall import executors
 from squall.checkpoints import Checkpoint
 from squall.diffusion import encoders, noise, transformer, vae
 from squall.diffusion.files import find, open_part
-from squall.diffusion.parts import Inputs, Network, Room, Rows
+from squall.diffusion.parts import Network, Room
 from squall.diffusion.prompts import ClipTokens, T5Tokens
 from squall.diffusion.request import MULTIPLE, Picture, PictureRequest, Pixels
 from squall.diffusion.schedule import Schedule, first_step, sinusoid
@@ -37,6 +37,7 @@ from squall.vision.sight import Kept
 from squall.weights import Progress, WeightStore
 
 Floats = NDArray[np.float32]
+FLUX, T5, CLIP, VAE = "transformer", "T5", "CLIP", "autoencoder"
 OFFLOADED = "flux-offloaded"
 ARCHITECTURES = ("flux", OFFLOADED)
 OPTIONS = frozenset((
@@ -49,22 +50,7 @@ PROMPT, GUIDED_PROMPT = 256, 512
 KEPT_BYTES = 64 << 20
 # Of the free memory, what is not planned with.
 MARGIN = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Networks:
-    """What a pipeline runs; the encoder is for pictures to begin with."""
-
-    t5: Network
-    clip: Network
-    flux: Network
-    decoder: Network
-    encoder: Network
-
-    @property
-    def small(self) -> tuple[Network, ...]:
-        """All but the transformer, each of which runs once for a picture."""
-        return self.t5, self.clip, self.decoder, self.encoder
+_NO_SIZE = "no size would fit; quantize the model (isq), or open it as flux-offloaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,61 +87,50 @@ class Specs:
 class FluxPipeline:
     """Makes pictures with FLUX.1.
 
+    steps, guidance: the defaults; without guidance it takes none. max_prompt: in tokens.
+    parts: what every picture takes. encoder: for pictures to begin with.
     free_bytes: what the device has left, if that is known.
     """
 
     def __init__(
-        self,
-        specs: Specs,
-        networks: Networks,
-        schedule: Schedule,
+        self, specs: Specs, parts: Mapping[str, Network], encoder: Network, schedule: Schedule,
         free_bytes: Callable[[], int | None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         guided = specs.flux.guidance
         self.steps = GUIDED_STEPS if guided else STEPS
         self.guidance = GUIDANCE if guided else None
         self.max_prompt = GUIDED_PROMPT if guided else PROMPT
-        self._specs, self._networks, self._schedule = specs, networks, schedule
+        self.parts, self._encoder = parts, encoder
+        self._specs, self._schedule, self._texts = specs, schedule, Kept(KEPT_BYTES)
         self._free_bytes, self._budget = free_bytes, free_bytes()
-        self._texts = Kept(KEPT_BYTES)
 
     @property
     def formats(self) -> tuple[FormatTotal, ...]:
         """What the matrices of all parts are in memory."""
-        parts = self._networks
-        return summed(total for part in (parts.flux, *parts.small) for total in part.formats)
-
-    @property
-    def parts(self) -> Mapping[str, Network]:
-        """What every picture takes, by name."""
-        n = self._networks
-        return {"transformer": n.flux, "T5": n.t5, "CLIP": n.clip, "autoencoder": n.decoder}
+        return summed(total for part in self.parts.values() for total in part.formats)
 
     def close(self) -> None:
         """Free all weights."""
-        for network in (self._networks.flux, *self._networks.small):
-            network.free()
+        for part in self.parts.values():
+            part.free()
 
     def load(self, progress: Progress | None) -> None:
         """Keep weights in memory: the transformer's, and with room for a picture the others'."""
-        networks, free = self._networks, self._free_bytes()
-        kept = [networks.flux, networks.t5, networks.clip, networks.decoder]
+        flux, kept, free = self.parts[FLUX], list(self.parts.values()), self._free_bytes()
         if free is not None:
             free = int(free * (1 - MARGIN))
-            if networks.flux.weight_bytes > free:
+            if flux.weight_bytes > free:
                 raise OutOfMemory(
-                    f"the transformer takes {networks.flux.weight_bytes / 2**30:.1f} GiB, and "
-                    f"{free / 2**30:.1f} GiB are free; quantize it (isq), or open it as "
-                    "flux-offloaded"
+                    f"the transformer takes {_gib(flux.weight_bytes)}, and {_gib(free)} are free; "
+                    "quantize it (isq), or open it as flux-offloaded"
                 )
-            rows = self._rows(PictureRequest(prompt="any"))
-            runs = max(network.needs(rows[network]) - network.weight_bytes for network in kept)
-            if sum(network.weight_bytes for network in kept) + runs > free:
-                kept = [networks.flux]
-        done, whole = 0, sum(network.stored_bytes for network in kept)
-        for network in kept:
-            network.load(None if progress is None else partial(_told, progress, done, whole))
-            done += network.stored_bytes
+            runs = self.needs(PictureRequest(prompt="any"), loaded=True)
+            if sum(part.weight_bytes for part in kept) + runs > free:
+                kept = [flux]
+        done, whole = 0, sum(part.stored_bytes for part in kept)
+        for part in kept:
+            part.load(None if progress is None else partial(_told, progress, done, whole))
+            done += part.stored_bytes
         self._budget = self._free_bytes()
 
     # ---- what can be made ----
@@ -173,45 +148,27 @@ class FluxPipeline:
         self._check_memory(request, self._budget)
 
     def _check_memory(self, request: PictureRequest, free: int | None) -> None:
-        if free is None or (needed := self.needs(request)) <= free * (1 - MARGIN):
+        if free is None or self.needs(request) <= free * (1 - MARGIN):
             return
-        size, smaller = f"{request.width}x{request.height}", request
-        while min(smaller.width, smaller.height) > MULTIPLE:
-            width, height = (
-                max(edge * 7 // 8 // MULTIPLE, 1) * MULTIPLE
-                for edge in (smaller.width, smaller.height)
-            )
-            smaller = replace(smaller, width=width, height=height)
-            if self.needs(smaller) <= free * (1 - MARGIN):
-                remedy = f"{smaller.width}x{smaller.height} would fit"
-                break
-        else:
-            remedy = "no size would fit; quantize the model (isq), or open it as flux-offloaded"
+        edges = request.width // MULTIPLE, request.height // MULTIPLE
+        sizes = ([edge * n // 16 * MULTIPLE for edge in edges] for n in range(15, 0, -1))
+        smaller = (replace(request, width=w, height=h) for w, h in sizes if w and h)
+        fits = (one for one in smaller if self.needs(one) <= free * (1 - MARGIN))
+        found = next((f"{one.width}x{one.height} would fit" for one in fits), _NO_SIZE)
         raise OutOfMemory(
-            f"a picture of {size} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-            f"free; {remedy}"
+            f"a picture of {request.width}x{request.height} needs {_gib(self.needs(request))}, and "
+            f"{_gib(free)} are free; {found}"
         )
 
-    def needs(self, request: PictureRequest) -> int:
-        """About how much more memory the hungriest of its phases takes."""
-        networks, rows = self._networks, self._rows(request)
-        used = [networks.t5, networks.clip, networks.flux, networks.decoder]
-        used += [networks.encoder] if request.image is not None else []
-        return max(network.needs(rows[network]) for network in used)
-
-    def _rows(self, request: PictureRequest) -> Mapping[Network, Rows]:
-        """How many rows each network has of its spaces."""
-        networks, specs = self._networks, self._specs
+    def needs(self, request: PictureRequest, *, loaded: bool = False) -> int:
+        """About how much more memory the hungriest of its phases takes. loaded: if all were so."""
         lines, columns = self._size(request)
-        picture, text = lines * columns // 4, self.max_prompt
-        spaces = {f"s{i}": lines * columns << 2 * i for i in range(len(specs.vae.widths))}
-        return {
-            networks.t5: {"tokens": text},
-            networks.clip: {"tokens": specs.clip.positions},
-            networks.flux: {"picture": picture, "text": text, "all": picture + text, "one": 1},
-            networks.decoder: spaces,
-            networks.encoder: spaces,
-        }
+        places, text, vae = lines * columns, self.max_prompt, self._specs.vae
+        rows = {"picture": places // 4, "text": text, "all": places // 4 + text, "one": 1}
+        rows |= {f"s{i}": places << 2 * i for i in range(len(vae.widths))}
+        rows["tokens"] = max(text, self._specs.clip.positions)
+        used = [*self.parts.values(), *([] if request.image is None else [self._encoder])]
+        return max(part.needs(rows, loaded=loaded) for part in used)
 
     def _size(self, request: PictureRequest) -> tuple[int, int]:
         """Lines and columns of latents."""
@@ -220,7 +177,10 @@ class FluxPipeline:
     # ---- making it ----
 
     def paint(self, request: PictureRequest, on_step: Callable[[int, int], None]) -> Picture:
-        """Make it. on_step: called with -1 while the text is read, then with steps done."""
+        """Make it. on_step: called often, with steps done and in all; what it raises ends it.
+
+        Steps are -1 while the text is read.
+        """
         steps, first = request.steps or self.steps, 0
         if request.image is not None:
             first = first_step(steps, request.strength)
@@ -228,10 +188,9 @@ class FluxPipeline:
         def tell(step: int = -1) -> None:
             on_step(step, steps - first)
 
-        tell()
         self._check_memory(request, self._free_bytes())
-        states = self._states(request, tell)
-        pooled, notes = self._pooled(request, tell)
+        states = self._states(request.prompt, tell)
+        pooled, notes = self._pooled(request.prompt, tell)
         lines, columns = self._size(request)
         sigmas = self._schedule.sigmas(steps, lines * columns // 4)[first:]
         latents = noise.packed(request.seed or 0, self._specs.vae.latent, lines, columns)
@@ -242,79 +201,72 @@ class FluxPipeline:
         given: dict[str, NDArray[Any]] = {"text": states, "pooled": pooled, "picture": latents}
         given |= {} if guidance is None else {"guidance": sinusoid(guidance)}
         given |= transformer.inputs(self._specs.flux, len(states), lines // 2, columns // 2)
-        self._step(request, given, sigmas, tell)
+        self._step(given, sigmas, tell)
         pixels = self._decode(request, latents, partial(tell, steps - first))
         return Picture(pixels, request.seed or 0, steps, notes)
 
     def _step(
-        self,
-        request: PictureRequest,
-        given: Mapping[str, NDArray[Any]],
-        sigmas: Sequence[float],
+        self, given: Mapping[str, NDArray[Any]], sigmas: Sequence[float],
         tell: Callable[[int], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """All steps, each of which changes the latents."""
-        network, latents, step = self._networks.flux, given["picture"], 0
-        with network.opened(self._rows(request)[network], lambda: tell(step)) as run:
+        latents, step = given["picture"], 0
+        first = {**given, "time": sinusoid(sigmas[0])}
+        with self.parts[FLUX].opened(first, lambda: tell(step)) as run:
             for step, (t, following) in enumerate(pairwise(sigmas)):
                 tell(step)
                 velocity = run({**given, "time": sinusoid(t)})["velocity"]
                 latents += np.float32(following - t) * velocity
                 _check_finite(latents, f"step {step + 1} of {len(sigmas) - 1}")
 
-    def _run(
-        self, network: Network, request: PictureRequest, inputs: Inputs, tell: Callable[[], None]
-    ) -> Floats:
-        """The only output of a network that runs once."""
-        tell()
-        with network.opened(self._rows(request)[network], tell) as run:
-            (found,) = run(inputs).values()
-        return found
-
     def _text_ids(self, prompt: str) -> list[int]:
         tokens = self._specs.t5_tokens
         return tokens.pad(tokens.encode(prompt), self.max_prompt)
 
-    def _states(self, request: PictureRequest, tell: Callable[[], None]) -> Floats:
+    def _states(self, prompt: str, tell: Callable[[], None]) -> Floats:
         """The text, a row for each token of T5."""
-        ids, spec = self._text_ids(request.prompt), self._specs.t5
-        inputs = encoders.inputs(spec, ids, causal=False)
-        run = partial(self._run, self._networks.t5, request, inputs, tell)
+        tell()
+        inputs = encoders.inputs(self._specs.t5, self._text_ids(prompt), causal=False)
+        run = partial(self.parts[T5].run, inputs, tell)
         return self._texts.get(inputs["tokens"].tobytes(), run)
 
-    def _pooled(
-        self, request: PictureRequest, tell: Callable[[], None]
-    ) -> tuple[Floats, tuple[str, ...]]:
+    def _pooled(self, prompt: str, tell: Callable[[], None]) -> tuple[Floats, tuple[str, ...]]:
         """The text as one row of CLIP's, and whether it did not read all."""
+        tell()
         tokens, spec = self._specs.clip_tokens, self._specs.clip
-        whole = tokens.encode(request.prompt)
+        whole = tokens.encode(prompt)
         ids = tokens.pad(whole, spec.positions)
-        inputs = encoders.inputs(spec, ids, causal=True)
-        states = self._run(self._networks.clip, request, inputs, tell)
+        states = self.parts[CLIP].run(encoders.inputs(spec, ids, causal=True), tell)
         row = tokens.pooled_row(ids)
         note = f"CLIP read {len(ids)} of the prompt's {len(whole)} tokens; T5 read all of them"
         return states[row : row + 1], (note,) if len(whole) > len(ids) else ()
 
     def _encode(self, request: PictureRequest, image: Pixels, tell: Callable[[], None]) -> Floats:
         """A picture as packed latents: as large as needed, and its middle."""
+        tell()
         size, spec = (request.width, request.height), self._specs.vae
         fitted = ImageOps.fit(Image.fromarray(image), size, Image.Resampling.LANCZOS)
         pixels = np.asarray(fitted, np.float32).reshape(-1, 3) / np.float32(127.5) - 1
         lines, columns = self._size(request)
         inputs = {vae.PIXELS: pixels, **vae.encoder_inputs(spec, lines, columns)}
-        moments = self._run(self._networks.encoder, request, inputs, tell)
-        latents = (moments[:, : spec.latent] - np.float32(spec.shift)) * np.float32(spec.scale)
+        means = self._encoder.run(inputs, tell)[:, : spec.latent]
+        latents = (means - np.float32(spec.shift)) * np.float32(spec.scale)
         return noise.pack(latents.reshape(lines, columns, -1))
 
     def _decode(self, request: PictureRequest, latents: Floats, tell: Callable[[], None]) -> Pixels:
+        tell()
         spec, (lines, columns) = self._specs.vae, self._size(request)
         places = noise.unpack(latents, lines, columns)
         places = places / np.float32(spec.scale) + np.float32(spec.shift)
         inputs = {vae.LATENTS: places, **vae.decoder_inputs(spec, lines, columns)}
-        pixels = self._run(self._networks.decoder, request, inputs, tell)
+        pixels = self.parts[VAE].run(inputs, tell)
         _check_finite(pixels, "its pixels")
         levels: Pixels = np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
         return levels.reshape(request.height, request.width, 3)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def _told(progress: Progress, before: int, whole: int, done: int, _: int) -> None:
@@ -354,16 +306,16 @@ def open_pipeline(opening: Opening, pool: ThreadPool | None) -> tuple[FluxPipeli
         ClipTokens.open(files.clip_tokens),
     )  # fmt: skip
     plan.topology.check(specs.flux.double + specs.flux.single)
-    networks = Networks(
-        network(encoders.compile(specs.t5, t5_part.names), t5, plan, cut=by_layer),
-        network(encoders.compile(specs.clip, clip_part.names), clip),
-        network(transformer.compile(specs.flux, flux_part.names), flux, plan, cut=by_layer),
-        network(vae.compile_decoder(specs.vae, vae_part.names), coder),
-        network(vae.compile_encoder(specs.vae, vae_part.names), coder),
-    )
+    parts = {
+        FLUX: network(transformer.compile(specs.flux, flux_part.names), flux, plan, cut=by_layer),
+        T5: network(encoders.compile(specs.t5, t5_part.names), t5, plan, cut=by_layer),
+        CLIP: network(encoders.compile(specs.clip, clip_part.names), clip),
+        VAE: network(vae.compile_decoder(specs.vae, vae_part.names), coder),
+    }
+    encoder = network(vae.compile_encoder(specs.vae, vae_part.names), coder)
     config = read_json(files.scheduler)
     schedule = Schedule(specs.flux.guidance) if config is None else Schedule.of_config(config)
-    pipeline = FluxPipeline(specs, networks, schedule, free_bytes)
+    pipeline = FluxPipeline(specs, parts, encoder, schedule, free_bytes)
     if not by_layer:
         pipeline.load(opening.progress)
     return pipeline, files.path

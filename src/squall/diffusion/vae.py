@@ -29,8 +29,6 @@ _OUTSIDE = -(1 << 30)  # twice it is an int32, and no place makes it positive
 def compile_decoder(spec: AutoEncoder, names: p.Names) -> p.Program:
     b, space = _blocks(spec, names), 0
     given = x = b.builder.value(LATENTS, spec.latent, "s0")
-    if spec.mixes:
-        x = b.linear(x, "post_quant_conv", "mixed", bias=True)
     x = _middle(b, spec, _convolve(b, x, "decoder.conv_in"), "decoder.mid")
     for level in reversed(range(len(spec.widths))):
         for block in range(spec.blocks + 1):
@@ -53,10 +51,7 @@ def compile_encoder(spec: AutoEncoder, names: p.Names) -> p.Program:
             space -= 1
             x = _convolve(b, x, f"encoder.down.{level}.downsample.conv", _taps("coarser", space))
     x = _norm(b, spec, _middle(b, spec, x, "encoder.mid"), "encoder.norm_out", "silu")
-    x = _convolve(b, x, "encoder.conv_out", name="unmixed" if spec.mixes else MOMENTS)
-    if spec.mixes:
-        x = b.linear(x, "quant_conv", MOMENTS, bias=True)
-    return b.builder.build(x, inputs=[given])
+    return b.builder.build(_convolve(b, x, "encoder.conv_out", name=MOMENTS), inputs=[given])
 
 
 def decoder_inputs(spec: AutoEncoder, lines: int, columns: int) -> dict[str, Int32]:

@@ -15,12 +15,7 @@ from squall.recipes.names import Naming, Part, place
 from squall.roles import roles
 from squall.spec import AutoEncoder
 
-# What diffusers takes for what a config.json does not say.
-DEFAULTS: Mapping[str, Any] = {
-    "block_out_channels": [64], "latent_channels": 4, "layers_per_block": 1,
-    "norm_num_groups": 32, "scaling_factor": 0.18215,
-}  # fmt: skip
-# The only values that can be followed, which are diffusers' defaults too.
+# The only values that can be followed.
 KNOWN: Mapping[str, tuple[object, ...]] = {
     "_class_name": ("AutoencoderKL",),
     "act_fn": ("silu", "swish"),
@@ -28,6 +23,8 @@ KNOWN: Mapping[str, tuple[object, ...]] = {
     "up_block_types": ("UpDecoderBlock2D",),
     "in_channels": (3,),
     "out_channels": (3,),
+    "use_quant_conv": (False,),
+    "use_post_quant_conv": (False,),
 }
 MOST_WIDTH, MOST_LEVELS, MOST_BLOCKS = 1 << 14, 8, 64
 # What roles have, and the tensors of diffusers in its place; it counts the levels of decoders from
@@ -61,12 +58,11 @@ def load_vae(checkpoint: Checkpoint) -> Part:
     layout = _layout(tensors)
     if not layout and given.get("_class_name") not in KNOWN["_class_name"]:
         given = _flux(tensors)  # the config.json is another model's, or there is none
-    config = {**DEFAULTS, **given}
+    spec = _spec(_Config(dict(flatten(given)), tensors))
     for key, known in KNOWN.items():
-        found = config.get(key, [])
+        found = given.get(key, [])
         if any(value not in known for value in (found if isinstance(found, list) else [found])):
             raise UnsupportedModel(f"{key} is {found!r:.99} of the autoencoder; known: {known[0]}")
-    spec = _spec(_Config(dict(flatten(config)), tensors))
     return place([Part("vae", spec, naming(spec, layout))], tensors, read=set())[0]
 
 
@@ -96,28 +92,23 @@ def _flux(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return [channels(one) for one in takewhile(tensors.__contains__, found)]
 
     widths = all_of("encoder.down.{}.block.0.conv1.weight")
-    mixes = "quant_conv.weight" in tensors
     return {
         "block_out_channels": widths,
         "latent_channels": channels("decoder.conv_in.weight", 1),
         "layers_per_block": len(all_of("encoder.down.0.block.{}.conv1.weight")),
-        "mid_block_add_attention": "decoder.mid.attn_1.q.weight" in tensors,
-        "use_quant_conv": mixes, "use_post_quant_conv": mixes,
-        "scaling_factor": 0.3611, "shift_factor": 0.1159,
-    }  # fmt: skip
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    }
 
 
 def _spec(c: Fields) -> AutoEncoder:
     widths = c.indices("block_out_channels", below=MOST_WIDTH + 1)
-    groups = c.count("norm_num_groups", high=MOST_WIDTH)
+    groups = c.count("norm_num_groups", 32, high=MOST_WIDTH)
     if not 1 <= len(widths) <= MOST_LEVELS or any(not n or n % groups for n in widths):
         raise InvalidCheckpoint(
             f"block_out_channels is {widths!s:.99}; it must be 1 to {MOST_LEVELS} multiples of "
             f"norm_num_groups, which is {groups}"
         )
-    mixes = c.flag("use_quant_conv", True)
-    if c.flag("use_post_quant_conv", True) != mixes:
-        raise UnsupportedModel("use_quant_conv and use_post_quant_conv differ")
     spec = AutoEncoder(
         c.count("latent_channels", high=MOST_WIDTH),
         widths,
@@ -126,7 +117,6 @@ def _spec(c: Fields) -> AutoEncoder:
         c.number("scaling_factor"),
         c.number("shift_factor", 0.0, low=-1e9),
         attends=c.flag("mid_block_add_attention", True),
-        mixes=mixes,
     )
     c.check_all_read()
     return spec
