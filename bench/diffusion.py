@@ -194,15 +194,12 @@ def offloaded(given: argparse.Namespace) -> dict[str, Any]:
     from squall.diffusion.parts import Room
 
     program, store, inputs = of_step(given)
-    rows = {value.rows: len(inputs[value.name]) for value in program.inputs}
-    rows |= {index.rows: inputs[index.name].shape[-1] for index in program.indices}
     room = Room(Placement(), executors.thread_pool(given.threads))
     part = Part(program, store, room, by_layer=True)
 
     def run() -> float:
         start_s = time.perf_counter()
-        with part.opened(rows, lambda: None) as made:
-            made(inputs)
+        part.run(inputs, lambda: None)
         return time.perf_counter() - start_s
 
     elapsed_s, most, _ = peak(run)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_flux
 from pictures import draw
 from project import ROOT
 from tiny_models import write_adapter, write_folder
@@ -71,8 +70,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def painter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that makes pictures, by its name on the hub."""
+    from tiny_flux import pipeline  # slow to import
+
     folder = tmp_path_factory.mktemp("painter") / "black-forest-labs/FLUX.1-schnell"
-    tiny_flux.pipeline(folder)
+    pipeline(folder)
     return folder
 
 
