@@ -102,6 +102,17 @@ def test_copies_where_links_cannot_be(
     assert (tmp_path / "out/text_encoder/model.safetensors").read_bytes() == b"weights"
 
 
+def test_tokenizers_come_without_weights(source: Path, tmp_path: Path) -> None:
+    copies = {"text_encoder": source / "clip", "tokenizer": source / "clip"}
+    convert.write_pictures(encoder(source), copies, Plan.of("q8_0"), tmp_path / "out")
+    names = {
+        place: {path.name for path in (tmp_path / "out" / place).iterdir()} for place in copies
+    }
+    assert names == {
+        "text_encoder": {"config.json", "model.safetensors"}, "tokenizer": {"config.json"},
+    }  # fmt: skip
+
+
 def test_links_of_a_cache_are_followed(source: Path, tmp_path: Path) -> None:
     (tmp_path / "ae.safetensors").symlink_to(source / "ae.safetensors")
     copies = {"ae.safetensors": tmp_path / "ae.safetensors"}

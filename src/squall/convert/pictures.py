@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from squall.weights import Progress
 
 FILE = "model.uqff"
 KINDS = {"encoder": T5, "flux": FLUX}
+_TOKENS = (".json", ".txt", ".model")  # weights may lie beside these
 INDEX = {"_class_name": "FluxPipeline"}
 
 
@@ -96,13 +97,15 @@ def _making(folder: Path) -> Iterator[Path]:
 
 
 def _put(source: Path, target: Path) -> None:
-    """The same file by another name, or a copy of it; of a folder its files."""
+    """A copy, or what is large by another name; of a folder its files, or a tokenizer's."""
     if source.is_dir():
         for file in filter(Path.is_file, source.iterdir()):
-            _put(file, target / file.name)
+            if not target.name.startswith("tokenizer") or file.suffix in _TOKENS:
+                _put(file, target / file.name)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
+    if source.suffix not in _TOKENS:  # which people edit
+        with suppress(OSError):  # another file system
+            os.link(source.resolve(), target)
+            return
+    shutil.copyfile(source, target)
