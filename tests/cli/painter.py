@@ -60,7 +60,7 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def opened(opening: Opening) -> ImageModel:
+def opened(opening: Opening, **_: object) -> ImageModel:
     """In place of `ImageModel.open_with`."""
     return ImageModel(Painter(), path=Path(str(opening.path)))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from squall.cli.serve import server
 from squall.diffusion.model import ImageModel
 from squall.errors import InvalidRequest, SquallError
 from squall.opening import Opening
+from squall.server.options import ServerOptions
 
 SMALL = "--size 32x16"
 
@@ -36,7 +38,7 @@ def openings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Opening]:
     monkeypatch.chdir(tmp_path)
     found: list[Opening] = []
 
-    def open_with(opening: Opening) -> ImageModel:
+    def open_with(opening: Opening, **_: object) -> ImageModel:
         found.append(opening)
         return opened(opening)
 
@@ -272,6 +274,69 @@ def test_run_without_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke(f"run flux {SMALL} --seed 4").stdout == "image-a-cat-4.png\n"
     with pytest.raises(InvalidRequest, match="need a PROMPT"):
         invoke("run flux --n 2")
+
+
+# ---- served ----
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ServerOptions]]:
+    """What would be served."""
+    found: list[tuple[object, ServerOptions]] = []
+
+    def serve_on(
+        models: object, options: ServerOptions, listener: socket.socket, **how: Callable[[], None]
+    ) -> int:
+        listener.close()
+        how["started"]()
+        found.append((models, options))
+        return 0
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "signal", lambda *_: handler)
+    monkeypatch.setattr("squall.server.run.serve_on", serve_on)
+    return found
+
+
+def test_a_server_of_pictures(
+    openings: list[Opening], served: list[tuple[object, ServerOptions]]
+) -> None:
+    done = invoke("serve flux --port 0 --isq Q4K --image-folder . --image-age 60")
+    ((model, options),) = served
+    assert isinstance(model, ImageModel)
+    assert (options.model_id, options.image_folder, options.image_age_s) == ("flux", Path("."), 60)
+    assert openings[0].isq == "Q4K"
+    assert re.match(r"flux at http://127.0.0.1:\d+/v1 \(pictures, 4 steps\)", done.stderr)
+
+
+def test_a_server_of_text_and_pictures(
+    openings: list[Opening], served: list[tuple[object, ServerOptions]]
+) -> None:
+    done = invoke("serve --context 64 --image-model flux --port 0 --t5 x --served-model-name chat")
+    ((models, options),) = served
+    assert isinstance(models, dict)
+    assert list(models) == ["chat", "flux"]
+    assert isinstance(models["flux"], ImageModel)
+    assert options.model_id is None
+    (opening,) = openings
+    assert (opening.path, opening.t5, opening.context) == ("flux", "x", None)
+    assert "chat at http" in done.stderr
+    assert "flux at http" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("serve flux --image-model flux", "this one makes pictures"),
+        ("serve --t5 x", "--t5 is for models that make pictures"),
+        ("serve --image-folder x", "--image-folder is for models that make pictures"),
+        ("serve flux --kv-tokens 5", "--kv-tokens is for models that make text"),
+    ],
+)
+@pytest.mark.usefixtures("openings")
+def test_servers_that_cannot_be(line: str, problem: str) -> None:
+    with pytest.raises(InvalidRequest, match=problem):
+        invoke(f"{line} --port 0")
 
 
 # ---- on a terminal ----

@@ -97,7 +97,8 @@ class ModelFlags:
                 "this model makes pictures, which is for squall run, serve, quantize and inspect; "
                 "name a model of text"
             )
-        given = self._given()
+        others_own = OF_PICTURES.split()  # of the model beside this one
+        given = {name: value for name, value in self._given().items() if name not in others_own}
         if found := torchrun():
             given.setdefault("tensor_parallel", found[1])
         given["command"] = tuple(sys.orig_argv[1:])
