@@ -18,6 +18,7 @@ using Doubles = std::vector<double>;
 using Run = std::function<Floats(const Kernels&)>;
 
 constexpr double kTolerance = 1e-5;
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN(), kInf = INFINITY;
 
 bool same_bits(const Floats& a, const Floats& b) {
   return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
@@ -146,6 +147,46 @@ void test_linear(Format format, size_t cols, size_t rows) {
           }
           return out;
         });
+}
+
+// Rows that taps name, from a panel; the panel alone; and neither: the same bits.
+void test_taps(Format format, size_t width, size_t rows) {
+  constexpr size_t kTaps = 3, kGiven = 40;
+  const size_t cols = kTaps * width;
+  const TilePtr w = tile(format, 3 * kLanes - 5, cols);
+  const Floats x = floats(kGiven * width);
+  std::vector<int32_t> taps(kTaps * (rows + 1));
+  for (int32_t& row : taps) row = static_cast<int32_t>(rng() % (kGiven + 9)) - 9;
+  Floats dense(rows * cols);
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t tap = 0; tap < kTaps; ++tap)
+      if (const int32_t row = taps[tap * (rows + 1) + r]; row >= 0)
+        std::copy_n(x.data() + static_cast<size_t>(row) * width, width,
+                    dense.data() + r * cols + tap * width);
+  const auto with = [&](const FloatRows& in) {
+    return [&, in](const Kernels& k) {
+      Floats out(w->tiles() * rows * kLanes), panel(rows * kPanelStride, kNan);
+      FloatRows read = in;
+      if (read.panel != nullptr) read.panel = panel.data();
+      k.matmul_float[static_cast<size_t>(format)](w->tile(0), w->tiles(), w->tile_bytes(), cols,
+                                                  read, rows, out.data());
+      return out;
+    };
+  };
+  const std::string what = std::string(info(format).name) + ", " + std::to_string(rows) +
+                           " rows, 3 taps of " + std::to_string(width);
+  float some;  // which panel is made anew
+  const Floats plain = on_every_isa(what, with({dense.data(), cols}));
+  const Floats panel = on_every_isa(what, with({dense.data(), cols, &some}));
+  const Run run = with({x.data(), width, &some, taps.data(), rows + 1, width});
+  check(what, products(*w, Doubles(dense.begin(), dense.end()), rows), run);
+  expect(same_bits(plain, panel) && same_bits(plain, on_every_isa(what, run)), what + " alike");
+}
+
+void test_taps() {
+  for (const Format format : {Format::kF32, Format::kF16, Format::kBF16, Format::kF8})
+    for (const size_t width : {1, 27, 130})
+      for (const size_t rows : {1, 5, 23}) test_taps(format, width, rows);
 }
 
 void test_linear() {
@@ -332,6 +373,30 @@ void test_norms() {
   }
 }
 
+void test_columns(size_t cols) {
+  const size_t rows = 37, stride = cols + 3;
+  const Floats x = floats(rows * stride, 3.0f), factor = floats(cols), bias = floats(cols);
+  Doubles moments(2 * cols), scaled(cols);
+  for (size_t c = 0; c < cols; ++c) {
+    double &mean = moments[c], &squares = moments[cols + c];
+    for (size_t r = 0; r < rows; ++r) mean += x[r * stride + c] / static_cast<double>(rows);
+    for (size_t r = 0; r < rows; ++r) squares += std::pow(x[r * stride + c] - mean, 2);
+    const double y = (x[c] - double{bias[c]}) * factor[c] + double{bias[c]};
+    scaled[c] = y / (1 + std::exp(-y));
+  }
+  check("moments of " + std::to_string(cols), moments, [&](const Kernels& k) {
+    Floats out(2 * cols);
+    k.moments(x.data(), stride, rows, cols, out.data(), out.data() + cols);
+    return out;
+  });
+  check("scaled columns of " + std::to_string(cols), scaled, [&](const Kernels& k) {
+    Floats out(cols);
+    k.scale_columns(x.data(), bias.data(), factor.data(), bias.data(), Activation::kSilu, cols,
+                    out.data());
+    return out;
+  });
+}
+
 double activate(Activation act, double x) {
   switch (act) {
     case Activation::kSilu:
@@ -421,8 +486,6 @@ void test_rows() {
 // ---- NaN: whoever depends on one is one, everybody else is as without ----
 
 using RunRows = std::function<Floats(const Kernels&, const Floats& x)>;
-
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN(), kInf = INFINITY;
 
 // Of `rows` rows of x the one with `bad` gives NaN, as far as `all` outputs of a row are wanted.
 void spoils_its_row(const std::string& what, const Floats& x, size_t rows, float bad,
@@ -554,8 +617,10 @@ void test_kernels() {
   test_nan();
   test_quantize();
   test_linear();
+  test_taps();
   test_attention();
   test_norms();
+  for (const size_t cols : {1, 15, 16, 100}) test_columns(cols);
   for (const Activation act : {Activation::kNone, Activation::kSilu, Activation::kGelu,
                                Activation::kGeluTanh, Activation::kQuickGelu, Activation::kRelu})
     for (const size_t n : {1, 7, 15, 16}) test_finish(act, n);

@@ -379,6 +379,63 @@ void test_rejected(const Model& model) {
   rejects("no rows", [&](Arrays& a) { a = Arrays(model, 0, 0); });
 }
 
+// Group norms and convolutions of floats and of int8, where sums lie over what they add to.
+struct Pictures {
+  static constexpr size_t kWidth = 64, kRows = 200;
+  TilePtr first = tile_of(floats(kWidth * 3 * kWidth, 0.1f), kWidth);
+  TilePtr second = tile(Format::kQ8_0, kWidth, 3 * kWidth);
+  Vector weight = floats(kWidth), bias = floats(kWidth);
+  std::vector<float> x = floats(kRows * kWidth);
+
+  std::unique_ptr<Executor> executor(std::string_view isa, size_t threads) const {
+    auto e = std::make_unique<Executor>(isa, std::make_shared<ThreadPool>(threads),
+                                        Limits{{kRows}, 1, kBlock, 1, CacheType::kF32});
+    const size_t taps = e->add_index(0, 3);
+    std::vector<size_t> v;
+    for (int i = 0; i < 6; ++i) v.push_back(e->add_value(kWidth, 0, false));
+    e->input(v[0]);
+    e->group_normalize({v[1], v[0], weight, bias, 8, 1e-6f, Activation::kSilu});
+    e->linear({v[2], v[1], first, bias, Activation::kNone, 1.0f, kNone, {}, taps});
+    e->group_normalize({v[3], v[2], weight, bias, 32, 1e-6f, Activation::kNone});
+    e->linear({v[4], v[3], second, bias, Activation::kRelu, 0.5f, v[0], {}, taps});
+    e->group_normalize({v[5], v[4], weight, bias, 1, 1e-6f, Activation::kSilu});
+    e->plan({v[5]});
+    return e;
+  }
+  std::vector<float> run(Executor& e, std::vector<int32_t> taps) const {
+    std::vector<float> out(kRows * kWidth);
+    e.run({{kRows}, {taps}, {x.data()}, {}, {}, {}, 0}, {out.data()});
+    return out;
+  }
+  static std::vector<int32_t> taps() {
+    std::vector<int32_t> all;
+    for (int32_t tap = -1; tap < 2; ++tap)
+      for (int32_t row = 0; row < static_cast<int32_t>(kRows); ++row)
+        all.push_back(row + tap < static_cast<int32_t>(kRows) ? row + tap : -1);
+    return all;
+  }
+};
+
+void test_pictures() {
+  const Pictures pictures;
+  std::vector<float> expected;
+  for (const std::string_view isa : isas()) {
+    const auto one = pictures.executor(isa, 1), three = pictures.executor(isa, 3);
+    const std::vector<float> found = pictures.run(*one, Pictures::taps());
+    const std::string where = " on " + std::string(isa);
+    if (expected.empty()) expected = found;
+    for (const float x : found) expect(std::isfinite(x), "pixels are finite" + where);
+    expect(found == expected, "pixels are those of other processors" + where);
+    expect(found == pictures.run(*three, Pictures::taps()), "threads change no pixel" + where);
+    on_small_stack([&] {
+      expect(found == pictures.run(*one, Pictures::taps()), "stacks change no pixel" + where);
+    });
+    std::vector<int32_t> beyond = Pictures::taps();
+    beyond.back() = static_cast<int32_t>(Pictures::kRows);
+    expect_rejected([&] { pictures.run(*one, beyond); }, "a tap beyond the step" + where);
+  }
+}
+
 // ---- threads, sampling ----
 
 void test_pool() {
@@ -526,6 +583,7 @@ int main(int count, char** arguments) {
   test_weigh();
   const Model model;
   test_rejected(model);
+  test_pictures();
   for (const std::string_view isa : isas()) test_program(model, isa);
   std::printf("%s: ", std::string(isas().front()).c_str());
   std::printf(failures == 0 ? "native tests passed\n" : "%d native tests failed\n", failures);

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from squall.cli import chat, pictures
 from squall.cli.app import app
+from squall.cli.opening import makes_pictures
 from squall.cli.serve import server
 from squall.diffusion.model import ImageModel
 from squall.errors import InvalidRequest, SquallError
@@ -340,3 +341,30 @@ def test_pictures_are_not_shown_if_told(terminal: Terminal) -> None:
     terminal.wait_for("[32x16; 4 steps")
     assert terminal.process.wait(30) == 0
     assert "1337" not in terminal.output
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("flux", True), ("text.gguf", False), ("none", False), ("owner/name", False),
+        ("black-forest-labs/FLUX.1-schnell", True), ("owner/FLUX.1-dev-gguf:flux1-Q4_0.gguf", True),
+        ("owner/fluxion-7b", False),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("openings")
+def test_which_models_make_pictures(name: str, wanted: bool) -> None:
+    assert makes_pictures(name) == wanted
+
+
+def test_gguf_files_of_flux(tmp_path: Path) -> None:
+    import gguf
+
+    for architecture in ("flux", "llama"):
+        writer = gguf.GGUFWriter(tmp_path / f"{architecture}.gguf", architecture)
+        writer.add_tensor("img_in.weight", np.zeros((4, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    assert makes_pictures(str(tmp_path / "flux.gguf"))
+    assert not makes_pictures(str(tmp_path / "llama.gguf"))

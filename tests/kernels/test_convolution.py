@@ -11,14 +11,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from native_executor import opened
+from native_executor import in_memory, opened
 from quant.random_blocks import random_blocks
 from reference_executor import ReferenceExecutor
 from squall import _native, executors
 from squall.checkpoints.base import ByteTensor, Checkpoint
 from squall.errors import InvalidRequest, UnsupportedModel
 from squall.executors import Limits
-from squall.program import Builder, Index, Linear, Matrix, Program, Slice, Vector
+from squall.program import (
+    Builder,
+    GroupNormalize,
+    Index,
+    Linear,
+    Matrix,
+    Program,
+    Slice,
+    Vector,
+)
 from squall.quant import FORMATS, Format
 from squall.weights import WeightStore
 
@@ -225,3 +234,33 @@ def test_the_profile_tells_the_work(rng: np.random.Generator) -> None:
         assert len(found) == 2
         assert getattr(found[0], kind) == 100 * 48 * 288
         assert found[0].bytes >= 48 * 288
+
+
+def test_residual_blocks_need_three_maps(rng: np.random.Generator) -> None:
+    """Sums lie over what they add to, norms over what nobody else reads."""
+    width, rows, b = 32, 512, Builder()
+    x, taps = b.value("x", width), Index("taps", axes=9)
+    matrix = Matrix((Slice("w", 0, width),), width, 9 * width)
+    vector = Vector((Slice("b", 0, width),), width)
+    last = b.emit(Linear(b.value("first", width), x, matrix, taps=taps))
+    for block in range(3):
+        inner = last
+        for half, residual in enumerate((None, last)):
+            norm, out = (b.value(f"{block}.{half}.{name}", width) for name in ("norm", "out"))
+            b.emit(GroupNormalize(norm, inner, vector, vector, 4, 1e-6, "silu"))
+            inner = b.emit(Linear(out, norm, matrix, residual=residual, taps=taps))
+        last = inner
+    program = b.build(last, inputs=(x,))
+    weights = {
+        "w": rng.normal(0, 0.1, (width, 9 * width)).astype(np.float32),
+        "b": rng.standard_normal(width, np.float32),
+    }
+    checkpoint = in_memory(weights)
+    executor = opened(program, checkpoint, {"tokens": rows})
+    assert executor._native.buffer_bytes < 3.1 * rows * width * 4
+    inputs = {
+        "x": rng.standard_normal((rows, width), np.float32),
+        "taps": rng.integers(-1, rows, (9, rows)).astype(np.int32),
+    }
+    wanted = ReferenceExecutor(program, checkpoint, blocks=1).run(inputs)
+    assert close(executor.run(inputs)[last.name], wanted[last.name])

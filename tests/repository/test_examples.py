@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_flux
 from pictures import draw
 from project import ROOT
 from tiny_models import write_adapter, write_folder
@@ -18,7 +19,12 @@ from squall.embedded import find
 
 PAGES = {
     name: "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL))
-    for name in ("docs/python-api.md", "docs/structured-output.md", "docs/vision.md")
+    for name in (
+        "docs/python-api.md",
+        "docs/structured-output.md",
+        "docs/vision.md",
+        "docs/diffusion.md",
+    )
 }
 EXPECTED = {
     "adapters": "['law']: ",
@@ -29,6 +35,7 @@ EXPECTED = {
     "log_probabilities": "' sky'",
     "logits_processor": "",
     "many_at_once": "whale: ",
+    "pictures": "picture.png of seed 1",
     "streaming": "sea",
     "tools": "21 degrees in Paris",
 }
@@ -36,10 +43,11 @@ TESTED_ELSEWHERE = {"ray_serve"}  # tests/server/test_ray.py
 ARGUMENTS = {"gguf": [str(find().parent), find().name]}
 
 
-def run(*command: str) -> str:
+def run(*command: str, folder: Path | None = None) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", *command], capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-W", "error", *command],
+        capture_output=True, text=True, timeout=120, cwd=folder,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -60,22 +68,34 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(write_seer(root / "llava")), "What is this?", str(root / "cat.png")]
 
 
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that makes pictures, by its name on the hub."""
+    folder = tmp_path_factory.mktemp("painter") / "black-forest-labs/FLUX.1-schnell"
+    tiny_flux.pipeline(folder)
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "path",
     [e for e in sorted((ROOT / "examples").glob("*.py")) if e.stem not in TESTED_ELSEWHERE],
     ids=lambda p: p.stem,
 )
-def test_example_runs(path: Path, adapted: list[str], shown: list[str]) -> None:
-    given = {"adapters": adapted, "images": shown} | ARGUMENTS
-    out = run(str(path), *given.get(path.stem, []))
+def test_example_runs(
+    path: Path, adapted: list[str], shown: list[str], painter: Path, tmp_path: Path
+) -> None:
+    given = {"adapters": adapted, "images": shown, "pictures": [str(painter), "a cat"]} | ARGUMENTS
+    out = run(str(path), *given.get(path.stem, []), folder=tmp_path)
     assert EXPECTED[path.stem] in out
     assert out.strip()
     if path.stem == "logits_processor":
         assert "e" not in out
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "vision" not in page])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "vision" not in page and "diffusion" not in page]
+)
 def test_page_runs(page: str) -> None:
     assert "Paris" in run("-c", PAGES[page])
 
@@ -88,6 +108,13 @@ def test_the_page_of_vision_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     text = PAGES["docs/vision.md"].replace("https://example.org/", "")
     assert run("-c", text).strip()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_page_of_pictures_runs(painter: Path) -> None:
+    folder = painter.parents[1]
+    assert run("-c", PAGES["docs/diffusion.md"], folder=folder).startswith("7 4 (512, 512, 3)")
+    assert (folder / "lighthouse.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_shown_passes_a_type_checker(tmp_path: Path) -> None:

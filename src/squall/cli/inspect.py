@@ -117,14 +117,12 @@ def _pictures(opening: Opening, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("part", "parameters", "types", "MiB", "by layer, MiB")
+    table = Table("part", "parameters", "types", "MiB", "as flux-offloaded, MiB")
     for part in parts:
         table.add_row(part["part"], str(part["parameters"]), ", ".join(part["types"]), *_mib(part))
-    pictures = Table("picture", "at most, MiB", "as flux-offloaded, MiB")
     for size, told in sizes.items():
-        pictures.add_row(size, *_mib(told))
-    for shown in (table, pictures):
-        Console().print(shown)
+        table.add_row(f"with a picture of {size}, at most", "", "", *_mib(told))
+    Console().print(table)
     typer.echo(f"{path}: weights take {whole / 2**20:.1f} MiB. Squall can run it: yes")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
 import select
@@ -12,11 +13,15 @@ import time
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from squall.diffusion.request import Picture, Pixels
+from squall.diffusion.request import Picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CHUNK = 4096  # characters of base64, as kitty wants them
 CELL = 8  # pixels, where a terminal does not tell
@@ -28,15 +33,19 @@ _SIXEL_RUN = 3  # from which on a run is shorter than its characters
 
 
 def show(picture: Picture) -> bool:
-    """Show a picture on standard output; False if that is no terminal that can."""
+    """Show a picture on standard output, as wide as fits; False if that cannot show any."""
+    from PIL import Image
+
     if not sys.stdout.isatty() or (encode := _encoder()) is None:
         return False
-    sys.stdout.write(f"{encode(_fitted(picture.pixels))}\n")
+    image = Image.fromarray(picture.pixels)
+    image.thumbnail((_width(), image.height))
+    sys.stdout.write(f"{encode(image)}\n")
     sys.stdout.flush()
     return True
 
 
-def _encoder() -> Callable[[Pixels], str] | None:
+def _encoder() -> Callable[[Image], str] | None:
     """How this terminal wants it: by what it sets, or by what it answers."""
     term, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
     inside = "TMUX" in os.environ or term.startswith(("tmux", "screen"))
@@ -47,17 +56,6 @@ def _encoder() -> Callable[[Pixels], str] | None:
     if not inside and program in ("iTerm.app", "WezTerm", "mintty"):
         return iterm2
     return sixel if term not in ("", "dumb", "linux") and "4" in _attributes() else None
-
-
-def _fitted(pixels: Pixels) -> Pixels:
-    """No wider than the terminal."""
-    from PIL import Image
-
-    width = _width()
-    if pixels.shape[1] <= width:
-        return pixels
-    height = max(pixels.shape[0] * width // pixels.shape[1], 1)
-    return np.asarray(Image.fromarray(pixels).resize((width, height)))
 
 
 def _width() -> int:
@@ -93,33 +91,32 @@ def _attributes() -> set[str]:
     return set(found[1].split(";")) if found else set()
 
 
-def _png(pixels: Pixels) -> tuple[int, str]:
-    data = Picture(pixels, 0, 0).png()
-    return len(data), base64.b64encode(data).decode()
+def _png(image: Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
-def kitty(pixels: Pixels) -> str:
+def kitty(image: Image) -> str:
     """https://sw.kovidgoyal.net/kitty/graphics-protocol/; q=2: it answers nothing."""
-    _, text = _png(pixels)
+    text, parts = base64.b64encode(_png(image)).decode(), []
     starts = range(0, len(text), CHUNK)
-    parts = []
     for start in starts:
         keys = "f=100,a=T,q=2," * (start == 0) + f"m={int(start != starts[-1])}"
         parts.append(f"\x1b_G{keys};{text[start : start + CHUNK]}\x1b\\")
     return "".join(parts)
 
 
-def iterm2(pixels: Pixels) -> str:
+def iterm2(image: Image) -> str:
     """https://iterm2.com/documentation-images.html."""
-    size, text = _png(pixels)
-    return f"\x1b]1337;File=inline=1;size={size};width={pixels.shape[1]}px:{text}\x07"
+    data = _png(image)
+    text = base64.b64encode(data).decode()
+    return f"\x1b]1337;File=inline=1;size={len(data)};width={image.width}px:{text}\x07"
 
 
-def sixel(pixels: Pixels) -> str:
+def sixel(image: Image) -> str:
     """Bands of six lines, each color by color, as DEC's terminals have it."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels).quantize(COLORS)
+    image = image.quantize(COLORS)
     codes, palette = np.asarray(image), np.array(image.getpalette()).reshape(-1, 3) * 100 // 255
     parts = [f'\x1bPq"1;1;{codes.shape[1]};{codes.shape[0]}']
     parts += [f"#{i};2;{r};{g};{b}" for i, (r, g, b) in enumerate(palette)]
