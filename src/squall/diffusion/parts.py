@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class Network:
         self.program, self.loaded = program, False
         self._store, self._room, self._by_layer = store, room, by_layer
         self._stages = program.stages(*program.layers) if by_layer else [program]
+        self._runs: dict[tuple[int, ...], int] = {}
         # What is still to be read after each stage.
         self._needed = [
             {value.name for later in self._stages[at:] for value in later.inputs}
@@ -57,12 +59,12 @@ class Network:
         """Of all weights, in their files."""
         return sum(map(self._store.nbytes, self._distinct(self.program)))
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Of the weights that are in memory together."""
         return max(sum(map(self._store.becomes, self._distinct(part))) for part in self._stages)
 
-    @property
+    @cached_property
     def formats(self) -> list[FormatTotal]:
         """What each matrix becomes, one by one."""
         return [
@@ -74,7 +76,11 @@ class Network:
     def needs(self, rows: Rows, *, loaded: bool = False) -> int:
         """About how much more memory a run takes. loaded: if it were so."""
         integers = any(total.format not in MERGEABLE for total in self.formats)
-        runs = max(activations(stage, rows, integers=integers) for stage in self._stages)
+        if (key := tuple(rows.values())) not in self._runs:
+            self._runs[key] = max(
+                activations(stage, rows, integers=integers) for stage in self._stages
+            )
+        runs = self._runs[key]
         return runs if loaded or self.loaded else runs + self.weight_bytes
 
     def load(self, progress: Progress | None) -> None:
