@@ -19,11 +19,11 @@ using MatmulQuantized = void (*)(const uint8_t* tile, size_t tiles, size_t tile_
 struct FloatRows {
   const float* x;
   size_t stride;
-  // kPanelStride for each of the rows that are multiplied, where many are copied to, and taps'.
-  float* panel = nullptr;
-  // [cols / width][apart]: numbers of rows, zeros where negative.
+  // [cols / width][apart]: numbers of rows, zeros where negative. panel: kPanelStride floats for
+  // each of the rows that are multiplied.
   const int32_t* taps = nullptr;
   size_t apart = 0, width = 0;
+  float* panel = nullptr;
 };
 constexpr size_t kPanelCols = 128, kPanelStride = kPanelCols + kLanes;
 using MatmulFloat = void (*)(const uint8_t* tile, size_t tiles, size_t tile_bytes, size_t cols,

@@ -618,11 +618,15 @@ void matmul_float_blocks(const Tiles& tiles, const FloatColumns& c, size_t row =
 // are multiplied with them, those of the rows in the second until all tiles are.
 constexpr size_t kFloatSlice = squall::kPanelCols;
 
-// Columns `begin` on of some tiles, made float32 once for all rows.
+// Columns `begin` on of some tiles, made float32 once for all rows. The same of the tiles after
+// them come nearer meanwhile; after the last of `all`, the next columns of the first.
 template <class Element, int kTiles>
-void matmul_float_slice(const Tiles& tiles, FloatColumns c, size_t begin) {
+void matmul_float_slice(const Tiles& tiles, FloatColumns c, size_t begin, const uint8_t* all,
+                        size_t count) {
   const size_t at = Element::kHead + begin * kLanes * Element::kBytes;
-  c.next = tiles.data + at + kTiles * tiles.bytes;
+  const uint8_t* const after = tiles.data + kTiles * tiles.bytes;
+  const size_t slice = kFloatSlice * kLanes * Element::kBytes;
+  c.next = after < all + count * tiles.bytes ? after + at : all + at + slice;
   c.next_bytes = kLanes * Element::kBytes;
   c.next_apart = tiles.bytes;
   const auto multiply = [&](const uint8_t* data, size_t bytes) {
@@ -655,13 +659,8 @@ inline void each_tiles(Tiles tiles, size_t count, const Fn& fn) {
   if constexpr (kTiles > 1) each_tiles<kTiles / 2>(tiles, count, fn);
 }
 
-// Columns of some rows to the panel, where they lie better.
-inline void fill_panel(const FloatRows& x, size_t begin, size_t count, size_t rows) {
-  if (x.taps == nullptr) {
-    for (size_t r = 0; r < rows; ++r)
-      copy(x.x + r * x.stride + begin, count, x.panel + r * squall::kPanelStride);
-    return;
-  }
+// Columns of the rows that taps name, to the panel.
+inline void gather_taps(const FloatRows& x, size_t begin, size_t count, size_t rows) {
   for (size_t done = 0, n; done < count; done += n) {
     const size_t tap = (begin + done) / x.width, column = (begin + done) % x.width;
     n = x.width - column < count - done ? x.width - column : count - done;
@@ -680,19 +679,19 @@ template <class Element>
 void matmul_float(const uint8_t* data, size_t count, size_t bytes, size_t cols, const FloatRows& x,
                   size_t rows, float* out) {
   const Tiles all{data, bytes, out, rows};
-  const bool many = rows > kFloatRowBlock;
-  const size_t slice = many || x.taps != nullptr ? kFloatSlice : cols;
+  const bool taps = x.taps != nullptr;
+  const size_t slice = taps || rows > kFloatRowBlock ? kFloatSlice : cols;
   for (size_t begin = 0; begin < cols; begin += slice) {
     FloatColumns c{cols - begin < slice ? cols - begin : slice, x.x + begin, x.stride, begin > 0};
-    if (x.taps != nullptr || (many && x.panel != nullptr)) {
-      fill_panel(x, begin, c.count, rows);
+    if (taps) {
+      gather_taps(x, begin, c.count, rows);
       c.x = x.panel, c.stride = squall::kPanelStride;
     }
     each_tiles(all, count, [&]<int kTiles>(const Tiles& tiles) {
       if (slice == cols)
         matmul_float_blocks<Element, kTiles>(tiles, c);
       else
-        matmul_float_slice<Element, kTiles>(tiles, c, begin);
+        matmul_float_slice<Element, kTiles>(tiles, c, begin, data, count);
     });
   }
   if constexpr (Element::kHead != 0)

@@ -16,7 +16,6 @@ namespace squall {
 // cache, or with up to 256 of floats, for which they become float32 once.
 constexpr size_t kTilesAtOnce = 8, kMostRows = 256;
 constexpr size_t kProductsAtOnce = kTilesAtOnce * kMostRows;
-constexpr size_t kPanelFloats = kMostRows * kPanelStride;
 constexpr size_t kRowsAThread = 64;  // from so many on, threads share the rows
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -86,15 +85,15 @@ struct TileRange {
 
 // acc[tiles][rows][16] = x . tiles, x read as their format wants it
 inline void matmul(const Kernels& k, const Tile& w, const TileRange& tiles, const Buffer& x,
-                   size_t row, size_t rows, float* acc, float* panel) {
+                   size_t row, size_t rows, float* acc) {
   const size_t format = static_cast<size_t>(w.format());
   const uint8_t* first = w.tile(tiles.begin);
   if (w.is_integer())
     k.matmul_quantized[format](first, tiles.count(), w.tile_bytes(), w.cols(), x.quant_row(row),
                                x.quant_stride(), rows, acc);
   else
-    k.matmul_float[format](first, tiles.count(), w.tile_bytes(), w.cols(),
-                           {x.row(row), x.width, panel}, rows, acc);
+    k.matmul_float[format](first, tiles.count(), w.tile_bytes(), w.cols(), {x.row(row), x.width},
+                           rows, acc);
 }
 
 // Of `rows` rows times a weight that is read once.
@@ -166,9 +165,8 @@ inline void finish_tiles(const Kernels& k, const LinearOp& op, const float* acc,
 inline void linear_block(const Kernels& k, const LinearOp& op, const Buffer& x, const Buffer& out,
                          const Buffer* residual, const Step& step, const LowRank* added,
                          const TileRange& tiles, size_t row, size_t rows) {
-  constexpr size_t kSums = kProductsAtOnce * kLanes;
-  auto* const acc = static_cast<float*>(thread_memory((kSums + kPanelFloats) * sizeof(float)));
-  matmul(k, *op.weight, tiles, x, row, rows, acc, acc + kSums);
+  auto* const acc = static_cast<float*>(thread_memory(kProductsAtOnce * kLanes * sizeof(float)));
+  matmul(k, *op.weight, tiles, x, row, rows, acc);
   if (added != nullptr) added->add(step, tiles.begin, tiles.count(), row, rows, acc);
   finish_tiles(k, op, acc, out, residual, tiles, row, rows);
 }
@@ -267,7 +265,7 @@ class ConvolutionPhase final : public Phase {
     } else {
       auto* const panel = reinterpret_cast<float*>(memory + sums);
       k_.matmul_float[format](w.tile(tiles.begin), tiles.count(), w.tile_bytes(), w.cols(),
-                              {x_.data, x_.width, panel, named, all, x_.width}, rows, acc);
+                              {x_.data, x_.width, named, all, x_.width, panel}, rows, acc);
     }
     finish_tiles(k_, op_, acc, out_, residual_, tiles, row, rows);
   }
@@ -303,10 +301,11 @@ inline void gated_block(const Kernels& k, const GatedLinearOp& op, const Buffer&
                         const Buffer& out, const Step& step, const GatedAdded& added,
                         const TileRange& tiles, size_t row, size_t rows) {
   constexpr size_t kSums = kProductsAtOnce * kLanes;
-  auto* const gate = static_cast<float*>(thread_memory((2 * kSums + kPanelFloats) * sizeof(float)));
+  auto* const gate =
+      static_cast<float*>(thread_memory((2 * kSums + kMostRows * kGroup) * sizeof(float)));
   float *const up = gate + kSums, *const pair = up + kSums;  // two tiles' columns: a group
-  matmul(k, *op.gate, tiles, x, row, rows, gate, pair);
-  matmul(k, *op.up, tiles, x, row, rows, up, pair);
+  matmul(k, *op.gate, tiles, x, row, rows, gate);
+  matmul(k, *op.up, tiles, x, row, rows, up);
   if (added.gate != nullptr) {
     added.gate->add(step, tiles.begin, tiles.count(), row, rows, gate);
     added.up->add(step, tiles.begin, tiles.count(), row, rows, up);
