@@ -1,4 +1,4 @@
-"""One request for text on its way: from the queue to the last byte, or until nobody listens."""
+"""One request on its way: from the queue to the last byte, or until nobody listens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from squall.server.dialect import AnyJob, Dialect
+from squall.server.dialect import Dialect, Running
 from squall.server.errors import to_api
 from squall.server.gate import Visit
 from squall.server.limits import ClientGone
-from squall.server.service import Served, Service
+from squall.server.service import Service, Standing
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -34,7 +34,7 @@ class Answer(Response):
     """
 
     def __init__(
-        self, service: Service, served: Served, start: Callable[[], AnyJob], dialect: Dialect,
+        self, service: Service, served: Standing, start: Callable[[], Running], dialect: Dialect,
         *, stream: bool, reads: bool,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -68,7 +68,7 @@ class Answer(Response):
         await writer.error(self._served.why_dead)
 
     async def _run(self, visit: Visit, writer: Writer) -> None:
-        def start() -> AnyJob:
+        def start() -> Running:
             job = self._start()
             visit.entered()  # at once: who is counted twice takes another's place
             return job
@@ -94,7 +94,7 @@ class Answer(Response):
             job.close()
             self._note(job, visit)
 
-    async def _send_stream(self, job: AnyJob, writer: Writer) -> None:
+    async def _send_stream(self, job: Running, writer: Writer) -> None:
         chunks = aiter(job.chunks_async())
         upcoming = asyncio.ensure_future(_next(chunks))
         try:
@@ -112,8 +112,9 @@ class Answer(Response):
             upcoming.cancel()
         await writer.part(self._dialect.end(job), last=True)
 
-    def _note(self, job: AnyJob, visit: Visit) -> None:
-        usage = job.usage
+    def _note(self, job: Running, visit: Visit) -> None:
+        if (usage := job.usage) is None:
+            return
         self._service.metrics.observe(self._served.name, usage)
         visit.notes |= {
             "prompt_tokens": usage.prompt_tokens,
@@ -168,7 +169,7 @@ async def _next(chunks: AsyncIterator[Any]) -> Any:
     return await anext(chunks, None)
 
 
-def _cancel_job(starting: Future[AnyJob]) -> None:
+def _cancel_job(starting: Future[Running]) -> None:
     """The client left before its job was there."""
     if not starting.cancelled() and starting.exception() is None:
         starting.result().close()

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from squall import __version__
+from squall.diffusion.model import ImageModel
 from squall.model import Model
 from squall.server.errors import INVALID, ApiError, to_api
 from squall.server.gate import IGNORED, Gate
@@ -22,7 +23,8 @@ from squall.server.service import Service
 
 
 def create_app(
-    models: Model | Mapping[str, Model], options: ServerOptions | None = None
+    models: Model | ImageModel | Mapping[str, Model | ImageModel],
+    options: ServerOptions | None = None,
 ) -> FastAPI:
     """The application, of one model or of several by their names. It does not close them.
 
@@ -30,8 +32,9 @@ def create_app(
     run it as well, one process only.
     """
     options = options or ServerOptions()
-    if isinstance(models, Model):
-        models = {options.model_id or models.checkpoint.path.stem: models}
+    if isinstance(models, Model | ImageModel):
+        path = models.checkpoint.path if isinstance(models, Model) else models.path
+        models = {options.model_id or path.stem: models}
     service = Service(models, options)
 
     @asynccontextmanager

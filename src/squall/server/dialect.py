@@ -6,15 +6,28 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from squall.api.jobs import Job
 from squall.api.responses import ChatCompletionChunkResponse, Usage
 from squall.server.errors import ApiError
 
 AnyJob = Job[Any, Any, Any]
+
+
+class Running(Protocol):
+    """A job, of text or of pictures, which have no usage."""
+
+    @property
+    def usage(self) -> Usage | None: ...
+
+    def chunks_async(self) -> AsyncIterator[Any]: ...
+
+    def close(self) -> None: ...
+
+
 Event = dict[str, Any]
 
 
@@ -32,14 +45,14 @@ class Dialect:
     def request(self, **defaults: Any) -> Any:
         return self.body.request(**defaults)
 
-    async def whole(self, job: AnyJob) -> str:
+    async def whole(self, job: Any) -> str:
         return str((await job.response_async()).to_json())
 
-    def part(self, job: AnyJob, chunk: Any) -> bytes:  # noqa: ARG002
+    def part(self, job: Any, chunk: Any) -> bytes:  # noqa: ARG002
         """What a chunk is in a stream."""
         return f"data: {chunk.to_json()}\n\n".encode()
 
-    def end(self, job: AnyJob) -> bytes:  # noqa: ARG002
+    def end(self, job: Any) -> bytes:  # noqa: ARG002
         """What comes after the last chunk."""
         return b"data: [DONE]\n\n"
 

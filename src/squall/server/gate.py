@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from squall.server.errors import ApiError, to_api
 from squall.server.limits import ClientGone
 from squall.server.log import MOST_BODY
+from squall.server.pictures import FOLDER
 
 if TYPE_CHECKING:
     from squall.server.service import Served, Service
@@ -78,7 +79,8 @@ class Gate:
                 403, f"pages of {origin[:100]!r} may not use this server; allow that with --cors",
                 "origin_not_allowed",
             )  # fmt: skip
-        if options.api_keys and path not in OPEN_PATHS and visit.method != "OPTIONS":
+        is_open = path in OPEN_PATHS or path.startswith(FOLDER) or visit.method == "OPTIONS"
+        if options.api_keys and not is_open:
             visit.tenant = self._tenant(headers)
 
     def _may_come_from(self, origin: str, headers: Headers) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from squall.api.responses import Usage
+from squall.diffusion.model import ImageModel
 from squall.model import Model
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -17,14 +19,18 @@ _TOKEN_S = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 3, 10)
 
 
 _Row = tuple[str, str, str, Mapping[str, float]]
+_Rows = tuple[list[_Row], list[_Row]]  # of gauges, and of counters
+_Served = TypeVar("_Served")
 
 
-class _ModelCollector(Collector):
-    def __init__(self, models: Mapping[str, Model]) -> None:
-        self._models = models
+class _ModelCollector(Collector, Generic[_Served]):
+    """Of models of one kind, what `rows` tells."""
+
+    def __init__(self, models: Mapping[str, _Served], rows: Callable[[_Served], _Rows]) -> None:
+        self._models, self._rows = models, rows
 
     def collect(self) -> Iterator[Metric]:
-        found = [_rows(model) for model in self._models.values()]
+        found = [self._rows(model) for model in self._models.values()]
         for which, kind in enumerate((GaugeMetricFamily, CounterMetricFamily)):
             for rows in zip(*(both[which] for both in found), strict=True):
                 name, what, label, _ = rows[0]
@@ -35,7 +41,7 @@ class _ModelCollector(Collector):
                 yield family
 
 
-def _rows(model: Model) -> tuple[list[_Row], list[_Row]]:
+def _rows(model: Model) -> _Rows:
     """Families: name, what is told, the label that values have beside the model's, and values."""
     engine, adapters = model.engine, model.adapters.list()
     loaded = [info for info in adapters if info.loaded]
@@ -75,12 +81,26 @@ def _rows(model: Model) -> tuple[list[_Row], list[_Row]]:
     return gauges, counters
 
 
+def _painting_rows(model: ImageModel) -> _Rows:
+    stats = model.stats()
+    seconds = {part: getattr(stats, f"{part}_s") for part in ("text", "steps", "decode")}
+    return [
+        ("pictures_waiting", "Pictures in the queue", "", {"": stats.waiting}),
+        ("pictures_running", "Pictures in the making", "", {"": int(stats.busy)}),
+        ("picture_stalled_seconds", "Since a step began", "", {"": stats.stalled_s}),
+    ], [
+        ("pictures", "Pictures made", "", {"": stats.pictures}),
+        ("picture_seconds", "Time of pictures", "part", seconds),
+    ]
+
+
 class Metrics:
     """Counts of one server; nothing is shared with others in the process."""
 
-    def __init__(self, models: Mapping[str, Model]) -> None:
+    def __init__(self, models: Mapping[str, Model], painters: Mapping[str, ImageModel]) -> None:
         self._registry = registry = CollectorRegistry()
-        registry.register(_ModelCollector(models))
+        registry.register(_ModelCollector(models, _rows))
+        registry.register(_ModelCollector(painters, _painting_rows))
         self.responses = Counter(
             "squall_http_responses", "Responses", ["path", "status"], registry=registry
         )

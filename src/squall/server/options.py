@@ -45,8 +45,8 @@ class ServerOptions:
     drain_s: what running answers get to end after a first signal to stop.
     kept_responses, kept_bytes: of /v1/responses, for clients that go on with them.
     stall_s: the engine is dead if no step ends for so long.
-    image_folder: of pictures that clients get as URLs; None: a new one. image_age_s: they are
-        removed after it.
+    image_folder: of pictures that clients get as URLs; None: a new one. They are removed after
+        image_age_s, or when they take more than image_bytes.
     """
 
     model_id: str | None = None
@@ -73,6 +73,7 @@ class ServerOptions:
     stall_s: float = 300.0
     image_folder: Path | None = None
     image_age_s: float = 3600.0
+    image_bytes: int = 1024 * MIB
 
     def __post_init__(self) -> None:
         for key in self.api_keys:

@@ -30,10 +30,12 @@ from squall.server.gate import Visit
 from squall.server.limits import check_encoding, check_values
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.openai_responses import Responses, ResponsesBody
+from squall.server.pictures import FOLDER, EditBody, PictureBody, Pictures, parse_form
 from squall.server.service import Served, Service
 
 BODIES: tuple[type[schemas.Body], ...] = (
-    schemas.ChatBody, schemas.CompletionBody, ResponsesBody, MessagesBody, CountBody,
+    schemas.ChatBody, schemas.CompletionBody, ResponsesBody, MessagesBody, CountBody, PictureBody,
+    EditBody,
     schemas.TokenizeBody, schemas.DetokenizeBody, schemas.ReIsqBody, schemas.ActivateBody,
     schemas.AdapterBody, schemas.LoadBody, schemas.UnloadBody,
 )  # fmt: skip
@@ -45,7 +47,15 @@ _Value = TypeVar("_Value")
 
 def add_routes(app: FastAPI, service: Service) -> None:
     router = APIRouter()
-    for add in (_add_generation, _add_kept, _add_tokens, _add_models, _add_adapters, _add_state):
+    for add in (
+        _add_generation,
+        _add_pictures,
+        _add_kept,
+        _add_tokens,
+        _add_models,
+        _add_adapters,
+        _add_state,
+    ):
         add(router, service)
     app.include_router(router)
     _add_documentation(app)
@@ -95,6 +105,40 @@ async def _answer(
     ready = served.model.adapters.ready(defaults.get("adapters", body.adapters))
     reads = not ready or bool(images)
     return Answer(service, served, start, told, stream=bool(body.stream), reads=reads)
+
+
+def _add_pictures(router: APIRouter, service: Service) -> None:
+    @router.post("/v1/images/generations", openapi_extra=_takes(PictureBody))
+    async def generations(request: Request) -> Response:
+        """Pictures of a text."""
+        return await _paint(service, request, partial(_parse, PictureBody, service.context))
+
+    @router.post("/v1/images/edits", openapi_extra=_takes(EditBody))
+    async def edits(request: Request) -> Response:
+        """Pictures of a text that begin with another picture; also as a form."""
+        kind = request.headers.get("content-type", "")
+        if kind.startswith("multipart/form-data"):
+            return await _paint(service, request, partial(parse_form, kind))
+        return await _paint(service, request, partial(_parse, EditBody, service.context))
+
+    @router.get(FOLDER + "{name}")
+    async def picture(name: str) -> Response:
+        """A picture that was made a while ago."""
+        data = await _work(service, partial(service.album.find, name))
+        kept = f"private, max-age={service.options.image_age_s:.0f}, immutable"
+        headers = {"Cache-Control": kept, "X-Content-Type-Options": "nosniff"}
+        return Response(data, media_type="image/png", headers=headers)
+
+
+async def _paint(
+    service: Service, request: Request, parse: Callable[[bytes], PictureBody]
+) -> Response:
+    body = await _body(service, request, parse)
+    painter, told = service.painter(body.model), Pictures(service, body, str(request.base_url)[:-1])
+    return Answer(
+        service, painter, partial(told.start, painter.model), told,
+        stream=bool(body.stream), reads=isinstance(body, EditBody),
+    )  # fmt: skip
 
 
 def _add_kept(router: APIRouter, service: Service) -> None:
@@ -197,10 +241,6 @@ def _add_models(router: APIRouter, service: Service) -> None:
         body, served = await _read(service, request, schemas.ReIsqBody)
         await _work(service, partial(served.model.re_isq, body.ggml_type))
         return JSONResponse({"ggml_type": body.ggml_type})
-
-    @router.post("/v1/images/generations", include_in_schema=False)
-    async def images() -> Response:
-        raise ApiError(501, "images: not supported yet", "not_supported")
 
     @router.get("/v1/models")
     async def models() -> Response:
@@ -334,28 +374,37 @@ def _visit(request: Request) -> Visit:
 async def _read(
     service: Service, request: Request, kind: type[_BodyT], *, generates: bool = False
 ) -> tuple[_BodyT, Served]:
-    """The body, checked, and the model that it is for; raises ApiError and others of `to_api`."""
+    """The body, and the model of text that it is for; otherwise as `_body`."""
     service.check_ready()
     service.check_room()
     visit, served = _visit(request), service.sole
-    if generates and served is not None:
+    if generates and served is not None and not service.painters:
         visit.enter(served)  # before anything is read: the others' model is in the body
-    check_encoding(request.headers.get("content-encoding"))
-    declared = request.headers.get("content-length")
-    async with service.bodies.read(request.receive, declared) as data:
-        service.log.body("request", visit.id, data)
-        body = await _work(service, partial(_parse, kind, data, service.context))
-    visit.ignore(body.ignored)
-    if body.ignored and service.options.strict_fields:
-        name = body.ignored[0][:100]
-        raise ApiError(400, f"unknown parameter: {name!r}", "unknown_parameter", param=name)
+    body = await _body(service, request, partial(_parse, kind, service.context))
     served = service.find(body.model)
     if generates:
         visit.enter(served)
     return body, served
 
 
-def _parse(kind: type[_BodyT], data: bytes, context: int) -> _BodyT:
+async def _body(service: Service, request: Request, parse: Callable[[bytes], _BodyT]) -> _BodyT:
+    """The body, checked; raises ApiError and others of `to_api`."""
+    service.check_ready()
+    service.check_room()
+    visit = _visit(request)
+    check_encoding(request.headers.get("content-encoding"))
+    declared = request.headers.get("content-length")
+    async with service.bodies.read(request.receive, declared) as data:
+        service.log.body("request", visit.id, data)
+        body = await _work(service, partial(parse, data))
+    visit.ignore(body.ignored)
+    if body.ignored and service.options.strict_fields:
+        name = body.ignored[0][:100]
+        raise ApiError(400, f"unknown parameter: {name!r}", "unknown_parameter", param=name)
+    return body
+
+
+def _parse(kind: type[_BodyT], context: int, data: bytes) -> _BodyT:
     check_values(data, context)
     return kind.parse(data)
 

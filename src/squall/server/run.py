@@ -15,13 +15,14 @@ from types import FrameType
 
 import uvicorn
 
+from squall.diffusion.model import ImageModel
 from squall.errors import InvalidRequest
 from squall.model import Model
 from squall.server.app import create_app, service_of
 from squall.server.limits import protocol
 from squall.server.log import JsonFormatter
 from squall.server.options import ServerOptions
-from squall.server.service import Served, Service
+from squall.server.service import Painter, Served, Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What is already computed must still reach its reader.
@@ -32,7 +33,7 @@ DEAD = 1
 
 
 def serve_on(
-    models: Model | Mapping[str, Model],
+    models: Model | ImageModel | Mapping[str, Model | ImageModel],
     options: ServerOptions,
     listener: socket.socket,
     *,
@@ -54,7 +55,7 @@ def serve_on(
 
 
 def make_server(
-    models: Model | Mapping[str, Model],
+    models: Model | ImageModel | Mapping[str, Model | ImageModel],
     options: ServerOptions,
     started: Callable[[], None] = lambda: None,
 ) -> Server:
@@ -149,15 +150,15 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         dead = self.service.why_dead is not None
-        alive = [s for s in self.service.models.values() if not s.dead.is_set()]
+        alive = [s for s in self.service.all if not s.dead.is_set()]
         await asyncio.gather(*map(self._drain, alive))
         if dead:
             await asyncio.sleep(LINGER_S)
         await self._last_bytes()
 
-    async def _drain(self, served: Served) -> None:
+    async def _drain(self, served: Served | Painter) -> None:
         """Let answers end; cancel what is left then."""
-        waiting = asyncio.to_thread(served.model.engine.drain, self.service.options.drain_s)
+        waiting = asyncio.to_thread(served.drain, self.service.options.drain_s)
         dead = asyncio.ensure_future(served.dead.wait())
         drained = asyncio.ensure_future(waiting)
         await asyncio.wait({drained, dead}, return_when=asyncio.FIRST_COMPLETED)
