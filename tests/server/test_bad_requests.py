@@ -252,7 +252,7 @@ def test_paths_and_methods(http: httpx.Client) -> None:
     check_error(http.get("/v1/nothing"), 404, "unknown_url")
     check_error(http.get(CHAT), 405, "method_not_allowed")
     check_error(http.get("/v1/models/../../etc/passwd"), 404)
-    check_error(http.post("/v1/images/generations", json={}), 501, "not_supported")
+    check_error(http.post("/v1/images/generations", json={"prompt": "x"}), 400, "wrong_model")
 
 
 @pytest.mark.parametrize(

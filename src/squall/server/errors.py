@@ -25,6 +25,7 @@ _ANTHROPIC = {
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
     503: "overloaded_error",
 }  # fmt: skip
+_OTHERS = ("PictureBody", "EditBody")  # whose numbers are not those of sampling
 TAG = "~"  # marks which member of a union an error is about, which is no part of a field's name
 MOST_MESSAGE = 1000  # characters of what clients are told
 
@@ -116,6 +117,6 @@ def _invalid(error: ValidationError) -> ApiError:
         where += f"[{name}]" if isinstance(part, int) else f".{name}" if where else name
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     message = f"{where}: {first['msg']}" if where else first["msg"]
-    if where in NUMBERS:
+    if where in NUMBERS and error.title not in _OTHERS:
         message = complaint(where, first["input"], NUMBERS[where].allowed)
     return ApiError(400, message, code, param=where or None)

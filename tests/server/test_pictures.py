@@ -1,0 +1,395 @@
+"""Pictures over HTTP: with OpenAI's client, as files that end, cancelled, and beside chats."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from servers import WAIT_S, chat, until
+
+from squall import ImageModel, Model, Picture, PictureRequest
+from squall.errors import InvalidRequest
+from squall.server.options import ServerOptions
+from squall.server.run import Server, listen, make_server
+
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+
+
+@dataclass
+class Brush:
+    """A pipeline that paints one colour, which the seed tells, and waits where it is told to."""
+
+    steps: int = 4
+    guidance: float | None = 4.0
+    max_prompt: int = 32
+    formats: tuple[()] = ()
+    asked: list[PictureRequest] = field(default_factory=list)
+    done: int = 0
+    go: threading.Event = field(default_factory=threading.Event)
+
+    def check(self, request: PictureRequest) -> None:
+        if len(request.prompt.split()) > self.max_prompt:
+            raise InvalidRequest("prompt has 33 tokens; at most 32 are read")
+
+    def paint(self, request: PictureRequest, on_step: Any) -> Picture:
+        self.asked.append(request)
+        if request.prompt == "broken":
+            raise RuntimeError("a secret path")
+        steps = request.steps or self.steps
+        for step in range(-1, steps + 1):
+            on_step(step, steps)
+            self.done = step
+            while request.prompt == "slow" and step and not self.go.wait(0.02):
+                on_step(step, steps)
+        assert request.seed is not None
+        pixels = np.full((request.height, request.width, 3), request.seed % 256, np.uint8)
+        if request.image is not None:
+            pixels[:] = request.image[0, 0]
+        notes = ("CLIP read 77 tokens of 90",) if request.prompt == "long" else ()
+        return Picture(pixels, request.seed, steps, notes)
+
+    def close(self) -> None:
+        self.go.set()
+
+
+@dataclass
+class Running:
+    url: str
+    brush: Brush
+    model: ImageModel
+    server: Server
+
+    def post(self, path: str = GENERATIONS, **body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json={"prompt": "a cat"} | body, timeout=WAIT_S)
+
+
+@contextmanager
+def serving(text: Model | None = None, max_queue: int = 16, **options: Any) -> Iterator[Running]:
+    brush, started = Brush(), threading.Event()
+    painter = ImageModel(brush, path=Path("flux"), max_queue=max_queue)  # type: ignore[arg-type]
+    models = {"flux": painter} if text is None else {"small": text, "flux": painter}
+    server = make_server(models, ServerOptions(**options), started.set)
+    listener = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert started.wait(WAIT_S)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", brush, painter, server)
+    finally:
+        brush.go.set()
+        server.should_exit = True
+        thread.join(WAIT_S)
+        painter.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with serving(keep_alive_s=0.05) as found:
+        yield found
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as found:
+        yield found
+
+
+def opened(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    assert image.format == "PNG"
+    return image
+
+
+def png(colour: tuple[int, int, int] = (9, 8, 7)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 30), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def fails(response: httpx.Response, status: int, word: str) -> None:
+    assert response.status_code == status, response.text
+    assert word in response.json()["error"]["message"]
+
+
+# ---- OpenAI's client ----
+
+
+def test_openai_generates(client: openai.OpenAI) -> None:
+    found = client.images.generate(
+        model="gpt-image-1", prompt="a cat", n=3, size="64x32", response_format="b64_json",
+        extra_body={"seed": 7, "steps": 2},
+    )  # fmt: skip
+    images = [opened(base64.b64decode(one.b64_json or "")) for one in found.data or []]
+    assert [image.size for image in images] == [(64, 32)] * 3
+    assert [image.getpixel((0, 0)) for image in images] == [(n, n, n) for n in (7, 8, 9)]
+    assert abs(found.created - time.time()) < 60
+
+
+def test_openai_gets_urls(client: openai.OpenAI, running: Running) -> None:
+    found = client.images.generate(prompt="a cat", size="auto")
+    (one,) = found.data or []
+    assert one.url is not None
+    assert one.url.startswith(f"{running.url}/images/")
+    response = httpx.get(one.url)
+    assert opened(response.content).size == (1280, 720)
+    assert response.headers["content-type"] == "image/png"
+    assert "max-age=3600" in response.headers["cache-control"]
+    assert httpx.head(one.url).headers["content-length"] == str(len(response.content))
+
+
+def test_openai_edits(client: openai.OpenAI, running: Running) -> None:
+    found = client.images.edit(
+        prompt="a dog", image=io.BytesIO(png()), n=2, size="32x32", response_format="b64_json",
+        extra_body={"strength": "0.4", "seed": "3"},
+    )  # fmt: skip
+    images = [opened(base64.b64decode(one.b64_json or "")) for one in found.data or []]
+    assert [image.getpixel((0, 0)) for image in images] == [(9, 8, 7)] * 2
+    asked = running.brush.asked[-1]
+    assert (asked.strength, asked.seed, asked.prompt) == (0.4, 4, "a dog")
+
+
+def test_edits_in_json(running: Running) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+    for image in (url, [url], base64.b64encode(png()).decode()):
+        response = running.post(EDITS, image=image, size="16x16", response_format="B64Json")
+        (one,) = response.json()["data"]
+        head, _, text = one["b64_json"].partition(",")
+        assert head == "data:image/png;base64"
+        assert opened(base64.b64decode(text)).getpixel((0, 0)) == (9, 8, 7)
+
+
+def test_streams_tell_of_steps(running: Running) -> None:
+    found = events(running.post(n=2, size="16x16", seed=5, stream=True).text)
+    made = [event for event in found if event["type"] == "image_generation.completed"]
+    assert [(event["index"], event["n"], event["seed"]) for event in made] == [(0, 2, 5), (1, 2, 6)]
+    assert all(httpx.get(event["url"]).status_code == 200 for event in made)
+    running.brush.go.clear()
+    with httpx.stream(
+        "POST", running.url + GENERATIONS, timeout=WAIT_S,
+        json={"prompt": "slow", "size": "16x16", "stream": True, "steps": 3},
+    ) as response:  # fmt: skip
+        text = ""
+        for part in response.iter_text():
+            text += part
+            if text.count("progress") and text.count("keep-alive") > 1:
+                running.brush.go.set()
+    steps = [event["step"] for event in events(text) if event["type"].endswith("progress")]
+    assert steps == sorted(steps)
+    assert steps
+
+
+def test_notes_and_defaults(running: Running) -> None:
+    (one,) = running.post(prompt="long", size="16x16").json()["data"]
+    assert one["notes"] == ["CLIP read 77 tokens of 90"]
+    response = running.post(size="16x16", quality="hd", style="vivid", user="me")
+    assert response.status_code == 200
+    assert response.headers["x-squall-ignored"] == "quality, style"
+    asked = running.brush.asked[-1]
+    assert (asked.steps, asked.guidance) == (None, None)
+
+
+def test_models_and_metrics(running: Running) -> None:
+    (card,) = httpx.get(f"{running.url}/v1/models").json()["data"]
+    assert (card["id"], card["object"]) == ("flux", "model")
+    assert httpx.get(f"{running.url}/v1/models/flux").json() == card
+    before = running.model.stats().pictures
+    running.post(size="16x16")
+    text = httpx.get(f"{running.url}/metrics").text
+    assert f'squall_pictures_total{{model="flux"}} {before + 1}.0' in text
+    assert 'squall_picture_seconds_total{model="flux",part="steps"}' in text
+    assert httpx.get(f"{running.url}/health").text == "OK"
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(("body", "word"), [
+    ({"prompt": ""}, "prompt"), ({"prompt": "w " * 40}, "at most 32"), ({"prompt": None}, "prompt"),
+    ({"n": 0}, "n is 0"), ({"n": 9}, "1 to 8"), ({"n": -1}, "n is -1"), ({"n": "2"}, "n: "),
+    ({"size": "512"}, "1024x1024"), ({"size": "-16x16"}, "1024x1024"), ({"size": "17x16"}, "width"),
+    ({"size": "0x16"}, "width"), ({"size": "99999x99999"}, "99999"), ({"size": "16x16 "}, "size"),
+    ({"width": -16}, "width"), ({"height": 20}, "height"), ({"size": "16x16", "width": 16}, "size"),
+    ({"steps": 0}, "steps"), ({"steps": 10**9}, "steps"), ({"seed": -1}, "seed"),
+    ({"seed": 2**70}, "seed"), ({"guidance": -1}, "guidance"), ({"guidance": 1e9}, "guidance"),
+    ({"response_format": "gif"}, "response_format"), ({"output_format": "jpeg"}, "output_format"),
+    ({"background": "transparent"}, "background"), ({"partial_images": 2}, "partial_images"),
+])  # fmt: skip
+def test_bad_requests(running: Running, body: dict[str, Any], word: str) -> None:
+    fails(running.post(**body), 400, word)
+
+
+@pytest.mark.parametrize(("body", "word"), [
+    ({}, "image"), ({"image": "no image"}, "image"), ({"image": []}, "one"),
+    ({"image": [""] * 2}, "one"), ({"image": "file:///etc/passwd"}, "image"),
+    ({"image": "http://127.0.0.1:1/x.png"}, "127.0.0.1"), ({"image": 5}, "image"),
+    ({"image": base64.b64encode(png()).decode(), "mask": "x"}, "mask"),
+    ({"image": base64.b64encode(png()).decode(), "strength": 0}, "strength"),
+    ({"image": base64.b64encode(png()[:40]).decode()}, "damaged"),
+])  # fmt: skip
+def test_bad_edits(running: Running, body: dict[str, Any], word: str) -> None:
+    fails(running.post(EDITS, **body), 400, word)
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"--x", b"--x\r\n\r\n", b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n--x--\r\n",
+    b"\x00" * 999, b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\ncat\r\n--x--\r\n',
+    b'--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n' + b"1" * 99999 + b"\r\n--x--\r\n",
+    b'--x\r\nContent-Disposition: form-data; name="\xff"\r\n\r\n\xff\r\n--x--\r\n',
+    b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n' * 999 + b"--x--\r\n",
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "multipart/form-data"])
+def test_bad_forms(running: Running, data: bytes, kind: str) -> None:
+    headers = {"content-type": kind}
+    response = httpx.post(running.url + EDITS, content=data, headers=headers)
+    assert response.status_code == 400, response.text
+
+
+def test_what_went_wrong_inside_is_not_told(running: Running) -> None:
+    response = running.post(prompt="broken")
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert running.post(size="16x16").status_code == 200
+
+
+def test_chats_are_for_other_models(running: Running) -> None:
+    for name in ("flux", "default", "gpt-5"):
+        response = httpx.post(f"{running.url}/v1/chat/completions", json=chat() | {"model": name})
+        fails(response, 400, "makes pictures")
+
+
+# ---- cancelled, and too many ----
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves(stream: bool) -> None:
+    """Its picture ends at the next step, and what waited leaves the queue."""
+    with serving() as running:
+        body = {"prompt": "slow", "size": "16x16", "n": 3, "stream": stream}
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(running.url + GENERATIONS, json=body, timeout=0.5)
+        until(lambda: not running.model.busy and not running.model.waiting)
+        assert len(running.brush.asked) == 1
+        until(lambda: not running.server.service.active)
+        assert running.post(size="16x16").status_code == 200
+
+
+def test_all_pictures_of_a_request_or_none() -> None:
+    with serving(max_queue=2) as running:
+        first = threading.Thread(target=running.post, kwargs={"prompt": "slow", "size": "16x16"})
+        first.start()
+        until(lambda: running.model.busy)
+        response = running.post(n=3, size="16x16")
+        fails(response, 429, "wait")
+        assert int(response.headers["retry-after"]) >= 1
+        assert running.model.waiting == 0
+        running.brush.go.set()
+        first.join()
+        assert len(running.brush.asked) == 1
+
+
+def test_the_end_of_a_server() -> None:
+    """What is being made is told so, and nothing stays on the disk."""
+    with serving(drain_s=0.2) as running:
+        url = running.post(size="16x16").json()["data"][0]["url"]
+        (folder,) = {running.server.service.album._folder}
+        assert folder is not None
+        assert folder.is_dir()
+        found: list[httpx.Response] = []
+        slow = threading.Thread(target=lambda: found.append(running.post(prompt="slow")))
+        slow.start()
+        until(lambda: running.model.busy)
+        running.server.service.draining = True
+        slow.join(WAIT_S)
+        assert found[0].status_code == 503
+    assert not folder.exists()
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url)
+
+
+# ---- files ----
+
+
+def test_files_end(tmp_path: Path) -> None:
+    with serving(image_folder=tmp_path, image_age_s=0.4) as running:
+        url = running.post(size="16x16").json()["data"][0]["url"]
+        assert httpx.get(url).status_code == 200
+        until(lambda: not list(tmp_path.iterdir()))
+        fails(httpx.get(url), 404, "no longer")
+
+
+def test_files_have_a_limit(tmp_path: Path) -> None:
+    with serving(image_folder=tmp_path, image_bytes=200) as running:
+        urls = [running.post(size="16x16").json()["data"][0]["url"] for _ in range(5)]
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 200
+        assert httpx.get(urls[-1]).status_code == 200
+        assert httpx.get(urls[0]).status_code == 404
+
+
+def test_names_are_all_that_is_served(tmp_path: Path) -> None:
+    (tmp_path / "mine.png").write_bytes(png())
+    with serving(image_folder=tmp_path, api_keys=("key",)) as running:
+        headers = {"authorization": "Bearer key"}
+        response = httpx.post(
+            running.url + GENERATIONS, json={"prompt": "x", "size": "16x16"}, headers=headers
+        )
+        url = response.json()["data"][0]["url"]
+        assert httpx.get(url).status_code == 200  # the name is the key
+        names = ("mine.png", "../mine.png", "%2e%2e%2fmine.png", "", ".", "a" * 5000)
+        for name in names:
+            status = httpx.get(f"{running.url}/images/{name}").status_code
+            assert status in (401, 404), name
+        assert running.post().status_code == 401
+    assert (tmp_path / "mine.png").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---- beside a model of text ----
+
+
+def test_a_chat_and_a_picture(model: Model) -> None:
+    with serving(model) as running:
+        slow = threading.Thread(target=running.post, kwargs={"prompt": "slow", "size": "16x16"})
+        slow.start()
+        until(lambda: running.model.busy)
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0)
+        for name in ("small", "default"):
+            answer = client.chat.completions.create(
+                model=name, messages=[{"role": "user", "content": "Hi!"}], max_tokens=4
+            )
+            assert answer.choices[0].finish_reason == "length"
+        assert running.model.busy
+        assert [card.id for card in client.models.list().data] == ["small", "flux"]
+        fails(running.post(model="small"), 400, "answers in text")
+        response = httpx.post(f"{running.url}/v1/chat/completions", json=chat() | {"model": "flux"})
+        fails(response, 400, "makes pictures")
+        text = httpx.get(f"{running.url}/metrics").text
+        assert 'squall_pictures_running{model="flux"} 1.0' in text
+        assert 'squall_answers_total{end="finished",model="small"}' in text
+        running.brush.go.set()
+        slow.join()
+
+
+def test_a_server_of_text_makes_no_pictures(http: httpx.Client) -> None:
+    response = http.post(GENERATIONS, json={"prompt": "a cat"})
+    fails(response, 400, "--image-model")
