@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         ChatCompletionResponse,
         CompletionChunkResponse,
         CompletionResponse,
+        ImageGenerationResponse,
     )
     from squall.api.runner import AsyncRunner, Runner
     from squall.api.tool_choice import ToolChoice
@@ -64,7 +65,8 @@ __all__ = [
     "ChatCompletionChunkResponse", "ChatCompletionRequest", "ChatCompletionResponse",
     "CompletionChunkResponse", "CompletionRequest", "CompletionResponse", "ContextLengthExceeded",
     "DiffusionArchitecture", "EngineConfig", "EngineStopped", "Generation", "Grammar",
-    "ImageGenerationResponseFormat", "ImageModel", "InvalidCheckpoint", "InvalidRequest",
+    "ImageGenerationResponse", "ImageGenerationResponseFormat", "ImageModel", "InvalidCheckpoint",
+    "InvalidRequest",
     "IsqOrganization", "KvSize", "Message", "Model", "ModelDType", "ModelNotFound", "Opening",
     "OutOfMemory", "Picture", "PictureRequest", "Piece", "QueueFull", "Runner", "SamplingFailed",
     "SquallError", "TemplateError", "ToolChoice", "UnknownAdapter", "UnsupportedModel", "Usage",
@@ -76,7 +78,7 @@ _MODULES = {
     "squall.api.anymoe": "AnyMoeConfig AnyMoeExpertType",
     "squall.api.requests": "ChatCompletionRequest CompletionRequest",
     "squall.api.responses": "ChatCompletionChunkResponse ChatCompletionResponse "
-    "CompletionChunkResponse CompletionResponse",
+    "CompletionChunkResponse CompletionResponse ImageGenerationResponse",
     "squall.api.runner": "AsyncRunner Runner",
     "squall.api.tool_choice": "ToolChoice",
     "squall.api.which": "Architecture DiffusionArchitecture "

@@ -186,18 +186,6 @@ def test_arguments_not_there_yet(model: Model, argument: dict[str, Any]) -> None
         Runner(model, **argument)
 
 
-@pytest.mark.parametrize(
-    "which",
-    [
-        Which.DiffusionPlain("a", squall.DiffusionArchitecture.Flux),
-    ],
-    ids=lambda which: type(which).__name__,
-)
-def test_kinds_not_there_yet(which: Any) -> None:
-    with pytest.raises(squall.UnsupportedModel, match=rf"Which\.{type(which).__name__} "):
-        Runner(which)
-
-
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "a-00001-of-00002.gguf").touch()
@@ -298,7 +286,7 @@ def test_selections_are_arguments_of_open() -> None:
 
 
 def test_what_the_model_cannot_do(runner: Runner) -> None:
-    with pytest.raises(squall.UnsupportedModel):
+    with pytest.raises(InvalidRequest, match="makes no pictures"):
         runner.generate_image("a cat", squall.ImageGenerationResponseFormat.Url)
     with pytest.raises(squall.UnknownAdapter, match="no adapter 'a'; there are none"):
         runner.activate_adapters(["a"])

@@ -239,3 +239,24 @@ class CompletionResponse(_Whole[CompletionChoice]):
 @dataclass(frozen=True, slots=True)
 class CompletionChunkResponse(_Chunk[CompletionChoice]):
     object: str = "text_completion"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageChoice(Shape):
+    """A picture: where its file is, or a data: URI with it."""
+
+    url: str | None
+    b64_json: str | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGenerationResponse(Shape):
+    """Pictures; `choices` are the same as `data`."""
+
+    created: int
+    data: tuple[ImageChoice, ...]
+
+    @property
+    def choices(self) -> tuple[ImageChoice, ...]:
+        return self.data

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import os
+import time
+import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any
 
 from squall.api import responses
 from squall.api.jobs import Asked, ChatJob, CompletionJob, start_chat, start_completion
@@ -13,16 +19,18 @@ from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.api.which import ImageGenerationResponseFormat, Selection, Which
 from squall.checkpoints.hub import Hub
 from squall.closing import Closing
+from squall.diffusion.model import ImageModel
+from squall.diffusion.request import PictureRequest
 from squall.engine.engine import EngineConfig
 from squall.engine.memory import KvSize
-from squall.errors import InvalidRequest, UnsupportedModel
+from squall.errors import InvalidRequest
 from squall.model import Model
 from squall.opening import Opening
 
 if TYPE_CHECKING:
     from squall.adapters.anymoe import AnyMoe
 
-_OF_FLOATS = (Which.Plain, Which.Lora, Which.XLora, Which.VisionPlain)
+_OF_FLOATS = (Which.Plain, Which.Lora, Which.XLora, Which.VisionPlain, Which.DiffusionPlain)
 
 
 class _Runner:
@@ -48,13 +56,16 @@ class _Runner:
 
     anymoe_config: experts made of other models (docs/anymoe.md).
 
+    image_folder: where the pictures lie that `generate_image` gives as paths; by default a new
+    folder of the system's temporary ones.
+
     no_paged_attn is accepted and changes nothing. Arguments whose feature is not there yet raise
     InvalidRequest.
     """
 
     def __init__(  # noqa: PLR0913
         self,
-        which: Selection | Model | None = None,
+        which: Selection | Model | ImageModel | None = None,
         max_seqs: int = 16,
         no_kv_cache: bool = False,
         prefix_cache_n: int = 16,
@@ -75,6 +86,7 @@ class _Runner:
         *,
         context: int | None = None,
         threads: int | None = None,
+        image_folder: str | os.PathLike[str] | None = None,
     ) -> None:
         if num_device_layers is not None and isinstance(which, Model):
             raise InvalidRequest("num_device_layers: the model is open already; give a Which")
@@ -106,9 +118,16 @@ class _Runner:
             draft_tokens=speculative_gamma,
             chat_template=chat_template,
         )
-        self._seed = seed
-        self._owns = not isinstance(which, Model)
-        self.model = _model(which, others)
+        self._seed, self._image_folder = seed, image_folder
+        self._owns = not isinstance(which, Model | ImageModel)
+        self._opened = _opened(which, others)
+
+    @property
+    def model(self) -> Model:
+        """The model of text. Raises InvalidRequest for one that makes pictures."""
+        if isinstance(self._opened, ImageModel):
+            raise InvalidRequest("this model makes pictures: generate_image; it answers nothing")
+        return self._opened
 
     def tokenize_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; add_special_tokens: after the BOS token, if the model has one."""
@@ -118,16 +137,6 @@ class _Runner:
         """The text of token ids."""
         return self.model.decode(tokens, skip_specials=skip_special_tokens)
 
-    def generate_image(
-        self,
-        prompt: str,  # noqa: ARG002
-        response_format: ImageGenerationResponseFormat,  # noqa: ARG002
-        height: int = 720,  # noqa: ARG002
-        width: int = 1280,  # noqa: ARG002
-    ) -> NoReturn:
-        """Not there yet."""
-        raise UnsupportedModel("images need a diffusion model; none is supported yet")
-
     def activate_adapters(self, adapter_names: Sequence[str]) -> None:
         """Adapters for requests that name none; raises UnknownAdapter."""
         self.model.adapters.activate(adapter_names)
@@ -135,7 +144,27 @@ class _Runner:
     def close(self) -> None:
         """End all answers, and free the model; one that was given stays open."""
         if self._owns:
-            self.model.close()
+            self._opened.close()
+
+    def _picture(
+        self, prompt: str, format: ImageGenerationResponseFormat, height: int, width: int
+    ) -> responses.ImageGenerationResponse:
+        if not isinstance(self._opened, ImageModel):
+            raise InvalidRequest("this model makes no pictures; open one by Which.DiffusionPlain")
+        if not isinstance(format, ImageGenerationResponseFormat):
+            raise InvalidRequest(f"response_format is {format!r:.99}; it must be Url or B64Json")
+        request = PictureRequest(prompt=prompt, width=width, height=height, seed=self._seed)
+        picture = self._opened.submit(request).result()
+        url = encoded = None
+        if format is ImageGenerationResponseFormat.Url:
+            folder = self._image_folder = Path(self._image_folder or mkdtemp(prefix="squall-"))
+            folder.mkdir(parents=True, exist_ok=True)
+            url = str(folder / f"image-generation-{uuid.uuid4()}.png")
+            picture.save(url)
+        else:
+            encoded = f"data:image/png;base64,{base64.b64encode(picture.png()).decode()}"
+        choice = responses.ImageChoice(url, encoded, picture.seed)
+        return responses.ImageGenerationResponse(int(time.time()), (choice,))
 
     def _chat(self, request: ChatCompletionRequest) -> ChatJob:
         return start_chat(self.model, self._seeded(request))
@@ -147,10 +176,16 @@ class _Runner:
         return replace(request, seed=self._seed) if request.seed is None else request
 
 
-def _model(which: Selection | Model | None, others: Opening) -> Model:
+def _opened(which: Selection | Model | ImageModel | None, others: Opening) -> Model | ImageModel:
     """One that is open, or is opened now."""
-    if isinstance(which, Model):
-        if others.chat_template is not None:
+    if isinstance(which, Which.DiffusionPlain):
+        for name in ("chat_template", "device_layers", "anymoe", "draft"):
+            if getattr(others, name) is not None:
+                raise InvalidRequest(f"{name} is for models of text; leave it out")
+        own = Opening(threads=others.threads, isq=others.isq, hub=others.hub)
+        return ImageModel.open_with(which.opening(own))
+    if isinstance(which, Model | ImageModel):
+        if others.chat_template is not None and isinstance(which, Model):
             which.set_chat_template(others.chat_template)
         return which
     if which is not None and not isinstance(which, Selection):
@@ -168,6 +203,16 @@ class Runner(_Runner, Closing):
     def send_re_isq(self, dtype: str) -> None:
         """Quantize the weights again; answers that are under way go on with the new ones."""
         self.model.re_isq(dtype)
+
+    def generate_image(
+        self,
+        prompt: str,
+        response_format: ImageGenerationResponseFormat,
+        height: int = 720,
+        width: int = 1280,
+    ) -> responses.ImageGenerationResponse:
+        """A picture, by a model that makes some: as a file's path, or as base64."""
+        return self._picture(prompt, response_format, height, width)
 
     def send_chat_completion_request(
         self, request: ChatCompletionRequest
@@ -202,6 +247,16 @@ class AsyncRunner(_Runner):
     async def send_re_isq(self, dtype: str) -> None:
         """Quantize the weights again; answers that are under way go on with the new ones."""
         await asyncio.to_thread(self.model.re_isq, dtype)
+
+    async def generate_image(
+        self,
+        prompt: str,
+        response_format: ImageGenerationResponseFormat,
+        height: int = 720,
+        width: int = 1280,
+    ) -> responses.ImageGenerationResponse:
+        """A picture, by a model that makes some: as a file's path, or as base64."""
+        return await asyncio.to_thread(self._picture, prompt, response_format, height, width)
 
     async def send_chat_completion_request(
         self, request: ChatCompletionRequest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from enum import Enum
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, cast
 
 from squall.adapters.ordering import Ordering
 from squall.checkpoints.hub import is_id
-from squall.errors import InvalidRequest, ModelNotFound, UnsupportedModel
+from squall.errors import InvalidRequest, ModelNotFound
 from squall.opening import DEFAULTS, Opening
 from squall.quant.isq import Dtype
 
@@ -28,16 +29,12 @@ ImageGenerationResponseFormat = Enum("ImageGenerationResponseFormat", "Url B64Js
 
 
 @dataclass(frozen=True)
-class Selection:
-    """A kind of model; some kinds are not there yet."""
+class Selection(ABC):
+    """A kind of model."""
 
-    def opening(self, others: Opening = DEFAULTS) -> Opening:  # noqa: ARG002
-        """How to open it, with `others` where it says nothing.
-
-        Raises UnsupportedModel for a kind that is not there yet.
-        """
-        name = type(self).__name__
-        raise UnsupportedModel(f"Which.{name} is not supported yet; models of text are")
+    @abstractmethod
+    def opening(self, others: Opening = DEFAULTS) -> Opening:
+        """How to open it, with `others` where it says nothing."""
 
 
 # Fields of kinds that are numbers, with the least, and those that are one of several.
