@@ -234,7 +234,7 @@ def test_a_thread_that_does_not_start_leaves_nothing_behind(model, painter, monk
 def test_it_closes_though_its_thread_has_not_begun(painter, monkeypatch):
     model, begun = ImageModel(painter, path=Path("x")), []
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", begun.append)
+        patch.setattr(threading.Thread, "start", lambda thread: begun.append(thread))
         paintings = [model.submit(asked(name)) for name in "ab"]
     model.close()
     for thread in begun:
@@ -248,7 +248,7 @@ def test_it_closes_though_its_thread_has_not_begun(painter, monkeypatch):
 def test_two_threads_that_begin_make_each_picture_once(model, painter, monkeypatch):
     begun = []
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", begun.append)
+        patch.setattr(threading.Thread, "start", lambda thread: begun.append(thread))
         paintings = [model.submit(asked(name)) for name in "abc"]
     assert not model.drain(0)
     for thread in begun:
