@@ -215,3 +215,45 @@ def test_the_public_names():
     assert squall.ImageModel is ImageModel
     assert squall.Picture is Picture
     assert squall.PictureRequest is PictureRequest
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("can't start new thread")])
+def test_a_thread_that_does_not_start_leaves_nothing_behind(model, painter, monkeypatch, error):
+    def start(_: threading.Thread) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(type(error)):
+            model.submit(asked("lost"))
+    assert model.waiting == 0
+    assert model.submit(asked("next")).result(WAIT_S).steps == 3
+    assert painter.made == ["next"]
+
+
+def test_it_closes_though_its_thread_has_not_begun(painter, monkeypatch):
+    model, begun = ImageModel(painter, path=Path("x")), []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: begun.append(thread))
+        paintings = [model.submit(asked(name)) for name in "ab"]
+    model.close()
+    for thread in begun:
+        thread.start()
+    for thread in begun:
+        thread.join(WAIT_S)
+    assert all(painting.future.cancelled() for painting in paintings)
+    assert (painter.made, painter.closed) == ([], 1)
+
+
+def test_two_threads_that_begin_make_each_picture_once(model, painter, monkeypatch):
+    begun = []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: begun.append(thread))
+        paintings = [model.submit(asked(name)) for name in "abc"]
+    assert not model.drain(0)
+    for thread in begun:
+        thread.start()
+    for painting in paintings:
+        painting.result(WAIT_S)
+    assert sorted(painter.made) == ["a", "b", "c"]
+    assert model.drain(WAIT_S)

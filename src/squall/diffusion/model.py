@@ -155,10 +155,13 @@ class ImageModel(Closing):
                     retry_after_s=max(seconds, 1),
                 )
             self._queue.append(painting)
-            if self._thread is None:
-                self._moved_s = time.monotonic()
-                self._thread = threading.Thread(target=self._run, name="squall-paint", daemon=True)
-                self._thread.start()
+            try:
+                if self._thread is None:
+                    self._moved_s = time.monotonic()
+                    threading.Thread(target=self._run, name="squall-paint", daemon=True).start()
+            except BaseException:  # no thread can be had, or it was interrupted
+                painting.cancel()
+                raise
         return painting
 
     def generate(
@@ -190,7 +193,7 @@ class ImageModel(Closing):
         """Take no more pictures, and wait for those there are; whether all ended in time."""
         with self._lock:
             self._draining = True
-            return self._lock.wait_for(lambda: self._thread is None, timeout_s)
+            return self._lock.wait_for(lambda: not (self._thread or self._queue), timeout_s)
 
     def close(self) -> None:
         """Cancel what is left, and free the model after the step it is in."""
@@ -232,6 +235,10 @@ class ImageModel(Closing):
     # ---- the thread ----
 
     def _run(self) -> None:
+        with self._lock:
+            if self._thread is not None:
+                return  # another was faster
+            self._thread = threading.current_thread()
         while (painting := self._next()) is not None:
             future = painting.future
             try:
@@ -250,7 +257,8 @@ class ImageModel(Closing):
 
     def _next(self) -> Painting | None:
         with self._lock:
-            self._current = self._queue.popleft() if self._queue else None
+            to_do = self._queue and not self._closed
+            self._current = self._queue.popleft() if to_do else None
             if self._current is None:
                 self._thread = None
                 self._lock.notify_all()
