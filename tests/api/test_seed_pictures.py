@@ -93,7 +93,9 @@ def test_python_awaited(painter: ImageModel, tmp_path: Path) -> None:
 def test_what_is_not_for_pictures(painter: ImageModel) -> None:
     runner = Runner(painter)
     for ask in (
-        lambda: runner.send_chat_completion_request(ChatCompletionRequest(messages="Hi!", model="")),
+        lambda: runner.send_chat_completion_request(
+            ChatCompletionRequest(messages="Hi!", model="")
+        ),
         lambda: runner.tokenize_text("Hi!"),
         lambda: runner.send_re_isq("Q4K"),
     ):
