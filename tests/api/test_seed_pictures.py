@@ -93,9 +93,7 @@ def test_python_awaited(painter: ImageModel, tmp_path: Path) -> None:
 def test_what_is_not_for_pictures(painter: ImageModel, tmp_path: Path) -> None:
     runner, chat = Runner(painter), ChatCompletionRequest(messages="Hi!", model="")
     for ask in (
-        lambda: runner.send_chat_completion_request(
-            ChatCompletionRequest(messages="Hi!", model="")
-        ),
+        lambda: runner.send_chat_completion_request(chat),
         lambda: runner.tokenize_text("Hi!"),
         lambda: runner.send_re_isq("Q4K"),
     ):
@@ -104,9 +102,9 @@ def test_what_is_not_for_pictures(painter: ImageModel, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="response_format"):
         runner.generate_image(PROMPT, "Url", **SIZE)  # type: ignore[arg-type]
     (tmp_path / "file").touch()
+    runner, url = Runner(painter, image_folder=tmp_path / "file"), ImageGenerationResponseFormat.Url
     with pytest.raises(InvalidRequest, match="image_folder"):
-        url = ImageGenerationResponseFormat.Url
-        Runner(painter, image_folder=tmp_path / "file").generate_image(PROMPT, url, **SIZE)
+        runner.generate_image(PROMPT, url, **SIZE)
     with pytest.raises(InvalidRequest, match="chat_template"):
         Runner(Which.DiffusionPlain(MODEL, DiffusionArchitecture.Flux), chat_template="x")
 
