@@ -39,14 +39,14 @@ class Brush:
 
     def paint(self, request: PictureRequest, on_step: Any) -> Picture:
         self.asked.append(request)
-        if request.prompt == "broken":
-            raise RuntimeError("a secret path")
         steps = request.steps or self.steps
         for step in range(-1, steps + 1):
             on_step(step, steps)
             self.done = step
-            while request.prompt == "slow" and step and not self.go.wait(0.02):
+            while request.prompt.startswith("slow") and step and not self.go.wait(0.02):
                 on_step(step, steps)
+        if "broken" in request.prompt:
+            raise RuntimeError("a secret path")
         assert request.seed is not None
         pixels = np.full((request.height, request.width, 3), request.seed % 256, np.uint8)
         if request.image is not None:

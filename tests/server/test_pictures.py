@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import threading
@@ -19,6 +20,7 @@ from PIL import Image
 from servers import WAIT_S, chat, until
 
 from squall import Model
+from squall.errors import EngineStopped
 
 EDITS = "/v1/images/edits"
 
@@ -160,6 +162,7 @@ def test_models_and_metrics(running: Running) -> None:
     ({"steps": 0}, "steps"), ({"steps": 10**9}, "steps"), ({"seed": -1}, "seed"),
     ({"seed": 2**70}, "seed"), ({"guidance": -1}, "guidance"), ({"guidance": 1e9}, "guidance"),
     ({"response_format": "gif"}, "response_format"), ({"output_format": "jpeg"}, "output_format"),
+    ({"prompt": "w" * 32_001}, "32001 characters"),
     ({"background": "transparent"}, "background"), ({"partial_images": 2}, "partial_images"),
 ])  # fmt: skip
 def test_bad_requests(running: Running, body: dict[str, Any], word: str) -> None:
@@ -178,6 +181,51 @@ def test_bad_edits(running: Running, body: dict[str, Any], word: str) -> None:
     fails(running.post(EDITS, **body), 400, word)
 
 
+def part(name: str, data: bytes, more: bytes = b"") -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="' + name.encode() + b'"'
+    return head + more + b"\r\n\r\n" + data + b"\r\n"
+
+
+CAT, FILE = part("prompt", b"cat"), b'; filename="a"'
+
+
+@pytest.mark.parametrize(("parts", "word"), [
+    (part("image", png(), FILE) + part("image", png(), FILE), "2 images"),
+    (part("image[]", png(), FILE) * 2, "2 images"),
+    # What was joined byte by byte, or once for each part, took minutes and gigabytes.
+    (part("image", b"1" * 4_000_000, FILE) + part("image[]", b"1", FILE), "2 images"),
+    (part("image[]", b"", FILE) * 50_000, "64 parts"),
+    (part("user", b"") * 50_000, "64 parts"),
+    (part("user", b"1" * 99_999), "65536 bytes"),
+    (part("prompt", b"dog") + part("image", png(), FILE), "prompt"),
+])  # fmt: skip
+def test_forms_are_bounded(running: Running, parts: bytes, word: str) -> None:
+    headers, since = {"content-type": "Multipart/Form-Data; boundary=x"}, time.monotonic()
+    response = httpx.post(running.url + EDITS, content=CAT + parts + b"--x--\r\n", headers=headers)
+    fails(response, 400, word)
+    assert time.monotonic() - since < 3
+
+
+def test_an_image_takes_no_more_than_its_picture() -> None:
+    """However large it comes; and what was sent counts until the request is over."""
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 3000), (9, 8, 7)).save(file, "PNG")
+    form = {"data": {"prompt": "slow", "size": "32x16"}, "files": {"image": file.getvalue()}}
+    with serving() as running:
+        ask = threading.Thread(
+            target=lambda: httpx.post(running.url + EDITS, timeout=WAIT_S, **form)
+        )
+        ask.start()
+        until(lambda: running.brush.asked)
+        image = running.brush.asked[0].image
+        assert image is not None
+        assert image.shape == (16, 32, 3)
+        assert running.server.service.bodies._held == len(file.getvalue())
+        running.brush.go.set()
+        ask.join()
+        until(lambda: not running.server.service.bodies._held)
+
+
 @pytest.mark.parametrize("data", [
     b"", b"--x", b"--x\r\n\r\n", b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n--x--\r\n",
     b"\x00" * 999, b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\ncat\r\n--x--\r\n',
@@ -190,6 +238,21 @@ def test_bad_forms(running: Running, data: bytes, kind: str) -> None:
     headers = {"content-type": kind}
     response = httpx.post(running.url + EDITS, content=data, headers=headers)
     assert response.status_code == 400, response.text
+
+
+def test_what_goes_wrong_in_a_stream(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told once, however often the stream had looked."""
+    monkeypatch.setattr("squall.server.pictures.POLL_S", 0.01)
+    running.brush.go.clear()
+    threading.Timer(0.3, running.brush.go.set).start()
+    text = running.post(prompt="slow and broken", size="16x16", stream=True).text
+    assert '"code": "internal_error"' in text
+    until(lambda: not running.server.service.active)
+    caplog.clear()  # it holds the error, which holds all else
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_what_went_wrong_inside_is_not_told(running: Running) -> None:
@@ -271,6 +334,30 @@ def test_files_have_a_limit(tmp_path: Path) -> None:
         assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 200
         assert httpx.get(urls[-1]).status_code == 200
         assert httpx.get(urls[0]).status_code == 404
+
+
+def test_files_that_cannot_be_written_or_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _data: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with serving(image_folder=tmp_path / "new") as running:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            assert running.post(size="16x16").status_code == 500
+        assert not list((tmp_path / "new").iterdir())
+        url = running.post(size="16x16").json()["data"][0]["url"]
+        (file,) = (tmp_path / "new").iterdir()
+        file.unlink()
+        fails(httpx.get(url), 404, "no longer")
+        album = running.server.service.album
+    with pytest.raises(EngineStopped):
+        album.keep(b"late")
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidRequest, match="no folder"):
+        ServerOptions(image_folder=tmp_path / "file")
 
 
 def test_names_are_all_that_is_served(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from squall import executors
 from squall.checkpoints import Checkpoint
@@ -20,7 +20,7 @@ from squall.diffusion import encoders, noise, transformer, vae
 from squall.diffusion.files import find, open_part
 from squall.diffusion.parts import Network, Room
 from squall.diffusion.prompts import ClipTokens, T5Tokens
-from squall.diffusion.request import MULTIPLE, Picture, PictureRequest, Pixels
+from squall.diffusion.request import MULTIPLE, Picture, PictureRequest, Pixels, fitted
 from squall.diffusion.schedule import Schedule, first_step, sinusoid
 from squall.errors import InvalidCheckpoint, InvalidRequest, OutOfMemory, UnsupportedModel
 from squall.executors import Placement, ThreadPool, devices
@@ -244,9 +244,9 @@ class FluxPipeline:
     def _encode(self, request: PictureRequest, image: Pixels, tell: Callable[[], None]) -> Floats:
         """A picture as packed latents: as large as needed, and its middle."""
         tell()
-        size, spec = (request.width, request.height), self._specs.vae
-        fitted = ImageOps.fit(Image.fromarray(image), size, Image.Resampling.LANCZOS)
-        pixels = np.asarray(fitted, np.float32).reshape(-1, 3) / np.float32(127.5) - 1
+        spec = self._specs.vae
+        shown = fitted(Image.fromarray(image), request.width, request.height)
+        pixels = shown.astype(np.float32).reshape(-1, 3) / np.float32(127.5) - 1
         lines, columns = self._size(request)
         inputs = {vae.PIXELS: pixels, **vae.encoder_inputs(spec, lines, columns)}
         means = self._encoder.run(inputs, tell)[:, : spec.latent]

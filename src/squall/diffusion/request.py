@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall.errors import InvalidRequest
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Pixels = NDArray[np.uint8]
 MULTIPLE = 16  # of pixels, in height and width
 MOST_PIXELS = 2048 * 2048
 MOST_STEPS = 200
 MOST_GUIDANCE = 100.0
+MOST_PROMPT = 32_000  # characters, far more than models read: tokenizing them takes time
 # (least, most) of whole numbers.
 _BOUNDS = {"steps": (1, MOST_STEPS), "seed": (0, 2**64 - 1)}
 
@@ -41,8 +46,7 @@ class PictureRequest:
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for what is out of range."""
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise InvalidRequest("the prompt is empty; say what the picture is to show")
+        _check_prompt(self.prompt)
         for name in ("width", "height"):
             value = getattr(self, name)
             if not _whole(value) or value < MULTIPLE or value % MULTIPLE:
@@ -63,6 +67,23 @@ class PictureRequest:
                 raise InvalidRequest(f"{name} is {value!r}; it must be 0 to {high:g}")
         if self.strength == 0:
             raise InvalidRequest("strength is 0; it must be above that: nothing would be made")
+
+
+def fitted(image: Image, width: int, height: int) -> Pixels:
+    """A picture's middle, as large as needed."""
+    from PIL import ImageOps
+    from PIL.Image import Resampling
+
+    return np.asarray(ImageOps.fit(image, (width, height), Resampling.LANCZOS))
+
+
+def _check_prompt(prompt: object) -> None:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InvalidRequest("the prompt is empty; say what the picture is to show")
+    if len(prompt) > MOST_PROMPT:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} characters, and at most {MOST_PROMPT} are read"
+        )
 
 
 def _whole(value: object) -> bool:

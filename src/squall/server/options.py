@@ -79,6 +79,9 @@ class ServerOptions:
         for key in self.api_keys:
             if not (key.isascii() and key.isprintable() and key.strip() == key and key):
                 raise InvalidRequest("an API key must be printable ASCII, and not empty")
+        folder = self.image_folder
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise InvalidRequest(f"--image-folder: {str(folder)!r} is no folder")
         for folder in self.adapter_folders:
             if not folder.is_dir():
                 raise InvalidRequest(f"--adapter-folder: there is no folder {str(folder)!r}")

@@ -12,16 +12,16 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import ConfigDict
 
 from squall.diffusion.model import ImageModel, Painting
-from squall.diffusion.request import Picture, PictureRequest
-from squall.errors import EngineStopped, InvalidRequest, SquallError
+from squall.diffusion.request import Picture, PictureRequest, fitted
+from squall.errors import EngineStopped, InvalidRequest
 from squall.server.dialect import Dialect
 from squall.server.errors import ApiError
 from squall.server.options import ServerOptions
@@ -36,7 +36,7 @@ POLL_S = 0.2  # how often streams look how far a picture is
 FOLDER = "/images/"  # where they lie, under names that are secrets, which clients hand on
 PROGRESS, COMPLETED = "image_generation.progress", "image_generation.completed"
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-_FIELD_BYTES, _MOST_FIELDS = 64 * 1024, 64
+_FIELD_BYTES, _MOST_PARTS = 64 * 1024, 64
 _FIELDS = ("width", "height", "steps", "guidance", "seed")
 # As OpenAI has it, and as mistral.rs does.
 Format = Literal["url", "b64_json", "Url", "B64Json"]
@@ -83,16 +83,20 @@ class EditBody(PictureBody, frozen=True):
     mask: object = None
     strength: float | None = None
 
+    @property
+    def images(self) -> list[str | bytes]:
+        return self.image if isinstance(self.image, list) else [self.image]
+
     def request(self, media: Media) -> PictureRequest:
-        """See `PictureBody`; reads the image."""
-        images = self.image if isinstance(self.image, list) else [self.image]
+        """See `PictureBody`; reads the image, and keeps no more of it than is needed."""
         if self.mask is not None:
             raise InvalidRequest("mask is not supported; the whole picture is made anew")
-        if len(images) != 1:
-            raise InvalidRequest(f"image has {len(images)} images; it must be one")
+        if len(self.images) != 1:
+            raise InvalidRequest(f"image has {len(self.images)} images; it must be one")
         request = super().request(media)
         strength = request.strength if self.strength is None else self.strength
-        return replace(request, image=np.asarray(read(images[0], media)), strength=strength)
+        image = fitted(read(self.images[0], media), request.width, request.height)
+        return replace(request, image=image, strength=strength)
 
 
 def parse_form(kind: str, data: bytes) -> EditBody:
@@ -100,28 +104,33 @@ def parse_form(kind: str, data: bytes) -> EditBody:
     from python_multipart.exceptions import FormParserError
     from python_multipart.multipart import create_form_parser
 
-    found: dict[str, Any] = {}
+    found: dict[str, list[str | bytes]] = {}
 
-    def add(name: bytes | None, value: Any) -> None:
-        key = (name or b"").decode(errors="replace")
-        several, key = key.endswith("[]"), key.removesuffix("[]")
-        found[key] = [*found.get(key, []), value] if several else value
+    def add(name: bytes | None, value: str | bytes) -> None:
+        if sum(map(len, found.values())) == _MOST_PARTS:
+            raise ValueError(f"it has more than {_MOST_PARTS} parts")
+        key = (name or b"").decode(errors="replace").removesuffix("[]")
+        found.setdefault(key, []).append(value)
 
     try:
         parser = create_form_parser(
             {"Content-Type": kind.encode("latin-1")},
-            lambda field: add(field.field_name, (field.value or b"").decode()),
+            lambda field: add(field.field_name, _text(field.value or b"")),
             lambda file: add(file.field_name, _read_file(file.file_object)),
-            {
-                "MAX_MEMORY_FILE_SIZE": len(data) + 1, "MAX_FIELDS": _MOST_FIELDS,
-                "MAX_FIELD_SIZE": _FIELD_BYTES,
-            },
-        )  # fmt: skip
+            config={"MAX_MEMORY_FILE_SIZE": len(data) + 1},
+        )
         parser.write(data)
         parser.finalize()
     except (FormParserError, ValueError) as error:
         raise ApiError(400, f"the body is no form: {error}", "invalid_form") from None
-    return EditBody.model_validate(found, strict=False)
+    fields = {key: one[0] if len(one) == 1 else one for key, one in found.items()}
+    return EditBody.model_validate(fields, strict=False)
+
+
+def _text(value: bytes) -> str:
+    if len(value) > _FIELD_BYTES:
+        raise ValueError(f"a field has more than {_FIELD_BYTES} bytes, and is no file")
+    return value.decode()
 
 
 def _read_file(file: Any) -> bytes:
@@ -138,18 +147,19 @@ class PicturesJob:
     usage: None = None
 
     async def data(self) -> list[dict[str, Any]]:
-        return [await self.tell(await _painted(painting)) for painting in self.paintings]
+        return [await self.tell(await _painted(one)) for one in map(_ending, self.paintings)]
 
     async def chunks_async(self) -> AsyncIterator[dict[str, Any]]:
         """Events: how far each is whenever a step is done, and in the end the picture."""
         for index, painting in enumerate(self.paintings):
             of, step = {"index": index, "n": len(self.paintings)}, -1
-            while not painting.future.done():
+            ended = _ending(painting)
+            while not ended.done():
                 if painting.step > step:
                     step = painting.step
                     yield {"type": PROGRESS, **of, "step": step, "steps": painting.steps}
-                await asyncio.wait([asyncio.wrap_future(painting.future)], timeout=POLL_S)
-            yield {"type": COMPLETED, **of, **await self.tell(await _painted(painting))}
+                await asyncio.wait([ended], timeout=POLL_S)
+            yield {"type": COMPLETED, **of, **await self.tell(await _painted(ended))}
 
     def close(self) -> None:
         """Cancel what is not made yet."""
@@ -157,8 +167,11 @@ class PicturesJob:
             painting.cancel()
 
 
-async def _painted(painting: Painting) -> Picture:
-    waiting = asyncio.wrap_future(painting.future)
+def _ending(painting: Painting) -> asyncio.Future[Picture]:
+    return asyncio.wrap_future(painting.future)
+
+
+async def _painted(waiting: asyncio.Future[Picture]) -> Picture:
     await asyncio.wait([waiting])
     if waiting.cancelled():
         raise EngineStopped("the picture was cancelled")
@@ -181,7 +194,7 @@ class Pictures(Dialect):
             for number in range(self.body.n):
                 one = replace(request, seed=(seed + number) % 2**64)
                 job.paintings.append(model.submit(one))
-        except SquallError:
+        except BaseException:
             job.close()
             raise
         return job
@@ -211,6 +224,7 @@ class Album:
 
     options: ServerOptions
     _folder: Path | None = None
+    _closed: bool = False
     _kept: dict[str, tuple[float, int]] = field(default_factory=dict)  # when it ends, bytes
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -218,14 +232,20 @@ class Album:
         """The name of a new file."""
         name = f"{secrets.token_urlsafe(24)}.png"
         with self._lock:
+            if self._closed:
+                raise EngineStopped("the server has ended")
             if self._folder is None:
                 given = self.options.image_folder
                 self._folder = given or Path(tempfile.mkdtemp(prefix="squall-images-"))
                 self._folder.mkdir(parents=True, exist_ok=True)
             while self._kept and self._bytes() + len(png) > self.options.image_bytes:
                 self._remove(next(iter(self._kept)))
-            (self._folder / name).write_bytes(png)
             self._kept[name] = (time.monotonic() + self.options.image_age_s, len(png))
+            try:
+                (self._folder / name).write_bytes(png)
+            except OSError:
+                self._remove(name)  # what was written of it
+                raise
         return name
 
     def find(self, name: str) -> bytes:
@@ -233,7 +253,8 @@ class Album:
         self.tidy()
         with self._lock:
             if name in self._kept and self._folder is not None:
-                return (self._folder / name).read_bytes()
+                with suppress(FileNotFoundError):  # somebody else removed it
+                    return (self._folder / name).read_bytes()
         raise ApiError(404, "there is no such picture, or no longer", "not_found")
 
     def tidy(self) -> None:
@@ -245,6 +266,7 @@ class Album:
     def close(self) -> None:
         """Remove all of it."""
         with self._lock:
+            self._closed = True
             for name in list(self._kept):
                 self._remove(name)
             if self._folder is not None and self.options.image_folder is None:

@@ -117,7 +117,7 @@ def _add_pictures(router: APIRouter, service: Service) -> None:
     async def edits(request: Request) -> Response:
         """Pictures of a text that begin with another picture; also as a form."""
         kind = request.headers.get("content-type", "")
-        if kind.startswith("multipart/form-data"):
+        if kind.lower().startswith("multipart/form-data"):
             return await _paint(service, request, partial(parse_form, kind))
         return await _paint(service, request, partial(_parse, EditBody, service.context))
 
@@ -134,6 +134,8 @@ async def _paint(
     service: Service, request: Request, parse: Callable[[bytes], PictureBody]
 ) -> Response:
     body = await _body(service, request, parse)
+    if isinstance(body, EditBody):
+        _visit(request).hold(sum(map(len, body.images)))
     painter, told = service.painter(body.model), Pictures(service, body, str(request.base_url)[:-1])
     return Answer(
         service, painter, partial(told.start, painter.model), told,
