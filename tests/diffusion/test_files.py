@@ -193,3 +193,4 @@ def test_models_that_make_pictures_are_told_apart(tmp_path):
         assert not is_image_model(tmp_path / "d")
     assert not is_image_model(tmp_path / "nowhere")
     assert not is_image_model("black-forest-labs/FLUX.1-schnell")
+    assert not is_image_model("~nobody-of-this-name/flux1-dev.safetensors")

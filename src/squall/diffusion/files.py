@@ -49,7 +49,7 @@ class Files:
 
 def is_image_model(path: str | os.PathLike[str]) -> bool:
     """Whether a file or folder is a model that makes pictures."""
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     try:
         if found.is_dir():
             kind = (read_json(found / INDEX) or {}).get("_class_name")
@@ -101,7 +101,7 @@ def open_part(path: Path) -> Checkpoint:
 def _located(opening: Opening) -> Path:
     if opening.path is None:
         raise InvalidRequest("name a model that makes pictures, such as the folder of FLUX.1")
-    path = Path(opening.path).expanduser()
+    path = Path(os.path.expanduser(opening.path))
     if path.exists():
         return path
     if not is_id(str(opening.path)):

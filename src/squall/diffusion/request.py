@@ -15,6 +15,7 @@ Pixels = NDArray[np.uint8]
 MULTIPLE = 16  # of pixels, in height and width
 MOST_PIXELS = 2048 * 2048
 MOST_STEPS = 200
+MOST_PROMPT = 100_000  # characters, many more than models read: to count tokens takes long
 MOST_GUIDANCE = 100.0
 # (least, most) of whole numbers.
 _BOUNDS = {"steps": (1, MOST_STEPS), "seed": (0, 2**64 - 1)}
@@ -41,8 +42,7 @@ class PictureRequest:
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for what is out of range."""
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise InvalidRequest("the prompt is empty; say what the picture is to show")
+        _check_prompt(self.prompt)
         for name in ("width", "height"):
             value = getattr(self, name)
             if not _whole(value) or value < MULTIPLE or value % MULTIPLE:
@@ -63,6 +63,13 @@ class PictureRequest:
                 raise InvalidRequest(f"{name} is {value!r}; it must be 0 to {high:g}")
         if self.strength == 0:
             raise InvalidRequest("strength is 0; it must be above that: nothing would be made")
+
+
+def _check_prompt(prompt: object) -> None:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InvalidRequest("the prompt is empty; say what the picture is to show")
+    if len(prompt) > MOST_PROMPT:
+        raise InvalidRequest(f"the prompt has {len(prompt)} characters; at most {MOST_PROMPT}")
 
 
 def _whole(value: object) -> bool:
