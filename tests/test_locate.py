@@ -67,6 +67,7 @@ def test_other_folders(tmp_path: Path, names: list[str], message: str) -> None:
         ("owner/model:Q4_K_M", "owner/model:Q4_K_M is not, .* in the cache"),
         ("owner/../model", "does not exist"),
         ("folder/model.gguf", "does not exist"),
+        ("~nobody-of-this-name/model.gguf", "does not exist"),
         ("model.gguf", "does not exist"),
     ],
 )

@@ -36,7 +36,7 @@ def locate(
         from squall import embedded
 
         return embedded.find()
-    chosen = Path(path).expanduser()
+    chosen = Path(os.path.expanduser(path))
     if chosen.is_dir():
         return _in_folder(chosen)
     if chosen.is_file():

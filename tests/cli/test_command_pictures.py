@@ -215,6 +215,15 @@ def test_a_picture_that_cannot_be_saved_leaves_nothing(monkeypatch: pytest.Monke
     assert files() == set()
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_before(
+    openings: list[Opening], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures.os, "access", lambda *_: False)
+    with pytest.raises(InvalidRequest, match="no folder that can be written to"):
+        invoke(f"run flux cat {SMALL}")
+    assert openings == []
+
+
 @pytest.mark.usefixtures("openings")
 def test_notes_are_told() -> None:
     assert "note: a note" in invoke(f"run flux 'noted cat' {SMALL}").stderr

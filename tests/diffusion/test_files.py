@@ -87,8 +87,10 @@ def test_what_the_original_layout_lacks_is_where_mistral_rs_takes_it(tmp_path, f
     assert found.vae == tmp_path / "ae.safetensors"
     assert found.t5 == hub / files.T5
     assert found.t5_tokens == hub / files.T5_TOKENS
-    assert found.clip == found.clip_tokens == hub / files.CLIP
-    assert {name for name, *_ in fetched} == {files.T5, files.T5_TOKENS, files.CLIP}
+    assert found.clip == hub / files.CLIP
+    assert found.clip_tokens == hub / files.CLIP_TOKENS  # as the folder here is empty
+    asked = {name for name, *_ in fetched}
+    assert asked == {files.T5, files.T5_TOKENS, files.CLIP, files.CLIP_TOKENS}
 
 
 def test_parts_can_be_named(tmp_path, fetched):
@@ -133,6 +135,23 @@ def test_the_seeds_repositories_of_texts_are_fetched():
     name = files.T5_TOKENS.partition(":")[2]
     assert choose([name, "README.md"], name) == ([name], name)
     assert files.T5_TOKENS.partition(":")[0].count("/") == 1
+
+
+def test_parts_in_lone_files_are_fetched_alone():
+    parts = ["ae.safetensors", "flux1-dev-fp8-e4m3fn.safetensors", "t5xxl_fp8_e4m3fn.safetensors"]
+    parts += ["clip_l.safetensors", files.CLIP_TOKENS.partition(":")[2]]
+    repository = [*parts, "model.safetensors", "config.json", "flux.safetensors/../x.safetensors"]
+    for part in parts:
+        assert choose(repository, part) == ([part], part)
+    for other in ("model.safetensors", "config.json", repository[-1]):
+        with pytest.raises(ModelNotFound):
+            choose(repository, other)
+
+
+def test_tokens_of_a_lone_clip_do_not_bring_another(tmp_path, fetched):
+    made(tmp_path, "flux1-dev.safetensors", "ae.safetensors", "clip_l.safetensors", "t5.gguf")
+    find(Opening(tmp_path, t5=tmp_path / "t5.gguf", clip=tmp_path / "clip_l.safetensors"))
+    assert [name for name, *_ in fetched] == [files.CLIP_TOKENS]
 
 
 @pytest.mark.parametrize(
@@ -193,3 +212,4 @@ def test_models_that_make_pictures_are_told_apart(tmp_path):
         assert not is_image_model(tmp_path / "d")
     assert not is_image_model(tmp_path / "nowhere")
     assert not is_image_model("black-forest-labs/FLUX.1-schnell")
+    assert not is_image_model("~nobody-of-this-name/flux1-dev.safetensors")

@@ -80,6 +80,11 @@ def begun(painter: Painter, model: ImageModel, prompt: str = "first"):
     return painting
 
 
+def test_prompts_that_no_model_reads_are_refused_before_their_tokens_are_counted():
+    with pytest.raises(InvalidRequest, match="100001 characters"):
+        asked("a" * 100_001)
+
+
 def test_pictures_are_made_in_order_and_progress_is_told(model, painter):
     told = []
     paintings = [model.submit(asked(name), lambda *at: told.append(at)) for name in "abc"]

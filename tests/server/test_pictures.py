@@ -20,7 +20,8 @@ from PIL import Image
 from servers import WAIT_S, chat, until
 
 from squall import Model
-from squall.errors import EngineStopped
+from squall.errors import EngineStopped, InvalidRequest
+from squall.server.options import ServerOptions
 
 EDITS = "/v1/images/edits"
 

@@ -41,8 +41,10 @@ _PICTURES = re.compile(
     rf"|{_PART}\.uqff)"
 )
 _FLUX = re.compile(r"flux\d{1,3}-[a-z]{1,20}\.safetensors|ae\.safetensors")
-# What a repository of a tokenizer alone has.
-_TOKENS = re.compile(rf"{_PART}\.?tokenizer\.json")
+# What can be fetched alone: a tokenizer, and files that are one part of such a model.
+_LONE = re.compile(
+    rf"({_PART})?tokenizer\.json|(flux\d|ae\b|t5xxl|clip_l)[A-Za-z0-9_.-]{{0,80}}\.safetensors"
+)
 _GGUF = re.compile(rf"({_PART}/)?{_PART}\.gguf")
 # What adapters have, one or in folders several, what weighs them (X-LoRA), and gates of AnyMoE.
 _ADAPTERS = re.compile(
@@ -91,7 +93,8 @@ class Hub:
     ) -> Path:
         """The folder of the model `owner/name`, or the file of `owner/name:file`.
 
-        file: a GGUF file of the repository, or a part of its name such as `Q4_K_M`. Downloads
+        file: a GGUF file of the repository, or a part of its name such as `Q4_K_M`; or a part of a
+        model that makes pictures, such as `ae.safetensors`. Downloads
         what is not in the cache, and calls `progress` with bytes done and bytes in all. Before,
         `judge` gets what the hub knows of the model, keys of config.json or of GGUF metadata, and
         may raise. mmproj: the tower of a GGUF model comes too, if it has one. skip: what names of
@@ -210,7 +213,7 @@ def choose(
     names = [name for name in names if not name.startswith(skip)]
     if not file and (pictures := _pictures(names)):
         return pictures, None
-    if file in names and _TOKENS.fullmatch(file) and ".." not in file:
+    if file in names and _LONE.fullmatch(file) and ".." not in file:
         return [file], file
     if not file and (weights := folder_weights(names)):
         return sorted(filter(_CONFIGURATION.fullmatch, names)) + weights, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -65,7 +66,7 @@ def inspect(
     if name is not None and makes_pictures(name):
         _pictures(Opening(name, t5=t5, clip=clip, vae=vae), as_json=as_json)
         return
-    adapter = None if name is None else _adapter(Path(name).expanduser())
+    adapter = None if name is None else _adapter(Path(os.path.expanduser(name)))
     path = adapter.path if adapter else locate(name)
     header = adapter or read_header(path)
     found, modules = describe(header), list[_Adapted]()

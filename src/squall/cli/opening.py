@@ -174,7 +174,7 @@ def makes_pictures(path: str) -> bool:
     """Whether a file, a folder or a model of the hub, going by its name, makes pictures."""
     from squall.diffusion.files import is_image_model
 
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if file.suffix == ".gguf" and file.is_file():
         with file.open("rb") as opened:  # as headers of models of text take long to read
             if b"flux" not in opened.read(HEAD_BYTES):

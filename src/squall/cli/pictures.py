@@ -74,10 +74,8 @@ def _read(name: str, text: str) -> dict[str, Any]:
         raise InvalidRequest(f"{name} is {text!r}; it must be a number") from None
 
 
-def check_output(path: Path | None) -> None:
+def check_output(path: Path) -> None:
     """Before a picture is made: whether it could be saved there."""
-    if path is None:
-        return
     if path.suffix.lower() not in KINDS:
         raise InvalidRequest(f"{path} must end in one of {', '.join(KINDS)}")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -86,7 +84,7 @@ def check_output(path: Path | None) -> None:
 
 def draw(flags: RunFlags, selected: Selected) -> None:
     """The pictures that `squall run` is asked for, or without a prompt one a line."""
-    check_output(flags.output)
+    check_output(flags.output or Path("image.png"))
     if flags.prompt is None and (flags.n > 1 or flags.output):
         raise InvalidRequest("--n and --output need a PROMPT")
     if len(flags.image or ()) > 1:

@@ -31,6 +31,7 @@ _LONE = re.compile(r"flux\d.*\.safetensors", re.IGNORECASE)
 # Where mistral.rs takes from what a repository lacks.
 T5, CLIP = "EricB/t5-v1_1-xxl-enc-only", "openai/clip-vit-large-patch14"
 T5_TOKENS = "EricB/t5_tokenizer:t5-v1_1-xxl.tokenizer.json"
+CLIP_TOKENS = f"{CLIP}:tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Files:
 
 def is_image_model(path: str | os.PathLike[str]) -> bool:
     """Whether a file or folder is a model that makes pictures."""
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     try:
         if found.is_dir():
             kind = (read_json(found / INDEX) or {}).get("_class_name")
@@ -85,7 +86,7 @@ def find(opening: Opening) -> Files:
     t5 = part(opening.t5, "text_encoder_2") or hub.fetch(T5, opening.progress)
     clip = part(opening.clip, "text_encoder") or hub.fetch(CLIP, opening.progress)
     t5_tokens = _tokens(t5, folder / "tokenizer_2") or hub.fetch(T5_TOKENS)
-    clip_tokens = _tokens(clip, folder / "tokenizer") or hub.fetch(CLIP, opening.progress)
+    clip_tokens = _tokens(clip, folder / "tokenizer") or hub.fetch(CLIP_TOKENS)
     transformer = path if path.is_file() else _transformer(folder)
     scheduler = folder / "scheduler/scheduler_config.json"
     return Files(path, transformer, vae, t5, clip, t5_tokens, clip_tokens, scheduler)
@@ -101,7 +102,7 @@ def open_part(path: Path) -> Checkpoint:
 def _located(opening: Opening) -> Path:
     if opening.path is None:
         raise InvalidRequest("name a model that makes pictures, such as the folder of FLUX.1")
-    path = Path(opening.path).expanduser()
+    path = Path(os.path.expanduser(opening.path))
     if path.exists():
         return path
     if not is_id(str(opening.path)):
