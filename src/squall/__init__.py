@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         ChatCompletionResponse,
         CompletionChunkResponse,
         CompletionResponse,
+        ImageChoice,
         ImageGenerationResponse,
     )
     from squall.api.runner import AsyncRunner, Runner
@@ -65,12 +66,12 @@ __all__ = [
     "ChatCompletionChunkResponse", "ChatCompletionRequest", "ChatCompletionResponse",
     "CompletionChunkResponse", "CompletionRequest", "CompletionResponse", "ContextLengthExceeded",
     "DiffusionArchitecture", "EngineConfig", "EngineStopped", "Generation", "Grammar",
-    "ImageGenerationResponse", "ImageGenerationResponseFormat", "ImageModel", "InvalidCheckpoint",
-    "InvalidRequest",
-    "IsqOrganization", "KvSize", "Message", "Model", "ModelDType", "ModelNotFound", "Opening",
-    "OutOfMemory", "Picture", "PictureRequest", "Piece", "QueueFull", "Runner", "SamplingFailed",
-    "SquallError", "TemplateError", "ToolChoice", "UnknownAdapter", "UnsupportedModel", "Usage",
-    "VisionArchitecture", "Which", "XLora", "__version__",
+    "ImageChoice", "ImageGenerationResponse", "ImageGenerationResponseFormat", "ImageModel",
+    "InvalidCheckpoint", "InvalidRequest", "IsqOrganization", "KvSize", "Message", "Model",
+    "ModelDType", "ModelNotFound", "Opening", "OutOfMemory", "Picture", "PictureRequest", "Piece",
+    "QueueFull", "Runner", "SamplingFailed", "SquallError", "TemplateError", "ToolChoice",
+    "UnknownAdapter", "UnsupportedModel", "Usage", "VisionArchitecture", "Which", "XLora",
+    "__version__",
 ]  # fmt: skip
 
 _MODULES = {
@@ -78,7 +79,7 @@ _MODULES = {
     "squall.api.anymoe": "AnyMoeConfig AnyMoeExpertType",
     "squall.api.requests": "ChatCompletionRequest CompletionRequest",
     "squall.api.responses": "ChatCompletionChunkResponse ChatCompletionResponse "
-    "CompletionChunkResponse CompletionResponse ImageGenerationResponse",
+    "CompletionChunkResponse CompletionResponse ImageChoice ImageGenerationResponse",
     "squall.api.runner": "AsyncRunner Runner",
     "squall.api.tool_choice": "ToolChoice",
     "squall.api.which": "Architecture DiffusionArchitecture "

@@ -29,6 +29,7 @@ EXPECTED = {
     "adapters": "['law']: ",
     "chat": "Paris",
     "gguf": "",
+    "image_runner": "/images/image-generation-",
     "images": "tokens asked)",
     "json_answer": "Paris",
     "log_probabilities": "' sky'",
@@ -86,7 +87,8 @@ def painter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_example_runs(
     path: Path, adapted: list[str], shown: list[str], painter: Path, tmp_path: Path
 ) -> None:
-    given = {"adapters": adapted, "images": shown, "pictures": [str(painter), "a cat"]} | ARGUMENTS
+    cat = [str(painter), "a cat"]
+    given = {"adapters": adapted, "images": shown, "pictures": cat, "image_runner": cat} | ARGUMENTS
     out = run(str(path), *given.get(path.stem, []), folder=tmp_path)
     assert EXPECTED[path.stem] in out
     assert out.strip()

@@ -243,20 +243,20 @@ class CompletionChunkResponse(_Chunk[CompletionChoice]):
 
 @dataclass(frozen=True, slots=True)
 class ImageChoice(Shape):
-    """A picture: where its file is, or a data: URI with it."""
+    """A picture: the path of its file, or a data URI. notes: what its maker was not told."""
 
-    url: str | None
-    b64_json: str | None
     seed: int
+    url: str | None = field(default=None, metadata=OMIT)
+    b64_json: str | None = field(default=None, metadata=OMIT)
+    notes: tuple[str, ...] = field(default=(), metadata=OMIT)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageGenerationResponse(Shape):
-    """Pictures; `choices` are the same as `data`."""
-
     created: int
     data: tuple[ImageChoice, ...]
 
     @property
     def choices(self) -> tuple[ImageChoice, ...]:
+        """`data`, as mistral.rs's example of FLUX has it."""
         return self.data

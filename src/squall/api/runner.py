@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
+import inspect
 import os
-import time
-import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from squall.api import responses
+from squall.api import pictures, responses
 from squall.api.jobs import Asked, ChatJob, CompletionJob, start_chat, start_completion
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.api.which import ImageGenerationResponseFormat, Selection, Which
 from squall.checkpoints.hub import Hub
 from squall.closing import Closing
-from squall.diffusion.model import ImageModel
+from squall.diffusion.model import ImageModel, Painting
+from squall.diffusion.request import PictureRequest
 from squall.engine.engine import EngineConfig
 from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest
@@ -29,7 +27,9 @@ from squall.opening import Opening
 if TYPE_CHECKING:
     from squall.adapters.anymoe import AnyMoe
 
-_OF_FLOATS = (Which.Plain, Which.Lora, Which.XLora, Which.VisionPlain, Which.DiffusionPlain)
+_OF_PICTURES = frozenset(("which", "seed", "image_folder", "no_paged_attn"))
+_OPENING_PICTURES = frozenset(("token_source", "in_situ_quant", "threads"))
+_OF_FLOATS = (Which.Plain, Which.Lora, Which.XLora, Which.VisionPlain)
 
 
 class _Runner:
@@ -55,11 +55,11 @@ class _Runner:
 
     anymoe_config: experts made of other models (docs/anymoe.md).
 
-    image_folder: where the pictures lie that `generate_image` gives as paths; by default a new
-    folder of the system's temporary ones.
+    image_folder: where pictures are written; by default a new folder below the system's temporary
+    one. It stays when the model is closed.
 
-    no_paged_attn is accepted and changes nothing. Arguments whose feature is not there yet raise
-    InvalidRequest.
+    no_paged_attn is accepted and changes nothing. Arguments that the kind of model can make no use
+    of raise InvalidRequest.
     """
 
     def __init__(  # noqa: PLR0913
@@ -79,7 +79,7 @@ class _Runner:
         pa_gpu_mem_usage: float | None = None,
         pa_ctxt_len: int | None = None,
         pa_blk_size: int | None = None,
-        no_paged_attn: bool = False,  # noqa: ARG002
+        no_paged_attn: bool = False,
         prompt_batchsize: int | None = None,
         seed: int | None = None,
         *,
@@ -87,22 +87,26 @@ class _Runner:
         threads: int | None = None,
         image_folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        if num_device_layers is not None and isinstance(which, Model):
-            raise InvalidRequest("num_device_layers: the model is open already; give a Which")
+        given = locals()
+        self._seed, self._folder = seed, image_folder
+        self._owns = not isinstance(which, Model | ImageModel)
+        # Who knows which kind it is need not tell a type checker.
+        self.model: Model | Any
+        if isinstance(which, ImageModel | Which.DiffusionPlain):
+            self.model = _image_model(which, given)
+            return
+        if image_folder is not None:
+            raise InvalidRequest("image_folder: the model makes no pictures; leave it out")
+        for name in ("num_device_layers", "anymoe_config"):
+            if given[name] is not None and isinstance(which, Model):
+                raise InvalidRequest(f"{name}: the model is open already; give a Which")
         if in_situ_quant is not None and not isinstance(which, _OF_FLOATS):
             raise InvalidRequest("in_situ_quant: only folders of floats can be quantized; no file")
-        if anymoe_config is not None and isinstance(which, Model):
-            raise InvalidRequest("anymoe_config: the model is open already; give a Which")
         hub = Hub(token_source=token_source)
         others = Opening(
             context=context,
             threads=threads,
-            kv=KvSize(
-                fraction=pa_gpu_mem_usage,
-                tokens=pa_ctxt_len,
-                bytes=None if pa_gpu_mem is None else int(pa_gpu_mem * 2**20),
-                block_size=pa_blk_size or KvSize().block_size,
-            ),
+            kv=_kv_size(pa_gpu_mem_usage, pa_ctxt_len, pa_gpu_mem, pa_blk_size),
             isq=in_situ_quant,
             device_layers=num_device_layers,
             anymoe=anymoe_config,
@@ -117,81 +121,90 @@ class _Runner:
             draft_tokens=speculative_gamma,
             chat_template=chat_template,
         )
-        self._seed, self._image_folder = seed, image_folder
-        self._owns = not isinstance(which, Model | ImageModel)
-        self._opened = _opened(which, others)
-
-    @property
-    def model(self) -> Model:
-        """The model of text. Raises InvalidRequest for one that makes pictures."""
-        if isinstance(self._opened, ImageModel):
-            raise InvalidRequest("this model makes pictures: generate_image; it answers nothing")
-        return self._opened
+        self.model = _model(which, others)
 
     def tokenize_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; add_special_tokens: after the BOS token, if the model has one."""
-        return self.model.encode(text, add_bos=add_special_tokens)
+        return self._texts.encode(text, add_bos=add_special_tokens)
 
     def detokenize_text(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
-        return self.model.decode(tokens, skip_specials=skip_special_tokens)
+        return self._texts.decode(tokens, skip_specials=skip_special_tokens)
 
     def activate_adapters(self, adapter_names: Sequence[str]) -> None:
         """Adapters for requests that name none; raises UnknownAdapter."""
-        self.model.adapters.activate(adapter_names)
+        self._texts.adapters.activate(adapter_names)
 
     def close(self) -> None:
         """End all answers, and free the model; one that was given stays open."""
         if self._owns:
-            self._opened.close()
+            self.model.close()
 
-    def _picture(
-        self, prompt: str, format: ImageGenerationResponseFormat, height: int, width: int
-    ) -> responses.ImageGenerationResponse:
-        if not isinstance(self._opened, ImageModel):
+    @property
+    def _texts(self) -> Model:
+        if isinstance(self.model, ImageModel):
+            raise InvalidRequest("this model makes pictures; use generate_image, or open another")
+        return self.model
+
+    def _paint(
+        self, prompt: str, wanted: ImageGenerationResponseFormat, height: int, width: int
+    ) -> tuple[Painting, Path | None]:
+        """A picture that is queued, and the folder for its file if it is to have one."""
+        if not isinstance(self.model, ImageModel):
             raise InvalidRequest("this model makes no pictures; open one by Which.DiffusionPlain")
-        if not isinstance(format, ImageGenerationResponseFormat):
-            raise InvalidRequest(f"response_format is {format!r:.99}; it must be Url or B64Json")
-        (picture,) = self._opened.generate(prompt, width=width, height=height, seed=self._seed)
-        url = encoded = None
-        if format is ImageGenerationResponseFormat.Url:
-            try:
-                folder = self._image_folder = Path(self._image_folder or mkdtemp(prefix="squall-"))
-                folder.mkdir(parents=True, exist_ok=True)
-                url = str(folder / f"image-generation-{uuid.uuid4()}.png")
-                picture.save(url)
-            except OSError as error:
-                raise InvalidRequest(f"image_folder: {error}; choose another") from None
-        else:
-            encoded = f"data:image/png;base64,{base64.b64encode(picture.png()).decode()}"
-        choice = responses.ImageChoice(url, encoded, picture.seed)
-        return responses.ImageGenerationResponse(int(time.time()), (choice,))
+        if not isinstance(wanted, ImageGenerationResponseFormat):
+            raise InvalidRequest(
+                f"response_format is {wanted!r:.99}; it must be ImageGenerationResponseFormat.Url "
+                "or .B64Json"
+            )
+        request = PictureRequest(prompt=prompt, width=width, height=height, seed=self._seed)
+        if wanted is not ImageGenerationResponseFormat.Url:
+            return self.model.submit(request), None
+        self._folder = folder = pictures.make_folder(self._folder)
+        return self.model.submit(request), folder
 
     def _chat(self, request: ChatCompletionRequest) -> ChatJob:
-        return start_chat(self.model, self._seeded(request))
+        return start_chat(self._texts, self._seeded(request))
 
     def _completion(self, request: CompletionRequest) -> CompletionJob:
-        return start_completion(self.model, self._seeded(request))
+        return start_completion(self._texts, self._seeded(request))
 
     def _seeded(self, request: Asked) -> Asked:
         return replace(request, seed=self._seed) if request.seed is None else request
 
 
-def _opened(which: Selection | Model | ImageModel | None, others: Opening) -> Model | ImageModel:
+def _kv_size(
+    fraction: float | None, tokens: int | None, mib: float | None, block_size: int | None
+) -> KvSize:
+    size = None if mib is None else int(mib * 2**20)
+    block_size = block_size or KvSize().block_size
+    return KvSize(fraction=fraction, tokens=tokens, bytes=size, block_size=block_size)
+
+
+def _model(which: Selection | Model | None, others: Opening) -> Model:
     """One that is open, or is opened now."""
-    if isinstance(which, Which.DiffusionPlain):
-        for name in ("chat_template", "device_layers", "anymoe", "draft"):
-            if getattr(others, name) is not None:
-                raise InvalidRequest(f"{name} is for models of text; leave it out")
-        own = Opening(threads=others.threads, isq=others.isq, hub=others.hub)
-        return ImageModel.open_with(which.opening(own))
-    if isinstance(which, Model | ImageModel):
-        if others.chat_template is not None and isinstance(which, Model):
+    if isinstance(which, Model):
+        if others.chat_template is not None:
             which.set_chat_template(others.chat_template)
         return which
     if which is not None and not isinstance(which, Selection):
         raise InvalidRequest(f"which is {which!r:.99}; it must be a Which, or a Model")
     return Model.open_with(others if which is None else which.opening(others))
+
+
+def _image_model(which: ImageModel | Which.DiffusionPlain, given: Mapping[str, Any]) -> ImageModel:
+    """One that is open, or is opened now; `given` are all of a Runner's arguments."""
+    opens = isinstance(which, Which.DiffusionPlain)
+    known = _OF_PICTURES | (_OPENING_PICTURES if opens else frozenset())
+    for name, one in inspect.signature(_Runner).parameters.items():
+        if name not in known and given[name] != one.default:
+            what = "models that make pictures" if opens else "a model that is open and makes them"
+            raise InvalidRequest(f"{name} is not for {what}; there are {', '.join(sorted(known))}")
+    if isinstance(which, ImageModel):
+        return which
+    hub = Hub(token_source=given["token_source"])
+    others = Opening(threads=given["threads"], isq=given["in_situ_quant"], hub=hub)
+    return ImageModel.open_with(which.opening(others))
 
 
 # `| Any` below, since the type of an answer depends on a field of the request: who sends `stream`
@@ -203,17 +216,7 @@ class Runner(_Runner, Closing):
 
     def send_re_isq(self, dtype: str) -> None:
         """Quantize the weights again; answers that are under way go on with the new ones."""
-        self.model.re_isq(dtype)
-
-    def generate_image(
-        self,
-        prompt: str,
-        response_format: ImageGenerationResponseFormat,
-        height: int = 720,
-        width: int = 1280,
-    ) -> responses.ImageGenerationResponse:
-        """A picture, by a model that makes some: as a file's path, or as base64."""
-        return self._picture(prompt, response_format, height, width)
+        self._texts.re_isq(dtype)
 
     def send_chat_completion_request(
         self, request: ChatCompletionRequest
@@ -241,23 +244,27 @@ class Runner(_Runner, Closing):
         """Complete a text or several in chunks, as they come."""
         return self._completion(request).chunks()
 
-
-class AsyncRunner(_Runner):
-    __doc__ = _Runner.__doc__
-
-    async def send_re_isq(self, dtype: str) -> None:
-        """Quantize the weights again; answers that are under way go on with the new ones."""
-        await asyncio.to_thread(self.model.re_isq, dtype)
-
-    async def generate_image(
+    def generate_image(
         self,
         prompt: str,
         response_format: ImageGenerationResponseFormat,
         height: int = 720,
         width: int = 1280,
     ) -> responses.ImageGenerationResponse:
-        """A picture, by a model that makes some: as a file's path, or as base64."""
-        return await asyncio.to_thread(self._picture, prompt, response_format, height, width)
+        """A picture; `url` is the path of its file, `b64_json` a data URI."""
+        painting, folder = self._paint(prompt, response_format, height, width)
+        try:
+            return pictures.response(painting, folder)
+        finally:
+            painting.cancel()  # if waiting was interrupted
+
+
+class AsyncRunner(_Runner):
+    __doc__ = _Runner.__doc__
+
+    async def send_re_isq(self, dtype: str) -> None:
+        """Quantize the weights again; answers that are under way go on with the new ones."""
+        await asyncio.to_thread(self._texts.re_isq, dtype)
 
     async def send_chat_completion_request(
         self, request: ChatCompletionRequest
@@ -286,6 +293,19 @@ class AsyncRunner(_Runner):
         """Complete a text or several in chunks, as they come."""
         job = await asyncio.to_thread(self._completion, request)
         return job.chunks_async()
+
+    async def generate_image(
+        self,
+        prompt: str,
+        response_format: ImageGenerationResponseFormat,
+        height: int = 720,
+        width: int = 1280,
+    ) -> responses.ImageGenerationResponse:
+        """A picture; `url` is the path of its file, `b64_json` a data URI."""
+        # Not in a thread: who stops waiting has to end the picture.
+        painting, folder = self._paint(prompt, response_format, height, width)
+        await asyncio.gather(asyncio.wrap_future(painting.future), return_exceptions=True)
+        return await asyncio.to_thread(pictures.response, painting, folder)
 
     async def __aenter__(self) -> AsyncRunner:
         return self
