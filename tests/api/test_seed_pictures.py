@@ -90,10 +90,10 @@ def test_python_awaited(painter: ImageModel, tmp_path: Path) -> None:
     assert (seed, pixels(file.read_bytes()).shape) == (1, (32, 48, 3))
 
 
-def test_what_is_not_for_pictures(painter: ImageModel) -> None:
-    runner = Runner(painter)
+def test_what_is_not_for_pictures(painter: ImageModel, tmp_path: Path) -> None:
+    runner, chat = Runner(painter), ChatCompletionRequest(messages="Hi!", model="")
     for ask in (
-        lambda: runner.send_chat_completion_request(ChatCompletionRequest(messages="Hi!", model="")),
+        lambda: runner.send_chat_completion_request(chat),
         lambda: runner.tokenize_text("Hi!"),
         lambda: runner.send_re_isq("Q4K"),
     ):
@@ -101,6 +101,10 @@ def test_what_is_not_for_pictures(painter: ImageModel) -> None:
             ask()
     with pytest.raises(InvalidRequest, match="response_format"):
         runner.generate_image(PROMPT, "Url", **SIZE)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    runner, url = Runner(painter, image_folder=tmp_path / "file"), ImageGenerationResponseFormat.Url
+    with pytest.raises(InvalidRequest, match="image_folder"):
+        runner.generate_image(PROMPT, url, **SIZE)
     with pytest.raises(InvalidRequest, match="chat_template"):
         Runner(Which.DiffusionPlain(MODEL, DiffusionArchitecture.Flux), chat_template="x")
 

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from squall import ImageModel
 from squall.cli.app import app
+from squall.convert import pictures
 from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, UnsupportedModel
+from squall.recipes import encoders
 
 PROMPT = "a cat on a mat"
 ASKED = f"'{PROMPT}' --size 48x32 --steps 2 --seed 3"
@@ -99,6 +101,20 @@ def test_the_original_layout_quantized(tmp_path: Path, name: str) -> None:
     config = json.loads((out / "transformer/config.json").read_text())
     assert (config["num_layers"], config["guidance_embeds"]) == (2, False)
     assert np.array_equal(pixels(str(out), tmp_path / "a.png"), made(isq="Q8_0"))
+
+
+def test_encoders_of_lone_files_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ComfyUI's users have them, t5xxl_fp16.safetensors and clip_l.safetensors."""
+    line = f"quantize FLUX --isq Q8_0 -o {tmp_path / 'out'}"
+    for flag, place, taken_for in (("t5", "_2", "XXL"), ("clip", "", "LARGE")):
+        folder = Path(f"FLUX/text_encoder{place}")
+        (tmp_path / f"{flag}.safetensors").symlink_to((folder / "model.safetensors").absolute())
+        config = json.loads((folder / "config.json").read_text())
+        monkeypatch.setattr(encoders, taken_for, config)
+        monkeypatch.setattr(pictures, taken_for, config)
+        line += f" --{flag} {tmp_path / flag}.safetensors"
+    invoke(line)
+    assert np.array_equal(pixels(str(tmp_path / "out"), tmp_path / "a.png"), made(isq="Q8_0"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from painters import serving
 from servers import Process, events
 
 from squall import Model
@@ -45,9 +46,16 @@ def test_commands_parse(line: str) -> None:
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("curl")])
 def test_curl_gets_an_answer(server: Process, line: str) -> None:
-    command = [part.replace("http://127.0.0.1:8080", server.url) for part in shlex.split(line)]
-    done = subprocess.run(["curl", "-s", *command[1:]], capture_output=True, text=True, check=True)
-    assert events(done.stdout)[-1] == "[DONE]"
+    def curl(url: str) -> str:
+        command = [part.replace("http://127.0.0.1:8080", url) for part in shlex.split(line)]
+        found = ["curl", "-s", *command[1:]]
+        return subprocess.run(found, capture_output=True, text=True, check=True).stdout
+
+    if "/images/" in line:
+        with serving() as running:
+            assert json.loads(curl(running.url))["data"][0]["url"].startswith(running.url)
+    else:
+        assert events(curl(server.url))[-1] == "[DONE]"
 
 
 @pytest.mark.parametrize("line", BENCHES)

@@ -20,7 +20,6 @@ from squall.api.which import ImageGenerationResponseFormat, Selection, Which
 from squall.checkpoints.hub import Hub
 from squall.closing import Closing
 from squall.diffusion.model import ImageModel
-from squall.diffusion.request import PictureRequest
 from squall.engine.engine import EngineConfig
 from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest
@@ -153,14 +152,16 @@ class _Runner:
             raise InvalidRequest("this model makes no pictures; open one by Which.DiffusionPlain")
         if not isinstance(format, ImageGenerationResponseFormat):
             raise InvalidRequest(f"response_format is {format!r:.99}; it must be Url or B64Json")
-        request = PictureRequest(prompt=prompt, width=width, height=height, seed=self._seed)
-        picture = self._opened.submit(request).result()
+        (picture,) = self._opened.generate(prompt, width=width, height=height, seed=self._seed)
         url = encoded = None
         if format is ImageGenerationResponseFormat.Url:
-            folder = self._image_folder = Path(self._image_folder or mkdtemp(prefix="squall-"))
-            folder.mkdir(parents=True, exist_ok=True)
-            url = str(folder / f"image-generation-{uuid.uuid4()}.png")
-            picture.save(url)
+            try:
+                folder = self._image_folder = Path(self._image_folder or mkdtemp(prefix="squall-"))
+                folder.mkdir(parents=True, exist_ok=True)
+                url = str(folder / f"image-generation-{uuid.uuid4()}.png")
+                picture.save(url)
+            except OSError as error:
+                raise InvalidRequest(f"image_folder: {error}; choose another") from None
         else:
             encoded = f"data:image/png;base64,{base64.b64encode(picture.png()).decode()}"
         choice = responses.ImageChoice(url, encoded, picture.seed)

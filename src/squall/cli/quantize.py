@@ -143,7 +143,7 @@ def _pictures(opening: Opening, output: Path, threads: int | None) -> tuple[Writ
     copies = {
         "model_index.json": root / "model_index.json",
         "scheduler/scheduler_config.json": files.scheduler,
-        "text_encoder": files.clip,
+        "text_encoder" if files.clip.is_dir() else "text_encoder/model.safetensors": files.clip,
         "tokenizer"
         if files.clip_tokens.is_dir()
         else "tokenizer/tokenizer.json": files.clip_tokens,

@@ -16,7 +16,7 @@ from squall.convert.matrices import Quantizer, Written
 from squall.convert.uqff import Job, check_floats, write_linears
 from squall.errors import InvalidRequest
 from squall.quant import Plan
-from squall.recipes.encoders import T5
+from squall.recipes.encoders import LARGE, T5, XXL
 from squall.recipes.linears import FLUX, linears
 from squall.recipes.names import Part
 from squall.roles import roles
@@ -51,6 +51,9 @@ def write_pictures(
             _put(source, made / place)
         if not (made / "model_index.json").exists():
             (made / "model_index.json").write_text(json.dumps(INDEX, indent=2))
+        clip = made / "text_encoder"
+        if clip.is_dir() and not (clip / "config.json").exists():
+            (clip / "config.json").write_text(json.dumps(dict(LARGE), indent=2))
         for name, (checkpoint, part) in networks.items():
             whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
             quantizer = Quantizer(checkpoint, pool, whole, progress)
@@ -69,8 +72,9 @@ def _job(quantizer: Quantizer, part: Part, plan: Plan) -> Job:
 
 
 def _config(spec: object) -> dict[str, Any]:
-    """diffusers' config.json of a transformer that came without one."""
-    assert isinstance(spec, Flux)
+    """The config.json of what came without one: as diffusers has it, or what T5 was taken for."""
+    if not isinstance(spec, Flux):
+        return dict(XXL)
     return {
         "_class_name": KINDS["flux"], "patch_size": 1, "in_channels": spec.patch,
         "num_layers": spec.double, "num_single_layers": spec.single,

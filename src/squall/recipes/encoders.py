@@ -46,11 +46,11 @@ CLIP_STEMS: Mapping[str, str] = {
     **clip_towers.CLIP_STEMS, "embed": "embeddings.token_embedding", "norm": "final_layer_norm",
 }  # fmt: skip
 # What files without config.json are: T5 v1.1 XXL, and CLIP ViT-L/14.
-_XXL: Mapping[str, Any] = {
+XXL: Mapping[str, Any] = {
     "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-_LARGE: Mapping[str, Any] = {
+LARGE: Mapping[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12,
 }  # fmt: skip
@@ -63,7 +63,7 @@ def load_t5(checkpoint: Checkpoint) -> Part:
     _check_applied(checkpoint)
     tensors, originals = checkpoint.tensors, dict[str, str]()
     read = _of_gguf if checkpoint.kind == "gguf" else _of_config
-    spec, naming = read(checkpoint.metadata or _XXL, tensors)
+    spec, naming = read(checkpoint.metadata or XXL, tensors)
     if checkpoint.kind == "uqff":
         tensors, originals = named(linears(T5, spec, naming), tensors)
     (part,) = place([Part("encoder", spec, naming)], tensors, read=set())
@@ -148,7 +148,7 @@ def load_clip(checkpoint: Checkpoint) -> Part:
     _check_applied(checkpoint)
     keys, tensors = part_keys("clip_text_model"), checkpoint.tensors
     assert keys is not None
-    config: Any = checkpoint.metadata or _LARGE
+    config: Any = checkpoint.metadata or LARGE
     for key in ("text_config", "text_config_dict"):  # of a whole one; the latter counts
         inner = checkpoint.metadata.get(key)
         config = config if inner is None else inner
