@@ -177,7 +177,7 @@ def of_step(given: argparse.Namespace) -> tuple[Program, WeightStore, Given]:
     store, names = weights(spec, "flux.", given.format)
     rng = np.random.default_rng(1)
     text = 16 if given.small else 512
-    inputs: Given = dict(transformer.inputs(spec, text, side, side))
+    inputs: Given = dict(transformer.inputs(text, side, side))
     widths = {"picture": spec.patch, "text": spec.text, "pooled": spec.pooled}
     rows = {"picture": side * side, "text": text}
     for name, width in (widths | {"time": 256, "guidance": 256}).items():
@@ -191,11 +191,9 @@ def step(given: argparse.Namespace) -> dict[str, Any]:
 
 def offloaded(given: argparse.Namespace) -> dict[str, Any]:
     from squall.diffusion.parts import Network as Part
-    from squall.diffusion.parts import Room
 
     program, store, inputs = of_step(given)
-    room = Room(Placement(), executors.thread_pool(given.threads))
-    part = Part(program, store, room, by_layer=True)
+    part = Part(program, store, Placement(), executors.thread_pool(given.threads), by_layer=True)
 
     def run() -> float:
         start_s = time.perf_counter()

@@ -28,7 +28,7 @@ from squall.checkpoints.folder import open_folder
 from squall.diffusion import transformer
 from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 from squall.quant import Plan
-from squall.recipes.flux import PREFIX, load_flux
+from squall.recipes.flux import PREFIX, alone, load_flux
 from squall.recipes.names import Part, locate
 from squall.roles import roles
 from squall.spec import Flux
@@ -106,7 +106,7 @@ def velocity(
     part: Part, checkpoint: Checkpoint, executor: str = "reference", plan: str | None = None
 ) -> NDArray[np.float32]:
     program = transformer.compile(part.spec, part.names)
-    given = tensors(part.spec) | transformer.inputs(part.spec, TEXT, LINES, COLUMNS)
+    given = tensors(part.spec) | transformer.inputs(TEXT, LINES, COLUMNS)
     if executor == "reference":
         return ReferenceExecutor(program, checkpoint, blocks=0).run(given)["velocity"].copy()
     return opened(program, checkpoint, ROWS, plan=plan).run(given)["velocity"].copy()
@@ -147,7 +147,7 @@ def test_cut_after_every_layer(tmp_path: Path) -> None:
     program = transformer.compile(part.spec, part.names)
     assert program.layers == [f"layers.{n}" for n in range(5)]
     for plan in (None, "Q8_0"):
-        values: Arrays = tensors(part.spec) | transformer.inputs(part.spec, TEXT, LINES, COLUMNS)
+        values: Arrays = tensors(part.spec) | transformer.inputs(TEXT, LINES, COLUMNS)
         for stage in program.stages(*program.layers):
             values |= opened(stage, checkpoint, ROWS, plan=plan).run(values)
         whole = velocity(part, checkpoint, "native", plan)
@@ -277,7 +277,7 @@ def test_both_layouts_give_the_same_bytes(both: Any, executor: str, prefix: str)
     folder, named, path = both
     others = {"vae.decoder.conv_in.weight": torch.zeros(1)} if prefix else {}
     save_file({prefix + name: t for name, t in named.items()} | others, path)
-    file, part = open_file(path), load_flux(folder)
+    file, part = alone(open_file(path)), load_flux(folder)
     assert load_flux(file).spec == part.spec
     found = velocity(load_flux(file), file, executor)
     assert found.tobytes() == velocity(part, folder, executor).tobytes()

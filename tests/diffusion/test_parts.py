@@ -11,7 +11,7 @@ import transformers
 from squall import executors
 from squall.checkpoints.folder import open_folder
 from squall.diffusion import encoders
-from squall.diffusion.parts import Network, Room
+from squall.diffusion.parts import Network
 from squall.executors import Placement
 from squall.executors.memory import activations
 from squall.quant import Plan
@@ -36,8 +36,8 @@ def network(folder: Path, *, isq: str | None = None, threads: int = 2, by_layer:
     checkpoint = open_folder(folder)
     part = load_t5(checkpoint)
     store = WeightStore(checkpoint, plan=Plan.of(isq))
-    room = Room(Placement(), executors.thread_pool(threads))
-    return Network(encoders.compile(part.spec, part.names), store, room, by_layer=by_layer)
+    program, pool = encoders.compile(part.spec, part.names), executors.thread_pool(threads)
+    return Network(program, store, Placement(), pool, by_layer=by_layer)
 
 
 def given(count: int = 40) -> dict:

@@ -93,9 +93,7 @@ def _pictures(opening: Opening, *, as_json: bool) -> None:
     from squall.diffusion.pipeline import OFFLOADED, open_pipeline
     from squall.diffusion.request import PictureRequest
 
-    pipeline, path = open_pipeline(
-        replace(opening, architecture=OFFLOADED), None
-    )  # reads no weight
+    pipeline, path = open_pipeline(replace(opening, architecture=OFFLOADED))  # reads no weight
     parts: list[dict[str, Any]] = [
         {
             "part": name,

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from squall.model import Model
 
 
-HEAD_BYTES = 1 << 16  # of a GGUF file, in which it names its architecture
 # The fields of flags for models of one kind alone.
 OF_TEXT = """
     mmproj device_layers tensor_parallel kv_dtype adapter merge temperature top_k top_p min_p
@@ -174,11 +173,6 @@ def makes_pictures(path: str) -> bool:
     """Whether a file, a folder or a model of the hub, going by its name, makes pictures."""
     from squall.diffusion.files import is_image_model
 
-    file = Path(os.path.expanduser(path))
-    if file.suffix == ".gguf" and file.is_file():
-        with file.open("rb") as opened:  # as headers of models of text take long to read
-            if b"flux" not in opened.read(HEAD_BYTES):
-                return False
     on_hub = is_id(path) and not os.path.exists(path)
     return is_image_model(path) or (on_hub and re.search(r"flux\W?1", path.lower()) is not None)
 

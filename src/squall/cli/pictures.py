@@ -89,11 +89,10 @@ def draw(flags: RunFlags, selected: Selected) -> None:
         raise InvalidRequest("--n and --output need a PROMPT")
     if len(flags.image or ()) > 1:
         raise InvalidRequest("a picture begins with one --image")
-    read = read_image(flags.image[0]) if flags.image else None
-    named = {name: getattr(flags, name) for name in ("steps", "guidance", "seed", "strength")}
-    given = {name: value for name, value in named.items() if value is not None}
+    given = {name: value for name in _READERS if (value := getattr(flags, name)) is not None}
+    given["image"] = read_image(flags.image[0]) if flags.image else None
     given |= size(flags.size) if flags.size else {}
-    request = PictureRequest(prompt=flags.prompt or "-", image=read, **given)
+    request = PictureRequest(prompt=flags.prompt or "-", **given)
     with flags.open_pictures(selected) as model:
         easel = Easel(model, request, flags.show)
         if flags.prompt is None:

@@ -122,37 +122,29 @@ def _pictures(opening: Opening, output: Path, threads: int | None) -> tuple[Writ
     from squall.executors import default_threads
     from squall.quant import Plan, Topology
     from squall.recipes.encoders import load_t5
-    from squall.recipes.flux import PREFIX, load_flux
+    from squall.recipes.flux import alone, load_flux
 
     topology = opening.topology
     if isinstance(topology, Path):
         topology = Topology.from_file(topology)
     plan = Plan.of(opening.isq, topology)  # type: ignore[arg-type]
     files = find(opening)
-    transformer, t5 = open_part(files.transformer), open_part(files.t5)
-    # Some files have all parts in one; here each has a place of its own.
-    own = {
-        n.removeprefix(PREFIX): t for n, t in transformer.tensors.items() if n.startswith(PREFIX)
-    }
-    transformer = replace(transformer, tensors=own or transformer.tensors)
+    transformer, t5 = alone(open_part(files.transformer)), open_part(files.t5)
     networks = {
         "transformer": (transformer, load_flux(transformer)),
         "text_encoder_2": (t5, load_t5(t5)),
     }
     root = files.path if files.path.is_dir() else files.path.parent
-    copies = {
-        "model_index.json": root / "model_index.json",
-        "scheduler/scheduler_config.json": files.scheduler,
-        "text_encoder" if files.clip.is_dir() else "text_encoder/model.safetensors": files.clip,
-        "tokenizer"
-        if files.clip_tokens.is_dir()
-        else "tokenizer/tokenizer.json": files.clip_tokens,
-        "tokenizer_2"
-        if files.t5_tokens.is_dir()
-        else "tokenizer_2/tokenizer.json": files.t5_tokens,
-        "vae" if files.vae.is_dir() else "ae.safetensors": files.vae,
+    # Each as a folder's and as a file's name.
+    places = {
+        ("", "model_index.json"): root / "model_index.json",
+        ("", "scheduler/scheduler_config.json"): files.scheduler,
+        ("text_encoder", "text_encoder/model.safetensors"): files.clip,
+        ("tokenizer", "tokenizer/tokenizer.json"): files.clip_tokens,
+        ("tokenizer_2", "tokenizer_2/tokenizer.json"): files.t5_tokens,
+        ("vae", "ae.safetensors"): files.vae,
     }
-    there = {place: source for place, source in copies.items() if source.exists()}
+    there = {one[file.is_file()]: file for one, file in places.items() if file.exists()}
     with progress("quantizing") as shown:
         return convert.write_pictures(
             networks, there, plan, output, threads=threads or default_threads(), progress=shown
@@ -208,9 +200,7 @@ def _report(path: Path, written: tuple[Written, ...], *, as_json: bool) -> None:
         table.add_row(Text(item.name), item.source, item.format, shape, str(item.nbytes), rmse)
     Console().print(table)
     files = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
-    size, values = (
-        sum(file.stat().st_size for file in files),
-        sum(item.shape[0] * item.shape[1] for item in written),
-    )
+    size = sum(file.stat().st_size for file in files)
+    values = sum(item.shape[0] * item.shape[1] for item in written)
     bits = 8 * sum(item.nbytes for item in written) / max(values, 1)
     typer.echo(f"{path}: {size / 2**20:.1f} MiB, {bits:.2f} bits a quantized weight")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import re
 import select
@@ -11,17 +10,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from squall.diffusion.request import Picture
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 CHUNK = 4096  # characters of base64, as kitty wants them
 CELL = 8  # pixels, where a terminal does not tell
@@ -40,12 +36,12 @@ def show(picture: Picture) -> bool:
         return False
     image = Image.fromarray(picture.pixels)
     image.thumbnail((_width(), image.height))
-    sys.stdout.write(f"{encode(image)}\n")
+    sys.stdout.write(f"{encode(replace(picture, pixels=np.asarray(image)))}\n")
     sys.stdout.flush()
     return True
 
 
-def _encoder() -> Callable[[Image], str] | None:
+def _encoder() -> Callable[[Picture], str] | None:
     """How this terminal wants it: by what it sets, or by what it answers."""
     term, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
     inside = "TMUX" in os.environ or term.startswith(("tmux", "screen"))
@@ -91,15 +87,9 @@ def _attributes() -> set[str]:
     return set(found[1].split(";")) if found else set()
 
 
-def _png(image: Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def kitty(image: Image) -> str:
+def kitty(picture: Picture) -> str:
     """https://sw.kovidgoyal.net/kitty/graphics-protocol/; q=2: it answers nothing."""
-    text, parts = base64.b64encode(_png(image)).decode(), []
+    text, parts = base64.b64encode(picture.png()).decode(), []
     starts = range(0, len(text), CHUNK)
     for start in starts:
         keys = "f=100,a=T,q=2," * (start == 0) + f"m={int(start != starts[-1])}"
@@ -107,16 +97,18 @@ def kitty(image: Image) -> str:
     return "".join(parts)
 
 
-def iterm2(image: Image) -> str:
+def iterm2(picture: Picture) -> str:
     """https://iterm2.com/documentation-images.html."""
-    data = _png(image)
+    data, width = picture.png(), picture.pixels.shape[1]
     text = base64.b64encode(data).decode()
-    return f"\x1b]1337;File=inline=1;size={len(data)};width={image.width}px:{text}\x07"
+    return f"\x1b]1337;File=inline=1;size={len(data)};width={width}px:{text}\x07"
 
 
-def sixel(image: Image) -> str:
+def sixel(picture: Picture) -> str:
     """Bands of six lines, each color by color, as DEC's terminals have it."""
-    image = image.quantize(COLORS)
+    from PIL import Image
+
+    image = Image.fromarray(picture.pixels).quantize(COLORS)
     codes, palette = np.asarray(image), np.array(image.getpalette()).reshape(-1, 3) * 100 // 255
     parts = [f'\x1bPq"1;1;{codes.shape[1]};{codes.shape[0]}']
     parts += [f"#{i};2;{r};{g};{b}" for i, (r, g, b) in enumerate(palette)]

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from squall import _native
 from squall.checkpoints import Checkpoint, writing
@@ -17,10 +16,10 @@ from squall.convert.uqff import Job, check_floats, write_linears
 from squall.errors import InvalidRequest
 from squall.quant import Plan
 from squall.recipes.encoders import LARGE, T5, XXL
+from squall.recipes.flux import config_of
 from squall.recipes.linears import FLUX, linears
 from squall.recipes.names import Part
 from squall.roles import roles
-from squall.spec import Flux
 from squall.weights import Progress
 
 FILE = "model.uqff"
@@ -58,8 +57,10 @@ def write_pictures(
             whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
             quantizer = Quantizer(checkpoint, pool, whole, progress)
             writing.make_folder(made / name)
-            config = dict(checkpoint.metadata) or _config(part.spec)
-            (made / name / "config.json").write_text(json.dumps(config, indent=2))
+            config = checkpoint.metadata or (
+                config_of(checkpoint.tensors) if part.kind == "flux" else XXL
+            )
+            (made / name / "config.json").write_text(json.dumps({**config}, indent=2))
             write_linears(_job(quantizer, part, plan), made / name / FILE, force=False)
             written += quantizer.written
     return tuple(written)
@@ -69,19 +70,6 @@ def _job(quantizer: Quantizer, part: Part, plan: Plan) -> Job:
     order = linears(KINDS[part.kind], part.spec, part.naming)  # type: ignore[arg-type]
     names = {role.removeprefix(part.prefix): places for role, places in part.names.items()}
     return Job(quantizer, plan, order, names, roles(part.spec), prefix=part.prefix)
-
-
-def _config(spec: object) -> dict[str, Any]:
-    """The config.json of what came without one: as diffusers has it, or what T5 was taken for."""
-    if not isinstance(spec, Flux):
-        return dict(XXL)
-    return {
-        "_class_name": KINDS["flux"], "patch_size": 1, "in_channels": spec.patch,
-        "num_layers": spec.double, "num_single_layers": spec.single,
-        "attention_head_dim": spec.head_dim, "num_attention_heads": spec.heads,
-        "joint_attention_dim": spec.text, "pooled_projection_dim": spec.pooled,
-        "guidance_embeds": spec.guidance, "axes_dims_rope": list(spec.axes),
-    }  # fmt: skip
 
 
 @contextmanager

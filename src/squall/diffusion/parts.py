@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,14 +23,6 @@ Run = Callable[[Inputs], Mapping[str, Floats]]
 Rows = Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Where networks run."""
-
-    placement: Placement
-    pool: ThreadPool
-
-
 class Network:
     """A network, whose weights are in memory only if it is loaded, or while it is open.
 
@@ -40,10 +31,12 @@ class Network:
     """
 
     def __init__(
-        self, program: Program, store: WeightStore, room: Room, *, by_layer: bool = False
-    ) -> None:
+        self, program: Program, store: WeightStore, placement: Placement, pool: ThreadPool, *,
+        by_layer: bool = False,
+    ) -> None:  # fmt: skip
         self.program, self.loaded = program, False
-        self._store, self._room, self._by_layer = store, room, by_layer
+        self._store, self._placement, self._pool = store, placement, pool
+        self._by_layer = by_layer
         self._stages = program.stages(*program.layers) if by_layer else [program]
         self._runs: dict[tuple[int, ...], int] = {}
         # What is still to be read after each stage.
@@ -128,8 +121,7 @@ class Network:
         return list({self._store.key(weight): weight for weight in program.weights()}.values())
 
     def _open(self, program: Program, rows: Rows, progress: Progress | None = None) -> Executor:
-        room, limits = self._room, Limits(rows=rows)
         return executors.open(
-            program, self._store, limits, placement=room.placement, pool=room.pool,
+            program, self._store, Limits(rows=rows), placement=self._placement, pool=self._pool,
             progress=progress,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from squall import executors
 from squall.checkpoints import Checkpoint
 from squall.diffusion import encoders, noise, transformer, vae
 from squall.diffusion.files import find, open_part
-from squall.diffusion.parts import Network, Room
+from squall.diffusion.parts import Network
 from squall.diffusion.prompts import ClipTokens, T5Tokens
 from squall.diffusion.request import MULTIPLE, Picture, PictureRequest, Pixels, fitted
 from squall.diffusion.schedule import Schedule, first_step, sinusoid
@@ -30,7 +30,7 @@ from squall.opening import Opening
 from squall.program import Program
 from squall.quant import FormatTotal, Plan, Topology
 from squall.recipes.encoders import load_clip, load_t5
-from squall.recipes.flux import load_flux
+from squall.recipes.flux import alone, load_flux
 from squall.recipes.vae import load_vae
 from squall.spec import AutoEncoder, Encoder, Flux
 from squall.vision.sight import Kept
@@ -200,7 +200,7 @@ class FluxPipeline:
         guidance = self.guidance if request.guidance is None else request.guidance
         given: dict[str, NDArray[Any]] = {"text": states, "pooled": pooled, "picture": latents}
         given |= {} if guidance is None else {"guidance": sinusoid(guidance)}
-        given |= transformer.inputs(self._specs.flux, len(states), lines // 2, columns // 2)
+        given |= transformer.inputs(len(states), lines // 2, columns // 2)
         self._step(given, sigmas, tell)
         pixels = self._decode(request, latents, partial(tell, steps - first))
         return Picture(pixels, request.seed or 0, steps, notes)
@@ -287,10 +287,11 @@ def _check_finite(values: Floats, where: str) -> None:
 def open_pipeline(opening: Opening, pool: ThreadPool | None = None) -> tuple[FluxPipeline, Path]:
     """What an opening describes, and where it is. Its weights are loaded as far as they fit."""
     by_layer, plan = _plan(opening)
-    room = Room(_placement(opening), pool or executors.thread_pool(opening.threads))
-    free_bytes = partial(devices.free_bytes, room.placement.stages[0].device)
+    placement, pool = _placement(opening), pool or executors.thread_pool(opening.threads)
+    free_bytes = partial(devices.free_bytes, placement.stages[0].device)
     files = find(opening)
-    t5, clip, flux, coder = map(open_part, (files.t5, files.clip, files.transformer, files.vae))
+    t5, clip, coder = map(open_part, (files.t5, files.clip, files.vae))
+    flux = alone(open_part(files.transformer))
     t5_part, clip_part = load_t5(t5), load_clip(clip)
     flux_part, vae_part = load_flux(flux), load_vae(coder)
 
@@ -298,7 +299,7 @@ def open_pipeline(opening: Opening, pool: ThreadPool | None = None) -> tuple[Flu
         program: Program, checkpoint: Checkpoint, plan: Plan | None = None, *, cut: bool = False
     ) -> Network:
         store = WeightStore(checkpoint, plan=plan, exact=opening.weights == "f32")
-        return Network(program, store, room, by_layer=cut)
+        return Network(program, store, placement, pool, by_layer=cut)
 
     specs = Specs(
         cast(Encoder, t5_part.spec), cast(Encoder, clip_part.spec), cast(Flux, flux_part.spec),

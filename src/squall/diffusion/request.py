@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 MULTIPLE = 16  # of pixels, in height and width
 MOST_PIXELS = 2048 * 2048
-MOST_STEPS = 200
-MOST_GUIDANCE = 100.0
 MOST_PROMPT = 32_000  # characters, far more than models read: tokenizing them takes time
-# (least, most) of whole numbers.
-_BOUNDS = {"steps": (1, MOST_STEPS), "seed": (0, 2**64 - 1)}
+# What numbers are, the least and the most.
+_BOUNDS = {
+    "steps": ((int,), 1, 200), "seed": ((int,), 0, 2**64 - 1),
+    "guidance": ((int, float), 0, 100), "strength": ((int, float), 0, 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,22 +50,17 @@ class PictureRequest:
         _check_prompt(self.prompt)
         for name in ("width", "height"):
             value = getattr(self, name)
-            if not _whole(value) or value < MULTIPLE or value % MULTIPLE:
+            if not _is(value, (int,)) or value < MULTIPLE or value % MULTIPLE:
                 raise InvalidRequest(f"{name} is {value!r}; it must be a multiple of {MULTIPLE}")
         if self.width * self.height > MOST_PIXELS:
             raise InvalidRequest(
                 f"{self.width}x{self.height} is too large; at most {MOST_PIXELS} pixels, such as "
                 "2048x2048"
             )
-        for name, (least, most) in _BOUNDS.items():
+        for name, (kinds, least, most) in _BOUNDS.items():
             value = getattr(self, name)
-            if value is not None and (not _whole(value) or not least <= value <= most):
+            if value is not None and not (_is(value, kinds) and least <= value <= most):
                 raise InvalidRequest(f"{name} is {value!r}; it must be {least} to {most}")
-        for name, high in (("guidance", MOST_GUIDANCE), ("strength", 1.0)):
-            value = getattr(self, name)
-            real = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (real and 0 <= value <= high):
-                raise InvalidRequest(f"{name} is {value!r}; it must be 0 to {high:g}")
         if self.strength == 0:
             raise InvalidRequest("strength is 0; it must be above that: nothing would be made")
 
@@ -86,8 +82,8 @@ def _check_prompt(prompt: object) -> None:
         )
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is(value: object, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

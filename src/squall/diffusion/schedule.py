@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from squall.diffusion.transformer import SINUSOID
 from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.recipes.fields import Fields
 
 Floats = NDArray[np.float32]
-# What the transformer is told of a time, and of guidance.
-SINUSOID = 256
 _LONGEST, _TIMES = 10000.0, 1000
 _KIND = "FlowMatchEulerDiscreteScheduler"
 # Of scheduler_config.json, what else it may say, in the one way that is known.
-_FIXED = {"num_train_timesteps": _TIMES, "time_shift_type": "exponential"}
-_READ = ("use_dynamic_shifting",)
-_NUMBERS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift")
+_FIXED = {"num_train_timesteps": _TIMES, "time_shift_type": "exponential", "_class_name": _KIND}
 _STEEPEST = 50.0
+
+
+class _Config(Fields):
+    def _is_harmless(self, key: str, value: object) -> bool:
+        return not value or value == _FIXED.get(key) or key == "_diffusers_version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +47,11 @@ class Schedule:
         """That of scheduler_config.json; refuses what is not known, by its name."""
         if (kind := config.get("_class_name")) != _KIND:
             raise UnsupportedModel(f"the scheduler is {kind!r}; Squall has {_KIND}")
-        numbers: dict[str, float] = {}
-        for name, value in config.items():
-            if name in _NUMBERS and value is not None:
-                numbers[name] = _number(name, value)
-            elif value and name not in _READ and name[:1] != "_" and value != _FIXED.get(name):
-                raise UnsupportedModel(
-                    f"the scheduler has {name} {value!r}, which Squall does not know"
-                )
-        made = cls(bool(config.get("use_dynamic_shifting")), **numbers)
+        c = _Config({name: value for name, value in config.items() if value is not None}, {})
+        usual: dict[str, Any] = {one.name: one.default for one in fields(cls)[1:]}
+        numbers = {name: c.number(name, of, high=1e6) for name, of in usual.items()}
+        made = cls(c.flag("use_dynamic_shifting", False), **numbers)
+        c.check_all_read()
         if made.max_image_seq_len <= made.base_image_seq_len or made.max_shift > _STEEPEST:
             raise InvalidCheckpoint("the scheduler's sizes and shifts of pictures make no sense")
         return made
@@ -67,12 +67,6 @@ class Schedule:
             shift = self.shift
         even = np.linspace(1, 0, steps + 1)
         return [float(t and shift * t / (1 + (shift - 1) * t)) for t in even]
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6:
-        return value
-    raise InvalidCheckpoint(f"the scheduler's {name} is {value!r}; it must be a positive number")
 
 
 def first_step(steps: int, strength: float) -> int:

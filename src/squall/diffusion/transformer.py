@@ -162,15 +162,13 @@ class _Layers:
         return self._emit(p.Add(out, x, y, gate=by, column=which * x.width))
 
 
-def inputs(spec: Flux, text_rows: int, lines: int, columns: int) -> dict[str, Int32]:
+def inputs(text_rows: int, lines: int, columns: int) -> dict[str, Int32]:
     """The indices of a run, for a picture of so many patches."""
-    del spec
-    picture, rows = lines * columns, text_rows + lines * columns
+    rows = text_rows + lines * columns
     positions = np.zeros((3, rows), np.int32)
     positions[1:, text_rows:] = np.indices((lines, columns), np.int32).reshape(2, -1)
     chosen = np.arange(rows, dtype=np.int32)
     spans = np.stack([np.zeros(rows, np.int32), np.full(rows, rows, np.int32)])
-    assert picture > 0
     return {
         POSITIONS.name: positions, SPANS.name: spans,
         OF_TEXT.name: chosen[:text_rows], OF_PICTURE.name: chosen[text_rows:],

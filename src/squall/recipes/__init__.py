@@ -25,7 +25,7 @@ from squall.recipes.config_fields import ConfigFields
 from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import NAMING, GgufFields
 from squall.recipes.linears import linears, named, stored
-from squall.recipes.names import Kind, Naming, Part, place
+from squall.recipes.names import Kind, Naming, Part, check_applied, place
 from squall.spec import Decoder
 
 __all__ = ["KNOWN", "Part", "Recipe", "judge", "load", "seeing"]
@@ -81,8 +81,7 @@ def load(checkpoint: Checkpoint, architecture: str | None = None) -> Recipe:
         if architecture is not None:
             raise InvalidRequest("a GGUF file says what it is; an architecture is for config.json")
         return _load_gguf(checkpoint)
-    if checkpoint.metadata.get("quantization_config") and not checkpoint.quantization:
-        raise UnsupportedModel("config.json has a quantization_config that was not applied")
+    check_applied(checkpoint)
     name = config.architecture(checkpoint.metadata, architecture)
     if checkpoint.kind == "uqff":
         return _load_uqff(name, checkpoint)

@@ -15,7 +15,7 @@ from squall.recipes.config_fields import ConfigFields, part_keys
 from squall.recipes.fields import Fields
 from squall.recipes.gguf_parts import GgufFields
 from squall.recipes.linears import linears, named, stored
-from squall.recipes.names import Naming, Part, place
+from squall.recipes.names import Naming, Part, check_applied, place
 from squall.spec import Activation, Encoder, Layer, Relative
 
 T5 = "T5EncoderModel"
@@ -60,7 +60,7 @@ _SEEING = r"(vision_model|visual_projection|text_projection)\..*|logit_scale|.*\
 
 def load_t5(checkpoint: Checkpoint) -> Part:
     """The encoder of a T5 as transformers, GGUF or UQFF has it."""
-    _check_applied(checkpoint)
+    check_applied(checkpoint)
     tensors, originals = checkpoint.tensors, dict[str, str]()
     read = _of_gguf if checkpoint.kind == "gguf" else _of_config
     spec, naming = read(checkpoint.metadata or XXL, tensors)
@@ -75,7 +75,6 @@ def _of_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     keys, said = part_keys("t5"), str(config.get("feed_forward_proj", "relu"))
     assert keys is not None
     name = "gelu_new" if said == "gated-gelu" else said.removeprefix("gated-")
-    gated = config.get("is_gated_act", said.startswith("gated-")) is True
     name = config.get("dense_act_fn", name)  # which counts, if the file has it
     c = ConfigFields({**config, "feed_forward_proj": name}, tensors, keys, T5_NAMING)
     c.ignored.clear()  # of decoders, tasks and generation
@@ -85,12 +84,10 @@ def _of_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
         c.count("relative_attention_max_distance", high=1 << 16),
     )
     activation = config_parts.activation(c, "feed_forward_proj")
-    spec = _t5(c, c.count("vocab_size"), relative, activation, gated=gated)
+    spec = _t5(c, c.count("vocab_size"), relative, activation)
     stems = dict(T5_NAMING.stems)
     if "shared.weight" not in tensors:
         stems["embed"] = "encoder.embed_tokens"
-    if not gated:
-        stems["feed_forward.up"] = f"{_DENSE}.wi"
     return spec, replace(T5_NAMING, stems=stems)
 
 
@@ -104,21 +101,17 @@ def _of_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     vocab = c.head()["vocab"]
     c.skip("context_length", "decoder_start_token_id", "decoder_block_count")
     relative = Relative(c.count("attention.relative_buckets_count", high=4096), FARTHEST)
-    gated = GGUF_NAMING.name("layers.0.feed_forward.gate.weight") in tensors
-    activation: Activation = "gelu_tanh" if gated else "relu"
-    return _t5(c, vocab, relative, activation, gated=gated), GGUF_NAMING
+    return _t5(c, vocab, relative, "gelu_tanh"), GGUF_NAMING
 
 
-def _t5(
-    c: Fields, vocab: int, relative: Relative, activation: Activation, *, gated: bool
-) -> Encoder:
+def _t5(c: Fields, vocab: int, relative: Relative, activation: Activation) -> Encoder:
     if not 4 <= relative.buckets < 4 * relative.farthest:
         raise InvalidCheckpoint(
             f"{relative.buckets} buckets of relative positions, up to {relative.farthest}; there "
             "must be at least 4, a quarter of them below that"
         )
     heads = parts.attention(c, None, scale=1.0)
-    mlps = parts.mlp(c, activation, gated=gated, bias=False)
+    mlps = parts.mlp(c, activation, gated=True, bias=False)
     norm = parts.rms(c)
     layers = tuple(Layer(*pair, norm) for pair in zip(heads, mlps, strict=True))
     spec = Encoder(vocab, parts.hidden(c), layers, norm, relative=relative)
@@ -136,16 +129,11 @@ def _check_relative(spec: Encoder, tensor: Tensor) -> None:
         )
 
 
-def _check_applied(checkpoint: Checkpoint) -> None:
-    if checkpoint.metadata.get("quantization_config") and not checkpoint.quantization:
-        raise UnsupportedModel("config.json has a quantization_config that was not applied")
-
-
 def load_clip(checkpoint: Checkpoint) -> Part:
     """The text half of a CLIP, from a folder of its own or of the whole."""
     if checkpoint.kind != "folder":
         raise UnsupportedModel(f"CLIP is read from a folder of transformers, not {checkpoint.kind}")
-    _check_applied(checkpoint)
+    check_applied(checkpoint)
     keys, tensors = part_keys("clip_text_model"), checkpoint.tensors
     assert keys is not None
     config: Any = checkpoint.metadata or LARGE

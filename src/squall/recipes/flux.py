@@ -13,7 +13,7 @@ from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.recipes.fields import NEUTRAL, Fields
 from squall.recipes.linears import FLUX, linears, named, stored
-from squall.recipes.names import Naming, Part, place
+from squall.recipes.names import Naming, Part, check_applied, place
 from squall.roles import FLUX_STREAMS
 from squall.spec import Flux
 
@@ -69,22 +69,22 @@ class _Config(Fields):
 def load_flux(checkpoint: Checkpoint) -> Part:
     """The transformer of a checkpoint, in whichever layout."""
     _check_kind(checkpoint)
-    prefixed = any(name.startswith(PREFIX) for name in checkpoint.tensors)
-    before = PREFIX if prefixed else ""
-    tensors: Mapping[str, Tensor] = {
-        name.removeprefix(before): tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith(before)
-    }
-    originals = {name: f"{before}{name}" for name in tensors}
+    tensors, originals = checkpoint.tensors, dict[str, str]()
     original = "img_in.weight" in tensors
     said = "num_layers" in checkpoint.metadata or not original
-    spec = _of_config(checkpoint.metadata, tensors) if said else _of_tensors(tensors)
+    spec = _spec(checkpoint.metadata if said else config_of(tensors), tensors)
     naming = _naming(spec, original=original)
     if checkpoint.kind == "uqff":
         tensors, originals = named(linears(FLUX, spec, naming), tensors)
     (part,) = place([Part("flux", spec, naming)], tensors, read=set())
     return replace(part, names=stored(part.names, originals))
+
+
+def alone(checkpoint: Checkpoint) -> Checkpoint:
+    """Of a file with all parts of a model the transformer; what is one by itself stays so."""
+    found = {name: t for name, t in checkpoint.tensors.items() if name.startswith(PREFIX)}
+    own = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+    return replace(checkpoint, tensors=own) if own else checkpoint
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
@@ -95,11 +95,10 @@ def _check_kind(checkpoint: Checkpoint) -> None:
     found = checkpoint.metadata.get("_class_name", FLUX)
     if found != FLUX:
         raise UnsupportedModel(f"config.json is of {quote(str(found))}, not of {FLUX}")
-    if checkpoint.metadata.get("quantization_config") and not checkpoint.quantization:
-        raise UnsupportedModel("config.json has a quantization_config that was not applied")
+    check_applied(checkpoint)
 
 
-def _of_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flux:
+def _spec(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flux:
     c = _Config({**DEFAULTS, **config}, tensors)
     patch, size = c.count("in_channels"), c.count("attention_head_dim", high=512)
     if config.get("out_channels") not in (None, patch):
@@ -107,19 +106,23 @@ def _of_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flux
     c.skip("out_channels")
     heads = c.count("num_attention_heads", high=1 << 12)
     axes = c.indices("axes_dims_rope", below=size + 1)
+    if len(axes) != 3 or sum(axes) != size or any(axis % 2 for axis in axes):
+        raise InvalidCheckpoint(
+            f"axes of rotary positions are {axes}; they must be three even sizes, {size} in all"
+        )
     hidden = heads * size
     spec = Flux(
         patch, hidden, heads, size,
         c.count("num_layers", high=MOST_LAYERS), c.count("num_single_layers", high=MOST_LAYERS),
         c.count("joint_attention_dim"), c.count("pooled_projection_dim"),
-        _axes(axes, size), MLP_RATIO * hidden, guidance=c.flag("guidance_embeds", False),
+        (axes[0], axes[1], axes[2]), MLP_RATIO * hidden, guidance=c.flag("guidance_embeds", False),
     )  # fmt: skip
     c.check_all_read()
     return spec
 
 
-def _of_tensors(tensors: Mapping[str, Tensor]) -> Flux:
-    """Sizes as the tensors of an original file have them."""
+def config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What diffusers' config.json would say of an original file, by the shapes of its tensors."""
 
     def shape(name: str, dims: int = 2) -> tuple[int, ...]:
         found = tensors[name].shape if name in tensors else ()
@@ -131,14 +134,15 @@ def _of_tensors(tensors: Mapping[str, Tensor]) -> Flux:
     (size,) = shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)
     if hidden % size:
         raise InvalidCheckpoint(f"rows of {hidden} values are no heads of {size}")
-    eighths = (size // 8, 7 * size // 16, 7 * size // 16)
-    return Flux(
-        patch, hidden, hidden // size, size,
-        _depth(tensors, "double_blocks"), _depth(tensors, "single_blocks"),
-        shape("txt_in.weight")[1], shape("vector_in.in_layer.weight")[1],
-        _axes(eighths, size), shape("double_blocks.0.img_mlp.0.weight")[0],
-        guidance="guidance_in.in_layer.weight" in tensors,
-    )  # fmt: skip
+    return {
+        "_class_name": FLUX, "in_channels": patch, "attention_head_dim": size,
+        "num_attention_heads": hidden // size, "num_layers": _depth(tensors, "double_blocks"),
+        "num_single_layers": _depth(tensors, "single_blocks"),
+        "joint_attention_dim": shape("txt_in.weight")[1],
+        "pooled_projection_dim": shape("vector_in.in_layer.weight")[1],
+        "axes_dims_rope": [size // 8, 7 * size // 16, 7 * size // 16],
+        "guidance_embeds": "guidance_in.in_layer.weight" in tensors,
+    }  # fmt: skip
 
 
 def _depth(tensors: Mapping[str, Tensor], name: str) -> int:
@@ -146,14 +150,6 @@ def _depth(tensors: Mapping[str, Tensor], name: str) -> int:
     if not found or max(found) >= MOST_LAYERS:
         raise InvalidCheckpoint(f"the file has no {name}, or more than {MOST_LAYERS}")
     return max(found) + 1
-
-
-def _axes(axes: tuple[int, ...], head_dim: int) -> tuple[int, int, int]:
-    if len(axes) != 3 or sum(axes) != head_dim or any(size % 2 for size in axes):
-        raise InvalidCheckpoint(
-            f"axes of rotary positions are {axes}; they must be three even sizes, {head_dim} in all"
-        )
-    return axes[0], axes[1], axes[2]
 
 
 def _naming(spec: Flux, *, original: bool) -> Naming:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from squall.checkpoints.base import Tensor
+from squall.checkpoints.base import Checkpoint, Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
 from squall.program import Names, Slice
@@ -128,6 +128,12 @@ def place(
         }
         made.append(replace(part, names=MappingProxyType(places)))
     return tuple(made)
+
+
+def check_applied(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModel for weights in a quantization that was not undone."""
+    if checkpoint.metadata.get("quantization_config") and not checkpoint.quantization:
+        raise UnsupportedModel("config.json has a quantization_config that was not applied")
 
 
 def _alike(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
