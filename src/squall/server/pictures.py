@@ -35,7 +35,7 @@ MOST_PICTURES = 8  # of a request
 POLL_S = 0.2  # how often streams look how far a picture is
 FOLDER = "/images/"  # where they lie, under names that are secrets, which clients hand on
 PROGRESS, COMPLETED = "image_generation.progress", "image_generation.completed"
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _FIELD_BYTES, _MOST_PARTS = 64 * 1024, 64
 _FIELDS = ("width", "height", "steps", "guidance", "seed")
 # As OpenAI has it, and as mistral.rs does.
