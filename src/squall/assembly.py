@@ -24,7 +24,7 @@ from squall.executors.memory import Load, Sizes, available_bytes, by_memory
 from squall.executors.sharding import shard
 from squall.locate import find_mmproj, locate, locate_uqff
 from squall.opening import NO_MMPROJ, Opening
-from squall.quant import Plan, Topology
+from squall.quant import Plan
 from squall.recipes import Recipe, mmproj
 from squall.recipes.fields import LOG
 from squall.spec import Connector, Tower
@@ -121,10 +121,9 @@ def prepare(opening: Opening) -> Prepared:
     checkpoint = open_checkpoint(_locate(opening), gqa=opening.gqa)
     recipe = recipes.load(checkpoint, opening.architecture)
     checkpoint, recipe = _seeing(checkpoint, recipe, opening)
-    topology = opening.topology
-    if isinstance(topology, str | os.PathLike):
-        topology = Topology.from_file(Path(topology))
-    plan = Plan.of(opening.isq, topology, experts_only=opening.experts_only, dtype=opening.dtype)
+    plan = Plan.of(
+        opening.isq, opening.topology, experts_only=opening.experts_only, dtype=opening.dtype
+    )
     plan.topology.check(len(recipe.decoder.layers))
     return checkpoint, recipe, plan
 

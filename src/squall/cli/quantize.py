@@ -120,14 +120,11 @@ def _pictures(opening: Opening, output: Path, threads: int | None) -> tuple[Writ
     from squall import convert
     from squall.diffusion.files import find, open_part
     from squall.executors import default_threads
-    from squall.quant import Plan, Topology
+    from squall.quant import Plan
     from squall.recipes.encoders import load_t5
     from squall.recipes.flux import alone, load_flux
 
-    topology = opening.topology
-    if isinstance(topology, Path):
-        topology = Topology.from_file(topology)
-    plan = Plan.of(opening.isq, topology)  # type: ignore[arg-type]
+    plan = Plan.of(opening.isq, opening.topology)
     files = find(opening)
     transformer, t5 = alone(open_part(files.transformer)), open_part(files.t5)
     networks = {

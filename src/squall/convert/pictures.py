@@ -61,15 +61,12 @@ def write_pictures(
                 config_of(checkpoint.tensors) if part.kind == "flux" else XXL
             )
             (made / name / "config.json").write_text(json.dumps({**config}, indent=2))
-            write_linears(_job(quantizer, part, plan), made / name / FILE, force=False)
+            order = linears(KINDS[part.kind], part.spec, part.naming)  # type: ignore[arg-type]
+            names = {role.removeprefix(part.prefix): at for role, at in part.names.items()}
+            job = Job(quantizer, plan, order, names, roles(part.spec), prefix=part.prefix)
+            write_linears(job, made / name / FILE, force=False)
             written += quantizer.written
     return tuple(written)
-
-
-def _job(quantizer: Quantizer, part: Part, plan: Plan) -> Job:
-    order = linears(KINDS[part.kind], part.spec, part.naming)  # type: ignore[arg-type]
-    names = {role.removeprefix(part.prefix): places for role, places in part.names.items()}
-    return Job(quantizer, plan, order, names, roles(part.spec), prefix=part.prefix)
 
 
 @contextmanager

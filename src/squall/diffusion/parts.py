@@ -87,7 +87,8 @@ class Network:
         self.loaded = False
 
     def run(self, inputs: Inputs, between: Callable[[], None]) -> Floats:
-        """The only output of a network that runs once."""
+        """The only output of a network that runs once. between: called before, and as `opened`."""
+        between()
         with self.opened(inputs, between) as run:
             (found,) = run(inputs).values()
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,7 @@ from squall.executors.base import summed
 from squall.files import read_json
 from squall.opening import Opening
 from squall.program import Program
-from squall.quant import FormatTotal, Plan, Topology
+from squall.quant import FormatTotal, Plan
 from squall.recipes.encoders import load_clip, load_t5
 from squall.recipes.flux import alone, load_flux
 from squall.recipes.vae import load_vae
@@ -225,14 +224,12 @@ class FluxPipeline:
 
     def _states(self, prompt: str, tell: Callable[[], None]) -> Floats:
         """The text, a row for each token of T5."""
-        tell()
         inputs = encoders.inputs(self._specs.t5, self._text_ids(prompt), causal=False)
         run = partial(self.parts[T5].run, inputs, tell)
         return self._texts.get(inputs["tokens"].tobytes(), run)
 
     def _pooled(self, prompt: str, tell: Callable[[], None]) -> tuple[Floats, tuple[str, ...]]:
         """The text as one row of CLIP's, and whether it did not read all."""
-        tell()
         tokens, spec = self._specs.clip_tokens, self._specs.clip
         whole = tokens.encode(prompt)
         ids = tokens.pad(whole, spec.positions)
@@ -243,7 +240,6 @@ class FluxPipeline:
 
     def _encode(self, request: PictureRequest, image: Pixels, tell: Callable[[], None]) -> Floats:
         """A picture as packed latents: as large as needed, and its middle."""
-        tell()
         spec = self._specs.vae
         shown = fitted(Image.fromarray(image), request.width, request.height)
         pixels = shown.astype(np.float32).reshape(-1, 3) / np.float32(127.5) - 1
@@ -254,7 +250,6 @@ class FluxPipeline:
         return noise.pack(latents.reshape(lines, columns, -1))
 
     def _decode(self, request: PictureRequest, latents: Floats, tell: Callable[[], None]) -> Pixels:
-        tell()
         spec, (lines, columns) = self._specs.vae, self._size(request)
         places = noise.unpack(latents, lines, columns)
         places = places / np.float32(spec.scale) + np.float32(spec.shift)
@@ -330,10 +325,7 @@ def _plan(opening: Opening) -> tuple[bool, Plan]:
             f"unknown architecture {opening.architecture!r} of models that make pictures; known: "
             f"{', '.join(ARCHITECTURES)}"
         )
-    topology = opening.topology
-    if isinstance(topology, str | os.PathLike):
-        topology = Topology.from_file(Path(topology))
-    plan = Plan.of(opening.isq, topology, dtype=opening.dtype)
+    plan = Plan.of(opening.isq, opening.topology, dtype=opening.dtype)
     by_layer = opening.architecture == OFFLOADED
     if by_layer and plan.quantizes:
         raise InvalidRequest(

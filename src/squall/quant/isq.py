@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from squall.errors import InvalidRequest
@@ -89,12 +91,14 @@ class Plan:
     def of(
         cls,
         isq: str | int | None = None,
-        topology: Topology | None = None,
+        topology: Topology | str | os.PathLike[str] | None = None,
         *,
         experts_only: bool = False,
         dtype: str = "auto",
     ) -> Plan:
         """A plan from what users write; raises InvalidRequest for what is unknown."""
+        if isinstance(topology, str | os.PathLike):
+            topology = Topology.from_file(Path(topology))
         if dtype not in get_args(Dtype):
             known = ", ".join(get_args(Dtype))
             raise InvalidRequest(f"unknown dtype {dtype!r}; known: {known}")
