@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -56,3 +58,18 @@ def test_an_interrupt_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> 
     text = shown(Terminal(), monkeypatch, 60, KeyboardInterrupt)
     assert "loading" in text
     assert text.rindex(SHOW) > text.rindex(HIDE)
+
+
+def test_an_interrupt_before_a_command_begins_is_no_traceback() -> None:
+    code = """
+import signal, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "squall.cli.run":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+from squall.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")

@@ -226,6 +226,8 @@ def test_sizes_of_flux_are_those_of_its_tensors(tmp_path: Path) -> None:
     for config in ({}, {"_class_name": "FluxTransformer2DModel", "in_channels": 64}):
         found = stored(original(folder.tensors, 2), config, tmp_path / "ae.safetensors")
         assert load_vae(found).spec == folder.spec
+    for tensors in (folder.tensors, older(folder.tensors)):  # the file of a folder, by itself
+        assert load_vae(stored(tensors, {}, tmp_path / "vae.safetensors")).spec == folder.spec
 
 
 @EXECUTORS

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
+from pkgutil import resolve_name
 
 from squall.errors import SquallError
 
 
 def main() -> None:
     """Run the command line; errors are one line on stderr and exit status 1 (2 for wrong usage)."""
-    from squall.cli.app import app
-
-    _run(app)
+    _run("squall.cli.app:app")
 
 
 def server() -> None:
-    from squall.cli.serve import server as app
-
-    _run(app)
+    _run("squall.cli.serve:server")
 
 
-def _run(app: Callable[[], object]) -> None:
+def _run(app: str) -> None:
     _open_streams()
     try:
         try:
-            app()
+            resolve_name(app)()
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:  # before a command began, which ends as it sees fit
+        sys.exit(130)
     except Exception as error:
         if os.environ.get("SQUALL_DEBUG"):
             raise

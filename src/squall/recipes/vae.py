@@ -56,8 +56,9 @@ def load_vae(checkpoint: Checkpoint) -> Part:
     """The autoencoder of a checkpoint, in whichever layout."""
     tensors, given = checkpoint.tensors, checkpoint.metadata
     layout = _layout(tensors)
-    if not layout and given.get("_class_name") not in KNOWN["_class_name"]:
-        given = _flux(tensors)  # the config.json is another model's, or there is none
+    if not given or (not layout and given.get("_class_name") not in KNOWN["_class_name"]):
+        # There is no config.json, or it is another model's.
+        given = _flux(tensors, "down_blocks.{}.resnets.{}" if layout else "down.{}.block.{}")
     spec = _spec(_Config(dict(flatten(given)), tensors))
     for key, known in KNOWN.items():
         found = given.get(key, [])
@@ -78,8 +79,8 @@ def _layout(tensors: Mapping[str, Tensor]) -> Pairs:
     )
 
 
-def _flux(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a config.json would say of an original file: sizes as its tensors have them."""
+def _flux(tensors: Mapping[str, Tensor], block: str) -> dict[str, Any]:
+    """What a config.json would say of FLUX's file: sizes as its tensors have them."""
 
     def channels(name: str, axis: int = 0) -> int:
         shape = tensors[name].shape if name in tensors else ()
@@ -91,11 +92,12 @@ def _flux(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         found = map(name.format, range(len(tensors)))
         return [channels(one) for one in takewhile(tensors.__contains__, found)]
 
-    widths = all_of("encoder.down.{}.block.0.conv1.weight")
+    first = f"encoder.{block}.conv1.weight"
+    widths = all_of(first.format("{}", 0))
     return {
         "block_out_channels": widths,
         "latent_channels": channels("decoder.conv_in.weight", 1),
-        "layers_per_block": len(all_of("encoder.down.0.block.{}.conv1.weight")),
+        "layers_per_block": len(all_of(first.format(0, "{}"))),
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
     }
