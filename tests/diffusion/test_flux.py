@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from native_executor import opened
 from reference_executor import ReferenceExecutor
-from squall.checkpoints import open_checkpoint, open_file
+from squall import convert
+from squall.checkpoints import open_checkpoint, open_file, open_uqff
 from squall.checkpoints.base import Checkpoint
 from squall.checkpoints.folder import open_folder
 from squall.diffusion import transformer
@@ -258,15 +259,19 @@ def both(tmp_path: Path) -> tuple[Checkpoint, dict[str, torch.Tensor], Path]:
     return checkpoint, original(state), tmp_path / "flux1-dev.safetensors"
 
 
-def test_the_original_names_are_those_that_diffusers_reads() -> None:
-    """Its converter knows one width alone; here is the same for another."""
+def converted(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By diffusers' converter, which knows one width alone; here is the same for another."""
     source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
-    width = CONFIG["attention_head_dim"] * CONFIG["num_attention_heads"]
+    width = len(named["img_in.weight"])
     assert "inner_dim = 3072" in source
     made: dict[str, Any] = {"torch": torch}
     exec(source.replace("inner_dim = 3072", f"inner_dim = {width}"), made)
+    return made["convert_flux_transformer_checkpoint_to_diffusers"](dict(named))
+
+
+def test_the_original_names_are_those_that_diffusers_reads() -> None:
     state = random().state_dict()
-    back = made["convert_flux_transformer_checkpoint_to_diffusers"](original(state))
+    back = converted(original(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
 
@@ -281,6 +286,22 @@ def test_both_layouts_give_the_same_bytes(both: Any, executor: str, prefix: str)
     assert load_flux(file).spec == part.spec
     found = velocity(load_flux(file), file, executor)
     assert found.tobytes() == velocity(part, folder, executor).tobytes()
+
+
+@pytest.mark.parametrize("plan", ["Q8_0", "Q4K"])
+def test_the_same_bytes_quantized_once_or_when_opened(both: Any, plan: str) -> None:
+    """From either layout, as UQFF or not."""
+    folder, named, path = both
+    save_file(named, path)
+    found = []
+    for checkpoint in (folder, open_file(path)):
+        part, made = load_flux(checkpoint), path.with_name(f"{checkpoint.path.name}.uqff")
+        convert.write_pictures({"flux": (checkpoint, part)}, {}, Plan.of(plan), made)
+        written = open_uqff(made / "flux/model.uqff")
+        assert load_flux(written).spec == part.spec
+        found.append(velocity(part, checkpoint, "native", plan).tobytes())
+        found.append(velocity(load_flux(written), written, "native").tobytes())
+    assert found == found[:1] * 4
 
 
 @pytest.mark.parametrize(("dtype", "close"), [
@@ -298,28 +319,69 @@ def test_short_floats(both: Any, dtype: torch.dtype, close: float) -> None:
     assert distance(found, velocity(load_flux(same), same)) < close
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_gguf(both: Any, kind: str) -> None:
-    """As ComfyUI's files are: original names, the architecture, and nothing else."""
-    folder, named, path = both
-    path = path.with_suffix(".gguf")
-    writer, type = gguf.GGUFWriter(path, "flux"), gguf.GGMLQuantizationType[kind]
-    for name, tensor in named.items():
-        values = tensor.numpy()
-        if values.ndim > 1 and not values.shape[1] % 32:
-            writer.add_tensor(name, gguf.quantize(values, type), raw_dtype=type)
-        else:
-            writer.add_tensor(name, values)
+Quantized = tuple[NDArray[Any], gguf.GGMLQuantizationType]
+
+
+def gguf_file(path: Path, stored: dict[str, Quantized]) -> Checkpoint:
+    """As ComfyUI's are: original names, the architecture, and nothing else."""
+    writer = gguf.GGUFWriter(path, "flux")
+    for name, (data, type) in stored.items():
+        writer.add_tensor(name, data, raw_dtype=type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    file = open_checkpoint(path)
+    return open_checkpoint(path)
+
+
+def quantized(tensor: torch.Tensor, kind: str) -> Quantized:
+    type = gguf.GGMLQuantizationType[kind]
+    return gguf.quantize(tensor.numpy(), type), type
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_gguf(both: Any, kind: str) -> None:
+    folder, named, path = both
+    stored = {
+        name: quantized(t, kind if t.dim() > 1 and not t.shape[1] % 32 else "F32")
+        for name, t in named.items()
+    }
+    file = gguf_file(path.with_suffix(".gguf"), stored)
     part = load_flux(file)
     assert part.spec == load_flux(folder).spec
     found, exact = velocity(part, file, "native"), velocity(part, file)
     assert distance(found, exact) < 0.05  # the rows that kernels multiply are of 8 bits
     assert distance(exact, velocity(load_flux(folder), folder)) < (0.05 if kind == "Q8_0" else 0.6)
+
+
+@pytest.mark.parametrize(("kind", "scales"), [
+    ("Q2_K", slice(80, 84)), ("Q3_K", slice(108, 110)), ("Q4_K", slice(4)), ("Q5_K", slice(4)),
+    ("Q6_K", slice(208, 210)),
+])  # fmt: skip
+def test_gguf_of_large_blocks(tmp_path: Path, kind: str, scales: slice) -> None:
+    """gguf writes no such blocks: they are random, with small scales, and it reads them."""
+    size = {
+        "attention_head_dim": 128, "num_attention_heads": 2, "axes_dims_rope": (16, 56, 56)
+    }  # fmt: skip
+    model, type, made = random(**size), gguf.GGMLQuantizationType[kind], np.random.default_rng(1)
+    named, stored = original(model.state_dict()), dict[str, Quantized]()
+    _, nbytes = gguf.GGML_QUANT_SIZES[type]
+    for name, tensor in named.items():
+        if "_blocks." in name and tensor.dim() > 1:
+            rows, cols = tensor.shape
+            blocks = made.integers(0, 256, (rows, cols // 256, nbytes), np.uint8)
+            blocks[..., scales].view("<f2")[:] = 4e-3 if kind == "Q2_K" else 2e-4
+            stored[name] = blocks.reshape(rows, -1), type
+        else:
+            kinds = {1: "F16" if name.endswith("scale") else "F32", 2: "BF16"}
+            stored[name] = quantized(tensor, kinds[tensor.dim()])
+    exact = {n: torch.tensor(gguf.dequantize(*s)).view(named[n].shape) for n, s in stored.items()}
+    model.load_state_dict(converted(exact))
+    file = gguf_file(tmp_path / "flux.gguf", stored)
+    part = load_flux(file)
+    right = wanted(model, tensors(part.spec))
+    assert distance(velocity(part, file), right) < CLOSE
+    assert distance(velocity(part, file, "native"), right) < 0.05
 
 
 def test_what_is_quantized(tmp_path: Path) -> None:
