@@ -60,13 +60,17 @@ class Brush:
 
 @dataclass
 class Running:
-    url: str
+    http: httpx.Client
     brush: Brush
     model: ImageModel
     server: Server
 
+    @property
+    def url(self) -> str:
+        return str(self.http.base_url)
+
     def post(self, path: str = GENERATIONS, **body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json={"prompt": "a cat"} | body, timeout=WAIT_S)
+        return self.http.post(path, json={"prompt": "a cat"} | body)
 
 
 @contextmanager
@@ -80,7 +84,9 @@ def serving(text: Model | None = None, max_queue: int = 16, **options: Any) -> I
     thread.start()
     try:
         assert started.wait(WAIT_S)
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", brush, painter, server)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=WAIT_S) as http:
+            yield Running(http, brush, painter, server)
     finally:
         brush.go.set()
         server.should_exit = True

@@ -81,11 +81,11 @@ def test_openai_gets_urls(client: openai.OpenAI, running: Running) -> None:
     (one,) = found.data or []
     assert one.url is not None
     assert one.url.startswith(f"{running.url}/images/")
-    response = httpx.get(one.url)
+    response = running.http.get(one.url)
     assert opened(response.content).size == (1280, 720)
     assert response.headers["content-type"] == "image/png"
     assert "max-age=3600" in response.headers["cache-control"]
-    assert httpx.head(one.url).headers["content-length"] == str(len(response.content))
+    assert running.http.head(one.url).headers["content-length"] == str(len(response.content))
 
 
 def test_openai_edits(client: openai.OpenAI, running: Running) -> None:
@@ -113,7 +113,7 @@ def test_streams_tell_of_steps(running: Running) -> None:
     found = events(running.post(n=2, size="16x16", seed=5, stream=True).text)
     made = [event for event in found if event["type"] == "image_generation.completed"]
     assert [(event["index"], event["n"], event["seed"]) for event in made] == [(0, 2, 5), (1, 2, 6)]
-    assert all(httpx.get(event["url"]).status_code == 200 for event in made)
+    assert all(running.http.get(event["url"]).status_code == 200 for event in made)
     running.brush.go.clear()
     with httpx.stream(
         "POST", running.url + GENERATIONS, timeout=WAIT_S,
@@ -140,15 +140,15 @@ def test_notes_and_defaults(running: Running) -> None:
 
 
 def test_models_and_metrics(running: Running) -> None:
-    (card,) = httpx.get(f"{running.url}/v1/models").json()["data"]
+    (card,) = running.http.get("/v1/models").json()["data"]
     assert (card["id"], card["object"]) == ("flux", "model")
-    assert httpx.get(f"{running.url}/v1/models/flux").json() == card
+    assert running.http.get("/v1/models/flux").json() == card
     before = running.model.stats().pictures
     running.post(size="16x16")
-    text = httpx.get(f"{running.url}/metrics").text
+    text = running.http.get("/metrics").text
     assert f'squall_pictures_total{{model="flux"}} {before + 1}.0' in text
     assert 'squall_picture_seconds_total{model="flux",part="steps"}' in text
-    assert httpx.get(f"{running.url}/health").text == "OK"
+    assert running.http.get("/health").text == "OK"
 
 
 # ---- what is refused ----
@@ -202,7 +202,7 @@ CAT, FILE = part("prompt", b"cat"), b'; filename="a"'
 ])  # fmt: skip
 def test_forms_are_bounded(running: Running, parts: bytes, word: str) -> None:
     headers, since = {"content-type": "Multipart/Form-Data; boundary=x"}, time.monotonic()
-    response = httpx.post(running.url + EDITS, content=CAT + parts + b"--x--\r\n", headers=headers)
+    response = running.http.post(EDITS, content=CAT + parts + b"--x--\r\n", headers=headers)
     fails(response, 400, word)
     assert time.monotonic() - since < 3
 
@@ -213,9 +213,7 @@ def test_an_image_takes_no_more_than_its_picture() -> None:
     Image.new("RGB", (4000, 3000), (9, 8, 7)).save(file, "PNG")
     form = {"data": {"prompt": "slow", "size": "32x16"}, "files": {"image": file.getvalue()}}
     with serving() as running:
-        ask = threading.Thread(
-            target=lambda: httpx.post(running.url + EDITS, timeout=WAIT_S, **form)
-        )
+        ask = threading.Thread(target=lambda: running.http.post(EDITS, timeout=WAIT_S, **form))
         ask.start()
         until(lambda: running.brush.asked)
         image = running.brush.asked[0].image
@@ -237,7 +235,7 @@ def test_an_image_takes_no_more_than_its_picture() -> None:
 @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "multipart/form-data"])
 def test_bad_forms(running: Running, data: bytes, kind: str) -> None:
     headers = {"content-type": kind}
-    response = httpx.post(running.url + EDITS, content=data, headers=headers)
+    response = running.http.post(EDITS, content=data, headers=headers)
     assert response.status_code == 400, response.text
 
 
@@ -266,7 +264,7 @@ def test_what_went_wrong_inside_is_not_told(running: Running) -> None:
 
 def test_chats_are_for_other_models(running: Running) -> None:
     for name in ("flux", "default", "gpt-5"):
-        response = httpx.post(f"{running.url}/v1/chat/completions", json=chat() | {"model": name})
+        response = running.http.post("/v1/chat/completions", json=chat() | {"model": name})
         fails(response, 400, "makes pictures")
 
 
@@ -325,17 +323,17 @@ def test_the_end_of_a_server() -> None:
 def test_files_end(tmp_path: Path) -> None:
     with serving(image_folder=tmp_path, image_age_s=0.4) as running:
         url = running.post(size="16x16").json()["data"][0]["url"]
-        assert httpx.get(url).status_code == 200
+        assert running.http.get(url).status_code == 200
         until(lambda: not list(tmp_path.iterdir()))
-        fails(httpx.get(url), 404, "no longer")
+        fails(running.http.get(url), 404, "no longer")
 
 
 def test_files_have_a_limit(tmp_path: Path) -> None:
     with serving(image_folder=tmp_path, image_bytes=200) as running:
         urls = [running.post(size="16x16").json()["data"][0]["url"] for _ in range(5)]
         assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 200
-        assert httpx.get(urls[-1]).status_code == 200
-        assert httpx.get(urls[0]).status_code == 404
+        assert running.http.get(urls[-1]).status_code == 200
+        assert running.http.get(urls[0]).status_code == 404
 
 
 def test_files_that_cannot_be_written_or_are_gone(
@@ -353,7 +351,7 @@ def test_files_that_cannot_be_written_or_are_gone(
         url = running.post(size="16x16").json()["data"][0]["url"]
         (file,) = (tmp_path / "new").iterdir()
         file.unlink()
-        fails(httpx.get(url), 404, "no longer")
+        fails(running.http.get(url), 404, "no longer")
         album = running.server.service.album
     with pytest.raises(EngineStopped):
         album.keep(b"late")
@@ -370,10 +368,10 @@ def test_names_are_all_that_is_served(tmp_path: Path) -> None:
             running.url + GENERATIONS, json={"prompt": "x", "size": "16x16"}, headers=headers
         )
         url = response.json()["data"][0]["url"]
-        assert httpx.get(url).status_code == 200  # the name is the key
+        assert running.http.get(url).status_code == 200  # the name is the key
         names = ("mine.png", "../mine.png", "%2e%2e%2fmine.png", "", ".", "a" * 5000)
         for name in names:
-            status = httpx.get(f"{running.url}/images/{name}").status_code
+            status = running.http.get(f"/images/{name}").status_code
             assert status in (401, 404), name
         assert running.post().status_code == 401
     assert (tmp_path / "mine.png").exists()
@@ -397,9 +395,9 @@ def test_a_chat_and_a_picture(model: Model) -> None:
         assert running.model.busy
         assert [card.id for card in client.models.list().data] == ["small", "flux"]
         fails(running.post(model="small"), 400, "answers in text")
-        response = httpx.post(f"{running.url}/v1/chat/completions", json=chat() | {"model": "flux"})
+        response = running.http.post("/v1/chat/completions", json=chat() | {"model": "flux"})
         fails(response, 400, "makes pictures")
-        text = httpx.get(f"{running.url}/metrics").text
+        text = running.http.get("/metrics").text
         assert 'squall_pictures_running{model="flux"} 1.0' in text
         assert 'squall_answers_total{end="finished",model="small"}' in text
         running.brush.go.set()
