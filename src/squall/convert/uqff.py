@@ -87,13 +87,11 @@ class Job:
 
     def residual(self) -> list[Item]:
         """The tensors that hold no linear."""
-        roles = {role for linear in self.linears for role in linear.roles}
-        taken = {
-            part.tensor
-            for role, parts in self.names.items()
-            if role.rsplit(".", 1)[0] in roles
-            for part in parts
-        }
+        linears = {role for linear in self.linears for role in linear.roles}
+        used: dict[bool, set[str]] = {True: set(), False: set()}
+        for role, parts in self.names.items():
+            used[role.rsplit(".", 1)[0] in linears] |= {part.tensor for part in parts}
+        taken = used[True] - used[False]  # a tied head's is the embeddings' too
         tensors = self.quantizer.checkpoint.tensors
         return [
             Item(name, t.format, t.shape, copy_of(t))
