@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections import defaultdict
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -48,7 +50,18 @@ def _take_device(device: str) -> None:
         object.__setattr__(DEFAULTS, name, Opening.__init__.__kwdefaults__[name])
 
 
+def _interpret_triton() -> None:
+    """Triton is loaded as tests/gpu needs it, before what loads it too, such as diffusers."""
+    if find_spec("triton") is None:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    for name in ("language", "experimental.gluon", "runtime.interpreter"):
+        import_module(f"triton.{name}")
+    del os.environ["TRITON_INTERPRET"]
+
+
 _take_one_cpu()
+_interpret_triton()
 if DEVICE is not None:
     _take_device(DEVICE)
 hypothesis.settings.register_profile("check", deadline=None)
