@@ -36,7 +36,7 @@ def requests() -> list[Request]:
             own = model.encode(" ".join(chosen.choices(WORDS, k=chosen.randint(1, 30))))
             begin = stem[: chosen.choice([0, 0, 0, 20, 100])]
             sampling = Sampling(temperature=0 if i % 2 else 0.9, top_p=0.95, seed=i)
-            options = {"max_tokens": chosen.randint(4, 40), "logprobs": 0, "ignore_eos": True}
+            options = {"max_tokens": chosen.randint(4, 24), "logprobs": 0, "ignore_eos": True}
             made.append(Request(ids=begin + own, sampling=sampling, **options))
     # The first two outgrow a small cache together.
     for i in range(2):
