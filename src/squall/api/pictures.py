@@ -16,9 +16,14 @@ from squall.diffusion.model import Painting
 from squall.errors import EngineStopped, InvalidRequest
 
 
+def encoded(png: bytes) -> str:
+    """A PNG as OpenAI gives it, in base64."""
+    return base64.b64encode(png).decode()
+
+
 def data_uri(png: bytes) -> str:
-    """A PNG as mistral.rs gives it in base64, which browsers show too."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    """The same as mistral.rs gives it, which browsers show too."""
+    return f"data:image/png;base64,{encoded(png)}"
 
 
 def make_folder(given: str | os.PathLike[str] | None = None) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import re
 import secrets
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
 
+from squall.api.pictures import data_uri, encoded
 from squall.diffusion.model import ImageModel, Painting
 from squall.diffusion.request import Picture, PictureRequest, fitted
 from squall.errors import EngineStopped, InvalidRequest
@@ -214,8 +214,7 @@ class Pictures(Dialect):
         png, wanted = picture.png(), self.body.response_format
         if wanted in (None, "url", "Url"):
             return {"url": f"{self._base}{FOLDER}{self._service.album.keep(png)}"}
-        text = base64.b64encode(png).decode()
-        return {"b64_json": text if wanted == "b64_json" else f"data:image/png;base64,{text}"}
+        return {"b64_json": encoded(png) if wanted == "b64_json" else data_uri(png)}
 
 
 @dataclass(eq=False)
