@@ -37,23 +37,21 @@ class _Kind:
     uncounted: re.Pattern[str] = re.compile(r"(?!)")
 
 
+def _safetensors(stem: str, uncounted: str = r"(?!)") -> _Kind:
+    return _Kind(
+        lambda path: open_part(path).tensors(),
+        re.compile(rf"{stem}\.safetensors"),
+        re.compile(rf"{stem}-([0-9]{{5}})-of-([0-9]{{5}})\.safetensors"),
+        re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors"),
+        f"{stem}.safetensors.index.json",
+        re.compile(uncounted),
+    )
+
+
 # The first that a folder has counts.
 _KINDS = (
-    _Kind(
-        lambda path: open_part(path).tensors(),
-        re.compile(r"model\.safetensors"),
-        re.compile(r"model-([0-9]{5})-of-([0-9]{5})\.safetensors"),
-        re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors"),
-        "model.safetensors.index.json",
-        re.compile(r"t5_xxl-shard-[0-9]\.safetensors"),  # as FLUX.1's T5 is on the hub
-    ),
-    _Kind(
-        lambda path: open_part(path).tensors(),
-        re.compile(r"diffusion_pytorch_model\.safetensors"),
-        re.compile(r"diffusion_pytorch_model-([0-9]{5})-of-([0-9]{5})\.safetensors"),
-        re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}\.safetensors"),
-        "diffusion_pytorch_model.safetensors.index.json",
-    ),
+    _safetensors("model", r"t5_xxl-shard-[0-9]\.safetensors"),  # as FLUX.1's T5 is on the hub
+    _safetensors("diffusion_pytorch_model"),
     _Kind(
         lambda path: open_pickle(path).values(),
         re.compile(r"pytorch_model\.(bin|pth|pt)"),
