@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from html import escape
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from pydantic.json_schema import models_json_schema
@@ -17,17 +17,25 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from squall.adapters.shelf import Info
 from squall.api.chats import chat_prompt
 from squall.api.jobs import chat_ids, start_chat, start_completion
-from squall.api.messages import images_of
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.errors import InvalidRequest
 from squall.model import Model
 from squall.server import schemas
 from squall.server.answer import Answer
 from squall.server.anthropic_messages import CountBody, Messages, MessagesBody
-from squall.server.dialect import AnyJob, Completions, Dialect
+from squall.server.asking import (
+    REF,
+    answer,
+    parse,
+    read,
+    read_body,
+    takes,
+    visit_of,
+    with_images,
+    work,
+)
+from squall.server.dialect import Completions, Dialect
 from squall.server.errors import MESSAGES, ApiError
-from squall.server.gate import Visit
-from squall.server.limits import check_encoding, check_values
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.openai_responses import Responses, ResponsesBody
 from squall.server.pictures import FOLDER, EditBody, PictureBody, Pictures, parse_form
@@ -40,9 +48,6 @@ BODIES: tuple[type[schemas.Body], ...] = (
     schemas.AdapterBody, schemas.LoadBody, schemas.UnloadBody,
 )  # fmt: skip
 OPENAPI_PATHS = ("/openapi.json", "/api-doc/openapi.json")
-
-_BodyT = TypeVar("_BodyT", bound=schemas.Body)
-_Value = TypeVar("_Value")
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -62,69 +67,46 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_generation(router: APIRouter, service: Service) -> None:
-    @router.post("/v1/chat/completions", openapi_extra=_takes(schemas.ChatBody))
+    @router.post("/v1/chat/completions", openapi_extra=takes(schemas.ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        return await _answer(service, request, schemas.ChatBody, start_chat, Dialect)
+        return await answer(service, request, schemas.ChatBody, start_chat, Dialect)
 
-    @router.post("/v1/completions", openapi_extra=_takes(schemas.CompletionBody))
+    @router.post("/v1/completions", openapi_extra=takes(schemas.CompletionBody))
     async def completions(request: Request) -> Response:
         """What comes after a text, or after each of several."""
-        return await _answer(
-            service, request, schemas.CompletionBody, start_completion, Completions
-        )
+        return await answer(service, request, schemas.CompletionBody, start_completion, Completions)
 
-    @router.post("/v1/responses", openapi_extra=_takes(ResponsesBody))
+    @router.post("/v1/responses", openapi_extra=takes(ResponsesBody))
     async def responses(request: Request) -> Response:
         """OpenAI's Responses: the next items of a conversation."""
-        tell = partial(Responses, service.kept, _visit(request).tenant)
-        return await _answer(service, request, ResponsesBody, start_chat, tell)
+        tell = partial(Responses, service.kept, visit_of(request).tenant)
+        return await answer(service, request, ResponsesBody, start_chat, tell)
 
-    @router.post(MESSAGES, openapi_extra=_takes(MessagesBody))
+    @router.post(MESSAGES, openapi_extra=takes(MessagesBody))
     async def messages(request: Request) -> Response:
         """Anthropic's Messages: the next message of a conversation."""
-        return await _answer(service, request, MessagesBody, start_chat, Messages)
-
-
-async def _answer(
-    service: Service, request: Request, kind: type[schemas.GenerationBody],
-    begin: Callable[..., AnyJob], tell: Callable[..., Dialect],
-) -> Response:  # fmt: skip
-    body, served = await _read(service, request, kind, generates=True)
-    visit = _visit(request)
-    defaults = served.asked(body)
-    told = tell(body, defaults["model"], visit.id)
-
-    asked = await _work(service, partial(told.request, **defaults))
-    images = [part["source"] for part in images_of(getattr(asked, "messages", ()))]
-    visit.hold(sum(map(len, images)))
-
-    def start() -> AnyJob:
-        return begin(served.model, asked, id=told.id, tenant=visit.tenant)
-
-    ready = served.model.adapters.ready(defaults.get("adapters", body.adapters))
-    reads = not ready or bool(images)
-    return Answer(service, served, start, told, stream=bool(body.stream), reads=reads)
+        return await answer(service, request, MessagesBody, start_chat, Messages)
 
 
 def _add_pictures(router: APIRouter, service: Service) -> None:
-    @router.post("/v1/images/generations", openapi_extra=_takes(PictureBody))
+    @router.post("/v1/images/generations", openapi_extra=takes(PictureBody))
     async def generations(request: Request) -> Response:
         """Pictures of a text."""
-        return await _paint(service, request, partial(_parse, PictureBody, service.context))
+        return await _paint(service, request, partial(parse, PictureBody, service.context))
 
-    @router.post("/v1/images/edits", openapi_extra=_takes(EditBody))
+    @router.post("/v1/images/edits", openapi_extra=takes(EditBody))
     async def edits(request: Request) -> Response:
         """Pictures of a text that begin with another picture; also as a form."""
         kind = request.headers.get("content-type", "")
         if kind.lower().startswith("multipart/form-data"):
             return await _paint(service, request, partial(parse_form, kind))
-        return await _paint(service, request, partial(_parse, EditBody, service.context))
+        return await _paint(service, request, partial(parse, EditBody, service.context))
 
     @router.get(FOLDER + "{name}")
     async def picture(name: str) -> Response:
         """A picture that was made a while ago."""
-        data = await _work(service, partial(service.album.find, name))
+        data = await work(service, partial(service.album.find, name))
         kept = f"private, max-age={service.options.image_age_s:.0f}, immutable"
         headers = {"Cache-Control": kept, "X-Content-Type-Options": "nosniff"}
         return Response(data, media_type="image/png", headers=headers)
@@ -133,9 +115,9 @@ def _add_pictures(router: APIRouter, service: Service) -> None:
 async def _paint(
     service: Service, request: Request, parse: Callable[[bytes], PictureBody]
 ) -> Response:
-    body = await _body(service, request, parse)
+    body = await read_body(service, request, parse)
     if isinstance(body, EditBody):
-        _visit(request).hold(sum(map(len, body.images)))
+        visit_of(request).hold(sum(map(len, body.images)))
     painter, told = service.painter(body.model), Pictures(service, body, str(request.base_url)[:-1])
     return Answer(
         service, painter, partial(told.start, painter.model), told,
@@ -147,64 +129,66 @@ def _add_kept(router: APIRouter, service: Service) -> None:
     @router.get("/v1/responses/{id}")
     async def response(request: Request, id: str) -> Response:
         """A response that was stored."""
-        told = service.kept.find(_visit(request).tenant, id)
+        told = service.kept.find(visit_of(request).tenant, id)
         return Response(told[0], media_type="application/json")
 
     @router.delete("/v1/responses/{id}")
     async def forget(request: Request, id: str) -> Response:
         """Forget a response."""
-        service.kept.forget(_visit(request).tenant, id)
+        service.kept.forget(visit_of(request).tenant, id)
         return JSONResponse({"id": id, "object": "response", "deleted": True})
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
-    @router.post("/tokenize", openapi_extra=_takes(schemas.TokenizeBody))
+    @router.post("/tokenize", openapi_extra=takes(schemas.TokenizeBody))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of a conversation."""
-        body, served = await _read(service, request, schemas.TokenizeBody)
+        body, served = await read(service, request, schemas.TokenizeBody)
         model = served.model
         if body.prompt is not None and body.messages is None:
             encode = partial(model.encode, body.prompt, add_bos=body.add_special_tokens)
-            ids = await _work(service, encode)
+            ids = await work(service, encode)
         else:
-            ids = await _chat(service, partial(_as_chat, body), partial(chat_ids, model))
+            ids = await with_images(service, partial(_as_chat, body), partial(chat_ids, model))
         found = {"tokens": ids, "count": len(ids), "max_model_len": model.context}
         if body.return_token_strs:
             found["token_strs"] = [model.tokenizer.tokens[id_] for id_ in ids]
         return JSONResponse(found)
 
-    @router.post("/render", openapi_extra=_takes(schemas.ChatBody))
+    @router.post("/render", openapi_extra=takes(schemas.ChatBody))
     async def render(request: Request) -> Response:
         """The prompt of a chat as the model reads it, as text and as token ids."""
-        body, served = await _read(service, request, schemas.ChatBody)
-        return JSONResponse(await _chat(service, body.request, partial(_rendered, served.model)))
+        body, served = await read(service, request, schemas.ChatBody)
+        return JSONResponse(
+            await with_images(service, body.request, partial(_rendered, served.model))
+        )
 
-    @router.post("/v1/chat/completions/render", openapi_extra=_takes(schemas.ChatBody))
+    @router.post("/v1/chat/completions/render", openapi_extra=takes(schemas.ChatBody))
     async def render_chat(request: Request) -> Response:
         """The token ids of a chat's prompt, as vLLM has them."""
-        body, served = await _read(service, request, schemas.ChatBody)
-        ids = await _chat(service, body.request, partial(chat_ids, served.model))
+        body, served = await read(service, request, schemas.ChatBody)
+        ids = await with_images(service, body.request, partial(chat_ids, served.model))
         return JSONResponse({"model": served.name, "token_ids": ids})
 
-    @router.post("/v1/completions/render", openapi_extra=_takes(schemas.CompletionBody))
+    @router.post("/v1/completions/render", openapi_extra=takes(schemas.CompletionBody))
     async def render_completion(request: Request) -> Response:
         """The token ids of each prompt, as vLLM has them."""
-        body, served = await _read(service, request, schemas.CompletionBody)
-        prompts = await _work(service, partial(_prompts, served.model, body))
+        body, served = await read(service, request, schemas.CompletionBody)
+        prompts = await work(service, partial(_prompts, served.model, body))
         return JSONResponse([{"model": served.name, "token_ids": ids} for ids in prompts])
 
-    @router.post(f"{MESSAGES}/count_tokens", openapi_extra=_takes(CountBody))
+    @router.post(f"{MESSAGES}/count_tokens", openapi_extra=takes(CountBody))
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of a message would have."""
-        body, served = await _read(service, request, CountBody)
-        ids = await _chat(service, body.request, partial(chat_ids, served.model))
+        body, served = await read(service, request, CountBody)
+        ids = await with_images(service, body.request, partial(chat_ids, served.model))
         return JSONResponse({"input_tokens": len(ids)})
 
-    @router.post("/detokenize", openapi_extra=_takes(schemas.DetokenizeBody))
+    @router.post("/detokenize", openapi_extra=takes(schemas.DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body, served = await _read(service, request, schemas.DetokenizeBody)
-        return JSONResponse({"prompt": await _work(service, partial(_text, served.model, body))})
+        body, served = await read(service, request, schemas.DetokenizeBody)
+        return JSONResponse({"prompt": await work(service, partial(_text, served.model, body))})
 
 
 def _as_chat(body: schemas.TokenizeBody) -> ChatCompletionRequest:
@@ -240,8 +224,8 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.post("/re_isq", include_in_schema=False)
     async def re_isq(request: Request) -> Response:
         """Quantize the weights again; answers that are under way go on with the new ones."""
-        body, served = await _read(service, request, schemas.ReIsqBody)
-        await _work(service, partial(served.model.re_isq, body.ggml_type))
+        body, served = await read(service, request, schemas.ReIsqBody)
+        await work(service, partial(served.model.re_isq, body.ggml_type))
         return JSONResponse({"ggml_type": body.ggml_type})
 
     @router.get("/v1/models")
@@ -262,10 +246,10 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         found = [(s, info) for s in service.models.values() for info in s.model.adapters.list()]
         return JSONResponse({"object": "list", "data": [_told(*each) for each in found]})
 
-    @router.post("/v1/adapters", openapi_extra=_takes(schemas.AdapterBody))
+    @router.post("/v1/adapters", openapi_extra=takes(schemas.AdapterBody))
     async def load(request: Request) -> Response:
         """Load an adapter, or replace it; answers that are under way keep what they began with."""
-        body, served = await _read(service, request, schemas.AdapterBody)
+        body, served = await read(service, request, schemas.AdapterBody)
         info = await _put(service, served, body.name, body.path, pinned=body.pinned)
         return JSONResponse(_told(served, info))
 
@@ -275,10 +259,10 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         _remove(service, name)
         return JSONResponse({"name": name, "object": "adapter", "deleted": True})
 
-    @router.post("/v1/load_lora_adapter", openapi_extra=_takes(schemas.LoadBody))
+    @router.post("/v1/load_lora_adapter", openapi_extra=takes(schemas.LoadBody))
     async def load_lora(request: Request) -> Response:
         """Load an adapter, as vLLM has it."""
-        body, served = await _read(service, request, schemas.LoadBody)
+        body, served = await read(service, request, schemas.LoadBody)
         name = body.lora_name
         if name in served.model.adapters and not body.load_inplace:
             why = f"the adapter {name!r:.200} is loaded already; load_inplace replaces it"
@@ -286,17 +270,17 @@ def _add_adapters(router: APIRouter, service: Service) -> None:
         await _put(service, served, name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", openapi_extra=_takes(schemas.UnloadBody))
+    @router.post("/v1/unload_lora_adapter", openapi_extra=takes(schemas.UnloadBody))
     async def unload_lora(request: Request) -> Response:
         """Remove an adapter, as vLLM has it."""
-        body, _ = await _read(service, request, schemas.UnloadBody)
+        body, _ = await read(service, request, schemas.UnloadBody)
         _remove(service, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
-    @router.post("/activate_adapters", openapi_extra=_takes(schemas.ActivateBody))
+    @router.post("/activate_adapters", openapi_extra=takes(schemas.ActivateBody))
     async def activate(request: Request) -> Response:
         """The adapters of requests that name none."""
-        body, served = await _read(service, request, schemas.ActivateBody)
+        body, served = await read(service, request, schemas.ActivateBody)
         served.model.adapters.activate(body.adapter_names)
         return JSONResponse({"adapter_names": body.adapter_names})
 
@@ -341,7 +325,7 @@ def _add_state(router: APIRouter, service: Service) -> None:
 def _add_documentation(app: FastAPI) -> None:
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
-            own = models_json_schema([(body, "validation") for body in BODIES], ref_template=_REF)
+            own = models_json_schema([(body, "validation") for body in BODIES], ref_template=REF)
             FastAPI.openapi(app)["components"]["schemas"] |= own[1]["$defs"]
         return FastAPI.openapi(app)
 
@@ -356,71 +340,6 @@ def _add_documentation(app: FastAPI) -> None:
     for path in OPENAPI_PATHS:
         app.get(path, include_in_schema=False)(document)
     app.get("/docs", include_in_schema=False)(page)
-
-
-_REF = "#/components/schemas/{model}"
-
-
-def _takes(body: type[schemas.Body]) -> dict[str, Any]:
-    """What a route says of its body; the route reads it itself, within limits."""
-    schema = {"$ref": _REF.format(model=body.__name__)}
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _visit(request: Request) -> Visit:
-    visit: Visit = request.scope["state"]["visit"]
-    return visit
-
-
-async def _read(
-    service: Service, request: Request, kind: type[_BodyT], *, generates: bool = False
-) -> tuple[_BodyT, Served]:
-    """The body, and the model of text that it is for; otherwise as `_body`."""
-    service.check_ready()
-    service.check_room()
-    visit, served = _visit(request), service.sole
-    if generates and served is not None and not service.painters:
-        visit.enter(served)  # before anything is read: the others' model is in the body
-    body = await _body(service, request, partial(_parse, kind, service.context))
-    served = service.find(body.model)
-    if generates:
-        visit.enter(served)
-    return body, served
-
-
-async def _body(service: Service, request: Request, parse: Callable[[bytes], _BodyT]) -> _BodyT:
-    """The body, checked; raises ApiError and others of `to_api`."""
-    service.check_ready()
-    service.check_room()
-    visit = _visit(request)
-    check_encoding(request.headers.get("content-encoding"))
-    declared = request.headers.get("content-length")
-    async with service.bodies.read(request.receive, declared) as data:
-        service.log.body("request", visit.id, data)
-        body = await _work(service, partial(parse, data))
-    visit.ignore(body.ignored)
-    if body.ignored and service.options.strict_fields:
-        name = body.ignored[0][:100]
-        raise ApiError(400, f"unknown parameter: {name!r}", "unknown_parameter", param=name)
-    return body
-
-
-def _parse(kind: type[_BodyT], context: int, data: bytes) -> _BodyT:
-    check_values(data, context)
-    return kind.parse(data)
-
-
-async def _work(service: Service, function: Callable[[], _Value]) -> _Value:
-    return await asyncio.wrap_future(service.submit(function))
-
-
-async def _chat(
-    service: Service, ask: Callable[[], Any], answer: Callable[[Any], _Value]
-) -> _Value:
-    asked = await _work(service, ask)
-    reads = bool(images_of(asked.messages))
-    return await asyncio.wrap_future(service.submit(partial(answer, asked), reads=reads))
 
 
 def _page(document: dict[str, Any]) -> str:
