@@ -38,6 +38,7 @@ from squall.server.dialect import Completions, Dialect
 from squall.server.errors import MESSAGES, ApiError
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.openai_responses import Responses, ResponsesBody
+from squall.server.page import add_page
 from squall.server.pictures import FOLDER, EditBody, PictureBody, Pictures, parse_form
 from squall.server.service import Served, Service
 
@@ -60,6 +61,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         _add_models,
         _add_adapters,
         _add_state,
+        add_page,
     ):
         add(router, service)
     app.include_router(router)
