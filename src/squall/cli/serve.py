@@ -251,10 +251,9 @@ def _serve(flags: ServeFlags, selected: Selected) -> None:
         place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
         def started() -> None:
-            for name, model in models.items():
-                sys.stderr.write(f"{name} at {place}/v1 ({_about(model)})\n")
-            if options.ui:
-                sys.stderr.write(f"a page for browsers at {place}/ui\n")
+            told = [f"{name} at {place}/v1 ({_about(model)})\n" for name, model in models.items()]
+            page = [f"a page for browsers at {place}/ui\n"] if options.ui else []
+            sys.stderr.write("".join(told + page))
 
         name, *more = models
         served = models if more else models[name]

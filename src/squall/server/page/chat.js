@@ -166,6 +166,7 @@ export class Chat {
     const { message, conversation } = job;
     const { system } = conversation.settings;
     const messages = [...(system ? [{ role: "system", content: system }] : []), ...sent.filter(isSaid).map(toApi)];
+    /** @type {Record<string, any>} */
     const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...chatFields(conversation.settings), ...(goesOn ? { continue_final_message: true } : {}) };
     if (body.logprobs && !goesOn) message.tokens = [];
     if (!body.logprobs) delete message.tokens; // of the beginning only

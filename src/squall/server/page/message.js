@@ -27,6 +27,8 @@ export class View {
     this.message = message;
     this.actions = actions;
     this.busy = "";
+    /** Of a picture. @type {{step: number, steps: number}|null} */
+    this.progress = null;
     this.body = el("div", { class: "body" });
     this.foot = el("footer", {});
     this.root = el("article", { class: `message ${message.role}`, "aria-label": NAMES[message.role], "data-id": message.id }, this.body, this.foot);

@@ -170,8 +170,8 @@ export class Metrics {
   showServer(samples) {
     const all = samples.get("squall_http_responses_total") ?? [];
     const sum = (/** @type {RegExp} */ status) => all.filter(([labels]) => status.test(labels.status)).reduce((total, [, value]) => total + value, 0);
-    const rows = [["Responses", sum(/./)], ["Refused", sum(/^4/)], ["Failed", sum(/^5/)]];
-    byId("metrics-server").replaceChildren(...rows.map(([title, value]) => el("div", {}, el("dt", {}, title), el("dd", {}, Number(value).toLocaleString("en")))));
+    const rows = Object.entries({ Responses: sum(/./), Refused: sum(/^4/), Failed: sum(/^5/) });
+    byId("metrics-server").replaceChildren(...rows.map(([title, value]) => el("div", {}, el("dt", {}, title), el("dd", {}, value.toLocaleString("en")))));
   }
 }
 
