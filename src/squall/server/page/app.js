@@ -20,7 +20,10 @@ const panel = new Panel((settings) => {
   small.set("settings", settings);
   if (chat.conversation.messages.length) chat.keep(chat.conversation);
 });
-const models = new Models(() => panel.showKind(models.current?.kind === "pictures"));
+const models = new Models(() => {
+  panel.showKind(models.current?.kind === "pictures");
+  chat.redraw();
+});
 const list = new List(store, open);
 const chat = new Chat(store, models, (conversation) => list.changed(conversation));
 const metrics = new Metrics(models);
@@ -68,7 +71,8 @@ function route() {
   composer.open(known ? conversation.id : "new");
   byId("chat-tab").href = known ? `#chat/${conversation.id}` : "#chat";
   list.mark(conversation.id);
-  composer.area.focus();
+  document.title = known ? `${conversation.title} · Squall` : "Squall";
+  if (WIDE.matches) composer.area.focus(); // elsewhere that opens a keyboard
 }
 
 /** The list of conversations, which lies over the page where that is narrow. @param {boolean} shown */
@@ -83,6 +87,7 @@ function settings(shown) {
   document.body.toggleAttribute("data-settings", shown);
   byId("settings").hidden = !shown;
   byId("settings-toggle").setAttribute("aria-expanded", String(shown));
+  if (!WIDE.matches && document.activeElement !== document.body) byId(shown ? "settings-close" : "settings-toggle").focus();
   small.set("panel", shown && WIDE.matches ? true : null);
 }
 
@@ -138,6 +143,10 @@ function listen() {
   addEventListener("hashchange", route);
   addEventListener("keydown", shortcut);
   addEventListener("scroll", hide, true);
+  byId("skip").addEventListener("click", (/** @type {Event} */ event) => {
+    event.preventDefault(); // the address is for conversations
+    composer.area.focus();
+  });
   byId("stop").addEventListener("click", () => chat.stop());
   byId("new").addEventListener("click", () => open(null));
   byId("list-toggle").addEventListener("click", () => drawer(!document.body.hasAttribute("data-list")));

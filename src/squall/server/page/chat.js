@@ -5,11 +5,12 @@ import { ApiError, stream } from "./api.js";
 import { announce, byId } from "./dom.js";
 import { View } from "./message.js";
 import { chatFields, pictureFields } from "./settings.js";
+import { hide } from "./tokens.js";
 import { add, goTo, path, versions } from "./store.js";
 
 /** @typedef {import("./store.js").Message} Message */
 /** @typedef {import("./store.js").Conversation} Conversation */
-/** An answer on its way. @typedef {{message: Message, conversation: Conversation, control: AbortController, started: number, draws: number, view: View|null, told: number, heard: number}} Job */
+/** An answer on its way. @typedef {{message: Message, conversation: Conversation, control: AbortController, started: number, model: string, draws: number, view: View|null, told: number, heard: number}} Job */
 
 const SAVE_MS = 1000; // how often what came is kept
 const NEAR = 80; // pixels from the end that still are the end
@@ -51,6 +52,7 @@ export class Chat {
   }
 
   show() {
+    hide();
     for (const job of this.jobs.values()) job.view = null;
     const views = path(this.conversation).map((message) => {
       const view = new View(message, this.actions);
@@ -83,6 +85,7 @@ export class Chat {
     return {
       edit: (message, text) => this.edit(message, text),
       regenerate: (message) => {
+        this.stop();
         conversation.at = message.parent;
         this.answer();
       },
@@ -91,6 +94,7 @@ export class Chat {
         goTo(conversation, message);
         this.keep(conversation);
         this.show();
+        this.root.querySelector(`[data-id="${CSS.escape(message.id)}"] footer button:enabled`)?.focus();
       },
       giveResults: (message) => this.giveResults(message),
       save: () => this.keep(conversation),
@@ -107,6 +111,7 @@ export class Chat {
 
   /** Another version of a message; the results of other calls beside it stay. @param {Message} message @param {string} text */
   edit(message, text) {
+    this.stop();
     const { conversation } = this;
     const whole = path(conversation);
     const at = whole.indexOf(message);
@@ -136,11 +141,14 @@ export class Chat {
     delete message.error;
     delete message.finish;
     /** @type {Job} */
-    const job = { message, conversation, control: new AbortController(), started: performance.now(), draws: 0, view: null, told: message.text.length, heard: 0 };
+    const job = { message, conversation, control: new AbortController(), started: performance.now(), model: model?.id ?? "", draws: 0, view: null, told: message.text.length, heard: 0 };
     this.jobs.set(message, job);
     this.show();
     this.toEnd();
+    // What was focused may be gone.
+    if (document.activeElement === document.body) this.scroller.focus({ preventScroll: true });
     this.keep(conversation);
+    this.models.refresh();
     announce("Answering");
     const keeping = setInterval(() => this.keep(conversation), SAVE_MS);
     try {
@@ -199,8 +207,13 @@ export class Chat {
       } else if (job.view) job.view.progress = event;
       this.drawSoon(job);
     }
-    message.stats = { model, first: (performance.now() - job.started) / 1000 };
+    message.stats = { model, seconds: (performance.now() - job.started) / 1000 };
     message.finish = "stop";
+  }
+
+  /** Something changed beside the answers, such as the state of a model. */
+  redraw() {
+    for (const job of this.jobs.values()) this.drawSoon(job);
   }
 
   /** @param {Job} job */
@@ -221,11 +234,12 @@ export class Chat {
   }
 
   /** @param {Job} job */
-  doing({ message, view }) {
+  doing({ message, view, model }) {
     if (view?.progress) return `Step ${view.progress.step} of ${view.progress.steps}`;
     if (message.calls?.length) return "Calling";
     if (message.text || message.reasoning) return "Answering";
-    return this.models.current?.state === "loaded" ? "Waiting for the first token" : "Loading the model";
+    const isLoaded = (this.models.all.find((one) => one.id === model)?.state ?? "loaded") === "loaded";
+    return isLoaded ? "Waiting for the first token" : "Loading the model";
   }
 
   /** Whole paragraphs for screen readers, and not each token. @param {Job} job @param {boolean} ended */

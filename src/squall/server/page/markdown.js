@@ -147,8 +147,8 @@ function build(block, depth) {
   const text = block.lines.map((line) => line.trim()).join("\n");
   if (block.kind === "code") return code(block);
   if (block.kind === "rule") return el("hr");
-  // The page has headings of its own above these.
-  if (block.kind === "heading") return el(`h${Math.min((block.level ?? 1) + 2, 6)}`, { class: `level${block.level}` }, ...inline(text));
+  // The page has a heading of its own above these.
+  if (block.kind === "heading") return el(`h${Math.min((block.level ?? 1) + 1, 6)}`, { class: `level${block.level}` }, ...inline(text));
   if (block.kind === "quote") return el("blockquote", {}, ...many(block.lines, depth + 1));
   if (block.kind === "list") return items(block, depth);
   if (block.kind === "table") return rows(block.lines);
@@ -169,7 +169,8 @@ function items({ items = [], ordered = null, loose }, depth) {
     const box = task ? el("input", { type: "checkbox", disabled: true, checked: task[1] !== " ", "aria-label": "Task" }) : null;
     const parts = many(lines, depth + 1);
     // Items without blank lines between them are no paragraphs.
-    const flat = parts.flatMap((part) => (!loose && part instanceof HTMLParagraphElement ? [...part.childNodes] : [part]));
+    const tight = !loose && parts.filter((part) => part instanceof HTMLParagraphElement).length < 2;
+    const flat = parts.flatMap((part) => (tight && part instanceof HTMLParagraphElement ? [...part.childNodes] : [part]));
     return el("li", task ? { class: "task" } : {}, box, ...flat);
   });
   if (ordered === null) return el("ul", {}, ...inner);
@@ -208,6 +209,7 @@ export class Markdown {
 
   /** @param {string} text */
   update(text) {
+    if (text === this.text) return;
     if (!text.startsWith(this.text.slice(0, this.from))) this.clear();
     if (this.grows(text)) return;
     this.text = text;

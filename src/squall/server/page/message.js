@@ -43,7 +43,8 @@ export class View {
   showGiven() {
     const { role, name, text, images } = this.message;
     const title = role === "tool" ? el("p", { class: "label" }, `Result of ${name}`) : null;
-    this.body.replaceChildren(...[title, pictures(images), text ? el("div", { class: "plain" }, text) : null].filter((part) => part !== null));
+    const shown = images?.length ? el("div", { class: "pictures" }, ...images.map((url, i) => picture(url, i))) : null;
+    this.body.replaceChildren(...[title, shown, text ? el("div", { class: "plain" }, text) : null].filter((part) => part !== null));
   }
 
   prepare() {
@@ -55,7 +56,7 @@ export class View {
     this.tokenBox = el("div", { class: "tokens", hidden: true });
     this.tokens = new Tokens(this.tokenBox);
     this.calls = el("div", { class: "calls" });
-    this.images = el("div", {});
+    this.images = el("div", { class: "pictures" });
     this.state = el("p", { class: "state", hidden: true });
     this.error = el("div", { class: "error", role: "alert", hidden: true });
     this.body.append(this.reasoning, this.text, this.tokenBox, this.calls, this.images, this.state, this.error);
@@ -87,8 +88,8 @@ export class View {
     if (this.asTokens) this.tokens?.update(tokens);
     else this.markdown?.update(text);
     this.showCalls();
-    const { images, seeds } = this.message;
-    if (images && this.images.childElementCount === 0) this.images.append(pictures(images, seeds));
+    const { images = [], seeds } = this.message;
+    for (let i = this.images.childElementCount; i < images.length; i++) this.images.append(picture(images[i], i, seeds?.[i]));
     this.state.hidden = !this.busy;
     this.showState();
     this.error.hidden = !error;
@@ -192,16 +193,11 @@ export class View {
   }
 }
 
-/** @param {string[]} [images] @param {number[]} [seeds] */
-function pictures(images, seeds) {
-  if (!images?.length) return null;
-  const one = (/** @type {string} */ url, /** @type {number} */ i) => {
-    const seed = seeds?.[i];
-    const image = el("img", { src: url, alt: seed === undefined ? `Image ${i + 1}` : `Picture with seed ${seed}`, loading: "lazy" });
-    if (seed === undefined) return el("figure", {}, image);
-    return el("figure", {}, image, el("figcaption", {}, `Seed ${seed} `, el("a", { href: url, download: `picture-${seed}.png` }, "Save")));
-  };
-  return el("div", { class: "pictures" }, ...images.map(one));
+/** @param {string} url @param {number} i @param {number} [seed] */
+function picture(url, i, seed) {
+  const image = el("img", { src: url, alt: seed === undefined ? `Image ${i + 1}` : `Picture with seed ${seed}` });
+  if (seed === undefined) return el("figure", {}, image);
+  return el("figure", {}, image, el("figcaption", {}, `Seed ${seed} `, el("a", { href: url, download: `picture-${seed}.png` }, "Save")));
 }
 
 /** @param {string} json */
@@ -220,6 +216,7 @@ function told({ stats, finish }) {
   if (finish === "length") parts.push("cut at its longest");
   if (stats?.tokens !== undefined) parts.push(`${stats.tokens} tokens`);
   if (stats?.rate) parts.push(`${stats.rate.toFixed(1)} tokens/s`);
+  if (stats?.seconds !== undefined) parts.push(`${stats.seconds.toFixed(1)} s`);
   if (stats?.first !== undefined) parts.push(`first after ${stats.first.toFixed(2)} s`);
   if (stats?.prompt !== undefined) parts.push(`prompt ${stats.prompt}${stats.cached ? ` (${stats.cached} cached)` : ""}`);
   if (stats?.model) parts.push(stats.model);

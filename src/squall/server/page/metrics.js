@@ -1,7 +1,7 @@
 // @ts-check
 /** The server's metrics as they are now, and how they were in the last minutes. */
 
-import { call } from "./api.js";
+import { ApiError, call } from "./api.js";
 import { byId, el, svg, toast } from "./dom.js";
 
 const EVERY_MS = 2000;
@@ -101,7 +101,7 @@ export class Metrics {
   constructor(models) {
     this.models = models;
     this.root = byId("metrics-models");
-    /** @type {Map<string, {root: any, state: any, button: any, charts: Chart[]}>} */
+    /** @type {Map<string, {root: any, body: any, state: any, button: any, charts: Chart[]}>} */
     this.cards = new Map();
     /** @type {{at: number, samples: ReturnType<typeof parse>}|null} */
     this.last = null;
@@ -121,6 +121,7 @@ export class Metrics {
     try {
       samples = parse(await (await call("metrics")).text());
     } catch (error) {
+      if (error instanceof ApiError && error.status === 401) clearInterval(this.timer); // and do not ask again
       byId("metrics-problem").textContent = /** @type {Error} */ (error).message;
       return;
     }
@@ -133,6 +134,7 @@ export class Metrics {
     for (const model of wanted) {
       const card = this.cards.get(model.id) ?? this.make(model);
       showState(card, model);
+      card.body.hidden = model.state !== "loaded";
       for (const chart of card.charts) chart.add(getter(samples, model.id), before && getter(before.samples, model.id), before ? (at - before.at) / 1000 : 1);
     }
     for (const [id, card] of this.cards) {
@@ -149,7 +151,8 @@ export class Metrics {
     const button = el("button", { type: "button", click: () => this.change(model.id) }, "");
     const about = [model.kind, model.context ? `context ${model.context.toLocaleString("en")} tokens` : "", model.pinned ? "pinned" : ""].filter(Boolean).join(" · ");
     const head = el("header", {}, el("div", {}, el("h3", {}, model.id), el("p", { class: "hint" }, about)), state, button);
-    const card = { root: el("section", { class: "model", "aria-label": `Model ${model.id}` }, head, el("div", { class: "charts" }, ...charts.map((chart) => chart.root))), state, button, charts };
+    const body = el("div", { class: "charts" }, ...charts.map((chart) => chart.root));
+    const card = { root: el("section", { class: "model", "aria-label": `Model ${model.id}` }, head, body), body, state, button, charts };
     this.cards.set(model.id, card);
     this.root.append(card.root);
     return card;

@@ -93,7 +93,7 @@ export class Panel {
     this.grammar = this.area("grammar", "Schema, pattern or grammar", 5, true);
     return [
       section("settings-text", "Answers", this.area("system", "System prompt", 4), this.select("thinking", "Reasoning", EFFORTS),
-        this.check("probabilities", "Token probabilities", "Each answer tells how likely its tokens were")),
+        this.check("probabilities", "Token probabilities", "Each answer tells how likely its tokens were"), byId("colours-row")),
       section("settings-sampling", "Sampling", el("div", { class: "grid" }, ...NUMBERS.map((field) => this.number(field))), this.area("stop", "Stop at, a line each", 2)),
       section("settings-shape", "Structure", this.select("shape", "Shape of the answer", SHAPES), this.grammar),
       section("settings-tools", "Tools", this.area("tools", "Functions, as JSON", 5, true), this.select("tool_choice", "Calls", CHOICES), this.problem),
@@ -103,7 +103,7 @@ export class Panel {
 
   /** @param {readonly [string, string, number, number, number, string]} field */
   number([name, label, min, max, step, help]) {
-    return this.field(name, label, el("input", { type: "number", min, max, step: "any", "data-step": step, inputmode: "decimal", placeholder: "default", title: help }));
+    return this.field(name, label, el("input", { type: "number", min, max, step, inputmode: "decimal", placeholder: "default", title: help }));
   }
 
   /** @param {string} name @param {string} label @param {number} rows @param {boolean} [isCode] */

@@ -4,7 +4,7 @@
 /**
  * @typedef {{id: string, name: string, arguments: string, result?: string}} Call
  * @typedef {{token: string, logprob: number, bytes: number[], top_logprobs: {token: string, logprob: number}[]}} Token
- * @typedef {{model: string, tokens?: number, rate?: number, first?: number, prompt?: number, cached?: number}} Stats
+ * @typedef {{model: string, tokens?: number, rate?: number, first?: number, seconds?: number, prompt?: number, cached?: number}} Stats
  * @typedef {{id: string, parent: string|null, role: "user"|"assistant"|"tool", text: string, images?: string[], reasoning?: string,
  *   calls?: Call[], callId?: string, name?: string, tokens?: Token[], stats?: Stats, error?: string, finish?: string, seeds?: number[]}} Message
  * @typedef {{id: string, title: string, named: boolean, created: number, updated: number, at: string|null, messages: Message[],
@@ -158,7 +158,7 @@ function checkedMessage(given) {
   if (given.seeds) message.seeds = list(given.seeds).filter((seed) => number(seed) !== undefined);
   if (given.calls) message.calls = list(given.calls).map((call) => ({ id: text(call.id), name: text(call.name), arguments: text(call.arguments), result: text(call.result) }));
   if (given.tokens) message.tokens = list(given.tokens).map((token) => ({ ...checkedToken(token), bytes: list(token.bytes).map((byte) => number(byte) ?? 0), top_logprobs: list(token.top_logprobs).map(checkedToken) }));
-  if (stats) message.stats = { model: text(stats.model), tokens: number(stats.tokens), rate: number(stats.rate), first: number(stats.first), prompt: number(stats.prompt), cached: number(stats.cached) };
+  if (stats) message.stats = { model: text(stats.model), tokens: number(stats.tokens), rate: number(stats.rate), first: number(stats.first), seconds: number(stats.seconds), prompt: number(stats.prompt), cached: number(stats.cached) };
   return message;
 }
 

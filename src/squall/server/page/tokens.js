@@ -71,7 +71,7 @@ function show(span, token) {
   };
   const tip = byId("tip");
   const bytes = token.token.includes("\ufffd") ? el("p", {}, `Bytes ${token.bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ")}`) : null;
-  tip.replaceChildren(el("p", {}, `Probability ${percent(Math.exp(token.logprob))}, logarithm ${token.logprob.toFixed(3)}`), el("table", {}, el("tbody", {}, ...others.map(row))), ...(bytes ? [bytes] : []));
+  tip.replaceChildren(el("p", {}, `Probability ${percent(Math.exp(token.logprob))}, log ${token.logprob.toFixed(3).replace("-", "−")}`), el("table", {}, el("tbody", {}, ...others.map(row))), ...(bytes ? [bytes] : []));
   tip.hidden = false;
   const place = span.getClientRects()[0] ?? span.getBoundingClientRect();
   const left = Math.max(8, Math.min(place.left, innerWidth - tip.offsetWidth - 8));
