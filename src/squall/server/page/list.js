@@ -50,8 +50,10 @@ export class List {
 
   /** @param {Conversation} one @param {HTMLElement} row */
   rename(one, row) {
+    let closed = false; // as removing the input blurs it
     const close = (/** @type {boolean} */ takes) => {
-      if (!input.isConnected) return;
+      if (closed) return;
+      closed = true;
       const name = input.value.trim();
       if (takes && name) {
         one.title = name.slice(0, 200);
