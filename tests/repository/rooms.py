@@ -59,6 +59,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 # From here on what users meet: the model, what is asked of it, its server and its commands.
 ABOVE: dict[str, set[str]] = {
     "assembly": set(MAY_IMPORT) - {"measure"},
+    "tuning": {
+        "errors", "assembly", "decoder", "engine", "executors", "measure", "opening", "program",
+        "quant", "weights",
+    },
     "model": {
         "errors", "closing", "adapters", "assembly", "engine", "executors", "opening", "program",
         "quant", "spec", "text", "vision", "weights",

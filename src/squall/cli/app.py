@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from squall import __version__
-from squall.cli import adapters, bench, perplexity, run, serve
+from squall.cli import adapters, bench, perplexity, run, serve, tune
 from squall.cli.doctor import doctor
 from squall.cli.flags import HELP
 from squall.cli.inspect import inspect
@@ -21,7 +21,17 @@ class _Ordered(TyperGroup):
         return sorted(super().list_commands(ctx), key=_ORDER.index)
 
 
-_ORDER = ("run", "serve", "bench", "perplexity", "quantize", "adapters", "inspect", "doctor")
+_ORDER = (
+    "run",
+    "serve",
+    "bench",
+    "tune",
+    "perplexity",
+    "quantize",
+    "adapters",
+    "inspect",
+    "doctor",
+)
 
 app = typer.Typer(
     name="squall",
@@ -32,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=HELP,
 )
-for module in (run, serve, bench, perplexity, adapters):
+for module in (run, serve, bench, tune, perplexity, adapters):
     app.add_typer(module.app)
 for command in (quantize, inspect, doctor):
     app.command()(command)
