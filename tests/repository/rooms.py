@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "roles": {"spec"},
     "blocks": {"spec", "roles", "program"},
     "decoder": {"errors", "spec", "roles", "program", "blocks"},
+    "encoder": {"spec", "roles", "program", "blocks"},
     "quant": {"errors", "_native"},
     "checkpoints": {"errors", "files", "quant"},
     "recipes": {"errors", "files", "spec", "roles", "program", "checkpoints"},
@@ -44,9 +45,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",
     },
     "diffusion": {
-        "errors", "closing", "files", "spec", "roles", "program", "blocks", "checkpoints",
-        "recipes", "quant", "weights", "executors", "text", "vision", "opening", "locate",
-        "_native",
+        "errors", "closing", "files", "spec", "roles", "program", "blocks", "encoder",
+        "checkpoints", "recipes", "quant", "weights", "executors", "text", "vision", "opening",
+        "locate", "_native",
+    },
+    "embeddings": {
+        "errors", "closing", "files", "spec", "program", "batch", "encoder", "checkpoints",
+        "recipes", "quant", "weights", "executors", "text", "opening", "locate",
     },
     "embedded": {"errors"},
     "opening": {"errors", "adapters", "checkpoints", "engine", "executors", "quant"},
@@ -73,6 +78,7 @@ ABOVE: dict[str, set[str]] = {
     },
     "server": {
         "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
+        "embeddings",
     },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api"},
