@@ -67,11 +67,12 @@ ABOVE: dict[str, set[str]] = {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model", "diffusion",
     },
+    "mcp": {"errors", "closing", "text"},
     "server": {
-        "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
+        "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion", "mcp",
     },
     "load": {"errors", "engine", "model"},
-    "tools": {"errors", "model", "api"},
+    "tools": {"errors", "model", "api", "mcp"},
 }  # fmt: skip
 TOP = {"cli", "__init__", "__main__"}
 
