@@ -76,12 +76,13 @@ ABOVE: dict[str, set[str]] = {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model", "diffusion",
     },
+    "mcp": {"errors", "closing", "text"},
     "server": {
         "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
-        "embeddings",
+        "embeddings", "mcp",
     },
     "load": {"errors", "engine", "model"},
-    "tools": {"errors", "model", "api"},
+    "tools": {"errors", "model", "api", "mcp"},
 }  # fmt: skip
 TOP = {"cli", "__init__", "__main__"}
 
