@@ -38,6 +38,7 @@ class ServerOptions:
     truncate: cut the beginning of prompts that are too long instead of refusing them.
     seed: for requests that give none; by default each draws its own.
     log: a file that gets every request and response.
+    ui: a web page at /ui.
     throughput: tell tokens a second in the access log.
     media: which images may come from where, beside those in requests.
     body_bytes, all_bodies_bytes: of one request's body, and of those being read or parsed together.
@@ -61,6 +62,7 @@ class ServerOptions:
     truncate: bool = False
     seed: int | None = None
     log: Path | None = None
+    ui: bool = True
     throughput: bool = False
     media: Media = field(default_factory=Media)
     body_bytes: int = 32 * MIB

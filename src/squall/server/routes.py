@@ -39,6 +39,7 @@ from squall.server.errors import MESSAGES, ApiError
 from squall.server.mcp import start_with_tools
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.openai_responses import Responses, ResponsesBody
+from squall.server.page import add_page
 from squall.server.pictures import FOLDER, EditBody, PictureBody, Pictures, parse_form
 from squall.server.served import Served
 from squall.server.service import Service
@@ -62,6 +63,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         _add_models,
         _add_adapters,
         _add_state,
+        add_page,
     ):
         add(router, service)
     app.include_router(router)
