@@ -46,11 +46,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diffusion": {
         "errors", "closing", "files", "spec", "roles", "program", "blocks", "checkpoints",
         "recipes", "quant", "weights", "executors", "text", "vision", "opening", "locate",
-        "_native",
+        "names", "_native",
     },
     "embedded": {"errors"},
     "opening": {"errors", "adapters", "checkpoints", "engine", "executors", "quant"},
-    "locate": {"errors", "embedded", "checkpoints"},
+    "names": {"errors", "files", "embedded", "checkpoints"},
+    "locate": {"errors", "embedded", "checkpoints", "names"},
     "measure": {
         "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "weights", "executors",
         "engine", "locate", "_native",

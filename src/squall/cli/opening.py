@@ -16,6 +16,7 @@ from squall.cli import options
 from squall.cli.options import option
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
+from squall.names import resolve
 from squall.opening import DEFAULTS, KvDtype, Opening, Weights
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def makes_pictures(path: str) -> bool:
     """Whether a file, a folder or a model of the hub, going by its name, makes pictures."""
     from squall.diffusion.files import is_image_model
 
+    path = path if os.path.exists(path) else resolve(path)
     on_hub = is_id(path) and not os.path.exists(path)
     return is_image_model(path) or (on_hub and re.search(r"flux\W?1", path.lower()) is not None)
 
