@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -124,7 +125,7 @@ def is_name(word: str) -> bool:
 
 def near(word: str) -> str:
     """What a word that is no model may have meant, as a sentence; or nothing."""
-    close = difflib.get_close_matches(word.lower(), known(), 3)
+    close = difflib.get_close_matches(word.lower(), known().keys() - {word.lower()}, 3)
     return f"Did you mean {' or '.join(close)}? " if close else ""
 
 
@@ -162,6 +163,19 @@ def installed() -> list[Installed]:
     """The models that are here, by name: the default, the user's and those of the hub's cache."""
     found = [*_of_paths(), *_of_hub()]
     return sorted(found, key=lambda model: model.name.lower())
+
+
+def find(name: str) -> Installed:
+    """The model that a name means, which is here."""
+    models = installed()
+    if exact := [model for model in models if name in (model.name, str(model.path))]:
+        return exact[0]
+    if is_id(id := resolve(name)):
+        with suppress(ModelNotFound):
+            path = Hub(offline=True).fetch(id)
+            return next(model for model in models if model.path == path)
+    how = f"squall pull {name} gets it" if is_id(id) else f"{near(name)}squall list tells what is"
+    raise ModelNotFound(f"{quote(name)} is not here. {how}")
 
 
 def _of_paths() -> Iterator[Installed]:

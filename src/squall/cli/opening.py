@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from squall.api.which import Which
 from squall.checkpoints.hub import TOKEN_SOURCES, Hub, is_id
 from squall.cli import options
+from squall.cli.getting import get_default
 from squall.cli.options import option
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
@@ -71,6 +72,7 @@ class ModelFlags:
         None, metavar="[NAME=]PATH[@WEIGHT]",
         help="A LoRA adapter: a folder, owner/name, or a GGUF file; several may be given.",
     )  # fmt: skip
+    yes: options.Yes = False
     merge: bool = option(
         False, "--merge", help="Make the adapters part of the weights, which are floats."
     )
@@ -157,7 +159,10 @@ class ModelFlags:
     def _chosen(self, selected: Selected, others: Opening) -> Opening:
         check_one(self.file, self.model, selected)
         if selected is None or isinstance(selected, str):
-            return replace(others, path=selected or self.file or self.model)
+            path = selected or self.file or self.model
+            if path is None:
+                get_default(self.yes)
+            return replace(others, path=path)
         return selected.opening(others)
 
 
