@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diffusion": {
         "errors", "closing", "files", "spec", "roles", "program", "blocks", "encoder",
         "checkpoints", "recipes", "quant", "weights", "executors", "text", "vision", "opening",
-        "locate", "_native",
+        "locate", "names", "_native",
     },
     "embeddings": {
         "errors", "closing", "files", "spec", "program", "batch", "encoder", "checkpoints",
@@ -55,7 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "embedded": {"errors"},
     "opening": {"errors", "adapters", "checkpoints", "engine", "executors", "quant"},
-    "locate": {"errors", "embedded", "checkpoints"},
+    "names": {"errors", "files", "embedded", "checkpoints"},
+    "locate": {"errors", "embedded", "checkpoints", "names"},
     "measure": {
         "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "weights", "executors",
         "engine", "locate", "_native",
