@@ -30,7 +30,7 @@ MOST_TEXTS = 2048  # of a request
 _BATCH, _BATCH_CHARACTERS = 64, 1 << 16
 
 Text = str | Sequence[int]
-_Text = TypeVar("_Text", str, Text)
+_Text = TypeVar("_Text", bound=Text)
 _Made = TypeVar("_Made")
 
 
