@@ -35,6 +35,7 @@ from squall.server.asking import (
     work,
 )
 from squall.server.dialect import Completions, Dialect
+from squall.server.embeddings import EmbeddingsBody, RerankBody, add_embeddings
 from squall.server.errors import MESSAGES, ApiError
 from squall.server.mcp import start_with_tools
 from squall.server.metrics import CONTENT_TYPE
@@ -46,7 +47,7 @@ from squall.server.service import Service
 
 BODIES: tuple[type[schemas.Body], ...] = (
     schemas.ChatBody, schemas.CompletionBody, ResponsesBody, MessagesBody, CountBody, PictureBody,
-    EditBody,
+    EditBody, EmbeddingsBody, RerankBody,
     schemas.TokenizeBody, schemas.DetokenizeBody, schemas.ReIsqBody, schemas.ActivateBody,
     schemas.AdapterBody, schemas.LoadBody, schemas.UnloadBody,
 )  # fmt: skip
@@ -58,6 +59,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     for add in (
         _add_generation,
         _add_pictures,
+        add_embeddings,
         _add_kept,
         _add_tokens,
         _add_models,
