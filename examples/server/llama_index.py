@@ -2,7 +2,7 @@
 
 import sys
 
-from llama_index.llms.openai_like import OpenAILike
+from llama_index.llms.openai_like import OpenAILike  # type: ignore[import-untyped]
 
 url, *_ = [*sys.argv[1:], "http://127.0.0.1:8080/v1"]
 llm = OpenAILike(

@@ -35,3 +35,8 @@ PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs"
 def blocks(path: Path, language: str) -> list[str]:
     """The code of a page in fences of this language."""
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def lines(page: Path) -> list[str]:
+    """What a page shows of a shell, line by line."""
+    return [line for block in blocks(page, "sh") for line in block.splitlines()]
