@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 FIND = embedded.find
 APPS = {"squall": app, "squall-server": server}
+made = cache(typer.main.get_command)
 # These are only parsed: they need GPUs, the hub, another server, or files that take long to make.
 ELSEWHERE = re.compile(
     r"cuda|tensor-parallel|-n [0-9']|:Q4_K_M|--url|--t5 |mmproj|squall (pull|list|rm|show|tune)\b"
@@ -106,6 +107,7 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         return 0
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("typer.testing._get_command", made)
     monkeypatch.setattr(painter.Painter, "max_prompt", 256)
     monkeypatch.setattr(run, "listen", lambda *_: socket.socket())
     monkeypatch.setattr(run, "serve_on", serve_on)
@@ -146,7 +148,7 @@ def _name(page: Path) -> str:
 @parametrize(commands)
 def test_commands_parse(page: Path) -> None:
     for name, *arguments in commands(page):
-        command = typer.main.get_command(APPS[name])
+        command = made(APPS[name])
         while arguments and hasattr(command, "commands"):
             at = next((i for i, word in enumerate(arguments) if word in command.commands), None)
             if at is None:
@@ -157,6 +159,7 @@ def test_commands_parse(page: Path) -> None:
         command.make_context(name, arguments)
 
 
+@pytest.mark.slow("pages have several commands, each of which opens a model")
 @parametrize(commands)
 @pytest.mark.usefixtures("place")
 def test_commands_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,21 +175,23 @@ def test_commands_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert done.exit_code == 0, (line, done.output, done.exception)
 
 
+@pytest.mark.slow("the default model answers")
 @parametrize(partial(blocks, language="python"))
 @pytest.mark.usefixtures("place")
 def test_code_runs(
     page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = code(page)
-    made = compile(text, str(page), "exec")
+    compiled = compile(text, str(page), "exec")
     if page.stem in COMPILED + TESTED_ELSEWHERE:
         return
     if page.stem in ANSWERING:
         monkeypatch.setattr(embedded, "find", FIND)
-    exec(made, {"__name__": "shown"})
+    exec(compiled, {"__name__": "shown"})
     assert page.stem not in ANSWERING or "Paris" in capsys.readouterr().out
 
 
+@pytest.mark.slow("mypy reads openai and anthropic")
 def test_what_is_shown_passes_a_type_checker(tmp_path: Path) -> None:
     """The code of pages, and the examples, by mypy's strictest rules."""
     texts = {page: code(page) for page in PAGES if page.stem not in UNTYPED}
@@ -222,8 +227,8 @@ def asked(models: Path) -> Iterator[TestClient]:
     """A server of a small model, and of one that makes pictures."""
     pictures = ImageModel(painter.Painter(), path=Path("flux"))  # type: ignore[arg-type]
     with Model.open(models / "model.gguf") as model, pictures:
-        made = create_app({"small": model, "flux": pictures})
-        with TestClient(made, base_url="http://127.0.0.1:8080") as client:
+        built = create_app({"small": model, "flux": pictures})
+        with TestClient(built, base_url="http://127.0.0.1:8080") as client:
             yield client
 
 
