@@ -22,8 +22,8 @@ class _Ordered(TyperGroup):
 
 
 _ORDER = (
-    "run", "serve", "pull", "list", "show", "rm", "bench", "tune", "perplexity", "quantize", "adapters",
-    "inspect", "doctor",
+    "run", "serve", "pull", "list", "show", "rm", "bench", "tune", "perplexity", "quantize",
+    "adapters", "inspect", "doctor",
 )  # fmt: skip
 
 app = typer.Typer(
