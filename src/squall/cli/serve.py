@@ -23,6 +23,7 @@ from squall.opening import Opening
 
 if TYPE_CHECKING:
     from squall.diffusion.model import ImageModel
+    from squall.mcp import McpTools
     from squall.model import Model
     from squall.server.options import ServerOptions
 
@@ -82,6 +83,12 @@ class ServeFlags(PictureFlags):
     image_age: float = option(3600.0, metavar="SECONDS", min=1, help="Remove them after so long.")
     image_memory: int = option(
         256, min=0, help="MiB for what was made of images lately, so that it is kept."
+    )
+    mcp: Path | None = option(
+        None, metavar="FILE", help="MCP servers, whose tools this server runs for chats."
+    )
+    mcp_allow: list[str] | None = option(
+        None, metavar="SERVER.TOOL", help="A tool of these that may be run; SERVER.*: all."
     )
     adapter_memory: int | None = option(
         None, min=1, help="MiB for adapters; the unused longest make room."
@@ -246,7 +253,7 @@ def _serve(flags: ServeFlags, selected: Selected) -> None:
             f"warning: whoever reaches {flags.serve_ip} may use this server; --api-key KEY asks "
             "for a key\n"
         )
-    with listener, _opened(flags, selected) as models:
+    with listener, _tools(flags) as tools, _opened(flags, selected) as models:
         host, port = listener.getsockname()[:2]
         place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -257,9 +264,23 @@ def _serve(flags: ServeFlags, selected: Selected) -> None:
 
         name, *more = models
         served = models if more else models[name]
-        options = replace(options, model_id=None if more else name)
+        options = replace(options, model_id=None if more else name, mcp=tools)
         status = serve_on(served, options, listener, started=started)
     raise typer.Exit(status)
+
+
+@contextmanager
+def _tools(flags: ServeFlags) -> Iterator[McpTools | None]:
+    """The tools of MCP servers."""
+    if flags.mcp is None:
+        if flags.mcp_allow:
+            raise InvalidRequest("--mcp-allow goes with --mcp FILE, which has the servers")
+        yield None
+        return
+    from squall.mcp import McpTools
+
+    with McpTools(flags.mcp, flags.mcp_allow or ()) as tools:
+        yield tools
 
 
 @contextmanager
