@@ -148,7 +148,7 @@ export class Chat {
     // What was focused may be gone.
     if (document.activeElement === document.body) this.scroller.focus({ preventScroll: true });
     this.keep(conversation);
-    this.models.refresh();
+    setTimeout(() => this.models.refresh(), 300); // which the request may have made load
     announce("Answering");
     const keeping = setInterval(() => this.keep(conversation), SAVE_MS);
     try {
