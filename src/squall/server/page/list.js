@@ -50,7 +50,7 @@ export class List {
 
   /** @param {Conversation} one @param {HTMLElement} row */
   rename(one, row) {
-    let closed = false; // to remove what has the focus blurs it
+    let closed = false; // as removing the input blurs it
     const close = (/** @type {boolean} */ takes) => {
       if (closed) return;
       closed = true;
