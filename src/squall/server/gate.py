@@ -19,7 +19,9 @@ from squall.server.log import MOST_BODY
 from squall.server.pictures import FOLDER
 
 if TYPE_CHECKING:
-    from squall.server.service import Served, Service
+    from squall.server.residence import AnyStanding
+    from squall.server.served import Served
+    from squall.server.service import Service
 
 # Who only asks whether the server is there needs no key.
 OPEN_PATHS = frozenset({"/", "/health", "/docs"})
@@ -107,11 +109,15 @@ class Gate:
 
 
 class Visit:
-    """One request on its way. `notes` go into its line of the access log."""
+    """One request on its way. `notes` go into its line of the access log.
+
+    using: the model that stays loaded until the request is over.
+    """
 
     def __init__(self, service: Service, scope: Scope, method: str) -> None:
         self._service = service
         self._served: Served | None = None
+        self.using: AnyStanding | None = None
         self.method = method
         self.ignored = ""
         self._since_s = time.perf_counter()
@@ -148,7 +154,7 @@ class Visit:
     def enter(self, served: Served) -> None:
         """The request is one for text; raises QueueFull if those before it take all places."""
         if self._served is None:
-            served.model.engine.check_room(others=len(served.entering))
+            served.check_room()
             served.entering.add(self)
             self._served = served
 
@@ -172,6 +178,8 @@ class Visit:
     def close(self) -> None:
         """The request is over: log and count it."""
         self.entered()
+        if self.using is not None:
+            self._service.residence.leave(self.using, self)
         self._service.bodies.hold(-self._held)
         service, route = self._service, self._scope.get("route")
         # Paths that clients make up are not counted one by one.
