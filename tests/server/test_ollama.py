@@ -283,8 +283,8 @@ def test_models(several: tuple[ollama.Client, MadeUpEmbedder, Any]) -> None:
     assert len(stays.digest or "") == 64
     details = stays.details
     assert details is not None
-    assert (details.format, details.family, details.quantization_level) == ("gguf", "llama", "Q4_K")
-    assert details.parameter_size == "134.52M"
+    assert (details.format, details.family, details.quantization_level) == ("gguf", "llama", "Q4_1")
+    assert details.parameter_size == "134.48M"
     shown = llama.show("stays")
     assert shown.modelinfo is not None
     assert shown.modelinfo["llama.embedding_length"] == 576

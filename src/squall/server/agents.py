@@ -49,6 +49,8 @@ class AgentBody(GenerationBody, frozen=True):
 
 
 def _tool(tool: Object) -> Object:
+    if isinstance(tool.get("function"), dict):
+        return tool
     parameters = tool.get("parameters", tool.get("input_schema"))
     return {"type": "function", "function": {**tool, "parameters": parameters}}
 
