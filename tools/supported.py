@@ -77,7 +77,12 @@ def page() -> str:
     return f"""\
 # What is supported
 
-`make docs` writes this page from the tables in the source.
+`make docs` writes this page from the tables in the source. Of one model it says what it is, whether it runs,
+and in how much memory:
+
+```sh
+squall inspect model.gguf
+```
 
 ## Models
 

@@ -14,9 +14,9 @@ from squall.cli.options import HELP
 # By use: models first, and what helps last.
 _COMMANDS = {
     "run": "run:app", "serve": "serve:app", "pull": "models:pull", "list": "models:list_",
-    "show": "models:show", "rm": "models:rm", "bench": "bench:app", "perplexity": "perplexity:app",
-    "quantize": "quantize:quantize", "adapters": "adapters:app", "inspect": "inspect:inspect",
-    "doctor": "doctor:doctor",
+    "show": "models:show", "rm": "models:rm", "bench": "bench:app", "tune": "tune:app",
+    "perplexity": "perplexity:app", "quantize": "quantize:quantize", "adapters": "adapters:app",
+    "inspect": "inspect:inspect", "doctor": "doctor:doctor",
 }  # fmt: skip
 
 
