@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from squall import __version__
-from squall.cli import adapters, bench, perplexity, run, serve
+from squall.cli import adapters, bench, models, perplexity, run, serve, tune
 from squall.cli.doctor import doctor
 from squall.cli.flags import HELP
 from squall.cli.inspect import inspect
@@ -21,21 +21,25 @@ class _Ordered(TyperGroup):
         return sorted(super().list_commands(ctx), key=_ORDER.index)
 
 
-_ORDER = ("run", "serve", "bench", "perplexity", "quantize", "adapters", "inspect", "doctor")
+_ORDER = (
+    "run", "serve", "pull", "list", "show", "rm", "bench", "tune", "perplexity", "quantize",
+    "adapters", "inspect", "doctor",
+)  # fmt: skip
 
 app = typer.Typer(
     name="squall",
     cls=_Ordered,
     help="Fast, flexible LLM inference.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings=HELP,
 )
-for module in (run, serve, bench, perplexity, adapters):
+for module in (run, serve, bench, tune, perplexity, adapters):
     app.add_typer(module.app)
-for command in (quantize, inspect, doctor):
+for command in (models.pull, models.show, models.rm, quantize, inspect, doctor):
     app.command()(command)
+app.command("list")(models.list_)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,298 @@
+"""Models that are loaded when they are asked for, and unloaded again."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from painters import GENERATIONS, Brush
+from servers import WAIT_S, chat, connect, events, post_bytes, read_until, until
+
+from squall import EngineConfig, ImageModel, InvalidRequest, Model
+from squall.server.errors import ApiError
+from squall.server.options import ServerOptions
+from squall.server.residence import Lazy, Standing
+from squall.server.run import Server, listen, make_server
+
+CHAT = "/v1/chat/completions"
+SHORT: dict[str, Any] = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+@dataclass
+class Opens:
+    """Opens a small model, as often as it is called, and when it is let go."""
+
+    go: threading.Event = field(default_factory=threading.Event)
+    count: int = 0
+    fails: Exception | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    models: list[Model] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.go.set()
+
+    def __call__(self) -> Model:
+        self.count += 1
+        assert self.go.wait(WAIT_S)
+        if self.fails is not None:
+            raise self.fails
+        engine = EngineConfig(max_seqs=2, max_queue=64)
+        model = Model.open(**{"context": 256, "engine": engine} | self.options)
+        self.models.append(model)
+        return model
+
+
+@dataclass
+class Running:
+    http: httpx.Client
+    port: int
+    server: Server
+    loops: list[asyncio.AbstractEventLoop]
+
+    def standing(self, name: str) -> Standing[Any]:
+        return self.server.service.standing(name)
+
+    def state(self, name: str) -> str:
+        found: str = self.http.get(f"/v1/models/{name}").json()["state"]
+        return found
+
+    def chat(self, text: str = "The sea is", **fields: Any) -> httpx.Response:
+        return self.http.post(CHAT, json=chat(text, **SHORT | fields))
+
+    def call(self, function: Callable[[], Any]) -> None:
+        """On the event loop."""
+        (loop,) = self.loops
+        loop.call_soon_threadsafe(function)
+
+
+@contextmanager
+def serving(models: dict[str, Any], **options: Any) -> Iterator[Running]:
+    started = threading.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def start() -> None:
+        loops.append(asyncio.get_running_loop())
+        started.set()
+
+    server = make_server(models, ServerOptions(**options), start)
+    listener = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert started.wait(WAIT_S)
+        port = listener.getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as http:
+            yield Running(http, port, server, loops)
+    finally:
+        server.should_exit = True
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def opens() -> Opens:
+    return Opens()
+
+
+def test_it_is_loaded_when_it_is_asked_for(opens: Opens) -> None:
+    with serving({"one": Lazy("text", opens), "two": Lazy("text", Opens())}) as running:
+        listed = running.http.get("/v1/models").json()["data"]
+        assert [(m["id"], m["kind"], m["state"], m["pinned"]) for m in listed] == [
+            ("one", "text", "unloaded", False),
+            ("two", "text", "unloaded", False),
+        ]
+        assert opens.count == 0
+        assert running.http.get("/health").text == "OK"
+        assert running.chat(model="one").json()["usage"]["completion_tokens"] == 4
+        assert (opens.count, running.state("one"), running.state("two")) == (
+            1,
+            "loaded",
+            "unloaded",
+        )
+        assert running.http.get("/v1/models/one").json()["max_model_len"] == 256
+        told = running.http.post("/tokenize", json={"prompt": "Hi", "model": "one"}).json()
+        assert (told["count"], opens.count) == (1, 1)
+    assert opens.models[0]._engine is None  # who opened it has closed it
+
+
+def test_twenty_first_calls_load_it_once(opens: Opens) -> None:
+    opens.go.clear()
+    with serving({"one": Lazy("text", opens)}) as running, ThreadPoolExecutor(20) as pool:
+        asked = [pool.submit(running.chat, model="one") for _ in range(20)]
+        until(lambda: len(running.standing("one").waiting) == 20)
+        assert running.state("one") == "loading"
+        opens.go.set()
+        texts = {found.result().json()["choices"][0]["message"]["content"] for found in asked}
+        assert (len(texts), opens.count) == (1, 1)
+        until(lambda: not running.standing("one").users)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
+def test_a_stream_is_told_while_it_loads(opens: Opens, path: str) -> None:
+    opens.go.clear()
+    body = {"model": "one", "stream": True, "max_tokens": 4}
+    asked = {"/v1/completions": {"prompt": "Hi"}, "/v1/responses": {"input": "Hi"}}
+    body |= asked.get(path) or chat()
+    with serving({"one": Lazy("text", opens)}, keep_alive_s=0.05) as running:
+        silence = b"ping" if path == "/v1/messages" else b": keep-alive"
+        with connect(running.port, post_bytes(path, body)) as waiting:
+            begun = read_until(waiting, silence)
+            assert b" 200 " in begun
+            opens.go.set()
+            rest = read_until(waiting, b"\r\n0\r\n")
+        assert events((begun + rest).decode().replace("\r", ""))
+
+
+def test_a_failed_load_is_told_to_all_and_tried_again(opens: Opens) -> None:
+    opens.go.clear()
+    opens.fails = InvalidRequest("the file is broken")
+    options = {"keep_alive_s": 0.05}
+    with serving({"one": Lazy("text", opens)}, **options) as running, ThreadPoolExecutor() as pool:
+        asked = [pool.submit(running.chat, model="one", stream=i == 2) for i in range(3)]
+        until(lambda: len(running.standing("one").waiting) == 3)
+        time.sleep(0.2)
+        opens.go.set()
+        first, second, stream = (found.result() for found in asked)
+        why = "the model 'one' could not be loaded: the file is broken"
+        assert {(f.status_code, f.json()["error"]["message"]) for f in (first, second)} == {
+            (400, why)
+        }
+        assert events(stream.text)[-1]["error"]["message"] == why
+        card = running.http.get("/v1/models/one").json()
+        assert (card["state"], card["error"], opens.count) == ("failed", why, 1)
+        opens.fails = None
+        assert running.chat(model="one").status_code == 200
+        assert (running.state("one"), opens.count) == ("loaded", 2)
+
+
+def test_a_client_that_leaves_takes_nobody_along(opens: Opens) -> None:
+    opens.go.clear()
+    with serving({"one": Lazy("text", opens)}) as running, ThreadPoolExecutor() as pool:
+        leaving = connect(running.port, post_bytes(CHAT, chat(model="one", **SHORT)))
+        staying = pool.submit(running.chat, model="one")
+        until(lambda: len(running.standing("one").waiting) == 2)
+        leaving.close()
+        until(lambda: len(running.standing("one").waiting) == 1)
+        assert running.server.service.active == 1
+        opens.go.set()
+        assert staying.result().status_code == 200
+        until(lambda: not running.standing("one").users)
+
+
+@pytest.mark.parametrize("keep_s", [0.0, 0.2])
+def test_it_is_unloaded_when_it_was_idle(opens: Opens, keep_s: float) -> None:
+    with serving({"one": Lazy("text", opens, keep_alive_s=keep_s)}) as running:
+        for number in (1, 2):
+            assert running.chat(model="one").status_code == 200
+            assert opens.count == number
+            until(lambda: running.standing("one").state == "unloaded")
+        until(lambda: all(model._engine is None for model in opens.models))
+
+
+def test_the_keep_alive_can_be_changed(opens: Opens) -> None:
+    with serving({"one": Lazy("text", opens)}) as running:
+        running.chat(model="one")
+        service = running.server.service
+        running.call(lambda: service.keep("one", 3600))
+        running.call(lambda: service.keep("one", -1))
+        time.sleep(0.1)
+        assert running.state("one") == "loaded"
+        running.call(lambda: service.keep("one", 0))
+        until(lambda: running.standing("one").state == "unloaded")
+
+
+def test_load_and_unload(opens: Opens) -> None:
+    stays = Opens()
+    models = {"a/b": Lazy("text", opens), "stays": Lazy("text", stays, pinned=True)}
+    with serving(models) as running:
+        http = running.http
+        assert http.post("/v1/models/a/b/load").json()["state"] == "loaded"
+        assert http.post("/v1/models/a/b/load").json()["state"] == "loaded"
+        assert opens.count == 1
+        assert http.post("/v1/models/a/b/unload").json()["state"] == "unloaded"
+        assert http.post("/v1/models/a/b/unload").json()["state"] == "unloaded"
+        assert http.post("/v1/models/stays/load").json()["pinned"] is True
+        refused = http.post("/v1/models/stays/unload")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_pinned")
+        assert http.post("/v1/models/c/load").status_code == 404
+
+
+def test_what_is_in_use_is_not_unloaded(opens: Opens) -> None:
+    with serving({"one": Lazy("text", opens)}) as running, ThreadPoolExecutor() as pool:
+        unload, story = "/v1/models/one/unload", {"max_tokens": 200}
+        asked = pool.submit(running.chat, model="one", **story)
+        until(lambda: running.standing("one").state == "loaded")
+        refused = running.http.post(unload)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_in_use")
+        waited = pool.submit(running.http.post, unload, params={"wait": True})
+        until(lambda: running.standing("one").leaving)
+        late = pool.submit(running.chat, model="one")  # waits, and loads it again
+        assert asked.result().json()["usage"]["completion_tokens"] == 200
+        assert waited.result().status_code == 200
+        assert late.result().status_code == 200
+        assert opens.count == 2
+
+
+def test_an_end_while_it_loads(opens: Opens) -> None:
+    opens.go.clear()
+    with serving({"one": Lazy("text", opens)}) as running, ThreadPoolExecutor() as pool:
+        whole, stream = (pool.submit(running.chat, model="one", stream=s) for s in (False, True))
+        until(lambda: len(running.standing("one").waiting) == 2)
+        running.server.service.draining = True
+        assert whole.result().status_code == 503
+        assert "shutting down" in whole.result().json()["error"]["message"]
+        assert "shutting down" in stream.result().text
+        opens.go.set()
+
+
+def test_a_model_that_makes_pictures() -> None:
+    brushes: list[Brush] = []
+
+    def paint() -> ImageModel:
+        brushes.append(Brush())
+        return ImageModel(brushes[-1], path=Path("flux"))  # type: ignore[arg-type]
+
+    models = {"flux": Lazy("pictures", paint, keep_alive_s=0.1), "one": Lazy("text", Opens())}
+    with serving(models) as running:
+        for number in (1, 2):
+            found = running.http.post(GENERATIONS, json={"prompt": "a cat", "size": "64x64"})
+            assert (found.status_code, len(brushes)) == (200, number)
+            until(lambda: running.standing("flux").state == "unloaded")
+        assert running.state("one") == "unloaded"
+        wrong = running.chat(model="flux")
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "wrong_model")
+
+
+def test_a_model_of_embeddings() -> None:
+    class Embedder:
+        def close(self) -> None:
+            pass
+
+    with serving({"words": Lazy("embeddings", Embedder), "one": Lazy("text", Opens())}) as running:
+        service = running.server.service
+        for name in ("words", None, "text-embedding-3-small"):
+            assert service.embedder(name).name == "words"
+        with pytest.raises(ApiError, match="'one' answers in text; those that make embeddings"):
+            service.embedder("one")
+        assert running.http.post("/v1/models/words/load").json()["kind"] == "embeddings"
+        assert isinstance(service.embedder("words").model, Embedder)
+        with pytest.raises(ApiError, match="'words' makes embeddings, not text"):
+            service.find("words")
+
+
+def test_metrics_while_models_come_and_go(opens: Opens) -> None:
+    with serving({"one": Lazy("text", opens), "two": Lazy("text", Opens())}) as running:
+        assert running.http.get("/metrics").status_code == 200
+        running.chat(model="one")
+        assert 'squall_answer_tokens_total{model="one"} 4' in running.http.get("/metrics").text
+        running.http.post("/v1/models/one/unload")
+        assert "squall_answer_tokens_total{" not in running.http.get("/metrics").text
