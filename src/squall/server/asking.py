@@ -37,7 +37,7 @@ async def answer(
 
 async def respond(
     service: Service, request: Request, found: tuple[schemas.GenerationBody, Served],
-    begin: Callable[..., AnyJob], tell: Callable[..., Dialect],
+    begin: Callable[..., Running], tell: Callable[..., Dialect],
 ) -> Response:  # fmt: skip
     """The answer to a body, of the model that it is for."""
     (body, served), visit = found, visit_of(request)
