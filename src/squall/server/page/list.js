@@ -60,7 +60,6 @@ export class List {
         one.named = true;
         this.store.save(one);
       }
-      input.remove();
       this.show();
       /** @type {any} */ (this.root.querySelector(`[data-id="${one.id}"] .title`))?.focus();
     };
