@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from squall.diffusion.model import ImageModel
-from squall.errors import EngineStopped, OutOfMemory
+from squall.errors import EngineStopped, InvalidRequest, OutOfMemory
 from squall.executors.memory import available_bytes
 from squall.model import Model
 from squall.needs import Kind, Needs, needs
@@ -30,6 +31,21 @@ LOGGER = logging.getLogger("squall.server")
 
 _Model = TypeVar("_Model")
 _Value = TypeVar("_Value")
+
+
+_PART = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)"
+_TIME = re.compile(rf"-?(?:{_PART})+")
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+
+
+def duration_s(given: str | float) -> float | None:
+    """Seconds of "10m", "1h30m", 300 or "300"; None, for ever, of what is negative."""
+    text = str(given).strip()
+    text += "s" * text[-1:].isdigit()
+    if isinstance(given, bool) or not _TIME.fullmatch(text):
+        raise InvalidRequest(f"{given!r:.99} is no time; such are 30s, 10m, 1h30m, 0; -1: for ever")
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text))
+    return None if text.startswith("-") else seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +324,7 @@ class Residence:
             await self._give_back(self._others(standing)[0])
         standing.nbytes = max(least, sum(standing.sizes(model)))
         standing.take(model)
+        self._begin(self._work(_tidy))  # of what loading left
 
     def _opened(self, standing: AnyStanding, how: Callable[[], Any]) -> Any:
         """On the loader's thread: the model; None if others are to go first."""
@@ -395,6 +412,8 @@ class Residence:
         standing.leaving = True
         try:
             await standing.idle.wait()
+            if standing.dead.is_set():  # its step may never end
+                return
             await self._work(standing.give().close)
             await self._work(_tidy)
         finally:
@@ -435,5 +454,5 @@ def _tidy() -> None:
     gc.collect()
     if frozen:
         gc.freeze()
-    with suppress(AttributeError, OSError):  # other C libraries have no such function
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries have no such function
         ctypes.CDLL(None).malloc_trim(0)
