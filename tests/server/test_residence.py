@@ -318,7 +318,7 @@ def test_adapters_are_there_again(tmp_path: Path) -> None:
         write_adapter(tmp_path / name, seed)
     adapters = {name: tmp_path / name for name in ("mine", "gone")}
     opening = Opening(tmp_path / "base", context=512, threads=1, adapters=adapters)
-    models = {"one": Lazy("text", opening), "two": Lazy("text", opening)}
+    models = {"one": Lazy("text", opening), "two": Lazy("text", Opening(tmp_path / "base"))}
     fields = {"max_tokens": 12}
     with serving(models, adapter_folders=(tmp_path,)) as running:
         http = running.http

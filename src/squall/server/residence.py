@@ -238,12 +238,7 @@ class Residence:
         if standing.pinned:
             why = f"the model {standing.name!r:.200} is pinned, and stays"
             raise ApiError(409, why, "model_pinned")
-        if (standing.users or standing.waiting) and not wait:
-            raise ApiError(
-                409, f"the model {standing.name!r:.200} has requests under way; ask again when "
-                "they have ended, or with ?wait=true", "model_in_use",
-            )  # fmt: skip
-        await asyncio.shield(self._begin(self._unload(standing)))
+        await asyncio.shield(self._begin(self._unload(standing, wait=wait)))
 
     async def close(self) -> None:
         """Close what was opened here; what is being opened is closed when it is."""
@@ -282,7 +277,7 @@ class Residence:
 
     def _expire(self, standing: AnyStanding) -> None:
         standing.timer = None
-        if not self._closing and not standing.users and not standing.waiting:
+        if not self._closing:
             self._begin(self._unload(standing))
 
     async def _load(self, standing: AnyStanding) -> None:
@@ -321,7 +316,8 @@ class Residence:
             await self._make_room(standing, found)
             least, how = found.bytes, partial(_OPENERS[kind], self._within(kind, found))
         while (model := await self._work(partial(self._opened, standing, how))) is None:
-            await self._give_back(self._others(standing)[0])
+            for other in self._others(standing)[:1]:
+                await self._give_back(other)
         standing.nbytes = max(least, sum(standing.sizes(model)))
         standing.take(model)
         self._begin(self._work(_tidy))  # of what loading left
@@ -401,8 +397,10 @@ class Residence:
             "or less KV cache, quantize it, or allow more: --memory-limit"
         )
 
-    async def _unload(self, standing: AnyStanding) -> None:
+    async def _unload(self, standing: AnyStanding, *, wait: bool = False) -> None:
+        _check_idle(standing, wait)  # at once, and again when others are loaded or unloaded
         async with self._lock:
+            _check_idle(standing, wait)
             await self._give_back(standing)
 
     async def _give_back(self, standing: AnyStanding) -> None:
@@ -421,6 +419,14 @@ class Residence:
 
     async def _work(self, function: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._loader, function)
+
+
+def _check_idle(standing: AnyStanding, wait: bool) -> None:
+    if (standing.users or standing.waiting) and not wait:
+        raise ApiError(
+            409, f"the model {standing.name!r:.200} has requests under way; ask again when "
+            "they have ended, or with ?wait=true", "model_in_use",
+        )  # fmt: skip
 
 
 def _mib(size: int) -> str:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from command import squall
 from random_models import write_random
 from servers import chat, in_process
 
 from squall import InvalidRequest, SquallError
-from squall.cli.serve import ServeFlags
+from squall.cli.serve import ServeFlags, app
 from squall.cli.several import Entry, lazies, read
 from squall.engine.engine import EngineConfig
 from squall.opening import Opening
@@ -128,13 +127,15 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         (("{a}", "{b}", "--keep-alive", "soon"), "is no time"),
     ],
 )
-def test_what_goes_not_together(folder: Path, flags: tuple[str, ...], wrong: str) -> None:
+def test_what_goes_not_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], wrong: str
+) -> None:
     given = [flag.format(a=folder / "a.gguf", b=folder / "b.gguf") for flag in flags]
-    done = squall("serve", "--port", "0", *given)
-    assert done.returncode == 1
-    assert wrong in done.stderr
+    monkeypatch.setattr("squall.cli.serve.signal.signal", lambda *_: None)
+    with pytest.raises(SquallError, match=wrong):
+        app(["--port", "0", *given], standalone_mode=False)
 
 
-def test_names_of_tables_are_unique() -> None:
-    with pytest.raises(InvalidRequest):
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(InvalidRequest, match="cannot read"):
         read(Path("/nowhere/models.toml"))
