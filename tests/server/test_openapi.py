@@ -27,6 +27,8 @@ OPERATIONS = [
     ("POST", "/v1/responses"),
     ("POST", "/v1/messages"),
     ("POST", "/v1/messages/count_tokens"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/v1/rerank"),
     ("POST", "/v1/images/generations"),
     ("POST", "/v1/images/edits"),
     ("GET", "/images/{name}"),

@@ -68,8 +68,8 @@ def start_completion(
     _check_count(model, len(request.prompts) * request.candidates)
     answers: list[tuple[Request, _Choice]] = []
     for number, prompt in enumerate(request.prompts):
-        chats.check_characters(model, len(prompt))
-        asked = _request(model, request, prompt, tenant)
+        chats.check_characters(model, len(prompt) + len(request.suffix or ""))
+        asked = _request(model, request, _between(model, request, prompt), tenant)
         if answers:  # the versions of adapters that the first prompt has
             asked = replace(asked, adapters=answers[0][0].adapters, scope=answers[0][0].scope)
         answers += [
@@ -368,6 +368,15 @@ def _request(
     return replace(asked, ignore_eos=request.ignore_eos)
 
 
+def _between(
+    model: Model, request: CompletionRequest, prompt: str | Sequence[int]
+) -> str | Sequence[int]:
+    """The prompt, or the ids that ask for what is between it and the suffix."""
+    if request.suffix is None or not isinstance(prompt, str):
+        return prompt
+    return model.tokenizer.encode_fill(prompt, request.suffix)
+
+
 def _completion(
     model: Model, request: CompletionRequest, asked: Request, number: int
 ) -> tuple[Request, _Choice]:
@@ -382,8 +391,10 @@ def _completion(
         elif request.max_tokens == 0:
             scoring = Scoring(lambda *_: None, len(asked.ids) - 1)
     judged = 0 if request.candidates > request.n else None
+    filling = model.tokenizer.filling if request.suffix is not None else None
     asked = replace(
         asked,
+        stop_ids=asked.stop_ids | (filling.stops if filling else frozenset()),
         max_tokens=request.max_tokens,
         logprobs=judged if request.logprobs is None else request.logprobs,
         scoring=scoring,

@@ -126,6 +126,10 @@ class Metrics:
         self.responses = Counter(
             "squall_http_responses", "Responses", ["path", "status"], registry=registry
         )
+        self.embedded = Counter(
+            "squall_embedded_tokens", "Of texts that were embedded or ranked", ["model"],
+            registry=registry,
+        )  # fmt: skip
 
         def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, what, ["model"], buckets=buckets, registry=registry)

@@ -414,6 +414,8 @@ class Residence:
                 return
             await self._work(standing.give().close)
             await self._work(_tidy)
+            if standing.lazy is not None:  # what a request said of it is over
+                standing.keep_alive_s = standing.lazy.keep_alive_s
         finally:
             standing.leaving = False
 
