@@ -77,8 +77,7 @@ def page() -> str:
     return f"""\
 # What is supported
 
-`make docs` writes this page from the tables in the source. Of one model it says what it is, whether it runs,
-and in how much memory:
+`make docs` writes this page from the tables in the source. What one model is, and whether it runs:
 
 ```sh
 squall inspect model.gguf

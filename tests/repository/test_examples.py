@@ -195,3 +195,19 @@ def test_every_example_is_listed() -> None:
     assert found == set(CASES) | TESTED_ELSEWHERE
     page = (EXAMPLES / "README.md").read_text()
     assert {name for name in found if f"({name}.py)" not in page} == set()
+
+
+@pytest.mark.slow("a kernel of Jupyter starts")
+def test_the_cookbook_runs(tmp_path: Path) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(EXAMPLES / "cookbook.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    folder = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=60, kernel_name="python3", resources=folder).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    said = ["".join(out.get("text", "") for out in cell.outputs) for cell in cells]
+    assert "Paris" in said[0]
+    assert any("21 degrees in " in text for text in said)
+    assert "q8_0" in said[-2]

@@ -255,3 +255,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text):
         assert (page.parent / target).is_file(), target
+
+
+def test_flags_of_the_migration_page_exist() -> None:
+    """Those in the columns of Squall."""
+    known: set[str] = set()
+    for name in ("serve", "run", "bench"):
+        options = [param.opts + param.secondary_opts for param in made(app).commands[name].params]
+        known |= {option for given in options for option in given}
+        plain = made(app).commands[name].commands["plain"].params
+        known |= {option for param in plain for option in param.opts}
+    page = (ROOT / "docs/migrate.md").read_text()
+    cells = [row.rstrip("|").rsplit(" | ", 1)[1] for row in re.findall(r"^\|.* \|$", page, re.M)]
+    flags = {flag for cell in cells for flag in re.findall(r"(?<=[` ])--[a-z-]+", cell)}
+    assert flags
+    assert flags <= known
