@@ -48,9 +48,13 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """encode: ids of texts, without those of the frame. lower: texts become lower case first."""
+    """encode: ids of texts, without those of the frame. find: the id of a token, if there is one.
+
+    lower: texts become lower case first.
+    """
 
     encode: Encode
+    find: Callable[[str], int | None]
     frame: Frame
     lower: bool = False
 
@@ -92,8 +96,14 @@ class Tokens:
         return made
 
 
-def open_tokens(checkpoint: Checkpoint, tokenizer_json: Path | None, *, lower: bool) -> Tokens:
-    """From tokenizer.json, or vocab.txt of a BERT, or a GGUF file's metadata."""
+def open_tokens(
+    checkpoint: Checkpoint, tokenizer_json: Path | None, *, lower: bool,
+    around: tuple[str, str] | None = None,
+) -> Tokens:  # fmt: skip
+    """From tokenizer.json, or vocab.txt of a BERT, or a GGUF file's metadata.
+
+    around: texts with special tokens that stand around each, instead of the tokenizer's.
+    """
     if checkpoint.kind == "gguf" and tokenizer_json is None:
         metadata = checkpoint.metadata
         if metadata.get("tokenizer.ggml.model") != "bert":
@@ -103,7 +113,7 @@ def open_tokens(checkpoint: Checkpoint, tokenizer_json: Path | None, *, lower: b
     config = read_json(folder / "tokenizer_config.json") or {}
     text = read_text(tokenizer_json or folder / "tokenizer.json")
     if text is not None:
-        return _of_library(library_of(text), lower=lower)
+        return _of_library(library_of(text), lower=lower, around=around)
     words = read_text(folder / "vocab.txt", MAX_VOCABULARY_BYTES)
     if words is None:
         raise InvalidCheckpoint(f"{str(folder)!r} has neither tokenizer.json nor vocab.txt")
@@ -111,14 +121,19 @@ def open_tokens(checkpoint: Checkpoint, tokenizer_json: Path | None, *, lower: b
     return _of_library(_word_pieces(vocabulary, config), lower=lower)
 
 
-def _of_library(library: Any, *, lower: bool) -> Tokens:
+def _of_library(library: Any, *, lower: bool, around: tuple[str, str] | None = None) -> Tokens:
+    if around is None:
+        frame = _frame(library)
+    else:
+        before, after = (library.encode(t, add_special_tokens=False).ids for t in around)
+        frame = Frame(tuple(before), tuple(after))
     library.encode_special_tokens = True
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         found = library.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
-    return Tokens(encode, _frame(library), lower)
+    return Tokens(encode, library.token_to_id, frame, lower)
 
 
 def _frame(library: Any) -> Frame:
@@ -189,10 +204,11 @@ def _gguf_word_pieces(metadata: Mapping[str, Any]) -> Any:
 def _of_gguf(metadata: Mapping[str, Any]) -> Tokens:
     """Of decoders, whose files say whether a text ends with a token."""
     tokenizer = Tokenizer.from_gguf(metadata)
-    ends = metadata.get("tokenizer.ggml.add_eos_token") is True and tokenizer.eos is not None
+    ends = metadata.get("tokenizer.ggml.add_eos_token") is True
     before = tuple(tokenizer.encode(""))
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [tokenizer.encode(text, add_bos=False) for text in texts]
 
-    return Tokens(encode, Frame(before, (tokenizer.eos,) if ends and tokenizer.eos else ()))
+    after = (tokenizer.eos,) if ends and tokenizer.eos is not None else ()
+    return Tokens(encode, tokenizer.controls.get, Frame(before, after))

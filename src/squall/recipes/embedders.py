@@ -10,7 +10,6 @@ from typing import Any
 from squall.checkpoints.base import Checkpoint, Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
-from squall.program import Names
 from squall.recipes import config, config_parts, gguf, parts
 from squall.recipes.config_fields import ConfigFields, by_model_type, part_keys
 from squall.recipes.gguf_parts import NAMING as GGUF_NAMING
@@ -238,13 +237,12 @@ def _gguf_bert(c: GgufFields) -> Encoder:
     )  # fmt: skip
 
 
-def judge_of(recipe: Recipe, ids: tuple[int, int]) -> Part:
-    """The rows of a decoder's head, or table, for two tokens: no, and yes."""
-    spec, names = recipe.spec, dict(recipe.text.names)
-    stored = "lm_head.weight" if "lm_head.weight" in recipe.checkpoint.tensors else ""
-    (table,) = names["embed.weight"]
-    slices = tuple(
-        replace(table, tensor=stored or table.tensor, start=one, stop=one + 1) for one in ids
-    )
-    places: Names = {"head.dense0.weight": slices}
-    return Part("head", Head(spec.hidden, (Dense(2, False, False),)), recipe.text.naming, places)
+def judging(recipe: Recipe, ids: tuple[int, int]) -> Recipe:
+    """A language model whose answer is one of two tokens: their rows of its head are a head."""
+    (table,) = recipe.text.names["embed.weight"]
+    own = "lm_head.weight" in recipe.checkpoint.tensors
+    table = replace(table, tensor="lm_head.weight") if own else table
+    slices = tuple(replace(table, start=one, stop=one + 1) for one in ids)
+    spec = Head(recipe.spec.hidden, (Dense(len(ids), False, False),))
+    head = Part("head", spec, recipe.text.naming, {"head.dense0.weight": slices})
+    return replace(recipe, head=head)
