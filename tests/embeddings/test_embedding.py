@@ -106,7 +106,7 @@ def test_on_pytorch(tmp_path: Path) -> None:
 # ---- mutations ----
 
 
-@pytest.mark.parametrize("kind", ["BertModel", "XLMRobertaModel", "Gemma3TextModel"])
+@pytest.mark.parametrize("kind", ["BertModel", "XLMRobertaModel", "MPNetModel", "Gemma3TextModel"])
 def test_no_field_goes_unnoticed(tmp_path: Path, kind: str) -> None:
     write(tmp_path, kind)
     recipe = embedders.load(open_checkpoint(tmp_path))

@@ -34,6 +34,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "RobertaModel": ("RobertaConfig", BERT | {
         "type_vocab_size": 1, "pad_token_id": 4, "max_position_embeddings": 133,
     }),
+    "MPNetModel": (
+        "MPNetConfig",
+        {key: value for key, value in BERT.items() if key != "type_vocab_size"}
+        | {"relative_attention_num_buckets": 32, "pad_token_id": 1},
+    ),
     "Qwen3Model": ("Qwen3Config", DECODER),
     "LlamaModel": ("LlamaConfig", DECODER),
     "Gemma3TextModel": (

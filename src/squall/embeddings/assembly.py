@@ -116,10 +116,9 @@ def assemble(opening: Opening, pool: ThreadPool | None) -> Parts:
     reader = Reader(recipe, store, at, _pooling(opening, recipe, said, asked=asked), context)
     reader.load(opening.progress)
     head, width = _head(recipe, said, at, exact=exact)
-    reranks = recipe.head is not None
     return Parts(
-        checkpoint.path, width, context, recipe.spec.vocab, reranks, asked, tokens, said, reader,
-        head,
+        checkpoint.path, width, context, recipe.spec.vocab, recipe.judges, asked, tokens, said,
+        reader, head,
     )  # fmt: skip
 
 
@@ -131,7 +130,7 @@ def _asked(recipe: Recipe, tokens: Tokens) -> Recipe:
 
 
 def _pooling(opening: Opening, recipe: Recipe, said: Setup, *, asked: bool) -> Pooling:
-    if recipe.head is not None:
+    if recipe.judges:
         return "last" if asked else "cls"
     if opening.pooling is not None:
         return pooling_named(opening.pooling)

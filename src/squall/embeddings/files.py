@@ -162,7 +162,9 @@ def _listed(folder: Path) -> list[tuple[str, Path]]:
     """The kinds of a model's modules, and their folders."""
     text = read_text(folder / MODULES, 1 << 16)
     try:
-        found = [] if text is None else json.loads(text)
+        found: list[Any] = [] if text is None else json.loads(text)
+        if not isinstance(found, list):
+            raise TypeError
         made = [(str(one["type"]).rpartition(".")[2], str(one["path"])) for one in found]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InvalidCheckpoint(f"{MODULES} is no list of modules with type and path") from None

@@ -71,7 +71,7 @@ class Embedder(Closing):
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.stem if self.path.is_file() else self.path.name
 
     @property
     def formats(self) -> tuple[FormatTotal, ...]:

@@ -20,6 +20,7 @@ from squall.errors import InvalidCheckpoint, InvalidRequest
 from squall.files import read_json, read_text
 from squall.text.hf_tokenizer import library_of
 from squall.text.tokenizer import Tokenizer
+from squall.text.unigram import unigram
 from squall.text.vocabulary import CONTROL, UNKNOWN, Vocabulary
 
 Int32 = NDArray[np.int32]
@@ -105,10 +106,10 @@ def open_tokens(
     around: texts with special tokens that stand around each, instead of the tokenizer's.
     """
     if checkpoint.kind == "gguf" and tokenizer_json is None:
-        metadata = checkpoint.metadata
-        if metadata.get("tokenizer.ggml.model") != "bert":
-            return _of_gguf(metadata)
-        return _of_library(_gguf_word_pieces(metadata), lower=lower)
+        make = _GGUF.get(str(checkpoint.metadata.get("tokenizer.ggml.model")))
+        if make is None:
+            return _of_gguf(checkpoint.metadata)
+        return _of_library(make(checkpoint.metadata), lower=lower)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     config = read_json(folder / "tokenizer_config.json") or {}
     text = read_text(tokenizer_json or folder / "tokenizer.json")
@@ -191,14 +192,36 @@ def _gguf_word_pieces(metadata: Mapping[str, Any]) -> Any:
         for i, token in enumerate(found.tokens)
     }
 
-    def token(name: str, default: str) -> str:
-        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return found.tokens[i] if isinstance(i, int) and i < len(found.tokens) else default
-
+    cls = _token(metadata, found, "cls", _token(metadata, found, "bos", "[CLS]"))
     # Its name is misspelt in files.
-    names = {"cls": token("bos", "[CLS]"), "sep": token("seperator", "[SEP]")}
-    names["unk"] = token("unknown", "[UNK]")
+    names = {"cls": cls, "sep": _token(metadata, found, "seperator", "[SEP]")}
+    names["unk"] = _token(metadata, found, "unknown", "[UNK]")
     return _word_pieces(vocabulary, {f"{name}_token": text for name, text in names.items()})
+
+
+def _gguf_unigram(metadata: Mapping[str, Any]) -> Any:
+    """XLM-RoBERTa's."""
+    found = Vocabulary.from_gguf(metadata)
+    bos, eos = _token(metadata, found, "bos", "<s>"), _token(metadata, found, "eos", "</s>")
+    try:
+        library = unigram(found, metadata)
+        end, begin = ((text, found.tokens.index(text)) for text in (eos, bos))
+        library.post_processor = processors.RobertaProcessing(
+            end, begin, trim_offsets=False, add_prefix_space=False
+        )
+    except Exception as error:  # the library has no class for its own
+        raise InvalidCheckpoint(f"the vocabulary is no XLM-R's: {str(error)[:200]}") from None
+    return library
+
+
+def _token(metadata: Mapping[str, Any], found: Vocabulary, name: str, default: str) -> str:
+    i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return found.tokens[i] if isinstance(i, int) and i < len(found.tokens) else default
+
+
+_GGUF: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "bert": _gguf_word_pieces, "t5": _gguf_unigram,
+}  # fmt: skip
 
 
 def _of_gguf(metadata: Mapping[str, Any]) -> Tokens:
