@@ -23,6 +23,7 @@ from squall.opening import Opening
 
 if TYPE_CHECKING:
     from squall.diffusion.model import ImageModel
+    from squall.mcp import McpTools
     from squall.model import Model
     from squall.server.options import ServerOptions
 
@@ -83,6 +84,12 @@ class ServeFlags(PictureFlags):
     image_memory: int = option(
         256, min=0, help="MiB for what was made of images lately, so that it is kept."
     )
+    mcp: Path | None = option(
+        None, metavar="FILE", help="MCP servers, whose tools this server runs for chats."
+    )
+    mcp_allow: list[str] | None = option(
+        None, metavar="SERVER.TOOL", help="A tool of these that may be run; SERVER.*: all."
+    )
     adapter_memory: int | None = option(
         None, min=1, help="MiB for adapters; the unused longest make room."
     )
@@ -119,6 +126,7 @@ class ServeFlags(PictureFlags):
     )
     chat_template: ChatTemplate = None
     seed: int | None = option(None, "-s", "--seed", min=0, help="For requests that give none.")
+    no_ui: bool = option(False, "--no-ui", help="No web page at /ui.")
     log: Path | None = option(None, "-l", "--log", help="Append requests and responses to a file.")
     throughput: bool = option(False, "--throughput", help="Tokens a second in the access log.")
     drain_timeout: float = option(
@@ -178,6 +186,7 @@ class ServeFlags(PictureFlags):
             truncate=self.truncate_sequence,
             seed=self.seed,
             log=self.log,
+            ui=not self.no_ui,
             throughput=self.throughput,
             keep_alive_s=keep_alive_s(),
             drain_s=self.drain_timeout,
@@ -244,19 +253,34 @@ def _serve(flags: ServeFlags, selected: Selected) -> None:
             f"warning: whoever reaches {flags.serve_ip} may use this server; --api-key KEY asks "
             "for a key\n"
         )
-    with listener, _opened(flags, selected) as models:
+    with listener, _tools(flags) as tools, _opened(flags, selected) as models:
         host, port = listener.getsockname()[:2]
-        place = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
         def started() -> None:
-            for name, model in models.items():
-                sys.stderr.write(f"{name} at {place} ({_about(model)})\n")
+            told = [f"{name} at {place}/v1 ({_about(model)})\n" for name, model in models.items()]
+            page = [f"a page for browsers at {place}/ui\n"] if options.ui else []
+            sys.stderr.write("".join(told + page))
 
         name, *more = models
         served = models if more else models[name]
-        options = replace(options, model_id=None if more else name)
+        options = replace(options, model_id=None if more else name, mcp=tools)
         status = serve_on(served, options, listener, started=started)
     raise typer.Exit(status)
+
+
+@contextmanager
+def _tools(flags: ServeFlags) -> Iterator[McpTools | None]:
+    """The tools of MCP servers."""
+    if flags.mcp is None:
+        if flags.mcp_allow:
+            raise InvalidRequest("--mcp-allow goes with --mcp FILE, which has the servers")
+        yield None
+        return
+    from squall.mcp import McpTools
+
+    with McpTools(flags.mcp, flags.mcp_allow or ()) as tools:
+        yield tools
 
 
 @contextmanager

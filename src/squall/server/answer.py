@@ -81,7 +81,7 @@ class Answer(Response):
         try:
             job = await asyncio.wrap_future(starting)
         except asyncio.CancelledError:
-            starting.add_done_callback(_cancel_job)
+            starting.add_done_callback(cancel_job)
             raise
         except Exception as error:
             await writer.error(error)
@@ -188,7 +188,7 @@ async def _next(chunks: AsyncIterator[Any]) -> Any:
     return await anext(chunks, None)
 
 
-def _cancel_job(starting: Future[Running]) -> None:
+def cancel_job(starting: Future[Running]) -> None:
     """The client left before its job was there."""
     if not starting.cancelled() and starting.exception() is None:
         starting.result().close()

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from squall.api.messages import images_of
 from squall.server import schemas
 from squall.server.answer import Answer
-from squall.server.dialect import AnyJob, Dialect
+from squall.server.dialect import Dialect, Running
 from squall.server.errors import ApiError
 from squall.server.gate import Visit
 from squall.server.limits import check_encoding, check_values
@@ -29,7 +29,7 @@ _Value = TypeVar("_Value")
 
 async def answer(
     service: Service, request: Request, kind: type[schemas.GenerationBody],
-    begin: Callable[..., AnyJob], tell: Callable[..., Dialect],
+    begin: Callable[..., Running], tell: Callable[..., Dialect],
 ) -> Response:  # fmt: skip
     found = await find(service, request, kind, generates=True)
     return await respond(service, request, found, begin, tell)
@@ -37,7 +37,7 @@ async def answer(
 
 async def respond(
     service: Service, request: Request, found: tuple[schemas.GenerationBody, Served],
-    begin: Callable[..., AnyJob], tell: Callable[..., Dialect],
+    begin: Callable[..., Running], tell: Callable[..., Dialect],
 ) -> Response:  # fmt: skip
     """The answer to a body, of the model that it is for."""
     (body, served), visit = found, visit_of(request)
@@ -48,7 +48,7 @@ async def respond(
     images = [part["source"] for part in images_of(getattr(asked, "messages", ()))]
     visit.hold(sum(map(len, images)))
 
-    def start() -> AnyJob:
+    def start() -> Running:
         return begin(served.model, asked, id=told.id, tenant=visit.tenant)
 
     reads = bool(images) or not served.has(defaults.get("adapters", body.adapters))

@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from squall.adapters.shelf import Info
 from squall.api.chats import chat_prompt
-from squall.api.jobs import chat_ids, start_chat, start_completion
+from squall.api.jobs import chat_ids, start_completion
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.errors import InvalidRequest
 from squall.model import Model
@@ -37,10 +37,12 @@ from squall.server.asking import (
 from squall.server.dialect import Completions, Dialect
 from squall.server.embeddings import EmbeddingsBody, RerankBody, add_embeddings
 from squall.server.errors import MESSAGES, ApiError
+from squall.server.mcp import start_with_tools
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.ollama import EmbedBody, GenerateBody, OldEmbedBody, OllamaChatBody, add_ollama
 from squall.server.ollama_models import ModelBody, add_ollama_models
 from squall.server.openai_responses import Responses, ResponsesBody
+from squall.server.page import add_page
 from squall.server.pictures import FOLDER, EditBody, PictureBody, Pictures, parse_form
 from squall.server.served import Served
 from squall.server.service import Service
@@ -68,6 +70,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         _add_models,
         _add_adapters,
         _add_state,
+        add_page,
     ):
         add(router, service)
     app.include_router(router)
@@ -75,10 +78,12 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_generation(router: APIRouter, service: Service) -> None:
+    begin = partial(start_with_tools, service)
+
     @router.post("/v1/chat/completions", openapi_extra=takes(schemas.ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        return await answer(service, request, schemas.ChatBody, start_chat, Dialect)
+        return await answer(service, request, schemas.ChatBody, begin, Dialect)
 
     @router.post("/v1/completions", openapi_extra=takes(schemas.CompletionBody))
     async def completions(request: Request) -> Response:
@@ -89,12 +94,12 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     async def responses(request: Request) -> Response:
         """OpenAI's Responses: the next items of a conversation."""
         tell = partial(Responses, service.kept, visit_of(request).tenant)
-        return await answer(service, request, ResponsesBody, start_chat, tell)
+        return await answer(service, request, ResponsesBody, begin, tell)
 
     @router.post(MESSAGES, openapi_extra=takes(MessagesBody))
     async def messages(request: Request) -> Response:
         """Anthropic's Messages: the next message of a conversation."""
-        return await answer(service, request, MessagesBody, start_chat, Messages)
+        return await answer(service, request, MessagesBody, begin, Messages)
 
 
 def _add_pictures(router: APIRouter, service: Service) -> None:
