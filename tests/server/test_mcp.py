@@ -15,13 +15,13 @@ import anthropic
 import httpx
 import openai
 import pytest
-from command import squall
 from mcp_types import Tool
 from scripted import scripted
 from servers import Running, connect, events, in_process, in_thread, post_bytes, read_until, until
 
 from squall import InvalidRequest, Model, tools
 from squall import mcp as ours
+from squall.cli.serve import ServeFlags, _tools
 from squall.mcp import McpTools
 
 HERE = Path(__file__).parent
@@ -169,6 +169,13 @@ def test_servers_that_cannot_be_used(servers: Any, allow: list[str], told: str) 
         McpTools(servers, allow)
 
 
+def test_the_tools_that_could_be_allowed_are_told() -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"those there are, as SERVER.TOOL: 'a.add', 'a.where'"
+    ):
+        McpTools({"mcpServers": {"a": PROGRAM}})
+
+
 def test_files(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"none\.json.*No such file"):
         McpTools(tmp_path / "none.json")
@@ -299,13 +306,15 @@ def test_chats_that_get_no_tools(http: httpx.Client, fields: dict[str, Any]) -> 
     assert answer["usage"]["prompt_tokens"] < plain["usage"]["prompt_tokens"]
 
 
+def test_a_flag_without_the_other() -> None:
+    with pytest.raises(InvalidRequest, match="--mcp FILE"), _tools(ServeFlags(mcp_allow=["a.b"])):
+        pass
+
+
+@pytest.mark.slow("two processes begin")
 def test_the_command(tmp_path: Path) -> None:
     file = tmp_path / "mcp.json"
-    file.write_text(json.dumps(SERVERS | {"mcpServers": {"one": PROGRAM}}))
-    done = squall("serve", "--port", "0", "--mcp", str(file))
-    assert done.returncode == 1
-    assert "no tool is allowed; those there are, as SERVER.TOOL: 'one.add', " in done.stderr
-    assert "--mcp FILE" in squall("serve", "--port", "0", "--mcp-allow", "one.add").stderr
+    file.write_text(json.dumps({"mcpServers": {"one": PROGRAM}}))
     flags = ("--mcp", str(file), "--mcp-allow", "one.add", "--mcp-allow", "one.w*")
     with in_process(tmp_path / "stderr", *flags) as process:
         with httpx.Client(base_url=process.url, timeout=30) as client:
