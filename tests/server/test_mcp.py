@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -328,3 +329,12 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mcp", None)
     with pytest.raises(InvalidRequest, match=r"pip install 'squall\[mcp\]'"):
         McpTools(SERVERS, ALLOW)
+
+
+def test_what_the_documentation_has(tmp_path: Path) -> None:
+    text = (HERE.parents[1] / "docs" / "tools.md").read_text().split("## MCP")[1]
+    (block,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "mcp.json").write_text(block)
+    servers = ours._read(tmp_path / "mcp.json")
+    assert (list(servers), servers["files"].allow) == (["files", "far"], ["read_*"])
+    assert "--mcp mcp.json --mcp-allow far.search" in text
