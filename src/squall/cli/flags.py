@@ -18,22 +18,23 @@ import typer
 from typer.core import TyperGroup
 from typer.models import ArgumentInfo
 
-from squall.cli.options import keyword, taking
+from squall.cli.completion import complete_known
+from squall.cli.options import HELP, keyword, taking
 from squall.cli.selectors import SELECTORS, Selected
 from squall.engine.fields import Number, described, help_of
 from squall.errors import ModelNotFound
 from squall.locate import looks_like_model
+from squall.names import known
 
 Command = Callable[..., Any]
 Flags = TypeVar("Flags")
 
-HELP = {"help_option_names": ["-h", "--help"]}
 PANEL = "Kinds of models, instead of -f and -m"
 MORE = "Options of the command, which may come before the kind too"
 # The commands for words that are no kind, and how help calls the words.
 MODEL, TEXT = "MODEL", "PROMPT"
 HELP_OF = {
-    MODEL: "A GGUF file, the folder of a model, or a model of the hub, as -f and -m take.",
+    MODEL: "A GGUF file, a folder, a model of the hub, or a short name, as -f and -m take.",
     TEXT: "What to ask, before what a pipe says; -: that alone; none, on a terminal: a chat.",
 }
 # What names a model where no kind does.
@@ -54,6 +55,13 @@ class _Kinds(TyperGroup):
         if quoted or args[0] not in SELECTORS:
             return "", self.commands[MODEL], ["--", *args] if quoted else args
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Kinds, options, and what a model may be."""
+        found = super().shell_complete(ctx, incomplete)
+        words = next(p for p in self.commands[MODEL].params if p.name == "words")
+        models = words.shell_complete(ctx, incomplete)
+        return [item for item in found if item.value not in (MODEL, TEXT)] + models
 
 
 def command(
@@ -119,7 +127,10 @@ def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], d
         if len(text) > 1 or (text and model and not takes_text):
             fail(f"one prompt at most, in quotes, and no more words: {shlex.quote(' '.join(text))}")
         if not takes_text and not model:
-            close = [*difflib.get_close_matches(words[0], SELECTORS, 1), "-f FILE or -m owner/name"]
+            close = [
+                *difflib.get_close_matches(words[0], [*SELECTORS, *known()], 1),
+                "-f FILE or -m owner/name",
+            ]
             fail(f"no model is named {words[0]!r}. Did you mean {close[0]}?")
         try:
             act(replace(flags, prompt=text[0]) if takes_text and text else flags, model)
@@ -129,9 +140,9 @@ def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], d
             raise ModelNotFound(f"{error}{doubt}") from None
 
     run.__doc__ = doc
-    argument = Annotated[list[str], typer.Argument(hidden=True)]
-    words = keyword("words", argument)
-    return _taking([words, *(p for p in own if not _is_argument(p))], run)
+    words = typer.Argument(hidden=True, autocompletion=complete_known)
+    argument = Annotated[list[str], words]
+    return _taking([keyword("words", argument), *(p for p in own if not _is_argument(p))], run)
 
 
 def _changed(invocation: typer.Context, given: Mapping[str, Any]) -> Any:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from squall.api.which import Which
 from squall.checkpoints.hub import TOKEN_SOURCES, Hub, is_id
 from squall.cli import options
+from squall.cli.getting import get_default
 from squall.cli.options import option
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
+from squall.names import resolve
 from squall.opening import DEFAULTS, KvDtype, Opening, Weights
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class ModelFlags:
         None, metavar="[NAME=]PATH[@WEIGHT]",
         help="A LoRA adapter: a folder, owner/name, or a GGUF file; several may be given.",
     )  # fmt: skip
+    yes: options.Yes = False
     merge: bool = option(
         False, "--merge", help="Make the adapters part of the weights, which are floats."
     )
@@ -156,7 +159,10 @@ class ModelFlags:
     def _chosen(self, selected: Selected, others: Opening) -> Opening:
         check_one(self.file, self.model, selected)
         if selected is None or isinstance(selected, str):
-            return replace(others, path=selected or self.file or self.model)
+            path = selected or self.file or self.model
+            if path is None:
+                get_default(self.yes)
+            return replace(others, path=path)
         return selected.opening(others)
 
 
@@ -173,6 +179,7 @@ def makes_pictures(path: str) -> bool:
     """Whether a file, a folder or a model of the hub, going by its name, makes pictures."""
     from squall.diffusion.files import is_image_model
 
+    path = path if os.path.exists(path) else resolve(path)
     on_hub = is_id(path) and not os.path.exists(path)
     return is_image_model(path) or (on_hub and re.search(r"flux\W?1", path.lower()) is not None)
 

@@ -126,6 +126,7 @@ class ServeFlags(PictureFlags):
     )
     chat_template: ChatTemplate = None
     seed: int | None = option(None, "-s", "--seed", min=0, help="For requests that give none.")
+    no_ui: bool = option(False, "--no-ui", help="No web page at /ui.")
     log: Path | None = option(None, "-l", "--log", help="Append requests and responses to a file.")
     throughput: bool = option(False, "--throughput", help="Tokens a second in the access log.")
     drain_timeout: float = option(
@@ -185,6 +186,7 @@ class ServeFlags(PictureFlags):
             truncate=self.truncate_sequence,
             seed=self.seed,
             log=self.log,
+            ui=not self.no_ui,
             throughput=self.throughput,
             keep_alive_s=keep_alive_s(),
             drain_s=self.drain_timeout,
@@ -253,11 +255,12 @@ def _serve(flags: ServeFlags, selected: Selected) -> None:
         )
     with listener, _tools(flags) as tools, _opened(flags, selected) as models:
         host, port = listener.getsockname()[:2]
-        place = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
         def started() -> None:
-            for name, model in models.items():
-                sys.stderr.write(f"{name} at {place} ({_about(model)})\n")
+            told = [f"{name} at {place}/v1 ({_about(model)})\n" for name, model in models.items()]
+            page = [f"a page for browsers at {place}/ui\n"] if options.ui else []
+            sys.stderr.write("".join(told + page))
 
         name, *more = models
         served = models if more else models[name]

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from squall.server.errors import ApiError, to_api
 from squall.server.limits import ClientGone
 from squall.server.log import MOST_BODY
+from squall.server.page import PATH as PAGE
 from squall.server.pictures import FOLDER
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from squall.server.served import Served
     from squall.server.service import Service
 
-# Who only asks whether the server is there needs no key.
-OPEN_PATHS = frozenset({"/", "/health", "/docs"})
+# Who only asks whether the server is there needs no key, nor do files that are the same for all.
+OPEN_PATHS = frozenset({"/", "/health", "/docs", PAGE})
+_OPEN_BELOW = (FOLDER, f"{PAGE}/")
 GONE = 499  # what the log says of a client that went away
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _MOST_PATH = 200
@@ -81,7 +83,7 @@ class Gate:
                 403, f"pages of {origin[:100]!r} may not use this server; allow that with --cors",
                 "origin_not_allowed",
             )  # fmt: skip
-        is_open = path in OPEN_PATHS or path.startswith(FOLDER) or visit.method == "OPTIONS"
+        is_open = path in OPEN_PATHS or path.startswith(_OPEN_BELOW) or visit.method == "OPTIONS"
         if options.api_keys and not is_open:
             visit.tenant = self._tenant(headers)
 
@@ -163,6 +165,12 @@ class Visit:
         if self._served is not None:
             self._served.entering.discard(self)
 
+    def leave(self) -> None:
+        """It needs its model no more, which may be unloaded."""
+        if self.using is not None:
+            self._service.residence.leave(self.using, self)
+            self.using = None
+
     def hold(self, size: int) -> None:
         """So many bytes of the body are needed until the request is over."""
         self._held += size
@@ -178,8 +186,7 @@ class Visit:
     def close(self) -> None:
         """The request is over: log and count it."""
         self.entered()
-        if self.using is not None:
-            self._service.residence.leave(self.using, self)
+        self.leave()
         self._service.bodies.hold(-self._held)
         service, route = self._service, self._scope.get("route")
         # Paths that clients make up are not counted one by one.
