@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ FILLS = pytest.mark.slow("a model that can fill in is made with PyTorch")
 CALL = "<tool_call>\n{}\n</tool_call>"
 SCRIPT = {each["says"]: CALL.format(json.dumps(each["calls"])) for _, each in ALL if "says" in each}
 ORIGIN = "http://localhost:3000"
-HAS_OLLAMA = find_spec("squall.server.ollama") is not None
 EVENTS = TypeAdapter[Any](openai.types.responses.ResponseStreamEvent)
 MESSAGE_EVENTS = TypeAdapter[Any](anthropic.types.RawMessageStreamEvent)
 
@@ -55,8 +53,6 @@ def given() -> Iterator[Any]:
 @pytest.mark.parametrize(("program", "asked"), [*given()])
 def test_requests(url: str, program: str, asked: Any, request: pytest.FixtureRequest) -> None:
     path, body = asked["path"], asked.get("body", {})
-    if path.startswith("/api/") and not HAS_OLLAMA:
-        pytest.skip("this server has no endpoints of Ollama's")
     root = url
     if "suffix" in body:
         filling: tuple[Running, Any] = request.getfixturevalue("tiny")
