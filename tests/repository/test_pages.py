@@ -157,7 +157,7 @@ def test_commands_parse(page: Path) -> None:
             if at is None:
                 break
             command.make_context(name, arguments[: at + 1])
-            name, command = arguments[at], command.commands[arguments[at]]
+            name, command = arguments[at], command.get_command(None, arguments[at])
             arguments = arguments[at + 1 :]
         command.make_context(name, arguments)
 

@@ -15,9 +15,11 @@ from typing import Any
 import httpx
 import pytest
 from painters import GENERATIONS, Brush
+from random_models import write_random
 from servers import WAIT_S, chat, connect, events, post_bytes, read_until, until
 
 from squall import EngineConfig, ImageModel, InvalidRequest, Model
+from squall.opening import Opening
 from squall.server.errors import ApiError
 from squall.server.options import ServerOptions
 from squall.server.residence import Lazy, Standing
@@ -31,6 +33,7 @@ SHORT: dict[str, Any] = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 class Opens:
     """Opens a small model, as often as it is called, and when it is let go."""
 
+    path: Path
     go: threading.Event = field(default_factory=threading.Event)
     count: int = 0
     fails: Exception | None = None
@@ -46,7 +49,7 @@ class Opens:
         if self.fails is not None:
             raise self.fails
         engine = EngineConfig(max_seqs=2, max_queue=64)
-        model = Model.open(**{"context": 256, "engine": engine} | self.options)
+        model = Model.open(self.path, **{"context": 256, "engine": engine} | self.options)
         self.models.append(model)
         return model
 
@@ -98,13 +101,18 @@ def serving(models: dict[str, Any], **options: Any) -> Iterator[Running]:
         assert not thread.is_alive()
 
 
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random(tmp_path_factory.mktemp("models") / "one.gguf")
+
+
 @pytest.fixture
-def opens() -> Opens:
-    return Opens()
+def opens(path: Path) -> Opens:
+    return Opens(path)
 
 
-def test_it_is_loaded_when_it_is_asked_for(opens: Opens) -> None:
-    with serving({"one": Lazy("text", opens), "two": Lazy("text", Opens())}) as running:
+def test_it_is_loaded_when_it_is_asked_for(opens: Opens, path: Path) -> None:
+    with serving({"one": Lazy("text", opens), "two": Lazy("text", Opening(path))}) as running:
         listed = running.http.get("/v1/models").json()["data"]
         assert [(m["id"], m["kind"], m["state"], m["pinned"]) for m in listed] == [
             ("one", "text", "unloaded", False),
@@ -120,7 +128,7 @@ def test_it_is_loaded_when_it_is_asked_for(opens: Opens) -> None:
         )
         assert running.http.get("/v1/models/one").json()["max_model_len"] == 256
         told = running.http.post("/tokenize", json={"prompt": "Hi", "model": "one"}).json()
-        assert (told["count"], opens.count) == (1, 1)
+        assert (told["count"], opens.count) == (2, 1)
     assert opens.models[0]._engine is None  # who opened it has closed it
 
 
@@ -136,15 +144,15 @@ def test_twenty_first_calls_load_it_once(opens: Opens) -> None:
         until(lambda: not running.standing("one").users)
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
-def test_a_stream_is_told_while_it_loads(opens: Opens, path: str) -> None:
+@pytest.mark.parametrize("url", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])
+def test_a_stream_is_told_while_it_loads(opens: Opens, url: str) -> None:
     opens.go.clear()
     body = {"model": "one", "stream": True, "max_tokens": 4}
     asked = {"/v1/completions": {"prompt": "Hi"}, "/v1/responses": {"input": "Hi"}}
-    body |= asked.get(path) or chat()
+    body |= asked.get(url) or chat()
     with serving({"one": Lazy("text", opens)}, keep_alive_s=0.05) as running:
-        silence = b"ping" if path == "/v1/messages" else b": keep-alive"
-        with connect(running.port, post_bytes(path, body)) as waiting:
+        silence = b"ping" if url == "/v1/messages" else b": keep-alive"
+        with connect(running.port, post_bytes(url, body)) as waiting:
             begun = read_until(waiting, silence)
             assert b" 200 " in begun
             opens.go.set()
@@ -210,8 +218,8 @@ def test_the_keep_alive_can_be_changed(opens: Opens) -> None:
         until(lambda: running.standing("one").state == "unloaded")
 
 
-def test_load_and_unload(opens: Opens) -> None:
-    stays = Opens()
+def test_load_and_unload(opens: Opens, path: Path) -> None:
+    stays = Opening(path)
     models = {"a/b": Lazy("text", opens), "stays": Lazy("text", stays, pinned=True)}
     with serving(models) as running:
         http = running.http
@@ -228,7 +236,7 @@ def test_load_and_unload(opens: Opens) -> None:
 
 def test_what_is_in_use_is_not_unloaded(opens: Opens) -> None:
     with serving({"one": Lazy("text", opens)}) as running, ThreadPoolExecutor() as pool:
-        unload, story = "/v1/models/one/unload", {"max_tokens": 200}
+        unload, story = "/v1/models/one/unload", {"max_tokens": 100}
         asked = pool.submit(running.chat, model="one", **story)
         until(lambda: running.standing("one").state == "loaded")
         refused = running.http.post(unload)
@@ -236,7 +244,7 @@ def test_what_is_in_use_is_not_unloaded(opens: Opens) -> None:
         waited = pool.submit(running.http.post, unload, params={"wait": True})
         until(lambda: running.standing("one").leaving)
         late = pool.submit(running.chat, model="one")  # waits, and loads it again
-        assert asked.result().json()["usage"]["completion_tokens"] == 200
+        assert asked.result().json()["usage"]["completion_tokens"] == 100
         assert waited.result().status_code == 200
         assert late.result().status_code == 200
         assert opens.count == 2
@@ -254,14 +262,14 @@ def test_an_end_while_it_loads(opens: Opens) -> None:
         opens.go.set()
 
 
-def test_a_model_that_makes_pictures() -> None:
+def test_a_model_that_makes_pictures(path: Path) -> None:
     brushes: list[Brush] = []
 
     def paint() -> ImageModel:
         brushes.append(Brush())
         return ImageModel(brushes[-1], path=Path("flux"))  # type: ignore[arg-type]
 
-    models = {"flux": Lazy("pictures", paint, keep_alive_s=0.1), "one": Lazy("text", Opens())}
+    models = {"flux": Lazy("pictures", paint, keep_alive_s=0.1), "one": Lazy("text", Opening(path))}
     with serving(models) as running:
         for number in (1, 2):
             found = running.http.post(GENERATIONS, json={"prompt": "a cat", "size": "64x64"})
@@ -272,12 +280,16 @@ def test_a_model_that_makes_pictures() -> None:
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "wrong_model")
 
 
-def test_a_model_of_embeddings() -> None:
+def test_a_model_of_embeddings(path: Path) -> None:
     class Embedder:
+        formats = ()
+
         def close(self) -> None:
             pass
 
-    with serving({"words": Lazy("embeddings", Embedder), "one": Lazy("text", Opens())}) as running:
+    with serving(
+        {"words": Lazy("embeddings", Embedder), "one": Lazy("text", Opening(path))}
+    ) as running:
         service = running.server.service
         for name in ("words", None, "text-embedding-3-small"):
             assert service.embedder(name).name == "words"
@@ -289,8 +301,8 @@ def test_a_model_of_embeddings() -> None:
             service.find("words")
 
 
-def test_metrics_while_models_come_and_go(opens: Opens) -> None:
-    with serving({"one": Lazy("text", opens), "two": Lazy("text", Opens())}) as running:
+def test_metrics_while_models_come_and_go(opens: Opens, path: Path) -> None:
+    with serving({"one": Lazy("text", opens), "two": Lazy("text", Opening(path))}) as running:
         assert running.http.get("/metrics").status_code == 200
         running.chat(model="one")
         assert 'squall_answer_tokens_total{model="one"} 4' in running.http.get("/metrics").text

@@ -5,8 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Callable
 
-from squall import names
 from squall.errors import SquallError
 
 # bash takes a name with a colon for several words.
@@ -15,29 +15,31 @@ _SPLIT = re.compile(r"(\S+) :(?: \S*)?$")
 
 def complete_known(incomplete: str) -> list[str]:
     """Short names and models that are here, and files that begin so, too."""
-    found = _offered({*_known(), *complete_local(incomplete)}, incomplete)
+    from squall import names
+
+    found = _offered(lambda: [*names.known(), *_installed()], incomplete)
     files = glob.glob(f"{glob.escape(incomplete)}*") if found and incomplete else []
     models = [file for file in files if os.path.isdir(file) or file.endswith((".gguf", ".uqff"))]
-    return sorted({*found, *models})
+    return [*found, *models]
 
 
 def complete_local(incomplete: str) -> list[str]:
     """Models that are here."""
-    try:
-        return _offered({model.name for model in names.installed()}, incomplete)
-    except (SquallError, OSError):
-        return []
+    return _offered(_installed, incomplete)
 
 
-def _known() -> set[str]:
-    try:
-        return {*names.known()}
-    except SquallError:
-        return set()
+def _installed() -> list[str]:
+    from squall import names
+
+    return [model.name for model in names.installed()]
 
 
-def _offered(models: set[str], incomplete: str) -> list[str]:
+def _offered(models: Callable[[], list[str]], incomplete: str) -> list[str]:
     split = _SPLIT.search(os.environ.get("COMP_WORDS", ""))
     before = f"{split[1]}:" if split else ""
     begin = before + incomplete.removeprefix(":")
-    return sorted(name.removeprefix(before) for name in models if name.startswith(begin))
+    try:
+        found = {name.removeprefix(before) for name in models() if name.startswith(begin)}
+    except (SquallError, OSError):  # of the user's table, which the command itself tells
+        return []
+    return sorted(found)

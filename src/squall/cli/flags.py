@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from typer.models import ArgumentInfo
 
 from squall.cli.completion import complete_known
-from squall.cli.options import keyword, taking
+from squall.cli.options import HELP, keyword, taking
 from squall.cli.selectors import SELECTORS, Selected
 from squall.engine.fields import Number, described, help_of
 from squall.errors import ModelNotFound
@@ -29,7 +29,6 @@ from squall.names import known
 Command = Callable[..., Any]
 Flags = TypeVar("Flags")
 
-HELP = {"help_option_names": ["-h", "--help"]}
 PANEL = "Kinds of models, instead of -f and -m"
 MORE = "Options of the command, which may come before the kind too"
 # The commands for words that are no kind, and how help calls the words.

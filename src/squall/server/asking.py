@@ -31,8 +31,16 @@ async def answer(
     service: Service, request: Request, kind: type[schemas.GenerationBody],
     begin: Callable[..., Running], tell: Callable[..., Dialect],
 ) -> Response:  # fmt: skip
-    body, served = await find(service, request, kind, generates=True)
-    visit = visit_of(request)
+    found = await find(service, request, kind, generates=True)
+    return await respond(service, request, found, begin, tell)
+
+
+async def respond(
+    service: Service, request: Request, found: tuple[schemas.GenerationBody, Served],
+    begin: Callable[..., Running], tell: Callable[..., Dialect],
+) -> Response:  # fmt: skip
+    """The answer to a body, of the model that it is for."""
+    (body, served), visit = found, visit_of(request)
     defaults = served.asked(body)
     told = tell(body, defaults["model"], visit.id)
 

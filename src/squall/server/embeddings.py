@@ -138,7 +138,7 @@ def add_embeddings(router: APIRouter, service: Service) -> None:
         body = await read_body(service, request, partial(parse, EmbeddingsBody, service.context))
         texts = checked(body.texts, "input")
         standing = service.embedder(body.model)
-        write = _as_base64 if body.encoding_format == "base64" else _as_numbers
+        write = _as_base64 if body.encoding_format == "base64" else as_numbers
 
         def make(some: Sequence[Text]) -> tuple[list[str], int]:
             found = standing.model.embed(
@@ -197,7 +197,7 @@ def _batches(texts: Sequence[_Text]) -> list[Sequence[_Text]]:
     return [*found, texts[first:]]
 
 
-def _as_numbers(vector: Any) -> str:
+def as_numbers(vector: Any) -> str:
     return json.dumps(vector.tolist(), separators=(",", ":"))
 
 

@@ -165,6 +165,12 @@ class Visit:
         if self._served is not None:
             self._served.entering.discard(self)
 
+    def leave(self) -> None:
+        """It needs its model no more, which may be unloaded."""
+        if self.using is not None:
+            self._service.residence.leave(self.using, self)
+            self.using = None
+
     def hold(self, size: int) -> None:
         """So many bytes of the body are needed until the request is over."""
         self._held += size
@@ -180,8 +186,7 @@ class Visit:
     def close(self) -> None:
         """The request is over: log and count it."""
         self.entered()
-        if self.using is not None:
-            self._service.residence.leave(self.using, self)
+        self.leave()
         self._service.bodies.hold(-self._held)
         service, route = self._service, self._scope.get("route")
         # Paths that clients make up are not counted one by one.

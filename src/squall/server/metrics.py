@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -24,14 +25,16 @@ _Row = tuple[str, str, str, Mapping[str, float]]
 _Rows = tuple[list[_Row], list[_Row]]  # of gauges, and of counters
 
 
-class _ModelCollector(Collector):
-    """Of models of one kind, what `rows` tells."""
+class _Collector(Collector):
+    """What `rows` tells of each of some things, which have the names of models."""
 
-    def __init__(self, models: Mapping[str, AnyStanding], rows: Callable[[Any], _Rows]) -> None:
+    def __init__(
+        self, models: Callable[[], Mapping[str, Any]], rows: Callable[[Any], _Rows]
+    ) -> None:
         self._models, self._rows = models, rows
 
     def collect(self) -> Iterator[Metric]:
-        models = {name: served.model for name, served in self._models.items() if served.ready}
+        models = self._models()
         found = [self._rows(model) for model in models.values()]
         for which, kind in enumerate((GaugeMetricFamily, CounterMetricFamily)):
             for rows in zip(*(both[which] for both in found), strict=True):
@@ -41,6 +44,19 @@ class _ModelCollector(Collector):
                     for value, number in values.items():
                         family.add_metric([model, value][: 1 + bool(label)], number)
                 yield family
+
+
+def _loaded(standings: Mapping[str, AnyStanding]) -> Mapping[str, Any]:
+    return {name: standing.model for name, standing in standings.items() if standing.ready}
+
+
+def _standing_rows(standing: AnyStanding) -> _Rows:
+    loaded = int(standing.state == "loaded")
+    return [
+        ("model_loaded", "1 if the model is loaded", "", {"": loaded}),
+        ("model_bytes", "Of its weights, and its KV cache", "", {"": standing.nbytes}),
+        ("model_requests", "Requests that have the model", "", {"": len(standing.users)}),
+    ], [("model_loads", "How often it was loaded", "", {"": standing.loads})]
 
 
 def _rows(model: Model) -> _Rows:
@@ -99,10 +115,14 @@ def _painting_rows(model: ImageModel) -> _Rows:
 class Metrics:
     """Counts of one server; nothing is shared with others in the process."""
 
-    def __init__(self, models: Mapping[str, Served], painters: Mapping[str, Painter]) -> None:
+    def __init__(
+        self, models: Mapping[str, Served], painters: Mapping[str, Painter],
+        standings: Mapping[str, AnyStanding],
+    ) -> None:  # fmt: skip
         self._registry = registry = CollectorRegistry()
-        registry.register(_ModelCollector(models, _rows))
-        registry.register(_ModelCollector(painters, _painting_rows))
+        registry.register(_Collector(lambda: standings, _standing_rows))
+        registry.register(_Collector(partial(_loaded, models), _rows))
+        registry.register(_Collector(partial(_loaded, painters), _painting_rows))
         self.responses = Counter(
             "squall_http_responses", "Responses", ["path", "status"], registry=registry
         )

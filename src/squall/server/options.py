@@ -40,6 +40,8 @@ class ServerOptions:
     log: a file that gets every request and response.
     ui: a web page at /ui.
     throughput: tell tokens a second in the access log.
+    memory_bytes: what models that are loaded when they are asked for may take together, with those
+        that are open; by default what the machine and its control groups have.
     media: which images may come from where, beside those in requests.
     body_bytes, all_bodies_bytes: of one request's body, and of those being read or parsed together.
     header_s, body_s, write_s: how long a client may take to send its header, to send its body, and
@@ -64,6 +66,7 @@ class ServerOptions:
     log: Path | None = None
     ui: bool = True
     throughput: bool = False
+    memory_bytes: int | None = None
     media: Media = field(default_factory=Media)
     body_bytes: int = 32 * MIB
     all_bodies_bytes: int = 256 * MIB

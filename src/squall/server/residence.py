@@ -6,17 +6,24 @@ import asyncio
 import ctypes
 import gc
 import logging
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from squall.diffusion.model import ImageModel
+from squall.errors import EngineStopped, OutOfMemory
+from squall.executors.memory import available_bytes
+from squall.model import Model
+from squall.needs import Kind, Needs, needs
+from squall.opening import Opening
 from squall.server.errors import ApiError, stopped, to_api
 
-Kind = Literal["text", "pictures", "embeddings"]
 State = Literal["unloaded", "loading", "loaded", "failed"]
 
 LOGGER = logging.getLogger("squall.server")
@@ -29,14 +36,17 @@ _Value = TypeVar("_Value")
 class Lazy:
     """A model that is opened when it is asked for.
 
-    pinned: once it is loaded, it stays. keep_alive_s: it is unloaded when nobody has used it for so
-    long; None or negative: only where another one needs its memory.
+    open: how, and what it takes of memory is known before; or a function that does it.
+    pinned: it is loaded when the server starts, and stays; preload: only the former.
+    keep_alive_s: it is unloaded when nobody has used it for so long; None or negative: only where
+        another one needs its memory.
     """
 
     kind: Kind
-    open: Callable[[], Any]
+    open: Opening | Callable[[], Any]
     pinned: bool = False
     keep_alive_s: float | None = None
+    preload: bool = False
 
 
 class Standing(ABC, Generic[_Model]):
@@ -45,6 +55,7 @@ class Standing(ABC, Generic[_Model]):
     dead: nothing will be answered any more, for the reason `why_dead`. failed: that was an error.
     users: the requests that have it; waiting: those that get it as soon as it is loaded.
     leaving: it is about to be unloaded, and who comes now waits until it is loaded again.
+    nbytes: what it is counted as having of memory, with a KV cache that is full.
     """
 
     kind: ClassVar[Kind]
@@ -66,10 +77,12 @@ class Standing(ABC, Generic[_Model]):
         self.idle = asyncio.Event()
         self.idle.set()
         self.used_s = 0.0
+        self.loads = 0
         self.leaving = False
         self.loading: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self._model = model
+        self.nbytes = 0 if model is None else sum(self.sizes(model))
 
     @property
     def model(self) -> _Model:
@@ -102,6 +115,10 @@ class Standing(ABC, Generic[_Model]):
         """It, and what else is called by names of its own."""
         return {self.name: self.card}
 
+    def sizes(self, model: Any) -> tuple[int, int]:
+        """Bytes of weights, and of the KV cache."""
+        return sum(total.nbytes for total in model.formats), 0
+
     def die(self, reason: str, *, failed: bool = True) -> None:
         """Every request for it ends with an error."""
         self.why_dead = self.why_dead or stopped(reason)
@@ -114,6 +131,11 @@ class Standing(ABC, Generic[_Model]):
     def take(self, model: _Model) -> None:
         """From now on it is loaded, and who waited has it."""
         self._model, self.state, self.problem = model, "loaded", ""
+        self.loads += 1
+        self.admit()
+
+    def admit(self) -> None:
+        """Who waits has the model."""
         self.users |= self.waiting
         self.waiting.clear()
         if self.users:
@@ -121,7 +143,7 @@ class Standing(ABC, Generic[_Model]):
 
     def give(self) -> _Model:
         """From now on it is not loaded: the model, to be closed."""
-        model, self._model, self.state = self.model, None, "unloaded"
+        model, self._model, self.state, self.nbytes = self.model, None, "unloaded", 0
         return model
 
     def drain(self, timeout_s: float) -> bool:  # noqa: ARG002
@@ -133,10 +155,17 @@ AnyStanding = Standing[Any]
 
 
 class Residence:
-    """Loads and unloads models, one at a time, beside the event loop that it belongs to."""
+    """Loads and unloads models, one at a time, beside the event loop that it belongs to.
 
-    def __init__(self, standings: Iterable[AnyStanding]) -> None:
-        self._standings = [*standings]
+    limit_bytes: what all together may have of this machine's memory; by default what there is.
+    """
+
+    def __init__(self, standings: Sequence[AnyStanding], limit_bytes: int | None = None) -> None:
+        self._standings = standings
+        self._limit = limit_bytes
+        if limit_bytes is None and (free := available_bytes()) is not None:
+            held = (standing.sizes(standing.model)[0] for standing in standings if standing.ready)
+            self._limit = free + sum(held)
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loader = ThreadPoolExecutor(1, "squall-loader")
@@ -245,11 +274,11 @@ class Residence:
         try:
             async with self._lock:
                 if standing.ready:  # as it has stayed after all
-                    return standing.take(standing.model)
+                    return standing.admit()
                 self._check_open(standing)
                 standing.state = "loading"
                 try:
-                    standing.take(await self._work(lambda: self._opened(standing)))
+                    await self._bring(standing)
                 except Exception as error:
                     failure = _failure(standing, error)
             if failure is not None:  # out of the handler, whose error holds half a model
@@ -267,12 +296,24 @@ class Residence:
         if standing.why_dead is not None:
             raise standing.why_dead
 
-    def _opened(self, standing: AnyStanding) -> Any:
-        """On the loader's thread."""
+    async def _bring(self, standing: AnyStanding) -> None:
+        """Make room for a model, and open it; the lock is held."""
         assert standing.lazy is not None
+        kind, how, least = standing.lazy.kind, standing.lazy.open, 0
+        if isinstance(how, Opening):
+            found = await self._work(partial(needs, kind, how, self._most(standing)))
+            await self._make_room(standing, found)
+            least, how = found.bytes, partial(_OPENERS[kind], self._within(kind, found))
+        while (model := await self._work(partial(self._opened, standing, how))) is None:
+            await self._give_back(self._others(standing)[0])
+        standing.nbytes = max(least, sum(standing.sizes(model)))
+        standing.take(model)
+
+    def _opened(self, standing: AnyStanding, how: Callable[[], Any]) -> Any:
+        """On the loader's thread: the model; None if others are to go first."""
         self.opening = True
         try:
-            model = standing.lazy.open()
+            model = how()
             try:
                 standing.prepare(model)
             except BaseException:
@@ -281,8 +322,67 @@ class Residence:
             if self._closing:
                 model.close()
             return model
+        except (OutOfMemory, MemoryError):
+            if not self._others(standing):
+                raise
+            return None
         finally:
             self.opening = False
+
+    def _within(self, kind: Kind, found: Needs) -> Opening:
+        """How to open a model now, so that it fits beside the others."""
+        told = found.opening.progress
+
+        def progress(done: int, whole: int) -> None:
+            if self._closing:
+                raise EngineStopped("the server is shutting down")
+            if told is not None:
+                told(done, whole)
+
+        opening = replace(found.opening, progress=progress)
+        if kind != "text" or (free := self._free()) is None:
+            return opening
+        return replace(opening, memory_bytes=max(free, found.bytes))
+
+    # ---- memory ----
+
+    def _free(self) -> int | None:
+        """Bytes that no model has, also if all KV caches were full; None: nobody knows."""
+        if self._limit is None:
+            return None
+        left = self._limit - sum(standing.nbytes for standing in self._standings)
+        available = available_bytes()
+        return left if available is None else min(left, available)
+
+    def _others(self, standing: AnyStanding) -> list[AnyStanding]:
+        """Those that can make room: idle ones first, and those that were not used for longest."""
+        found = [s for s in self._standings if s.state == "loaded" and s is not standing]
+        found = [s for s in found if not s.pinned and not s.dead.is_set()]
+        return sorted(found, key=lambda s: (bool(s.users), s.used_s))
+
+    def _most(self, standing: AnyStanding) -> int:
+        """What there is for a model if all make room that can."""
+        free = self._free()
+        if free is None:
+            return sys.maxsize
+        return free + sum(other.nbytes for other in self._others(standing))
+
+    async def _make_room(self, standing: AnyStanding, found: Needs) -> None:
+        """Unload others until there is enough; none, if that would not do. Raises OutOfMemory."""
+        while (free := self._free()) is not None and free < found.bytes:
+            others = self._others(standing)
+            if not others or self._most(standing) < found.bytes:
+                raise OutOfMemory(self._short(standing, found))
+            await self._give_back(others[0])
+
+    def _short(self, standing: AnyStanding, found: Needs) -> str:
+        stay = [s for s in self._standings if s.pinned and s.nbytes]
+        pinned = "".join(f", and {s.name!r:.99} stays with {_mib(s.nbytes)}" for s in stay)
+        return (
+            f"it takes about {_mib(found.bytes)} ({_mib(found.cache)} of that KV cache), and there "
+            f"are {_mib(self._most(standing))} at most for it{pinned}; ask for a shorter context "
+            "or less KV cache, quantize it, or allow more: --memory-limit"
+        )
 
     async def _unload(self, standing: AnyStanding) -> None:
         async with self._lock:
@@ -297,11 +397,28 @@ class Residence:
             await standing.idle.wait()
             await self._work(standing.give().close)
             await self._work(_tidy)
+            if standing.lazy is not None:  # what a request said of it is over
+                standing.keep_alive_s = standing.lazy.keep_alive_s
         finally:
             standing.leaving = False
 
     async def _work(self, function: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._loader, function)
+
+
+def _mib(size: int) -> str:
+    return f"{max(size, 0) / 2**20:,.0f} MiB"
+
+
+def _embedder(opening: Opening) -> Any:
+    from squall.embeddings.model import Embedder
+
+    return Embedder.open_with(opening)
+
+
+_OPENERS: dict[Kind, Callable[[Opening], Any]] = {
+    "text": Model.open_with, "pictures": ImageModel.open_with, "embeddings": _embedder
+}  # fmt: skip
 
 
 def _failure(standing: AnyStanding, error: Exception) -> ApiError:

@@ -39,6 +39,8 @@ from squall.server.embeddings import EmbeddingsBody, RerankBody, add_embeddings
 from squall.server.errors import MESSAGES, ApiError
 from squall.server.mcp import start_with_tools
 from squall.server.metrics import CONTENT_TYPE
+from squall.server.ollama import EmbedBody, GenerateBody, OldEmbedBody, OllamaChatBody, add_ollama
+from squall.server.ollama_models import ModelBody, add_ollama_models
 from squall.server.openai_responses import Responses, ResponsesBody
 from squall.server.page import add_page
 from squall.server.pictures import FOLDER, EditBody, PictureBody, Pictures, parse_form
@@ -47,7 +49,8 @@ from squall.server.service import Service
 
 BODIES: tuple[type[schemas.Body], ...] = (
     schemas.ChatBody, schemas.CompletionBody, ResponsesBody, MessagesBody, CountBody, PictureBody,
-    EditBody, EmbeddingsBody, RerankBody,
+    EditBody, EmbeddingsBody, RerankBody, OllamaChatBody, GenerateBody, EmbedBody, OldEmbedBody,
+    ModelBody,
     schemas.TokenizeBody, schemas.DetokenizeBody, schemas.ReIsqBody, schemas.ActivateBody,
     schemas.AdapterBody, schemas.LoadBody, schemas.UnloadBody,
 )  # fmt: skip
@@ -60,6 +63,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
         _add_generation,
         _add_pictures,
         add_embeddings,
+        add_ollama,
+        add_ollama_models,
         _add_kept,
         _add_tokens,
         _add_models,

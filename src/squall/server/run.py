@@ -17,6 +17,7 @@ import uvicorn
 
 from squall.errors import InvalidRequest
 from squall.server.app import create_app, service_of
+from squall.server.errors import ApiError
 from squall.server.limits import protocol
 from squall.server.log import JsonFormatter
 from squall.server.options import ServerOptions
@@ -117,6 +118,10 @@ class Server(uvicorn.Server):
         for served in self.service.models.values():
             if served.ready:
                 served.model.grammars.warm()
+        try:
+            await self.service.preload()
+        except ApiError as error:
+            raise InvalidRequest(error.message) from None
         await super().startup(sockets)
         # What is there by now stays; looking for garbage in it would stop everything for 50 ms.
         gc.collect()
@@ -139,7 +144,7 @@ class Server(uvicorn.Server):
             signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.service.draining:
+        if self.service.draining or not self.started:
             os._exit(128 + sig)
         self.service.draining = True
 

@@ -126,6 +126,9 @@ class Served(Standing[Model]):
         elif others >= self.most:
             raise QueueFull(f"{others} requests wait for the model to be loaded", retry_after_s=5)
 
+    def sizes(self, model: Model) -> tuple[int, int]:
+        return model.executor.weight_bytes, model.executor.kv_bytes
+
     def introduce(self, model: Model) -> None:
         """Tell it what it must know of the server."""
         model.media = self._media

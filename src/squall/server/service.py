@@ -68,10 +68,10 @@ class Service:
             served.reserved = tuple(models)
             if served.ready:
                 served.introduce(served.model)
-        self.residence = Residence(self.all)
+        self.residence = Residence(self.all, options.memory_bytes)
         self.album = Album(options)
         self.log = Log(options.log)
-        self.metrics = Metrics(self.models, self.painters)
+        self.metrics = Metrics(self.models, self.painters, {s.name: s for s in self.all})
         self.bodies = Bodies(options)
         self.kept = Kept(options.kept_responses, options.kept_bytes)
         self.active = 0
@@ -158,8 +158,16 @@ class Service:
 
     async def use(self, standing: AnyStanding, visit: Visit) -> None:
         """The request has the model until it is over; it is loaded first. Raises ApiError."""
+        if visit.using not in (None, standing):
+            visit.leave()
         visit.using = standing
         await self.residence.use(standing, visit)
+
+    async def preload(self) -> None:
+        """Load what is to be there from the start. Raises ApiError."""
+        for standing in self.all:
+            if standing.lazy is not None and (standing.lazy.pinned or standing.lazy.preload):
+                await self.residence.load(standing)
 
     async def load(self, name: str) -> AnyStanding:
         """The model, or that of an adapter, loaded. Raises ApiError."""

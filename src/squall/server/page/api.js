@@ -17,6 +17,8 @@ export class ApiError extends Error {
 let askKey = async () => null;
 /** @type {Promise<string|null>|null} */
 let asking = null;
+let refused = 0; // when; other requests do not ask again at once
+const AGAIN_MS = 2000;
 
 /** @param {typeof askKey} ask */
 export function whenKeyIsNeeded(ask) {
@@ -27,9 +29,11 @@ export function whenKeyIsNeeded(ask) {
 async function newKey(used) {
   const current = sessionStorage.getItem(KEY);
   if (current !== used) return current; // somebody else asked meanwhile
+  if (refused && performance.now() - refused < AGAIN_MS) return null;
   asking ??= askKey(used !== null).finally(() => (asking = null));
   const key = await asking;
-  if (key !== null) sessionStorage.setItem(KEY, key);
+  if (key === null) refused = performance.now();
+  else sessionStorage.setItem(KEY, key);
   return key;
 }
 

@@ -23,6 +23,7 @@ const panel = new Panel((settings) => {
 const models = new Models(() => {
   panel.showKind(models.current?.kind === "pictures");
   chat.redraw();
+  metrics.showStates();
 });
 const list = new List(store, open);
 const chat = new Chat(store, models, (conversation) => list.changed(conversation));

@@ -2,10 +2,11 @@
 /** Elements. Texts are always text: nothing here, or anywhere, parses HTML. */
 
 /** @typedef {Record<string, any>} Properties */
+/** @typedef {Node|string|null|undefined} Child */
 
 /**
  * An element; functions are listeners, true and false turn attributes on and off.
- * @param {string} tag @param {Properties} [properties] @param {...(Node|string|null|undefined)} children
+ * @param {string} tag @param {Properties} [properties] @param {...(Child|Child[])} children
  * @returns {any}
  */
 export function el(tag, properties = {}, ...children) {
@@ -17,7 +18,7 @@ export function el(tag, properties = {}, ...children) {
     else if (typeof value === "boolean") node.toggleAttribute(name, value);
     else node.setAttribute(name, String(value));
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
+  for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
   return node;
 }
 

@@ -6,7 +6,7 @@ import { el } from "./dom.js";
 const SAFE = /^(?:https?:\/\/|mailto:)/i;
 const ESCAPED = /[!-/:-@[-`{-~]/;
 // Each alternative begins with another character, and runs over no other's end.
-const PIECES = /\\\([^\n]{0,2000}?\\\)|\\\[[^]{0,4000}?\\\]|\$\$[^$]+\$\$|\$(?=\S)[^$\n]*[^\s$\\]\$(?!\d)|`+|\\.|[*_]+|~~+|!?\[|\]|<[a-z][a-z+.-]*:[^\s<>]{1,2000}>|https?:\/\/[^\s<>"'`\]]{1,2000}|\n|[^\\$`*_~![<h\]\n]+|./gsu;
+const PIECES = /\\\([^\n]{0,1000}?\\\)|\\\[[^]{0,2000}?\\\]|\$\$[^$]+\$\$|\$(?=\S)[^$\n]*[^\s$\\]\$(?!\d)|`+|\\.|[*_]+|~~+|!?\[|\]|<[a-z][a-z+.-]*:[^\s<>]{1,2000}>|https?:\/\/[^\s<>"'`\]]{1,2000}|\n|[^\\$`*_~![<h\]\n]+|./gsu;
 
 /** @typedef {{node: Node, plain?: boolean, mark?: string, count?: number, opens?: boolean, closes?: boolean}} Piece */
 
@@ -107,7 +107,7 @@ function bare(at, url, add) {
 
 /** @param {string} url @param {Node[]} inner */
 function link(url, inner) {
-  return el("a", { href: url, target: "_blank", rel: "noopener noreferrer nofollow" }, ...inner);
+  return el("a", { href: url, target: "_blank", rel: "noopener noreferrer nofollow" }, inner);
 }
 
 /** Pair the delimiters, as CommonMark does. @param {Piece[]} pieces */
@@ -154,5 +154,5 @@ function wrap(open, at, to, done) {
     open.pop();
     done.pop();
   }
-  done.push({ node: el(tag, {}, ...inner.map((piece) => piece.node)) });
+  done.push({ node: el(tag, {}, inner.map((piece) => piece.node)) });
 }

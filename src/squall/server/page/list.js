@@ -50,15 +50,16 @@ export class List {
 
   /** @param {Conversation} one @param {HTMLElement} row */
   rename(one, row) {
+    let closed = false; // as removing the input blurs it
     const close = (/** @type {boolean} */ takes) => {
-      if (!input.isConnected) return;
+      if (closed) return;
+      closed = true;
       const name = input.value.trim();
       if (takes && name) {
         one.title = name.slice(0, 200);
         one.named = true;
         this.store.save(one);
       }
-      input.remove();
       this.show();
       /** @type {any} */ (this.root.querySelector(`[data-id="${one.id}"] .title`))?.focus();
     };

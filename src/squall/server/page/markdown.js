@@ -148,11 +148,11 @@ function build(block, depth) {
   if (block.kind === "code") return code(block);
   if (block.kind === "rule") return el("hr");
   // The page has a heading of its own above these.
-  if (block.kind === "heading") return el(`h${Math.min((block.level ?? 1) + 1, 6)}`, { class: `level${block.level}` }, ...inline(text));
-  if (block.kind === "quote") return el("blockquote", {}, ...many(block.lines, depth + 1));
-  if (block.kind === "list") return items(block, depth);
+  if (block.kind === "heading") return el(`h${Math.min((block.level ?? 1) + 1, 6)}`, { class: `level${block.level}` }, inline(text));
+  if (block.kind === "quote") return el("blockquote", {}, many(block.lines, depth + 1));
+  if (block.kind === "list") return makeList(block, depth);
   if (block.kind === "table") return rows(block.lines);
-  return el("p", {}, ...inline(text));
+  return el("p", {}, inline(text));
 }
 
 /** @param {string[]} lines @param {number} depth @returns {Node[]} */
@@ -162,8 +162,16 @@ function many(lines, depth) {
 }
 
 /** @param {Block} block @param {number} depth */
-function items({ items = [], ordered = null, loose }, depth) {
-  const inner = items.map((lines) => {
+function makeList(block, depth) {
+  const { ordered } = block;
+  const inner = items(block, depth, 0);
+  if (ordered === null) return el("ul", {}, inner);
+  return el("ol", ordered === 1 ? {} : { start: ordered }, inner);
+}
+
+/** Those from one on. @param {Block} block @param {number} depth @param {number} from @returns {HTMLElement[]} */
+function items({ items = [], loose }, depth, from) {
+  return items.slice(from).map((lines) => {
     const task = /^\[([ xX])\]\s+/.exec(lines[0]);
     if (task) lines = [lines[0].slice(task[0].length), ...lines.slice(1)];
     const box = task ? el("input", { type: "checkbox", disabled: true, checked: task[1] !== " ", "aria-label": "Task" }) : null;
@@ -171,40 +179,50 @@ function items({ items = [], ordered = null, loose }, depth) {
     // Items without blank lines between them are no paragraphs.
     const tight = !loose && parts.filter((part) => part instanceof HTMLParagraphElement).length < 2;
     const flat = parts.flatMap((part) => (tight && part instanceof HTMLParagraphElement ? [...part.childNodes] : [part]));
-    return el("li", task ? { class: "task" } : {}, box, ...flat);
+    return el("li", task ? { class: "task" } : {}, box, flat);
   });
-  if (ordered === null) return el("ul", {}, ...inner);
-  return el("ol", ordered === 1 ? {} : { start: ordered }, ...inner);
 }
 
 /** @param {string[]} lines */
 function rows([head, divider, ...rest]) {
   const sides = cells(divider).map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : "left"));
   const row = (/** @type {string} */ line, /** @type {string} */ tag) =>
-    el("tr", {}, ...sides.map((side, i) => el(tag, { class: side, ...(tag === "th" ? { scope: "col" } : {}) }, ...inline(cells(line)[i] ?? ""))));
+    el("tr", {}, ...sides.map((side, i) => el(tag, { class: side, ...(tag === "th" ? { scope: "col" } : {}) }, inline(cells(line)[i] ?? ""))));
   return el("div", { class: "wide", tabindex: 0, role: "group", "aria-label": "Table" },
-    el("table", {}, el("thead", {}, row(head, "th")), el("tbody", {}, ...rest.map((line) => row(line, "td")))));
+    el("table", {}, el("thead", {}, row(head, "th")), el("tbody", {}, rest.map((line) => row(line, "td")))));
 }
 
 /** @param {Block} block */
 function code({ lines, info = "", open }) {
   const text = lines.join("\n");
-  const shown = el("code", {}, ...(open ? [text] : highlight(text, info)));
+  const shown = el("code", {}, open ? [text] : highlight(text, info));
   const pre = el("pre", { tabindex: 0, role: "group", "aria-label": info ? `Code, ${info}` : "Code" }, shown);
   const copies = button("copy", "Copy code", () => copy(shown.textContent));
   return el("div", { class: "code" }, el("div", { class: "bar" }, el("span", {}, info), copies), pre);
 }
 
-/** A text that grows, of which only the last block is made anew. */
+/** The element of a list that has more items now; null: make another. @param {{block: Block, element: HTMLElement}} old
+ * @param {Block} block */
+function prolong({ block: before, element }, block) {
+  const isSame = block.kind === "list" && before.kind === "list" && before.loose === block.loose && before.ordered === block.ordered;
+  if (!isSame) return null;
+  // The last line may have looked like an item, and be text of the one before.
+  const keep = Math.max((before.items?.length ?? 0) - 2, 0);
+  while (element.children.length > keep) element.lastElementChild?.remove();
+  for (const item of items(block, 0, keep)) element.append(item);
+  return element;
+}
+
+/** A text that grows, of which only the end is made anew. */
 export class Markdown {
   /** @param {HTMLElement} root */
   constructor(root) {
     this.root = root;
     this.text = "";
-    this.from = 0; // where the last block begins
-    /** @type {HTMLElement|null} */
-    this.last = null;
-    this.open = ""; // the opening line of a fence that has no end yet, if that is the last block
+    this.from = 0; // where what may change yet begins
+    /** The blocks and elements from there on. @type {{block: Block, element: HTMLElement}[]} */
+    this.live = [];
+    this.open = false; // whether the last block is code that has no end yet
   }
 
   /** @param {string} text */
@@ -215,12 +233,17 @@ export class Markdown {
     this.text = text;
     const lines = text.slice(this.from).split("\n");
     const found = blocks(lines);
-    if (!found.length) return;
-    this.last?.remove();
-    for (const block of found) this.root.append((this.last = build(block, 0)));
-    const { start, kind, open } = found[found.length - 1];
-    this.from += lines.slice(0, start).reduce((sum, line) => sum + line.length + 1, 0);
-    this.open = kind === "code" && open && lines.length > start + 1 && indentOf(lines[start]) === 0 ? lines[start] : "";
+    const before = this.live;
+    this.live = found.map((block, i) => ({ block, element: (i === 0 && before[0] && prolong(before[0], block)) || build(block, 0) }));
+    for (const { element } of before) if (element !== this.live[0]?.element) element.remove();
+    for (const { element } of this.live) if (element.parentNode !== this.root) this.root.append(element);
+    // The last line, and whether the one before it begins a table, may turn out to belong to the block before.
+    let last = found.length - 1;
+    while (last > 0 && found[last].start >= lines.length - 2) last--;
+    if (last > 0) this.from += lines.slice(0, found[last].start).reduce((sum, line) => sum + line.length + 1, 0);
+    this.live = this.live.slice(Math.max(last, 0));
+    const end = found.at(-1);
+    this.open = Boolean(end?.open) && lines.length > (end?.start ?? 0) + 1 && indentOf(lines[end?.start ?? 0]) === 0;
   }
 
   /** Whether the text was code that goes on, which is then shown. @param {string} text */
@@ -229,7 +252,7 @@ export class Markdown {
     const line = this.text.lastIndexOf("\n") + 1;
     // A line that may become the end of the fence is for the parser.
     if (!this.open || !text.startsWith(this.text) || /^ {0,3}[`~]/m.test(text.slice(line))) return false;
-    const node = this.last?.querySelector("code")?.firstChild;
+    const node = this.live.at(-1)?.element.querySelector("code")?.firstChild;
     if (!(node instanceof Text)) return false;
     node.appendData(more);
     this.text = text;
@@ -239,8 +262,9 @@ export class Markdown {
   clear() {
     this.root.replaceChildren();
     this.from = 0;
-    this.text = this.open = "";
-    this.last = null;
+    this.text = "";
+    this.live = [];
+    this.open = false;
   }
 }
 

@@ -86,7 +86,7 @@ export class View {
     this.text.hidden = this.asTokens;
     this.tokenBox.hidden = !this.asTokens;
     if (this.asTokens) this.tokens?.update(tokens);
-    else this.markdown?.update(text);
+    else this.markdown?.update(this.busy ? text : asCode(text));
     this.showCalls();
     const { images = [], seeds } = this.message;
     for (let i = this.images.childElementCount; i < images.length; i++) this.images.append(picture(images[i], i, seeds?.[i]));
@@ -108,7 +108,7 @@ export class View {
     calls.forEach((call, i) => {
       const card = this.calls.children[i];
       card.querySelector(".name").textContent = call.name;
-      card.querySelector("code").textContent = this.busy ? call.arguments : pretty(call.arguments);
+      card.querySelector("code").textContent = this.busy ? call.arguments : pretty(call.arguments, call.arguments);
       card.querySelector("label").hidden = Boolean(this.busy) || !this.actions.isLast(this.message);
     });
     this.calls.querySelector(".give")?.remove();
@@ -200,12 +200,18 @@ function picture(url, i, seed) {
   return el("figure", {}, image, el("figcaption", {}, `Seed ${seed} `, el("a", { href: url, download: `picture-${seed}.png` }, "Save")));
 }
 
-/** @param {string} json */
-function pretty(json) {
+/** An answer that is an object, or a list, of JSON is shown as such. @param {string} text */
+function asCode(text) {
+  const better = /^\s*[[{]/.test(text) ? pretty(text, "") : "";
+  return better ? `\`\`\`json\n${better}\n\`\`\`` : text;
+}
+
+/** JSON in lines; another text if it is none. @param {string} json @param {string} otherwise */
+function pretty(json, otherwise) {
   try {
     return JSON.stringify(JSON.parse(json), null, 2);
   } catch {
-    return json;
+    return otherwise;
   }
 }
 

@@ -133,10 +133,9 @@ export class Metrics {
     const wanted = this.models.all.filter((model) => model.parent === null);
     for (const model of wanted) {
       const card = this.cards.get(model.id) ?? this.make(model);
-      showState(card, model);
-      card.body.hidden = model.state !== "loaded";
       for (const chart of card.charts) chart.add(getter(samples, model.id), before && getter(before.samples, model.id), before ? (at - before.at) / 1000 : 1);
     }
+    this.showStates();
     for (const [id, card] of this.cards) {
       if (wanted.some((model) => model.id === id)) continue;
       card.root.remove();
@@ -156,6 +155,13 @@ export class Metrics {
     this.cards.set(model.id, card);
     this.root.append(card.root);
     return card;
+  }
+
+  showStates() {
+    for (const model of this.models.all) {
+      const card = this.cards.get(model.id);
+      if (card) showState(card, model);
+    }
   }
 
   /** @param {string} id */
@@ -187,11 +193,12 @@ function getter(samples, model) {
   };
 }
 
-/** @param {{state: any, button: any}} card @param {import("./api.js").ModelCard} model */
-function showState({ state, button }, model) {
+/** @param {{state: any, button: any, body: any}} card @param {import("./api.js").ModelCard} model */
+function showState({ state, button, body }, model) {
   state.textContent = model.state;
   state.className = `tag ${model.state}`;
   const loaded = model.state === "loaded";
+  body.hidden = !loaded;
   button.textContent = loaded ? "Unload" : model.state === "loading" ? "Loading…" : "Load";
   button.disabled = model.state === "loading";
   button.setAttribute("aria-label", `${loaded ? "Unload" : "Load"} ${model.id}`);

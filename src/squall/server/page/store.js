@@ -3,7 +3,8 @@
 
 /**
  * @typedef {{id: string, name: string, arguments: string, result?: string}} Call
- * @typedef {{token: string, logprob: number, bytes: number[], top_logprobs: {token: string, logprob: number}[]}} Token
+ * @typedef {{token: string, logprob: number, bytes: number[]}} Likely
+ * @typedef {Likely & {top_logprobs: Likely[]}} Token
  * @typedef {{model: string, tokens?: number, rate?: number, first?: number, seconds?: number, prompt?: number, cached?: number}} Stats
  * @typedef {{id: string, parent: string|null, role: "user"|"assistant"|"tool", text: string, images?: string[], reasoning?: string,
  *   calls?: Call[], callId?: string, name?: string, tokens?: Token[], stats?: Stats, error?: string, finish?: string, seeds?: number[]}} Message
@@ -157,13 +158,13 @@ function checkedMessage(given) {
   if (given.images) message.images = list(given.images).filter(isImage);
   if (given.seeds) message.seeds = list(given.seeds).filter((seed) => number(seed) !== undefined);
   if (given.calls) message.calls = list(given.calls).map((call) => ({ id: text(call.id), name: text(call.name), arguments: text(call.arguments), result: text(call.result) }));
-  if (given.tokens) message.tokens = list(given.tokens).map((token) => ({ ...checkedToken(token), bytes: list(token.bytes).map((byte) => number(byte) ?? 0), top_logprobs: list(token.top_logprobs).map(checkedToken) }));
+  if (given.tokens) message.tokens = list(given.tokens).map((token) => ({ ...checkedToken(token), top_logprobs: list(token.top_logprobs).map(checkedToken) }));
   if (stats) message.stats = { model: text(stats.model), tokens: number(stats.tokens), rate: number(stats.rate), first: number(stats.first), seconds: number(stats.seconds), prompt: number(stats.prompt), cached: number(stats.cached) };
   return message;
 }
 
 /** @param {any} token */
-const checkedToken = (token) => ({ token: text(token.token), logprob: number(token.logprob) ?? 0 });
+const checkedToken = (token) => ({ token: text(token.token), logprob: number(token.logprob) ?? 0, bytes: list(token.bytes).map((byte) => number(byte) ?? 0) });
 
 /** The messages from the first to where the conversation is. @param {Conversation} conversation */
 export function path({ messages, at }) {

@@ -5,7 +5,13 @@ import { byId, el } from "./dom.js";
 
 const LEVELS = [0.05, 0.2, 0.4, 0.6, 0.8, 0.95]; // of the colours' classes, p0 to p6
 const percent = (/** @type {number} */ p) => `${(100 * p).toFixed(p < 0.0995 ? 1 : 0)} %`;
-const visible = (/** @type {string} */ text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣") || "∅";
+
+/** @param {import("./store.js").Likely} token */
+function visible({ token, bytes }) {
+  // A part of a character has no sign of its own.
+  if (token.includes("\ufffd")) return `‹${bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ")}›`;
+  return token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣") || "∅";
+}
 
 /** A text of tokens that grows. */
 export class Tokens {
@@ -63,15 +69,15 @@ export class Tokens {
 function show(span, token) {
   const likely = token.top_logprobs;
   const others = likely.some((one) => one.token === token.token && one.logprob === token.logprob) ? likely : [...likely, token];
-  const row = (/** @type {{token: string, logprob: number}} */ one) => {
+  const row = (/** @type {import("./store.js").Likely} */ one) => {
     const p = Math.exp(one.logprob);
     const chosen = one.token === token.token && one.logprob === token.logprob;
-    return el("tr", chosen ? { class: "chosen" } : {}, el("th", { scope: "row" }, visible(one.token)),
+    return el("tr", chosen ? { class: "chosen" } : {}, el("th", { scope: "row" }, visible(one)),
       el("td", {}, el("progress", { max: 1, value: p, "aria-hidden": "true" })), el("td", {}, percent(p)));
   };
   const tip = byId("tip");
-  const bytes = token.token.includes("\ufffd") ? el("p", {}, `Bytes ${token.bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ")}`) : null;
-  tip.replaceChildren(el("p", {}, `Probability ${percent(Math.exp(token.logprob))}, log ${token.logprob.toFixed(3).replace("-", "−")}`), el("table", {}, el("tbody", {}, ...others.map(row))), ...(bytes ? [bytes] : []));
+  tip.replaceChildren(el("p", {}, `Probability ${percent(Math.exp(token.logprob))}, log ${token.logprob.toFixed(3).replace("-", "−")}`),
+    el("table", {}, el("tbody", {}, others.map(row))));
   tip.hidden = false;
   const place = span.getClientRects()[0] ?? span.getBoundingClientRect();
   const left = Math.max(8, Math.min(place.left, innerWidth - tip.offsetWidth - 8));
