@@ -264,10 +264,9 @@ def test_flags_of_the_migration_page_exist() -> None:
     """Those in the columns of Squall."""
     known: set[str] = set()
     for name in ("serve", "run", "bench"):
-        options = [param.opts + param.secondary_opts for param in made(app).commands[name].params]
-        known |= {option for given in options for option in given}
-        plain = made(app).commands[name].commands["plain"].params
-        known |= {option for param in plain for option in param.opts}
+        command = made(app).get_command(None, name)
+        for each in (command, command.get_command(None, "plain")):
+            known |= {word for param in each.params for word in param.opts + param.secondary_opts}
     page = (ROOT / "docs/migrate.md").read_text()
     cells = [row.rstrip("|").rsplit(" | ", 1)[1] for row in re.findall(r"^\|.* \|$", page, re.M)]
     flags = {flag for cell in cells for flag in re.findall(r"(?<=[` ])--[a-z-]+", cell)}
