@@ -1,4 +1,4 @@
-"""Short names of models, such as qwen3:4b: what they mean, and which models are here.
+"""Short names of models, such as smollm2:1.7b: what they mean, and which models are here.
 
 names.toml has those that Squall knows; the user's models.toml adds to them.
 """
@@ -40,11 +40,11 @@ MOST_BYTES = 1 << 20
 MOST_HOPS = 8  # from alias to alias
 HOW = (
     "Name a GGUF file, the folder of a model, a model of the hub as owner/name or owner/name:file, "
-    "or a short name such as qwen3:4b"
+    "or a short name such as smollm2:1.7b"
 )
 _FORMATS = {".gguf": "gguf", ".uqff": "uqff", ".safetensors": "safetensors"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(:[a-z0-9][a-z0-9._-]{0,63})?")
-# As in llama3.2:3b-instruct-q8_0: another file of the same repository.
+# As in smollm2:1.7b-instruct-q8_0: another file of the same repository.
 _TAGGED = re.compile(r"(.+:.+?)(?:-instruct)?(?:-((?:i?q\d|b?f16|f32)\w*))?")
 _WEIGHED = re.compile(r"i?q\d\w*", re.IGNORECASE)
 

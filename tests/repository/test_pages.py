@@ -40,7 +40,7 @@ APPS = {"squall": app, "squall-server": server}
 made = cache(typer.main.get_command)
 # These are only parsed: they need GPUs, the hub, another server, or files that take long to make.
 ELSEWHERE = re.compile(
-    r"cuda|tensor-parallel|-n [0-9']|:Q4_K_M|--url|--t5 |mmproj|squall (pull|list|rm|show|tune)\b"
+    r"cuda|tensor-parallel|-n [0-9']|:Q4_K_M|--url|--t5 |mmproj|squall (pull|list|rm|show|tune)\b|qwen3:"
 )
 # Code without annotations, or that is a part of a file.
 UNTYPED = ("sampling", "adding-a-model", "adding-a-format")
