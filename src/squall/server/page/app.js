@@ -141,6 +141,7 @@ function editLast() {
 
 function listen() {
   whenKeyIsNeeded(askKey);
+  addEventListener("focus", () => models.refresh());
   addEventListener("hashchange", route);
   addEventListener("keydown", shortcut);
   addEventListener("scroll", hide, true);
