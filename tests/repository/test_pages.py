@@ -57,6 +57,7 @@ FILES = {
     "sum.y": blocks(ROOT / "docs/structured-output.md", "yacc")[0],
     "selection.toml": '[model]\nquantized_model_id = "."\nquantized_filename = "model.gguf"\n',
     "anymoe.toml": blocks(ROOT / "docs/anymoe.md", "toml")[0],
+    "models.toml": '[[model]]\npath = "model.gguf"\n',
     "prompts.json": blocks(ROOT / "docs/anymoe.md", "json")[0],
 }
 
