@@ -60,6 +60,7 @@ FILES = {
     "sum.y": blocks(ROOT / "docs/structured-output.md", "yacc")[0],
     "selection.toml": blocks(ROOT / "docs/commands.md", "toml")[0],
     "anymoe.toml": blocks(ROOT / "docs/anymoe.md", "toml")[0],
+    "models.toml": '[[model]]\npath = "model.gguf"\n',
     "prompts.json": blocks(ROOT / "docs/anymoe.md", "json")[0],
 }
 
