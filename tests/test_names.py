@@ -14,7 +14,7 @@ from squall import names
 from squall.checkpoints.hub import Hub, is_id
 from squall.errors import InvalidRequest, ModelNotFound, SquallError
 from squall.locate import locate, looks_like_model
-from squall.names import Installed, installed, known, pull, remove, resolve
+from squall.names import Installed, find, installed, known, pull, remove, resolve
 
 GGUFS = {"Qwen3-4B-Q4_K_M.gguf": b"4" * 40, "Qwen3-4B-Q8_0.gguf": b"8" * 80}
 FOLDER = {"config.json": b"{}", "tokenizer.json": b"{ }", "model.safetensors": b"1" * 100}
@@ -99,6 +99,7 @@ def test_names_of_the_user(table: Path, tmp_path: Path) -> None:
     assert resolve("qwen3") == "Qwen/Qwen3-4B-GGUF:Q4_K_M"
     assert looks_like_model("best")
     (mine,) = (model for model in installed() if model.name == "mine")
+    assert find("mine") == find("best") == find(str(tmp_path / "own.gguf")) == mine
     assert (mine.path, mine.bytes, mine.format) == (tmp_path / "own.gguf", 3, "gguf")
 
 
@@ -210,4 +211,10 @@ def test_only_what_is_in_the_cache_is_removed(tmp_path: Path) -> None:
     link.symlink_to(outside)
     with pytest.raises(InvalidRequest, match="nothing was removed"):
         remove(of_hub()["qwen3:4b"])
+    folder = pull("o/folder").parents[1]
+    moved = folder.rename(tmp_path / folder.name)
+    folder.symlink_to(moved)
+    with pytest.raises(InvalidRequest, match="nothing was removed"):
+        remove(of_hub()["o/folder"])
+    assert len(list((moved / "snapshots").rglob("*.json"))) == 2
     assert outside.read_bytes() == b"mine"

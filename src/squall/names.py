@@ -18,7 +18,6 @@ from pathlib import Path
 from squall import embedded
 from squall.checkpoints.hub import (
     Hub,
-    Judge,
     Progress,
     choose,
     files_in,
@@ -150,14 +149,12 @@ def _weighed(value: str, kind: str) -> str:
     return f"{id}:{_WEIGHED.sub(kind, file)}"
 
 
-def pull(
-    name: str, hub: Hub | None = None, progress: Progress | None = None, judge: Judge | None = None
-) -> Path:
+def pull(name: str, hub: Hub | None = None, progress: Progress | None = None) -> Path:
     """Download what is not here of a model of the hub; its file or folder."""
     id = resolve(name)
     if not is_id(id):
         raise ModelNotFound(f"{quote(name)} is no model of the hub. {near(name)}{HOW}")
-    return (hub or Hub()).fetch(id, progress, judge, mmproj=True)
+    return (hub or Hub()).fetch(id, progress, mmproj=True)
 
 
 def installed() -> list[Installed]:
@@ -168,13 +165,14 @@ def installed() -> list[Installed]:
 
 def find(name: str) -> Installed:
     """The model that a name means, which is here."""
-    models = installed()
-    if exact := [model for model in models if name in (model.name, str(model.path))]:
-        return exact[0]
-    if is_id(id := resolve(name)):
+    id = resolve(name)
+    meant = {name, os.path.expanduser(id)}
+    if is_id(id):
         with suppress(ModelNotFound):
-            path = Hub(offline=True).fetch(id)
-            return next(model for model in models if model.path == path)
+            meant.add(str(Hub(offline=True).fetch(id)))
+    for model in installed():
+        if meant & {model.name, str(model.path)}:
+            return model
     how = f"squall pull {name} gets it" if is_id(id) else f"{near(name)}squall list tells what is"
     raise ModelNotFound(f"{quote(name)} is not here. {how}")
 
@@ -184,9 +182,9 @@ def _of_paths() -> Iterator[Installed]:
     paths = {} if default is None else {DEFAULT: default}
     paths |= {name: Path(value).expanduser() for name, value in _own().items() if _is_path(value)}
     for name, path in paths.items():
-        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        files = path.iterdir() if path.is_dir() else [path]
         if path.exists():
-            yield _installed(name, path, files)
+            yield _installed(name, path, filter(Path.is_file, files))
 
 
 def _of_hub() -> Iterator[Installed]:
@@ -226,8 +224,8 @@ def _short(id: str, file: str) -> str | None:
 
 
 def _installed(name: str, path: Path, files: Iterable[Path]) -> Installed:
-    stats = [file.stat() for file in files]
-    endings = {file.suffix for file in files}
+    found = [*files]
+    stats, endings = [file.stat() for file in found], {file.suffix for file in found}
     kind = next((kind for ending, kind in _FORMATS.items() if ending in endings), "pytorch")
     modified = max((stat.st_mtime for stat in stats), default=0.0)
     return Installed(name, path, sum(stat.st_size for stat in stats), modified, kind)
@@ -248,7 +246,7 @@ def remove(model: Installed) -> int:
         raise InvalidRequest(f"{model.name} is {model.path}, outside of the hub's cache; {how}")
     folder = root / model.path.relative_to(root).parts[0]
     scanned = scan_cache_dir(root)
-    repository = next(found for found in scanned.repos if found.repo_path == folder.resolve())
+    repository = next(found for found in scanned.repos if found.repo_path.name == folder.name)
     files = {
         file: file.file_path.relative_to(revision.snapshot_path).as_posix()
         for revision in repository.revisions
@@ -259,8 +257,8 @@ def remove(model: Installed) -> int:
         plan = scanned.delete_files(*(file for file, name in files.items() if name in own))
     else:
         plan = scanned.delete_revisions(*(r.commit_hash for r in repository.revisions))
-    outside = [blob for blob in plan.blobs if not blob.is_relative_to(root.resolve())]
-    if outside:
-        raise InvalidRequest(f"{outside[0]} is outside of the hub's cache; nothing was removed")
+    for place in (folder.resolve(), *plan.blobs):
+        if not place.is_relative_to(root.resolve()):
+            raise InvalidRequest(f"{place} is outside of the hub's cache; nothing was removed")
     plan.execute()
     return plan.expected_freed_size

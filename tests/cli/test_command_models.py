@@ -14,6 +14,7 @@ from checkpoints.hub_server import Repository, Server, playing
 from squall import Model, embedded
 from squall.checkpoints.hub import Hub
 from squall.cli.app import app
+from squall.cli.several import embeds
 
 MODEL = embedded.find().read_bytes()
 UNKNOWN = gguf_builder.File(
@@ -123,6 +124,15 @@ def test_a_model_by_its_name_answers() -> None:
     assert json.loads(squall("inspect", "smollm2:135m", "--json").stdout)["runs"]
     with Model.open("smollm2:135m", context=64, hub=Hub(offline=True)) as model:
         assert model.checkpoint.path.name == "SmolLM2-135M-Instruct-Q4_K_M.gguf"
+
+
+def test_a_model_that_embeds_is_known_by_its_name(server: Server) -> None:
+    files = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"w"}
+    server.repositories["sentence-transformers/all-MiniLM-L6-v2"] = Repository(files)
+    assert not embeds("all-minilm")
+    squall("pull", "all-minilm")
+    assert embeds("all-minilm")
+    assert not embeds("nobody/knows")
 
 
 def test_a_name_that_is_nearly_right() -> None:

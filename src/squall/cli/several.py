@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from squall.cli import options
 from squall.cli.opening import SHARED, makes_pictures
 from squall.cli.toml_selector import check_keys, read_root
-from squall.errors import InvalidRequest
+from squall.errors import InvalidRequest, ModelNotFound
 from squall.locate import locate
+from squall.names import find
 from squall.needs import Kind, needs
 from squall.opening import Opening
 
@@ -136,7 +138,10 @@ def _name(said: str, opening: Opening) -> str:
 
 
 def embeds(path: str | Path) -> bool:
-    """Whether a file or a folder is a model of embeddings."""
+    """Whether a file or a folder, or a model that is here by its name, is one of embeddings."""
     from squall.embeddings.files import is_embedding_model
 
+    if not os.path.exists(path):
+        with suppress(ModelNotFound):
+            path = find(str(path)).path
     return is_embedding_model(path)
