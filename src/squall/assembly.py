@@ -241,10 +241,19 @@ def place(models: Sequence[Prepared], opening: Opening) -> tuple[Placement, list
     )
     for device, _ in placement.spread(count):
         devices.check(device)
-    loads = sizes.loads(placement.spread(count), devices.free_bytes)
+    free = partial(_free, opening)
+    loads = sizes.loads(placement.spread(count), free)
     for more in others:
-        loads += more.loads(placement.first.spread(len(more.kv)), devices.free_bytes)
+        loads += more.loads(placement.first.spread(len(more.kv)), free)
     return placement, loads
+
+
+def _free(opening: Opening, device: str) -> int | None:
+    """What a device has for the model."""
+    free, most = devices.free_bytes(device), opening.memory_bytes
+    if most is None or device not in ("cpu", "torch"):
+        return free
+    return most if free is None else min(most, free)
 
 
 def _chosen(

@@ -135,7 +135,7 @@ USAGE = {
     "run Hi there": "there",
     "run Why is the sky blue?": "'Why is the sky blue?'",
     "serve gguuf": "Did you mean gguf?",
-    "serve llama3": "Did you mean -f FILE",
+    "serve lama5": "Did you mean -f FILE",
     "bench a.gguf b.gguf": "b.gguf",
     "serve plain -m folder Hi": "Hi",
     "perplexity": "--text",

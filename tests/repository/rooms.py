@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diffusion": {
         "errors", "closing", "files", "spec", "roles", "program", "blocks", "encoder",
         "checkpoints", "recipes", "quant", "weights", "executors", "text", "vision", "opening",
-        "locate", "_native",
+        "locate", "names", "_native",
     },
     "embeddings": {
         "errors", "closing", "files", "spec", "program", "batch", "encoder", "checkpoints",
@@ -55,7 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "embedded": {"errors"},
     "opening": {"errors", "adapters", "checkpoints", "engine", "executors", "quant"},
-    "locate": {"errors", "embedded", "checkpoints"},
+    "names": {"errors", "files", "embedded", "checkpoints"},
+    "locate": {"errors", "embedded", "checkpoints", "names"},
     "measure": {
         "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "weights", "executors",
         "engine", "locate", "_native",
@@ -64,6 +65,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 # From here on what users meet: the model, what is asked of it, its server and its commands.
 ABOVE: dict[str, set[str]] = {
     "assembly": set(MAY_IMPORT) - {"measure"},
+    "tuning": {
+        "errors", "assembly", "decoder", "engine", "executors", "measure", "opening", "program",
+        "quant", "weights",
+    },
     "model": {
         "errors", "closing", "adapters", "assembly", "engine", "executors", "opening", "program",
         "quant", "spec", "text", "vision", "weights",
@@ -72,12 +77,13 @@ ABOVE: dict[str, set[str]] = {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model", "diffusion",
     },
+    "mcp": {"errors", "closing", "text"},
     "server": {
         "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
-        "embeddings",
+        "embeddings", "mcp",
     },
     "load": {"errors", "engine", "model"},
-    "tools": {"errors", "model", "api"},
+    "tools": {"errors", "model", "api", "mcp"},
 }  # fmt: skip
 TOP = {"cli", "__init__", "__main__"}
 

@@ -279,8 +279,13 @@ def _check_finite(values: Floats, where: str) -> None:
 # ---- opening ----
 
 
-def open_pipeline(opening: Opening, pool: ThreadPool | None = None) -> tuple[FluxPipeline, Path]:
-    """What an opening describes, and where it is. Its weights are loaded as far as they fit."""
+def open_pipeline(
+    opening: Opening, pool: ThreadPool | None = None, *, loads: bool = True
+) -> tuple[FluxPipeline, Path]:
+    """What an opening describes, and where it is. Its weights are loaded as far as they fit.
+
+    loads: False: none is, and only headers are read.
+    """
     by_layer, plan = _plan(opening)
     placement, pool = _placement(opening), pool or executors.thread_pool(opening.threads)
     free_bytes = partial(devices.free_bytes, placement.stages[0].device)
@@ -312,7 +317,7 @@ def open_pipeline(opening: Opening, pool: ThreadPool | None = None) -> tuple[Flu
     config = read_json(files.scheduler)
     schedule = Schedule(specs.flux.guidance) if config is None else Schedule.of_config(config)
     pipeline = FluxPipeline(specs, parts, shown, schedule, free_bytes)
-    if not by_layer:
+    if loads and not by_layer:
         pipeline.load(opening.progress)
     return pipeline, files.path
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from squall.closing import Closing
 from squall.embeddings.assembly import Parts, assemble
 from squall.embeddings.tokens import Text
-from squall.errors import EngineStopped, InvalidRequest
+from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest
 from squall.executors import ThreadPool
 from squall.opening import Opening, one_by_one
 from squall.quant import FormatTotal
@@ -170,7 +170,7 @@ class Embedder(Closing):
             if not len(text.ids):
                 raise InvalidRequest(f"{what} {at} is empty; this model reads at least one token")
             if len(text.ids) > self.context:
-                raise InvalidRequest(
+                raise ContextLengthExceeded(
                     f"{what} {at} has {len(text.ids)} tokens, and this model reads {self.context}; "
                     "shorten it, or have it cut with truncate"
                 )
