@@ -18,7 +18,7 @@ from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, Unsupp
 from squall.files import quote, read_json, read_text
 from squall.recipes.config import RECIPES
 from squall.recipes.config_fields import by_model_type
-from squall.recipes.embedders import CLASSIFIER, FAMILIES
+from squall.recipes.embedders import ASKED, CLASSIFIER, FAMILIES, GGUF_ENCODERS
 
 Pooling = Literal["cls", "mean", "last"]
 MODULES = "modules.json"
@@ -29,7 +29,6 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean", "pooling_mode_lasttoken": "lasttoken",
 }  # fmt: skip
 _GGUF_POOLED: tuple[Pooling | None, ...] = (None, "mean", "cls", "last")
-_GGUF = frozenset(("bert", "gemma-embedding", "nomic-bert", "modern-bert", "jina-bert-v2"))
 _RANKS = 4  # a pooling_type of GGUF
 # Classes of transformers without a head.
 _HEADLESS = re.compile(r"[A-Za-z0-9]+(?<!LMHead)Model")
@@ -80,7 +79,7 @@ def embeds(path: Path, metadata: Mapping[str, Any]) -> bool:
     """Whether the checkpoint there is of a model that embeds, or a classifier."""
     if "general.architecture" in metadata:
         architecture = metadata["general.architecture"]
-        return architecture in _GGUF or bool(metadata.get(f"{architecture}.pooling_type"))
+        return architecture in GGUF_ENCODERS or bool(metadata.get(f"{architecture}.pooling_type"))
     named, kind = metadata.get("architectures"), metadata.get("model_type")
     if kind in FAMILIES or (metadata and (path / MODULES).is_file()):
         return True
@@ -91,7 +90,7 @@ def embeds(path: Path, metadata: Mapping[str, Any]) -> bool:
 
 def judges(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether it is a language model that says yes or no to pairs, which its name alone tells."""
-    return config.get("model_type") == "qwen3" and "reranker" in str(path).lower()
+    return config.get("model_type") in ASKED and "reranker" in str(path).lower()
 
 
 def setup(checkpoint: Checkpoint) -> Setup:

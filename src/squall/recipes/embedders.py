@@ -38,6 +38,9 @@ GGUF_STEMS: Mapping[str, str] = {
 }  # fmt: skip
 _GGUF_HEADS = re.compile(r"cls(\.output)?\.(weight|bias)|output\.weight")
 EMBEDDING_GEMMA = "gemma-embedding"
+# Architectures of GGUF that write no text, and kinds of language models that are asked yes or no.
+GGUF_ENCODERS = frozenset(("bert", EMBEDDING_GEMMA, "nomic-bert", "modern-bert", "jina-bert-v2"))
+ASKED = frozenset(("qwen3",))
 
 
 MPNET_STEMS: Mapping[str, str] = {
