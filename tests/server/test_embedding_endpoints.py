@@ -224,6 +224,7 @@ def test_who_is_gone_gets_no_more(model: Model) -> None:
         body = {"model": "vectors", "input": ["x"] * 640}
         leaving = connect(running.port, post_bytes(EMBED, body))
         assert reading.wait(10)
+        assert running.service.bodies._held == 640  # as long as it is not over
         leaving.close()
         until(lambda: running.service.active == 0)
         embedder.go.set()

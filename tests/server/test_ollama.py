@@ -27,9 +27,10 @@ from servers import (
     serving,
 )
 
-from squall import EngineConfig, Model
+from squall import ChatCompletionRequest, EngineConfig, Model
+from squall.api.messages import images_of
 from squall.errors import InvalidRequest
-from squall.server.ollama import OllamaChatBody, OllamaDialect, seconds_of
+from squall.server.ollama import GenerateBody, OllamaChatBody, OllamaDialect, seconds_of
 from squall.server.residence import Lazy
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -234,6 +235,19 @@ def test_tools_and_their_results_reach_the_model() -> None:
     assert said["tool_calls"][0]["function"]["arguments"] == {"x": 1}
     assert (first["tool_call_id"], second["tool_call_id"]) == ("call00001", "call00000")  # type: ignore[index]
     assert [tool.name for tool in asked.offer().callable] == ["f"]
+
+
+def test_images_reach_the_model() -> None:
+    said = {"role": "user", "content": "What is it?", "images": ["aGk=", "eW91"]}
+    chat = OllamaChatBody.model_validate({"model": "m", "messages": [said]}).request(model="m")
+    fields = {"model": "m", "prompt": "What is it?", "images": said["images"]}
+    generated = GenerateBody.model_validate(fields).request(model="m")
+    assert isinstance(generated, ChatCompletionRequest)
+    for asked in (chat, generated):
+        assert [part["source"] for part in images_of(asked.messages)] == ["aGk=", "eW91"]
+        (message,) = asked.messages
+        assert isinstance(message, dict)
+        assert message["content"][0] == {"type": "text", "text": "What is it?"}
 
 
 @pytest.mark.parametrize(("think", "wanted"), [

@@ -83,6 +83,9 @@ class TextsJob(Generic[_Text, _Made]):
     make: Callable[[Sequence[_Text]], tuple[Sequence[_Made], int]]
     usage: None = None
 
+    def __post_init__(self) -> None:
+        self.visit.hold(sum(map(len, self.texts)))
+
     async def all(self) -> tuple[list[_Made], int]:
         made: list[_Made] = []
         tokens = 0

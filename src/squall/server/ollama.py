@@ -96,11 +96,6 @@ class OllamaBody(NamedBody, AgentBody, frozen=True):
         known = _SAMPLING.keys() | _OPENING
         return [*super().ignored, *(f"options.{name}" for name in self.options.keys() - known)]
 
-    @property
-    def loads(self) -> bool:
-        """Whether nothing is asked, so that only the model is to be loaded, or unloaded."""
-        raise NotImplementedError
-
     def fields(self, defaults: Object) -> Object:
         """What a request has of it, beside what it is about."""
         found = {ours: _whole(v) for name, ours in _SAMPLING.items()
@@ -132,6 +127,7 @@ class OllamaChatBody(OllamaBody, frozen=True):
 
     @property
     def loads(self) -> bool:
+        """Whether nothing is asked, so that only the model is to be loaded, or unloaded."""
         return not self.messages
 
     def request(self, **defaults: Any) -> ChatCompletionRequest:
@@ -267,15 +263,11 @@ class OllamaDialect(Dialect):
         """What was said, as the endpoint tells it."""
         made = {name: value for name, value in said.items() if value and name != "logprobs"}
         message = {"role": "assistant", "content": "", **made}
-        logprobs = {"logprobs": said["logprobs"]} if said.get("logprobs") else {}
+        told = {"model": self.body.model, "created_at": time_of(), "message": message}
         if isinstance(self.body, GenerateBody):
-            del message["role"]
-            message["response"] = message.pop("content")
-            return {**self._head(), **message, **logprobs}
-        return {**self._head(), "message": message, **logprobs}
-
-    def _head(self) -> Event:
-        return {"model": self.body.model, "created_at": time_of()}
+            del message["role"], told["message"]
+            told |= {"response": message.pop("content"), **message}
+        return told | ({"logprobs": said["logprobs"]} if said.get("logprobs") else {})
 
     def _news(self, chunk: Any) -> Iterator[Event]:
         for choice in chunk.choices:
