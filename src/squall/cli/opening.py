@@ -17,7 +17,7 @@ from squall.cli.getting import get_default
 from squall.cli.options import option
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
-from squall.names import resolve
+from squall.names import DEFAULT, resolve
 from squall.opening import DEFAULTS, KvDtype, Opening, Weights
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class ModelFlags:
                 "name a model of text"
             )
         others_own = OF_PICTURES.split()  # of the model beside this one
-        given = {name: value for name, value in self._given().items() if name not in others_own}
+        given = {name: value for name, value in self.given().items() if name not in others_own}
         if found := torchrun():
             given.setdefault("tensor_parallel", found[1])
         given["command"] = tuple(sys.orig_argv[1:])
@@ -116,7 +116,7 @@ class ModelFlags:
         as_stored = opening.isq is None and opening.topology is None
         return opening if as_stored or opening.from_uqff is not None else _of_floats(opening)
 
-    def _given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """The options that flags of their names set, and the hub."""
         named = {item.name: vars(self).get(item.name) for item in fields(Opening)}
         given = {name: value for name, value in named.items() if value is not None}
@@ -138,7 +138,7 @@ class ModelFlags:
         """
         from squall.diffusion.model import ImageModel
 
-        given = self._given()
+        given = self.given()
         with options.progress("loading") as shown:
             if beside is None:
                 opening = self._chosen(selected, Opening(progress=shown, **given))
@@ -160,7 +160,7 @@ class ModelFlags:
         check_one(self.file, self.model, selected)
         if selected is None or isinstance(selected, str):
             path = selected or self.file or self.model
-            if path is None:
+            if path in (None, DEFAULT):
                 get_default(self.yes)
             return replace(others, path=path)
         return selected.opening(others)

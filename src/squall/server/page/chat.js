@@ -148,7 +148,7 @@ export class Chat {
     // What was focused may be gone.
     if (document.activeElement === document.body) this.scroller.focus({ preventScroll: true });
     this.keep(conversation);
-    this.models.refresh();
+    setTimeout(() => this.models.refresh(), 300); // which the request may have made load
     announce("Answering");
     const keeping = setInterval(() => this.keep(conversation), SAVE_MS);
     try {
@@ -173,7 +173,7 @@ export class Chat {
   async write(job, sent, model, goesOn) {
     const { message, conversation } = job;
     const { system } = conversation.settings;
-    const messages = [...(system ? [{ role: "system", content: system }] : []), ...sent.filter(isSaid).map(toApi)];
+    const messages = [...(system ? [{ role: "system", content: String(system) }] : []), ...told(sent)];
     /** @type {Record<string, any>} */
     const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...chatFields(conversation.settings), ...(goesOn ? { continue_final_message: true } : {}) };
     if (body.logprobs && !goesOn) message.tokens = [];
@@ -227,6 +227,7 @@ export class Chat {
 
   /** @param {Job} job */
   draw(job) {
+    if (this.store.removed.has(job.conversation.id)) job.control.abort();
     if (!job.view) return;
     job.view.update(this.doing(job));
     if (this.follows) this.toEnd();
@@ -266,12 +267,28 @@ export class Chat {
   }
 }
 
-/** What the model is told: nothing of answers that failed before they began. @param {Message} message */
-const isSaid = (message) => message.role !== "assistant" || message.text || message.calls?.length;
+/** What the model is told: nothing of answers that failed before they began. @param {Message[]} messages */
+function told(messages) {
+  const found = /** @type {ReturnType<typeof toApi>[]} */ ([]);
+  for (const message of messages) {
+    if (message.role === "assistant" && !message.text && !message.calls?.length && !message.images?.length) continue;
+    const next = toApi(message);
+    const last = found.at(-1);
+    // Many templates want users and assistants by turns.
+    if (last?.role === "user" && next.role === "user") last.content = [...parts(last.content), ...parts(next.content)];
+    else found.push(next);
+  }
+  return found;
+}
 
-/** A message as the server wants it. @param {Message} message */
+/** @param {string|object[]} content */
+const parts = (content) => (typeof content === "string" ? [{ type: "text", text: `${content}\n` }] : content);
+
+/** A message as the server wants it. @param {Message} message
+ * @returns {{role: string, content: string|object[], tool_call_id?: string, tool_calls?: object[], reasoning_content?: string}} */
 function toApi({ role, text, images, calls, callId, reasoning }) {
   if (role === "tool") return { role, content: text, tool_call_id: callId };
+  if (images?.length && role === "assistant") return { role, content: text || "(a picture)" };
   if (images?.length && role === "user") {
     const shown = images.map((url) => ({ type: "image_url", image_url: { url } }));
     return { role, content: [...shown, ...(text ? [{ type: "text", text }] : [])] };

@@ -101,7 +101,7 @@ export class Metrics {
   constructor(models) {
     this.models = models;
     this.root = byId("metrics-models");
-    /** @type {Map<string, {root: any, body: any, state: any, button: any, charts: Chart[]}>} */
+    /** @type {Map<string, {root: any, about: any, problem: any, body: any, state: any, button: any, charts: Chart[]}>} */
     this.cards = new Map();
     /** @type {{at: number, samples: ReturnType<typeof parse>}|null} */
     this.last = null;
@@ -148,10 +148,11 @@ export class Metrics {
     const charts = { text: TEXT, pictures: PICTURES }[model.kind]?.map((row) => new Chart(...row)) ?? [];
     const state = el("span", { class: "tag" });
     const button = el("button", { type: "button", click: () => this.change(model.id) }, "");
-    const about = [model.kind, model.context ? `context ${model.context.toLocaleString("en")} tokens` : "", model.pinned ? "pinned" : ""].filter(Boolean).join(" · ");
-    const head = el("header", {}, el("div", {}, el("h3", {}, model.id), el("p", { class: "hint" }, about)), state, button);
+    const about = el("p", { class: "hint" });
+    const head = el("header", {}, el("div", {}, el("h3", {}, model.id), about), state, button);
+    const problem = el("p", { class: "problem" });
     const body = el("div", { class: "charts" }, ...charts.map((chart) => chart.root));
-    const card = { root: el("section", { class: "model", "aria-label": `Model ${model.id}` }, head, body), body, state, button, charts };
+    const card = { root: el("section", { class: "model", "aria-label": `Model ${model.id}` }, head, problem, body), about, problem, body, state, button, charts };
     this.cards.set(model.id, card);
     this.root.append(card.root);
     return card;
@@ -193,12 +194,14 @@ function getter(samples, model) {
   };
 }
 
-/** @param {{state: any, button: any, body: any}} card @param {import("./api.js").ModelCard} model */
-function showState({ state, button, body }, model) {
+/** @param {{state: any, button: any, about: any, problem: any, body: any}} card @param {import("./api.js").ModelCard} model */
+function showState({ state, button, about, problem, body }, model) {
+  about.textContent = [model.kind, model.context ? `context ${model.context.toLocaleString("en")} tokens` : "", model.pinned ? "pinned" : ""].filter(Boolean).join(" · ");
   state.textContent = model.state;
   state.className = `tag ${model.state}`;
   const loaded = model.state === "loaded";
   body.hidden = !loaded;
+  problem.textContent = model.error;
   button.textContent = loaded ? "Unload" : model.state === "loading" ? "Loading…" : "Load";
   button.disabled = model.state === "loading";
   button.setAttribute("aria-label", `${loaded ? "Unload" : "Load"} ${model.id}`);
