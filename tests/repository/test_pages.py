@@ -40,15 +40,15 @@ APPS = {"squall": app, "squall-server": server}
 made = cache(typer.main.get_command)
 # These are only parsed: they need GPUs, the hub, another server, or files that take long to make.
 ELSEWHERE = re.compile(
-    r"cuda|tensor-parallel|-n [0-9']|:Q4_K_M|--url|--t5 |mmproj|qwen3:"
+    r"cuda|tensor-parallel|-n [0-9']|:Q4_K_M|--url|--t5 |mmproj|qwen3:|--mcp "
     r"|squall (pull|list|rm|show|tune)\b"
 )
 # Code without annotations, or that is a part of a file.
-UNTYPED = ("sampling", "adding-a-model", "adding-a-format")
+UNTYPED = ("sampling", "adding-a-model", "adding-a-format", "clients")
 # Pages whose code takes the default model, in whose answers is Paris.
 ANSWERING = ("README", "python-api", "structured-output")
 COMPILED = UNTYPED[1:]
-TESTED_ELSEWHERE = ("serving",)  # tests/server/test_docs.py
+TESTED_ELSEWHERE = ("serving", "tools")  # tests/server/test_docs.py, test_mcp.py
 FLUX = "black-forest-labs/FLUX.1-schnell"
 FILES = {
     "layers.yaml": "0-1:\n  isq: Q3K\n",

@@ -51,15 +51,14 @@ def given() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("program", "asked"), [*given()])
-def test_requests(url: str, program: str, asked: Any, request: pytest.FixtureRequest) -> None:
+def test_requests(
+    url: str, server: Process, program: str, asked: Any, request: pytest.FixtureRequest
+) -> None:
     path, body = asked["path"], asked.get("body", {})
-    root = url
+    root = server.url if path == "/v1/completions" else url  # which no script is for
     if "suffix" in body:
         filling: tuple[Running, Any] = request.getfixturevalue("tiny")
         root = filling[0].url
-    elif path == "/v1/completions":  # which no script is for
-        server: Process = request.getfixturevalue("server")
-        root = server.url
     with httpx.Client(base_url=root, timeout=60) as http:
         method = asked.get("method", "POST")
         content = json.dumps(body).encode() if method == "POST" else b""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -287,9 +288,11 @@ def test_who_calls_for_ever_has_to_answer(http: httpx.Client) -> None:
 
 def test_a_client_that_leaves_while_a_tool_runs(running: Running) -> None:
     with connect(running.port, post_bytes(CHAT, body("Slowly!", stream=True))) as leaving:
+        assert b'"role"' in read_until(leaving, b'"role"')
+        until(lambda: running.model.engine.stats().running == 0)  # as the tool runs
         assert b": keep-alive" in read_until(leaving, b": keep-alive")
-    until(lambda: running.service.active == 0)
-    assert running.quiet()
+        assert running.service.active == 1
+    until(running.quiet)
 
 
 @pytest.mark.parametrize(
@@ -332,10 +335,19 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         McpTools(SERVERS, ALLOW)
 
 
-def test_what_the_documentation_has(tmp_path: Path) -> None:
+def test_what_the_documentation_has(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     text = (HERE.parents[1] / "docs" / "tools.md").read_text().split("## MCP")[1]
     (block,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     (tmp_path / "mcp.json").write_text(block)
     servers = ours._read(tmp_path / "mcp.json")
     assert (list(servers), servers["files"].allow) == (["files", "far"], ["read_*"])
     assert "--mcp mcp.json --mcp-allow far.search" in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"far": PROGRAM}}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Model, "open", lambda: nullcontext(model))
+    with scripted(model, {"What is new?": "Nothing."}):
+        exec(code.replace("far.search", "far.add"), {})
+    assert capsys.readouterr().out == "Nothing.\n"
