@@ -40,16 +40,33 @@ APPS = {"squall": app, "squall-server": server}
 made = cache(typer.main.get_command)
 # These are only parsed: they need GPUs, the hub, another server, or files that take long to make.
 ELSEWHERE = re.compile(
-    r"cuda|tensor-parallel|-n [0-9']|:Q4_K_M|--url|--t5 |mmproj|squall (pull|list|rm|show|tune)\b|qwen3:"
+    r"cuda|tensor-parallel|-n [0-9']|:Q4_K_M|--url|--t5 |mmproj|qwen3:"
+    r"|squall (pull|list|rm|show|tune)\b"
 )
-# Code without annotations, or that is a part of a file.
-UNTYPED = ("sampling", "adding-a-model", "adding-a-format")
+# Parts of files, and code that a type checker does not pass: untyped, or of several programs.
+PARTS = ("adding-a-model", "adding-a-format")
+UNTYPED = ("sampling", "clients", *PARTS)
 # Pages whose code takes the default model, in whose answers is Paris.
 ANSWERING = ("README", "python-api", "structured-output")
-COMPILED = UNTYPED[1:]
-TESTED_ELSEWHERE = ("serving",)  # tests/server/test_docs.py
+TESTED_ELSEWHERE = ("serving", "clients")  # in tests/server
 FLUX = "black-forest-labs/FLUX.1-schnell"
+SEARCH = """
+from mcp.server.mcpserver import MCPServer
+
+server = MCPServer("far")
+
+
+@server.tool()
+def search(text: str) -> str:
+    return "nothing new"
+
+
+server.run()
+"""
+FAR = {"command": sys.executable, "args": ["search.py"]}
 FILES = {
+    "search.py": SEARCH,
+    "mcp.json": json.dumps({"mcpServers": {"far": FAR}}),
     "layers.yaml": "0-1:\n  isq: Q3K\n",
     "wiki.txt": "The sea is deep and wide, and nobody has seen all of it. " * 8,
     "ordering.json": '{"order": ["one", "two"], "base_model_id": "FOLDER"}',
@@ -186,7 +203,7 @@ def test_code_runs(
 ) -> None:
     text = code(page)
     compiled = compile(text, str(page), "exec")
-    if page.stem in COMPILED + TESTED_ELSEWHERE:
+    if page.stem in PARTS + TESTED_ELSEWHERE:
         return
     if page.stem in ANSWERING:
         monkeypatch.setattr(embedded, "find", FIND)
