@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from adapter_files import write_adapter, write_base
 from painters import GENERATIONS, Brush
 from random_models import write_random
 from servers import WAIT_S, chat, connect, events, post_bytes, read_until, until
@@ -22,7 +23,7 @@ from squall import EngineConfig, ImageModel, InvalidRequest, Model
 from squall.opening import Opening
 from squall.server.errors import ApiError
 from squall.server.options import ServerOptions
-from squall.server.residence import Lazy, Standing
+from squall.server.residence import Lazy, Standing, duration_s
 from squall.server.run import Server, listen, make_server
 
 CHAT = "/v1/chat/completions"
@@ -308,3 +309,65 @@ def test_metrics_while_models_come_and_go(opens: Opens, path: Path) -> None:
         assert 'squall_answer_tokens_total{model="one"} 4' in running.http.get("/metrics").text
         running.http.post("/v1/models/one/unload")
         assert "squall_answer_tokens_total{" not in running.http.get("/metrics").text
+
+
+def test_adapters_are_there_again(tmp_path: Path) -> None:
+    """Those of its opening, those that clients loaded or removed, and which are active."""
+    write_base(tmp_path / "base")
+    for seed, name in enumerate(("mine", "yours", "gone")):
+        write_adapter(tmp_path / name, seed)
+    adapters = {name: tmp_path / name for name in ("mine", "gone")}
+    opening = Opening(tmp_path / "base", context=512, threads=1, adapters=adapters)
+    models = {"one": Lazy("text", opening), "two": Lazy("text", Opening(tmp_path / "base"))}
+    fields = {"max_tokens": 12}
+    with serving(models, adapter_folders=(tmp_path,)) as running:
+        http = running.http
+
+        def names() -> set[str]:
+            return {m["id"] for m in http.get("/v1/models").json()["data"] if m["parent"] == "one"}
+
+        def answers() -> list[str]:
+            asked = [running.chat(model=name, **fields) for name in ("mine", "yours", "one")]
+            return [found.json()["choices"][0]["message"]["content"] for found in asked]
+
+        assert names() == {"mine", "gone"}
+        http.post("/v1/adapters", json={"model": "one", "name": "yours", "path": "yours"})
+        http.delete("/v1/adapters/gone")
+        http.post("/activate_adapters", json={"model": "one", "adapter_names": ["yours"]})
+        assert running.state("one") == "loaded"
+        before = answers()
+        assert before[1] == before[2] != before[0]
+        http.post("/v1/models/one/unload")
+        assert names() == {"mine", "yours"}
+        assert answers() == before
+        assert names() == {"mine", "yours"}
+        assert running.standing("one").loads == 2
+
+
+def test_weights_that_were_quantized_are_so_again(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    models = {n: Lazy("text", Opening(tmp_path / "base", context=512)) for n in ("one", "two")}
+    with serving(models) as running:
+        running.http.post("/re_isq", json={"model": "one", "ggml_type": "Q8_0"})
+        formats = running.standing("one").model.weight_formats
+        assert "q8_0" in {total.format for total in formats}
+        running.http.post("/v1/models/one/unload")
+        running.http.post("/v1/models/one/load")
+        assert running.standing("one").model.weight_formats == formats
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ("5m", 300), ("1h30m", 5400), ("1.5s", 1.5), ("100ms", 0.1), (300, 300), ("300", 300),
+        (0, 0), ("0", 0), (-1, None), ("-1", None), ("-1m", None),
+    ],
+)  # fmt: skip
+def test_times(given: str | int, seconds: float | None) -> None:
+    assert duration_s(given) == seconds
+
+
+@pytest.mark.parametrize("given", ["", "5 minutes", "m", "5d", "1e3", "-", "5m-", True, "\u0665m"])
+def test_what_is_no_time(given: str) -> None:
+    with pytest.raises(InvalidRequest, match="is no time"):
+        duration_s(given)

@@ -65,15 +65,18 @@ class _Kinds(TyperGroup):
 
 
 def command(
-    name: str, flags: type[Flags], act: Callable[[Flags, Selected], None], **settings: Any
-) -> typer.Typer:
+    name: str, flags: type[Flags], act: Callable[[Flags, Any], None], *, several: bool = False,
+    **settings: Any,
+) -> typer.Typer:  # fmt: skip
     """The command that calls `act` with an object of the dataclass `flags`, and the kind.
 
+    several: it takes more than one model, and then `act` gets a tuple of them.
     All fields have defaults. Those that are arguments come last: after the kind, if there is one.
     """
     own = _fields(flags)
     takes_text = any(map(_is_argument, own))
-    metavar = f"[{MODEL}] [{TEXT}] | KIND ... [{TEXT}]" if takes_text else f"[{MODEL} | KIND ...]"
+    models = f"[{MODEL}{' ...' * several} | KIND ...]"
+    metavar = f"[{MODEL}] [{TEXT}] | KIND ... [{TEXT}]" if takes_text else models
     app = typer.Typer(
         name=name, cls=_Kinds, help=act.__doc__, subcommand_metavar=metavar, context_settings=HELP,
         invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False,
@@ -87,7 +90,7 @@ def command(
 
     app.callback()(_taking([p for p in own if not _is_argument(p)], begin))
     for name in (MODEL, TEXT) if takes_text else (MODEL,):
-        going_on = _words(own, act, HELP_OF[name])
+        going_on = _words(own, act, HELP_OF[name], several=several)
         app.command(name, rich_help_panel="Arguments", context_settings=HELP)(going_on)
     for word, selector in SELECTORS.items():
         more = [p for p in own if p.name not in _NAMES]
@@ -114,12 +117,17 @@ def _after(
     return _taking([*chosen, *_without(own, chosen)], run)
 
 
-def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], doc: str) -> Command:
+def _words(
+    own: list[inspect.Parameter], act: Callable[[Any, Any], None], doc: str, *, several: bool
+) -> Command:
     """The rest of the command where no kind is named: a model, a text, or both."""
     takes_text = any(map(_is_argument, own))
 
     def run(invocation: typer.Context, words: list[str], **given: Any) -> None:
         flags, fail = _changed(invocation, given), (invocation.parent or invocation).fail
+        if several and len(words) > 1:
+            act(flags, tuple(words))
+            return
         text_only = invocation.meta[_QUOTED] or flags.file is not None or flags.model is not None
         is_text = takes_text and text_only and len(words) == 1
         model = words[0] if not is_text and looks_like_model(words[0]) else None

@@ -100,7 +100,7 @@ class ModelFlags:
                 "name a model of text"
             )
         others_own = OF_PICTURES.split()  # of the model beside this one
-        given = {name: value for name, value in self._given().items() if name not in others_own}
+        given = {name: value for name, value in self.given().items() if name not in others_own}
         if found := torchrun():
             given.setdefault("tensor_parallel", found[1])
         given["command"] = tuple(sys.orig_argv[1:])
@@ -116,7 +116,7 @@ class ModelFlags:
         as_stored = opening.isq is None and opening.topology is None
         return opening if as_stored or opening.from_uqff is not None else _of_floats(opening)
 
-    def _given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """The options that flags of their names set, and the hub."""
         named = {item.name: vars(self).get(item.name) for item in fields(Opening)}
         given = {name: value for name, value in named.items() if value is not None}
@@ -138,7 +138,7 @@ class ModelFlags:
         """
         from squall.diffusion.model import ImageModel
 
-        given = self._given()
+        given = self.given()
         with options.progress("loading") as shown:
             if beside is None:
                 opening = self._chosen(selected, Opening(progress=shown, **given))

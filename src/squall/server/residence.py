@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from squall.diffusion.model import ImageModel
-from squall.errors import EngineStopped, OutOfMemory
+from squall.errors import EngineStopped, InvalidRequest, OutOfMemory
 from squall.executors.memory import available_bytes
 from squall.model import Model
 from squall.needs import Kind, Needs, needs
@@ -30,6 +31,21 @@ LOGGER = logging.getLogger("squall.server")
 
 _Model = TypeVar("_Model")
 _Value = TypeVar("_Value")
+
+
+_PART = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)"
+_TIME = re.compile(rf"-?(?:{_PART})+")
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+
+
+def duration_s(given: str | float) -> float | None:
+    """Seconds of "10m", "1h30m", 300 or "300"; None, for ever, of what is negative."""
+    text = str(given).strip()
+    text += "s" * text[-1:].isdigit()
+    if isinstance(given, bool) or not _TIME.fullmatch(text):
+        raise InvalidRequest(f"{given!r:.99} is no time; such are 30s, 10m, 1h30m, 0; -1: for ever")
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text))
+    return None if text.startswith("-") else seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +238,7 @@ class Residence:
         if standing.pinned:
             why = f"the model {standing.name!r:.200} is pinned, and stays"
             raise ApiError(409, why, "model_pinned")
-        if (standing.users or standing.waiting) and not wait:
-            raise ApiError(
-                409, f"the model {standing.name!r:.200} has requests under way; ask again when "
-                "they have ended, or with ?wait=true", "model_in_use",
-            )  # fmt: skip
-        await asyncio.shield(self._begin(self._unload(standing)))
+        await asyncio.shield(self._begin(self._unload(standing, wait=wait)))
 
     async def close(self) -> None:
         """Close what was opened here; what is being opened is closed when it is."""
@@ -266,7 +277,7 @@ class Residence:
 
     def _expire(self, standing: AnyStanding) -> None:
         standing.timer = None
-        if not self._closing and not standing.users and not standing.waiting:
+        if not self._closing:
             self._begin(self._unload(standing))
 
     async def _load(self, standing: AnyStanding) -> None:
@@ -305,9 +316,11 @@ class Residence:
             await self._make_room(standing, found)
             least, how = found.bytes, partial(_OPENERS[kind], self._within(kind, found))
         while (model := await self._work(partial(self._opened, standing, how))) is None:
-            await self._give_back(self._others(standing)[0])
+            for other in self._others(standing)[:1]:
+                await self._give_back(other)
         standing.nbytes = max(least, sum(standing.sizes(model)))
         standing.take(model)
+        self._begin(self._work(_tidy))  # of what loading left
 
     def _opened(self, standing: AnyStanding, how: Callable[[], Any]) -> Any:
         """On the loader's thread: the model; None if others are to go first."""
@@ -384,8 +397,10 @@ class Residence:
             "or less KV cache, quantize it, or allow more: --memory-limit"
         )
 
-    async def _unload(self, standing: AnyStanding) -> None:
+    async def _unload(self, standing: AnyStanding, *, wait: bool = False) -> None:
+        _check_idle(standing, wait)  # at once, and again when others are loaded or unloaded
         async with self._lock:
+            _check_idle(standing, wait)
             await self._give_back(standing)
 
     async def _give_back(self, standing: AnyStanding) -> None:
@@ -395,6 +410,8 @@ class Residence:
         standing.leaving = True
         try:
             await standing.idle.wait()
+            if standing.dead.is_set():  # its step may never end
+                return
             await self._work(standing.give().close)
             await self._work(_tidy)
             if standing.lazy is not None:  # what a request said of it is over
@@ -404,6 +421,14 @@ class Residence:
 
     async def _work(self, function: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._loader, function)
+
+
+def _check_idle(standing: AnyStanding, wait: bool) -> None:
+    if (standing.users or standing.waiting) and not wait:
+        raise ApiError(
+            409, f"the model {standing.name!r:.200} has requests under way; ask again when "
+            "they have ended, or with ?wait=true", "model_in_use",
+        )  # fmt: skip
 
 
 def _mib(size: int) -> str:
@@ -437,5 +462,5 @@ def _tidy() -> None:
     gc.collect()
     if frozen:
         gc.freeze()
-    with suppress(AttributeError, OSError):  # other C libraries have no such function
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries have no such function
         ctypes.CDLL(None).malloc_trim(0)

@@ -238,7 +238,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     async def re_isq(request: Request) -> Response:
         """Quantize the weights again; answers that are under way go on with the new ones."""
         body, served = await read(service, request, schemas.ReIsqBody)
-        await work(service, partial(served.model.re_isq, body.ggml_type))
+        await work(service, partial(served.re_isq, body.ggml_type))
         return JSONResponse({"ggml_type": body.ggml_type})
 
     @router.get("/v1/models")

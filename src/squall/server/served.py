@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from squall.adapters.shelf import Adapters, Info, Shelf
+from squall.adapters.shelf import Adapters, Info
 from squall.diffusion.model import ImageModel
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.memory import DEFAULT_CONTEXT
 from squall.errors import InvalidRequest, QueueFull
 from squall.model import Model
+from squall.opening import Opening
 from squall.server.options import ServerOptions
 from squall.server.residence import Lazy, Standing
 from squall.server.schemas import GenerationBody
@@ -50,11 +53,34 @@ class Encoder(Standing[Any]):
         return MOST_TEXTS
 
 
+@dataclass
+class _Left:
+    """What clients made of a model until it was unloaded: it is so again when it is loaded.
+
+    isq: what its weights were quantized to, if they were.
+    """
+
+    adapters: Sequence[Info] = ()
+    active: Mapping[str, float] = field(default_factory=dict)
+    isq: tuple[str | int | None, ...] = ()
+
+    def restore(self, model: Model) -> None:
+        shelf = model.adapters
+        for name in {info.name for info in shelf.list()} - {info.name for info in self.adapters}:
+            shelf.remove(name)
+        found = {info.name: info.digest for info in shelf.list()}
+        for info in self.adapters:
+            if found.get(info.name) != info.digest:
+                shelf.load(info.name, info.path, pinned=info.pinned)
+        shelf.activate(self.active)
+        for isq in self.isq:
+            model.re_isq(isq)
+
+
 class Served(Standing[Model]):
     """A model that answers in text, being served.
 
     entering: requests that the engine does not know yet.
-    adapters: the paths of its adapters by their names, also while it is not loaded.
     """
 
     kind = "text"
@@ -71,7 +97,11 @@ class Served(Standing[Model]):
         self._media, self._stall_s = options.media, options.stall_s
         self._config = EngineConfig()
         self._context: int | None = None
-        self._left: list[Info] | None = None
+        self._left = _Left()
+        opening = None if lazy is None else lazy.open
+        if isinstance(opening, Opening) and opening.adapters and not opening.merge:
+            known = {name: os.fspath(path) for name, path in opening.adapters.items()}
+            self._left = _Left([Info(*named, "", 0, 0, False, False) for named in known.items()])
         self._watching: asyncio.Task[None] | None = None
 
     @property
@@ -86,13 +116,13 @@ class Served(Standing[Model]):
 
     @property
     def infos(self) -> Sequence[Info]:
-        """Its adapters; while it is not loaded, those that it left."""
-        return self.model.adapters.list() if self.ready else self._left or ()
+        """Its adapters; while it is not loaded, those that it will have."""
+        return self.model.adapters.list() if self.ready else self._left.adapters
 
     @property
     def adapts(self) -> bool:
         """Whether names of requests could be meant for adapters."""
-        return self.model.adapters.used if self.ready else bool(self._left)
+        return self.model.adapters.used if self.ready else bool(self._left.adapters)
 
     def has(self, adapters: Adapters | None) -> bool:
         """Whether nothing of them is to be read first."""
@@ -137,9 +167,14 @@ class Served(Standing[Model]):
 
     def prepare(self, model: Model) -> None:
         self.introduce(model)
-        if self._left is not None:
-            _as_left(model.adapters, self._left)
+        if self.loads:
+            self._left.restore(model)
         model.grammars.warm()
+
+    def re_isq(self, isq: str | int | None) -> None:
+        """Quantize the weights again, and those that are loaded later."""
+        self.model.re_isq(isq)
+        self._left.isq = (isq,)
 
     def take(self, model: Model) -> None:
         super().take(model)
@@ -156,7 +191,8 @@ class Served(Standing[Model]):
             self._watching.cancel()
             self._watching = None
         self.model.engine.on_death = None
-        self._left = [*self.model.adapters.list()]
+        shelf = self.model.adapters
+        self._left = replace(self._left, adapters=shelf.list(), active=shelf.weights)
         return super().give()
 
     def drain(self, timeout_s: float) -> bool:
@@ -178,12 +214,3 @@ class Served(Standing[Model]):
                 self.die(lost)
             if stalled_s > self._stall_s:
                 self.die(f"the engine has not moved for {stalled_s:.0f} s")
-
-
-def _as_left(shelf: Shelf, left: Sequence[Info]) -> None:
-    """The adapters that a model had when it was unloaded."""
-    for name in {info.name for info in shelf.list()} - {info.name for info in left}:
-        shelf.remove(name)
-    for info in left:
-        if info.name not in shelf:
-            shelf.load(info.name, info.path, pinned=info.pinned)

@@ -69,6 +69,20 @@ export class Store {
     }
   }
 
+  /** Take over what other tabs have kept since; which of ours that changed. @param {(id: string) => boolean} busy */
+  async catchUp(busy) {
+    const changed = new Set();
+    if (!this.database) return changed;
+    for (const one of await done(this.table("readonly").getAll())) {
+      const known = this.all.get(one.id);
+      if (this.removed.has(one.id) || (known && (known.updated >= one.updated || busy(one.id)))) continue;
+      if (known) Object.assign(known, one);
+      else this.all.set(one.id, one);
+      changed.add(one.id);
+    }
+    return changed;
+  }
+
   /** @param {IDBTransactionMode} mode */
   table(mode) {
     return /** @type {IDBDatabase} */ (this.database).transaction(TABLE, mode).objectStore(TABLE);
