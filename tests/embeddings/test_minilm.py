@@ -35,7 +35,8 @@ PAIRS = [
     ("Photosynthesis needs light.", "He forgot his umbrella on the train."),
 ]
 TEXTS = [text for pair in PAIRS for text in pair] + [
-    "", "Üñïçödé and 日本語 mixed, with émojis 🎉", "word " * 250, "a", "1 + 1 = 2; x ≤ y²", "UPPER lower",
+    "", "Üñïçödé and 日本語 mixed, with émojis 🎉", "word " * 250, "a",
+    "1 + 1 = 2; x ≤ y²", "UPPER lower",
 ]  # fmt: skip
 
 
