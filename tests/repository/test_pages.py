@@ -26,7 +26,7 @@ from tiny_models import TEMPLATE, write_adapter, write_bert, write_folder, write
 from tiny_seers import write_seer
 from typer.testing import CliRunner
 
-from squall import ImageModel, Model, embedded
+from squall import Embedder, ImageModel, Model, embedded
 from squall.cli.app import app
 from squall.cli.serve import server
 from squall.server import run
@@ -252,10 +252,11 @@ def test_curl_gets_an_answer(page: Path, asked: TestClient) -> None:
 
 @pytest.fixture(scope="module")
 def asked(models: Path) -> Iterator[TestClient]:
-    """A server of a small model, and of one that makes pictures."""
+    """A server of a small model, one that makes pictures and one that embeds."""
     pictures = ImageModel(painter.Painter(), path=Path("flux"))  # type: ignore[arg-type]
-    with Model.open(models / "model.gguf") as model, pictures:
-        built = create_app({"small": model, "flux": pictures})
+    texts = Embedder.open(models / "sentence-transformers/all-MiniLM-L6-v2")
+    with Model.open(models / "model.gguf") as model, pictures, texts:
+        built = create_app({"small": model, "flux": pictures, "minilm": texts})
         with TestClient(built, base_url="http://127.0.0.1:8080") as client:
             yield client
 
