@@ -69,6 +69,10 @@ ABOVE: dict[str, set[str]] = {
         "errors", "assembly", "decoder", "engine", "executors", "measure", "opening", "program",
         "quant", "weights",
     },
+    "needs": {
+        "errors", "assembly", "checkpoints", "decoder", "diffusion", "engine", "executors", "locate",
+        "opening",
+    },
     "model": {
         "errors", "closing", "adapters", "assembly", "engine", "executors", "opening", "program",
         "quant", "spec", "text", "vision", "weights",
@@ -80,7 +84,7 @@ ABOVE: dict[str, set[str]] = {
     "mcp": {"errors", "closing", "text"},
     "server": {
         "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
-        "embeddings", "mcp",
+        "embeddings", "executors", "mcp", "needs", "opening",
     },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api", "mcp"},

@@ -230,7 +230,7 @@ def serve(flags: ServeFlags, selected: Selected | tuple[str, ...]) -> None:
 
     squall serve FOLDER --image-model FLUX
 
-    squall serve chat.gguf code.gguf FLUX --keep-alive 10m
+    squall serve chat.gguf code.gguf --keep-alive 10m
 
     squall serve --models models.toml
 

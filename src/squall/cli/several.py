@@ -137,8 +137,6 @@ def _name(said: str, opening: Opening) -> str:
 
 def embeds(path: str | Path) -> bool:
     """Whether a file or a folder is a model of embeddings."""
-    try:
-        from squall.embeddings.files import is_embedding_model
-    except ImportError:
-        return False
-    return bool(is_embedding_model(path))
+    from squall.embeddings.files import is_embedding_model
+
+    return is_embedding_model(path)

@@ -10,7 +10,11 @@ import { add, goTo, path, versions } from "./store.js";
 
 /** @typedef {import("./store.js").Message} Message */
 /** @typedef {import("./store.js").Conversation} Conversation */
-/** An answer on its way. @typedef {{message: Message, conversation: Conversation, control: AbortController, started: number, model: string, draws: number, view: View|null, told: number, heard: number}} Job */
+/**
+ * An answer on its way. draws: the frame it is shown in next; told, heard: what was announced of it, and when.
+ * @typedef {{message: Message, conversation: Conversation, control: AbortController, started: number, model: string,
+ *   draws: number, view: View|null, told: number, heard: number}} Job
+ */
 
 const SAVE_MS = 1000; // how often what came is kept
 const NEAR = 80; // pixels from the end that still are the end
@@ -141,7 +145,10 @@ export class Chat {
     delete message.error;
     delete message.finish;
     /** @type {Job} */
-    const job = { message, conversation, control: new AbortController(), started: performance.now(), model: model?.id ?? "", draws: 0, view: null, told: message.text.length, heard: 0 };
+    const job = {
+      message, conversation, control: new AbortController(), started: performance.now(), model: model?.id ?? "",
+      draws: 0, view: null, told: message.text.length, heard: 0,
+    };
     this.jobs.set(message, job);
     this.show();
     this.toEnd();
@@ -175,7 +182,8 @@ export class Chat {
     const { system } = conversation.settings;
     const messages = [...(system ? [{ role: "system", content: String(system) }] : []), ...told(sent)];
     /** @type {Record<string, any>} */
-    const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...chatFields(conversation.settings), ...(goesOn ? { continue_final_message: true } : {}) };
+    const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...chatFields(conversation.settings) };
+    if (goesOn) body.continue_final_message = true;
     if (body.logprobs && !goesOn) message.tokens = [];
     if (!body.logprobs) delete message.tokens; // of the beginning only
     if (message.tokens) job.view?.prefer();
@@ -331,6 +339,8 @@ function fail({ message, control }, error) {
     message.finish = "stopped";
     return;
   }
-  const full = error instanceof ApiError && error.code === "context_length_exceeded";
-  message.error = full ? `The conversation is too long for the model: ${error.message}. Edit an earlier message, or begin a new chat.` : String(error?.message ?? error);
+  message.error = String(error?.message ?? error);
+  if (error instanceof ApiError && error.code === "context_length_exceeded") {
+    message.error = `The conversation is too long for the model: ${error.message}. Edit an earlier message, or begin a new chat.`;
+  }
 }

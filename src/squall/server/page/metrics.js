@@ -49,7 +49,10 @@ const TEXT = [
   ["Waiting", "requests", now("squall_requests_waiting")],
   ["Answers", "tokens/s", rate("squall_answer_tokens_total")],
   ["Prompts", "tokens/s", rate("squall_prompt_tokens_total")],
-  ["KV cache in use", "%", (get) => share(get("squall_kv_blocks", { state: "used" }), (get("squall_kv_blocks", { state: "cached" }) ?? 0) + (get("squall_kv_blocks", { state: "free" }) ?? 0))],
+  ["KV cache in use", "%", (get) => {
+    const [used, cached, free] = ["used", "cached", "free"].map((state) => get("squall_kv_blocks", { state }));
+    return share(used, (cached ?? 0) + (free ?? 0));
+  }],
   ["Prefix cache hits", "%", (get) => share(get("squall_prefix_hit_tokens_total"), get("squall_prompt_tokens_total"))],
   ["First token", "ms", mean("squall_time_to_first_token_seconds")],
   ["Between tokens", "ms", mean("squall_inter_token_seconds")],
@@ -61,7 +64,8 @@ const PICTURES = [
   ["Pictures", "a minute", (get, before, seconds) => ((value) => value && value * 60)(rate("squall_pictures_total")(get, before, seconds))],
 ];
 
-const shown = (/** @type {number|null|undefined} */ value) => (value === null || value === undefined ? "–" : value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(1));
+/** @param {number|null|undefined} value */
+const shown = (value) => (value === null || value === undefined ? "–" : value.toFixed(value >= 100 || Number.isInteger(value) ? 0 : 1));
 
 /** One number, and its line. */
 class Chart {
@@ -92,7 +96,9 @@ class Chart {
     const first = points[0]?.split(",")[0];
     this.line.setAttribute("d", points.length > 1 ? `M${points.join("L")}` : "");
     this.area.setAttribute("d", points.length > 1 ? `M${first},30L${points.join("L")}V30Z` : "");
-    this.picture.setAttribute("aria-label", `${this.title}: now ${shown(value)} ${this.unit}, at most ${shown(known.length ? Math.max(...known) : null)} in the last ${Math.round((this.values.length * EVERY_MS) / 1000)} seconds`);
+    const [length, highest] = [Math.round((this.values.length * EVERY_MS) / 1000), known.length ? Math.max(...known) : null];
+    this.picture.setAttribute("aria-label",
+      `${this.title}: now ${shown(value)} ${this.unit}, at most ${shown(highest)} in the last ${length} seconds`);
   }
 }
 
@@ -196,7 +202,8 @@ function getter(samples, model) {
 
 /** @param {{state: any, button: any, about: any, problem: any, body: any}} card @param {import("./api.js").ModelCard} model */
 function showState({ state, button, about, problem, body }, model) {
-  about.textContent = [model.kind, model.context ? `context ${model.context.toLocaleString("en")} tokens` : "", model.pinned ? "pinned" : ""].filter(Boolean).join(" · ");
+  const context = model.context && `context ${model.context.toLocaleString("en")} tokens`;
+  about.textContent = [model.kind, context, model.pinned && "pinned"].filter(Boolean).join(" · ");
   state.textContent = model.state;
   state.className = `tag ${model.state}`;
   const loaded = model.state === "loaded";
