@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -67,7 +68,7 @@ def _text(opening: Opening, total: int) -> Needs:
 def _beside(model: Prepared) -> int:
     recipe = model[1].decoder
     program = decoder.compile(recipe, model[1].names, context=recipe.context)
-    rows = {"tokens": MAX_ROWS, "outputs": MAX_OUTPUTS}
+    rows = defaultdict(lambda: MAX_ROWS, outputs=MAX_OUTPUTS)  # of images, too
     return activations(program, rows, integers=True) + TOKEN_BYTES * recipe.vocab
 
 

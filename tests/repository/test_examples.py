@@ -16,7 +16,7 @@ import pytest
 from painter import Painter
 from pictures import draw
 from project import ROOT
-from tiny_models import SIZES, write_adapter, write_folder, write_tokenizer, write_xlora
+from tiny_models import write_adapter, write_bert, write_folder, write_xlora
 from tiny_seers import write_seer
 
 from squall import Embedder, ImageModel, Model
@@ -111,12 +111,7 @@ class Made:
 
     @cached_property
     def embedder(self) -> Path:
-        from transformers import BertConfig, BertModel
-
-        sizes = {name: value for name, value in SIZES.items() if "token" not in name}
-        BertModel(BertConfig(**sizes)).save_pretrained(self.root / "bert")
-        write_tokenizer(self.root / "bert")
-        return self.root / "bert"
+        return write_bert(self.root / "bert")
 
     @cached_property
     def image(self) -> Path:
