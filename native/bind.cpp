@@ -14,6 +14,7 @@
 #include <cstdlib>
 
 #include "executor.h"
+#include "platform.h"
 #include "roofline.h"
 #include "sampler.h"
 

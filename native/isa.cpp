@@ -1,14 +1,9 @@
 #include <algorithm>
 #include <array>
+#include <optional>
 
 #include "kernels.h"
-
-#if defined(__aarch64__) && defined(__linux__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
+#include "platform.h"
 
 namespace squall {
 namespace {
@@ -16,52 +11,27 @@ namespace {
 struct Isa {
   const IntegerKernels* integers;
   const Kernels* rest;
-  bool (*runs)();  // here
+  std::optional<Cpu> needs;
 };
-
-bool always() { return true; }
 
 #if defined(__x86_64__)
 
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
-[[maybe_unused]] bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
-bool has_avx512bw() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-[[maybe_unused]] bool has_avx512() {
-  return has_avx512bw() && __builtin_cpu_supports("avx512vnni");
-}
 constexpr Isa kIsas[] = {
 #ifndef SQUALL_SANITIZE  // which the checks' instrumentation would make too slow to build
-    {&kAvx512, kAvx512Bw, has_avx512},
-    {&kAvxVnni, kAvx2, has_avxvnni},
-    {kAvx512Bw, kAvx512Bw, has_avx512bw},
+    {&kAvx512, kAvx512Bw, Cpu::kAvx512Vnni},
+    {&kAvxVnni, kAvx2, Cpu::kAvxVnni},
+    {kAvx512Bw, kAvx512Bw, Cpu::kAvx512Bw},
 #endif
-    {kAvx2, kAvx2, has_avx2},
-    {kScalar, kScalar, always}};
+    {kAvx2, kAvx2, Cpu::kAvx2},
+    {kScalar, kScalar, {}}};
 
 #elif defined(__aarch64__)
 
-#if defined(__linux__)
-bool has_dotprod() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
-#elif defined(__APPLE__)
-bool has_dotprod() {
-  int value = 0;
-  size_t size = sizeof value;
-  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value != 0;
-}
-#else
-bool has_dotprod() { return false; }
-#endif
 constexpr Isa kIsas[] = {
-    {&kDotprod, kNeon, has_dotprod}, {kNeon, kNeon, always}, {kScalar, kScalar, always}};
+    {&kDotprod, kNeon, Cpu::kDotprod}, {kNeon, kNeon, {}}, {kScalar, kScalar, {}}};
 
 #else
-constexpr Isa kIsas[] = {{kScalar, kScalar, always}};
+constexpr Isa kIsas[] = {{kScalar, kScalar, {}}};
 #endif
 
 using Tables = std::array<Kernels, kCacheTypes>;
@@ -71,7 +41,7 @@ const std::vector<Tables>& tables() {
   static const std::vector<Tables> all = [] {
     std::vector<Tables> found;
     for (const Isa& isa : kIsas) {
-      if (!isa.runs()) continue;
+      if (isa.needs && !cpu_has(*isa.needs)) continue;
       std::copy_n(isa.rest, kCacheTypes, found.emplace_back().begin());
       for (IntegerKernels& integers : found.back()) integers = *isa.integers;
     }

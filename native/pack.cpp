@@ -14,7 +14,7 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(16)));
 };
 template <class T>
-using Vector = VectorOf<T>::type;
+using Vector = typename VectorOf<T>::type;
 template <class T>
 constexpr size_t kElements = 16 / sizeof(T);
 
@@ -68,6 +68,14 @@ struct Table {
 using Codes = Table<8>;  // 32 columns, a code a byte
 
 constexpr uint32_t kBytes = 0x01010101u;
+
+Word load_word(Rows rows, size_t at) {
+  uint32_t words[4];
+  for (size_t row = 0; row < 4; ++row) memcpy(words + row, rows[row] + at, 4);
+  Word word;
+  memcpy(&word, words, sizeof word);
+  return word;
+}
 
 template <size_t kWords>
 Table<kWords> load_words(Rows rows, size_t at) {
@@ -128,8 +136,7 @@ struct FiveBits {  // bit i of the word at kBitsAt is column i's fifth
   template <class Put>
   static void codes(Rows rows, const Put& put) {
     const Codes low = nibbles_32<kBitsAt + 4>(rows);
-    Word bits;
-    for (size_t row = 0; row < 4; ++row) memcpy(&bits[row], rows[row] + kBitsAt, 4);
+    const Word bits = load_word(rows, kBitsAt);
     put(0, make_codes([&](size_t k) {
           const Word four = bits >> static_cast<uint32_t>(4 * k) & 15;
           return low[k] | ((four | four << 7 | four << 14 | four << 21) & kBytes) << 4;
@@ -175,10 +182,7 @@ struct Nibbles {  // byte i of 32: columns i and 32 + i
 struct BitPlane {
   Word word[2];
 
-  BitPlane(Rows rows, size_t at) {
-    for (size_t row = 0; row < 4; ++row)
-      for (size_t w = 0; w < 2; ++w) memcpy(&word[w][row], rows[row] + at + 4 * w, 4);
-  }
+  BitPlane(Rows rows, size_t at) : word{load_word(rows, at), load_word(rows, at + 4)} {}
   Word of(size_t run, size_t k) const {
     return word[k % 2] >> static_cast<uint32_t>(4 * run + k / 2) & kBytes;
   }

@@ -42,7 +42,8 @@ void quantize_around(const float* x, uint8_t* to) {
   constexpr float kMiddle = 1 << (kBits - 1);
   const auto [low, high] = extremes(x, 32);
   float peak = -low > high ? low : high;
-  if (-low == high) peak = *std::find_if(x, x + 32, [&](float v) { return std::abs(v) == high; });
+  if (-low == high)
+    peak = *std::find_if(x, x + 32, [top = high](float v) { return std::abs(v) == top; });
   const float scale = peak / -kMiddle, inverse = inverse_of(scale);
   uint8_t codes[32];
   for (size_t i = 0; i < 32; ++i)

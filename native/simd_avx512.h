@@ -3,7 +3,9 @@
 #pragma once
 // GCC 12 sees its own _mm512_undefined_*() as uninitialized (bug 105593).
 #pragma GCC diagnostic push
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop

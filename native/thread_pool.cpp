@@ -1,14 +1,7 @@
 #include "thread_pool.h"
 
-#include <sched.h>
-
-#include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstdlib>
 #include <exception>
-#include <fstream>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -244,64 +237,6 @@ void ThreadPool::run_job(std::span<const size_t> totals,
   const std::exception_ptr error = std::exchange(job->error, nullptr);
   job->users.fetch_sub(1, std::memory_order_release);
   if (error) std::rethrow_exception(error);
-}
-
-namespace {
-
-// CPUs of the cgroup's quota, or infinity. v2: "max 100000" or "150000 100000"; v1: two files.
-double quota_of(const std::string& folder) {
-  std::string quota;
-  double period = 0;
-  if (std::ifstream both(folder + "/cpu.max"); both >> quota >> period && quota != "max")
-    if (const double used = std::strtod(quota.c_str(), nullptr); used > 0 && period > 0)
-      return used / period;
-  double limit = 0;
-  std::ifstream first(folder + "/cpu.cfs_quota_us"), second(folder + "/cpu.cfs_period_us");
-  if (first >> limit && second >> period && limit > 0 && period > 0) return limit / period;
-  return INFINITY;
-}
-
-// The least quota of this process's cgroups and their parents.
-double cgroup_quota(const std::string& root) {
-  double least = INFINITY;
-  std::ifstream groups(root + "/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {
-    const size_t first = line.find(':'), second = line.find(':', first + 1);
-    if (second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    if (!controllers.empty() && controllers.find("cpu") == std::string::npos) continue;
-    const std::string mount =
-        root + (controllers.empty() ? "/sys/fs/cgroup" : "/sys/fs/cgroup/" + controllers);
-    std::string path = line.substr(second + 1);
-    for (size_t end = path.size(); end != std::string::npos && end > 0; end = path.rfind('/')) {
-      path.resize(end);
-      least = std::min(least, quota_of(mount + path));
-    }
-    least = std::min(least, quota_of(mount));
-  }
-  return least;
-}
-
-}  // namespace
-
-ThreadLimit default_threads(const std::string& root) {
-  size_t allowed = std::max(1u, std::thread::hardware_concurrency());
-  std::string why = "hardware threads";
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) {
-    allowed = static_cast<size_t>(CPU_COUNT(&set));
-    why = "CPU affinity";
-  }
-  const double quota = cgroup_quota(root);
-  if (quota < static_cast<double>(allowed)) {
-    allowed = std::max(size_t{1}, static_cast<size_t>(quota));
-    std::ostringstream text;
-    text << "cgroup CPU quota of " << quota;
-    why = text.str();
-  }
-#endif
-  return {allowed, why};
 }
 
 }  // namespace squall

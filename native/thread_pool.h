@@ -7,7 +7,6 @@
 #include <memory>
 #include <mutex>
 #include <span>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -66,12 +65,5 @@ class ThreadPool {
   std::atomic<uint32_t> first_{0}, gone_{0};  // runs that go first: there now, and done
   std::vector<std::thread> workers_;
 };
-
-// Threads that affinity and the cgroup's CPU quota allow, and which of them decided.
-struct ThreadLimit {
-  size_t threads;
-  std::string why;
-};
-ThreadLimit default_threads(const std::string& root = "");  // where /proc and /sys are
 
 }  // namespace squall

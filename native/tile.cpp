@@ -1,12 +1,9 @@
 #include "tile.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,6 +11,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "pack.h"
+#include "platform.h"
 
 namespace squall {
 
@@ -26,17 +24,9 @@ size_t product(std::initializer_list<size_t> factors) {
   return all;
 }
 
-Memory::Memory(size_t bytes) : bytes_(std::max(bytes, size_t{64})) {
-  constexpr size_t kHuge = size_t{2} << 20;
-  void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  data_ = static_cast<uint8_t*>(p);
-#ifdef MADV_HUGEPAGE
-  if (bytes >= 4 * kHuge) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-}
+Memory::Memory(size_t bytes) : bytes_(std::max(bytes, size_t{64})), data_(take_pages(bytes_)) {}
 
-Memory::~Memory() { munmap(data_, bytes_); }
+Memory::~Memory() { give_back_pages(data_, bytes_); }
 
 void* thread_memory(size_t bytes) {
   thread_local std::unique_ptr<Memory> memory;

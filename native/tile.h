@@ -26,8 +26,8 @@ class Memory {
   size_t bytes() const { return bytes_; }
 
  private:
-  uint8_t* data_;
   size_t bytes_;
+  uint8_t* data_;
 };
 
 // Hands out parts of large memory, so that small weights lie on huge pages too: with 4 KiB pages

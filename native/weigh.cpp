@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "platform.h"
+
 namespace squall {
 namespace {
 
@@ -39,7 +41,7 @@ __attribute__((target("avx2"))) void weigh_avx2(const float* x, size_t n, float 
                                                 float* out) {
   weigh_all(x, n, top, scale, out);
 }
-const bool kAvx2 = __builtin_cpu_supports("avx2");
+const bool kAvx2 = cpu_has(Cpu::kAvx2);
 constexpr Weigh kVariants[] = {weigh_plain, weigh_avx2};
 #else
 constexpr bool kAvx2 = false;

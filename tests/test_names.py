@@ -183,6 +183,19 @@ def test_one_of_two_is_removed() -> None:
     assert not list(Path(constants.HF_HUB_CACHE).glob("models--*"))
 
 
+def test_what_others_of_a_repository_need_stays(server: Server) -> None:
+    files = {f"m-{kind}.gguf": kind.encode() for kind in ("q4_0", "q8_0", "mmproj-f16")}
+    server.repositories["o/sees"] = Repository(files)
+    first, second = pull("o/sees:q4_0"), pull("o/sees:q8_0")
+    assert of_hub()["o/sees:m-q4_0.gguf"].bytes == len("q4_0mmproj-f16")
+    assert remove(of_hub()["o/sees:m-q4_0.gguf"]) == 4
+    assert not first.exists()
+    assert (second.parent / "m-mmproj-f16.gguf").exists()
+    newer = Hub(revision="v2").fetch("o/sees:q4_0")
+    assert remove(of_hub()["o/sees:m-q8_0.gguf"]) == 4
+    assert newer.exists()
+
+
 @pytest.mark.usefixtures("server")
 def test_only_what_is_in_the_cache_is_removed(tmp_path: Path) -> None:
     outside = tmp_path / "mine.gguf"

@@ -1,5 +1,7 @@
 // What must not happen, and what must happen then: strange callers, failing tasks, no memory.
+#if __has_include(<pthread.h>)
 #include <pthread.h>
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -321,8 +323,9 @@ void test_faults() {
 }
 
 void on_small_stack(const std::function<void()>& fn) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || defined(SQUALL_SIMDE)
-  fn();  // these need larger ones
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || defined(SQUALL_SIMDE) || \
+    !__has_include(<pthread.h>)
+  fn();  // these need larger ones, or have no such call
 #else
   pthread_attr_t attributes;
   pthread_t thread;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numbers>
 #include <numeric>
 
 #include "check.h"
@@ -319,13 +320,16 @@ void test_attention() {
         if (count > 2) context.measure(count == 4 ? 600 : count);
         for (const size_t length : {2, 37, 131, brief ? 300 : 600}) {
           if (brief && (count % 2 == 0 || length == 131)) continue;
-          for (const auto& [window, softcap] : {std::pair<size_t, float>{1000, 0.0f}, {50, 5.0f}})
+          for (const auto& limits : {std::pair<size_t, float>{1000, 0.0f}, {50, 5.0f}}) {
+            const size_t window = limits.first;
+            const float softcap = limits.second;
             check(
                 "attention, " + std::to_string(count) + " heads of " + std::to_string(dim) +
                     ", context " + std::to_string(length),
                 context.expected(count, length, window, softcap),
                 [&](const Kernels& k) { return context.run(k, count, length, window, softcap); },
                 type);
+          }
         }
       }
     }
@@ -401,7 +405,7 @@ double activate(Activation act, double x) {
     case Activation::kGelu:
       return x / 2 * (1 + std::erf(x / std::sqrt(2.0)));
     case Activation::kGeluTanh:
-      return x / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+      return x / 2 * (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x)));
     case Activation::kQuickGelu:
       return x / (1 + std::exp(-double{1.702f} * x));
     case Activation::kRelu:

@@ -9,8 +9,6 @@
 #include <cmath>
 #include <cstring>
 
-#define __builtin_cpu_supports(feature) __builtin_cpu_supports("avx2")
-
 #define asm(...)  // that holds a value in a register that this processor lacks
 
 #ifdef SQUALL_SIMDE_VNNI

@@ -26,12 +26,16 @@ STATES, POOLED = "states", "pooled"
 def compile(spec: Encoder, names: p.Names) -> p.Program:
     """The program that reads one text."""
     b = Blocks(names, roles(spec), ROTARY, prefix="encoder.")
-    reach = Reach(SPANS)
-    if spec.relative is not None:
-        relative = b.vector("relative.weight")
-        reach = Reach(SPANS, relative=relative, buckets=buckets(spec.relative))
-    x = _layers(b, spec, lambda _: reach, some=False)
-    return b.builder.build(x)
+    reach = _alone(b, spec)
+    return b.builder.build(_layers(b, spec, lambda _: reach, some=False))
+
+
+def _alone(b: Blocks, spec: Encoder) -> Reach:
+    """The text of a run sees itself."""
+    if spec.relative is None:
+        return Reach(SPANS)
+    relative = b.vector("relative.weight")
+    return Reach(SPANS, relative=relative, buckets=buckets(spec.relative))
 
 
 def compile_texts(
@@ -42,10 +46,15 @@ def compile_texts(
     Keys and values lie in a cache of the run, in which each text begins a block: so its sums are
     added up as if it were alone. Layers that are alike share it, as one runs after the other.
     causal: a token sees those before it, not all. some: only rows of `outputs` are wanted.
+    With relative positions there is no cache: a run is one text (`reads_one`).
     """
-    own = isinstance(spec, Encoder)
-    scale = 1.0 if isinstance(spec, Encoder) else spec.residual_scale
-    b = Blocks(names, roles(spec), ROTARY, context, scale, prefix="encoder." if own else "")
+    if isinstance(spec, Encoder):
+        b = Blocks(names, roles(spec), ROTARY, context, prefix="encoder.")
+        if reads_one(spec):
+            alone = _alone(b, spec)
+            return b.builder.build(_layers(b, spec, lambda _: alone, some=some))
+    else:
+        b = Blocks(names, roles(spec), ROTARY, context, spec.residual_scale)
     caches = list(dict.fromkeys(_cache(layer) for layer in spec.layers))
 
     def reach(layer: Layer) -> Reach:
@@ -54,6 +63,10 @@ def compile_texts(
 
     x = _layers(b, spec, reach, some=some)
     return b.builder.build(x, caches=caches, context=context)
+
+
+def reads_one(spec: Encoder | Decoder) -> bool:
+    return isinstance(spec, Encoder) and spec.relative is not None
 
 
 def compile_head(head: Head, names: p.Names) -> p.Program:

@@ -135,10 +135,14 @@ class McpTools(Closing):
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _list(self) -> list[tuple[_Connection, mcp_types.Tool]]:
-        pages = await asyncio.gather(*(c.tools() for c in self._connections))
-        return [
-            (c, tool) for c, page in zip(self._connections, pages, strict=True) for tool in page
-        ]
+        asked = (at.tools() for at in self._connections)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        found: list[tuple[_Connection, mcp_types.Tool]] = []
+        for at, tools in zip(self._connections, answers, strict=True):
+            if isinstance(tools, BaseException):
+                raise tools
+            found += [(at, tool) for tool in tools]
+        return found
 
     async def _call(self, known: _Known, arguments: str, most: int) -> str:
         try:

@@ -1,4 +1,4 @@
-"""Short names of models, such as qwen3:4b: what they mean, and which models are here.
+"""Short names of models, such as smollm2:1.7b: what they mean, and which models are here.
 
 names.toml has those that Squall knows; the user's models.toml adds to them.
 """
@@ -40,11 +40,12 @@ MOST_BYTES = 1 << 20
 MOST_HOPS = 8  # from alias to alias
 HOW = (
     "Name a GGUF file, the folder of a model, a model of the hub as owner/name or owner/name:file, "
-    "or a short name such as qwen3:4b"
+    "or a short name such as smollm2:1.7b"
 )
 _FORMATS = {".gguf": "gguf", ".uqff": "uqff", ".safetensors": "safetensors"}
+_WEIGHTS = (*_FORMATS, ".bin")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(:[a-z0-9][a-z0-9._-]{0,63})?")
-# As in llama3.2:3b-instruct-q8_0: another file of the same repository.
+# As in smollm2:1.7b-instruct-q8_0: another file of the same repository.
 _TAGGED = re.compile(r"(.+:.+?)(?:-instruct)?(?:-((?:i?q\d|b?f16|f32)\w*))?")
 _WEIGHED = re.compile(r"i?q\d\w*", re.IGNORECASE)
 
@@ -248,14 +249,14 @@ def remove(model: Installed) -> int:
     folder = root / model.path.relative_to(root).parts[0]
     scanned = scan_cache_dir(root)
     repository = next(found for found in scanned.repos if found.repo_path == folder.resolve())
-    others = [found for found in installed() if found.path.is_relative_to(folder)]
-    kept = {file for found in others if found.path != model.path for file in found.files}
-    if kept:
-        plan = scanned.delete_files(*(
-            file for revision in repository.revisions for file in revision.files
-            if file.file_path.relative_to(revision.snapshot_path).as_posix() in model.files
-            and file.file_path.relative_to(revision.snapshot_path).as_posix() not in kept
-        ))  # fmt: skip
+    files = {
+        file: file.file_path.relative_to(revision.snapshot_path).as_posix()
+        for revision in repository.revisions
+        for file in revision.files
+    }
+    if any(name.endswith(_WEIGHTS) and name not in model.files for name in files.values()):
+        own = {name for name in model.files if not is_mmproj(name)}  # which others may have, too
+        plan = scanned.delete_files(*(file for file, name in files.items() if name in own))
     else:
         plan = scanned.delete_revisions(*(r.commit_hash for r in repository.revisions))
     outside = [blob for blob in plan.blobs if not blob.is_relative_to(root.resolve())]

@@ -31,7 +31,7 @@ _CHOICES = {
 _KINDS = {
     (int, "a whole number"): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge "
     "image_bytes tensor_parallel memory_bytes",
-    (str, "text"): "architecture chat_template device",
+    (str, "text"): "architecture chat_template device pooling",
     (int | str | list | tuple, "20 or '0:16;1:12'"): "device_layers",
     (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff t5 clip vae",
 }
@@ -110,6 +110,8 @@ class Opening:
     anymoe: experts made of other models or adapters, and gates between them (AnyMoE).
     t5, clip, vae: of a model that makes pictures, where these parts are, if not beside it or where
         they usually come from.
+    pooling: of a model that embeds, which of a text's rows become its vector: "cls", the first,
+        "mean" or "last"; by default what its files say.
     max_edge: images are made smaller first, until their longer edge is at most so many pixels.
     image_bytes: so much memory for what models made of images lately, so that it is not made again.
     progress: called with (done, in all): bytes loaded; then adapters, or steps of a training.
@@ -153,6 +155,7 @@ class Opening:
     t5: Path | None = None
     clip: Path | None = None
     vae: Path | None = None
+    pooling: str | None = None
     max_edge: int | None = None
     image_bytes: int = 256 << 20
     progress: Callable[[int, int], None] | None = field(default=None, compare=False)

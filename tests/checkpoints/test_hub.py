@@ -74,6 +74,19 @@ def test_a_folder_has_what_is_needed(server: Server) -> None:
     assert set(server.downloads()) == NEEDED
 
 
+def test_a_model_that_embeds_comes_with_what_follows_it(server: Server) -> None:
+    needed = {
+        "config.json", "tokenizer.json", "model.safetensors", "modules.json",
+        "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+        "2_Dense/config.json", "2_Dense/model.safetensors",
+    }  # fmt: skip
+    others = {"onnx/model.onnx", "2_Dense/pytorch_model.bin", "pytorch_model.bin", "README.md"}
+    files = {name: name.encode() for name in needed | others}
+    server.repositories["o/embeds"] = Repository(files)
+    assert names(Hub().fetch("o/embeds")) == needed
+    assert names(Hub(offline=True).fetch("o/embeds")) == needed
+
+
 def test_a_second_time_nothing_is_downloaded(server: Server) -> None:
     first = Hub().fetch("o/folder")
     server.requests.clear()

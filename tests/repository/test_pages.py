@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from pictures import draw
 from project import PAGES, ROOT, blocks, lines
 from tiny_flux import pipeline
-from tiny_models import write_adapter, write_folder, write_gguf, write_xlora
+from tiny_models import TEMPLATE, write_adapter, write_folder, write_gguf, write_xlora
 from tiny_seers import write_seer
 from typer.testing import CliRunner
 
@@ -31,6 +31,7 @@ from squall.cli.app import app
 from squall.cli.serve import server
 from squall.server import run
 from squall.server.app import create_app
+from squall.text.chat import NAMED
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -39,7 +40,8 @@ APPS = {"squall": app, "squall-server": server}
 made = cache(typer.main.get_command)
 # These are only parsed: they need GPUs, the hub, another server, or files that take long to make.
 ELSEWHERE = re.compile(
-    r"cuda|tensor-parallel|-n [0-9']|:Q4_K_M|--url|--t5 |mmproj|squall (pull|list|rm|show|tune)\b"
+    r"cuda|tensor-parallel|-n [0-9']|:Q4_K_M|--url|--t5 |mmproj|qwen3:"
+    r"|squall (pull|list|rm|show|tune)\b"
 )
 # Code without annotations, or that is a part of a file.
 UNTYPED = ("sampling", "adding-a-model", "adding-a-format")
@@ -54,8 +56,9 @@ FILES = {
     "ordering.json": '{"order": ["one", "two"], "base_model_id": "FOLDER"}',
     "lora.json": '{"order": ["law"], "base_model_id": "FOLDER"}',
     "person.json": '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}}',
+    "chat.jinja": TEMPLATE,
     "sum.y": blocks(ROOT / "docs/structured-output.md", "yacc")[0],
-    "selection.toml": '[model]\nquantized_model_id = "."\nquantized_filename = "model.gguf"\n',
+    "selection.toml": blocks(ROOT / "docs/commands.md", "toml")[0],
     "anymoe.toml": blocks(ROOT / "docs/anymoe.md", "toml")[0],
     "models.toml": '[[model]]\npath = "model.gguf"\n',
     "prompts.json": blocks(ROOT / "docs/anymoe.md", "json")[0],
@@ -81,6 +84,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("adapters/poems", "adapters/sums"):
         write_adapter(root / name, base, rank=16, target_modules=["up_proj", "down_proj"])
     write_xlora(root / "XLORA", base, ["one", "two"], "FOLDER")
+    (root / "tokenizer.json").symlink_to(base / "tokenizer.json")
     write_seer(root / "llava-hf/llava-1.5-7b-hf")
     write_seer(root / "Qwen/Qwen2-VL-2B-Instruct", "qwen2vl")
     write_seer(root / "microsoft/Phi-3.5-vision-instruct", "phi3v")
@@ -262,12 +266,18 @@ def test_flags_of_the_migration_page_exist() -> None:
     """Those in the columns of Squall."""
     known: set[str] = set()
     for name in ("serve", "run", "bench"):
-        options = [param.opts + param.secondary_opts for param in made(app).commands[name].params]
-        known |= {option for given in options for option in given}
-        plain = made(app).commands[name].commands["plain"].params
-        known |= {option for param in plain for option in param.opts}
+        command = made(app).get_command(None, name)
+        for each in (command, command.get_command(None, "plain")):
+            known |= {word for param in each.params for word in param.opts + param.secondary_opts}
     page = (ROOT / "docs/migrate.md").read_text()
     cells = [row.rstrip("|").rsplit(" | ", 1)[1] for row in re.findall(r"^\|.* \|$", page, re.M)]
     flags = {flag for cell in cells for flag in re.findall(r"(?<=[` ])--[a-z-]+", cell)}
     assert flags
     assert flags <= known
+
+
+def test_templates_with_names_are_told() -> None:
+    page = (ROOT / "docs/chat-templates.md").read_text()
+    names = re.search(r"or a name:(.*?)\.", page, re.DOTALL)
+    assert names is not None
+    assert set(re.findall(r"`(\w+)`", names[1])) == {path.stem for path in NAMED.iterdir()}

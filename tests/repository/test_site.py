@@ -44,3 +44,9 @@ def test_pages_are_there(site: Path) -> None:
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         assert not OUTSIDE.findall(page.read_text(encoding="utf-8")), page
+
+
+def test_the_first_page_tells_of_all_others() -> None:
+    first = (ROOT / "docs/index.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert {page for page in pages if f"]({page})" not in first} == set()

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import anthropic
+import numpy as np
 import openai
 import pytest
+from embedders import MadeUpEmbedder
 from pydantic import BaseModel
 from scripted import scripted
-from servers import Process, in_thread
+from servers import Process, serving
 
 from squall import Model
 
@@ -71,7 +73,8 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def at(model: Model) -> Iterator[Place]:
-    with scripted(model, SCRIPT), in_thread(model) as running:
+    models = {"small": model, "texts": MadeUpEmbedder()}
+    with scripted(model, SCRIPT), serving(models) as running:
         yield Place(running.url)
 
 
@@ -80,6 +83,13 @@ def _nothing_asked() -> Iterator[None]:
     asked.clear()
     yield
     gc.collect()  # connections and loops that libraries leave open, while that is ignored
+
+
+TEXTS = ["a", "hello", "Gruss"]
+
+
+def vectors() -> Any:
+    return MadeUpEmbedder().embed(TEXTS).vectors
 
 
 # LangChain
@@ -136,6 +146,16 @@ def test_langchain_classes(at: Place, chat: Any, method: str, text: str) -> None
     assert chat(at).with_structured_output(City, method=method).invoke(text) == PARIS
 
 
+def test_langchain_embeddings(at: Place) -> None:
+    from langchain_openai import OpenAIEmbeddings
+
+    made: Any = OpenAIEmbeddings(
+        base_url=at.url, api_key="any", model="texts", check_embedding_ctx_length=False
+    )  # which else counts tokens as OpenAI's models do, and sends these
+    assert np.allclose(made.embed_documents(TEXTS), vectors())
+    assert np.allclose(made.embed_query(TEXTS[0]), vectors()[0])
+
+
 # LlamaIndex
 
 
@@ -157,6 +177,15 @@ def test_llama_index(at: Place, server: Process) -> None:
     whole = plain.complete("One, two,").text
     assert whole
     assert [part.text for part in plain.stream_complete("One, two,")][-1] == whole
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_llama_index_embeddings(at: Place) -> None:
+    from llama_index.embeddings.openai_like import OpenAILikeEmbedding
+
+    made = OpenAILikeEmbedding(model_name="texts", api_base=at.url, api_key="any")
+    assert np.allclose(made.get_text_embedding_batch(TEXTS), vectors())
+    assert np.allclose(made.get_query_embedding(TEXTS[0]), vectors()[0])
 
 
 # instructor

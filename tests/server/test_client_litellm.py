@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from embedders import MadeUpEmbedder
 from pydantic import BaseModel
 from scripted import scripted
-from servers import in_thread
+from servers import serving
 
 from squall import Model
 
@@ -47,7 +48,8 @@ class City(BaseModel):
 
 @pytest.fixture(scope="module")
 def root(model: Model) -> Iterator[str]:
-    with scripted(model, SCRIPT), in_thread(model) as running:
+    models = {"small": model, "texts": MadeUpEmbedder()}
+    with scripted(model, SCRIPT), serving(models) as running:
         yield running.url
 
 
@@ -105,3 +107,9 @@ def test_tools(litellm: Any, given: Any, stream: bool) -> None:
 def test_an_answer_of_a_class(litellm: Any, given: Any) -> None:
     found = litellm.completion(messages=said("as JSON"), response_format=City, **given)
     assert City.model_validate_json(found.choices[0].message.content).name == "Rome"
+
+
+@pytest.mark.parametrize("given", ["openai"], indirect=True)
+def test_embeddings(litellm: Any, given: Any) -> None:
+    found = litellm.embedding(input=["a", "b"], **(given | {"model": "openai/texts"}))
+    assert [len(each["embedding"]) for each in found.data] == [8, 8]

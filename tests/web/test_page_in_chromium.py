@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_an_answer_has_the_shape_that_is_asked_for(screen: Screen) -> None:
     schema |= {"required": ["n"], "additionalProperties": False}
     screen.set(shape="json_schema", grammar=json.dumps(schema), max_tokens="40")
     screen.say("How many planets are there?")
-    assert list(json.loads(screen.answer().locator(".answer").inner_text())) == ["n"]
+    assert list(json.loads(screen.answer().locator(".answer code").inner_text())) == ["n"]
 
 
 def test_probabilities_by_mouse_and_keyboard(screen: Screen) -> None:
@@ -448,3 +449,48 @@ def test_layout_and_accessibility(
     page.goto(f"{running.url}/ui#metrics")
     expect(page.locator("#metrics-models section").first).to_be_visible()
     look("metrics")
+
+
+# What Markdown is made of, and what tries to be HTML or a link to somewhere else.
+SCRAPS = (
+    "*", "**", "_", "~~", "`", "```\n", "\n", "\n\n", "- ", "  - ", "1. ", "# ", "> ", "a", "b c",
+    "|", "|-|\n", "[x](http://a)", "[", "](", ")", "<script>", "<img src=x onerror=alert(1)>",
+    "\\", "$", "---\n", "==\n", "  ", "![i](http://b)", "[j](javascript:alert(1))", "http://z.z",
+    "'", '"',
+)  # fmt: skip
+STREAMED = """async (texts) => {
+    const { Markdown, show } = await import("/ui/markdown.js");
+    const found = [];
+    for (const text of texts) {
+        const [whole, parts] = [document.createElement("div"), document.createElement("div")];
+        show(whole, text);
+        const streamed = new Markdown(parts);
+        for (let i = 1; i <= text.length; i++) streamed.update(text.slice(0, i));
+        if (whole.innerHTML !== parts.innerHTML) found.push(`differs: ${text}`);
+        if (whole.querySelector("script, img, iframe, style, object")) found.push(`HTML: ${text}`);
+        const links = [...whole.querySelectorAll("[href]")].map((a) => a.getAttribute("href"));
+        const bad = links.filter((href) => !/^(https?:\\/\\/|mailto:|#i-)/.test(href));
+        if (bad.length) found.push(`${bad}: ${text}`);
+    }
+    return found;
+}"""
+GROWS = """async (text) => {
+    const { Markdown } = await import("/ui/markdown.js");
+    const [root, from] = [document.createElement("div"), performance.now()];
+    const streamed = new Markdown(root);
+    for (let i = 0; i < text.length; i += 40) streamed.update(text.slice(0, i + 40));
+    return performance.now() - from;
+}"""
+
+
+def test_markdown_that_streams_is_that_which_is_whole(screen: Screen) -> None:
+    draw = random.Random(7)
+    texts = ["".join(draw.choices(SCRAPS, k=draw.randint(1, 60))) for _ in range(500)]
+    assert screen.page.evaluate(STREAMED, texts) == []
+
+
+@pytest.mark.parametrize("line", ["A line of text.\n\n", "- an item\n", "word ", "    code\n"])
+def test_time_grows_with_the_length_only(screen: Screen, line: str) -> None:
+    first = "```\n" if line.startswith(" ") else ""
+    short, long = (screen.page.evaluate(GROWS, first + line * n) for n in (200, 1600))
+    assert long < max(40 * short, 1000)  # of 8 times the text; 64 is what grows with the square

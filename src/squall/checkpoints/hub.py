@@ -30,8 +30,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OF = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _CONFIGURATION = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
-    r"|chat_template|processor_config|preprocessor_config)\.json|chat_template\.jinja"
+    r"|chat_template|processor_config|preprocessor_config|modules|config_sentence_transformers"
+    r"|sentence_(bert|roberta)_config)\.json|chat_template\.jinja"
+    r"|\d_[A-Za-z]{1,30}/(config\.json|model\.safetensors)"  # what follows a model that embeds
     r"|additional_chat_templates/[A-Za-z0-9_-]+\.jinja"
+    # Of models that embed: their modules after the transformer, and BERT's vocabulary.
+    r"|(modules|config_sentence_transformers|sentence_bert_config)\.json|vocab\.txt"
+    r"|\d{1,2}_[A-Za-z]{1,20}/(config\.json|model\.safetensors)"
 )
 # Of models that make pictures: the parts of a pipeline, and what is FLUX.1's own layout.
 _PICTURES = re.compile(

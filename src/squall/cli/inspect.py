@@ -18,6 +18,7 @@ from squall.cli.getting import get_default
 from squall.cli.opening import check_one, makes_pictures
 from squall.cli.options import T5, Clip, DeviceLayers, File, Folder, Json, Vae, Yes
 from squall.cli.verdict import Verdict, mib, of_header, of_model
+from squall.names import DEFAULT
 from squall.opening import Opening
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def inspect(
     if name is not None and makes_pictures(name):
         _show_pictures(of_pictures(Opening(name, t5=t5, clip=clip, vae=vae)), as_json=as_json)
         return
-    if name is None:
+    if name in (None, DEFAULT):
         get_default(yes)
     found, verdict, modules = examined(name)
     loads = []

@@ -50,7 +50,7 @@ def pull(
 
     Examples:
 
-    squall pull qwen3:4b
+    squall pull smollm2:1.7b
 
     squall pull owner/name:Q4_K_M
     """
@@ -78,7 +78,9 @@ def list_(as_json: Json = False) -> None:
         typer.echo(json.dumps([_report(model) for model in models]))
         return
     if not models:
-        sys.stderr.write("no models are here; get one with squall pull NAME, such as qwen3:4b\n")
+        sys.stderr.write(
+            "no models are here; get one with squall pull NAME, such as smollm2:1.7b\n"
+        )
         return
     from rich.console import Console
     from rich.table import Table

@@ -17,7 +17,7 @@ from squall.cli.getting import get_default
 from squall.cli.options import option
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
-from squall.names import resolve
+from squall.names import DEFAULT, resolve
 from squall.opening import DEFAULTS, KvDtype, Opening, Weights
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class ModelFlags:
         check_one(self.file, self.model, selected)
         if selected is None or isinstance(selected, str):
             path = selected or self.file or self.model
-            if path is None:
+            if path in (None, DEFAULT):
                 get_default(self.yes)
             return replace(others, path=path)
         return selected.opening(others)

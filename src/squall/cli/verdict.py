@@ -66,12 +66,36 @@ def of_header(found: Inspection, obstacle: str | None = None) -> Verdict:
     )  # fmt: skip
 
 
+def of_embedder(path: Path, found: Inspection) -> Verdict:
+    """Of a model that embeds, or judges pairs."""
+    from squall.checkpoints import open_checkpoint
+    from squall.embeddings.files import setup
+    from squall.executors.memory import available_bytes
+    from squall.recipes import embedders
+
+    try:
+        checkpoint = open_checkpoint(path)
+        recipe = embedders.load(checkpoint)
+        context = setup(checkpoint).context or recipe.context
+    except SquallError as error:
+        return of_header(found, str(error))
+    said = checkpoint.metadata
+    return replace(
+        of_header(found), can=("embeds" if recipe.head is None else "reranks",), context=context,
+        architecture=str(said.get("general.architecture", said.get("model_type"))),
+        memory=found.size_bytes, usual="its weights", free=available_bytes(),
+    )  # fmt: skip
+
+
 def of_model(path: Path, found: Inspection) -> Verdict:
-    """Of a model of text, which may see."""
+    """Of a model of text, which may see, or embed."""
     from squall.assembly import open_tokenizer, place, prepare, template_of
+    from squall.embeddings.files import is_embedding_model
     from squall.engine.memory import DEFAULT_CONTEXT
     from squall.text.reasoning import reasoning_of
 
+    if is_embedding_model(path):
+        return of_embedder(path, found)
     opening = Opening(path)
     try:
         prepared = prepare(opening)

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 from squall.checkpoints import Checkpoint, read_header
 from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, UnsupportedModel
 from squall.files import quote, read_json, read_text
+from squall.recipes.config import RECIPES
+from squall.recipes.config_fields import by_model_type
 from squall.recipes.embedders import CLASSIFIER, FAMILIES
 
 Pooling = Literal["cls", "mean", "last"]
@@ -66,23 +68,30 @@ def is_embedding_model(path: str | os.PathLike[str]) -> bool:
     """Whether a file or folder is a model that embeds, or judges pairs; reads headers alone."""
     found = Path(os.path.expanduser(path))
     try:
-        if found.is_dir() and (found / "config.json").is_file():
+        if found.is_dir():
             config = read_json(found / "config.json") or {}
-            return (found / MODULES).is_file() or _embeds(config)
-        if found.suffix == ".gguf" and found.is_file():
-            metadata = read_header(found).metadata
-            architecture = metadata.get("general.architecture")
-            return architecture in _GGUF or bool(metadata.get(f"{architecture}.pooling_type"))
+            return embeds(found, config) or judges(found, config)
+        return found.suffix == ".gguf" and embeds(found, read_header(found).metadata)
     except (SquallError, OSError):
-        pass
-    return False
+        return False
 
 
-def _embeds(config: Mapping[str, Any]) -> bool:
-    named = config.get("architectures")
+def embeds(path: Path, metadata: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint there is of a model that embeds, or a classifier."""
+    if "general.architecture" in metadata:
+        architecture = metadata["general.architecture"]
+        return architecture in _GGUF or bool(metadata.get(f"{architecture}.pooling_type"))
+    named, kind = metadata.get("architectures"), metadata.get("model_type")
+    if kind in FAMILIES or (metadata and (path / MODULES).is_file()):
+        return True
     names = [str(name) for name in named] if isinstance(named, list) else []
     heads = any(name.endswith(CLASSIFIER) or _HEADLESS.fullmatch(name) for name in names)
-    return heads or config.get("model_type") in FAMILIES
+    return heads and by_model_type(kind) in RECIPES
+
+
+def judges(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether it is a language model that says yes or no to pairs, which its name alone tells."""
+    return config.get("model_type") == "qwen3" and "reranker" in str(path).lower()
 
 
 def setup(checkpoint: Checkpoint) -> Setup:
@@ -153,7 +162,9 @@ def _listed(folder: Path) -> list[tuple[str, Path]]:
     """The kinds of a model's modules, and their folders."""
     text = read_text(folder / MODULES, 1 << 16)
     try:
-        found = [] if text is None else json.loads(text)
+        found: list[Any] = [] if text is None else json.loads(text)
+        if not isinstance(found, list):
+            raise TypeError
         made = [(str(one["type"]).rpartition(".")[2], str(one["path"])) for one in found]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InvalidCheckpoint(f"{MODULES} is no list of modules with type and path") from None

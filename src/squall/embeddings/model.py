@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from squall.closing import Closing
 from squall.embeddings.assembly import Parts, assemble
 from squall.embeddings.tokens import Text
-from squall.errors import EngineStopped, InvalidRequest
+from squall.errors import ContextLengthExceeded, EngineStopped, InvalidRequest
 from squall.executors import ThreadPool
 from squall.opening import Opening, one_by_one
 from squall.quant import FormatTotal
@@ -71,7 +71,7 @@ class Embedder(Closing):
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.stem if self.path.is_file() else self.path.name
 
     @property
     def formats(self) -> tuple[FormatTotal, ...]:
@@ -93,13 +93,13 @@ class Embedder(Closing):
         model's own. dimensions: only so many first values, as models trained for it allow.
         normalize: to length 1. truncate: cut texts that are too long, instead of refusing them.
         """
-        parts = self._open
+        parts, said = self._open, self._open.setup
         if self.reranks:
             raise InvalidRequest(f"{self.name} judges pairs and embeds no texts; call rerank")
         if dimensions is not None and not 1 <= dimensions <= self.width:
             raise InvalidRequest(f"dimensions is {dimensions}; it must be in 1..{self.width}")
         given = _several(texts, "texts")
-        before = parts.prompts.get(prompt, prompt) if prompt is not None else parts.prompt
+        before = said.prompts.get(prompt, prompt) if prompt is not None else said.prompt
         written = [before + _text(t, i) for i, t in enumerate(given) if not _is_ids(t)]
         bodies = iter(parts.tokens.texts(
             parts.tokens.bodies(written), self.context if truncate else None
@@ -144,7 +144,7 @@ class Embedder(Closing):
         return self._parts
 
     def _cosines(self, query: str, documents: Sequence[str], *, truncate: bool) -> Scores:
-        known = self._open.prompts
+        known = self._open.setup.prompts
         asked, told = (
             next((name for name in names if name in known), None)
             for names in (_QUERIES, _DOCUMENTS)
@@ -170,7 +170,7 @@ class Embedder(Closing):
             if not len(text.ids):
                 raise InvalidRequest(f"{what} {at} is empty; this model reads at least one token")
             if len(text.ids) > self.context:
-                raise InvalidRequest(
+                raise ContextLengthExceeded(
                     f"{what} {at} has {len(text.ids)} tokens, and this model reads {self.context}; "
                     "shorten it, or have it cut with truncate"
                 )

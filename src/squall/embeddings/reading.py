@@ -68,7 +68,8 @@ class Reader:
 
     def rows(self, texts: Sequence[Text]) -> Iterator[Floats]:
         """A vector of each text, in order."""
-        for run in runs([len(text.ids) for text in texts]):
+        together = 1 if encoder.reads_one(self._spec) else TEXTS
+        for run in runs([len(text.ids) for text in texts], together):
             yield from self._run(texts[run])
 
     def _opened(self, rows: int, progress: Progress | None = None) -> Executor:
@@ -86,7 +87,9 @@ class Reader:
             executor = self._executor
             if executor is None or executor.max_rows < bounds[-1]:
                 executor = self._executor = self._opened(1 << int(bounds[-1] - 1).bit_length())
-            (states,) = executor.run(inputs, sequences, patient=True).values()
+            alone = not self._program.caches
+            given = None if alone else sequences
+            (states,) = executor.run(inputs, given, patient=True).values()
         if self._pooling != "mean":
             return list(states)
         spans = pairwise(bounds.tolist())
@@ -120,11 +123,11 @@ class Reader:
         return given, Sequences(positions=own, bounds=bounds, block_tables=tables)
 
 
-def runs(lengths: Sequence[int]) -> Iterator[slice]:
+def runs(lengths: Sequence[int], together: int = TEXTS) -> Iterator[slice]:
     """Texts that are read together, in order: as many as there is room for."""
     first = rows = 0
     for at, length in enumerate(lengths):
-        if at > first and (rows + length > ROWS or at - first == TEXTS):
+        if at > first and (rows + length > ROWS or at - first == together):
             yield slice(first, at)
             first, rows = at, 0
         rows += length

@@ -20,6 +20,7 @@ from squall.errors import InvalidCheckpoint, InvalidRequest
 from squall.files import read_json, read_text
 from squall.text.hf_tokenizer import library_of
 from squall.text.tokenizer import Tokenizer
+from squall.text.unigram import unigram
 from squall.text.vocabulary import CONTROL, UNKNOWN, Vocabulary
 
 Int32 = NDArray[np.int32]
@@ -48,9 +49,13 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """encode: ids of texts, without those of the frame. lower: texts become lower case first."""
+    """encode: ids of texts, without those of the frame. find: the id of a token, if there is one.
+
+    lower: texts become lower case first.
+    """
 
     encode: Encode
+    find: Callable[[str], int | None]
     frame: Frame
     lower: bool = False
 
@@ -92,18 +97,24 @@ class Tokens:
         return made
 
 
-def open_tokens(checkpoint: Checkpoint, tokenizer_json: Path | None, *, lower: bool) -> Tokens:
-    """From tokenizer.json, or vocab.txt of a BERT, or a GGUF file's metadata."""
+def open_tokens(
+    checkpoint: Checkpoint, tokenizer_json: Path | None, *, lower: bool,
+    around: tuple[str, str] | None = None,
+) -> Tokens:  # fmt: skip
+    """From tokenizer.json, or vocab.txt of a BERT, or a GGUF file's metadata.
+
+    around: texts with special tokens that stand around each, instead of the tokenizer's.
+    """
     if checkpoint.kind == "gguf" and tokenizer_json is None:
-        metadata = checkpoint.metadata
-        if metadata.get("tokenizer.ggml.model") != "bert":
-            return _of_gguf(metadata)
-        return _of_library(_gguf_word_pieces(metadata), lower=lower)
+        make = _GGUF.get(str(checkpoint.metadata.get("tokenizer.ggml.model")))
+        if make is None:
+            return _of_gguf(checkpoint.metadata)
+        return _of_library(make(checkpoint.metadata), lower=lower)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     config = read_json(folder / "tokenizer_config.json") or {}
     text = read_text(tokenizer_json or folder / "tokenizer.json")
     if text is not None:
-        return _of_library(library_of(text), lower=lower)
+        return _of_library(library_of(text), lower=lower, around=around)
     words = read_text(folder / "vocab.txt", MAX_VOCABULARY_BYTES)
     if words is None:
         raise InvalidCheckpoint(f"{str(folder)!r} has neither tokenizer.json nor vocab.txt")
@@ -111,14 +122,19 @@ def open_tokens(checkpoint: Checkpoint, tokenizer_json: Path | None, *, lower: b
     return _of_library(_word_pieces(vocabulary, config), lower=lower)
 
 
-def _of_library(library: Any, *, lower: bool) -> Tokens:
+def _of_library(library: Any, *, lower: bool, around: tuple[str, str] | None = None) -> Tokens:
+    if around is None:
+        frame = _frame(library)
+    else:
+        before, after = (library.encode(t, add_special_tokens=False).ids for t in around)
+        frame = Frame(tuple(before), tuple(after))
     library.encode_special_tokens = True
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         found = library.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
-    return Tokens(encode, _frame(library), lower)
+    return Tokens(encode, library.token_to_id, frame, lower)
 
 
 def _frame(library: Any) -> Frame:
@@ -176,23 +192,46 @@ def _gguf_word_pieces(metadata: Mapping[str, Any]) -> Any:
         for i, token in enumerate(found.tokens)
     }
 
-    def token(name: str, default: str) -> str:
-        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return found.tokens[i] if isinstance(i, int) and i < len(found.tokens) else default
-
+    cls = _token(metadata, found, "cls", _token(metadata, found, "bos", "[CLS]"))
     # Its name is misspelt in files.
-    names = {"cls": token("bos", "[CLS]"), "sep": token("seperator", "[SEP]")}
-    names["unk"] = token("unknown", "[UNK]")
+    names = {"cls": cls, "sep": _token(metadata, found, "seperator", "[SEP]")}
+    names["unk"] = _token(metadata, found, "unknown", "[UNK]")
     return _word_pieces(vocabulary, {f"{name}_token": text for name, text in names.items()})
+
+
+def _gguf_unigram(metadata: Mapping[str, Any]) -> Any:
+    """XLM-RoBERTa's."""
+    found = Vocabulary.from_gguf(metadata)
+    bos, eos = _token(metadata, found, "bos", "<s>"), _token(metadata, found, "eos", "</s>")
+    try:
+        library = unigram(found, metadata)
+        end, begin = ((text, found.tokens.index(text)) for text in (eos, bos))
+        library.post_processor = processors.RobertaProcessing(
+            end, begin, trim_offsets=False, add_prefix_space=False
+        )
+    except Exception as error:  # the library has no class for its own
+        raise InvalidCheckpoint(f"the vocabulary is no XLM-R's: {str(error)[:200]}") from None
+    return library
+
+
+def _token(metadata: Mapping[str, Any], found: Vocabulary, name: str, default: str) -> str:
+    i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return found.tokens[i] if isinstance(i, int) and i < len(found.tokens) else default
+
+
+_GGUF: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "bert": _gguf_word_pieces, "t5": _gguf_unigram,
+}  # fmt: skip
 
 
 def _of_gguf(metadata: Mapping[str, Any]) -> Tokens:
     """Of decoders, whose files say whether a text ends with a token."""
     tokenizer = Tokenizer.from_gguf(metadata)
-    ends = metadata.get("tokenizer.ggml.add_eos_token") is True and tokenizer.eos is not None
+    ends = metadata.get("tokenizer.ggml.add_eos_token") is True
     before = tuple(tokenizer.encode(""))
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [tokenizer.encode(text, add_bos=False) for text in texts]
 
-    return Tokens(encode, Frame(before, (tokenizer.eos,) if ends and tokenizer.eos else ()))
+    after = (tokenizer.eos,) if ends and tokenizer.eos is not None else ()
+    return Tokens(encode, tokenizer.controls.get, Frame(before, after))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from squall.checkpoints.base import Checkpoint, Tensor
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import quote
-from squall.program import Names
 from squall.recipes import config, config_parts, gguf, parts
 from squall.recipes.config_fields import ConfigFields, by_model_type, part_keys
+from squall.recipes.encoders import FARTHEST, check_buckets, check_relative
 from squall.recipes.gguf_parts import NAMING as GGUF_NAMING
 from squall.recipes.gguf_parts import GgufFields
 from squall.recipes.names import Naming, Part, check_applied, place
-from squall.spec import Decoder, Dense, Encoder, Head, Layer
+from squall.spec import Decoder, Dense, Encoder, Head, Layer, Relative
 
 CLASSIFIER = "ForSequenceClassification"
 # What models have beside their encoder: other heads than those that are used, and tables.
@@ -36,7 +36,15 @@ GGUF_STEMS: Mapping[str, str] = {
     "embed_norm": "token_embd_norm", "attention.post_norm": "attn_output_norm",
     "feed_forward.post_norm": "layer_output_norm",
 }  # fmt: skip
-_GGUF_HEADS = re.compile(r"cls(\.output)?\.(weight|bias)|output\.weight|dense_[23]\.weight")
+_GGUF_HEADS = re.compile(r"cls(\.output)?\.(weight|bias)|output\.weight")
+EMBEDDING_GEMMA = "gemma-embedding"
+
+
+MPNET_STEMS: Mapping[str, str] = {
+    **STEMS, **{f"attention.{role}": f"attention.attn.{role}" for role in "qkv"},
+    "attention.out": "attention.attn.o", "attention.post_norm": "attention.LayerNorm",
+    "relative": "encoder.relative_attention_bias",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +57,14 @@ class Family:
 
     offset: bool = False
     dense: tuple[str, str] = ("pooler.dense", "classifier")
+    stems: Mapping[str, str] = field(default_factory=lambda: STEMS)
 
 
 _ROBERTA = Family(True, ("classifier.dense", "classifier.out_proj"))
-FAMILIES = {"bert": Family(), "roberta": _ROBERTA, "xlm-roberta": _ROBERTA}
+FAMILIES = {
+    "bert": Family(), "roberta": _ROBERTA, "xlm-roberta": _ROBERTA, "camembert": _ROBERTA,
+    "mpnet": replace(_ROBERTA, stems=MPNET_STEMS),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +72,7 @@ class Recipe:
     """What a model that embeds is.
 
     checkpoint: with tensors by the names that `text` and `head` use.
-    text: its encoder, or decoder. head: of one that judges pairs.
+    text: its encoder, or decoder. head: linears after pooling. judges: pairs of texts, by the head.
     causal: a token sees those before it.
     """
 
@@ -68,6 +80,7 @@ class Recipe:
     text: Part
     causal: bool
     head: Part | None = None
+    judges: bool = False
 
     @property
     def spec(self) -> Encoder | Decoder:
@@ -98,25 +111,39 @@ def load(checkpoint: Checkpoint) -> Recipe:
 
 
 def _bert(checkpoint: Checkpoint, kind: str) -> Recipe:
-    family, keys = FAMILIES[kind], part_keys(kind)
+    family, keys = FAMILIES[kind], part_keys({"camembert": "roberta"}.get(kind, kind))
     assert keys is not None
     tensors = _plainly_named(checkpoint.tensors)
-    naming = Naming(STEMS, "encoder.layer.{}.", harmless=_BESIDE)
+    naming = Naming(family.stems, "encoder.layer.{}.", harmless=_BESIDE)
     c = ConfigFields(checkpoint.metadata, tensors, keys, naming)
     c.skip("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     c.skip("tie_word_embeddings")  # with a head that is not used
     c.ignored.clear()  # of tasks and trainers
     if (how := checkpoint.metadata.get("position_embedding_type", "absolute")) != "absolute":
         raise UnsupportedModel(f"position_embedding_type is {how!r:.99}; known: absolute")
-    types, positions = c.count("type_vocab_size", high=1 << 10), parts.context(c)
     first = _after_padding(checkpoint.metadata) if family.offset else 0
-    spec = replace(_layers(c), positions=positions, first=first, types=types)
+    types = c.count("type_vocab_size", high=1 << 10) if "relative" not in family.stems else 0
+    spec = replace(
+        _layers(c), positions=parts.context(c), first=first, types=types, relative=_relative(c)
+    )
     c.check_all_read()
     found = [Part("encoder", spec, naming)]
     if _judges(checkpoint.metadata):
         found.append(_classifier(family.dense, tensors, spec.hidden))
     text, *head = place(found, tensors, read=set())
-    return Recipe(replace(checkpoint, tensors=tensors), text, False, head[0] if head else None)
+    if spec.relative is not None:
+        check_relative(spec, tensors[naming.name("relative.weight")])
+    own = replace(checkpoint, tensors=tensors)
+    return Recipe(own, text, False, head[0] if head else None, bool(head))
+
+
+def _relative(c: ConfigFields) -> Relative | None:
+    key = "relative_attention_num_buckets"
+    if not c.has(key):
+        return None
+    found = Relative(c.count(key, high=4096), FARTHEST)
+    check_buckets(found)
+    return found
 
 
 def _plainly_named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,26 +229,39 @@ def headless(spec: Decoder, *, causal: bool) -> Decoder:
 def _of_gguf(checkpoint: Checkpoint) -> Recipe:
     architecture = str(checkpoint.metadata.get("general.architecture"))
     tensors = checkpoint.tensors
-    name = {"gemma-embedding": "gemma3"}.get(architecture, architecture)
+    name = {EMBEDDING_GEMMA: "gemma3"}.get(architecture, architecture)
     c = GgufFields(architecture, checkpoint.metadata, tensors)
-    c.skip("pooling_type", "dense_2_feat_in", "dense_2_feat_out", "dense_3_feat_in")
-    c.skip("dense_3_feat_out", "classifier.output_labels")
-    causal = c.flag("attention.causal", True)
+    c.skip(
+        "pooling_type",
+        "context_length",
+        *(f"dense_{n}_feat_{end}" for n in (2, 3) for end in ("in", "out")),
+    )
+    causal = c.flag("attention.causal", architecture not in ("bert", EMBEDDING_GEMMA))
     naming = replace(GGUF_NAMING, harmless=_GGUF_HEADS)
     if architecture == "bert":
         stems = {role: stem for role, stem in GGUF_STEMS.items() if role != "norm"}
         part = Part("encoder", _gguf_bert(c), replace(naming, stems=stems))
-        causal = False
     elif name in gguf.RECIPES:
         part = Part("decoder", headless(gguf.RECIPES[name](c), causal=causal), naming)
     else:
-        known = ", ".join(["bert", "gemma-embedding", *sorted(gguf.RECIPES)])
+        known = ", ".join(["bert", EMBEDDING_GEMMA, *sorted(gguf.RECIPES)])
         raise UnsupportedModel(
             f"unknown architecture {quote(architecture)} of a model that embeds; known: {known}"
         )
     c.check_all_read()
-    (text,) = place([part], tensors, read=c.tensors_read)
-    return Recipe(checkpoint, text, causal)
+    text, *head = place([part, *_gguf_linears(tensors)], tensors, read=c.tensors_read)
+    return Recipe(checkpoint, text, causal, head[0] if head else None)
+
+
+def _gguf_linears(tensors: Mapping[str, Tensor]) -> list[Part]:
+    """What EmbeddingGemma has after pooling, if the file has it."""
+    names = [name for name in ("dense_2", "dense_3") if f"{name}.weight" in tensors]
+    if not names:
+        return []
+    found = [tensors[f"{name}.weight"] for name in names]
+    head = Head(found[0].cols, tuple(Dense(weight.rows, False, False) for weight in found))
+    stems = {f"dense{number}": name for number, name in enumerate(names)}
+    return [Part("head", head, Naming(stems, ""))]
 
 
 def _gguf_bert(c: GgufFields) -> Encoder:
@@ -238,13 +278,12 @@ def _gguf_bert(c: GgufFields) -> Encoder:
     )  # fmt: skip
 
 
-def judge_of(recipe: Recipe, ids: tuple[int, int]) -> Part:
-    """The rows of a decoder's head, or table, for two tokens: no, and yes."""
-    spec, names = recipe.spec, dict(recipe.text.names)
-    stored = "lm_head.weight" if "lm_head.weight" in recipe.checkpoint.tensors else ""
-    (table,) = names["embed.weight"]
-    slices = tuple(
-        replace(table, tensor=stored or table.tensor, start=one, stop=one + 1) for one in ids
-    )
-    places: Names = {"head.dense0.weight": slices}
-    return Part("head", Head(spec.hidden, (Dense(2, False, False),)), recipe.text.naming, places)
+def judging(recipe: Recipe, ids: tuple[int, int]) -> Recipe:
+    """A language model whose answer is one of two tokens: their rows of its head are a head."""
+    (table,) = recipe.text.names["embed.weight"]
+    own = "lm_head.weight" in recipe.checkpoint.tensors
+    table = replace(table, tensor="lm_head.weight") if own else table
+    slices = tuple(replace(table, start=one, stop=one + 1) for one in ids)
+    spec = Head(recipe.spec.hidden, (Dense(len(ids), False, False),))
+    head = Part("head", spec, recipe.text.naming, {"head.dense0.weight": slices})
+    return replace(recipe, head=head, judges=True)

@@ -21,7 +21,7 @@ from squall.api.chats import check_characters
 from squall.api.jobs import start_chat, start_completion
 from squall.api.messages import MOST_MESSAGES, MOST_PARTS
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
-from squall.api.responses import ChunkChoice, CompletionChoice, Logprobs
+from squall.api.responses import ChunkChoice, CompletionChoice
 from squall.errors import InvalidRequest
 from squall.model import Model
 from squall.server.agents import AgentBody, Object, arguments_of
@@ -50,10 +50,11 @@ _OPENING = frozenset({
     "embedding_only", "f16_kv", "logits_all", "low_vram", "main_gpu", "num_batch", "num_ctx",
     "num_gpu", "num_keep", "num_thread", "numa", "use_mlock", "use_mmap", "vocab_only",
 })  # fmt: skip
-_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_AMOUNT = r"(\d+(?:\.\d*)?|\.\d+)"
-_PART = re.compile(f"{_AMOUNT}(h|ms|m|s|us|µs|ns)")
-_DURATION = re.compile(f"-?(?:{_AMOUNT}|(?:{_PART.pattern}){{1,7}})")
+_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "": 1.0}
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
+_PART = re.compile(_NUMBER + "(h|ms|m|s|us|ns|$)")
+_DURATION = re.compile(f"-?(?:{_NUMBER}|(?:{_NUMBER}(?:h|ms|m|s|us|ns)){{1,7}})")
+_MOST_S = 1e9  # more is forever
 KeepAlive = str | float | None
 
 
@@ -158,12 +159,10 @@ class GenerateBody(OllamaBody, frozen=True):
             said = [{"role": "system", "content": self.system}] if self.system else []
             content = _content(self.prompt, self.images)
             return self.as_chat([*said, {"role": "user", "content": content}], defaults)
-        if self.images:
-            raise InvalidRequest("images is not for prompts that are raw, or have a suffix")
-        fields = self.fields(defaults)
-        if self.logprobs:
-            fields["logprobs"] = self.top_logprobs or 0
-        suffix = self.suffix or None
+        if self.images or self.logprobs:
+            what = "images is" if self.images else "logprobs is"
+            raise InvalidRequest(f"{what} not for prompts that are raw, or have a suffix")
+        fields, suffix = self.fields(defaults), self.suffix or None
         return CompletionRequest(prompt=self.prompt, suffix=suffix, stream=self.stream, **fields)
 
 
@@ -181,18 +180,10 @@ class EmbedBody(NamedBody, frozen=True):
         return [self.input] if isinstance(self.input, str) else list(self.input)
 
 
-class OldEmbedBody(NamedBody, frozen=True):
-    """POST /api/embeddings, of which /api/embed has become."""
+class OldEmbedBody(EmbedBody, frozen=True):
+    """POST /api/embeddings: one text, whose vector is not normalized."""
 
-    prompt: str
-    truncate: bool = True
-    dimensions: None = None
-    keep_alive: KeepAlive = None
-    options: Object | None = None
-
-    @property
-    def texts(self) -> list[Text]:
-        return [self.prompt]
+    input: str = Field(alias="prompt")
 
 
 def _whole(value: Any) -> Any:
@@ -224,22 +215,20 @@ def _said(messages: Iterable[Message]) -> Iterator[Object]:
             waiting += [(str(call["id"]), name) for call, name in zip(calls, names, strict=True)]
             said["tool_calls"] = calls
         if said["role"] == "tool" and waiting:
-            name = said.pop("tool_name", None)
+            name = said.get("tool_name")
             at = next((i for i, (_, called) in enumerate(waiting) if called == name), 0)
-            said = {"tool_call_id": waiting.pop(at)[0], "name": name or "", **said}
+            said = {"tool_call_id": waiting.pop(at)[0], "name": name, **said}
         yield said
 
 
 def seconds_of(value: KeepAlive) -> float | None:
     """How long a model stays after a request; None: as long as there is room for it."""
     if isinstance(value, str):
-        if not _DURATION.fullmatch(value) or len(value) > 100:
+        if not _DURATION.fullmatch(value):
             raise InvalidRequest(f"keep_alive is {value!r:.99}; it must be like 5m, 1h30m or 0")
-        parts = _PART.findall(value)
-        total = sum(float(amount) * _UNITS_S[unit] for amount, unit in parts)
-        seconds = total if parts else float(value.lstrip("-"))
-        return None if value.startswith("-") and seconds else seconds
-    return None if value is None or value < 0 else float(value)
+        parts = [float(amount) * _UNITS_S[unit] for amount, unit in _PART.findall(value)]
+        value = -sum(parts) if value.startswith("-") else sum(parts)
+    return float(value) if value is not None and 0 <= value <= _MOST_S else None
 
 
 class OllamaDialect(Dialect):
@@ -295,8 +284,6 @@ class OllamaDialect(Dialect):
                 news: Event = {"content": choice.text}
             else:
                 news = self._of_delta(choice)
-            if self.body.logprobs and choice.logprobs is not None:
-                news["logprobs"] = _logprobs(choice)
             if news := {name: value for name, value in news.items() if value}:
                 yield news
 
@@ -308,9 +295,9 @@ class OllamaDialect(Dialect):
                 self._calls = [(call.function.name, "")]
             name, text = self._calls[-1]
             self._calls[-1] = (name, text + call.function.arguments)
-        return {
-            "content": delta.content, "thinking": delta.reasoning_content, "tool_calls": done
-        }  # fmt: skip
+        said = {"content": delta.content, "thinking": delta.reasoning_content, "tool_calls": done}
+        tokens = choice.logprobs.content if choice.logprobs else ()
+        return {**said, "logprobs": [token.to_dict() for token in tokens]}
 
     def _called(self) -> list[Event]:
         """The call that is complete by now."""
@@ -337,7 +324,7 @@ class OllamaDialect(Dialect):
 class EmbedDialect(Dialect):
     """Vectors; of the older endpoint one, and nothing else."""
 
-    def __init__(self, body: EmbedBody | OldEmbedBody, model: str, id: str) -> None:
+    def __init__(self, body: EmbedBody, model: str, id: str) -> None:
         super().__init__(body, model, id)
         self._since_s = time.perf_counter()
 
@@ -359,20 +346,6 @@ def _start(model: Model, asked: ChatCompletionRequest | CompletionRequest, **of:
         check_characters(model, len(asked.prompt))
         asked = replace(asked, prompt=model.tokenizer.encode(asked.prompt, specials=True))
     return start_completion(model, asked, **of)
-
-
-def _logprobs(choice: ChunkChoice | CompletionChoice) -> list[Event]:
-    found = choice.logprobs
-    if isinstance(found, Logprobs):
-        return [one.to_dict() for one in found.content]
-    if found is None:
-        return []
-    each = zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True)
-    return [
-        {"token": token, "logprob": value,
-         "top_logprobs": [{"token": t, "logprob": v} for t, v in (top or {}).items()]}
-        for token, value, top in each
-    ]  # fmt: skip
 
 
 def line(event: Event) -> bytes:
@@ -405,16 +378,16 @@ def add_ollama(router: APIRouter, service: Service) -> None:
         """Ollama's answer to one prompt, in the chat template unless it is raw."""
         return await answer(request, GenerateBody)
 
-    async def embedded(request: Request, kind: type[EmbedBody | OldEmbedBody]) -> Response:
+    async def embedded(request: Request, kind: type[EmbedBody]) -> Response:
         body = await read_body(service, request, partial(parse, kind, service.context))
         visit, standing = visit_of(request), service.embedder(body.model)
         _keep(standing, body.keep_alive)
-        normal = isinstance(body, EmbedBody)
-        texts = checked(body.texts, "input" if normal else "prompt")
+        old = isinstance(body, OldEmbedBody)
+        texts = checked(body.texts, "prompt" if old else "input")
 
         def make(some: Sequence[Text]) -> tuple[list[str], int]:
             found = standing.model.embed(
-                some, dimensions=body.dimensions, normalize=normal, truncate=body.truncate
+                some, dimensions=body.dimensions, normalize=not old, truncate=body.truncate
             )
             return [as_numbers(vector) for vector in found.vectors], found.tokens
 

@@ -118,6 +118,11 @@ class Tokenizer:
             after = self._encode_run([suffix], [-1])
         return self._prefix + self.filling.prompt(self._encode_run([prefix], []), after)
 
+    def asks_to_fill(self, text: str) -> bool:
+        """Whether a text has the tokens to fill in with, each once, as clients write them."""
+        names = [self.tokens[i] for i in self.filling.tokens] if self.filling else [""]
+        return all(name in self.controls and text.count(name) == 1 for name in names)
+
     def encode_pieces(self, pieces: Iterable[Piece], *, add_bos: bool = True) -> list[int]:
         """Ids of the joined pieces; tokens may span pieces, except for control tokens."""
         ids: list[int] = []

@@ -127,7 +127,7 @@ async function* events(response, signal) {
   }
 }
 
-/** @typedef {{id: string, kind: string, state: string, pinned: boolean, context: number|null, parent: string|null}} ModelCard */
+/** @typedef {{id: string, kind: string, state: string, pinned: boolean, context: number|null, parent: string|null, error: string}} ModelCard */
 
 /** @returns {Promise<ModelCard[]>} */
 export async function models() {
@@ -139,6 +139,7 @@ export async function models() {
     pinned: Boolean(card.pinned),
     context: card.max_model_len ?? null,
     parent: card.parent ?? null,
+    error: String(card.error ?? ""),
   }));
 }
 

@@ -21,12 +21,17 @@ const panel = new Panel((settings) => {
   if (chat.conversation.messages.length) chat.keep(chat.conversation);
 });
 const models = new Models(() => {
-  panel.showKind(models.current?.kind === "pictures");
+  const paints = models.current?.kind === "pictures";
+  panel.showKind(paints);
+  composer.area.placeholder = paints ? "Describe a picture" : "Ask anything";
   chat.redraw();
   metrics.showStates();
 });
 const list = new List(store, open);
-const chat = new Chat(store, models, (conversation) => list.changed(conversation));
+const chat = new Chat(store, models, (conversation) => {
+  list.changed(conversation);
+  if (conversation === chat.conversation) document.title = `${conversation.title} · Squall`;
+});
 const metrics = new Metrics(models);
 const composer = new Composer((text, images) => {
   try {
@@ -141,6 +146,12 @@ function editLast() {
 
 function listen() {
   whenKeyIsNeeded(askKey);
+  addEventListener("focus", async () => {
+    models.refresh();
+    const changed = await store.catchUp((id) => [...chat.jobs.values()].some((job) => job.conversation.id === id));
+    if (changed.size) list.show();
+    if (changed.has(chat.conversation.id)) chat.show();
+  });
   addEventListener("hashchange", route);
   addEventListener("keydown", shortcut);
   addEventListener("scroll", hide, true);

@@ -10,7 +10,11 @@ import { add, goTo, path, versions } from "./store.js";
 
 /** @typedef {import("./store.js").Message} Message */
 /** @typedef {import("./store.js").Conversation} Conversation */
-/** An answer on its way. @typedef {{message: Message, conversation: Conversation, control: AbortController, started: number, model: string, draws: number, view: View|null, told: number, heard: number}} Job */
+/**
+ * An answer on its way. draws: the frame it is shown in next; told, heard: what was announced of it, and when.
+ * @typedef {{message: Message, conversation: Conversation, control: AbortController, started: number, model: string,
+ *   draws: number, view: View|null, told: number, heard: number}} Job
+ */
 
 const SAVE_MS = 1000; // how often what came is kept
 const NEAR = 80; // pixels from the end that still are the end
@@ -141,14 +145,17 @@ export class Chat {
     delete message.error;
     delete message.finish;
     /** @type {Job} */
-    const job = { message, conversation, control: new AbortController(), started: performance.now(), model: model?.id ?? "", draws: 0, view: null, told: message.text.length, heard: 0 };
+    const job = {
+      message, conversation, control: new AbortController(), started: performance.now(), model: model?.id ?? "",
+      draws: 0, view: null, told: message.text.length, heard: 0,
+    };
     this.jobs.set(message, job);
     this.show();
     this.toEnd();
     // What was focused may be gone.
     if (document.activeElement === document.body) this.scroller.focus({ preventScroll: true });
     this.keep(conversation);
-    this.models.refresh();
+    setTimeout(() => this.models.refresh(), 300); // which the request may have made load
     announce("Answering");
     const keeping = setInterval(() => this.keep(conversation), SAVE_MS);
     try {
@@ -173,9 +180,10 @@ export class Chat {
   async write(job, sent, model, goesOn) {
     const { message, conversation } = job;
     const { system } = conversation.settings;
-    const messages = [...(system ? [{ role: "system", content: system }] : []), ...sent.filter(isSaid).map(toApi)];
+    const messages = [...(system ? [{ role: "system", content: String(system) }] : []), ...told(sent)];
     /** @type {Record<string, any>} */
-    const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...chatFields(conversation.settings), ...(goesOn ? { continue_final_message: true } : {}) };
+    const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...chatFields(conversation.settings) };
+    if (goesOn) body.continue_final_message = true;
     if (body.logprobs && !goesOn) message.tokens = [];
     if (!body.logprobs) delete message.tokens; // of the beginning only
     if (message.tokens) job.view?.prefer();
@@ -227,6 +235,7 @@ export class Chat {
 
   /** @param {Job} job */
   draw(job) {
+    if (this.store.removed.has(job.conversation.id)) job.control.abort();
     if (!job.view) return;
     job.view.update(this.doing(job));
     if (this.follows) this.toEnd();
@@ -266,12 +275,28 @@ export class Chat {
   }
 }
 
-/** What the model is told: nothing of answers that failed before they began. @param {Message} message */
-const isSaid = (message) => message.role !== "assistant" || message.text || message.calls?.length;
+/** What the model is told: nothing of answers that failed before they began. @param {Message[]} messages */
+function told(messages) {
+  const found = /** @type {ReturnType<typeof toApi>[]} */ ([]);
+  for (const message of messages) {
+    if (message.role === "assistant" && !message.text && !message.calls?.length && !message.images?.length) continue;
+    const next = toApi(message);
+    const last = found.at(-1);
+    // Many templates want users and assistants by turns.
+    if (last?.role === "user" && next.role === "user") last.content = [...parts(last.content), ...parts(next.content)];
+    else found.push(next);
+  }
+  return found;
+}
 
-/** A message as the server wants it. @param {Message} message */
+/** @param {string|object[]} content */
+const parts = (content) => (typeof content === "string" ? [{ type: "text", text: `${content}\n` }] : content);
+
+/** A message as the server wants it. @param {Message} message
+ * @returns {{role: string, content: string|object[], tool_call_id?: string, tool_calls?: object[], reasoning_content?: string}} */
 function toApi({ role, text, images, calls, callId, reasoning }) {
   if (role === "tool") return { role, content: text, tool_call_id: callId };
+  if (images?.length && role === "assistant") return { role, content: text || "(a picture)" };
   if (images?.length && role === "user") {
     const shown = images.map((url) => ({ type: "image_url", image_url: { url } }));
     return { role, content: [...shown, ...(text ? [{ type: "text", text }] : [])] };
@@ -314,6 +339,8 @@ function fail({ message, control }, error) {
     message.finish = "stopped";
     return;
   }
-  const full = error instanceof ApiError && error.code === "context_length_exceeded";
-  message.error = full ? `The conversation is too long for the model: ${error.message}. Edit an earlier message, or begin a new chat.` : String(error?.message ?? error);
+  message.error = String(error?.message ?? error);
+  if (error instanceof ApiError && error.code === "context_length_exceeded") {
+    message.error = `The conversation is too long for the model: ${error.message}. Edit an earlier message, or begin a new chat.`;
+  }
 }

@@ -96,7 +96,11 @@ export class Composer {
   async attach(files) {
     const { id } = this;
     for (const file of files) {
-      const wrong = !TYPES.includes(file.type) ? "is no PNG, JPEG, WebP, GIF or BMP image" : file.size > MOST_BYTES ? "is larger than 20 MiB" : this.images.length >= MOST_IMAGES ? `is more than the ${MOST_IMAGES} images of a message` : "";
+      const wrong = [
+        !TYPES.includes(file.type) && "is no PNG, JPEG, WebP, GIF or BMP image",
+        file.size > MOST_BYTES && "is larger than 20 MiB",
+        this.images.length >= MOST_IMAGES && `is more than the ${MOST_IMAGES} images of a message`,
+      ].find(Boolean);
       if (wrong) {
         this.problem(`${file.name} ${wrong}.`);
         continue;
@@ -115,7 +119,9 @@ export class Composer {
       this.showImages();
       this.area.focus();
     };
-    byId("attached").replaceChildren(...this.images.map((url, i) => el("div", { class: "thumb" }, el("img", { src: url, alt: `Attached image ${i + 1}` }), button("close", `Remove image ${i + 1}`, remove(i)))));
+    const thumb = (/** @type {string} */ url, /** @type {number} */ i) =>
+      el("div", { class: "thumb" }, el("img", { src: url, alt: `Attached image ${i + 1}` }), button("close", `Remove image ${i + 1}`, remove(i)));
+    byId("attached").replaceChildren(...this.images.map(thumb));
   }
 }
 

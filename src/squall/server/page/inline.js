@@ -4,9 +4,14 @@
 import { el } from "./dom.js";
 
 const SAFE = /^(?:https?:\/\/|mailto:)/i;
+// (address "title"), where the address may have one pair of brackets
+const TARGET = /^\(\s*<?([^\s<>()]{0,2000}(?:\([^\s<>()]{0,500}\)[^\s<>()]{0,500})?)>?(?:\s+(?:"[^"]{0,500}"|'[^']{0,500}'))?\s*\)/;
 const ESCAPED = /[!-/:-@[-`{-~]/;
 // Each alternative begins with another character, and runs over no other's end.
-const PIECES = /\\\([^\n]{0,1000}?\\\)|\\\[[^]{0,2000}?\\\]|\$\$[^$]+\$\$|\$(?=\S)[^$\n]*[^\s$\\]\$(?!\d)|`+|\\.|[*_]+|~~+|!?\[|\]|<[a-z][a-z+.-]*:[^\s<>]{1,2000}>|https?:\/\/[^\s<>"'`\]]{1,2000}|\n|[^\\$`*_~![<h\]\n]+|./gsu;
+const FORMULA = /\\\([^\n]{0,1000}?\\\)|\\\[[^]{0,2000}?\\\]|\$\$[^$]+\$\$|\$(?=\S)[^$\n]*[^\s$\\]\$(?!\d)/.source;
+const MARK = /`+|\\.|[*_]+|~~+|!?\[|\]/.source;
+const ADDRESS = /<[a-z][a-z+.-]*:[^\s<>]{1,2000}>|https?:\/\/[^\s<>"'`\]]{1,2000}/.source;
+const PIECES = new RegExp(`${FORMULA}|${MARK}|${ADDRESS}|\\n|[^\\\\$\`*_~![<h\\]\\n]+|.`, "gsu");
 
 /** @typedef {{node: Node, plain?: boolean, mark?: string, count?: number, opens?: boolean, closes?: boolean}} Piece */
 
@@ -82,7 +87,7 @@ function delimiter(text, at, run) {
  * @param {Piece[]} pieces @param {number[]} brackets */
 function close(text, at, pieces, brackets) {
   const open = brackets.pop();
-  const target = open === undefined ? null : /^\(\s*<?([^\s<>()]{0,2000}(?:\([^\s<>()]{0,500}\)[^\s<>()]{0,500})?)>?(?:\s+(?:"[^"]{0,500}"|'[^']{0,500}'))?\s*\)/.exec(text.slice(at + 1, at + 4100));
+  const target = open === undefined ? null : TARGET.exec(text.slice(at + 1, at + 4100));
   if (open === undefined || !target || !SAFE.test(target[1])) {
     pieces.push({ node: new Text("]") });
     return at + 1;

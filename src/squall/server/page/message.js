@@ -93,7 +93,9 @@ export class View {
     this.state.hidden = !this.busy;
     this.showState();
     this.error.hidden = !error;
-    if (error && this.error.textContent === "") this.error.append(el("span", {}, error), button("", "Try again", () => this.actions.regenerate(this.message), { text: true, class: "small" }));
+    if (!error || this.error.textContent !== "") return;
+    const again = el("button", { type: "button", click: () => this.actions.regenerate(this.message) }, "Try again");
+    this.error.append(el("span", {}, error), again);
   }
 
   showState() {
@@ -113,7 +115,9 @@ export class View {
     });
     this.calls.querySelector(".give")?.remove();
     if (calls.length && !this.busy && this.actions.isLast(this.message)) {
-      this.calls.append(el("button", { type: "button", class: "give primary", click: () => this.actions.giveResults(this.message) }, calls.length > 1 ? "Send results" : "Send result"));
+      const give = () => this.actions.giveResults(this.message);
+      const label = calls.length > 1 ? "Send results" : "Send result";
+      this.calls.append(el("button", { type: "button", class: "give primary", click: give }, label));
     }
   }
 
@@ -125,7 +129,8 @@ export class View {
       this.actions.save();
     });
     const head = el("p", { class: "label" }, "Call of ", el("strong", { class: "name" }, call.name));
-    return el("div", { class: "call" }, head, el("pre", { tabindex: 0, role: "group", "aria-label": "Arguments" }, el("code", {})), el("label", { class: "field" }, el("span", {}, `Result of ${call.name}`), input));
+    const given = el("pre", { tabindex: 0, role: "group", "aria-label": "Arguments" }, el("code"));
+    return el("div", { class: "call" }, head, given, el("label", { class: "field" }, el("span", {}, `Result of ${call.name}`), input));
   }
 
   showFoot() {
@@ -178,7 +183,8 @@ export class View {
       small.set(draft, null);
       actions.edit(message, area.value);
     };
-    const area = el("textarea", { value: text, rows: Math.min(12, text.split("\n").length + 1), "aria-label": "Edit message", input: () => small.set(draft, area.value) });
+    const rows = Math.min(12, text.split("\n").length + 1);
+    const area = el("textarea", { value: text, rows, "aria-label": "Edit message", input: () => small.set(draft, area.value) });
     area.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       if (event.key === "Escape") close();
       else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send();
@@ -186,8 +192,9 @@ export class View {
       event.preventDefault();
       event.stopPropagation();
     });
-    const row = el("div", { class: "row" }, el("button", { type: "button", click: close }, "Cancel"), el("button", { type: "button", class: "primary", click: send }, "Send"));
-    this.body.replaceChildren(el("div", { class: "editor" }, area, row));
+    const no = el("button", { type: "button", click: close }, "Cancel");
+    const yes = el("button", { type: "button", class: "primary", click: send }, "Send");
+    this.body.replaceChildren(el("div", { class: "editor" }, area, el("div", { class: "row" }, no, yes)));
     this.foot.replaceChildren();
     area.focus();
   }

@@ -49,7 +49,10 @@ const TEXT = [
   ["Waiting", "requests", now("squall_requests_waiting")],
   ["Answers", "tokens/s", rate("squall_answer_tokens_total")],
   ["Prompts", "tokens/s", rate("squall_prompt_tokens_total")],
-  ["KV cache in use", "%", (get) => share(get("squall_kv_blocks", { state: "used" }), (get("squall_kv_blocks", { state: "cached" }) ?? 0) + (get("squall_kv_blocks", { state: "free" }) ?? 0))],
+  ["KV cache in use", "%", (get) => {
+    const [used, cached, free] = ["used", "cached", "free"].map((state) => get("squall_kv_blocks", { state }));
+    return share(used, (cached ?? 0) + (free ?? 0));
+  }],
   ["Prefix cache hits", "%", (get) => share(get("squall_prefix_hit_tokens_total"), get("squall_prompt_tokens_total"))],
   ["First token", "ms", mean("squall_time_to_first_token_seconds")],
   ["Between tokens", "ms", mean("squall_inter_token_seconds")],
@@ -61,7 +64,8 @@ const PICTURES = [
   ["Pictures", "a minute", (get, before, seconds) => ((value) => value && value * 60)(rate("squall_pictures_total")(get, before, seconds))],
 ];
 
-const shown = (/** @type {number|null|undefined} */ value) => (value === null || value === undefined ? "–" : value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(1));
+/** @param {number|null|undefined} value */
+const shown = (value) => (value === null || value === undefined ? "–" : value.toFixed(value >= 100 || Number.isInteger(value) ? 0 : 1));
 
 /** One number, and its line. */
 class Chart {
@@ -92,7 +96,9 @@ class Chart {
     const first = points[0]?.split(",")[0];
     this.line.setAttribute("d", points.length > 1 ? `M${points.join("L")}` : "");
     this.area.setAttribute("d", points.length > 1 ? `M${first},30L${points.join("L")}V30Z` : "");
-    this.picture.setAttribute("aria-label", `${this.title}: now ${shown(value)} ${this.unit}, at most ${shown(known.length ? Math.max(...known) : null)} in the last ${Math.round((this.values.length * EVERY_MS) / 1000)} seconds`);
+    const [length, highest] = [Math.round((this.values.length * EVERY_MS) / 1000), known.length ? Math.max(...known) : null];
+    this.picture.setAttribute("aria-label",
+      `${this.title}: now ${shown(value)} ${this.unit}, at most ${shown(highest)} in the last ${length} seconds`);
   }
 }
 
@@ -101,7 +107,7 @@ export class Metrics {
   constructor(models) {
     this.models = models;
     this.root = byId("metrics-models");
-    /** @type {Map<string, {root: any, body: any, state: any, button: any, charts: Chart[]}>} */
+    /** @type {Map<string, {root: any, about: any, problem: any, body: any, state: any, button: any, charts: Chart[]}>} */
     this.cards = new Map();
     /** @type {{at: number, samples: ReturnType<typeof parse>}|null} */
     this.last = null;
@@ -148,10 +154,11 @@ export class Metrics {
     const charts = { text: TEXT, pictures: PICTURES }[model.kind]?.map((row) => new Chart(...row)) ?? [];
     const state = el("span", { class: "tag" });
     const button = el("button", { type: "button", click: () => this.change(model.id) }, "");
-    const about = [model.kind, model.context ? `context ${model.context.toLocaleString("en")} tokens` : "", model.pinned ? "pinned" : ""].filter(Boolean).join(" · ");
-    const head = el("header", {}, el("div", {}, el("h3", {}, model.id), el("p", { class: "hint" }, about)), state, button);
+    const about = el("p", { class: "hint" });
+    const head = el("header", {}, el("div", {}, el("h3", {}, model.id), about), state, button);
+    const problem = el("p", { class: "problem" });
     const body = el("div", { class: "charts" }, ...charts.map((chart) => chart.root));
-    const card = { root: el("section", { class: "model", "aria-label": `Model ${model.id}` }, head, body), body, state, button, charts };
+    const card = { root: el("section", { class: "model", "aria-label": `Model ${model.id}` }, head, problem, body), about, problem, body, state, button, charts };
     this.cards.set(model.id, card);
     this.root.append(card.root);
     return card;
@@ -193,12 +200,15 @@ function getter(samples, model) {
   };
 }
 
-/** @param {{state: any, button: any, body: any}} card @param {import("./api.js").ModelCard} model */
-function showState({ state, button, body }, model) {
+/** @param {{state: any, button: any, about: any, problem: any, body: any}} card @param {import("./api.js").ModelCard} model */
+function showState({ state, button, about, problem, body }, model) {
+  const context = model.context && `context ${model.context.toLocaleString("en")} tokens`;
+  about.textContent = [model.kind, context, model.pinned && "pinned"].filter(Boolean).join(" · ");
   state.textContent = model.state;
   state.className = `tag ${model.state}`;
   const loaded = model.state === "loaded";
   body.hidden = !loaded;
+  problem.textContent = model.error;
   button.textContent = loaded ? "Unload" : model.state === "loading" ? "Loading…" : "Load";
   button.disabled = model.state === "loading";
   button.setAttribute("aria-label", `${loaded ? "Unload" : "Load"} ${model.id}`);

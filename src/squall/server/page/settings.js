@@ -27,7 +27,10 @@ const PICTURES = /** @type {const} */ ([
   ["strength", "Strength", 0, 1, 0.05, "How much of an attached picture is changed"],
 ]);
 const EFFORTS = [["", "As the model does"], ["off", "Off"], ["on", "On"], ["low", "Low effort"], ["medium", "Medium effort"], ["high", "High effort"]];
-const SHAPES = [["", "Any text"], ["json_object", "JSON object"], ["json_schema", "JSON schema"], ["regex", "Regular expression"], ["choice", "One of several, a line each"], ["lark", "Lark grammar"], ["yacc", "yacc grammar"]];
+const SHAPES = [
+  ["", "Any text"], ["json_object", "JSON object"], ["json_schema", "JSON schema"], ["regex", "Regular expression"],
+  ["choice", "One of several, a line each"], ["lark", "Lark grammar"], ["yacc", "yacc grammar"],
+];
 const CHOICES = [["auto", "The model decides"], ["required", "Always a call"], ["none", "None"]];
 
 /** Reads a box of JSON. @param {string} value @param {string} what @returns {any} */
@@ -63,7 +66,10 @@ export function chatFields(settings) {
 function shaped(shape, value) {
   if (shape === "json_object") return { response_format: { type: "json_object" } };
   if (!value.trim()) throw new Error("The answer's shape is chosen, but its box in the settings is empty.");
-  if (shape === "json_schema") return { response_format: { type: "json_schema", json_schema: { name: "answer", schema: parse(value, "The contents of the schema's box") } } };
+  if (shape === "json_schema") {
+    const schema = parse(value, "The contents of the schema's box");
+    return { response_format: { type: "json_schema", json_schema: { name: "answer", schema } } };
+  }
   return { grammar: { type: shape, value: shape === "choice" ? value.split("\n").filter(Boolean) : value } };
 }
 
@@ -89,7 +95,8 @@ export class Panel {
   }
 
   sections() {
-    const section = (/** @type {string} */ id, /** @type {string} */ title, /** @type {Node[]} */ ...fields) => el("fieldset", { id }, el("legend", {}, title), ...fields);
+    const section = (/** @type {string} */ id, /** @type {string} */ title, /** @type {Node[]} */ ...fields) =>
+      el("fieldset", { id }, el("legend", {}, title), fields);
     this.grammar = this.area("grammar", "Schema, pattern or grammar", 5, true);
     return [
       section("settings-text", "Answers", this.area("system", "System prompt", 4), this.select("thinking", "Reasoning", EFFORTS),

@@ -69,6 +69,20 @@ export class Store {
     }
   }
 
+  /** Take over what other tabs have kept since; which of ours that changed. @param {(id: string) => boolean} busy */
+  async catchUp(busy) {
+    const changed = new Set();
+    if (!this.database) return changed;
+    for (const one of await done(this.table("readonly").getAll())) {
+      const known = this.all.get(one.id);
+      if (this.removed.has(one.id) || (known && (known.updated >= one.updated || busy(one.id)))) continue;
+      if (known) Object.assign(known, one);
+      else this.all.set(one.id, one);
+      changed.add(one.id);
+    }
+    return changed;
+  }
+
   /** @param {IDBTransactionMode} mode */
   table(mode) {
     return /** @type {IDBDatabase} */ (this.database).transaction(TABLE, mode).objectStore(TABLE);
@@ -132,13 +146,17 @@ const number = (/** @type {unknown} */ value) => (typeof value === "number" && N
 const list = (/** @type {unknown} */ value) => (Array.isArray(value) ? value : []);
 const isImage = (/** @type {unknown} */ value) => /^data:image\/(?:png|jpeg|webp|gif|bmp);base64,/.test(text(value));
 
+/** @param {any} given @param {string[]} names @returns {any} */
+const texts = (given, names) => Object.fromEntries(names.map((name) => [name, text(given[name])]));
+
 /** A conversation from somewhere: what it should have, and nothing else; under a new id. @param {any} given @returns {Conversation} */
 function checked(given) {
   const messages = list(given.messages).map(checkedMessage);
   const ids = new Set();
   for (const message of messages) {
     // Parents come first, so that there are no circles.
-    if (!message.id || ids.has(message.id) || (message.parent !== null && !ids.has(message.parent))) throw new Error("The messages of a conversation do not belong together.");
+    const isOrdered = message.id && !ids.has(message.id) && (message.parent === null || ids.has(message.parent));
+    if (!isOrdered) throw new Error("The messages of a conversation do not belong together.");
     ids.add(message.id);
   }
   const settings = Object.fromEntries(Object.entries(given.settings ?? {}).filter(([, value]) => ["string", "boolean"].includes(typeof value)));
@@ -157,9 +175,14 @@ function checkedMessage(given) {
   for (const name of /** @type {const} */ (["reasoning", "callId", "name", "error", "finish"])) if (given[name]) message[name] = text(given[name]);
   if (given.images) message.images = list(given.images).filter(isImage);
   if (given.seeds) message.seeds = list(given.seeds).filter((seed) => number(seed) !== undefined);
-  if (given.calls) message.calls = list(given.calls).map((call) => ({ id: text(call.id), name: text(call.name), arguments: text(call.arguments), result: text(call.result) }));
-  if (given.tokens) message.tokens = list(given.tokens).map((token) => ({ ...checkedToken(token), top_logprobs: list(token.top_logprobs).map(checkedToken) }));
-  if (stats) message.stats = { model: text(stats.model), tokens: number(stats.tokens), rate: number(stats.rate), first: number(stats.first), seconds: number(stats.seconds), prompt: number(stats.prompt), cached: number(stats.cached) };
+  if (given.calls) message.calls = list(given.calls).map((call) => texts(call, ["id", "name", "arguments", "result"]));
+  if (given.tokens) {
+    message.tokens = list(given.tokens).map((token) => ({ ...checkedToken(token), top_logprobs: list(token.top_logprobs).map(checkedToken) }));
+  }
+  if (stats) {
+    const names = /** @type {const} */ (["tokens", "rate", "first", "seconds", "prompt", "cached"]);
+    message.stats = { model: text(stats.model), ...Object.fromEntries(names.map((name) => [name, number(stats[name])])) };
+  }
   return message;
 }
 

@@ -55,7 +55,8 @@ export class Tokens {
   /** @param {KeyboardEvent} event */
   move(event) {
     const now = /** @type {HTMLElement} */ (event.target);
-    const to = { ArrowRight: now.nextElementSibling, ArrowLeft: now.previousElementSibling, Home: this.root.firstElementChild, End: this.root.lastElementChild }[event.key];
+    const { nextElementSibling: ArrowRight, previousElementSibling: ArrowLeft } = now;
+    const to = { ArrowRight, ArrowLeft, Home: this.root.firstElementChild, End: this.root.lastElementChild }[event.key];
     if (event.key === "Escape") hide();
     if (!(to instanceof HTMLElement)) return;
     event.preventDefault();
