@@ -70,8 +70,8 @@ ABOVE: dict[str, set[str]] = {
         "quant", "weights",
     },
     "needs": {
-        "errors", "assembly", "checkpoints", "decoder", "diffusion", "engine", "executors", "locate",
-        "opening",
+        "errors", "assembly", "checkpoints", "decoder", "diffusion", "engine", "executors",
+        "locate", "opening",
     },
     "model": {
         "errors", "closing", "adapters", "assembly", "engine", "executors", "opening", "program",

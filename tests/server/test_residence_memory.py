@@ -54,6 +54,7 @@ def texts(running: Running, rounds: int) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow("loads a model fifty times")
 def test_they_take_turns_and_answer_as_fresh_ones(files: dict[str, Path]) -> None:
     limit = size(files["one"]) + size(files["two"]) // 2
     with serving(lazy(files), memory_bytes=limit) as running:
@@ -165,10 +166,12 @@ with TestClient(app) as client:
         loaded, after = used(name)
         print(before, loaded, after)
         assert loaded - before > 100_000
-        assert after - before <= 0.05 * (loaded - before)
+        assert loaded - after >= 0.95 * (loaded - before)
+        before = after
 """
 
 
+@pytest.mark.slow("a process that loads a real model five times")
 def test_unloading_gives_memory_back() -> None:
     done = subprocess.run(
         [sys.executable, "-c", GIVES_BACK], capture_output=True, text=True, timeout=120
