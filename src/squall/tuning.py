@@ -22,7 +22,7 @@ from squall.weights import Progress, WeightStore
 
 Goal = Literal["quality", "balanced", "speed"]
 # By how much the perplexity of Llama 3 8B grows on Wikitext if most weights are of a type, made
-# without an importance matrix: llama.cpp's tools/perplexity/README.md.
+# without an importance matrix: tools/perplexity/README.md of ggml-org.
 LOSS = {"Q8_0": 0.0009, "Q6K": 0.0056, "Q5K": 0.018, "Q4K": 0.043, "Q3K": 0.28, "Q2K": 0.57}
 _LOSS = {"f32": 0.0, "f16": 0.0, "bf16": 0.0} | {parse_type(name): x for name, x in LOSS.items()}
 # What a goal puts up with.

@@ -84,7 +84,7 @@ ABOVE: dict[str, set[str]] = {
     "mcp": {"errors", "closing", "text"},
     "server": {
         "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
-        "embeddings", "executors", "mcp", "needs", "opening",
+        "embeddings", "executors", "mcp", "needs", "opening", "quant", "text",
     },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api", "mcp"},
