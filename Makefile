@@ -159,7 +159,7 @@ $(VENV)-ray/built: $(VENV)/dev pyproject.toml
 	  "$$(sed -n 's/^ray = \["\(.*\)"\]/\1/p' pyproject.toml)"
 	@touch $@
 
-ray: $(VENV)-ray/built ## Tests of examples/ray_serve.py, with Ray in an environment of its own
+ray: $(VENV)-ray/built ## Tests of examples/server/ray_serve.py, with Ray in an environment of its own
 	@$(VENV)-ray/bin/python -m pytest -q tests/server/test_ray.py
 
 gpu: ## What needs a GPU, in under eight minutes: tests, then rates as shares of limits

@@ -31,9 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roofline import random_blocks
-from squall import executors
+from squall import encoder, executors
 from squall.checkpoints.base import ByteTensor, Checkpoint, Tensor
-from squall.diffusion import encoders, vae
+from squall.diffusion import vae
 from squall.executors import Limits, Placement
 from squall.measure import Roofline
 from squall.program import Names, Program, Slice
@@ -244,8 +244,8 @@ def diffusers(given: argparse.Namespace) -> dict[str, Any]:
 def prompt(given: argparse.Namespace) -> dict[str, Any]:
     spec = t5(given.small)
     store, names = weights(spec, "encoder.", given.t5_format)
-    inputs: Given = dict(encoders.inputs(spec, [7] * given.tokens, causal=False))
-    return measured(encoders.compile(spec, names), store, inputs, given)
+    inputs: Given = dict(encoder.inputs(spec, [7] * given.tokens, causal=False))
+    return measured(encoder.compile(spec, names), store, inputs, given)
 
 
 ACTS = {

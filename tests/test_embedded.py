@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"weights")
-    monkeypatch.setattr(embedded, "_installed_file", lambda: path)
+    monkeypatch.setattr(embedded, "installed", lambda: path)
     monkeypatch.setattr(embedded, "SHA256", hashlib.sha256(b"weights").hexdigest())
     return path
 

@@ -43,7 +43,10 @@ SEEING = (
     "Gemma3", "Idefics2", "Idefics3", "Llava", "LlavaNext", "Mistral3", "Mllama", "Qwen2VL",
     "Qwen2_5_VL", "SmolVLM",
 )  # fmt: skip
-MORE_PARTS = ("CLIPVision", "SiglipVision", "PixtralVision", "CLIPText", "T5")
+MORE_PARTS = (
+    "CLIPVision", "SiglipVision", "PixtralVision", "CLIPText", "T5", "Bert", "Roberta",
+    "XLMRoberta", "MPNet",
+)  # fmt: skip
 # Read by training alone, except in this architecture.
 JITTER, WITH_JITTER = "router_jitter_noise", "phimoe"
 

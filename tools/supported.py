@@ -77,7 +77,11 @@ def page() -> str:
     return f"""\
 # What is supported
 
-`make docs` writes this page from the tables in the source.
+`make docs` writes this page from the tables in the source. What one model is, and whether it runs:
+
+```sh
+squall inspect model.gguf
+```
 
 ## Models
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     )
     from squall.diffusion.model import ImageModel
     from squall.diffusion.request import Picture, PictureRequest
+    from squall.embeddings.model import Embedder, Embeddings, Scores
     from squall.engine.engine import EngineConfig
     from squall.engine.generation import Generation
     from squall.engine.memory import KvSize
@@ -65,11 +66,12 @@ __all__ = [
     "AnyMoeConfig", "AnyMoeExpertType", "Architecture", "AsyncRunner",
     "ChatCompletionChunkResponse", "ChatCompletionRequest", "ChatCompletionResponse",
     "CompletionChunkResponse", "CompletionRequest", "CompletionResponse", "ContextLengthExceeded",
-    "DiffusionArchitecture", "EngineConfig", "EngineStopped", "Generation", "Grammar",
-    "ImageChoice", "ImageGenerationResponse", "ImageGenerationResponseFormat", "ImageModel",
+    "DiffusionArchitecture", "Embedder", "Embeddings", "EngineConfig", "EngineStopped",
+    "Generation", "Grammar", "ImageChoice", "ImageGenerationResponse",
+    "ImageGenerationResponseFormat", "ImageModel",
     "InvalidCheckpoint", "InvalidRequest", "IsqOrganization", "KvSize", "Message", "Model",
     "ModelDType", "ModelNotFound", "Opening", "OutOfMemory", "Picture", "PictureRequest", "Piece",
-    "QueueFull", "Runner", "SamplingFailed", "SquallError", "TemplateError", "ToolChoice",
+    "QueueFull", "Runner", "SamplingFailed", "Scores", "SquallError", "TemplateError", "ToolChoice",
     "UnknownAdapter", "UnsupportedModel", "Usage", "VisionArchitecture", "Which", "XLora",
     "__version__",
 ]  # fmt: skip
@@ -86,6 +88,7 @@ _MODULES = {
     "ImageGenerationResponseFormat IsqOrganization ModelDType VisionArchitecture Which",
     "squall.diffusion.model": "ImageModel",
     "squall.diffusion.request": "Picture PictureRequest",
+    "squall.embeddings.model": "Embedder Embeddings Scores",
     "squall.engine.engine": "EngineConfig",
     "squall.engine.generation": "Generation",
     "squall.engine.memory": "KvSize",

@@ -13,12 +13,13 @@ from squall import convert, decoder, executors, recipes
 from squall.adapters.edits import adaptable
 from squall.adapters.shelf import Shelf
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint, open_gguf
+from squall.embeddings.files import embeds
 from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.memory import DEFAULT_CONTEXT, KvSize, choose_context, choose_kv_tokens
 from squall.engine.request import Request
 from squall.engine.speculation import MOST_GUESSES, Speculation
-from squall.errors import InvalidRequest, SquallError
+from squall.errors import InvalidRequest, SquallError, UnsupportedModel
 from squall.executors import Executor, Limits, Placement, ThreadPool, devices
 from squall.executors.memory import Load, Sizes, available_bytes, by_memory
 from squall.executors.sharding import shard
@@ -44,6 +45,8 @@ MAX_ROWS = 512
 MAX_OUTPUTS = 64
 # Tokens of the context by default where a prompt is one step, for which there are buffers.
 LONGEST_STEP = 2048
+# Options for models of other kinds.
+_OF_OTHERS = {**dict.fromkeys(("t5", "clip", "vae"), "make pictures"), "pooling": "embed"}
 # Of the free memory, for the weights of adapters.
 ADAPTER_SHARE = 0.25
 
@@ -115,10 +118,15 @@ def template_of(checkpoint: Checkpoint) -> ChatTemplate:
 
 def prepare(opening: Opening) -> Prepared:
     """What `Model.open` begins with: the files, what the model is, what becomes of the weights."""
-    for name in ("t5", "clip", "vae"):
+    for name, whose in _OF_OTHERS.items():
         if getattr(opening, name) is not None:
-            raise InvalidRequest(f"{name} is for models that make pictures")
+            raise InvalidRequest(f"{name} is for models that {whose}")
     checkpoint = open_checkpoint(_locate(opening), gqa=opening.gqa)
+    if embeds(checkpoint.path, checkpoint.metadata):
+        raise UnsupportedModel(
+            f"{checkpoint.path.name} embeds texts, or judges pairs of them, and writes none: open "
+            "it with squall.Embedder, or serve it with squall serve"
+        )
     recipe = recipes.load(checkpoint, opening.architecture)
     checkpoint, recipe = _seeing(checkpoint, recipe, opening)
     plan = Plan.of(
@@ -233,10 +241,19 @@ def place(models: Sequence[Prepared], opening: Opening) -> tuple[Placement, list
     )
     for device, _ in placement.spread(count):
         devices.check(device)
-    loads = sizes.loads(placement.spread(count), devices.free_bytes)
+    free = partial(_free, opening)
+    loads = sizes.loads(placement.spread(count), free)
     for more in others:
-        loads += more.loads(placement.first.spread(len(more.kv)), devices.free_bytes)
+        loads += more.loads(placement.first.spread(len(more.kv)), free)
     return placement, loads
+
+
+def _free(opening: Opening, device: str) -> int | None:
+    """What a device has for the model."""
+    free, most = devices.free_bytes(device), opening.memory_bytes
+    if most is None or device not in ("cpu", "torch"):
+        return free
+    return most if free is None else min(most, free)
 
 
 def _chosen(

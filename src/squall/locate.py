@@ -1,4 +1,4 @@
-"""What is meant: a GGUF file, a folder of a model, a model of the hub, or the default."""
+"""What is meant: a GGUF file, a folder, a model of the hub, a short name, or the default."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import re
 from pathlib import Path
 
+from squall import embedded
 from squall.checkpoints import UQFF
 from squall.checkpoints.hub import Hub, Judge, Progress, folder_weights, is_id, is_mmproj
 from squall.errors import ModelNotFound
+from squall.names import DEFAULT, HOW, is_name, near, resolve
 
 _ENDINGS = (".gguf", ".ggml", ".uqff", ".safetensors")
 # With letters on both sides, unlike 24/7.
@@ -28,13 +30,12 @@ def locate(
 
     Of a folder that has both kinds, its safetensors or PyTorch weights, as of a model of the hub.
 
-    What is here wins over a model of the hub, which is `owner/name` or `owner/name:file`; `judge`
-    may refuse one before it is downloaded. mmproj: of GGUF models there the towers, too.
+    What is here wins over short names and models of the hub, `owner/name` or `owner/name:file`;
+    `judge` may refuse one before it is downloaded. mmproj: of GGUF models there the towers, too.
     """
-    if path is None:
-        # Imported here because importlib.metadata is slow, and needed for the default model only.
-        from squall import embedded
-
+    if path is not None and not os.path.exists(os.path.expanduser(path)):
+        path = resolve(str(path))
+    if path is None or path == DEFAULT:
         return embedded.find()
     chosen = Path(os.path.expanduser(path))
     if chosen.is_dir():
@@ -42,10 +43,7 @@ def locate(
     if chosen.is_file():
         return chosen
     if not is_id(str(path)):
-        raise ModelNotFound(
-            f"{str(path)!r} does not exist; name a GGUF file, the folder of a model, or a model of "
-            "the hub as owner/name or owner/name:file"
-        )
+        raise ModelNotFound(f"{str(path)!r} does not exist. {near(str(path))}{HOW}")
     fetched = (hub or Hub()).fetch(str(path), progress, judge, mmproj=mmproj)
     return _in_folder(fetched) if fetched.is_dir() else fetched
 
@@ -53,9 +51,10 @@ def locate(
 def looks_like_model(word: str) -> bool:
     """Whether a word of a command line means a model, and not a prompt.
 
-    It does if it is a file or a folder here, or could be one or an id of the hub alone.
+    It does if it is a file or a folder here, could be one or an id of the hub alone, or is a short
+    name.
     """
-    if os.path.exists(os.path.expanduser(word)):
+    if os.path.exists(os.path.expanduser(word)) or is_name(word):
         return True
     path = word.endswith(_ENDINGS) or (word[:1] in "./~" and "/" in word)
     return len(word.split()) == 1 and (path or (is_id(word) and _NAMES.match(word) is not None))

@@ -153,7 +153,7 @@ class Bench:
             raise InvalidRequest(f"{blocks * batch * BLOCK_SIZE} tokens; the cache has {most}")
         self.workload = workload
         self._tables: Int32 = np.arange(blocks * batch, dtype=np.int32).reshape(-1, blocks)
-        self._fill(0, workload.depth)
+        self.fill(0, workload.depth)
 
     def rates(self, repetitions: int, *, warm_up: bool = True) -> list[Result]:
         """Of `repetitions` rounds after one to warm up; a test of no tokens is left out."""
@@ -161,7 +161,7 @@ class Bench:
         rates: dict[str, list[float]] = {name: [] for name, _, _ in tests}
         for _ in range(warm_up + repetitions):
             for name, tokens, run in tests:
-                rates[name].append(tokens / _seconds(run))
+                rates[name].append(tokens / seconds(run))
         return [Result(name, found[warm_up:]) for name, found in rates.items()]
 
     def profiles(self) -> list[Profile]:
@@ -171,7 +171,7 @@ class Bench:
     def _tests(self) -> list[tuple[str, int, Callable[[], None]]]:
         """Name, tokens of all sequences, and what to run, in this order."""
         load = self.workload
-        prompts = partial(self._fill, load.depth, load.depth + load.prompt)
+        prompts = partial(self.fill, load.depth, load.depth + load.prompt)
         tests = (("pp", load.prompt, prompts), ("tg", load.answer, self._answers))
         wanted = [test for test in tests if test[1]]
         return [(load.test(kind, n), n * load.batch, run) for kind, n, run in wanted]
@@ -179,18 +179,18 @@ class Bench:
     def _answers(self) -> None:
         load = self.workload
         for position in range(load.context - load.answer, load.context):
-            self._step(range(load.batch), range(position, position + 1), outputs=True)
+            self.step(range(load.batch), range(position, position + 1), outputs=True)
 
-    def _fill(self, start: int, stop: int) -> None:
+    def fill(self, start: int, stop: int) -> None:
         """Compute the positions `start:stop` of each sequence by itself; logits of the last."""
         rows = self.workload.rows
         for sequence in range(self.workload.batch):
             for first in range(start, stop, rows):
                 last = min(first + rows, stop)
                 one = range(sequence, sequence + 1)
-                self._step(one, range(first, last), outputs=last == stop)
+                self.step(one, range(first, last), outputs=last == stop)
 
-    def _step(self, sequences: range, positions: range, *, outputs: bool) -> None:
+    def step(self, sequences: range, positions: range, *, outputs: bool) -> None:
         """One step with the same positions of each sequence, logits of the last if wanted."""
         self._steps += 1
         many, each = len(sequences), len(positions)
@@ -212,7 +212,7 @@ class Bench:
 
         def timed() -> None:
             nonlocal elapsed_s
-            elapsed_s = _seconds(run)
+            elapsed_s = seconds(run)
 
         before = self._steps
         phases = _merged(self.executor.profile(timed))
@@ -221,7 +221,7 @@ class Bench:
         return Profile(test, self._steps - before, elapsed_s, phases)
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], None]) -> float:
     start_s = time.perf_counter()
     run()
     return time.perf_counter() - start_s

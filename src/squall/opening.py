@@ -30,8 +30,8 @@ _CHOICES = {
 }  # fmt: skip
 _KINDS = {
     (int, "a whole number"): "context threads kv_tokens draft_tokens gqa adapter_bytes max_edge "
-    "image_bytes tensor_parallel",
-    (str, "text"): "architecture chat_template device",
+    "image_bytes tensor_parallel memory_bytes",
+    (str, "text"): "architecture chat_template device pooling",
     (int | str | list | tuple, "20 or '0:16;1:12'"): "device_layers",
     (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff t5 clip vae",
 }
@@ -80,6 +80,8 @@ class Opening:
     kv_dtype: of the KV cache; "q8_0" takes half the memory of "f16", and a little quality.
     kv: how large the KV cache is, for all requests together, and its blocks.
     kv_tokens: short for `KvSize(tokens=kv_tokens)`.
+    memory_bytes: of this machine's memory at most so many, for weights and KV cache; by default
+        what is free.
     isq: quantize the weights while they are read: "Q4K", "Q8_0", "HQQ4", "FP8"..., or bits.
     topology: other types for some layers, a `Topology` or its YAML file.
     dtype: of the float weights that are not quantized; "auto": as they are stored.
@@ -108,6 +110,8 @@ class Opening:
     anymoe: experts made of other models or adapters, and gates between them (AnyMoE).
     t5, clip, vae: of a model that makes pictures, where these parts are, if not beside it or where
         they usually come from.
+    pooling: of a model that embeds, which of a text's rows become its vector: "cls", the first,
+        "mean" or "last"; by default what its files say.
     max_edge: images are made smaller first, until their longer edge is at most so many pixels.
     image_bytes: so much memory for what models made of images lately, so that it is not made again.
     progress: called with (done, in all): bytes loaded; then adapters, or steps of a training.
@@ -126,6 +130,7 @@ class Opening:
     kv_dtype: KvDtype = "f16"
     kv: KvSize | None = None
     kv_tokens: int | None = None
+    memory_bytes: int | None = None
     isq: str | int | None = None
     topology: Topology | Path | None = None
     dtype: Dtype = "auto"
@@ -150,6 +155,7 @@ class Opening:
     t5: Path | None = None
     clip: Path | None = None
     vae: Path | None = None
+    pooling: str | None = None
     max_edge: int | None = None
     image_bytes: int = 256 << 20
     progress: Callable[[int, int], None] | None = field(default=None, compare=False)

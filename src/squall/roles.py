@@ -15,6 +15,7 @@ from squall.spec import (
     Decoder,
     Encoder,
     Flux,
+    Head,
     Layer,
     Mlp,
     Moe,
@@ -23,12 +24,12 @@ from squall.spec import (
     Tower,
 )
 
-Network = Decoder | Tower | Connector | Perceiver | Encoder | AutoEncoder | Flux
+Network = Decoder | Tower | Connector | Perceiver | Encoder | Head | AutoEncoder | Flux
 
 Shapes = dict[str, tuple[int, ...]]
 
-HAS_PRE_NORM = {"pre": True, "sandwich": True, "post": False, "parallel": True}
-HAS_POST_NORM = {"pre": False, "sandwich": True, "post": True, "parallel": False}
+HAS_PRE_NORM = {"pre": True, "sandwich": True, "post": False, "sum": False, "parallel": True}
+HAS_POST_NORM = {"pre": False, "sandwich": True, "post": True, "sum": True, "parallel": False}
 # By whether it recalls.
 ATTENTION = {False: "attention", True: "recall"}
 
@@ -53,6 +54,8 @@ def roles(network: Network) -> Shapes:
             return _perceiver(network)
         case Encoder():
             return _encoder(network)
+        case Head():
+            return _head(network)
         case Flux():
             return _flux(network)
 
@@ -109,12 +112,22 @@ def _perceiver(p: Perceiver) -> Shapes:
 
 
 def _encoder(e: Encoder) -> Shapes:
-    shapes = _linear("embed", e.vocab, e.hidden) | _norm("norm", e.norm, e.hidden)
-    if e.positions:
-        shapes |= _linear("positions", e.positions, e.hidden)
+    shapes = _linear("embed", e.vocab, e.hidden)
+    for role, rows in (("positions", e.positions), ("types", e.types)):
+        shapes |= _linear(role, rows, e.hidden) if rows else {}
+    for role, norm in (("embed_norm", e.embed_norm), ("norm", e.norm)):
+        shapes |= _norm(role, norm, e.hidden) if norm is not None else {}
     if e.relative is not None:
         shapes["relative.weight"] = (e.relative.buckets * e.layers[0].attention.heads,)
     return shapes | _layers(e.layers, e.hidden)
+
+
+def _head(head: Head) -> Shapes:
+    shapes, width = Shapes(), head.width
+    for index, dense in enumerate(head.layers):
+        shapes |= _linear(f"dense{index}", dense.width, width, bias=dense.bias)
+        width = dense.width
+    return shapes
 
 
 FLUX_STREAMS = ("text", "picture")

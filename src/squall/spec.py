@@ -1,7 +1,7 @@
-"""What a decoder is, and a tower, as frozen data. No architecture names, tensors, or file formats.
+"""What a decoder is, an encoder, and a tower, as frozen data.
 
-A recipe makes them from a checkpoint's configuration; `squall.decoder` and `squall.vision` compile
-them.
+No architecture names, tensors, or file formats. A recipe makes them from a checkpoint's
+configuration; `squall.decoder`, `squall.encoder` and `squall.vision` compile them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
-Wiring = Literal["pre", "sandwich", "post", "parallel"]
+Wiring = Literal["pre", "sandwich", "post", "sum", "parallel"]
 NormScope = Literal["head", "each_head", "row"]
 
 
@@ -209,6 +209,7 @@ class Layer:
     pre:      x += attn(norm(x)); x += ffn(norm(x))
     sandwich: x += norm(attn(norm(x))); x += norm(ffn(norm(x)))
     post:     x += norm(attn(x)); x += norm(ffn(x))
+    sum:      x = norm(x + attn(x)); x = norm(x + ffn(x))
     parallel: h = norm(x); x += attn(h) + ffn(h)
 
     gates: what attn and ffn are multiplied by before they are added. Where attention recalls, ffn
@@ -348,15 +349,37 @@ class Relative:
 class Encoder:
     """A transformer that makes a row of each token of a text.
 
-    positions: learned ones that there are; 0: none. relative: of all layers' attention.
+    norm: after the layers. positions: learned ones that there are; 0: none. first: that of a text's
+        first token. relative: of all layers' attention.
+    types: learned rows that say which of two texts a token is of. embed_norm: before the layers.
     """
 
     vocab: int
     hidden: int
     layers: tuple[Layer, ...]
-    norm: Norm
+    norm: Norm | None
     positions: int = 0
     relative: Relative | None = None
+    first: int = 0
+    types: int = 0
+    embed_norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """One linear of a `Head`: how wide its rows are, and whether their tanh is taken."""
+
+    width: int
+    bias: bool
+    tanh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Linears, one after another, over one row a text. width: of those that come in."""
+
+    width: int
+    layers: tuple[Dense, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from squall.api.messages import Messages, conversation
 from squall.api.requests import ChatCompletionRequest
 from squall.api.runner import Runner
 from squall.errors import InvalidRequest
+from squall.mcp import McpTools
 from squall.model import Model
 
 MOST_CALLS = 16
@@ -22,7 +23,8 @@ MOST_ERROR = 500  # characters
 
 Function = Callable[..., Any]
 # By name also with the JSON schema of the arguments, which otherwise the signature tells.
-Functions = Iterable[Function] | Mapping[str, Function | tuple[Mapping[str, Any], Function]]
+Named = Mapping[str, Function | tuple[Mapping[str, Any], Function]]
+Functions = Iterable[Function | McpTools] | Named
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,13 @@ def run(
 ) -> Outcome:
     """Answer a chat, calling functions as the model asks for.
 
-    functions: the model is told their signatures and docstrings, and what goes wrong in them.
+    functions: the model is told their signatures and docstrings, and what goes wrong in them;
+        tools of MCP servers may be among them.
     most_calls: after so many the model has to answer without.
     options: other fields of a ChatCompletionRequest; `tool_choice` is for the first answer.
     """
     runner = model if isinstance(model, Runner) else Runner(model)
-    named = functions if isinstance(functions, Mapping) else {f.__name__: f for f in functions}
-    known = {name: _tool(name, given) for name, given in named.items()}
+    known = _known(functions)
     tools = [{"type": "function", "function": told} for told, _ in known.values()]
     said = conversation(messages)
     while True:
@@ -67,8 +69,21 @@ def run(
         options.pop("tool_choice", None)
 
 
+def _known(functions: Functions) -> dict[str, tuple[dict[str, Any], Callable[[str], Any]]]:
+    """By name what the model is told, and what calls it with arguments as JSON."""
+    if isinstance(functions, Mapping):
+        return {name: _tool(name, given) for name, given in functions.items()}
+    found: dict[str, tuple[dict[str, Any], Callable[[str], Any]]] = {}
+    for each in functions:
+        found |= (
+            each.calls
+            if isinstance(each, McpTools)
+            else {each.__name__: _tool(each.__name__, each)}
+        )
+    return found
+
+
 def _tool(name: str, given: Any) -> tuple[dict[str, Any], Callable[[str], Any]]:
-    """What the model is told of a function, and what calls it with arguments as JSON."""
     schema, function = given if isinstance(given, tuple) else (None, given)
     if inspect.iscoroutinefunction(function):
         raise InvalidRequest(f"{name} is async; give a function that has its result when it ends")

@@ -108,7 +108,8 @@ def test_refused_messages(messages: Any, named: str) -> None:
         ({"best_of": MILLION}, "best_of"),
         ({"n": 3, "best_of": 2}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
-        ({"suffix": "."}, "suffix"),
+        ({"suffix": ".", "echo": True}, "suffix"),
+        ({"suffix": ".", "prompt": [1]}, "suffix"),
         ({"echo": True, "logprobs": 0, "truncate_sequence": True}, "echo"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -15,12 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 
 from squall import Model
 from squall.cli import chat as module
 from squall.cli.chat import Chat
+from squall.cli.chat_file import load, save
 from squall.cli.run import RunFlags
+from squall.engine.fields import numbers_of
+from squall.engine.sampling import SamplingFields
+from squall.vision.images import OWN
 
 OPTIONS = ("run", "--context", "1024", "--temperature", "0")
 Talk = Callable[..., tuple[str, str]]
@@ -38,7 +44,7 @@ def talk(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
     def say(*lines: str, system: str | None = None, **flags: Any) -> tuple[str, str]:
         waiting = iter([*lines, "\\exit"])
-        monkeypatch.setattr(module, "_reader", lambda: lambda: next(waiting))
+        monkeypatch.setattr(module, "_reader", lambda _: lambda: next(waiting))
         Chat(model, RunFlags(**{"temperature": 0.0} | flags).settings, system).loop()
         return capsys.readouterr()
 
@@ -95,6 +101,126 @@ def test_a_full_context_forgets_the_oldest_turns_but_not_the_system_message(
         assert [message["role"] for message in said[1::2]] == ["user"] * (len(said) // 2)
         assert said[-1]["content"] == line.strip()
     assert seen[-1][1]["content"] != lines[0].strip()
+
+
+def test_settings_are_shown_and_changed(talk: Talk) -> None:
+    lines = ("\\temperature 0.5", "\\top_k 3", "\\temperature", "\\top_k default", "\\set")
+    _, notes = talk(*lines, "\\seed 7", "Say hi.", max_tokens=3)
+    assert notes.count("temperature: 0.5\n") == 2
+    assert "top_k: 3\ntemperature: 0.5\ntop_k: default\n" in notes
+    shown = notes.partition("top_k: default\n")[2]
+    for name, value in {"temperature": "0.5", "top_k": "default", "max_tokens": "3"}.items():
+        assert re.search(rf"^\\{name} +{value} +\S", shown, re.MULTILINE)
+    assert "seed 7]" in notes
+
+
+def test_every_field_of_sampling_is_a_setting(talk: Talk) -> None:
+    values = dict.fromkeys(numbers_of(SamplingFields), "1")
+    values |= {"dry_sequence_breakers": '[".", "!"]', "max_tokens": "2"}
+    said, notes = talk(*(f"\\{name} {value}" for name, value in values.items()), "Hi")
+    assert said.strip()
+    assert "error" not in notes
+    assert "dry_sequence_breakers: ['.', '!']" in notes
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("\\temperature hot", "temperature is 'hot'; it must be a number, at least 0"),
+        ("\\temperature -1", "must be a number, at least 0"),
+        ("\\temperature NaN", "must be a number"),
+        ("\\top_k 1.5", "a whole number"),
+        ("\\top_p [[1]]", "must be a number"),
+        ("\\dry_sequence_breakers .", "a list of texts"),
+        ("\\dry_sequence_breakers [1]", "a list of texts"),
+        ("\\max_tokens 0", "at least 1"),
+    ],
+)
+def test_a_setting_that_is_wrong(line: str, reason: str, talk: Talk) -> None:
+    _, notes = talk(line, "\\set")
+    assert f"error: {line[1:].split()[0]} is" in notes
+    assert reason in notes
+    assert re.search(r"max_tokens +1024 ", notes)
+
+
+def test_a_chat_is_saved_and_loaded(talk: Talk, tmp_path: Path) -> None:
+    file, ask, first = tmp_path / "chat.json", "What is my name?", ("My name is Ada.", "\\top_k 5")
+    given = {"system": "Be brief.", "max_tokens": 12}
+    _, notes = talk(*first, f"\\save {file}", "\\save", **given)
+    assert notes.count(f"saved 1 turns in {file}") == 2
+    kept = json.loads(file.read_text())
+    assert [message["role"] for message in kept["messages"]] == ["system", "user", "assistant"]
+    assert kept["messages"][1]["content"] == "My name is Ada."
+    assert (kept["settings"]["temperature"], kept["settings"]["top_k"]) == (0.0, 5)
+    one, _ = talk(*first, ask, **given)
+    two, _ = talk(f"\\load {file}", ask, temperature=1.0, max_tokens=99)
+    assert one.endswith(two)
+    assert len(two.strip()) > 0
+    _, notes = talk(f"\\save {file}", "\\save")
+    assert "exists already" in notes
+    assert "name a file" in notes
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "there is no file"),
+        ("not JSON", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "needs a list of messages"),
+        ('{"messages": [], "settings": {"heat": 1}}', "'heat' is no setting"),
+        ('{"messages": [], "settings": {"top_k": "x"}}', "top_k is 'x'"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "take turns"),
+        ('{"messages": [{"role": "root", "content": "Hi"}, 3]}', "take turns"),
+        ('{"messages": [{"role": "system", "content": [1]}]}', "must be a text"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": '
+         '"file:///etc/passwd"}}]}, {"role": "assistant", "content": ""}]}', "data: URL"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_chat_leaves_this_one(
+    text: str | None, reason: str, talk: Talk, tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.json"
+    if text is not None:
+        file.write_text(text)
+    _, notes = talk(
+        "Say hi.", f"\\load {file}", f"\\save {tmp_path}/own.json", system="Be brief.", max_tokens=3
+    )
+    assert reason in notes
+    kept = json.loads((tmp_path / "own.json").read_text())
+    assert [message["content"] for message in kept["messages"]][:2] == ["Be brief.", "Say hi."]
+    assert kept["settings"]["max_tokens"] == 3
+
+
+def test_images_are_kept_as_the_api_has_them(tmp_path: Path) -> None:
+    image = PIL.Image.frombytes("RGB", (2, 2), bytes(range(12)))
+    parts = [{"type": "image", "source": image}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]
+    settings = RunFlags().settings
+    save(tmp_path / "a.json", messages, settings)
+    kept = json.loads((tmp_path / "a.json").read_text())
+    assert kept["messages"][0]["content"][0]["image_url"]["url"].startswith(
+        "data:image/png;base64,"
+    )
+    (first, second), _ = load(tmp_path / "a.json", settings, OWN)
+    assert first["content"][0]["source"].tobytes() == image.tobytes()
+    assert (first["content"][1], second) == (parts[1], messages[1])
+
+
+def test_an_answer_is_made_anew(talk: Talk, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    said, notes = talk(
+        "\\regenerate", "Tell me a story.", "\\regenerate", f"\\save {file}",
+        temperature=1.5, seed=3, max_tokens=8,
+    )  # fmt: skip
+    assert "there is no answer yet" in notes
+    first, second = said.strip("\n").split("\n", 1)
+    messages = json.loads(file.read_text())["messages"]
+    assert messages[0]["content"] == "Tell me a story."
+    assert len(messages) == 2
+    assert messages[1]["content"] != first
+    assert first != second
 
 
 # What the line editor sends when it begins to wait for a line, and when it has one.
@@ -160,6 +286,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for(PROMPT)
     terminal.type("\\exit\r")
+    assert terminal.process.wait(30) == 0
+
+
+def test_tab_completes_commands(terminal: Terminal) -> None:
+    terminal.wait_for(PROMPT)
+    terminal.type("\\temper\t")
+    terminal.wait_for("ature")
+    terminal.type(" 0.25\r")
+    terminal.wait_for("temperature: 0.25")
+    terminal.type("\x04")
     assert terminal.process.wait(30) == 0
 
 

@@ -46,7 +46,7 @@ def talk(
     def say(*lines: str, to: Model = model, **flags: Any) -> tuple[str, str]:
         waiting = iter([*lines, "\\exit"])
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(module, "_reader", lambda: lambda: next(waiting))
+        monkeypatch.setattr(module, "_reader", lambda _: lambda: next(waiting))
         settings = RunFlags(**{"temperature": 0.0, "max_tokens": 4} | flags).settings
         Chat(to, settings, None).loop()
         return capsys.readouterr()

@@ -234,7 +234,7 @@ def test_notes_are_told() -> None:
 
 def talk(monkeypatch: pytest.MonkeyPatch, line: str, *lines: str) -> Result:
     waiting = iter([*lines, "\\exit"])
-    monkeypatch.setattr(chat, "_reader", lambda: lambda: next(waiting))
+    monkeypatch.setattr(chat, "_reader", lambda _: lambda: next(waiting))
     return invoke(line, command=server)
 
 
@@ -279,7 +279,7 @@ def test_run_without_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run, "_asked", lambda prompt: prompt)
     waiting = iter(["a cat", "\\exit"])
-    monkeypatch.setattr(chat, "_reader", lambda: lambda: next(waiting))
+    monkeypatch.setattr(chat, "_reader", lambda _: lambda: next(waiting))
     assert invoke(f"run flux {SMALL} --seed 4").stdout == "image-a-cat-4.png\n"
     with pytest.raises(InvalidRequest, match="need a PROMPT"):
         invoke("run flux --n 2")

@@ -25,13 +25,14 @@ def shown(
     monkeypatch: pytest.MonkeyPatch,
     seconds: float,
     then: type[BaseException] | None = None,
+    **how: bool,
 ) -> str:
     """What is on `stderr` when half of the work was done after `seconds`, and then all of it."""
     now_s = 100.0
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr", stderr)
     monkeypatch.setattr(options.time, "monotonic", lambda: now_s)
-    with contextlib.suppress(KeyboardInterrupt), options.progress("loading") as show:
+    with contextlib.suppress(KeyboardInterrupt), options.progress("loading", **how) as show:
         now_s += seconds
         show(500, 1000)
         if then is not None:
@@ -44,6 +45,12 @@ def test_a_long_load_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(Terminal(), monkeypatch, 60)
     assert re.search(r"loading.*\b50%.*loading.*100%", text, re.DOTALL)
     assert text.rindex(SHOW) > text.rindex(HIDE)
+
+
+def test_a_download_has_bytes_and_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(Terminal(), monkeypatch, 60, sizes=True)
+    # The rate is not known yet, as the clock stands.
+    assert re.search(r"loading.*0\.5/1\.0 kB.*1\.0/1\.0 kB\S* \S*\?", text, re.DOTALL)
 
 
 def test_a_short_load_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,16 @@ def write_folder(folder: Path, model: str = "LlamaForCausalLM", **config: Any) -
     return folder
 
 
+def write_bert(folder: Path) -> Path:
+    """A model that embeds."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {name: value for name, value in SIZES.items() if "token" not in name}
+    BertModel(BertConfig(**sizes)).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
 def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

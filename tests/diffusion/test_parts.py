@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import transformers
 
-from squall import executors
+from squall import encoder, executors
 from squall.checkpoints.folder import open_folder
-from squall.diffusion import encoders
 from squall.diffusion.parts import Network
 from squall.executors import Placement
 from squall.executors.memory import activations
@@ -36,7 +35,7 @@ def network(folder: Path, *, isq: str | None = None, threads: int = 2, by_layer:
     checkpoint = open_folder(folder)
     part = load_t5(checkpoint)
     store = WeightStore(checkpoint, plan=Plan.of(isq))
-    program, pool = encoders.compile(part.spec, part.names), executors.thread_pool(threads)
+    program, pool = encoder.compile(part.spec, part.names), executors.thread_pool(threads)
     return Network(program, store, Placement(), pool, by_layer=by_layer)
 
 

@@ -134,3 +134,32 @@ def test_answers_do_not_depend_on_the_size(block_size: int) -> None:
 def test_this_machine() -> None:
     free = available_bytes()
     assert free is None or 0 <= free < 2**50
+
+
+@pytest.mark.parametrize(
+    ("group", "files"),
+    [
+        ("0::/box", {"box/memory.max": "1000", "box/memory.current": "900"}),
+        (
+            "5:cpu,memory:/box",
+            {"memory/box/memory.limit_in_bytes": "1000", "memory/box/memory.usage_in_bytes": "900"},
+        ),
+    ],
+)
+def test_pages_of_files_make_room_in_a_container(
+    monkeypatch: pytest.MonkeyPatch, group: str, files: dict[str, str]
+) -> None:
+    """What a model's file has in the page cache is counted as used, and is there to be taken."""
+    stat = "anon 200\nfile 700\ninactive_file 500\nactive_file 100\nslab 9\n"
+    stat += "total_inactive_file 500\ntotal_active_file 100\n"
+    known = {f"/sys/fs/cgroup/{name}": text for name, text in files.items()}
+    known |= {"/proc/self/cgroup": group}
+    where = next(iter(files)).rpartition("/")[0]
+    found = []
+    for text in ("", stat):
+        told = known | {f"/sys/fs/cgroup/{where}/memory.stat": text}
+        monkeypatch.setattr(
+            "squall.executors.memory._read", lambda path, told=told: told.get(str(path), "")
+        )
+        found.append(available_bytes())
+    assert found == [100, 700]

@@ -16,6 +16,7 @@ NAMES = [
     (r"model\.embed_tokens", "token_embd"),
     (r"model\.(norm|final_layernorm)", "output_norm"),
     (r"lm_head", "output"),
+    (r"dense_([23])", r"dense_\1"),  # of EmbeddingGemma, after pooling
     (r"model\.layers\.(\d+)\.input_layernorm", r"blk.\1.attn_norm"),
     (r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj", r"blk.\1.attn_\2"),
     (r"model\.layers\.(\d+)\.self_attn\.([qk])_norm", r"blk.\1.attn_\2_norm"),
@@ -31,8 +32,8 @@ NAMES = [
 POST_NORM = r"model\.layers\.(\d+)\.post_attention_layernorm"
 EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
 PERMUTED = {"llama", "granite", "smollm3"}
-UNIT_OFFSET = {"gemma", "gemma2", "gemma3"}
-OWN_POST_NORM = {"gemma2", "gemma3", "olmo2"}
+UNIT_OFFSET = {"gemma", "gemma2", "gemma3", "gemma-embedding"}
+OWN_POST_NORM = {"gemma2", "gemma3", "gemma-embedding", "olmo2"}
 NO_ROPE_BASE = {"phi2", "gemma", "gemma2"}
 ROPE_DIMENSIONS = {"llama", "granite", "smollm3", "phi2", "phi3"}
 

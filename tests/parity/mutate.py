@@ -34,6 +34,7 @@ PRESENT: dict[str, Any] = {
     "qk_norm": Norm("rms", 0.01),
     "pre_norm": Norm("layer", 0.01, bias=True),
     "norm": Norm("layer", 0.01, bias=True),
+    "embed_norm": Norm("layer", 0.01, bias=True),
     "activation": "relu",
     "rope": Rope(10000.0, 32),
     "relative": Relative(8, 16),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,3 +27,16 @@ def imports(tree: ast.Module) -> Iterator[str]:
         else:
             continue
         yield from (name for name in names if name.split(".")[0] == "squall")
+
+
+PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code of a page in fences of this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def lines(page: Path) -> list[str]:
+    """What a page shows of a shell, line by line."""
+    return [line for block in blocks(page, "sh") for line in block.splitlines()]

@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "roles": {"spec"},
     "blocks": {"spec", "roles", "program"},
     "decoder": {"errors", "spec", "roles", "program", "blocks"},
+    "encoder": {"spec", "roles", "program", "blocks"},
     "quant": {"errors", "_native"},
     "checkpoints": {"errors", "files", "quant"},
     "recipes": {"errors", "files", "spec", "roles", "program", "checkpoints"},
@@ -44,13 +45,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",
     },
     "diffusion": {
-        "errors", "closing", "files", "spec", "roles", "program", "blocks", "checkpoints",
-        "recipes", "quant", "weights", "executors", "text", "vision", "opening", "locate",
-        "_native",
+        "errors", "closing", "files", "spec", "roles", "program", "blocks", "encoder",
+        "checkpoints", "recipes", "quant", "weights", "executors", "text", "vision", "opening",
+        "locate", "names", "_native",
+    },
+    "embeddings": {
+        "errors", "closing", "files", "spec", "program", "batch", "encoder", "checkpoints",
+        "recipes", "quant", "weights", "executors", "text", "opening", "locate",
     },
     "embedded": {"errors"},
     "opening": {"errors", "adapters", "checkpoints", "engine", "executors", "quant"},
-    "locate": {"errors", "embedded", "checkpoints"},
+    "names": {"errors", "files", "embedded", "checkpoints"},
+    "locate": {"errors", "embedded", "checkpoints", "names"},
     "measure": {
         "errors", "batch", "quant", "recipes", "decoder", "checkpoints", "weights", "executors",
         "engine", "locate", "_native",
@@ -59,6 +65,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 # From here on what users meet: the model, what is asked of it, its server and its commands.
 ABOVE: dict[str, set[str]] = {
     "assembly": set(MAY_IMPORT) - {"measure"},
+    "tuning": {
+        "errors", "assembly", "decoder", "engine", "executors", "measure", "opening", "program",
+        "quant", "weights",
+    },
+    "needs": {
+        "errors", "assembly", "checkpoints", "decoder", "diffusion", "engine", "executors",
+        "locate", "opening",
+    },
     "model": {
         "errors", "closing", "adapters", "assembly", "engine", "executors", "opening", "program",
         "quant", "spec", "text", "vision", "weights",
@@ -67,11 +81,13 @@ ABOVE: dict[str, set[str]] = {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model", "diffusion",
     },
+    "mcp": {"errors", "closing", "text"},
     "server": {
         "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
+        "embeddings", "executors", "mcp", "needs", "opening", "quant", "text",
     },
     "load": {"errors", "engine", "model"},
-    "tools": {"errors", "model", "api"},
+    "tools": {"errors", "model", "api", "mcp"},
 }  # fmt: skip
 TOP = {"cli", "__init__", "__main__"}
 

@@ -115,6 +115,39 @@ def in_thread(model: Model, **options: Any) -> Iterator[Running]:
 
 
 @dataclass
+class Serving:
+    """A server of several models in a thread."""
+
+    port: int
+    server: Server
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def service(self) -> Service:
+        return self.server.service
+
+
+@contextmanager
+def serving(models: Any, **options: Any) -> Iterator[Serving]:
+    """A server until the end of the block, of a model or of several by name."""
+    started = threading.Event()
+    server = make_server(models, ServerOptions(**options), started.set)
+    listener = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert started.wait(WAIT_S)
+        yield Serving(listener.getsockname()[1], server)
+    finally:
+        server.should_exit = True
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
+@dataclass
 class Process:
     """`squall serve` in a process."""
 

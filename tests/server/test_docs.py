@@ -1,4 +1,4 @@
-"""docs/serving.md: its commands run, and its numbers are those of the code."""
+"""docs/serving.md: its benchmarks and its code run, and its numbers are those of the code."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer.main
-from painters import serving
-from servers import Process, events
+from servers import Process
 
 from squall import Model
 from squall.engine.memory import USUAL_TOKENS
@@ -24,38 +22,6 @@ from squall.server.options import ServerOptions
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 LINES = [line for b in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in b.splitlines()]
 BENCHES = [line for line in LINES if line.startswith("squall bench")]
-
-
-@pytest.mark.parametrize("line", [line for line in LINES if re.match(r"squall(-server)? ", line)])
-def test_commands_parse(line: str) -> None:
-    from squall.cli.app import app
-    from squall.cli.serve import server
-
-    name, *arguments = shlex.split(line)
-    if name == "squall-server":
-        at = arguments.index("gguf")
-        group = typer.main.get_command(server)
-        group.make_context(name, arguments[: at + 1], resilient_parsing=False)
-        command, rest = group.get_command(None, "gguf"), arguments[at + 1 :]  # type: ignore[attr-defined]
-    else:
-        command = typer.main.get_command(app).get_command(None, arguments[0])  # type: ignore[attr-defined]
-        rest = arguments[1:]
-    assert command is not None
-    command.make_context(name, rest)
-
-
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("curl")])
-def test_curl_gets_an_answer(server: Process, line: str) -> None:
-    def curl(url: str) -> str:
-        command = [part.replace("http://127.0.0.1:8080", url) for part in shlex.split(line)]
-        found = ["curl", "-s", *command[1:]]
-        return subprocess.run(found, capture_output=True, text=True, check=True).stdout
-
-    if "/images/" in line:
-        with serving() as running:
-            assert json.loads(curl(running.url))["data"][0]["url"].startswith(running.url)
-    else:
-        assert events(curl(server.url))[-1] == "[DONE]"
 
 
 @pytest.mark.parametrize("line", BENCHES)

@@ -34,6 +34,7 @@ ROUTES = {
     ("POST", "/v1/images/generations"), ("GET", "/v1/nothing"), ("GET", "/v1/adapters"),
     ("POST", "/v1/adapters"), ("DELETE", "/v1/adapters/x"), ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"), ("POST", "/v1/images/edits"), ("GET", "/images/x"),
+    ("GET", "/ui"), ("GET", "/ui/x"),
 }  # fmt: skip
 
 
@@ -61,10 +62,10 @@ def test_row_s8_every_route_asks_for_a_key(
     http: httpx.Client, method: str, path: str, header: str
 ) -> None:
     response = http.request(method, path, headers={"Authorization": header}, content=b"{}")
-    if path in {"/", "/health", "/docs"}:
+    if path in {"/", "/health", "/docs", "/ui"}:
         assert response.status_code == 200
         return
-    if path == "/images/x":  # whose name is the key
+    if path in {"/images/x", "/ui/x"}:  # whose name is the key, and a file that is the same for all
         assert response.status_code == 404
         return
     assert response.status_code == 401
@@ -83,7 +84,7 @@ def test_row_s8_no_route_is_forgotten(running: Running) -> None:
     app: Any = running.server.config.app
     found = {re.sub(r"\{\w+(:path)?\}", "x", path) for path in paths(app.routes)}
     assert found == {path for _, path in ROUTES} - {"/v1/nothing"}
-    assert frozenset({"/", "/health", "/docs"}) == OPEN_PATHS
+    assert frozenset({"/", "/health", "/docs", "/ui"}) == OPEN_PATHS
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -1,4 +1,4 @@
-"""examples/ray_serve.py: two replicas behind one endpoint, of which one is killed."""
+"""examples/server/ray_serve.py: two replicas behind one endpoint, of which one is killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from servers import in_thread, until
 
 from squall import Model
 
-EXAMPLE = Path(__file__).parents[2] / "examples/ray_serve.py"
+EXAMPLE = Path(__file__).parents[2] / "examples/server/ray_serve.py"
 START_S = 120.0
 REQUESTS = 200
 TOPICS = ("the sea", "old ships", "bread", "winter", "bees", "clocks", "rivers", "glass")

@@ -104,6 +104,11 @@ class Shelf:
         """What requests get that ask for none."""
         return tuple(self._active)
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """And with which weights."""
+        return dict(self._active)
+
     def __contains__(self, name: object) -> bool:
         return name in self._versions
 

@@ -68,8 +68,8 @@ def start_completion(
     _check_count(model, len(request.prompts) * request.candidates)
     answers: list[tuple[Request, _Choice]] = []
     for number, prompt in enumerate(request.prompts):
-        chats.check_characters(model, len(prompt))
-        asked = _request(model, request, prompt, tenant)
+        chats.check_characters(model, len(prompt) + len(request.suffix or ""))
+        asked = _request(model, request, _read(model, request, prompt), tenant)
         if answers:  # the versions of adapters that the first prompt has
             asked = replace(asked, adapters=answers[0][0].adapters, scope=answers[0][0].scope)
         answers += [
@@ -368,6 +368,18 @@ def _request(
     return replace(asked, ignore_eos=request.ignore_eos)
 
 
+def _read(
+    model: Model, request: CompletionRequest, prompt: str | Sequence[int]
+) -> str | Sequence[int]:
+    """The prompt, as ids if it asks for what is between two texts."""
+    if not isinstance(prompt, str):
+        return prompt
+    if request.suffix is not None:
+        return model.tokenizer.encode_fill(prompt, request.suffix)
+    fills = model.tokenizer.asks_to_fill(prompt)
+    return model.tokenizer.encode(prompt, specials=True) if fills else prompt
+
+
 def _completion(
     model: Model, request: CompletionRequest, asked: Request, number: int
 ) -> tuple[Request, _Choice]:
@@ -382,8 +394,11 @@ def _completion(
         elif request.max_tokens == 0:
             scoring = Scoring(lambda *_: None, len(asked.ids) - 1)
     judged = 0 if request.candidates > request.n else None
+    filling = model.tokenizer.filling
+    fills = filling is not None and not filling.stops.isdisjoint(asked.ids)
     asked = replace(
         asked,
+        stop_ids=asked.stop_ids | (filling.stops if filling and fills else frozenset()),
         max_tokens=request.max_tokens,
         logprobs=judged if request.logprobs is None else request.logprobs,
         scoring=scoring,

@@ -175,7 +175,7 @@ class CompletionRequest(_Request):
     best_of: make so many answers, and of those give the `n` with the highest mean log-probability.
     echo: begin with the prompt; mistral.rs's name is `echo_prompt`. With it, `max_tokens` may be 0.
     logprobs: tell each token's log-probability, and so many of the likeliest.
-    suffix: not supported, as no model here has a template to fill in with.
+    suffix: what comes after the answer, for models that can fill in; such prompts are never cut.
     """
 
     prompt: Prompts
@@ -198,9 +198,9 @@ class CompletionRequest(_Request):
         return [given] if alone else list(given)
 
     def _check(self) -> None:
-        if self.suffix:
-            raise InvalidRequest("suffix is not supported yet; leave it out")
         super()._check()
+        if self.suffix is not None:
+            self._check_suffix()
         if self.tools or self.tool_schemas:
             name = "tools" if self.tools else "tool_schemas"
             raise InvalidRequest(f"{name} is for chats, not for completions; leave it out")
@@ -219,6 +219,12 @@ class CompletionRequest(_Request):
         if not len(self.prompts):
             raise InvalidRequest("prompt is an empty list; give at least one text")
         check_short("prompt", self.prompts, MOST_PROMPTS)
+
+    def _check_suffix(self) -> None:
+        check(isinstance(self.suffix, str), "suffix", self.suffix, "a text")
+        if self.echo or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise InvalidRequest("suffix needs prompts that are texts, and no echo")
+        self._set("truncate_sequence", False)
 
 
 def _check_template_kwargs(given: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
 FINGERPRINT = "local"
@@ -68,6 +68,19 @@ class Usage(Shape):
     total_completion_time_sec: float
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
+
+    def __add__(self, later: Usage) -> Usage:
+        """Of two answers one after the other, with the later one's rates."""
+        names = [f.name for f in fields(self) if f.name.startswith("avg_")]
+        both: Usage = _added(self, later)
+        return replace(both, **{name: getattr(later, name) for name in names})
+
+
+def _added(one: Any, other: Any) -> Any:
+    if not isinstance(one, Shape):
+        return one + other
+    pairs = ((getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    return type(one)(*(_added(*pair) for pair in pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +234,10 @@ class _Chunk(Shape, Generic[_Choice]):
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletionResponse(_Whole[Choice]):
+    """squall_tools: the calls that a server has made itself, with their results."""
+
     object: str = "chat.completion"
+    squall_tools: tuple[dict[str, str], ...] = field(default=(), metadata=OMIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +245,7 @@ class ChatCompletionChunkResponse(_Chunk[ChunkChoice]):
     """A part of a chat's answers; the one with the usage has no choices."""
 
     object: str = "chat.completion.chunk"
+    squall_tools: tuple[dict[str, str], ...] = field(default=(), metadata=OMIT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -29,8 +30,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OF = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _CONFIGURATION = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
-    r"|chat_template|processor_config|preprocessor_config)\.json|chat_template\.jinja"
+    r"|chat_template|processor_config|preprocessor_config|modules|config_sentence_transformers"
+    r"|sentence_(bert|roberta)_config)\.json|chat_template\.jinja"
+    r"|\d_[A-Za-z]{1,30}/(config\.json|model\.safetensors)"  # what follows a model that embeds
     r"|additional_chat_templates/[A-Za-z0-9_-]+\.jinja"
+    # Of models that embed: their modules after the transformer, and BERT's vocabulary.
+    r"|(modules|config_sentence_transformers|sentence_bert_config)\.json|vocab\.txt"
+    r"|\d{1,2}_[A-Za-z]{1,20}/(config\.json|model\.safetensors)"
 )
 # Of models that make pictures: the parts of a pipeline, and what is FLUX.1's own layout.
 _PICTURES = re.compile(
@@ -125,13 +131,26 @@ class Hub:
         """What the cache has for `file`, or None unless it has all of it."""
         from huggingface_hub import constants
 
-        root = Path(constants.HF_HUB_CACHE) / ("models--" + id.replace("/", "--"))
-        try:
-            commit = (root / "refs" / self.revision).read_text().strip()
-        except OSError:
-            commit = self.revision
-        folder = root / "snapshots" / commit
-        return _in_folder(folder, file, skip) if _COMMIT.fullmatch(commit) else None
+        folder = snapshot(_folder_of(Path(constants.HF_HUB_CACHE), id), self.revision)
+        return None if folder is None else _in_folder(folder, file, skip)
+
+
+def _folder_of(cache: Path, id: str) -> Path:
+    return cache / f"models--{id.replace('/', '--')}"
+
+
+def snapshot(repository: Path, revision: str) -> Path | None:
+    """The folder of a repository of the cache at a revision."""
+    try:
+        commit = (repository / "refs" / revision).read_text().strip()
+    except (OSError, ValueError):
+        commit = revision
+    return repository / "snapshots" / commit if _COMMIT.fullmatch(commit) else None
+
+
+def files_in(folder: Path) -> set[str]:
+    """The names of the files of a folder and those below."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def is_id(name: str) -> bool:
@@ -176,16 +195,16 @@ def _token_source(source: str) -> tuple[str, str]:
 
 def _in_folder(folder: Path, file: str, skip: tuple[str, ...]) -> Path | None:
     """What a folder of the cache has for `file`, or None unless it has all of it."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = files_in(folder)
     try:
         chosen, main = choose(names, file, skip=skip)
     except ModelNotFound:
         return None
-    whole = all(part in names for name in chosen for part in _parts(name))
+    whole = all(part in names for name in chosen for part in parts_of(name))
     return (folder / main if main else folder) if whole else None
 
 
-def _parts(name: str) -> list[str]:
+def parts_of(name: str) -> list[str]:
     """The names of the whole set of files that a file is one of, such as 00002-of-00003."""
     of = _OF.search(name)
     last = 1 if of is None else min(int(of[2]), 10_000)
@@ -233,7 +252,7 @@ def choose(
                ", and no model.safetensors or pytorch_model.bin")
         )  # fmt: skip
     more = tower(names) if mmproj and not is_mmproj(found[0]) else []
-    return [part for part in _parts(found[0]) if part in names] + more, found[0]
+    return [part for part in parts_of(found[0]) if part in names] + more, found[0]
 
 
 def _pictures(names: Collection[str]) -> list[str]:
@@ -298,6 +317,7 @@ class _Download:
         if judge is not None:
             judge(_known(info, main))
         whole = sum(sizes[name] for name in names)
+        self._check_space(sizes, names, str(info.sha))
         bar = _bar(lambda count: self._progress(min(count, whole), whole))
         options |= {"allow_patterns": names, "tqdm_class": bar}
         folder = Path(self._attempt(lambda: snapshot_download(id, **options)))
@@ -305,6 +325,21 @@ class _Download:
             raise ConnectionError(f"{self._id} changed while it was downloaded, or came in part")
         self._progress(whole, whole)
         return folder / main if main else folder
+
+    def _check_space(self, sizes: Mapping[str, int], names: list[str], commit: str) -> None:
+        """Raises ModelNotFound if what is to come does not fit the disk of the cache."""
+        from huggingface_hub import constants
+
+        cache = Path(constants.HF_HUB_CACHE)
+        root = _folder_of(cache, self._id)
+        missing = sum(sizes[n] for n in names if not (root / "snapshots" / commit / n).is_file())
+        begun = sum(file.stat().st_size for file in root.glob("blobs/*.incomplete"))
+        free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
+        if missing - begun > free:
+            raise ModelNotFound(
+                f"{self._id} needs {missing / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free "
+                f"where {cache} is; remove something (squall rm), or set HF_HOME to another disk"
+            )
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """Do something on the hub; what fails gets the remedy."""

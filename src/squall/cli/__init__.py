@@ -12,18 +12,18 @@ from squall.errors import SquallError
 
 def main() -> None:
     """Run the command line; errors are one line on stderr and exit status 1 (2 for wrong usage)."""
-    _run("squall.cli.app:app")
+    _run("squall.cli.app:app", "squall")
 
 
 def server() -> None:
-    _run("squall.cli.serve:server")
+    _run("squall.cli.serve:server", "squall-server")
 
 
-def _run(app: str) -> None:
+def _run(app: str, name: str) -> None:
     _open_streams()
     try:
         try:
-            resolve_name(app)()
+            resolve_name(app)(prog_name=name)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:  # before a command began, which ends as it sees fit

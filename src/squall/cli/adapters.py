@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from squall.cli.flags import HELP
 from squall.cli.inspect import inspect
 from squall.cli.opening import named_adapters
-from squall.cli.options import Json, Threads, progress
+from squall.cli.options import HELP, Json, Threads, progress
 from squall.errors import InvalidRequest, ModelNotFound
 from squall.opening import NO_MMPROJ, Opening
 

@@ -18,22 +18,23 @@ import typer
 from typer.core import TyperGroup
 from typer.models import ArgumentInfo
 
-from squall.cli.options import keyword, taking
+from squall.cli.completion import complete_known
+from squall.cli.options import HELP, keyword, taking
 from squall.cli.selectors import SELECTORS, Selected
 from squall.engine.fields import Number, described, help_of
 from squall.errors import ModelNotFound
 from squall.locate import looks_like_model
+from squall.names import known
 
 Command = Callable[..., Any]
 Flags = TypeVar("Flags")
 
-HELP = {"help_option_names": ["-h", "--help"]}
 PANEL = "Kinds of models, instead of -f and -m"
 MORE = "Options of the command, which may come before the kind too"
 # The commands for words that are no kind, and how help calls the words.
 MODEL, TEXT = "MODEL", "PROMPT"
 HELP_OF = {
-    MODEL: "A GGUF file, the folder of a model, or a model of the hub, as -f and -m take.",
+    MODEL: "A GGUF file, a folder, a model of the hub, or a short name, as -f and -m take.",
     TEXT: "What to ask, before what a pipe says; -: that alone; none, on a terminal: a chat.",
 }
 # What names a model where no kind does.
@@ -55,17 +56,27 @@ class _Kinds(TyperGroup):
             return "", self.commands[MODEL], ["--", *args] if quoted else args
         return super().resolve_command(ctx, args)
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Kinds, options, and what a model may be."""
+        found = super().shell_complete(ctx, incomplete)
+        words = next(p for p in self.commands[MODEL].params if p.name == "words")
+        models = words.shell_complete(ctx, incomplete)
+        return [item for item in found if item.value not in (MODEL, TEXT)] + models
+
 
 def command(
-    name: str, flags: type[Flags], act: Callable[[Flags, Selected], None], **settings: Any
-) -> typer.Typer:
+    name: str, flags: type[Flags], act: Callable[[Flags, Any], None], *, several: bool = False,
+    **settings: Any,
+) -> typer.Typer:  # fmt: skip
     """The command that calls `act` with an object of the dataclass `flags`, and the kind.
 
+    several: it takes more than one model, and then `act` gets a tuple of them.
     All fields have defaults. Those that are arguments come last: after the kind, if there is one.
     """
     own = _fields(flags)
     takes_text = any(map(_is_argument, own))
-    metavar = f"[{MODEL}] [{TEXT}] | KIND ... [{TEXT}]" if takes_text else f"[{MODEL} | KIND ...]"
+    models = f"[{MODEL}{' ...' * several} | KIND ...]"
+    metavar = f"[{MODEL}] [{TEXT}] | KIND ... [{TEXT}]" if takes_text else models
     app = typer.Typer(
         name=name, cls=_Kinds, help=act.__doc__, subcommand_metavar=metavar, context_settings=HELP,
         invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False,
@@ -79,7 +90,7 @@ def command(
 
     app.callback()(_taking([p for p in own if not _is_argument(p)], begin))
     for name in (MODEL, TEXT) if takes_text else (MODEL,):
-        going_on = _words(own, act, HELP_OF[name])
+        going_on = _words(own, act, HELP_OF[name], several=several)
         app.command(name, rich_help_panel="Arguments", context_settings=HELP)(going_on)
     for word, selector in SELECTORS.items():
         more = [p for p in own if p.name not in _NAMES]
@@ -106,12 +117,17 @@ def _after(
     return _taking([*chosen, *_without(own, chosen)], run)
 
 
-def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], doc: str) -> Command:
+def _words(
+    own: list[inspect.Parameter], act: Callable[[Any, Any], None], doc: str, *, several: bool
+) -> Command:
     """The rest of the command where no kind is named: a model, a text, or both."""
     takes_text = any(map(_is_argument, own))
 
     def run(invocation: typer.Context, words: list[str], **given: Any) -> None:
         flags, fail = _changed(invocation, given), (invocation.parent or invocation).fail
+        if several and len(words) > 1:
+            act(flags, tuple(words))
+            return
         text_only = invocation.meta[_QUOTED] or flags.file is not None or flags.model is not None
         is_text = takes_text and text_only and len(words) == 1
         model = words[0] if not is_text and looks_like_model(words[0]) else None
@@ -119,7 +135,10 @@ def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], d
         if len(text) > 1 or (text and model and not takes_text):
             fail(f"one prompt at most, in quotes, and no more words: {shlex.quote(' '.join(text))}")
         if not takes_text and not model:
-            close = [*difflib.get_close_matches(words[0], SELECTORS, 1), "-f FILE or -m owner/name"]
+            close = [
+                *difflib.get_close_matches(words[0], [*SELECTORS, *known()], 1),
+                "-f FILE or -m owner/name",
+            ]
             fail(f"no model is named {words[0]!r}. Did you mean {close[0]}?")
         try:
             act(replace(flags, prompt=text[0]) if takes_text and text else flags, model)
@@ -129,9 +148,9 @@ def _words(own: list[inspect.Parameter], act: Callable[[Any, Selected], None], d
             raise ModelNotFound(f"{error}{doubt}") from None
 
     run.__doc__ = doc
-    argument = Annotated[list[str], typer.Argument(hidden=True)]
-    words = keyword("words", argument)
-    return _taking([words, *(p for p in own if not _is_argument(p))], run)
+    words = typer.Argument(hidden=True, autocompletion=complete_known)
+    argument = Annotated[list[str], words]
+    return _taking([keyword("words", argument), *(p for p in own if not _is_argument(p))], run)
 
 
 def _changed(invocation: typer.Context, given: Mapping[str, Any]) -> Any:

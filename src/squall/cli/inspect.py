@@ -9,22 +9,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from squall.cli.completion import complete_known
+from squall.cli.getting import get_default
 from squall.cli.opening import check_one, makes_pictures
-from squall.cli.options import T5, Clip, DeviceLayers, File, Folder, Json, Vae
-from squall.errors import SquallError
+from squall.cli.options import T5, Clip, DeviceLayers, File, Folder, Json, Vae, Yes
+from squall.cli.verdict import Verdict, mib, of_header, of_model
+from squall.names import DEFAULT
 from squall.opening import Opening
 
 if TYPE_CHECKING:
     from squall.checkpoints import Checkpoint, Inspection
     from squall.executors.memory import Load
-    from squall.recipes import Recipe
-    from squall.text.tokenizer import Tokenizer
 
-USUAL = 640, 480  # pixels of an image whose cost is told
 SIZES = ((512, 512), (1024, 1024), (1280, 720))  # of pictures
 _LORA = re.compile(r"(.+?)\.lora_(?:embedding_)?([aAbB])(?:\..*)?")
 
@@ -32,7 +32,10 @@ _LORA = re.compile(r"(.+?)\.lora_(?:embedding_)?([aAbB])(?:\..*)?")
 def inspect(
     model: Annotated[
         str | None,
-        typer.Argument(help="A GGUF file, the folder of a model or adapter; or the default."),
+        typer.Argument(
+            help="A GGUF file, the folder of a model or adapter, a short name; or the default.",
+            autocompletion=complete_known,
+        ),
     ] = None,
     file: File = None,
     folder: Folder = None,
@@ -44,9 +47,10 @@ def inspect(
     t5: T5 = None,
     clip: Clip = None,
     vae: Vae = None,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Show metadata, tensors and types of a model file, and whether Squall can run it.
+    """Tell whether Squall can run a model, and show metadata, tensors and types of its file.
 
     With --device or -n: how many layers run where, what they take, and what is free. Of an
     adapter it shows which modules are adapted, with which rank; of a model that makes pictures its
@@ -58,40 +62,57 @@ def inspect(
 
     squall inspect model.gguf
     """
-    from squall.checkpoints import describe, read_header
-    from squall.locate import locate
-
     check_one(model, file, folder)
     name = model or file or folder
     if name is not None and makes_pictures(name):
-        _pictures(Opening(name, t5=t5, clip=clip, vae=vae), as_json=as_json)
+        _show_pictures(of_pictures(Opening(name, t5=t5, clip=clip, vae=vae)), as_json=as_json)
         return
-    adapter = None if name is None else _adapter(Path(os.path.expanduser(name)))
-    path = adapter.path if adapter else locate(name)
-    header = adapter or read_header(path)
-    found, modules = describe(header), list[_Adapted]()
-    if adapter or header.metadata.get("general.type") == "adapter":
-        run = _Run(f"it is an adapter; open a model with it: squall run MODEL --adapter {path}")
-        modules = _modules(found)
-    else:
-        run = _tried(path)
+    if name in (None, DEFAULT):
+        get_default(yes)
+    found, verdict, modules = examined(name)
     loads = []
-    if not run.obstacle and (device, layers) != (None, None):
+    if verdict.obstacle is None and (device, layers) != (None, None):
         named = "cpu" if device is None else device
-        loads = _loads(Opening(path, device=named, device_layers=layers))
+        loads = _loads(Opening(found.path, device=named, device_layers=layers))
     if as_json:
-        report = asdict(found) | {"runs": not run.obstacle, "obstacle": run.obstacle or None}
-        report |= {"sees": run.sees or None, "modules": [m._asdict() for m in modules]}
+        report = asdict(found) | {"runs": verdict.obstacle is None, "obstacle": verdict.obstacle}
+        report |= {"verdict": verdict.report(), "sees": verdict.sees}
+        report |= {"modules": [m._asdict() for m in modules]}
         report |= {"placement": [asdict(load) for load in loads]}
         typer.echo(json.dumps(report))
     else:
-        _print(found, run, modules, loads)
+        _print(found, verdict, modules, loads)
 
 
-def _pictures(opening: Opening, *, as_json: bool) -> None:
-    """The parts of a model that makes pictures; raises what is wrong with one."""
+def examined(name: str | None) -> tuple[Inspection, Verdict, list[_Adapted]]:
+    """What is in a model of text or an adapter, whether Squall can run it, and what it adapts."""
+    from squall.checkpoints import describe, read_header
+    from squall.locate import locate
+
+    adapter = None if name is None else _adapter(Path(os.path.expanduser(name)))
+    path = adapter.path if adapter else locate(name)
+    header = adapter or read_header(path)
+    found = describe(header)
+    if adapter or header.metadata.get("general.type") == "adapter":
+        how = f"it is an adapter; open a model with it: squall run MODEL --adapter {path}"
+        return found, of_header(found, how), _modules(found)
+    return found, of_model(path, found), []
+
+
+class Pictures(NamedTuple):
+    """What a model that makes pictures takes, by part and by size of a picture."""
+
+    path: Path
+    verdict: Verdict
+    parts: list[dict[str, Any]]
+    sizes: dict[str, dict[str, int]]
+
+
+def of_pictures(opening: Opening) -> Pictures:
+    """Raises what is wrong with the model."""
     from squall.diffusion.pipeline import OFFLOADED, open_pipeline
     from squall.diffusion.request import PictureRequest
+    from squall.executors.memory import available_bytes
 
     pipeline, path = open_pipeline(replace(opening, architecture=OFFLOADED))  # reads no weight
     parts: list[dict[str, Any]] = [
@@ -110,24 +131,37 @@ def _pictures(opening: Opening, *, as_json: bool) -> None:
         asked = PictureRequest(prompt="any", width=width, height=height)
         kept, by_layer = whole + pipeline.needs(asked, loaded=True), pipeline.needs(asked)
         sizes[f"{width}x{height}"] = {"bytes": kept, "bytes_by_layer": by_layer}
+    types = {name for part in parts for name in part["types"]}
+    size, told = next(reversed(sizes.items()))
+    verdict = Verdict(
+        architecture="flux", parameters=sum(part["parameters"] for part in parts),
+        quantization=" and ".join(sorted(types)), memory=told["bytes"],
+        usual=f"a picture of {size} ({mib(told['bytes_by_layer'])} as flux-offloaded)",
+        free=available_bytes(), can=("makes pictures",),
+    )  # fmt: skip
+    return Pictures(path, verdict, parts, sizes)
+
+
+def _show_pictures(found: Pictures, *, as_json: bool) -> None:
+    path, verdict, parts, sizes = found
     if as_json:
-        report = {"path": str(path), "runs": True, "parts": parts, "sizes": sizes}
-        typer.echo(json.dumps(report))
+        report = {"path": str(path), "runs": True, "verdict": verdict.report()}
+        typer.echo(json.dumps(report | {"parts": parts, "sizes": sizes}))
         return
     from rich.console import Console
     from rich.table import Table
 
+    typer.echo(f"{verdict}\n{path}")
     table = Table("part", "parameters", "types", "MiB", "as flux-offloaded, MiB")
     for part in parts:
         table.add_row(part["part"], str(part["parameters"]), ", ".join(part["types"]), *_mib(part))
     for size, told in sizes.items():
         table.add_row(f"with a picture of {size}, about", "", "", *_mib(told))
     Console().print(table)
-    typer.echo(f"{path}: weights take {whole / 2**20:.1f} MiB. Squall can run it: yes")
 
 
 def _mib(told: Mapping[str, Any]) -> list[str]:
-    return [f"{told[name] / 2**20:.1f}" for name in ("bytes", "bytes_by_layer")]
+    return [mib(told[name]) for name in ("bytes", "bytes_by_layer")]
 
 
 def _adapter(folder: Path) -> Checkpoint | None:
@@ -178,54 +212,24 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-class _Run(NamedTuple):
-    """Why Squall cannot run a model, or ""; and what it sees with, and at what cost, or ""."""
-
-    obstacle: str = ""
-    sees: str = ""
-
-
-def _tried(path: Path) -> _Run:
-    from squall import recipes
-    from squall.assembly import open_tokenizer
-    from squall.checkpoints import open_checkpoint
-
-    try:
-        checkpoint = open_checkpoint(path)
-        recipe = recipes.load(checkpoint)
-        tokenizer = open_tokenizer(checkpoint)
-        return _Run(sees=_sight(checkpoint, recipe, tokenizer) if recipe.sees else "")
-    except SquallError as error:
-        return _Run(str(error))
-
-
-def _sight(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) -> str:
-    from PIL import Image
-
-    from squall.spec import Tower
-    from squall.vision.families import family
-
-    found, tower = family(recipe.architecture, checkpoint), cast(Tower, recipe.part("tower").spec)
-    text = found.process(Image.new("RGB", USUAL)).text
-    count = len(tokenizer.encode(text, add_bos=False, specials=True))
-    return (
-        f"a tower of {len(tower.layers)} layers, {tower.hidden} wide; tokens of an image of "
-        f"{USUAL[0]} x {USUAL[1]} pixels: {count} ({found.cost})"
-    )
-
-
 def _loads(opening: Opening) -> list[Load]:
     from squall.assembly import place, prepare
 
     return place([prepare(opening)], opening)[1]
 
 
-def _print(found: Inspection, run: _Run, modules: list[_Adapted], loads: list[Load]) -> None:
+def _print(found: Inspection, verdict: Verdict, modules: list[_Adapted], loads: list[Load]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
+    form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
+    form += f" ({found.quantization})" if found.quantization else ""
+    size = f"{found.parameters / 1e6:.1f} million parameters, {mib(found.size_bytes)} MiB"
+    console.print(Text(f"{verdict}\n{found.path}: {form}, {size}"))
+    if verdict.sees:
+        console.print(Text(f"It sees images: {verdict.sees}"))
     metadata = Table("key", "value", title="metadata", title_justify="left")
     metadata.columns[0].overflow = "fold"
     for field in found.metadata:
@@ -247,14 +251,6 @@ def _print(found: Inspection, run: _Run, modules: list[_Adapted], loads: list[Lo
     placed = Table("device", "layers", "weights, MiB", "KV of 1,000 tokens, MiB", "free, MiB")
     for load in loads:
         sizes = (load.weights, 1000 * load.kv, load.free)
-        shown = ["unknown" if size is None else f"{size / 2**20:.1f}" for size in sizes]
-        placed.add_row(load.device, str(load.layers), *shown)
+        placed.add_row(load.device, str(load.layers), *map(mib, sizes))
     for table in (metadata, content, totals, *([placed] * bool(loads))):
         console.print(table)
-    form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
-    form += f" ({found.quantization})" if found.quantization else ""
-    size = f"{found.parameters / 1e6:.1f} million parameters, {found.size_bytes / 2**20:.1f} MiB"
-    console.print(Text(f"{found.path}: {form}, {size}"))
-    if run.sees:
-        console.print(Text(f"It sees images: {run.sees}"))
-    console.print(Text(f"Squall can run it: {'no: ' * bool(run.obstacle)}{run.obstacle or 'yes'}"))

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from squall.api.which import Which
 from squall.checkpoints.hub import TOKEN_SOURCES, Hub, is_id
 from squall.cli import options
+from squall.cli.getting import get_default
 from squall.cli.options import option
 from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
+from squall.names import DEFAULT, resolve
 from squall.opening import DEFAULTS, KvDtype, Opening, Weights
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class ModelFlags:
         None, metavar="[NAME=]PATH[@WEIGHT]",
         help="A LoRA adapter: a folder, owner/name, or a GGUF file; several may be given.",
     )  # fmt: skip
+    yes: options.Yes = False
     merge: bool = option(
         False, "--merge", help="Make the adapters part of the weights, which are floats."
     )
@@ -97,7 +100,7 @@ class ModelFlags:
                 "name a model of text"
             )
         others_own = OF_PICTURES.split()  # of the model beside this one
-        given = {name: value for name, value in self._given().items() if name not in others_own}
+        given = {name: value for name, value in self.given().items() if name not in others_own}
         if found := torchrun():
             given.setdefault("tensor_parallel", found[1])
         given["command"] = tuple(sys.orig_argv[1:])
@@ -113,7 +116,7 @@ class ModelFlags:
         as_stored = opening.isq is None and opening.topology is None
         return opening if as_stored or opening.from_uqff is not None else _of_floats(opening)
 
-    def _given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """The options that flags of their names set, and the hub."""
         named = {item.name: vars(self).get(item.name) for item in fields(Opening)}
         given = {name: value for name, value in named.items() if value is not None}
@@ -135,7 +138,7 @@ class ModelFlags:
         """
         from squall.diffusion.model import ImageModel
 
-        given = self._given()
+        given = self.given()
         with options.progress("loading") as shown:
             if beside is None:
                 opening = self._chosen(selected, Opening(progress=shown, **given))
@@ -156,7 +159,10 @@ class ModelFlags:
     def _chosen(self, selected: Selected, others: Opening) -> Opening:
         check_one(self.file, self.model, selected)
         if selected is None or isinstance(selected, str):
-            return replace(others, path=selected or self.file or self.model)
+            path = selected or self.file or self.model
+            if path in (None, DEFAULT):
+                get_default(self.yes)
+            return replace(others, path=path)
         return selected.opening(others)
 
 
@@ -173,6 +179,7 @@ def makes_pictures(path: str) -> bool:
     """Whether a file, a folder or a model of the hub, going by its name, makes pictures."""
     from squall.diffusion.files import is_image_model
 
+    path = path if os.path.exists(path) else resolve(path)
     on_hub = is_id(path) and not os.path.exists(path)
     return is_image_model(path) or (on_hub and re.search(r"flux\W?1", path.lower()) is not None)
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from squall.cli.completion import complete_known
 from squall.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+HELP = {"help_option_names": ["-h", "--help"]}
 PROGRESS_S = 0.5
 AVERAGED_S = 3600.0  # for the time left, as a step may take minutes
 
@@ -30,7 +32,9 @@ Folder = Annotated[
         "-m",
         "--model",
         metavar="DIR_OR_ID",
-        help="A folder with one GGUF model, or a model of the hub: owner/name, owner/name:file.",
+        help="A folder with one GGUF model, a short name, or owner/name or owner/name:file of the "
+        "hub.",
+        autocompletion=complete_known,
     ),
 ]
 Threads = Annotated[
@@ -66,6 +70,9 @@ ContextSize = Annotated[
 ]
 DraftModel = Annotated[
     str | None, typer.Option("--draft", metavar="FILE|ngram", help="A small model to guess with.")
+]
+Yes = Annotated[
+    bool, typer.Option("-y", "--yes", help="Get the default model, if it is not here, unasked.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -108,10 +115,13 @@ def read_text(path: Path) -> str:
 
 
 @contextmanager
-def progress(what: str, last: str = "") -> Iterator[Callable[[int, int], None]]:
+def progress(
+    what: str, last: str = "", *, sizes: bool = False
+) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal's stderr, told (done, whole); only if it takes longer than PROGRESS_S.
 
     last: what comes after all steps, which are long and counted, and have a bar from the start.
+    sizes: they are bytes, shown with their rate.
     """
     start_s = time.monotonic()
     bar: Progress | None = None
@@ -121,7 +131,7 @@ def progress(what: str, last: str = "") -> Iterator[Callable[[int, int], None]]:
             nonlocal bar
             name = what if not last else last if done == whole else f"{what} {done + 1}/{whole}"
             if bar is None and done < whole and (last or time.monotonic() - start_s > PROGRESS_S):
-                bar = shown.enter_context(_bar())
+                bar = shown.enter_context(_bar(sizes))
                 bar.add_task(name, total=whole, completed=done)
             elif bar is not None:
                 bar.update(bar.task_ids[0], description=name, completed=done, total=whole)
@@ -129,11 +139,14 @@ def progress(what: str, last: str = "") -> Iterator[Callable[[int, int], None]]:
         yield show if sys.stderr.isatty() else lambda *_: None
 
 
-def _bar() -> Progress:
+def _bar(sizes: bool) -> Progress:
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import Progress
 
-    return Progress(
-        console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False,
-        speed_estimate_period=AVERAGED_S,
+    columns = rich.Progress.get_default_columns()
+    if sizes:
+        columns = (*columns[:2], rich.DownloadColumn(), rich.TransferSpeedColumn(), *columns[3:])
+    return rich.Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False,
+        redirect_stderr=False, speed_estimate_period=10.0 if sizes else AVERAGED_S,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from squall.checkpoints.writing import replacing
 from squall.cli import screen
 from squall.cli.chat import converse, note
 from squall.cli.options import progress
-from squall.diffusion.request import Picture, PictureRequest, Pixels
+from squall.diffusion.request import Picture, PictureRequest, Pixels, size_of
 from squall.errors import InvalidRequest, SquallError
 
 if TYPE_CHECKING:
@@ -47,13 +47,6 @@ HELP = r"""\help          this text
 Without a value these are as at first. Ctrl-C ends a picture. Everything else is a prompt."""
 
 
-def size(text: str) -> dict[str, Any]:
-    """Such as 1280x720."""
-    if not (found := re.fullmatch(r"(\d{1,9})x(\d{1,9})", text.lower())):
-        raise InvalidRequest(f"the size is {text!r}; give it as WxH, such as 1280x720")
-    return {"width": int(found[1]), "height": int(found[2])}
-
-
 def read_image(place: str) -> Pixels:
     from squall.vision.images import read
 
@@ -69,7 +62,7 @@ _SIZE = ("width", "height")
 
 def _read(name: str, text: str) -> dict[str, Any]:
     try:
-        return size(text) if name == "size" else {name: _READERS[name](text)}
+        return size_of(text) if name == "size" else {name: _READERS[name](text)}
     except ValueError:
         raise InvalidRequest(f"{name} is {text!r}; it must be a number") from None
 
@@ -91,7 +84,7 @@ def draw(flags: RunFlags, selected: Selected) -> None:
         raise InvalidRequest("a picture begins with one --image")
     given = {name: value for name in _READERS if (value := getattr(flags, name)) is not None}
     given["image"] = read_image(flags.image[0]) if flags.image else None
-    given |= size(flags.size) if flags.size else {}
+    given |= size_of(flags.size) if flags.size else {}
     request = PictureRequest(prompt=flags.prompt or "-", **given)
     with flags.open_pictures(selected) as model:
         easel = Easel(model, request, flags.show)

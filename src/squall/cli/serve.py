@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from squall.cli.flags import command
-from squall.cli.opening import PictureFlags, torchrun
+from squall.cli.opening import PictureFlags, check_one, torchrun
 from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option
 from squall.cli.selectors import Selected
 from squall.cli.toml_selector import TomlSelection
@@ -22,9 +22,12 @@ from squall.errors import InvalidRequest
 from squall.opening import Opening
 
 if TYPE_CHECKING:
+    from squall.cli.several import Entry
     from squall.diffusion.model import ImageModel
+    from squall.mcp import McpTools
     from squall.model import Model
     from squall.server.options import ServerOptions
+    from squall.server.residence import Lazy
 
 # mistral.rs chats like this.
 CHAT: dict[str, Any] = {
@@ -76,12 +79,30 @@ class ServeFlags(PictureFlags):
     image_model: str | None = option(
         None, metavar="DIR_OR_ID", help="A model that makes pictures, beside one of text."
     )
+    models: Path | None = option(
+        None, "--models", metavar="FILE", help="A TOML file of several models, with their options."
+    )
+    keep_alive: str = option(
+        "5m", metavar="TIME", help="Of several models, unload those unused for so long; -1: never."
+    )
+    memory_limit: int | None = option(
+        None, metavar="MIB", min=1, help="And what they may take together; by default all there is."
+    )
+    preload: bool = option(
+        False, "--preload", help="And load them at the start, not when they are asked for."
+    )
     image_folder: Path | None = option(
         None, help="Where the pictures lie that clients get as URLs; by default a new folder."
     )
     image_age: float = option(3600.0, metavar="SECONDS", min=1, help="Remove them after so long.")
     image_memory: int = option(
         256, min=0, help="MiB for what was made of images lately, so that it is kept."
+    )
+    mcp: Path | None = option(
+        None, metavar="FILE", help="MCP servers, whose tools this server runs for chats."
+    )
+    mcp_allow: list[str] | None = option(
+        None, metavar="SERVER.TOOL", help="A tool of these that may be run; SERVER.*: all."
     )
     adapter_memory: int | None = option(
         None, min=1, help="MiB for adapters; the unused longest make room."
@@ -119,6 +140,7 @@ class ServeFlags(PictureFlags):
     )
     chat_template: ChatTemplate = None
     seed: int | None = option(None, "-s", "--seed", min=0, help="For requests that give none.")
+    no_ui: bool = option(False, "--no-ui", help="No web page at /ui.")
     log: Path | None = option(None, "-l", "--log", help="Append requests and responses to a file.")
     throughput: bool = option(False, "--throughput", help="Tokens a second in the access log.")
     drain_timeout: float = option(
@@ -141,6 +163,13 @@ class ServeFlags(PictureFlags):
 
     def served(self, selected: Selected) -> Model:
         """The model, with an engine for many requests."""
+        return self.open(selected, self._engine(selected))
+
+    def described(self, selected: Selected) -> Opening:
+        """How `served` opens it."""
+        return self.opening(selected, self._engine(selected))
+
+    def _engine(self, selected: Selected) -> Opening:
         from squall.engine.engine import EngineConfig
         from squall.engine.memory import KvSize
 
@@ -157,8 +186,7 @@ class ServeFlags(PictureFlags):
         )
         memory = None if self.adapter_memory is None else self.adapter_memory << 20
         images = self.image_memory << 20
-        opening = Opening(kv=kv, engine=config, adapter_bytes=memory, image_bytes=images)
-        return self.open(selected, opening)
+        return Opening(kv=kv, engine=config, adapter_bytes=memory, image_bytes=images)
 
     def options(self) -> ServerOptions:
         """What the server allows."""
@@ -175,9 +203,11 @@ class ServeFlags(PictureFlags):
             origins=tuple(self.cors or ()),
             hosts=None if hosts is None else frozenset(hosts),
             media=Media(hosts=tuple(self.allow_media_url or ()), folder=self.allow_media_path),
+            memory_bytes=None if self.memory_limit is None else self.memory_limit << 20,
             truncate=self.truncate_sequence,
             seed=self.seed,
             log=self.log,
+            ui=not self.no_ui,
             throughput=self.throughput,
             keep_alive_s=keep_alive_s(),
             drain_s=self.drain_timeout,
@@ -187,8 +217,10 @@ class ServeFlags(PictureFlags):
         )
 
 
-def serve(flags: ServeFlags, selected: Selected) -> None:
-    """Serve a model over HTTP, in the shape of OpenAI's API.
+def serve(flags: ServeFlags, selected: Selected | tuple[str, ...]) -> None:
+    """Serve models over HTTP, in the shape of OpenAI's API.
+
+    One is loaded at the start; several are loaded when they are asked for.
 
     squall serve
 
@@ -198,8 +230,16 @@ def serve(flags: ServeFlags, selected: Selected) -> None:
 
     squall serve FOLDER --image-model FLUX
 
+    squall serve chat.gguf code.gguf --keep-alive 10m
+
+    squall serve --models models.toml
+
     squall-server --port 1234 gguf -m FOLDER -f model.gguf
     """
+    if (entries := _entries(flags, selected)) is not None:
+        _serve(flags, None, entries)
+        return
+    assert not isinstance(selected, tuple)
     pictures = flags.makes_pictures(selected)
     if pictures and flags.image_model is not None:
         raise InvalidRequest("--image-model goes beside a model of text; this one makes pictures")
@@ -207,10 +247,37 @@ def serve(flags: ServeFlags, selected: Selected) -> None:
     if flags.interactive_mode:
         _chat(flags, selected)
     else:
-        _serve(flags, selected)
+        _serve(flags, selected, None)
 
 
-app = command("serve", ServeFlags, serve)
+def _entries(flags: ServeFlags, selected: Selected | tuple[str, ...]) -> list[Entry] | None:
+    """What is opened when it is asked for; None for a model of text or pictures that is alone."""
+    from squall.cli.several import Entry, embeds, read
+
+    alone = selected or flags.file or flags.model
+    if flags.models is not None:
+        if alone is not None:
+            raise InvalidRequest("--models names the models; put the others into its file")
+        entries = read(flags.models)
+    elif isinstance(selected, tuple):
+        check_one(flags.file, flags.model, selected)
+        entries = [Entry(word) for word in selected]
+    elif isinstance(alone, str) and embeds(alone):
+        entries = [Entry(alone, flags.served_model_name, "embeddings", pinned=True)]
+    else:
+        return None
+    if flags.image_model is not None:
+        entries.append(Entry(flags.image_model, kind="pictures"))
+    for name, wrong in {
+        "-i": flags.interactive_mode, "--tensor-parallel": flags.tensor_parallel,
+        "--served-model-name": flags.served_model_name and len(entries) > 1,
+    }.items():  # fmt: skip
+        if wrong:
+            raise InvalidRequest(f"{name} is for one model of text; leave it out")
+    return entries
+
+
+app = command("serve", ServeFlags, serve, several=True)
 server = command("squall-server", ServeFlags, serve, no_args_is_help=True)
 
 
@@ -230,7 +297,7 @@ def _chat(flags: ServeFlags, selected: Selected) -> None:
         Chat(model, settings, None).loop()
 
 
-def _serve(flags: ServeFlags, selected: Selected) -> None:
+def _serve(flags: ServeFlags, selected: Selected, entries: list[Entry] | None) -> None:
     # A signal while the model loads ends the process, also where it is a container's first one.
     signal.signal(signal.SIGTERM, _leave)
     from squall.server.run import listen, serve_on
@@ -244,31 +311,50 @@ def _serve(flags: ServeFlags, selected: Selected) -> None:
             f"warning: whoever reaches {flags.serve_ip} may use this server; --api-key KEY asks "
             "for a key\n"
         )
-    with listener, _opened(flags, selected) as models:
+    with listener, _tools(flags) as tools, _opened(flags, selected, entries) as models:
         host, port = listener.getsockname()[:2]
-        place = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
         def started() -> None:
-            for name, model in models.items():
-                sys.stderr.write(f"{name} at {place} ({_about(model)})\n")
+            told = [f"{name} at {place}/v1 ({_about(model)})\n" for name, model in models.items()]
+            page = [f"a page for browsers at {place}/ui\n"] if options.ui else []
+            sys.stderr.write("".join(told + page))
 
-        name, *more = models
-        served = models if more else models[name]
-        options = replace(options, model_id=None if more else name)
-        status = serve_on(served, options, listener, started=started)
+        status = serve_on(models, replace(options, mcp=tools), listener, started=started)
     raise typer.Exit(status)
 
 
 @contextmanager
-def _opened(flags: ServeFlags, selected: Selected) -> Iterator[dict[str, Model | ImageModel]]:
+def _tools(flags: ServeFlags) -> Iterator[McpTools | None]:
+    """The tools of MCP servers."""
+    if flags.mcp is None:
+        if flags.mcp_allow:
+            raise InvalidRequest("--mcp-allow goes with --mcp FILE, which has the servers")
+        yield None
+        return
+    from squall.mcp import McpTools
+
+    with McpTools(flags.mcp, flags.mcp_allow or ()) as tools:
+        yield tools
+
+
+@contextmanager
+def _opened(
+    flags: ServeFlags, selected: Selected, entries: list[Entry] | None
+) -> Iterator[dict[str, Model | ImageModel | Lazy]]:
     """The models to serve, by name."""
+    if entries is not None:
+        from squall.cli.several import lazies
+
+        yield {**lazies(flags, entries)}
+        return
     with ExitStack() as opened:
         if flags.makes_pictures(selected):
             painter = opened.enter_context(flags.open_pictures(selected))
             yield {flags.served_model_name or name_of(painter.path): painter}
             return
         model = opened.enter_context(flags.served(selected))
-        found: dict[str, Model | ImageModel] = {}
+        found: dict[str, Model | ImageModel | Lazy] = {}
         found[flags.served_model_name or name_of(model.checkpoint.path)] = model
         if flags.image_model is not None:
             painter = opened.enter_context(flags.open_pictures(selected, flags.image_model, model))
@@ -282,9 +368,13 @@ def name_of(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def _about(model: Model | ImageModel) -> str:
+def _about(model: Model | ImageModel | Lazy) -> str:
     from squall.model import Model
+    from squall.server.residence import Lazy
 
+    if isinstance(model, Lazy):
+        loaded = "loaded" if model.pinned or model.preload else "loaded when it is asked for"
+        return f"{model.kind}, {loaded}"
     if not isinstance(model, Model):
         return f"pictures, {model.steps} steps"
     executor = model.executor

@@ -15,7 +15,7 @@ model_id = "owner/small"
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,12 +72,9 @@ class TomlSelection:
 
 def read_toml(path: Path) -> TomlSelection:
     """Read a file; raises InvalidRequest with what is wrong in it, and what could be there."""
-    try:
-        root = tomllib.loads(read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"{path} is not TOML: {error}") from None
+    root = read_root(path)
     known = {"model", "tokenizer_json", "no_kv_cache", "speculative", "anymoe"}
-    _check_keys(root, "the file", known, {"model"})
+    check_keys(root, "the file", known, {"model"})
     no_kv_cache = root.get("no_kv_cache", False)
     if type(no_kv_cache) is not bool:
         raise InvalidRequest(f"no_kv_cache is {no_kv_cache!r}; it must be true or false")
@@ -88,7 +85,7 @@ def read_toml(path: Path) -> TomlSelection:
     draft = anymoe = None
     if "speculative" in root:
         given = _table(root["speculative"], "[speculative]")
-        _check_keys(given, "[speculative]", {"gamma", "draft_model"}, {"gamma", "draft_model"})
+        check_keys(given, "[speculative]", {"gamma", "draft_model"}, {"gamma", "draft_model"})
         if type(given["gamma"]) is not int or given["gamma"] < 1:
             raise InvalidRequest(f"gamma is {given['gamma']!r}; it must be a number from 1 on")
         section = "[speculative.draft_model]"
@@ -96,6 +93,13 @@ def read_toml(path: Path) -> TomlSelection:
     if "anymoe" in root:
         anymoe = _anymoe(_table(root["anymoe"], "[anymoe]"))
     return TomlSelection(model, draft, anymoe, no_kv_cache)
+
+
+def read_root(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"{path} is not TOML: {error}") from None
 
 
 def _selection(given: object, section: str, tokenizer: str | None) -> Selection:
@@ -138,15 +142,15 @@ def _anymoe(given: Mapping[str, Any]) -> AnyMoe:
 
     config = dict(_table(given.get("config", {}), "[anymoe.config]"))
     outer = {"dataset_json", "prefix", "mlp", "model_ids", "layers"}
-    _check_keys(given, "[anymoe]", outer | {"config"}, (outer - {"layers"}) | {"config"})
+    check_keys(given, "[anymoe]", outer | {"config"}, (outer - {"layers"}) | {"config"})
     inner = {item.name for item in fields(AnyMoe)} - outer
-    _check_keys(config, "[anymoe.config]", inner, {"hidden_size", "expert_type"})
+    check_keys(config, "[anymoe.config]", inner, {"hidden_size", "expert_type"})
     if (expert := config["expert_type"]) == "fine_tuned":
         config["expert_type"] = FineTuned()
     else:
         adapter = _table(_table(expert, "expert_type").get("lora_adapter"), "lora_adapter")
         names = {item.name for item in fields(LoraAdapter)}
-        _check_keys(adapter, "lora_adapter", names, names)
+        check_keys(adapter, "lora_adapter", names, names)
         config["expert_type"] = LoraAdapter(**adapter)
     return AnyMoe(**config, **{key: given[key] for key in outer & given.keys()})
 
@@ -165,8 +169,11 @@ def _table(given: object, what: str) -> dict[str, Any]:
     return given
 
 
-def _check_keys(given: Mapping[str, object], what: str, known: set[str], needed: set[str]) -> None:
-    if wrong := sorted(given.keys() - known):
+def check_keys(
+    given: Mapping[str, object], what: str, known: Collection[str], needed: set[str]
+) -> None:
+    """Raises InvalidRequest for a key that nobody knows, and for one that lacks."""
+    if wrong := sorted(given.keys() - set(known)):
         raise InvalidRequest(
             f"{what} has {', '.join(wrong)[:200]}; known: {', '.join(sorted(known))}"
         )

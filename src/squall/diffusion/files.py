@@ -17,6 +17,7 @@ from squall.errors import (
 )
 from squall.files import quote, read_json
 from squall.locate import only_uqff
+from squall.names import resolve
 from squall.opening import Opening
 
 INDEX = "model_index.json"
@@ -104,11 +105,11 @@ def _located(opening: Opening) -> Path:
     path = Path(os.path.expanduser(opening.path))
     if path.exists():
         return path
-    if not is_id(str(opening.path)):
+    if not is_id(name := resolve(str(opening.path))):
         return _there(path, opening.path)
     given = {"text_encoder_2": opening.t5, "text_encoder": opening.clip, "vae": opening.vae}
     skipped = tuple(f"{name}/" for name, other in given.items() if other is not None)
-    return (opening.hub or Hub()).fetch(str(opening.path), opening.progress, skip=skipped)
+    return (opening.hub or Hub()).fetch(name, opening.progress, skip=skipped)
 
 
 def _there(path: Path, name: object) -> Path:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from squall import executors
+from squall import encoder, executors
 from squall.checkpoints import Checkpoint
-from squall.diffusion import encoders, noise, transformer, vae
+from squall.diffusion import noise, transformer, vae
 from squall.diffusion.files import find, open_part
 from squall.diffusion.parts import Network
 from squall.diffusion.prompts import ClipTokens, T5Tokens
@@ -224,7 +224,7 @@ class FluxPipeline:
 
     def _states(self, prompt: str, tell: Callable[[], None]) -> Floats:
         """The text, a row for each token of T5."""
-        inputs = encoders.inputs(self._specs.t5, self._text_ids(prompt), causal=False)
+        inputs = encoder.inputs(self._specs.t5, self._text_ids(prompt), causal=False)
         run = partial(self.parts[T5].run, inputs, tell)
         return self._texts.get(inputs["tokens"].tobytes(), run)
 
@@ -233,7 +233,7 @@ class FluxPipeline:
         tokens, spec = self._specs.clip_tokens, self._specs.clip
         whole = tokens.encode(prompt)
         ids = tokens.pad(whole, spec.positions)
-        states = self.parts[CLIP].run(encoders.inputs(spec, ids, causal=True), tell)
+        states = self.parts[CLIP].run(encoder.inputs(spec, ids, causal=True), tell)
         row = tokens.pooled_row(ids)
         note = f"CLIP read {len(ids)} of the prompt's {len(whole)} tokens; T5 read all of them"
         return states[row : row + 1], (note,) if len(whole) > len(ids) else ()
@@ -279,8 +279,13 @@ def _check_finite(values: Floats, where: str) -> None:
 # ---- opening ----
 
 
-def open_pipeline(opening: Opening, pool: ThreadPool | None = None) -> tuple[FluxPipeline, Path]:
-    """What an opening describes, and where it is. Its weights are loaded as far as they fit."""
+def open_pipeline(
+    opening: Opening, pool: ThreadPool | None = None, *, loads: bool = True
+) -> tuple[FluxPipeline, Path]:
+    """What an opening describes, and where it is. Its weights are loaded as far as they fit.
+
+    loads: False: none is, and only headers are read.
+    """
     by_layer, plan = _plan(opening)
     placement, pool = _placement(opening), pool or executors.thread_pool(opening.threads)
     free_bytes = partial(devices.free_bytes, placement.stages[0].device)
@@ -304,15 +309,15 @@ def open_pipeline(opening: Opening, pool: ThreadPool | None = None) -> tuple[Flu
     plan.topology.check(specs.flux.double + specs.flux.single)
     parts = {
         FLUX: network(transformer.compile(specs.flux, flux_part.names), flux, plan, cut=by_layer),
-        T5: network(encoders.compile(specs.t5, t5_part.names), t5, plan, cut=by_layer),
-        CLIP: network(encoders.compile(specs.clip, clip_part.names), clip),
+        T5: network(encoder.compile(specs.t5, t5_part.names), t5, plan, cut=by_layer),
+        CLIP: network(encoder.compile(specs.clip, clip_part.names), clip),
         VAE: network(vae.compile_decoder(specs.vae, vae_part.names), coder),
     }
-    encoder = network(vae.compile_encoder(specs.vae, vae_part.names), coder)
+    shown = network(vae.compile_encoder(specs.vae, vae_part.names), coder)
     config = read_json(files.scheduler)
     schedule = Schedule(specs.flux.guidance) if config is None else Schedule.of_config(config)
-    pipeline = FluxPipeline(specs, parts, encoder, schedule, free_bytes)
-    if not by_layer:
+    pipeline = FluxPipeline(specs, parts, shown, schedule, free_bytes)
+    if loads and not by_layer:
         pipeline.load(opening.progress)
     return pipeline, files.path
 

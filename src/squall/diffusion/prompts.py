@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
@@ -18,13 +17,13 @@ from squall.errors import InvalidCheckpoint, InvalidRequest, ModelNotFound, Unsu
 from squall.files import parse_json, read_text
 from squall.text.bytelevel import ids_of
 from squall.text.hf_tokenizer import library_of
-from squall.text.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from squall.text.unigram import unigram
+from squall.text.vocabulary import Vocabulary
 
 JSON = "tokenizer.json"
 BEGIN, END, T5_END = "<|startoftext|>", "<|endoftext|>", "</s>"
 # How CLIP cuts a text into words.
 _WORDS = r"<\|(start|end)oftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_UNUSED = 5  # a type of tokens in GGUF
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class T5Tokens(_Tokens):
         if model != "t5":
             raise UnsupportedModel(f"tokenizer.ggml.model is {model!r:.99}; that of T5 is 't5'")
         vocabulary = Vocabulary.from_gguf(metadata)
-        library = _made(lambda: _unigram(vocabulary, metadata), "tokenizer.ggml")
+        library = _made(lambda: unigram(vocabulary, metadata), "tokenizer.ggml")
         return cls(library, (), _id(library, T5_END))
 
     def pad(self, ids: Sequence[int], length: int) -> list[int]:
@@ -101,27 +100,6 @@ class ClipTokens(_Tokens):
     def pooled_row(self, ids: Sequence[int]) -> int:
         """Which row stands for the whole text: that of the first end."""
         return ids.index(self.end)
-
-
-def _unigram(v: Vocabulary, metadata: Mapping[str, Any]) -> Any:
-    def said(name: str) -> Any:
-        return metadata.get(f"tokenizer.ggml.{name}", ())
-
-    # Unused ones after the last that is used fill the table up, and would pass for pieces.
-    used = max(i for i, kind in enumerate(v.types) if kind != _UNUSED) + 1
-    scores = np.asarray(said("scores"), np.float64)
-    unknown = next(iter(v.of_type(UNKNOWN)), v.unknown)
-    if scores.shape != (len(v.tokens),) or unknown is None:
-        raise ValueError(f"{scores.size} scores of {len(v.tokens)} tokens, the unknown: {unknown}")
-    pieces = list(zip(v.tokens[:used], scores.tolist(), strict=False))
-    library = Library(models.Unigram(pieces, unknown, byte_fallback=False))
-    if (table := np.asarray(said("precompiled_charsmap"), np.uint8)).size:
-        library.normalizer = normalizers.Precompiled(table.tobytes())
-    steps = pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")
-    library.pre_tokenizer = pre_tokenizers.Sequence([*steps])
-    named = v.of_type(CONTROL, UNKNOWN, USER_DEFINED)
-    library.add_special_tokens([AddedToken(v.tokens[i], normalized=False) for i in named])
-    return library
 
 
 def _bpe(vocab: Any, merges: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,13 @@ class PictureRequest:
                 raise InvalidRequest(f"{name} is {value!r}; it must be {least} to {most}")
         if self.strength == 0:
             raise InvalidRequest("strength is 0; it must be above that: nothing would be made")
+
+
+def size_of(text: str) -> dict[str, int]:
+    """Width and height of a size such as 1280x720."""
+    if (found := re.fullmatch(r"([0-9]{1,5})[xX]([0-9]{1,5})", text)) is None:
+        raise InvalidRequest(f"the size is {text!r:.99}; give it as WxH, such as 1024x1024")
+    return {"width": int(found[1]), "height": int(found[2])}
 
 
 def fitted(image: Image, width: int, height: int) -> Pixels:

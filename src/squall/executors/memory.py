@@ -154,9 +154,10 @@ def _control_groups() -> Iterator[int]:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             root, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
+            files = ("inactive_file ", "active_file ")
         elif "memory" in controllers.split(","):
             root, limit = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-            used = "memory.usage_in_bytes"
+            used, files = "memory.usage_in_bytes", ("total_inactive_file ", "total_active_file ")
         else:
             continue
         leaf = Path(root, path.lstrip("/"))
@@ -164,7 +165,10 @@ def _control_groups() -> Iterator[int]:
         for folder in (leaf, *leaf.parents):
             most, taken = _read(folder / limit).strip(), _read(folder / used).strip()
             if most.isdigit() and taken.isdigit():
-                yield max(int(most) - int(taken), 0)
+                # Pages of files are counted, such as a model's, and make room for others.
+                lines = _read(folder / "memory.stat").splitlines()
+                cached = sum(int(line.split()[1]) for line in lines if line.startswith(files))
+                yield max(int(most) - max(int(taken) - cached, 0), 0)
 
 
 def _read(path: Path) -> str:

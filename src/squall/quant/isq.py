@@ -28,7 +28,7 @@ FALLBACKS = {
     "q8_k": "q8_1", "hqq8": "q8_0", "hqq4": "q4_1", "hqq3": "q4_1", "hqq2": "q4_0",
     "hqq1": "q4_0",
 }  # fmt: skip
-_KEPT = ("embed", "classifier", "router", "patches", "class", "positions", "newline")
+_KEPT = ("embed", "classifier", "router", "patches", "class", "positions", "types", "newline")
 _LAYER = re.compile(r"(?:(?:encoder|flux)\.)?layers\.(\d+)\.")
 
 

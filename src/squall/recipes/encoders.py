@@ -67,7 +67,7 @@ def load_t5(checkpoint: Checkpoint) -> Part:
     if checkpoint.kind == "uqff":
         tensors, originals = named(linears(T5, spec, naming), tensors)
     (part,) = place([Part("encoder", spec, naming)], tensors, read=set())
-    _check_relative(spec, tensors[naming.name("relative.weight")])
+    check_relative(spec, tensors[naming.name("relative.weight")])
     return replace(part, names=stored(part.names, originals))
 
 
@@ -105,11 +105,7 @@ def _of_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
 
 
 def _t5(c: Fields, vocab: int, relative: Relative, activation: Activation) -> Encoder:
-    if not 4 <= relative.buckets < 4 * relative.farthest:
-        raise InvalidCheckpoint(
-            f"{relative.buckets} buckets of relative positions, up to {relative.farthest}; there "
-            "must be at least 4, a quarter of them below that"
-        )
+    check_buckets(relative)
     heads = parts.attention(c, None, scale=1.0)
     mlps = parts.mlp(c, activation, gated=True, bias=False)
     norm = parts.rms(c)
@@ -119,7 +115,15 @@ def _t5(c: Fields, vocab: int, relative: Relative, activation: Activation) -> En
     return spec
 
 
-def _check_relative(spec: Encoder, tensor: Tensor) -> None:
+def check_buckets(relative: Relative) -> None:
+    if not 4 <= relative.buckets < 4 * relative.farthest:
+        raise InvalidCheckpoint(
+            f"{relative.buckets} buckets of relative positions, up to {relative.farthest}; there "
+            "must be at least 4, a quarter of them below that"
+        )
+
+
+def check_relative(spec: Encoder, tensor: Tensor) -> None:
     """It is a vector of a program, in which a transposed one would not show."""
     assert spec.relative is not None
     shape = spec.relative.buckets, spec.layers[0].attention.heads

@@ -15,7 +15,7 @@ from squall.files import quote
 from squall.program import Names, Slice
 from squall.roles import Network, Shapes, roles
 
-Kind = Literal["decoder", "tower", "connector", "encoder", "flux", "vae"]
+Kind = Literal["decoder", "tower", "connector", "encoder", "head", "flux", "vae"]
 ROLE = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(weight|bias)")
 _NONE = re.compile(r"(?!)")
 

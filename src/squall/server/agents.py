@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar, Literal
+
+from pydantic_core import from_json
 
 from squall.api.messages import Content, joined, text_of
 from squall.api.requests import ChatCompletionRequest
@@ -46,6 +49,8 @@ class AgentBody(GenerationBody, frozen=True):
 
 
 def _tool(tool: Object) -> Object:
+    if isinstance(tool.get("function"), dict):
+        return tool
     parameters = tool.get("parameters", tool.get("input_schema"))
     return {"type": "function", "function": {**tool, "parameters": parameters}}
 
@@ -66,3 +71,13 @@ def call(said: list[Object], id: str, name: str, arguments: str) -> None:
     function = {"name": name, "arguments": arguments}
     calls = turn(said, "assistant").setdefault("tool_calls", [])
     calls.append({"id": id, "type": "function", "function": function})
+
+
+def arguments_of(text: str) -> Object:
+    """A call's arguments; of those that are cut as much as clients make of a stream's."""
+    try:
+        found = from_json(text, allow_partial=True, allow_inf_nan=False)
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

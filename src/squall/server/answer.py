@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -15,26 +15,25 @@ from squall.server.dialect import Dialect, Running
 from squall.server.errors import to_api
 from squall.server.gate import Visit
 from squall.server.limits import ClientGone
-from squall.server.service import Service, Standing
+from squall.server.residence import AnyStanding
+from squall.server.service import Service
 
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 # A dead engine tells its requests so; whoever was not told by then is told by the server.
 LAST_WORD_S = 1.0
 
+_Value = TypeVar("_Value")
+
 
 class Answer(Response):
-    """Starts a job beside the event loop, and sends what comes of it.
+    """Starts a job beside the event loop, once its model is loaded, and sends what comes of it.
 
     What happens first counts: the answer is complete, the client is gone, the engine is dead. The
     job is cancelled unless it is complete.
     """
 
     def __init__(
-        self, service: Service, served: Standing, start: Callable[[], Running], dialect: Dialect,
+        self, service: Service, served: AnyStanding, start: Callable[[], Running], dialect: Dialect,
         *, stream: bool, reads: bool,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -73,11 +72,16 @@ class Answer(Response):
             visit.entered()  # at once: who is counted twice takes another's place
             return job
 
+        try:
+            await self._have(visit, writer)
+        except Exception as error:
+            await writer.error(error)
+            return
         starting = self._service.submit(start, reads=self._reads)
         try:
             job = await asyncio.wrap_future(starting)
         except asyncio.CancelledError:
-            starting.add_done_callback(_cancel_job)
+            starting.add_done_callback(cancel_job)
             raise
         except Exception as error:
             await writer.error(error)
@@ -94,23 +98,36 @@ class Answer(Response):
             job.close()
             self._note(job, visit)
 
+    async def _have(self, visit: Visit, writer: Writer) -> None:
+        """Until the model is loaded."""
+        work = self._service.use(self._served, visit)
+        if self._served.ready:
+            await work
+            return
+        using = asyncio.ensure_future(work)
+        try:
+            await self._patiently(using, writer)
+        finally:
+            using.cancel()
+
     async def _send_stream(self, job: Running, writer: Writer) -> None:
         chunks = aiter(job.chunks_async())
         upcoming = asyncio.ensure_future(_next(chunks))
         try:
-            while True:
-                await asyncio.wait({upcoming}, timeout=self._service.options.keep_alive_s)
-                if not upcoming.done():
-                    await writer.part(self._dialect.silence)
-                    continue
-                chunk = upcoming.result()
-                if chunk is None:
-                    break
+            while (chunk := await self._patiently(upcoming, writer)) is not None:
                 upcoming = asyncio.ensure_future(_next(chunks))
                 await writer.part(self._dialect.part(job, chunk))
         finally:
             upcoming.cancel()
         await writer.part(self._dialect.end(job), last=True)
+
+    async def _patiently(self, coming: asyncio.Future[_Value], writer: Writer) -> _Value:
+        """What comes; a stream is told meanwhile that there is nothing yet."""
+        while not coming.done():
+            await asyncio.wait({coming}, timeout=self._service.options.keep_alive_s)
+            if not coming.done() and self._stream:
+                await writer.part(self._dialect.silence)
+        return coming.result()
 
     def _note(self, job: Running, visit: Visit) -> None:
         if (usage := job.usage) is None:
@@ -146,7 +163,9 @@ class Writer:
         """A part of a stream; the first one starts it, so that errors until then have a status."""
         if not self._started:
             self._started = True
-            start = {"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]}
+            kind = (b"content-type", self._dialect.media_type.encode())
+            start = {"type": "http.response.start", "status": 200}
+            start["headers"] = [kind, *STREAM_HEADERS]
             await self._send(start)
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
@@ -169,7 +188,7 @@ async def _next(chunks: AsyncIterator[Any]) -> Any:
     return await anext(chunks, None)
 
 
-def _cancel_job(starting: Future[Running]) -> None:
+def cancel_job(starting: Future[Running]) -> None:
     """The client left before its job was there."""
     if not starting.cancelled() and starting.exception() is None:
         starting.result().close()

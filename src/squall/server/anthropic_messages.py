@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import Field
-from pydantic_core import from_json
 
 from squall.api.messages import MOST_MESSAGES, content_of, joined
 from squall.api.requests import ChatCompletionRequest
@@ -136,17 +135,7 @@ class Messages(Sections):
 def _block(section: Section) -> Object:
     type, name, _ = _BLOCKS[section.kind]
     if section.kind == "call":
-        arguments = _arguments(section.text)
+        arguments = agents.arguments_of(section.text)
         return {"type": type, "id": section.call_id, "name": section.name, "input": arguments}
     signed = {"signature": ""} if section.kind == "reasoning" else {}
     return {"type": type, name: section.text, **signed}
-
-
-def _arguments(text: str) -> Object:
-    """A call's arguments; of those that are cut as much as clients make of a stream's."""
-    try:
-        found = from_json(text, allow_partial=True, allow_inf_nan=False)
-        json.dumps(found, allow_nan=False)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -13,26 +13,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from squall import __version__
-from squall.diffusion.model import ImageModel
 from squall.model import Model
 from squall.server.errors import INVALID, ApiError, to_api
 from squall.server.gate import IGNORED, Gate
 from squall.server.options import ServerOptions
 from squall.server.routes import add_routes
-from squall.server.service import Service
+from squall.server.service import Models, Service
 
 
-def create_app(
-    models: Model | ImageModel | Mapping[str, Model | ImageModel],
-    options: ServerOptions | None = None,
-) -> FastAPI:
-    """The application, of one model or of several by their names. It does not close them.
+def create_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
+    """The application, of one model or of several by their names.
+
+    Open ones stay open. Those that are `Lazy` are opened, and closed, by the application.
 
     `squall.server.run.serve_on` runs it with time limits and an orderly end; other ASGI servers can
     run it as well, one process only.
     """
     options = options or ServerOptions()
-    if isinstance(models, Model | ImageModel):
+    if not isinstance(models, Mapping):
         path = models.checkpoint.path if isinstance(models, Model) else models.path
         models = {options.model_id or path.stem: models}
     service = Service(models, options)
@@ -42,7 +40,7 @@ def create_app(
         watching = asyncio.create_task(service.run())
         yield
         watching.cancel()
-        service.close()
+        await service.close()
 
     app = FastAPI(
         title="Squall",

@@ -13,11 +13,13 @@ from starlette.responses import Response
 from squall.api.messages import images_of
 from squall.server import schemas
 from squall.server.answer import Answer
-from squall.server.dialect import AnyJob, Dialect
+from squall.server.dialect import Dialect, Running
 from squall.server.errors import ApiError
 from squall.server.gate import Visit
 from squall.server.limits import check_encoding, check_values
-from squall.server.service import Served, Service
+from squall.server.residence import AnyStanding
+from squall.server.served import Served
+from squall.server.service import Service
 
 REF = "#/components/schemas/{model}"
 
@@ -27,10 +29,18 @@ _Value = TypeVar("_Value")
 
 async def answer(
     service: Service, request: Request, kind: type[schemas.GenerationBody],
-    begin: Callable[..., AnyJob], tell: Callable[..., Dialect],
+    begin: Callable[..., Running], tell: Callable[..., Dialect],
 ) -> Response:  # fmt: skip
-    body, served = await read(service, request, kind, generates=True)
-    visit = visit_of(request)
+    found = await find(service, request, kind, generates=True)
+    return await respond(service, request, found, begin, tell)
+
+
+async def respond(
+    service: Service, request: Request, found: tuple[schemas.GenerationBody, Served],
+    begin: Callable[..., Running], tell: Callable[..., Dialect],
+) -> Response:  # fmt: skip
+    """The answer to a body, of the model that it is for."""
+    (body, served), visit = found, visit_of(request)
     defaults = served.asked(body)
     told = tell(body, defaults["model"], visit.id)
 
@@ -38,11 +48,10 @@ async def answer(
     images = [part["source"] for part in images_of(getattr(asked, "messages", ()))]
     visit.hold(sum(map(len, images)))
 
-    def start() -> AnyJob:
+    def start() -> Running:
         return begin(served.model, asked, id=told.id, tenant=visit.tenant)
 
-    ready = served.model.adapters.ready(defaults.get("adapters", body.adapters))
-    reads = not ready or bool(images)
+    reads = bool(images) or not served.has(defaults.get("adapters", body.adapters))
     return Answer(service, served, start, told, stream=bool(body.stream), reads=reads)
 
 
@@ -58,14 +67,29 @@ def visit_of(request: Request) -> Visit:
     return visit
 
 
-async def read(
+async def read(service: Service, request: Request, kind: type[_BodyT]) -> tuple[_BodyT, Served]:
+    """The body, and the model of text that it is for, loaded; otherwise as `read_body`."""
+    body, served = await find(service, request, kind)
+    await use(service, request, served)
+    return body, served
+
+
+async def use(service: Service, request: Request, standing: AnyStanding) -> None:
+    """The request has the model until it is over; it is loaded first. Raises ApiError.
+
+    An `Answer` does so itself, as a stream is told something meanwhile.
+    """
+    await service.use(standing, visit_of(request))
+
+
+async def find(
     service: Service, request: Request, kind: type[_BodyT], *, generates: bool = False
 ) -> tuple[_BodyT, Served]:
-    """The body, and the model of text that it is for; otherwise as `read_body`."""
+    """The body, and the model of text that it is for, which may not be loaded."""
     service.check_ready()
     service.check_room()
     visit, served = visit_of(request), service.sole
-    if generates and served is not None and not service.painters:
+    if generates and served is not None and len(service.all) == 1:
         visit.enter(served)  # before anything is read: the others' model is in the body
     body = await read_body(service, request, partial(parse, kind, service.context))
     served = service.find(body.model)

@@ -35,6 +35,7 @@ class Dialect:
     """OpenAI's chats: what the API gives is what is sent."""
 
     prefix = "chatcmpl-"
+    media_type = "text/event-stream; charset=utf-8"  # of a stream
     silence = b": keep-alive\n\n"  # what a stream gets while there is nothing to tell
 
     def __init__(self, body: Any, model: str, id: str) -> None:

@@ -20,6 +20,7 @@ LOGGER = logging.getLogger("squall.server")
 INVALID = "invalid_request_error"
 RETRY_S = 5  # a guess when another server will have taken this one's place
 MESSAGES = "/v1/messages"  # below this path errors are as Anthropic has them
+OLLAMA = "/api/"  # and below this one as Ollama has them
 _ANTHROPIC = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
@@ -49,6 +50,8 @@ class ApiError(Exception):
         if path.startswith(MESSAGES):
             kind = _ANTHROPIC.get(self.status, INVALID if self.status < 500 else "api_error")
             return json.dumps({"type": "error", "error": {"type": kind, "message": text}})
+        if path.startswith(OLLAMA):
+            return json.dumps({"error": text})
         told = {"message": text, "type": self.type, "param": self.param, "code": self.code}
         return json.dumps({"error": told})
 

@@ -16,13 +16,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from squall.server.errors import ApiError, to_api
 from squall.server.limits import ClientGone
 from squall.server.log import MOST_BODY
+from squall.server.page import PATH as PAGE
 from squall.server.pictures import FOLDER
 
 if TYPE_CHECKING:
-    from squall.server.service import Served, Service
+    from squall.server.residence import AnyStanding
+    from squall.server.served import Served
+    from squall.server.service import Service
 
-# Who only asks whether the server is there needs no key.
-OPEN_PATHS = frozenset({"/", "/health", "/docs"})
+# Who only asks whether the server is there needs no key, nor do files that are the same for all.
+OPEN_PATHS = frozenset({"/", "/health", "/docs", PAGE})
+_OPEN_BELOW = (FOLDER, f"{PAGE}/")
 GONE = 499  # what the log says of a client that went away
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _MOST_PATH = 200
@@ -79,7 +83,7 @@ class Gate:
                 403, f"pages of {origin[:100]!r} may not use this server; allow that with --cors",
                 "origin_not_allowed",
             )  # fmt: skip
-        is_open = path in OPEN_PATHS or path.startswith(FOLDER) or visit.method == "OPTIONS"
+        is_open = path in OPEN_PATHS or path.startswith(_OPEN_BELOW) or visit.method == "OPTIONS"
         if options.api_keys and not is_open:
             visit.tenant = self._tenant(headers)
 
@@ -107,11 +111,15 @@ class Gate:
 
 
 class Visit:
-    """One request on its way. `notes` go into its line of the access log."""
+    """One request on its way. `notes` go into its line of the access log.
+
+    using: the model that stays loaded until the request is over.
+    """
 
     def __init__(self, service: Service, scope: Scope, method: str) -> None:
         self._service = service
         self._served: Served | None = None
+        self.using: AnyStanding | None = None
         self.method = method
         self.ignored = ""
         self._since_s = time.perf_counter()
@@ -148,7 +156,7 @@ class Visit:
     def enter(self, served: Served) -> None:
         """The request is one for text; raises QueueFull if those before it take all places."""
         if self._served is None:
-            served.model.engine.check_room(others=len(served.entering))
+            served.check_room()
             served.entering.add(self)
             self._served = served
 
@@ -156,6 +164,12 @@ class Visit:
         """From now on the engine counts it, or it is over. May be called from any thread."""
         if self._served is not None:
             self._served.entering.discard(self)
+
+    def leave(self) -> None:
+        """It needs its model no more, which may be unloaded."""
+        if self.using is not None:
+            self._service.residence.leave(self.using, self)
+            self.using = None
 
     def hold(self, size: int) -> None:
         """So many bytes of the body are needed until the request is over."""
@@ -172,6 +186,7 @@ class Visit:
     def close(self) -> None:
         """The request is over: log and count it."""
         self.entered()
+        self.leave()
         self._service.bodies.hold(-self._held)
         service, route = self._service, self._scope.get("route")
         # Paths that clients make up are not counted one by one.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,6 +13,8 @@ from prometheus_client.registry import Collector
 from squall.api.responses import Usage
 from squall.diffusion.model import ImageModel
 from squall.model import Model
+from squall.server.residence import AnyStanding
+from squall.server.served import Painter, Served
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -20,25 +23,40 @@ _TOKEN_S = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 3, 10)
 
 _Row = tuple[str, str, str, Mapping[str, float]]
 _Rows = tuple[list[_Row], list[_Row]]  # of gauges, and of counters
-_Served = TypeVar("_Served")
 
 
-class _ModelCollector(Collector, Generic[_Served]):
-    """Of models of one kind, what `rows` tells."""
+class _Collector(Collector):
+    """What `rows` tells of each of some things, which have the names of models."""
 
-    def __init__(self, models: Mapping[str, _Served], rows: Callable[[_Served], _Rows]) -> None:
+    def __init__(
+        self, models: Callable[[], Mapping[str, Any]], rows: Callable[[Any], _Rows]
+    ) -> None:
         self._models, self._rows = models, rows
 
     def collect(self) -> Iterator[Metric]:
-        found = [self._rows(model) for model in self._models.values()]
+        models = self._models()
+        found = [self._rows(model) for model in models.values()]
         for which, kind in enumerate((GaugeMetricFamily, CounterMetricFamily)):
             for rows in zip(*(both[which] for both in found), strict=True):
                 name, what, label, _ = rows[0]
                 family = kind(f"squall_{name}", what, labels=["model", label][: 1 + bool(label)])
-                for model, (*_, values) in zip(self._models, rows, strict=True):
+                for model, (*_, values) in zip(models, rows, strict=True):
                     for value, number in values.items():
                         family.add_metric([model, value][: 1 + bool(label)], number)
                 yield family
+
+
+def _loaded(standings: Mapping[str, AnyStanding]) -> Mapping[str, Any]:
+    return {name: standing.model for name, standing in standings.items() if standing.ready}
+
+
+def _standing_rows(standing: AnyStanding) -> _Rows:
+    loaded = int(standing.state == "loaded")
+    return [
+        ("model_loaded", "1 if the model is loaded", "", {"": loaded}),
+        ("model_bytes", "Of its weights, and its KV cache", "", {"": standing.nbytes}),
+        ("model_requests", "Requests that have the model", "", {"": len(standing.users)}),
+    ], [("model_loads", "How often it was loaded", "", {"": standing.loads})]
 
 
 def _rows(model: Model) -> _Rows:
@@ -97,13 +115,21 @@ def _painting_rows(model: ImageModel) -> _Rows:
 class Metrics:
     """Counts of one server; nothing is shared with others in the process."""
 
-    def __init__(self, models: Mapping[str, Model], painters: Mapping[str, ImageModel]) -> None:
+    def __init__(
+        self, models: Mapping[str, Served], painters: Mapping[str, Painter],
+        standings: Mapping[str, AnyStanding],
+    ) -> None:  # fmt: skip
         self._registry = registry = CollectorRegistry()
-        registry.register(_ModelCollector(models, _rows))
-        registry.register(_ModelCollector(painters, _painting_rows))
+        registry.register(_Collector(lambda: standings, _standing_rows))
+        registry.register(_Collector(partial(_loaded, models), _rows))
+        registry.register(_Collector(partial(_loaded, painters), _painting_rows))
         self.responses = Counter(
             "squall_http_responses", "Responses", ["path", "status"], registry=registry
         )
+        self.embedded = Counter(
+            "squall_embedded_tokens", "Of texts that were embedded or ranked", ["model"],
+            registry=registry,
+        )  # fmt: skip
 
         def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, what, ["model"], buckets=buckets, registry=registry)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from squall.errors import InvalidRequest
+from squall.mcp import McpTools
 from squall.vision.images import Media
 
 MIB = 2**20
@@ -37,7 +38,10 @@ class ServerOptions:
     truncate: cut the beginning of prompts that are too long instead of refusing them.
     seed: for requests that give none; by default each draws its own.
     log: a file that gets every request and response.
+    ui: a web page at /ui.
     throughput: tell tokens a second in the access log.
+    memory_bytes: what models that are loaded when they are asked for may take together, with those
+        that are open; by default what the machine and its control groups have.
     media: which images may come from where, beside those in requests.
     body_bytes, all_bodies_bytes: of one request's body, and of those being read or parsed together.
     header_s, body_s, write_s: how long a client may take to send its header, to send its body, and
@@ -45,6 +49,7 @@ class ServerOptions:
     drain_s: what running answers get to end after a first signal to stop.
     kept_responses, kept_bytes: of /v1/responses, for clients that go on with them.
     stall_s: the engine is dead if no step ends for so long.
+    mcp: tools that the server runs itself for chats that have none of their own.
     image_folder: of pictures that clients get as URLs; None: a new one. They are removed after
         image_age_s, or when they take more than image_bytes.
     """
@@ -59,7 +64,9 @@ class ServerOptions:
     truncate: bool = False
     seed: int | None = None
     log: Path | None = None
+    ui: bool = True
     throughput: bool = False
+    memory_bytes: int | None = None
     media: Media = field(default_factory=Media)
     body_bytes: int = 32 * MIB
     all_bodies_bytes: int = 256 * MIB
@@ -71,6 +78,7 @@ class ServerOptions:
     keep_alive_s: float = 1.0
     drain_s: float = 30.0
     stall_s: float = 300.0
+    mcp: McpTools | None = None
     image_folder: Path | None = None
     image_age_s: float = 3600.0
     image_bytes: int = 1024 * MIB

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import secrets
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ from pydantic import ConfigDict
 
 from squall.api.pictures import data_uri, encoded
 from squall.diffusion.model import ImageModel, Painting
-from squall.diffusion.request import Picture, PictureRequest, fitted
+from squall.diffusion.request import Picture, PictureRequest, fitted, size_of
 from squall.errors import EngineStopped, InvalidRequest
 from squall.server.dialect import Dialect
 from squall.server.errors import ApiError
@@ -35,7 +34,6 @@ MOST_PICTURES = 8  # of a request
 POLL_S = 0.2  # how often streams look how far a picture is
 FOLDER = "/images/"  # where they lie, under names that are secrets, which clients hand on
 PROGRESS, COMPLETED = "image_generation.progress", "image_generation.completed"
-_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _FIELD_BYTES, _MOST_PARTS = 64 * 1024, 64
 _FIELDS = ("width", "height", "steps", "guidance", "seed")
 # As OpenAI has it, and as mistral.rs does.
@@ -65,12 +63,9 @@ class PictureBody(Body, frozen=True):
             raise InvalidRequest(f"n is {self.n}; it must be 1 to {MOST_PICTURES}")
         given = {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
         if self.size not in (None, "auto"):
-            match = _SIZE.fullmatch(str(self.size))
-            if match is None:
-                raise InvalidRequest(f"size is {self.size!r:.99}; it must be like 1024x1024")
             if given.keys() & {"width", "height"}:
                 raise InvalidRequest("size is given, and width or height; leave one of them out")
-            given |= {"width": int(match[1]), "height": int(match[2])}
+            given |= size_of(str(self.size))
         return PictureRequest(prompt=self.prompt, **given)
 
 

@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from squall.adapters.shelf import Info
 from squall.api.chats import chat_prompt
-from squall.api.jobs import chat_ids, start_chat, start_completion
+from squall.api.jobs import chat_ids, start_completion
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.errors import InvalidRequest
 from squall.model import Model
@@ -35,15 +35,22 @@ from squall.server.asking import (
     work,
 )
 from squall.server.dialect import Completions, Dialect
+from squall.server.embeddings import EmbeddingsBody, RerankBody, add_embeddings
 from squall.server.errors import MESSAGES, ApiError
+from squall.server.mcp import start_with_tools
 from squall.server.metrics import CONTENT_TYPE
+from squall.server.ollama import EmbedBody, GenerateBody, OldEmbedBody, OllamaChatBody, add_ollama
+from squall.server.ollama_models import ModelBody, add_ollama_models
 from squall.server.openai_responses import Responses, ResponsesBody
+from squall.server.page import add_page
 from squall.server.pictures import FOLDER, EditBody, PictureBody, Pictures, parse_form
-from squall.server.service import Served, Service
+from squall.server.served import Served
+from squall.server.service import Service
 
 BODIES: tuple[type[schemas.Body], ...] = (
     schemas.ChatBody, schemas.CompletionBody, ResponsesBody, MessagesBody, CountBody, PictureBody,
-    EditBody,
+    EditBody, EmbeddingsBody, RerankBody, OllamaChatBody, GenerateBody, EmbedBody, OldEmbedBody,
+    ModelBody,
     schemas.TokenizeBody, schemas.DetokenizeBody, schemas.ReIsqBody, schemas.ActivateBody,
     schemas.AdapterBody, schemas.LoadBody, schemas.UnloadBody,
 )  # fmt: skip
@@ -55,11 +62,15 @@ def add_routes(app: FastAPI, service: Service) -> None:
     for add in (
         _add_generation,
         _add_pictures,
+        add_embeddings,
+        add_ollama,
+        add_ollama_models,
         _add_kept,
         _add_tokens,
         _add_models,
         _add_adapters,
         _add_state,
+        add_page,
     ):
         add(router, service)
     app.include_router(router)
@@ -67,10 +78,12 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_generation(router: APIRouter, service: Service) -> None:
+    begin = partial(start_with_tools, service)
+
     @router.post("/v1/chat/completions", openapi_extra=takes(schemas.ChatBody))
     async def chat_completions(request: Request) -> Response:
         """The next message of a conversation."""
-        return await answer(service, request, schemas.ChatBody, start_chat, Dialect)
+        return await answer(service, request, schemas.ChatBody, begin, Dialect)
 
     @router.post("/v1/completions", openapi_extra=takes(schemas.CompletionBody))
     async def completions(request: Request) -> Response:
@@ -81,12 +94,12 @@ def _add_generation(router: APIRouter, service: Service) -> None:
     async def responses(request: Request) -> Response:
         """OpenAI's Responses: the next items of a conversation."""
         tell = partial(Responses, service.kept, visit_of(request).tenant)
-        return await answer(service, request, ResponsesBody, start_chat, tell)
+        return await answer(service, request, ResponsesBody, begin, tell)
 
     @router.post(MESSAGES, openapi_extra=takes(MessagesBody))
     async def messages(request: Request) -> Response:
         """Anthropic's Messages: the next message of a conversation."""
-        return await answer(service, request, MessagesBody, start_chat, Messages)
+        return await answer(service, request, MessagesBody, begin, Messages)
 
 
 def _add_pictures(router: APIRouter, service: Service) -> None:
@@ -120,7 +133,7 @@ async def _paint(
         visit_of(request).hold(sum(map(len, body.images)))
     painter, told = service.painter(body.model), Pictures(service, body, str(request.base_url)[:-1])
     return Answer(
-        service, painter, partial(told.start, painter.model), told,
+        service, painter, lambda: told.start(painter.model), told,
         stream=bool(body.stream), reads=isinstance(body, EditBody),
     )  # fmt: skip
 
@@ -225,7 +238,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     async def re_isq(request: Request) -> Response:
         """Quantize the weights again; answers that are under way go on with the new ones."""
         body, served = await read(service, request, schemas.ReIsqBody)
-        await work(service, partial(served.model.re_isq, body.ggml_type))
+        await work(service, partial(served.re_isq, body.ggml_type))
         return JSONResponse({"ggml_type": body.ggml_type})
 
     @router.get("/v1/models")
@@ -238,12 +251,24 @@ def _add_models(router: APIRouter, service: Service) -> None:
         """One model."""
         return JSONResponse(service.card(model_id))
 
+    @router.post("/v1/models/{model_id:path}/load")
+    async def load(model_id: str) -> Response:
+        """Load a model before it is asked for; the answer comes when it is."""
+        standing = await service.load(model_id)
+        return JSONResponse(standing.card)
+
+    @router.post("/v1/models/{model_id:path}/unload")
+    async def unload(model_id: str, wait: bool = False) -> Response:
+        """Unload a model, if nothing is under way for it; or wait until that has ended."""
+        standing = await service.unload(model_id, wait=wait)
+        return JSONResponse(standing.card)
+
 
 def _add_adapters(router: APIRouter, service: Service) -> None:
     @router.get("/v1/adapters")
     async def adapters() -> Response:
         """The adapters that there are."""
-        found = [(s, info) for s in service.models.values() for info in s.model.adapters.list()]
+        found = [(s, info) for s in service.models.values() for info in s.infos]
         return JSONResponse({"object": "list", "data": [_told(*each) for each in found]})
 
     @router.post("/v1/adapters", openapi_extra=takes(schemas.AdapterBody))
@@ -300,7 +325,9 @@ async def _put(
 def _remove(service: Service, name: str) -> None:
     if not service.options.adapter_folders:
         raise service.not_allowed
-    models = [served.model for served in service.models.values()]
+    models = [served.model for served in service.models.values() if served.ready]
+    if not models:
+        raise ApiError(409, "no model of text is loaded; load the adapter's first", "not_loaded")
     next((m for m in models if name in m.adapters), models[0]).adapters.remove(name)
 
 

@@ -9,20 +9,20 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
 
-from squall.diffusion.model import ImageModel
 from squall.errors import InvalidRequest
-from squall.model import Model
 from squall.server.app import create_app, service_of
+from squall.server.errors import ApiError
 from squall.server.limits import protocol
 from squall.server.log import JsonFormatter
 from squall.server.options import ServerOptions
-from squall.server.service import Painter, Served, Service
+from squall.server.residence import AnyStanding
+from squall.server.service import Models, Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What is already computed must still reach its reader.
@@ -33,7 +33,7 @@ DEAD = 1
 
 
 def serve_on(
-    models: Model | ImageModel | Mapping[str, Model | ImageModel],
+    models: Models,
     options: ServerOptions,
     listener: socket.socket,
     *,
@@ -47,15 +47,16 @@ def serve_on(
     _log_as_json()
     server = make_server(models, options, started)
     server.run(sockets=[listener])
-    failed = server.service.failed
-    if any(served.model.engine.alive for served in failed):
-        # A step that never ends cannot be waited for, and the interpreter would.
-        os._exit(DEAD)
-    return DEAD if failed else 0
+    service, status = server.service, DEAD if server.service.failed else 0
+    stuck = any(served.model.engine.alive for served in service.failed)
+    if stuck or service.residence.opening:
+        # What never ends, or not soon, cannot be waited for, and the interpreter would.
+        os._exit(status)
+    return status
 
 
 def make_server(
-    models: Model | ImageModel | Mapping[str, Model | ImageModel],
+    models: Models,
     options: ServerOptions,
     started: Callable[[], None] = lambda: None,
 ) -> Server:
@@ -115,7 +116,12 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for served in self.service.models.values():
-            served.model.grammars.warm()
+            if served.ready:
+                served.model.grammars.warm()
+        try:
+            await self.service.preload()
+        except ApiError as error:
+            raise InvalidRequest(error.message) from None
         await super().startup(sockets)
         # What is there by now stays; looking for garbage in it would stop everything for 50 ms.
         gc.collect()
@@ -138,7 +144,7 @@ class Server(uvicorn.Server):
             signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.service.draining:
+        if self.service.draining or not self.started:
             os._exit(128 + sig)
         self.service.draining = True
 
@@ -151,12 +157,15 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         dead = self.service.why_dead is not None
         alive = [s for s in self.service.all if not s.dead.is_set()]
+        for standing in alive:
+            if not standing.ready:  # who waits until it is loaded has got nothing yet
+                standing.die("the server is shutting down; ask another one", failed=False)
         await asyncio.gather(*map(self._drain, alive))
         if dead:
             await asyncio.sleep(LINGER_S)
         await self._last_bytes()
 
-    async def _drain(self, served: Served | Painter) -> None:
+    async def _drain(self, served: AnyStanding) -> None:
         """Let answers end; cancel what is left then."""
         waiting = asyncio.to_thread(served.drain, self.service.options.drain_s)
         dead = asyncio.ensure_future(served.dead.wait())

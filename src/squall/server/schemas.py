@@ -39,7 +39,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "verbosity": ("medium",),
 }
-PASSED_ON = frozenset({"suffix"})
 MOST_ITEMS = 100_000  # of any list, before anything is done with it
 
 _BodyT = TypeVar("_BodyT", bound="Body")
@@ -91,7 +90,7 @@ class Body(BaseModel, frozen=True):
         body = cls.model_validate_json(data.removeprefix(codecs.BOM_UTF8))
         goes_on = getattr(body, "continue_final_message", None)
         for name, value in (body.model_extra or {}).items():
-            if name not in NEUTRAL or name in PASSED_ON or value is None:
+            if name not in NEUTRAL or value is None:
                 continue
             if goes_on and name == "add_generation_prompt":  # of a new message
                 continue
@@ -109,11 +108,7 @@ class Body(BaseModel, frozen=True):
 
     def given(self) -> dict[str, Any]:
         """The fields that say something, as arguments for the Python API."""
-        found = self.model_dump(exclude_none=True, exclude={"model", *(self.model_extra or ())})
-        for name, value in (self.model_extra or {}).items():
-            if name in PASSED_ON and value is not None and value not in NEUTRAL[name]:
-                found[name] = value
-        return found
+        return self.model_dump(exclude_none=True, exclude={"model", *(self.model_extra or ())})
 
 
 class StreamOptions(BaseModel):
@@ -184,9 +179,15 @@ class CompletionBody(GenerationBody, frozen=True):
     asks = CompletionRequest
 
     prompt: Prompts
+    suffix: str | None = None
     echo: bool | None = None
     best_of: int | None = None
     logprobs: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """See `Body`. Clients send an empty suffix where there is none."""
+        found = super().given()
+        return found if self.suffix else {k: v for k, v in found.items() if k != "suffix"}
 
 
 class TokenizeBody(Body, frozen=True):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from squall.diffusion.model import ImageModel
 from squall.errors import InvalidRequest, ModelNotFound, QueueFull
@@ -22,7 +20,11 @@ from squall.server.log import Log
 from squall.server.metrics import Metrics
 from squall.server.options import ServerOptions
 from squall.server.pictures import Album
-from squall.server.schemas import GenerationBody
+from squall.server.residence import AnyStanding, Lazy, Residence
+from squall.server.served import Encoder, Painter, Served
+
+if TYPE_CHECKING:
+    from squall.server.gate import Visit
 
 # Requests are parsed, rendered and tokenized by so many threads; more would only fight for the GIL.
 WORKERS = 2
@@ -31,145 +33,67 @@ READERS = 8
 # How many more than run and wait may be on their way into the queue or out of it.
 SLACK = 32
 
-LOGGER = logging.getLogger("squall.server")
+# What kinds of models do, and where those are asked that answer in no text.
+_DOES = {
+    "text": "answers in text", "pictures": "makes pictures", "embeddings": "makes embeddings"
+}  # fmt: skip
+_WHERE = {"pictures": "/v1/images/generations", "embeddings": "/v1/embeddings"}
+
+Open = Model | ImageModel | Any
+"""A model that is open: of text, of pictures, or an `Embedder`."""
+Models = Open | Mapping[str, Open | Lazy]
 
 _Value = TypeVar("_Value")
-
-
-class Standing:
-    """How a model that is served is, whatever it makes.
-
-    dead: nothing will be answered any more, for the reason `why_dead`. failed: that was an error.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.created = int(time.time())
-        self.dead = asyncio.Event()
-        self.why_dead: ApiError | None = None
-        self.failed = False
-
-    @property
-    def card(self) -> dict[str, Any]:
-        """What clients are told of it."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "local",
-            "root": self.name,
-            "parent": None,
-        }
-
-    def die(self, reason: str, *, failed: bool = True) -> None:
-        """Every request for it ends with an error."""
-        self.why_dead = self.why_dead or stopped(reason)
-        self.failed = self.failed or failed
-        self.dead.set()
-
-
-class Painter(Standing):
-    """A model that makes pictures, being served.
-
-    A picture that fails ends no other; and a step may take minutes, so that nobody watches it.
-    """
-
-    def __init__(self, name: str, model: ImageModel) -> None:
-        super().__init__(name)
-        self.model = model
-
-    def drain(self, timeout_s: float) -> bool:
-        return self.model.drain(timeout_s)
-
-
-class Served(Standing):
-    """A model that answers in text, being served.
-
-    entering: requests that the engine does not know yet.
-    """
-
-    def __init__(self, name: str, model: Model, options: ServerOptions) -> None:
-        super().__init__(name)
-        self.model = model
-        self.model.media = options.media
-        self.defaults: dict[str, Any] = {
-            "model": name, "truncate_sequence": options.truncate, "seed": options.seed
-        }  # fmt: skip
-        self.entering: set[object] = set()
-
-    def drain(self, timeout_s: float) -> bool:
-        return self.model.engine.drain(timeout_s)
-
-    @property
-    def cards(self) -> dict[str, dict[str, Any]]:
-        """What clients are told of it and of its adapters, by name."""
-        card = self.card | {"max_model_len": self.model.context}
-        cards = {self.name: card}
-        for info in self.model.adapters.list():
-            cards[info.name] = card | {"id": info.name, "root": info.path, "parent": self.name}
-        return cards
-
-    def asked(self, body: GenerationBody) -> dict[str, Any]:
-        """What holds for a request unless it says otherwise. Raises InvalidRequest."""
-        name = body.model
-        if name in (None, "default", self.name) or not self.model.adapters.used:
-            return self.defaults
-        if body.adapters is not None:
-            what = f"adapters is for the model {self.name!r:.99}, and {name!r:.99} is one of them"
-            raise InvalidRequest(f"{what}; leave one of the fields out")
-        return self.defaults | {"model": name, "adapters": name}
-
-    async def watch(self, stall_s: float) -> None:
-        engine, loop = self.model.engine, asyncio.get_running_loop()
-
-        def on_death(error: BaseException) -> None:
-            LOGGER.error("a step failed", exc_info=error)
-            loop.call_soon_threadsafe(self.die, "the engine was stopped by an error in a step")
-
-        engine.on_death = on_death
-        while not self.dead.is_set():
-            await asyncio.sleep(min(1.0, stall_s / 4))
-            stalled_s = engine.stats().stalled_s
-            if (lost := getattr(engine.executor, "lost", None)) is not None:
-                LOGGER.error(lost)
-                self.die(lost)
-            if stalled_s > stall_s:
-                self.die(f"the engine has not moved for {stalled_s:.0f} s")
+_Other = TypeVar("_Other", Painter, Encoder)
 
 
 class Service:
-    """The models being served: those of text, and `painters`, which make pictures.
+    """The models being served: those of text, `painters`, which make pictures, and `encoders`.
 
     active: requests under way. draining: what is there ends, and nothing new is taken; so it is
     after the death of any engine.
     """
 
-    def __init__(self, models: Mapping[str, Model | ImageModel], options: ServerOptions) -> None:
+    def __init__(self, models: Mapping[str, Open | Lazy], options: ServerOptions) -> None:
+        """models: open ones, and `Lazy` ones, by name."""
         if not models:
             raise InvalidRequest("there is no model to serve; give one at least")
         self.options = options
-        texts = {name: model for name, model in models.items() if isinstance(model, Model)}
-        paint = {name: model for name, model in models.items() if isinstance(model, ImageModel)}
-        for text, name in product(texts.values(), models):
-            text.adapters.reserve(name)
-        self.models = {name: Served(name, model, options) for name, model in texts.items()}
-        self.painters = {name: Painter(name, model) for name, model in paint.items()}
+        self.models: dict[str, Served] = {}
+        self.painters: dict[str, Painter] = {}
+        self.encoders: dict[str, Encoder] = {}
+        for name, given in models.items():
+            self._add(name, given)
+        for served in self.models.values():
+            served.reserved = tuple(models)
+            if served.ready:
+                served.introduce(served.model)
+        self.residence = Residence(self.all, options.memory_bytes)
         self.album = Album(options)
         self.log = Log(options.log)
-        self.metrics = Metrics(texts, paint)
+        self.metrics = Metrics(self.models, self.painters, {s.name: s for s in self.all})
         self.bodies = Bodies(options)
         self.kept = Kept(options.kept_responses, options.kept_bytes)
         self.active = 0
         self.draining = False
-        configs = [model.engine.config for model in texts.values()]
-        self._most_active = SLACK + sum(config.max_seqs + config.max_queue for config in configs)
-        self._most_active += sum(1 + model.max_queue for model in paint.values())
         self._workers = ThreadPoolExecutor(WORKERS, "squall-request")
         self._readers = ThreadPoolExecutor(READERS, "squall-reader")
 
+    def _add(self, name: str, given: Any) -> None:
+        lazy = given if isinstance(given, Lazy) else None
+        model = given if lazy is None else None
+        kind = "pictures" if isinstance(given, ImageModel) else "embeddings"
+        kind = lazy.kind if lazy is not None else "text" if isinstance(given, Model) else kind
+        if kind == "text":
+            self.models[name] = Served(name, lazy, model, self.options)
+        elif kind == "pictures":
+            self.painters[name] = Painter(name, lazy, model)
+        else:
+            self.encoders[name] = Encoder(name, lazy, model)
+
     @property
-    def all(self) -> list[Served | Painter]:
-        return [*self.models.values(), *self.painters.values()]
+    def all(self) -> list[AnyStanding]:
+        return [*self.models.values(), *self.painters.values(), *self.encoders.values()]
 
     @property
     def sole(self) -> Served | None:
@@ -187,14 +111,16 @@ class Service:
 
     @property
     def context(self) -> int:
-        return max((served.model.context for served in self.models.values()), default=0)
+        return max((served.context for served in self.models.values()), default=0)
 
     def find(self, name: str | None) -> Served:
         """The model that a request for text is for. Raises ApiError."""
-        if name in self.painters or not self.models:
+        others: dict[str, AnyStanding] = {**self.painters, **self.encoders}
+        if name in others or not self.models:
+            other = others[name] if name in others else next(iter(others.values()))
             raise ApiError(
-                400, f"{name or next(iter(self.painters))!r:.200} makes pictures, not text: POST "
-                "/v1/images/generations", "wrong_model", param="model",
+                400, f"{name or other.name!r:.200} {_DOES[other.kind]}, not text: POST "
+                f"{_WHERE[other.kind]}", "wrong_model", param="model",
             )  # fmt: skip
         if name in self.models:
             return self.models[name]
@@ -202,34 +128,74 @@ class Service:
             return next(iter(self.models.values()))
         sole, options = self.sole, self.options
         named = not options.any_model or options.adapter_folders
-        if sole is None or named or sole.model.adapters.used:
+        if sole is None or named or sole.adapts:
             return self.models[self.card(name)["parent"]]  # of an adapter
         return sole
 
     def painter(self, name: str | None) -> Painter:
         """The model that a request for pictures is for. Raises ApiError."""
-        if not self.painters:
+        return self._other(name, self.painters, "pictures", "--image-model")
+
+    def embedder(self, name: str | None) -> Encoder:
+        """The model that a request for embeddings is for. Raises ApiError."""
+        return self._other(name, self.encoders, "embeddings", "squall serve MODEL")
+
+    def _other(self, name: str | None, those: Mapping[str, _Other], what: str, how: str) -> _Other:
+        if not those:
+            raise ApiError(400, f"no model here makes {what}; serve one: {how}", "wrong_model")
+        if name is not None and name in those:
+            return those[name]
+        if name in (cards := self.cards):
             raise ApiError(
-                400, "no model here makes pictures; serve one: --image-model", "wrong_model"
-            )
-        if name in self.painters:
-            return self.painters[name]
-        if name in self.cards:
-            raise ApiError(
-                400, f"{name!r:.200} answers in text; those that make pictures: "
-                f"{', '.join(map(repr, self.painters)):.500}", "wrong_model", param="model",
+                400, f"{name!r:.200} {_DOES[cards[name]['kind']]}; those that make {what}: "
+                f"{', '.join(map(repr, those)):.500}", "wrong_model", param="model",
             )  # fmt: skip
-        first, *others = self.painters.values()
+        first, *others = those.values()
         if name in (None, "default") or (self.options.any_model and not others):
             return first
         self.card(str(name))  # which raises
         return first
 
+    async def use(self, standing: AnyStanding, visit: Visit) -> None:
+        """The request has the model until it is over; it is loaded first. Raises ApiError."""
+        if visit.using not in (None, standing):
+            visit.leave()
+        visit.using = standing
+        await self.residence.use(standing, visit)
+
+    async def preload(self) -> None:
+        """Load what is to be there from the start. Raises ApiError."""
+        for standing in self.all:
+            if standing.lazy is not None and (standing.lazy.pinned or standing.lazy.preload):
+                await self.residence.load(standing)
+
+    async def load(self, name: str) -> AnyStanding:
+        """The model, or that of an adapter, loaded. Raises ApiError."""
+        standing = self.standing(name)
+        self.check_ready()
+        await self.residence.load(standing)
+        return standing
+
+    async def unload(self, name: str, *, wait: bool = False) -> AnyStanding:
+        """The model, no longer loaded. Raises ApiError, also if it is used, unless `wait`."""
+        standing = self.standing(name)
+        await self.residence.unload(standing, wait=wait)
+        return standing
+
+    def keep(self, name: str, seconds: float | None) -> None:
+        """Unload the model when it was not used for so long; None or negative: not for that."""
+        self.residence.keep(self.standing(name), seconds)
+
+    def standing(self, name: str) -> AnyStanding:
+        """The model of this name, or that of an adapter. Raises ApiError."""
+        card = self.card(name)
+        named = card["parent"] or name
+        return next(standing for standing in self.all if standing.name == named)
+
     @property
     def cards(self) -> dict[str, dict[str, Any]]:
         """What clients are told of models and adapters, by the names that requests may give."""
-        found = dict(chain.from_iterable(s.cards.items() for s in self.models.values()))
-        return found | {name: painter.card for name, painter in self.painters.items()}
+        return dict(chain.from_iterable(standing.cards.items() for standing in self.all))
 
     def card(self, name: str) -> dict[str, Any]:
         """The one with this name. Raises ApiError."""
@@ -268,7 +234,7 @@ class Service:
 
     def check_room(self) -> None:
         """Raises QueueFull, before anything of a request is read, if far too many are there."""
-        if self.active > self._most_active:
+        if self.active > SLACK + sum(standing.most for standing in self.all):
             raise QueueFull(f"{self.active} requests are under way already", retry_after_s=1)
 
     def submit(self, function: Callable[[], _Value], *, reads: bool = False) -> Future[_Value]:
@@ -276,16 +242,19 @@ class Service:
         return (self._readers if reads else self._workers).submit(function)
 
     async def run(self) -> None:
-        watching = (s.watch(self.options.stall_s) for s in self.models.values())
-        await asyncio.gather(self._tidy(), *watching)
+        for served in self.models.values():
+            if served.ready:
+                served.begin()
+        await self._tidy()
 
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(min(self.options.image_age_s / 4, 60.0))
             self.album.tidy()
 
-    def close(self) -> None:
-        """End the threads and the log; the model stays open."""
+    async def close(self) -> None:
+        """End the threads and the log; models that were not opened here stay open."""
+        await self.residence.close()
         for threads in (self._workers, self._readers):
             threads.shutdown(wait=False, cancel_futures=True)
         self.album.close()

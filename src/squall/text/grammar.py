@@ -5,6 +5,7 @@ All kinds become llguidance's dialect of Lark, which is compiled once a model.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -415,7 +416,9 @@ class _Vocabulary:
         digits = np.zeros(self.words * 32, dtype=bool)
         digits[: len(texts)] = [token[:1].isdigit() for token in texts]
         self.digits = np.packbits(digits, bitorder="little").view(np.uint32)
-        self.library = LLTokenizer(self, eos_token=sorted(self.stops))  # type: ignore[arg-type]
+        # Of a copy, as the library keeps what it is given, and a circle would never be freed.
+        given: Any = copy.copy(self)
+        self.library = LLTokenizer(given, eos_token=sorted(self.stops))
 
     def __call__(self, text: str) -> list[int]:
         """Ids of what goes on with a text, without the space that may come before texts."""

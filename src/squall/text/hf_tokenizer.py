@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Library
 from squall.errors import InvalidCheckpoint, UnsupportedModel
 from squall.files import parse_json, read_json, read_text
 from squall.text.bytelevel import BYTE_OF, ids_of
+from squall.text.fill import find_fill
 from squall.text.tokenizer import Tokenizer
 from squall.text.vocabulary import (
     CONTROL,
@@ -162,6 +163,8 @@ def _mark_special(library: Any, files: _Files) -> None:
         token_text(files.config.get(f"{name}_token")) for name in ("bos", "eos", "unk")
     ]
     texts += [token_text(value) for value in (extra if isinstance(extra, list) else ())]
+    if (fill := find_fill(library.token_to_id)) is not None:
+        texts += [library.id_to_token(i) for i in fill.tokens]
     # What stands for images.
     named = [i for name in ("image_token_id", "image_token_index") for i in files.ids(name)]
     texts += [library.id_to_token(i) for i in named]
@@ -204,7 +207,8 @@ def _vocabulary(library: Any, files: _Files) -> Vocabulary:
     bos, unknown = (_id_of(library, files, name) for name in ("bos", "unk"))
     if unknown is not None and unknown not in ends | {bos}:
         types[unknown] = UNKNOWN
-    return Vocabulary(tokens, types, bos, next(iter(named), None), unknown, ends)
+    fill = find_fill(library.token_to_id)
+    return Vocabulary(tokens, types, bos, next(iter(named), None), unknown, ends, fill)
 
 
 def _id_of(library: Any, files: _Files, name: str) -> int | None:

@@ -37,6 +37,7 @@ class Codec(Protocol):
         """What a token stands for; `first`: as the first of a text."""
 
 
+_RARE = "\N{WHITE SMILING FACE}"  # no piece has it together with others
 CODECS: dict[str, type[ByteLevel] | type[SentencePiece]] = {
     "gpt2": ByteLevel,
     "llama": SentencePiece,
@@ -59,6 +60,7 @@ class Tokenizer:
         self.bos = vocabulary.bos
         self.eos = vocabulary.eos
         self.stop_ids = vocabulary.stops
+        self.filling = vocabulary.fill
         self.tokens = vocabulary.tokens
         self.vocab_size = len(vocabulary.tokens)
         self.space_after_control = codec.space_after_control
@@ -102,6 +104,24 @@ class Tokenizer:
         BOS comes first if the model wants one, `add_bos` allows it, and the text brings none.
         """
         return self.encode_pieces([Piece(text, content=not specials)], add_bos=add_bos)
+
+    def encode_fill(self, prefix: str, suffix: str) -> list[int]:
+        """Ids that ask for what is between two texts, in which no control token is read."""
+        if self.filling is None:
+            raise InvalidRequest(
+                "suffix is not for this model, which has no tokens to fill in with; leave it out"
+            )
+        if self.space_after_control:  # which is before a text, and not in its middle
+            mark = len(self._encode_run([_RARE], []))
+            after = self._encode_run([_RARE, suffix], [])[mark:]
+        else:
+            after = self._encode_run([suffix], [-1])
+        return self._prefix + self.filling.prompt(self._encode_run([prefix], []), after)
+
+    def asks_to_fill(self, text: str) -> bool:
+        """Whether a text has the tokens to fill in with, each once, as clients write them."""
+        names = [self.tokens[i] for i in self.filling.tokens] if self.filling else [""]
+        return all(name in self.controls and text.count(name) == 1 for name in names)
 
     def encode_pieces(self, pieces: Iterable[Piece], *, add_bos: bool = True) -> list[int]:
         """Ids of the joined pieces; tokens may span pieces, except for control tokens."""

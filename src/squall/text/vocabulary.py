@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from squall.errors import InvalidCheckpoint
+from squall.text.fill import Fill, find_fill
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 _KEY = "tokenizer.ggml."
+# As files call the tokens to fill in with: before, after, between; and as older ones do.
+_FILL_NAMES = (("fim_pre", "prefix"), ("fim_suf", "suffix"), ("fim_mid", "middle"))
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>\Z")
 
 # Tokens that end a turn or a text whatever the metadata says of them.
@@ -34,6 +38,7 @@ class Vocabulary:
     eos: int | None
     unknown: int | None
     stops: frozenset[int]
+    fill: Fill | None = None
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Vocabulary:
@@ -46,14 +51,20 @@ class Vocabulary:
         types = _types(metadata.get(_KEY + "token_type"), tokens)
         ids = {
             name: _id(metadata, name, len(tokens))
-            for name in ("bos", "eos", "eot", "eom", "unknown")
+            for name in ("bos", "eos", "eot", "eom", "unknown", *chain(*_FILL_NAMES))
         }
         named_stops = [ids["eos"], ids["eot"], ids["eom"]]
         ends = stops(((token, i) for i, token in enumerate(tokens)), named_stops)
+        named_fill = [ids[new] if ids[new] is not None else ids[old] for new, old in _FILL_NAMES]
+        known = tuple(i for i in named_fill if i is not None)
+        by_text = {token: i for i, token in enumerate(tokens)}
+        fill = find_fill(by_text.get, known if len(known) == len(_FILL_NAMES) else ())
         named = [i for i in (ids["bos"], *ends) if i is not None]
+        # Those that are words could be in any text; others may be parts of longer words.
+        named += [i for i in (fill.tokens if fill else ()) if types[i] == USER_DEFINED]
         for i in named:  # some files call them normal, and then no template would work
             types[i] = CONTROL
-        return cls(tokens, types, ids["bos"], ids["eos"], ids["unknown"], ends)
+        return cls(tokens, types, ids["bos"], ids["eos"], ids["unknown"], ends, fill)
 
     def of_type(self, *types: int) -> list[int]:
         """The ids of all tokens of these types, without empty ones."""

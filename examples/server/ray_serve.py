@@ -1,6 +1,6 @@
 """One OpenAI endpoint of several copies of a model, on Ray Serve: `pip install squall[ray]`.
 
-    python examples/ray_serve.py model.gguf --replicas 2 --port 8000
+    python examples/server/ray_serve.py model.gguf --replicas 2 --port 8000
 
 Prompts that begin alike go to one replica, where what they share is in the cache. If a replica
 dies, another one says the rest of its answers, and Ray starts a new one.

@@ -1,0 +1,1 @@
+"""Models that embed texts, or judge how well they answer a query."""
