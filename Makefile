@@ -6,6 +6,10 @@ SHELL := /bin/bash
 # ninja would look for make's job slots, which recipes do not get.
 unexport MAKEFLAGS
 
+# Objects are shared with the build of an sdist, and with checkouts elsewhere.
+export CCACHE_BASEDIR := $(CURDIR)/native
+export CCACHE_NOHASHDIR := 1
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +24,7 @@ NOTE = mkdir -p build && echo "  $(1) $$SECONDS s" >> build/steps
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build stub docs demo test nightly ray gpu lint bench fuzz native sanitizers sanitize emulate simde clean
+.PHONY: help setup build stub wheel docs demo test nightly ray gpu lint bench fuzz native sanitizers sanitize emulate simde clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -57,6 +61,9 @@ demo: $(VENV)/built $(VENV)/model ## Start from nothing and let the default mode
 
 stub: $(VENV)/dev ## Write src/squall/_native.pyi anew, after a change of the bindings
 	@$(BIN)/python -m nanobind.stubgen -q -m squall._native -o src/squall/_native.pyi
+
+wheel: $(VENV)/dev ## Build an sdist and a wheel for this Python into dist/
+	@$(BIN)/python tools/build_wheel.py
 
 docs: $(VENV)/built ## Write the tables of docs/supported.md, docs/sampling.md and docs/vision.md anew
 	@$(BIN)/python tools/supported.py
