@@ -21,9 +21,10 @@ from squall.engine.request import Request
 from squall.engine.speculation import MOST_GUESSES, Speculation
 from squall.errors import InvalidRequest, SquallError, UnsupportedModel
 from squall.executors import Executor, Limits, Placement, ThreadPool, devices
-from squall.executors.memory import Load, Sizes, available_bytes, by_memory
+from squall.executors.memory import Load, Sizes, by_memory
 from squall.executors.sharding import shard
 from squall.locate import find_mmproj, locate, locate_uqff
+from squall.machine import available_bytes
 from squall.opening import NO_MMPROJ, Opening
 from squall.quant import Plan
 from squall.recipes import Recipe, mmproj

@@ -10,7 +10,8 @@ from squall import Model
 from squall.engine import memory
 from squall.engine.memory import KvSize
 from squall.errors import InvalidRequest, OutOfMemory
-from squall.executors.memory import Load, available_bytes
+from squall.executors.memory import Load
+from squall.machine import available_bytes
 
 MIB = 2**20
 
@@ -158,8 +159,6 @@ def test_pages_of_files_make_room_in_a_container(
     found = []
     for text in ("", stat):
         told = known | {f"/sys/fs/cgroup/{where}/memory.stat": text}
-        monkeypatch.setattr(
-            "squall.executors.memory._read", lambda path, told=told: told.get(str(path), "")
-        )
+        monkeypatch.setattr("squall.machine._read", lambda path, told=told: told.get(str(path), ""))
         found.append(available_bytes())
     assert found == [100, 700]

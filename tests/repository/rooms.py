@@ -15,6 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "closing": set(),
     "files": {"errors"},
+    "machine": set(),
     "spec": set(),
     "program": {"spec"},
     "batch": {"program"},
@@ -26,13 +27,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": {"errors", "files", "quant"},
     "recipes": {"errors", "files", "spec", "roles", "program", "checkpoints"},
     "weights": {"errors", "program", "checkpoints", "quant"},
-    "executors": {"errors", "program", "batch", "quant", "weights", "gpu", "_native"},
-    "gpu": {"errors", "spec", "program", "batch", "quant", "weights", "executors", "_native"},
+    "executors": {"errors", "machine", "program", "batch", "quant", "weights", "gpu", "_native"},
+    "gpu": {
+        "errors", "machine", "spec", "program", "batch", "quant", "weights", "executors", "_native",
+    },
     "adapters": {
         "errors", "files", "spec", "roles", "program", "batch", "checkpoints", "recipes", "quant",
         "weights", "decoder", "executors",
     },
-    "text": {"errors", "files"},
+    "text": {"errors", "files", "machine"},
     "convert": {
         "errors", "files", "spec", "roles", "program", "checkpoints", "recipes", "quant", "text",
         "weights", "adapters", "_native",
@@ -42,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "quant", "weights", "executors", "text", "engine",
     },
     "engine": {
-        "errors", "closing", "files", "spec", "batch", "executors", "text", "_native",
+        "errors", "closing", "files", "machine", "spec", "batch", "executors", "text", "_native",
     },
     "diffusion": {
         "errors", "closing", "files", "spec", "roles", "program", "blocks", "encoder",
@@ -84,7 +87,8 @@ ABOVE: dict[str, set[str]] = {
     "mcp": {"errors", "closing", "text"},
     "server": {
         "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
-        "embeddings", "executors", "mcp", "needs", "opening", "quant", "text",
+        "embeddings", "executors", "machine", "mcp", "needs", "opening", "quant",
+        "text",
     },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api", "mcp"},

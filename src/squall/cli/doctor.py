@@ -12,6 +12,7 @@ import typer
 from squall import __version__
 from squall.cli.options import Json
 from squall.errors import SquallError
+from squall.machine import processor
 
 PACKAGES = ("numpy", "tokenizers", "jinja2", "typer", "rich", "prompt_toolkit", "pillow", "httpx")
 
@@ -31,7 +32,7 @@ def _findings() -> Iterator[tuple[str, str]]:
     import importlib.metadata
 
     yield "squall", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
-    yield "processor", _processor()
+    yield "processor", processor()
     yield from _native()
     yield from _devices()
     yield "default model", _embedded()
@@ -47,18 +48,6 @@ def _native() -> Iterator[tuple[str, str]]:
     yield "instructions", f"{default_isa()} (this machine has {', '.join(_native.isas())})"
     yield "threads", f"{threads} ({reason})"
     yield "bandwidth", f"{_native.read_bandwidth(threads) / 1e9:.1f} GB/s, reading"
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        try:
-            with open("/proc/cpuinfo", encoding="utf-8") as file:
-                names = [line.split(":", 1)[1] for line in file if line.startswith("model name")]
-        except OSError:
-            names = []
-        if names:
-            return names[0].strip()
-    return platform.processor() or platform.machine()
 
 
 def _devices() -> Iterator[tuple[str, str]]:

@@ -112,7 +112,7 @@ def of_pictures(opening: Opening) -> Pictures:
     """Raises what is wrong with the model."""
     from squall.diffusion.pipeline import OFFLOADED, open_pipeline
     from squall.diffusion.request import PictureRequest
-    from squall.executors.memory import available_bytes
+    from squall.machine import available_bytes
 
     pipeline, path = open_pipeline(replace(opening, architecture=OFFLOADED))  # reads no weight
     parts: list[dict[str, Any]] = [

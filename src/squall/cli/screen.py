@@ -10,8 +10,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 
 import numpy as np
@@ -56,22 +58,24 @@ def _encoder() -> Callable[[Picture], str] | None:
 
 def _width() -> int:
     """Of the terminal, in pixels."""
-    import fcntl
-    import struct
-    import termios
+    size = b""
+    with suppress(ImportError):  # not on Windows
+        import fcntl
+        import termios
 
-    size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8))
-    return struct.unpack("4H", size)[2] or shutil.get_terminal_size().columns * CELL
+        size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8))
+    pixels = int.from_bytes(size[4:6], sys.byteorder)
+    return pixels or shutil.get_terminal_size().columns * CELL
 
 
 @cache
 def _attributes() -> set[str]:
     """What the terminal answers to DA1; nothing if it does not in time."""
+    if not sys.stdin.isatty() or find_spec("termios") is None:
+        return set()
     import termios
     import tty
 
-    if not sys.stdin.isatty():
-        return set()
     source, answer, end_s = sys.stdin.fileno(), "", time.monotonic() + ANSWER_S
     before = termios.tcgetattr(source)
     try:

@@ -85,7 +85,7 @@ def _print(found: list[Choice], goal: str) -> None:
     from rich.table import Table
 
     from squall.errors import OutOfMemory
-    from squall.executors.memory import available_bytes
+    from squall.machine import available_bytes
     from squall.tuning import best
 
     try:

@@ -70,7 +70,7 @@ def of_embedder(path: Path, found: Inspection) -> Verdict:
     """Of a model that embeds, or judges pairs."""
     from squall.checkpoints import open_checkpoint
     from squall.embeddings.files import setup
-    from squall.executors.memory import available_bytes
+    from squall.machine import available_bytes
     from squall.recipes import embedders
 
     try:

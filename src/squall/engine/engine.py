@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import math
-import os
-import sys
 import threading
 import time
 import weakref
@@ -31,6 +29,7 @@ from squall.errors import (
     QueueFull,
 )
 from squall.executors import Executor
+from squall.machine import after_fork
 from squall.text.stream import TextStream
 
 # The thread ends when there was nothing to do for so long; the next request starts another.
@@ -419,5 +418,4 @@ def _close_all() -> None:
         engine.close()
 
 
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=lambda: deque(map(Engine.leave_behind, _ENGINES)))
+after_fork(lambda: deque(map(Engine.leave_behind, _ENGINES)))

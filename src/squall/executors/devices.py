@@ -13,7 +13,7 @@ from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 from squall.errors import InvalidRequest
-from squall.executors.memory import available_bytes, total_bytes
+from squall.machine import available_bytes, total_bytes
 from squall.quant.isq import Dtype
 
 if TYPE_CHECKING:

@@ -1,10 +1,9 @@
-"""Memory: what this machine has, and what programs take of it, layer by layer."""
+"""Memory: what programs take of it, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from squall.program import Attend, Program, Value, op_weights, reads
@@ -127,52 +126,3 @@ def activations(program: Program, rows: Mapping[str, int], *, integers: bool) ->
         most = max(most, held)
         held -= size(*(value for value in set(reads(op)) if last[value] == number))
     return most + keys + size(*program.outputs)
-
-
-# ---- this machine ----
-
-
-def available_bytes() -> int | None:
-    """What the machine and this process's control groups leave; None where neither can be asked."""
-    limits = [*_machine("MemAvailable"), *_control_groups()]
-    return min(limits, default=None)
-
-
-def total_bytes() -> int | None:
-    """What the machine has; None where it cannot be asked."""
-    return next(_machine("MemTotal"), None)
-
-
-def _machine(name: str) -> Iterator[int]:
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith(f"{name}:"):
-            yield int(line.split()[1]) * 1024
-
-
-def _control_groups() -> Iterator[int]:
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
-            files = ("inactive_file ", "active_file ")
-        elif "memory" in controllers.split(","):
-            root, limit = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-            used, files = "memory.usage_in_bytes", ("total_inactive_file ", "total_active_file ")
-        else:
-            continue
-        leaf = Path(root, path.lstrip("/"))
-        # A limit may sit at any level; in a container the root is the container's own group.
-        for folder in (leaf, *leaf.parents):
-            most, taken = _read(folder / limit).strip(), _read(folder / used).strip()
-            if most.isdigit() and taken.isdigit():
-                # Pages of files are counted, such as a model's, and make room for others.
-                lines = _read(folder / "memory.stat").splitlines()
-                cached = sum(int(line.split()[1]) for line in lines if line.startswith(files))
-                yield max(int(most) - max(int(taken) - cached, 0), 0)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

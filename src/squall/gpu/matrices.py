@@ -14,9 +14,9 @@ from squall import _native
 from squall import program as p
 from squall.errors import InvalidCheckpoint
 from squall.executors.base import Laid
-from squall.executors.memory import available_bytes
 from squall.gpu import uses_triton
 from squall.gpu.unpacking import bits, middle, take_apart, unpack
+from squall.machine import available_bytes
 from squall.quant import FORMATS, Format
 from squall.weights import Stored, WeightStore, values
 

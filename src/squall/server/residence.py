@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import re
@@ -12,14 +11,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from squall.diffusion.model import ImageModel
 from squall.errors import EngineStopped, InvalidRequest, OutOfMemory
-from squall.executors.memory import available_bytes
+from squall.machine import available_bytes, give_back
 from squall.model import Model
 from squall.needs import Kind, Needs, needs
 from squall.opening import Opening
@@ -462,5 +460,4 @@ def _tidy() -> None:
     gc.collect()
     if frozen:
         gc.freeze()
-    with suppress(AttributeError, OSError, TypeError):  # other C libraries have no such function
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()

@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +23,7 @@ import numpy as np
 
 from squall.errors import InvalidCheckpoint, InvalidRequest, SamplingFailed
 from squall.files import parse_json, quote
+from squall.machine import lower_priority
 from squall.text.reasoning import Reasoning, control_id
 from squall.text.tokenizer import Tokenizer
 from squall.text.yacc import lark_of_yacc
@@ -367,8 +366,7 @@ def _deep(work: Callable[[], None]) -> None:
     """Run it where recursion has room, and so that running answers keep their pace."""
 
     def lowered() -> None:
-        if sys.platform == "linux":  # where threads have priorities of their own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        lower_priority(_NICE)
         work()
 
     with _STACK:
