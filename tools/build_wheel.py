@@ -34,9 +34,9 @@ def build(out: Path) -> tuple[Path, Path]:
 
 
 def _run(module: str, *arguments: str) -> None:
-    source = arguments[-1]
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PATH": tools, "CCACHE_BASEDIR": f"{source}/native", "CCACHE_NOHASHDIR": "1"}
+    shared = {"CCACHE_BASEDIR": f"{arguments[-1]}/native", "CCACHE_NOHASHDIR": "1"}
+    env = os.environ | shared | {"PATH": tools}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], env=env, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, check=False,

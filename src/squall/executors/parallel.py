@@ -66,6 +66,8 @@ class Ranks:
             raise InvalidRequest(
                 f"tensor_parallel: ranks run on cuda, or on torch (on the CPU), not on {device}"
             )
+        if not hasattr(socket, "AF_UNIX"):
+            raise InvalidRequest("tensor_parallel: ranks need Linux or macOS")
         if env.get("WORLD_SIZE", str(size)) != str(size) or not ("RANK" in env or command):
             raise InvalidRequest(
                 f"tensor_parallel is {size}, which needs as many processes: start them with "
