@@ -24,7 +24,7 @@ NOTE = mkdir -p build && echo "  $(1) $$SECONDS s" >> build/steps
 
 NATIVE := $(wildcard native/*.cpp native/*.h native/tests/*.cpp)
 
-.PHONY: help setup build stub wheel docs demo test nightly ray gpu lint bench fuzz native sanitizers sanitize emulate simde clean
+.PHONY: help setup build stub wheel docs demo test nightly ray gpu lint bench fuzz native sanitizers sanitize emulate simde compilers clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -130,6 +130,19 @@ simde: $(VENV)/tools ## Native tests of AVX-512's and AVX-VNNI's kernels, made o
 	PATH="$(CURDIR)/$(BIN):$$PATH"; $(CONFIGURE) -B build/simde -DSQUALL_SIMDE=ON >/dev/null; \
 	ninja --quiet -C build/simde $(TESTS); build/simde/$(TESTS) avx512
 
+MINGW := x86_64-w64-mingw32-g++
+
+compilers: $(VENV)/tools ## Native tests by clang, and compiled for Windows by MinGW, where these are
+	@PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	if command -v clang++ >/dev/null; then \
+	  $(CONFIGURE) -B build/clang -DCMAKE_CXX_COMPILER=clang++ >/dev/null; \
+	  ninja --quiet -C build/clang $(TESTS); build/clang/$(TESTS) any brief; \
+	else echo "compilers: no clang++ (Debian: clang)" >&2; fi; \
+	if command -v $(MINGW) >/dev/null; then \
+	  $(CONFIGURE) -B build/mingw -DCMAKE_SYSTEM_NAME=Windows -DCMAKE_SYSTEM_PROCESSOR=AMD64 \
+	    -DCMAKE_CXX_COMPILER=$(MINGW) >/dev/null; ninja --quiet -C build/mingw $(TESTS); \
+	else echo "compilers: no $(MINGW) (Debian: g++-mingw-w64-x86-64-posix)" >&2; fi
+
 # Of every architecture, format, family and kind of adapter something, by PyTorch on the CPU.
 TORCH := $(addprefix tests/,$(patsubst %,parity/test_%.py,parity config packed_folders uqff) \
   $(patsubst %,vision/test_%.py,llava phi3v idefics gemma3 qwen_vl pixtral mllama exact) \
@@ -153,7 +166,7 @@ nightly: lint native sanitizers ## All of it at full length, on all CPUs: docs/t
 	@build/address/$(TESTS) any
 	@build/thread/$(TESTS) any
 	@$(MAKE) --no-print-directory emulate HOW=
-	@$(MAKE) --no-print-directory simde
+	@$(MAKE) --no-print-directory simde compilers
 	@$(BIN)/python -m pytest --timeout=3600
 
 # Ray in an environment of its own, which has the packages of .venv as well.
