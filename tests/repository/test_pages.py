@@ -79,7 +79,6 @@ FILES = {
     "selection.toml": blocks(ROOT / "docs/commands.md", "toml")[0],
     "models.toml": blocks(ROOT / "docs/serving.md", "toml")[0],
     "anymoe.toml": blocks(ROOT / "docs/anymoe.md", "toml")[0],
-    "models.toml": '[[model]]\npath = "model.gguf"\n',
     "prompts.json": blocks(ROOT / "docs/anymoe.md", "json")[0],
 }
 

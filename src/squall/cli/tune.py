@@ -141,7 +141,6 @@ def _toml(opening: Opening, chosen: Choice) -> str:
 
     path = locate(opening.path, opening.hub)
     lines = [("path", str(path.absolute())), *_settings(opening, chosen).items()]
-    name = json.dumps(path.stem if path.is_file() else path.absolute().name)
     values = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in lines)
     expected = f"# Expected: prompts {chosen.prompt:.1f}, answers {chosen.answer:.1f} tokens/s.\n"
-    return f"{expected}[models.{name}]\n{values}"
+    return f"{expected}[[model]]\n{values}"
