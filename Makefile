@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 # ninja would look for make's job slots, which recipes do not get.
 unexport MAKEFLAGS
+# Hundreds of processes would compile the same modules.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Objects are shared with the build of an sdist, and with checkouts elsewhere.
 export CCACHE_BASEDIR := $(CURDIR)/native
@@ -152,11 +154,14 @@ ON_TORCH := once or (test_config and logits) or (packed and (test_logits or head
   or test_rows or test_answers or no_bit or recall or (test_lora and folders) or pefts or (trained and (phi3 or olmo2)) \
   or (exact and llava and (together or cut or draft or grammars or test_adapters))
 
+# To import all of the others takes as long as these.
+SERIAL = $(shell grep -rl --include='test_*.py' 'mark\.serial' tests)
+
 # Several at a time, since one waits for the network while another compiles.
 test: ## Set up, lint, native tests here and elsewhere, then every Python test
 	@mkdir -p build; rm -f build/steps
 	@$(MAKE) --no-print-directory -j3 --output-sync=target lint native sanitize emulate
-	@$(BIN)/python -m pytest -q -m serial; $(call NOTE,serial tests)
+	@$(BIN)/python -m pytest -q -m serial $(SERIAL); $(call NOTE,serial tests)
 	@SQUALL_TEST_DEVICE=torch $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TORCH) \
 	  -k "($(ON_TORCH)) and not (refused or settle or q8_0 or f16-f32)"; $(call NOTE,models by PyTorch)
 	@echo "seconds of each step, some of them side by side:"; cat build/steps
