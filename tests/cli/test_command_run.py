@@ -101,7 +101,8 @@ def test_a_prompt_by_pipe_that_is_too_long() -> None:
 
 def ending(act: str, *, shell: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     """How a command ends that does this; `shell` redirects."""
-    code = f"import sys\ndef app():\n    {act}\nfrom squall.cli import _run\n_run('__main__:app')"
+    code = f"import sys\ndef app(**_):\n    {act}\n"
+    code += "from squall.cli import _run\n_run('__main__:app', 'squall')"
     command = shlex.join([sys.executable, "-c", code]) + shell
     return subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env=os.environ | env, timeout=30

@@ -12,6 +12,7 @@ import pytest
 from servers import Running, chat, connect, in_thread, post_bytes, read_until, until
 
 from squall import Model
+from squall.server.service import SLACK
 
 PATH = "/v1/chat/completions"
 QUICK_S = 0.3
@@ -46,7 +47,7 @@ def test_row_34_a_burst(running: Running) -> None:
 def test_row_34_too_many_to_read_from(running: Running) -> None:
     """Who could not be queued anyway is refused before the body is read."""
     head = f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n".encode()
-    most = running.service._most_active
+    most = SLACK + sum(standing.most for standing in running.service.all)
     running.service.active += most
     with connect(running.port, head) as connection:
         answer = read_until(connection, b"}}")
