@@ -295,6 +295,7 @@ def test_tab_completes_commands(terminal: Terminal) -> None:
     terminal.wait_for("ature")
     terminal.type(" 0.25\r")
     terminal.wait_for("temperature: 0.25")
+    terminal.wait_for(PROMPT)
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0
 

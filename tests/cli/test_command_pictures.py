@@ -311,9 +311,11 @@ def test_a_server_of_pictures(
     openings: list[Opening], served: list[tuple[object, ServerOptions]]
 ) -> None:
     done = invoke("serve flux --port 0 --isq Q4K --image-folder . --image-age 60")
-    ((model, options),) = served
-    assert isinstance(model, ImageModel)
-    assert (options.model_id, options.image_folder, options.image_age_s) == ("flux", Path("."), 60)
+    ((models, options),) = served
+    assert isinstance(models, dict)
+    assert list(models) == ["flux"]
+    assert isinstance(models["flux"], ImageModel)
+    assert (options.image_folder, options.image_age_s) == (Path("."), 60)
     assert openings[0].isq == "Q4K"
     assert re.match(r"flux at http://127.0.0.1:\d+/v1 \(pictures, 4 steps\)", done.stderr)
 
@@ -322,11 +324,10 @@ def test_a_server_of_text_and_pictures(
     openings: list[Opening], served: list[tuple[object, ServerOptions]]
 ) -> None:
     done = invoke("serve --context 64 --image-model flux --port 0 --t5 x --served-model-name chat")
-    ((models, options),) = served
+    ((models, _),) = served
     assert isinstance(models, dict)
     assert list(models) == ["chat", "flux"]
     assert isinstance(models["flux"], ImageModel)
-    assert options.model_id is None
     (opening,) = openings
     assert (opening.path, opening.t5, opening.context) == ("flux", "x", None)
     assert "chat at http" in done.stderr

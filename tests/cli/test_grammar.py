@@ -198,7 +198,7 @@ def test_help_teaches_every_kind(command: str) -> None:
     for word in SELECTORS:
         text = invoke(f"{command} {word} -h").stdout
         assert "--kv-dtype" in text
-        assert "--file" in text if word == "toml" else "--model" not in text.split("Options")[2]
+        assert "--file" in text if word == "toml" else "--model " not in text.split("Options")[2]
 
 
 @pytest.mark.parametrize(
