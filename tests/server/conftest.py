@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Iterator
 
 import httpx
@@ -22,6 +24,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         yield found
         assert found.stop() == 0
         assert '"level": "error"' not in found.stderr()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loops_of_clients(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Event loops that clients' libraries leave open go before the next file's tests."""
+    yield
+    if "client" in request.module.__name__:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 @pytest.fixture

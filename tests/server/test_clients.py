@@ -78,9 +78,8 @@ def test_fields_nobody_knows_are_ignored_and_told(
     assert found.status_code == 200
     told = "max_token, cache_prompt, tokenize, a??Set-Cookie???"
     assert found.headers["x-squall-ignored"] == told
-    line = next(
-        line for line in server.stderr().splitlines() if found.headers["x-request-id"] in line
-    )
+    until(lambda: found.headers["x-request-id"] in server.stderr())
+    (line,) = (x for x in server.stderr().splitlines() if found.headers["x-request-id"] in x)
     assert json.loads(line)["ignored"] == told
 
 

@@ -229,7 +229,7 @@ def test_flags(tmp_path: Path) -> None:
 
 def test_the_command_has_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[ServeFlags] = []
-    monkeypatch.setattr(serve, "_serve", lambda flags, _: found.append(flags))
+    monkeypatch.setattr(serve, "_serve", lambda flags, *_: found.append(flags))
     flags = ["--allow-media-url", "a.org", "--allow-media-url", "*", "--allow-media-path", "."]
     assert CliRunner().invoke(serve.app, flags, standalone_mode=False).exit_code == 0
     assert found[0].options().media == Media(hosts=("a.org", "*"), folder=Path("."))
