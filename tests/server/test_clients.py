@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from servers import Process, chat, connect, events, in_thread, read_until
+from servers import Process, chat, connect, events, in_thread, read_until, until
 
 from squall import Model
 
