@@ -343,14 +343,8 @@ def _plan(opening: Opening) -> tuple[bool, Plan]:
 
 
 def _placement(opening: Opening) -> Placement:
-    device = opening.device
-    if device == devices.AUTO:
-        device = next(iter(devices.gpus()), "cpu")
-    stages = devices.stages_of(device)
-    if len(stages) > 1:
-        raise InvalidRequest(f"device is {device!r}; models that make pictures run on one")
-    devices.check(stages[0].device)
-    return Placement(stages, opening.exact, opening.dtype)
+    stage = devices.one_stage(opening.device, "models that make pictures")
+    return Placement(stage, opening.exact, opening.dtype)
 
 
 def _t5_tokens(path: Path, t5: Checkpoint) -> T5Tokens:

@@ -148,14 +148,8 @@ def _context(opening: Opening, recipe: Recipe, said: Setup) -> int:
 
 
 def _placement(opening: Opening) -> Placement:
-    device = opening.device
-    if device == devices.AUTO:
-        device = next(iter(devices.gpus()), "cpu")
-    stages = devices.stages_of(device)
-    if len(stages) > 1:
-        raise InvalidRequest(f"device is {device!r}; models that embed run on one")
-    devices.check(stages[0].device)
-    return Placement(stages, opening.exact, opening.dtype)
+    stage = devices.one_stage(opening.device, "models that embed")
+    return Placement(stage, opening.exact, opening.dtype)
 
 
 def _head(recipe: Recipe, said: Setup, at: Place, *, exact: bool) -> tuple[Executor | None, int]:

@@ -242,3 +242,14 @@ def _gpu(name: str) -> Device:
     about = torch.cuda.get_device_properties(name)
     capability = f"compute capability {about.major}.{about.minor}"
     return Device(name, total, free, f"{about.name}, {capability}")
+
+
+def one_stage(device: str, what: str) -> tuple[Stage, ...]:
+    """All layers on one device that is here, as `what` run. Raises InvalidRequest."""
+    if device == AUTO:
+        device = next(iter(gpus()), "cpu")
+    stages = stages_of(device)
+    if len(stages) > 1:
+        raise InvalidRequest(f"device is {device!r}; {what} run on one")
+    check(stages[0].device)
+    return stages
