@@ -31,6 +31,16 @@ def processor() -> str:
     return next(iter(names), "") or platform.processor() or platform.machine()
 
 
+def largest_cache_bytes() -> int:
+    """Of the processor; 0 where it cannot be asked."""
+    sizes = re.findall(
+        r"^(\d+)K$",
+        "".join(map(_read, Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))),
+        re.MULTILINE,
+    )
+    return max(map(int, sizes), default=0) << 10
+
+
 def give_back() -> None:
     """Give the system what the C library keeps of memory that is free, where it can."""
     with suppress(AttributeError, OSError, TypeError):

@@ -15,6 +15,7 @@ from squall.assembly import Prepared, place, prepare
 from squall.engine.memory import DEFAULT_CONTEXT, SMALLEST_CONTEXT
 from squall.errors import InvalidRequest, OutOfMemory
 from squall.executors.memory import by_memory
+from squall.machine import largest_cache_bytes
 from squall.measure import Bench, Workload, seconds
 from squall.opening import KvDtype, Opening
 from squall.quant.isq import parse_type
@@ -28,9 +29,7 @@ _LOSS = {"f32": 0.0, "f16": 0.0, "bf16": 0.0} | {parse_type(name): x for name, x
 # What a goal puts up with.
 MOST_LOSS: dict[str, float] = {"quality": 0.0, "balanced": 0.05, "speed": 0.3}
 PROMPT, ANSWER = 512, 128  # as `squall bench` measures
-# Of the layers so many are measured that caches don't hold them, as they don't hold the model.
-_MEASURED_BYTES = 128 << 20
-_STEPS, _ROUNDS = 8, 3
+_LEAST_BYTES, _STEPS, _ROUNDS = 128 << 20, 8, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,9 @@ def _store(prepared: Prepared, opening: Opening) -> WeightStore:
 def _rates(prepared: Prepared, opening: Opening, context: int, weights: int) -> tuple[float, float]:
     """Tokens a second of prompt and answer: what some layers take, times all, and the head."""
     depth = len(prepared[1].decoder.layers)
-    count = min(depth, -(-_MEASURED_BYTES * depth // weights))
+    # So many that caches don't hold them, as they don't hold the model.
+    measured = max(_LEAST_BYTES, 2 * largest_cache_bytes())
+    count = min(depth, -(-measured * depth // weights))
     small = _some_layers(prepared, [layer * depth // count for layer in range(count)], opening)
     tokens = min(ANSWER, context // 2)
     prompt = min(PROMPT, context - tokens)

@@ -414,6 +414,7 @@ def test_pictures(screens: Screens) -> None:
         )
         assert pixel == [64, 77, 77, 77, 255]
         assert found.brush.asked[-1].steps == 2
+        screen.page.close()  # it asks the server for more
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
