@@ -8,6 +8,7 @@ from contextlib import suppress
 from pkgutil import resolve_name
 
 from squall.errors import SquallError
+from squall.files import printable
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def _run(app: str, name: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # the reader has left, which is no error
             with suppress(OSError):
-                sys.stderr.write(f"error: {_reason(error)}\n")
+                sys.stderr.write(f"error: {printable(_reason(error))}\n")
         sys.exit(1)
 
 
