@@ -10,6 +10,8 @@ from pkgutil import resolve_name
 from squall.errors import SquallError
 from squall.files import printable
 
+INTERRUPTED = 130
+
 
 def main() -> None:
     """Run the command line; errors are one line on stderr and exit status 1 (2 for wrong usage)."""
@@ -28,7 +30,11 @@ def _run(app: str, name: str) -> None:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:  # before a command began, which ends as it sees fit
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:  # now: downloads in threads would be waited for
+            os._exit(INTERRUPTED)
+        raise
     except Exception as error:
         if os.environ.get("SQUALL_DEBUG"):
             raise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from squall.cli import INTERRUPTED
 from squall.cli.flags import HELP_OF, TEXT, command
 from squall.cli.opening import PictureFlags
 from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option, read_text
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from squall.text.chat import ChatPrompt
     from squall.text.grammar import Grammar
 
-INTERRUPTED = 130
 MOST_STDIN = 16 << 20
 
 
