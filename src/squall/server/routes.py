@@ -37,6 +37,7 @@ from squall.server.asking import (
 from squall.server.dialect import Completions, Dialect
 from squall.server.embeddings import EmbeddingsBody, RerankBody, add_embeddings
 from squall.server.errors import MESSAGES, ApiError
+from squall.server.infill import InfillBody, add_infill
 from squall.server.mcp import start_with_tools
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.ollama import EmbedBody, GenerateBody, OldEmbedBody, OllamaChatBody, add_ollama
@@ -50,7 +51,7 @@ from squall.server.service import Service
 BODIES: tuple[type[schemas.Body], ...] = (
     schemas.ChatBody, schemas.CompletionBody, ResponsesBody, MessagesBody, CountBody, PictureBody,
     EditBody, EmbeddingsBody, RerankBody, OllamaChatBody, GenerateBody, EmbedBody, OldEmbedBody,
-    ModelBody,
+    ModelBody, InfillBody,
     schemas.TokenizeBody, schemas.DetokenizeBody, schemas.ReIsqBody, schemas.ActivateBody,
     schemas.AdapterBody, schemas.LoadBody, schemas.UnloadBody,
 )  # fmt: skip
@@ -63,6 +64,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         _add_generation,
         _add_pictures,
         add_embeddings,
+        add_infill,
         add_ollama,
         add_ollama_models,
         _add_kept,
