@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from squall.errors import InvalidRequest, ModelNotFound
+from squall.files import read_json
 
 Progress = Callable[[int, int], None]
 Judge = Callable[[Mapping[str, object]], None]
@@ -319,7 +320,7 @@ class _Download:
         except ModelNotFound as error:
             raise ModelNotFound(f"cannot open {self._id} of the hub: {error}") from None
         if judge is not None:
-            judge(_known(info, main))
+            judge(_known(info, main) or self._configuration(names))
         whole, stopped = sum(sizes[name] for name in names), threading.Event()
         self._check_space(sizes, names, str(info.sha))
 
@@ -336,6 +337,14 @@ class _Download:
         self._progress(whole, whole)
         return folder / main if main else folder
 
+    def _configuration(self, names: list[str]) -> Mapping[str, object]:
+        from huggingface_hub import hf_hub_download
+
+        if "config.json" not in names:
+            return {}
+        fetch = partial(hf_hub_download, self._id, "config.json", **self._options)
+        return read_json(Path(self._attempt(fetch))) or {}
+
     def _check_space(self, sizes: Mapping[str, int], names: list[str], commit: str) -> None:
         """Raises ModelNotFound if what is to come does not fit the disk of the cache."""
         from huggingface_hub import constants
@@ -348,7 +357,8 @@ class _Download:
             stat = file.stat()
             if file.name.count(".") == 1:
                 begun += stat.st_size
-            elif stat.st_mtime < time.time() - STALE_S:  # named at random, so nothing goes on with it
+            # Named at random, so that nothing goes on with it.
+            elif stat.st_mtime < time.time() - STALE_S:
                 file.unlink(missing_ok=True)
         free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
         if missing - begun > free:
