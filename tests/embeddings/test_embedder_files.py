@@ -255,3 +255,10 @@ def test_sizes(tmp_path: Path) -> None:
         assert embedder.context == BERT["max_position_embeddings"]
         assert embedder.path == tmp_path
         assert embedder.name == tmp_path.name
+
+
+def test_a_model_of_the_hub_is_called_as_its_repository(tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--name-1.5" / "snapshots" / ("a" * 40)
+    write(folder, "BertModel")
+    with Embedder.open(folder) as embedder:
+        assert embedder.name == "owner/name-1.5"

@@ -86,7 +86,7 @@ ABOVE: dict[str, set[str]] = {
     },
     "mcp": {"errors", "closing", "text"},
     "server": {
-        "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
+        "__version__", "errors", "adapters", "checkpoints", "engine", "model", "api", "vision", "diffusion",
         "embeddings", "executors", "machine", "mcp", "needs", "opening", "quant",
         "text",
     },
