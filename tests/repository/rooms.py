@@ -90,8 +90,8 @@ ABOVE: dict[str, set[str]] = {
     },
     "mcp": {"errors", "closing", "text"},
     "server": {
-        "__version__", "errors", "about", "adapters", "api", "diffusion", "embeddings", "engine",
-        "executors", "machine", "mcp", "model", "needs", "opening", "quant", "text", "vision",
+        "__version__", "errors", "about", "adapters", "api", "checkpoints", "diffusion", "embeddings",
+        "engine", "executors", "machine", "mcp", "model", "needs", "opening", "quant", "text", "vision",
     },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api", "mcp"},

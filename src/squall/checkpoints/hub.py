@@ -144,6 +144,18 @@ def _folder_of(cache: Path, id: str) -> Path:
     return cache / f"models--{id.replace('/', '--')}"
 
 
+def id_of(repository: Path) -> str:
+    return repository.name.removeprefix("models--").replace("--", "/")
+
+
+def name_of(path: Path) -> str:
+    """What a model is called: by its file or folder, or as its repository of the cache."""
+    path = path.absolute()
+    if path.is_file():
+        return path.stem
+    return id_of(path.parents[1]) if path.parent.name == "snapshots" else path.name
+
+
 def snapshot(repository: Path, revision: str) -> Path | None:
     """The folder of a repository of the cache at a revision."""
     try:

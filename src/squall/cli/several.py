@@ -132,7 +132,7 @@ def _shared(flags: ServeFlags) -> dict[str, Any]:
 
 
 def _name(said: str, opening: Opening) -> str:
-    from squall.cli.serve import name_of
+    from squall.checkpoints.hub import name_of
 
     return name_of(Path(opening.path or said)) if os.path.exists(said) else said
 
