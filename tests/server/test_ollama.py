@@ -334,7 +334,7 @@ def test_models(several: tuple[ollama.Client, MadeUpEmbedder, Any]) -> None:
 
 
 def test_loading_and_unloading(several: tuple[ollama.Client, MadeUpEmbedder, Any]) -> None:
-    llama, _, _ = several
+    llama, _, running = several
 
     def loaded() -> set[str | None]:
         return {one.model for one in llama.ps().models}
@@ -346,6 +346,10 @@ def test_loading_and_unloading(several: tuple[ollama.Client, MadeUpEmbedder, Any
     assert lazy.context_length == 256
     assert lazy.expires_at is not None
     assert 590 < (lazy.expires_at - datetime.now(lazy.expires_at.tzinfo)).total_seconds() < 601
+    running.service.standing("lazy").used_s -= 300  # the time runs while nobody uses it
+    (lazy,) = (one for one in llama.ps().models if one.model == "lazy:latest")
+    assert lazy.expires_at is not None
+    assert 290 < (lazy.expires_at - datetime.now(lazy.expires_at.tzinfo)).total_seconds() < 301
     assert llama.chat("lazy", []).done_reason == "load"
     ended = llama.chat("lazy", [], keep_alive=0)
     assert (ended.done_reason, ended.message.content) == ("unload", "")

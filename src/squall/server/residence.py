@@ -185,7 +185,7 @@ class Residence:
     """
 
     def __init__(self, standings: Sequence[AnyStanding], limit_bytes: int | None = None) -> None:
-        self._standings = standings
+        self.standings = [*standings]
         self._limit = limit_bytes
         if limit_bytes is None and (free := available_bytes()) is not None:
             held = (standing.sizes(standing.model)[0] for standing in standings if standing.ready)
@@ -253,7 +253,7 @@ class Residence:
         self._closing = True
         for task in [*self._tasks]:
             task.cancel()
-        for standing in self._standings:
+        for standing in self.standings:
             if standing.timer is not None:
                 standing.timer.cancel()
             # A step that never ends cannot be waited for.
@@ -371,13 +371,13 @@ class Residence:
         """Bytes that no model has, also if all KV caches were full; None: nobody knows."""
         if self._limit is None:
             return None
-        left = self._limit - sum(standing.nbytes for standing in self._standings)
+        left = self._limit - sum(standing.nbytes for standing in self.standings)
         available = available_bytes()
         return left if available is None else min(left, available)
 
     def _others(self, standing: AnyStanding) -> list[AnyStanding]:
         """Those that can make room: idle ones first, and those that were not used for longest."""
-        found = [s for s in self._standings if s.state == "loaded" and s is not standing]
+        found = [s for s in self.standings if s.state == "loaded" and s is not standing]
         found = [s for s in found if not s.pinned and not s.dead.is_set()]
         return sorted(found, key=lambda s: (bool(s.users), s.used_s))
 
@@ -397,7 +397,7 @@ class Residence:
             await self._give_back(others[0])
 
     def _short(self, standing: AnyStanding, found: Needs) -> str:
-        stay = [s for s in self._standings if s.pinned and s.nbytes]
+        stay = [s for s in self.standings if s.pinned and s.nbytes]
         pinned = "".join(f", and {s.name!r:.99} stays with {_mib(s.nbytes)}" for s in stay)
         return (
             f"it takes about {_mib(found.bytes)} ({_mib(found.cache)} of that KV cache), and there "
