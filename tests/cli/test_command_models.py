@@ -138,3 +138,30 @@ def test_a_model_that_embeds_is_known_by_its_name(server: Server) -> None:
 def test_a_name_that_is_nearly_right() -> None:
     done = squall("run", "smollm2:137m", "Hi")
     assert "Did you mean smollm2:135m" in str(done.exception)
+
+
+def test_rm_of_a_copy_leaves_the_original(server: Server) -> None:
+    """Copies of repositories have the same commits."""
+    server.repositories["o/copy"] = Repository({"new.gguf": UNKNOWN})
+    squall("pull", "o/new", "o/copy")
+    assert squall("rm", "--yes", "o/copy").exit_code == 0
+    assert {*listed()} == {"o/new:new.gguf"}
+    assert squall("rm", "--yes", "o/new").exit_code == 0
+    assert not listed()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_cannot_run_is_not_pulled(listed: bool, server: Server) -> None:
+    config = {"model_type": "brand-new", "architectures": ["BrandNewForCausalLM"]}
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": b"w"}
+    known = {"config": config} if listed else {}
+    server.repositories["o/newer"] = Repository(files, known=known)
+    done = squall("pull", "o/newer")
+    assert done.exit_code == 1
+    assert "BrandNewForCausalLM" in done.stderr
+    assert server.downloads() == ["config.json"] * (not listed)
+    gguf = Repository({"t5.gguf": UNKNOWN}, known={"gguf": {"architecture": "brand-new"}})
+    server.repositories["o/t5"] = gguf
+    assert "unknown architecture" in squall("pull", "o/t5").stderr
+    gguf.known = {"gguf": {"architecture": "t5encoder"}}  # for a model that makes pictures
+    assert squall("pull", "o/t5").exit_code == 0

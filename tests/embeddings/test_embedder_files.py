@@ -142,7 +142,7 @@ def test_texts_in_lower_case(tmp_path: Path) -> None:
     ("modules.json", "[1]", InvalidCheckpoint, "no list of modules"),
     ("modules.json", '[{"type": "a.Pooling", "path": "../x"}]', InvalidCheckpoint, "a folder in"),
     ("modules.json", '[{"type": "a.CNN", "path": "1_CNN"}]', UnsupportedModel, "'CNN'; known: Tr"),
-    ("1_Pooling/config.json", '{"pooling_mode": "max"}', UnsupportedModel, "'max'; known: cls"),
+    ("1_Pooling/config.json", '{"pooling_mode": "min"}', UnsupportedModel, "'min'; known: cls"),
     ("1_Pooling/config.json", "{}", UnsupportedModel, "rows are pooled by"),
     ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}',
      UnsupportedModel, "pooled by"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +25,8 @@ from squall.errors import InvalidRequest, SquallError
 from squall.names import DEFAULT, Installed
 from squall.opening import Opening
 
+# Architectures of parts of models that make pictures.
+_PARTS = ("clip", "clip_text_model", "flux", "t5", "t5encoder")
 Known = Annotated[
     list[str],
     typer.Argument(
@@ -62,10 +66,20 @@ def pull(
             typer.echo(f"{name}: {names.find(name).path}")
             return
         with progress(name, sizes=True) as shown:
-            path = names.pull(name, hub, shown)
+            path = names.pull(name, hub, shown, _judge)
         typer.echo(f"{name}: {path}")
 
     _each(models, get)
+
+
+def _judge(metadata: Mapping[str, object]) -> None:
+    """Raises UnsupportedModel for what is neither a model that Squall runs nor a part of one."""
+    from squall import recipes
+    from squall.embeddings.files import embeds
+
+    kind = metadata.get("general.architecture", metadata.get("model_type"))
+    if kind not in _PARTS and not embeds(Path(os.devnull), metadata):
+        recipes.judge(metadata)
 
 
 def list_(as_json: Json = False) -> None:
