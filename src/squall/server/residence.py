@@ -32,19 +32,21 @@ _Model = TypeVar("_Model")
 _Value = TypeVar("_Value")
 
 
-_PART = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)"
-_TIME = re.compile(rf"-?(?:{_PART})+")
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+_UNITS = {"h": 3600.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "m": 60.0, "s": 1.0}
+_PART = rf"([0-9]+(?:\.[0-9]+)?)({'|'.join(_UNITS)})"
+_TIME = re.compile(rf"-?(?:[0-9]+(?:\.[0-9]+)?|(?:{_PART})+)")
+_FOREVER_S = 1e9
 
 
 def duration_s(given: str | float) -> float | None:
     """Seconds of "10m", "1h30m", 300 or "300"; None, for ever, of what is negative."""
-    text = str(given).strip()
-    text += "s" * text[-1:].isdigit()
+    text = f"{given:f}" if isinstance(given, float) else str(given).strip()
     if isinstance(given, bool) or not _TIME.fullmatch(text):
-        raise InvalidRequest(f"{given!r:.99} is no time; such are 30s, 10m, 1h30m, 0; -1: for ever")
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text))
-    return None if text.startswith("-") else seconds
+        known = "such are 30s, 10m, 1h30m, 0; -1: for ever"
+        raise InvalidRequest(f"keep_alive: {given!r:.99} is no time; {known}")
+    parts = re.findall(_PART, text) or [(text.lstrip("-"), "s")]
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    return None if text.startswith("-") or seconds > _FOREVER_S else seconds
 
 
 @dataclass(frozen=True, slots=True)
