@@ -105,6 +105,10 @@ def _vectors(context: int, width: int, *, reranks: bool) -> About:
     return About(("rerank" if reranks else "embedding",), family="encoder", sizes=sizes)
 
 
+def _of_pictures(opening: Opening) -> About:
+    return replace(UNKNOWN["pictures"], path=Path(opening.path or ""))
+
+
 _KINDS: dict[Kind, Callable[[Opening], About]] = {
-    "text": _of_text, "embeddings": _of_embedder, "pictures": lambda _: UNKNOWN["pictures"],
+    "text": _of_text, "embeddings": _of_embedder, "pictures": _of_pictures,
 }  # fmt: skip

@@ -38,7 +38,8 @@ ROUTES = {
     ("POST", "/rerank"), ("POST", "/infill"), ("POST", "/v2/rerank"), ("POST", "/v1/models/x/load"),
     ("POST", "/v1/models/x/unload"), ("POST", "/api/chat"), ("POST", "/api/generate"),
     ("POST", "/api/embed"), ("POST", "/api/embeddings"), ("GET", "/api/tags"), ("GET", "/api/ps"),
-    ("POST", "/api/show"), ("POST", "/api/pull"), ("GET", "/api/version"),
+    ("POST", "/api/show"), ("POST", "/api/pull"), ("DELETE", "/api/delete"),
+    ("GET", "/api/version"),
 }  # fmt: skip
 
 

@@ -32,19 +32,21 @@ _Model = TypeVar("_Model")
 _Value = TypeVar("_Value")
 
 
-_PART = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)"
-_TIME = re.compile(rf"-?(?:{_PART})+")
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+_UNITS = {"h": 3600.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "m": 60.0, "s": 1.0}
+_PART = rf"([0-9]+(?:\.[0-9]+)?)({'|'.join(_UNITS)})"
+_TIME = re.compile(rf"-?(?:[0-9]+(?:\.[0-9]+)?|(?:{_PART})+)")
+_FOREVER_S = 1e9
 
 
 def duration_s(given: str | float) -> float | None:
     """Seconds of "10m", "1h30m", 300 or "300"; None, for ever, of what is negative."""
-    text = str(given).strip()
-    text += "s" * text[-1:].isdigit()
+    text = f"{given:f}" if isinstance(given, float) else str(given).strip()
     if isinstance(given, bool) or not _TIME.fullmatch(text):
-        raise InvalidRequest(f"{given!r:.99} is no time; such are 30s, 10m, 1h30m, 0; -1: for ever")
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text))
-    return None if text.startswith("-") else seconds
+        known = "such are 30s, 10m, 1h30m, 0; -1: for ever"
+        raise InvalidRequest(f"keep_alive: {given!r:.99} is no time; {known}")
+    parts = re.findall(_PART, text) or [(text.lstrip("-"), "s")]
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    return None if text.startswith("-") or seconds > _FOREVER_S else seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,7 @@ class Residence:
     """
 
     def __init__(self, standings: Sequence[AnyStanding], limit_bytes: int | None = None) -> None:
-        self._standings = standings
+        self.standings = [*standings]
         self._limit = limit_bytes
         if limit_bytes is None and (free := available_bytes()) is not None:
             held = (standing.sizes(standing.model)[0] for standing in standings if standing.ready)
@@ -253,7 +255,7 @@ class Residence:
         self._closing = True
         for task in [*self._tasks]:
             task.cancel()
-        for standing in self._standings:
+        for standing in self.standings:
             if standing.timer is not None:
                 standing.timer.cancel()
             # A step that never ends cannot be waited for.
@@ -371,13 +373,13 @@ class Residence:
         """Bytes that no model has, also if all KV caches were full; None: nobody knows."""
         if self._limit is None:
             return None
-        left = self._limit - sum(standing.nbytes for standing in self._standings)
+        left = self._limit - sum(standing.nbytes for standing in self.standings)
         available = available_bytes()
         return left if available is None else min(left, available)
 
     def _others(self, standing: AnyStanding) -> list[AnyStanding]:
         """Those that can make room: idle ones first, and those that were not used for longest."""
-        found = [s for s in self._standings if s.state == "loaded" and s is not standing]
+        found = [s for s in self.standings if s.state == "loaded" and s is not standing]
         found = [s for s in found if not s.pinned and not s.dead.is_set()]
         return sorted(found, key=lambda s: (bool(s.users), s.used_s))
 
@@ -397,7 +399,7 @@ class Residence:
             await self._give_back(others[0])
 
     def _short(self, standing: AnyStanding, found: Needs) -> str:
-        stay = [s for s in self._standings if s.pinned and s.nbytes]
+        stay = [s for s in self.standings if s.pinned and s.nbytes]
         pinned = "".join(f", and {s.name!r:.99} stays with {_mib(s.nbytes)}" for s in stay)
         return (
             f"it takes about {_mib(found.bytes)} ({_mib(found.cache)} of that KV cache), and there "

@@ -45,6 +45,7 @@ from squall.server.ollama_models import ModelBody, add_ollama_models
 from squall.server.openai_responses import Responses, ResponsesBody
 from squall.server.page import add_page
 from squall.server.pictures import FOLDER, EditBody, PictureBody, Pictures, parse_form
+from squall.server.pulls import add_pulls
 from squall.server.served import Served
 from squall.server.service import Service
 
@@ -67,6 +68,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         add_infill,
         add_ollama,
         add_ollama_models,
+        add_pulls,
         _add_kept,
         _add_tokens,
         _add_models,
