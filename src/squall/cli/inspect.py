@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from squall.cli import tables
 from squall.cli.completion import complete_known
 from squall.cli.getting import get_default
 from squall.cli.opening import check_one, makes_pictures
@@ -148,16 +149,12 @@ def _show_pictures(found: Pictures, *, as_json: bool) -> None:
         report = {"path": str(path), "runs": True, "verdict": verdict.report()}
         typer.echo(json.dumps(report | {"parts": parts, "sizes": sizes}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    typer.echo(f"{verdict}\n{path}")
-    table = Table("part", "parameters", "types", "MiB", "as flux-offloaded, MiB")
-    for part in parts:
-        table.add_row(part["part"], str(part["parameters"]), ", ".join(part["types"]), *_mib(part))
-    for size, told in sizes.items():
-        table.add_row(f"with a picture of {size}, about", "", "", *_mib(told))
-    Console().print(table)
+    headings = ("part", "parameters", "types", "MiB", "as flux-offloaded, MiB")
+    rows = [(p["part"], p["parameters"], ", ".join(p["types"]), *_mib(p)) for p in parts]
+    rows += [
+        (f"with a picture of {size}, about", "", "", *_mib(told)) for size, told in sizes.items()
+    ]
+    tables.show(str(verdict), str(path), tables.table(headings, rows, headings[3:]))
 
 
 def _mib(told: Mapping[str, Any]) -> list[str]:
@@ -219,38 +216,31 @@ def _loads(opening: Opening) -> list[Load]:
 
 
 def _print(found: Inspection, verdict: Verdict, modules: list[_Adapted], loads: list[Load]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
     form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
     form += f" ({found.quantization})" if found.quantization else ""
     size = f"{found.parameters / 1e6:.1f} million parameters, {mib(found.size_bytes)} MiB"
-    console.print(Text(f"{verdict}\n{found.path}: {form}, {size}"))
+    lines = [str(verdict), f"{found.path}: {form}, {size}"]
     if verdict.sees:
-        console.print(Text(f"It sees images: {verdict.sees}"))
-    metadata = Table("key", "value", title="metadata", title_justify="left")
-    metadata.columns[0].overflow = "fold"
-    for field in found.metadata:
-        metadata.add_row(Text(field.key), Text(str(field)))
+        lines.append(f"It sees images: {verdict.sees}")
+    metadata = ((field.key, field) for field in found.metadata)
+    parts = [tables.table(("key", "value"), metadata, title="metadata")]
     if modules:  # in place of hundreds of tensors; --json has them
-        content = Table("adapts", "rank", "layers", title="modules", title_justify="left")
-        for module, rank, layers in modules:
-            content.add_row(Text(module), str(rank or "whole"), _ranges(layers))
+        adapted = ((m.module, m.rank or "whole", _ranges(m.layers)) for m in modules)
+        parts.append(tables.table(("adapts", "rank", "layers"), adapted, title="modules"))
     else:
-        content = Table("tensor", "type", "shape", "bytes", title="tensors", title_justify="left")
-        for tensor in found.tensors:
-            shape = " x ".join(map(str, tensor.shape))
-            content.add_row(Text(tensor.name), Text(tensor.format), shape, str(tensor.nbytes))
-    content.columns[0].overflow = "fold"
-    totals = Table("type", "tensors", "parameters", "MiB", title="types", title_justify="left")
-    for total in found.formats:
-        size = f"{total.nbytes / 2**20:.1f}"
-        totals.add_row(Text(total.format), str(total.tensors), str(total.parameters), size)
-    placed = Table("device", "layers", "weights, MiB", "KV of 1,000 tokens, MiB", "free, MiB")
-    for load in loads:
-        sizes = (load.weights, 1000 * load.kv, load.free)
-        placed.add_row(load.device, str(load.layers), *map(mib, sizes))
-    for table in (metadata, content, totals, *([placed] * bool(loads))):
-        console.print(table)
+        headings = ("tensor", "type", "shape", "bytes")
+        tensors = (
+            (t.name, t.format, " x ".join(map(str, t.shape)), t.nbytes) for t in found.tensors
+        )
+        parts.append(tables.table(headings, tensors, ("bytes",), title="tensors"))
+    numbers = ("tensors", "parameters", "MiB")
+    totals = ((t.format, t.tensors, t.parameters, mib(t.nbytes)) for t in found.formats)
+    parts.append(tables.table(("type", *numbers), totals, numbers, title="types"))
+    if loads:
+        sizes = ("layers", "weights, MiB", "KV of 1,000 tokens, MiB", "free, MiB")
+        placed = (
+            (load.device, load.layers, *map(mib, (load.weights, 1000 * load.kv, load.free)))
+            for load in loads
+        )
+        parts.append(tables.table(("device", *sizes), placed, sizes))
+    tables.show(*lines, *parts)

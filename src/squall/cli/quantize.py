@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from squall.cli import tables
 from squall.cli.opening import check_one, makes_pictures
 from squall.cli.options import T5, Clip, File, Folder, Json, Threads, Vae, progress
 from squall.errors import InvalidRequest
@@ -186,18 +187,14 @@ def _report(path: Path, written: tuple[Written, ...], *, as_json: bool) -> None:
         matrices = [asdict(item) for item in written]
         typer.echo(json.dumps({"file": str(path), "matrices": matrices}))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("tensor", "from", "to", "shape", "bytes", "RMSE", title=str(path))
-    table.columns[0].overflow = "fold"
-    for item in written:
-        shape, rmse = " x ".join(map(str, item.shape)), f"{100 * item.rmse:.2f} %"
-        table.add_row(Text(item.name), item.source, item.format, shape, str(item.nbytes), rmse)
-    Console().print(table)
+    rows = [
+        (item.name, item.source, item.format, " x ".join(map(str, item.shape)), item.nbytes,
+         f"{100 * item.rmse:.2f} %") for item in written
+    ]  # fmt: skip
     files = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
     size = sum(file.stat().st_size for file in files)
     values = sum(item.shape[0] * item.shape[1] for item in written)
     bits = 8 * sum(item.nbytes for item in written) / max(values, 1)
-    typer.echo(f"{path}: {size / 2**20:.1f} MiB, {bits:.2f} bits a quantized weight")
+    headings = ("tensor", "from", "to", "shape", "bytes", "RMSE")
+    told = f"{path}: {size / 2**20:.1f} MiB, {bits:.2f} bits a quantized weight"
+    tables.show(tables.table(headings, rows, headings[4:]), told)
