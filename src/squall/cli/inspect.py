@@ -6,18 +6,20 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from squall.checkpoints.hub import Hub
 from squall.cli import tables
 from squall.cli.completion import complete_known
+from squall.cli.flags import plain
 from squall.cli.getting import get_default
-from squall.cli.opening import check_one, makes_pictures
-from squall.cli.options import T5, Clip, DeviceLayers, File, Folder, Json, Vae, Yes
+from squall.cli.opening import HubFlags, PartFlags, check_one, makes_pictures
+from squall.cli.options import DeviceLayers, File, Folder, Json, Yes, option
 from squall.cli.verdict import Verdict, mib, of_header, of_model
 from squall.names import DEFAULT
 from squall.opening import Opening
@@ -30,27 +32,26 @@ SIZES = ((512, 512), (1024, 1024), (1280, 720))  # of pictures
 _LORA = re.compile(r"(.+?)\.lora_(?:embedding_)?([aAbB])(?:\..*)?")
 
 
-def inspect(
+@dataclass(frozen=True, kw_only=True)
+class InspectFlags(PartFlags, HubFlags):
     model: Annotated[
         str | None,
         typer.Argument(
             help="A GGUF file, the folder of a model or adapter, a short name; or the default.",
             autocompletion=complete_known,
         ),
-    ] = None,
-    file: File = None,
-    folder: Folder = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|auto", help="Show what would go where, as --device of run."),
-    ] = None,
-    layers: DeviceLayers = None,
-    t5: T5 = None,
-    clip: Clip = None,
-    vae: Vae = None,
-    yes: Yes = False,
-    as_json: Json = False,
-) -> None:
+    ] = None
+    file: File = None
+    folder: Folder = None
+    device: str | None = option(
+        None, metavar="NAME|auto", help="Show what would go where, as --device of run."
+    )
+    layers: DeviceLayers = None
+    yes: Yes = False
+    as_json: Json = False
+
+
+def _inspect(flags: InspectFlags) -> None:
     """Tell whether Squall can run a model, and show metadata, tensors and types of its file.
 
     With --device or -n: how many layers run where, what they take, and what is free. Of an
@@ -63,19 +64,20 @@ def inspect(
 
     squall inspect model.gguf
     """
-    check_one(model, file, folder)
-    name = model or file or folder
+    check_one(flags.model, flags.file, flags.folder)
+    name = flags.model or flags.file or flags.folder
     if name is not None and makes_pictures(name):
-        _show_pictures(of_pictures(Opening(name, t5=t5, clip=clip, vae=vae)), as_json=as_json)
+        opening = Opening(name, t5=flags.t5, clip=flags.clip, vae=flags.vae, hub=flags.hub)
+        _show_pictures(of_pictures(opening), as_json=flags.as_json)
         return
     if name in (None, DEFAULT):
-        get_default(yes)
-    found, verdict, modules = examined(name)
+        get_default(flags.yes)
+    found, verdict, modules = examined(name, flags.hub)
     loads = []
-    if verdict.obstacle is None and (device, layers) != (None, None):
-        named = "cpu" if device is None else device
-        loads = _loads(Opening(found.path, device=named, device_layers=layers))
-    if as_json:
+    if verdict.obstacle is None and (flags.device, flags.layers) != (None, None):
+        opening = Opening(found.path, device=flags.device or "cpu", device_layers=flags.layers)
+        loads = _loads(opening)
+    if flags.as_json:
         report = asdict(found) | {"runs": verdict.obstacle is None, "obstacle": verdict.obstacle}
         report |= {"verdict": verdict.report(), "sees": verdict.sees}
         report |= {"modules": [m._asdict() for m in modules]}
@@ -85,13 +87,18 @@ def inspect(
         _print(found, verdict, modules, loads)
 
 
-def examined(name: str | None) -> tuple[Inspection, Verdict, list[_Adapted]]:
+inspect = plain(InspectFlags, _inspect)
+
+
+def examined(
+    name: str | None, hub: Hub | None = None
+) -> tuple[Inspection, Verdict, list[_Adapted]]:
     """What is in a model of text or an adapter, whether Squall can run it, and what it adapts."""
     from squall.checkpoints import describe, read_header
     from squall.locate import locate
 
     adapter = None if name is None else _adapter(Path(os.path.expanduser(name)))
-    path = adapter.path if adapter else locate(name)
+    path = adapter.path if adapter else locate(name, hub)
     header = adapter or read_header(path)
     found = describe(header)
     if adapter or header.metadata.get("general.type") == "adapter":

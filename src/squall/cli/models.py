@@ -14,13 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from squall import names
-from squall.checkpoints.hub import TOKEN_SOURCES, Hub
+from squall.checkpoints.hub import Hub
 from squall.cli import tables
 from squall.cli.completion import complete_known, complete_local
 from squall.cli.getting import get_default
 from squall.cli.inspect import examined, of_pictures
 from squall.cli.opening import makes_pictures
-from squall.cli.options import Json, progress
+from squall.cli.options import Json, Revision, TokenSource, progress
 from squall.cli.verdict import mib
 from squall.errors import InvalidRequest, SquallError
 from squall.names import DEFAULT, Installed
@@ -46,10 +46,8 @@ Local = Annotated[
 
 def pull(
     models: Known,
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
-    token_source: Annotated[
-        str, typer.Option(metavar="SOURCE", help=f"The hub's token: {TOKEN_SOURCES}.")
-    ] = "cache",
+    revision: Revision = "main",
+    token_source: TokenSource = "cache",
 ) -> None:
     """Download models, or what is missing of them, and tell where they are.
 
