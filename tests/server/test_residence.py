@@ -283,7 +283,7 @@ def test_a_model_that_makes_pictures(path: Path) -> None:
 
 def test_a_model_of_embeddings(path: Path) -> None:
     class Embedder:
-        formats = ()
+        formats, path, context, width, reranks = (), Path("words"), 8, 8, False
 
         def close(self) -> None:
             pass
@@ -360,14 +360,33 @@ def test_weights_that_were_quantized_are_so_again(tmp_path: Path) -> None:
     ("given", "seconds"),
     [
         ("5m", 300), ("1h30m", 5400), ("1.5s", 1.5), ("100ms", 0.1), (300, 300), ("300", 300),
-        (0, 0), ("0", 0), (-1, None), ("-1", None), ("-1m", None),
+        (0, 0), ("0", 0), (-1, None), ("-1", None), ("-1m", None), (2.5, 2.5), ("0s", 0),
+        ("99999999h", None), (1e300, None), ("9" * 400, None), ("1us", 1e-6), ("-0.5s", None),
     ],
 )  # fmt: skip
-def test_times(given: str | int, seconds: float | None) -> None:
-    assert duration_s(given) == seconds
+def test_times(given: str | float, seconds: float | None) -> None:
+    assert duration_s(given) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("given", ["", "5 minutes", "m", "5d", "1e3", "-", "5m-", True, "\u0665m"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "5 minutes",
+        "m",
+        "5d",
+        "1e3",
+        "-",
+        "5m-",
+        True,
+        "\u0665m",
+        "1" * 10**6 + "x",
+        "1m5",
+        "nan",
+        "--1",
+        "5 m",
+    ],
+)
 def test_what_is_no_time(given: str) -> None:
     with pytest.raises(InvalidRequest, match="is no time"):
         duration_s(given)

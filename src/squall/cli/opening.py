@@ -19,6 +19,7 @@ from squall.cli.selectors import Selected
 from squall.errors import InvalidRequest
 from squall.names import DEFAULT, resolve
 from squall.opening import DEFAULTS, KvDtype, Opening, Weights
+from squall.quant import Plan
 
 if TYPE_CHECKING:
     from squall.diffusion.model import ImageModel
@@ -235,7 +236,7 @@ def _of_floats(opening: Opening) -> Opening:
     from squall.locate import locate
 
     path = locate(opening.path, opening.hub, opening.progress)
-    if path.is_file():
+    if path.is_file() and Plan.of(opening.isq, opening.topology).quantizes:
         raise InvalidRequest(
             f"{path} has its number formats already; --isq and --topology are for folders "
             "of float weights (safetensors). Choose a GGUF file of the format you want"

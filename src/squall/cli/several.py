@@ -23,11 +23,12 @@ from squall.cli.opening import SHARED, makes_pictures
 from squall.cli.toml_selector import check_keys, read_root
 from squall.errors import InvalidRequest, ModelNotFound
 from squall.locate import locate
-from squall.names import find
+from squall.names import find, pull, remove
 from squall.needs import Kind, needs
 from squall.opening import Opening
 
 if TYPE_CHECKING:
+    from squall.checkpoints.hub import Progress
     from squall.cli.serve import ServeFlags
     from squall.server.residence import Lazy
 
@@ -132,9 +133,34 @@ def _shared(flags: ServeFlags) -> dict[str, Any]:
 
 
 def _name(said: str, opening: Opening) -> str:
-    from squall.cli.serve import name_of
+    from squall.checkpoints.hub import name_of
 
     return name_of(Path(opening.path or said)) if os.path.exists(said) else said
+
+
+class Store:
+    """Models of the hub for clients; opened as the command says of all models, not of its own."""
+
+    def __init__(self, flags: ServeFlags) -> None:
+        kept = ("threads", "device", "exact", "token_source", "offline", "keep_alive", "max_seqs",
+                "max_queue", "queue_timeout", "kv_dtype", "kv_fraction")  # fmt: skip
+        self._flags = type(flags)(**{name: getattr(flags, name) for name in kept})
+
+    def pull(self, name: str, progress: Progress) -> Lazy:
+        """See `squall.server.pulls.Store`."""
+        entry = Entry(str(pull(_plain(name), _shared(self._flags)["hub"], progress)))
+        kind, opening = _opening(self._flags, entry)
+        needs(kind, opening, sys.maxsize)
+        return _lazy(self._flags, entry, kind, opening)
+
+    def remove(self, name: str) -> None:
+        """See `squall.server.pulls.Store`."""
+        remove(find(_plain(name)))
+
+
+def _plain(name: str) -> str:
+    """The name of a model of the hub as Ollama has it, without the hub's."""
+    return name.removeprefix("hf.co/").removeprefix("huggingface.co/")
 
 
 def embeds(path: str | Path) -> bool:

@@ -11,25 +11,30 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from squall.checkpoints import Checkpoint, read_header
 from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, UnsupportedModel
 from squall.files import quote, read_json, read_text
 from squall.recipes.config import RECIPES
 from squall.recipes.config_fields import by_model_type
-from squall.recipes.embedders import ASKED, CLASSIFIER, FAMILIES, GGUF_ENCODERS
+from squall.recipes.embedders import (
+    ASKED,
+    CLASSIFIER,
+    FAMILIES,
+    GGUF_ENCODERS,
+    RANKS,
+    Pooling,
+)
 
-Pooling = Literal["cls", "mean", "last"]
 MODULES = "modules.json"
-_POOLED = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_LAST = "lasttoken"  # as they call it
 _FLAGS = {
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean", "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
     "pooling_mode_weightedmean_tokens": "weightedmean", "pooling_mode_lasttoken": "lasttoken",
 }  # fmt: skip
 _GGUF_POOLED: tuple[Pooling | None, ...] = (None, "mean", "cls", "last")
-_RANKS = 4  # a pooling_type of GGUF
 # Classes of transformers without a head.
 _HEADLESS = re.compile(r"[A-Za-z0-9]+(?<!LMHead)Model")
 _FOLDER = re.compile(r"[A-Za-z0-9_]{1,60}")
@@ -112,11 +117,9 @@ def setup(checkpoint: Checkpoint) -> Setup:
 def _of_gguf(metadata: Mapping[str, Any]) -> Setup:
     key = f"{metadata.get('general.architecture')}.pooling_type"
     value = metadata.get(key, 0)
-    if value == _RANKS:
-        raise UnsupportedModel("GGUF files that judge pairs are not read; open the model's folder")
-    if value not in range(len(_GGUF_POOLED)):
-        raise InvalidCheckpoint(f"metadata key {key} is {value!r:.99}; it must be in 0..4")
-    return Setup(_GGUF_POOLED[value])
+    if value not in range(RANKS + 1):
+        raise InvalidCheckpoint(f"metadata key {key} is {value!r:.99}; it must be in 0..{RANKS}")
+    return Setup(None if value == RANKS else _GGUF_POOLED[value])
 
 
 def _context(said: Mapping[str, Any]) -> int | None:
@@ -180,10 +183,12 @@ def _pooling(config: Mapping[str, Any]) -> Pooling:
         raise UnsupportedModel(
             "the prompt's rows are not pooled (include_prompt); that is not supported"
         )
-    if mode not in tuple(_POOLED):
-        known = ", ".join(_POOLED)
-        raise UnsupportedModel(f"rows are pooled by {mode!r:.99}; known: {known}")
-    return pooling_named(_POOLED[str(mode)])
+    for known in get_args(Pooling):
+        if mode == (_LAST if known == "last" else known):
+            found: Pooling = known
+            return found
+    names = ", ".join((*get_args(Pooling)[:-1], _LAST))
+    raise UnsupportedModel(f"rows are pooled by {mode!r:.99}; known: {names}")
 
 
 def pooling_named(name: str) -> Pooling:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from squall.errors import InvalidRequest
 from squall.mcp import McpTools
 from squall.vision.images import Media
+
+if TYPE_CHECKING:
+    from squall.server.pulls import Store
 
 MIB = 2**20
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -49,6 +53,7 @@ class ServerOptions:
     drain_s: what running answers get to end after a first signal to stop.
     kept_responses, kept_bytes: of /v1/responses, for clients that go on with them.
     stall_s: the engine is dead if no step ends for so long.
+    store: where models come from that clients may download, and remove again; None: they may not.
     mcp: tools that the server runs itself for chats that have none of their own.
     image_folder: of pictures that clients get as URLs; None: a new one. They are removed after
         image_age_s, or when they take more than image_bytes.
@@ -78,6 +83,7 @@ class ServerOptions:
     keep_alive_s: float = 1.0
     drain_s: float = 30.0
     stall_s: float = 300.0
+    store: Store | None = None
     mcp: McpTools | None = None
     image_folder: Path | None = None
     image_age_s: float = 3600.0

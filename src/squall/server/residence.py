@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from squall.about import UNKNOWN, About, of_headers, of_model
 from squall.diffusion.model import ImageModel
 from squall.errors import EngineStopped, InvalidRequest, OutOfMemory
 from squall.machine import available_bytes, give_back
@@ -31,19 +32,21 @@ _Model = TypeVar("_Model")
 _Value = TypeVar("_Value")
 
 
-_PART = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)"
-_TIME = re.compile(rf"-?(?:{_PART})+")
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
+_UNITS = {"h": 3600.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "m": 60.0, "s": 1.0}
+_PART = rf"([0-9]+(?:\.[0-9]+)?)({'|'.join(_UNITS)})"
+_TIME = re.compile(rf"-?(?:[0-9]+(?:\.[0-9]+)?|(?:{_PART})+)")
+_FOREVER_S = 1e9
 
 
 def duration_s(given: str | float) -> float | None:
     """Seconds of "10m", "1h30m", 300 or "300"; None, for ever, of what is negative."""
-    text = str(given).strip()
-    text += "s" * text[-1:].isdigit()
+    text = f"{given:f}" if isinstance(given, float) else str(given).strip()
     if isinstance(given, bool) or not _TIME.fullmatch(text):
-        raise InvalidRequest(f"{given!r:.99} is no time; such are 30s, 10m, 1h30m, 0; -1: for ever")
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text))
-    return None if text.startswith("-") else seconds
+        known = "such are 30s, 10m, 1h30m, 0; -1: for ever"
+        raise InvalidRequest(f"keep_alive: {given!r:.99} is no time; {known}")
+    parts = re.findall(_PART, text) or [(text.lstrip("-"), "s")]
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    return None if text.startswith("-") or seconds > _FOREVER_S else seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Standing(ABC, Generic[_Model]):
     users: the requests that have it; waiting: those that get it as soon as it is loaded.
     leaving: it is about to be unloaded, and who comes now waits until it is loaded again.
     nbytes: what it is counted as having of memory, with a KV cache that is full.
+    about: what it is, once somebody has asked.
     """
 
     kind: ClassVar[Kind]
@@ -95,6 +99,7 @@ class Standing(ABC, Generic[_Model]):
         self.leaving = False
         self.loading: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.about: About | None = None
         self._model = model
         self.nbytes = 0 if model is None else sum(self.sizes(model))
 
@@ -120,7 +125,7 @@ class Standing(ABC, Generic[_Model]):
         card = {
             "id": self.name, "object": "model", "created": self.created, "owned_by": "local",
             "root": self.name, "parent": None, "kind": self.kind, "state": self.state,
-            "pinned": self.pinned,
+            "pinned": self.pinned, "capabilities": (self.about or UNKNOWN[self.kind]).capabilities,
         }  # fmt: skip
         return card | {"error": self.problem} if self.state == "failed" else card
 
@@ -128,6 +133,13 @@ class Standing(ABC, Generic[_Model]):
     def cards(self) -> dict[str, dict[str, Any]]:
         """It, and what else is called by names of its own."""
         return {self.name: self.card}
+
+    def look(self) -> About:
+        """What it is; beside the event loop. Raises what opening it may."""
+        if self._model is not None:
+            return of_model(self.kind, self._model)
+        how = None if self.lazy is None else self.lazy.open
+        return of_headers(self.kind, how) if isinstance(how, Opening) else UNKNOWN[self.kind]
 
     def sizes(self, model: Any) -> tuple[int, int]:
         """Bytes of weights, and of the KV cache."""
@@ -144,7 +156,7 @@ class Standing(ABC, Generic[_Model]):
 
     def take(self, model: _Model) -> None:
         """From now on it is loaded, and who waited has it."""
-        self._model, self.state, self.problem = model, "loaded", ""
+        self._model, self.state, self.problem, self.about = model, "loaded", "", None
         self.loads += 1
         self.admit()
 
@@ -175,7 +187,7 @@ class Residence:
     """
 
     def __init__(self, standings: Sequence[AnyStanding], limit_bytes: int | None = None) -> None:
-        self._standings = standings
+        self.standings = [*standings]
         self._limit = limit_bytes
         if limit_bytes is None and (free := available_bytes()) is not None:
             held = (standing.sizes(standing.model)[0] for standing in standings if standing.ready)
@@ -243,7 +255,7 @@ class Residence:
         self._closing = True
         for task in [*self._tasks]:
             task.cancel()
-        for standing in self._standings:
+        for standing in self.standings:
             if standing.timer is not None:
                 standing.timer.cancel()
             # A step that never ends cannot be waited for.
@@ -361,13 +373,13 @@ class Residence:
         """Bytes that no model has, also if all KV caches were full; None: nobody knows."""
         if self._limit is None:
             return None
-        left = self._limit - sum(standing.nbytes for standing in self._standings)
+        left = self._limit - sum(standing.nbytes for standing in self.standings)
         available = available_bytes()
         return left if available is None else min(left, available)
 
     def _others(self, standing: AnyStanding) -> list[AnyStanding]:
         """Those that can make room: idle ones first, and those that were not used for longest."""
-        found = [s for s in self._standings if s.state == "loaded" and s is not standing]
+        found = [s for s in self.standings if s.state == "loaded" and s is not standing]
         found = [s for s in found if not s.pinned and not s.dead.is_set()]
         return sorted(found, key=lambda s: (bool(s.users), s.used_s))
 
@@ -387,7 +399,7 @@ class Residence:
             await self._give_back(others[0])
 
     def _short(self, standing: AnyStanding, found: Needs) -> str:
-        stay = [s for s in self._standings if s.pinned and s.nbytes]
+        stay = [s for s in self.standings if s.pinned and s.nbytes]
         pinned = "".join(f", and {s.name!r:.99} stays with {_mib(s.nbytes)}" for s in stay)
         return (
             f"it takes about {_mib(found.bytes)} ({_mib(found.cache)} of that KV cache), and there "
