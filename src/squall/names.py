@@ -248,6 +248,8 @@ def remove(model: Installed) -> int:
     folder = root / model.path.relative_to(root).parts[0]
     scanned = scan_cache_dir(root)
     repository = next(found for found in scanned.repos if found.repo_path.name == folder.name)
+    # Of it alone: copies of a repository have its commits.
+    scanned = replace(scanned, repos=frozenset((repository,)))
     files = {
         file: file.file_path.relative_to(revision.snapshot_path).as_posix()
         for revision in repository.revisions

@@ -138,3 +138,13 @@ def test_a_model_that_embeds_is_known_by_its_name(server: Server) -> None:
 def test_a_name_that_is_nearly_right() -> None:
     done = squall("run", "smollm2:137m", "Hi")
     assert "Did you mean smollm2:135m" in str(done.exception)
+
+
+def test_rm_of_a_copy_leaves_the_original(server: Server) -> None:
+    """Copies of repositories have the same commits."""
+    server.repositories["o/copy"] = Repository({"new.gguf": UNKNOWN})
+    squall("pull", "o/new", "o/copy")
+    assert squall("rm", "--yes", "o/copy").exit_code == 0
+    assert {*listed()} == {"o/new:new.gguf"}
+    assert squall("rm", "--yes", "o/new").exit_code == 0
+    assert not listed()

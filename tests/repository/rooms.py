@@ -80,15 +80,19 @@ ABOVE: dict[str, set[str]] = {
         "errors", "closing", "adapters", "assembly", "engine", "executors", "opening", "program",
         "quant", "spec", "text", "vision", "weights",
     },
+    "about": {
+        "errors", "assembly", "checkpoints", "embeddings", "locate", "model", "needs", "opening",
+        "quant", "recipes", "spec", "text",
+    },
     "api": {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model", "diffusion",
     },
     "mcp": {"errors", "closing", "text"},
     "server": {
-        "__version__", "errors", "adapters", "checkpoints", "engine", "model", "api", "vision", "diffusion",
-        "embeddings", "executors", "machine", "mcp", "needs", "opening", "quant",
-        "text",
+        "__version__", "errors", "about", "adapters", "api", "checkpoints", "diffusion",
+        "embeddings", "engine", "executors", "machine", "mcp", "model", "needs", "opening",
+        "quant", "text", "vision",
     },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api", "mcp"},

@@ -30,6 +30,7 @@ from servers import (
 from squall import ChatCompletionRequest, EngineConfig, Model
 from squall.api.messages import images_of
 from squall.errors import InvalidRequest
+from squall.opening import Opening
 from squall.server.ollama import GenerateBody, OllamaChatBody, OllamaDialect, seconds_of
 from squall.server.residence import Lazy
 
@@ -282,7 +283,10 @@ def several(model: Model) -> Iterator[tuple[ollama.Client, MadeUpEmbedder, Any]]
     def opened() -> Model:
         return Model.open(context=256, engine=EngineConfig(max_seqs=2, max_queue=4))
 
-    models = {"stays": model, "lazy": Lazy("text", opened), "vectors": embedder}
+    models = {
+        "stays": model, "lazy": Lazy("text", opened), "vectors": embedder,
+        "headers": Lazy("text", Opening(context=256)),
+    }  # fmt: skip
     with serving(models) as running, ollama.Client(host=running.url) as found:
         yield found, embedder, running
 
@@ -290,7 +294,7 @@ def several(model: Model) -> Iterator[tuple[ollama.Client, MadeUpEmbedder, Any]]
 def test_models(several: tuple[ollama.Client, MadeUpEmbedder, Any]) -> None:
     llama, _, running = several
     found = {one.model: one for one in llama.list().models}
-    assert found.keys() == {"stays:latest", "lazy:latest", "vectors:latest"}
+    assert found.keys() == {"stays:latest", "lazy:latest", "headers:latest", "vectors:latest"}
     stays = found["stays:latest"]
     assert stays.size is not None
     assert stays.size > 50_000_000
@@ -307,6 +311,21 @@ def test_models(several: tuple[ollama.Client, MadeUpEmbedder, Any]) -> None:
     assert shown.capabilities == ["completion", "tools"]
     assert llama.show("vectors").capabilities == ["embedding"]
     assert llama.show("lazy").capabilities == ["completion"]
+    headers = llama.show("headers")  # which nobody has loaded
+    assert (headers.template, headers.capabilities) == (shown.template, shown.capabilities)
+    count = "general.parameter_count"
+    assert headers.modelinfo is not None
+    assert headers.modelinfo.pop(count) == pytest.approx(shown.modelinfo.pop(count), rel=1e-3)
+    assert headers.modelinfo == shown.modelinfo
+    assert headers.details == found["headers:latest"].details
+    assert headers.details is not None
+    assert (headers.details.format, headers.details.quantization_level) == ("gguf", "Q4_1")
+    cards = httpx.get(f"{running.url}/v1/models").json()["data"]
+    assert {card["id"]: card["capabilities"] for card in cards} == {
+        "stays": ["completion", "tools"], "lazy": ["completion"], "vectors": ["embedding"],
+        "headers": ["completion", "tools"],
+    }  # fmt: skip
+    assert {card["state"] for card in cards if card["id"] in {"lazy", "headers"}} == {"unloaded"}
     with pytest.raises(ollama.ResponseError, match="there is no model 'other'") as raised:
         llama.show("other")
     assert raised.value.status_code == 404

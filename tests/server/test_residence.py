@@ -283,7 +283,7 @@ def test_a_model_that_makes_pictures(path: Path) -> None:
 
 def test_a_model_of_embeddings(path: Path) -> None:
     class Embedder:
-        formats = ()
+        formats, path, context, width, reranks = (), Path("words"), 8, 8, False
 
         def close(self) -> None:
             pass

@@ -12,8 +12,11 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from squall.errors import InvalidRequest, ModelNotFound
 Progress = Callable[[int, int], None]
 Judge = Callable[[Mapping[str, object]], None]
 
+STALE_S = 3600.0  # since something was written to what is downloaded
 TOKEN_SOURCES = "literal:TOKEN, env:VARIABLE, path:FILE, cache, none"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
 _ID = re.compile(rf"{_PART}/{_PART}")
@@ -328,11 +332,17 @@ class _Download:
             raise ModelNotFound(f"cannot open {self._id} of the hub: {error}") from None
         if judge is not None:
             judge(_known(info, main))
-        whole = sum(sizes[name] for name in names)
+        whole, stopped = sum(sizes[name] for name in names), threading.Event()
         self._check_space(sizes, names, str(info.sha))
-        bar = _bar(lambda count: self._progress(min(count, whole), whole))
-        options |= {"allow_patterns": names, "tqdm_class": bar}
-        folder = Path(self._attempt(lambda: snapshot_download(id, **options)))
+
+        def count(done: int) -> None:
+            if stopped.is_set():
+                raise InterruptedError
+            self._progress(min(done, whole), whole)
+
+        options |= {"allow_patterns": names, "tqdm_class": _bar(count)}
+        fetch = partial(_apart, partial(snapshot_download, id, **options), stopped)
+        folder = Path(self._attempt(fetch))
         if folder.name != info.sha or not all((folder / name).is_file() for name in names):
             raise ConnectionError(f"{self._id} changed while it was downloaded, or came in part")
         self._progress(whole, whole)
@@ -345,7 +355,13 @@ class _Download:
         cache = Path(constants.HF_HUB_CACHE)
         root = _folder_of(cache, self._id)
         missing = sum(sizes[n] for n in names if not (root / "snapshots" / commit / n).is_file())
-        begun = sum(file.stat().st_size for file in root.glob("blobs/*.incomplete"))
+        begun = 0
+        for file in root.glob("blobs/*.incomplete"):
+            stat = file.stat()
+            if file.name.count(".") == 1:
+                begun += stat.st_size
+            elif stat.st_mtime < time.time() - STALE_S:  # named at random, so nothing goes on with it
+                file.unlink(missing_ok=True)
         free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
         if missing - begun > free:
             raise ModelNotFound(
@@ -384,6 +400,24 @@ class _Download:
                 f"with --token-source ({TOKEN_SOURCES})"
             )
         raise ModelNotFound(problem)
+
+
+def _apart(action: Callable[[], Any], stopped: threading.Event) -> Any:
+    """Do it in a thread of its own, as the library, interrupted, waits for what it downloads."""
+    done: Future[Any] = Future()
+
+    def act() -> None:
+        try:
+            done.set_result(action())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=act, daemon=True).start()
+    try:
+        return done.result()
+    except KeyboardInterrupt:
+        stopped.set()
+        raise
 
 
 def _known(info: Any, gguf: str | None) -> Mapping[str, object]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from squall.about import UNKNOWN, About, of_headers, of_model
 from squall.diffusion.model import ImageModel
 from squall.errors import EngineStopped, InvalidRequest, OutOfMemory
 from squall.machine import available_bytes, give_back
@@ -70,6 +71,7 @@ class Standing(ABC, Generic[_Model]):
     users: the requests that have it; waiting: those that get it as soon as it is loaded.
     leaving: it is about to be unloaded, and who comes now waits until it is loaded again.
     nbytes: what it is counted as having of memory, with a KV cache that is full.
+    about: what it is, once somebody has asked.
     """
 
     kind: ClassVar[Kind]
@@ -95,6 +97,7 @@ class Standing(ABC, Generic[_Model]):
         self.leaving = False
         self.loading: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.about: About | None = None
         self._model = model
         self.nbytes = 0 if model is None else sum(self.sizes(model))
 
@@ -120,7 +123,7 @@ class Standing(ABC, Generic[_Model]):
         card = {
             "id": self.name, "object": "model", "created": self.created, "owned_by": "local",
             "root": self.name, "parent": None, "kind": self.kind, "state": self.state,
-            "pinned": self.pinned,
+            "pinned": self.pinned, "capabilities": (self.about or UNKNOWN[self.kind]).capabilities,
         }  # fmt: skip
         return card | {"error": self.problem} if self.state == "failed" else card
 
@@ -128,6 +131,13 @@ class Standing(ABC, Generic[_Model]):
     def cards(self) -> dict[str, dict[str, Any]]:
         """It, and what else is called by names of its own."""
         return {self.name: self.card}
+
+    def look(self) -> About:
+        """What it is; beside the event loop. Raises what opening it may."""
+        if self._model is not None:
+            return of_model(self.kind, self._model)
+        how = None if self.lazy is None else self.lazy.open
+        return of_headers(self.kind, how) if isinstance(how, Opening) else UNKNOWN[self.kind]
 
     def sizes(self, model: Any) -> tuple[int, int]:
         """Bytes of weights, and of the KV cache."""
@@ -144,7 +154,7 @@ class Standing(ABC, Generic[_Model]):
 
     def take(self, model: _Model) -> None:
         """From now on it is loaded, and who waited has it."""
-        self._model, self.state, self.problem = model, "loaded", ""
+        self._model, self.state, self.problem, self.about = model, "loaded", "", None
         self.loads += 1
         self.admit()
 

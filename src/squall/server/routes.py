@@ -244,23 +244,26 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models")
     async def models() -> Response:
         """The models that are served."""
-        return JSONResponse({"object": "list", "data": [*service.cards.values()]})
+        return JSONResponse({"object": "list", "data": [*(await service.learned()).values()]})
 
     @router.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         """One model."""
+        await service.learn(service.standing(model_id))
         return JSONResponse(service.card(model_id))
 
     @router.post("/v1/models/{model_id:path}/load")
     async def load(model_id: str) -> Response:
         """Load a model before it is asked for; the answer comes when it is."""
         standing = await service.load(model_id)
+        await service.learn(standing)
         return JSONResponse(standing.card)
 
     @router.post("/v1/models/{model_id:path}/unload")
     async def unload(model_id: str, wait: bool = False) -> Response:
         """Unload a model, if nothing is under way for it; or wait until that has ended."""
         standing = await service.unload(model_id, wait=wait)
+        await service.learn(standing)
         return JSONResponse(standing.card)
 
 

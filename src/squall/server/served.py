@@ -174,7 +174,7 @@ class Served(Standing[Model]):
     def re_isq(self, isq: str | int | None) -> None:
         """Quantize the weights again, and those that are loaded later."""
         self.model.re_isq(isq)
-        self._left.isq = (isq,)
+        self._left.isq, self.about = (isq,), None
 
     def take(self, model: Model) -> None:
         super().take(model)

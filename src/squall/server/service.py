@@ -6,12 +6,14 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from squall.about import UNKNOWN, About
 from squall.diffusion.model import ImageModel
-from squall.errors import InvalidRequest, ModelNotFound, QueueFull
+from squall.errors import InvalidRequest, ModelNotFound, QueueFull, SquallError
 from squall.model import Model
 from squall.server.errors import ApiError, stopped
 from squall.server.kept import Kept
@@ -191,6 +193,21 @@ class Service:
         card = self.card(name)
         named = card["parent"] or name
         return next(standing for standing in self.all if standing.name == named)
+
+    async def learn(self, standing: AnyStanding) -> About:
+        """What a model is; of one that is not loaded, what headers say."""
+        if standing.about is None:
+            found, loads = self.submit(standing.look, reads=True), standing.loads
+            with suppress(SquallError, OSError):
+                about = await asyncio.wrap_future(found)
+                standing.about = about if standing.loads == loads else None
+        return standing.about or UNKNOWN[standing.kind]
+
+    async def learned(self) -> dict[str, dict[str, Any]]:
+        """`cards`, with what all of them are."""
+        for standing in self.all:
+            await self.learn(standing)
+        return self.cards
 
     @property
     def cards(self) -> dict[str, dict[str, Any]]:
