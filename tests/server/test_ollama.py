@@ -29,9 +29,8 @@ from servers import (
 
 from squall import ChatCompletionRequest, EngineConfig, Model
 from squall.api.messages import images_of
-from squall.errors import InvalidRequest
 from squall.opening import Opening
-from squall.server.ollama import GenerateBody, OllamaChatBody, OllamaDialect, seconds_of
+from squall.server.ollama import GenerateBody, OllamaChatBody, OllamaDialect
 from squall.server.residence import Lazy
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -258,21 +257,6 @@ def test_images_reach_the_model() -> None:
 def test_think(think: Any, wanted: dict[str, Any]) -> None:
     body = OllamaChatBody.model_validate({"model": "m", "messages": QUESTION, "think": think})
     assert dict(body.request(model="m").template_kwargs) == wanted
-
-
-@pytest.mark.parametrize(("value", "seconds"), [
-    (None, None), (0, 0), (5, 5), (-1, None), (2.5, 2.5), ("0", 0), ("0s", 0), ("5m", 300),
-    ("1h30m", 5400), ("300ms", 0.3), ("-1m", None), ("-1", None), ("24h", 86400), ("90", 90),
-    ("99999999h", None), (1e300, None),
-])  # fmt: skip
-def test_keep_alive(value: Any, seconds: float | None) -> None:
-    assert seconds_of(value) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize("value", ["", "m", "5 m", "5x", "1" * 999 + "s", "1m5", "9" * 400, "nan"])
-def test_keep_alives_that_are_none(value: str) -> None:
-    with pytest.raises(InvalidRequest, match="keep_alive"):
-        seconds_of(value)
 
 
 @pytest.fixture(scope="module")

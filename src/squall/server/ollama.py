@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from squall.server.asking import find, parse, read_body, respond, takes, visit_o
 from squall.server.dialect import AnyJob, Dialect, Event
 from squall.server.embeddings import Text, TextsJob, as_numbers, checked
 from squall.server.errors import OLLAMA, ApiError
+from squall.server.options import duration_s
 from squall.server.schemas import Body, Chosen, Message, Texts
 
 if TYPE_CHECKING:
@@ -50,11 +50,6 @@ _OPENING = frozenset({
     "embedding_only", "f16_kv", "logits_all", "low_vram", "main_gpu", "num_batch", "num_ctx",
     "num_gpu", "num_keep", "num_thread", "numa", "use_mlock", "use_mmap", "vocab_only",
 })  # fmt: skip
-_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "": 1.0}
-_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
-_PART = re.compile(_NUMBER + "(h|ms|m|s|us|ns|$)")
-_DURATION = re.compile(f"-?(?:{_NUMBER}|(?:{_NUMBER}(?:h|ms|m|s|us|ns)){{1,7}})")
-_MOST_S = 1e9  # more is forever
 KeepAlive = str | float | None
 
 
@@ -215,16 +210,6 @@ def _said(messages: Iterable[Message]) -> Iterator[Object]:
             at = next((i for i, (_, called) in enumerate(waiting) if called == name), 0)
             said = {"tool_call_id": waiting.pop(at)[0], "name": name, **said}
         yield said
-
-
-def seconds_of(value: KeepAlive) -> float | None:
-    """How long a model stays after a request; None: as long as there is room for it."""
-    if isinstance(value, str):
-        if not _DURATION.fullmatch(value):
-            raise InvalidRequest(f"keep_alive is {value!r:.99}; it must be like 5m, 1h30m or 0")
-        parts = [float(amount) * _UNITS_S[unit] for amount, unit in _PART.findall(value)]
-        value = -sum(parts) if value.startswith("-") else sum(parts)
-    return float(value) if value is not None and 0 <= value <= _MOST_S else None
 
 
 class OllamaDialect(Dialect):
@@ -401,11 +386,12 @@ def add_ollama(router: APIRouter, service: Service) -> None:
 async def _loaded(
     service: Service, served: AnyStanding, body: OllamaChatBody | GenerateBody
 ) -> Event:
-    unload = seconds_of(body.keep_alive) == 0
+    kept_s = served.keep_alive_s if body.keep_alive is None else duration_s(body.keep_alive)
+    unload = body.keep_alive is not None and kept_s == 0
     if unload:
         await service.unload(served.name, wait=True)
     else:
-        _keep(served, body.keep_alive)
+        service.residence.keep(served, kept_s)
         await service.load(served.name)
     chat = isinstance(body, OllamaChatBody)
     said = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
@@ -422,4 +408,4 @@ async def _loaded(
 def _keep(standing: AnyStanding, value: KeepAlive) -> None:
     """How long it stays when this request is over."""
     if value is not None:
-        standing.keep_alive_s = seconds_of(value)
+        standing.keep_alive_s = duration_s(value)
