@@ -96,7 +96,9 @@ def _of_embedder(opening: Opening) -> About:
     checkpoint = open_checkpoint(locate(opening.path, opening.hub, mmproj=False))
     recipe, context = embedders.load(checkpoint), setup(checkpoint).context
     asked = checkpoint.kind == "folder" and judges(checkpoint.path, checkpoint.metadata)
-    found = _vectors(context or recipe.context, recipe.spec.hidden, reranks=bool(asked or recipe.judges))
+    found = _vectors(
+        context or recipe.context, recipe.spec.hidden, reranks=bool(asked or recipe.judges)
+    )
     return replace(found, path=checkpoint.path, formats=describe(checkpoint).formats)
 
 
