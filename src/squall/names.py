@@ -22,6 +22,7 @@ from squall.checkpoints.hub import (
     Progress,
     choose,
     files_in,
+    id_of,
     is_id,
     is_mmproj,
     parts_of,
@@ -201,7 +202,7 @@ def _of_hub() -> Iterator[Installed]:
     from huggingface_hub import constants
 
     for repository in Path(constants.HF_HUB_CACHE).glob("models--*--*"):
-        id = repository.name.removeprefix("models--").replace("--", "/")
+        id = id_of(repository)
         folder = snapshot(repository, "main")
         if not is_id(id) or folder is None:
             continue

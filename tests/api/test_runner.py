@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from tiny_models import write_folder, write_gguf
 
 import squall
 from squall import ChatCompletionRequest, CompletionRequest, InvalidRequest, Model, Runner, Which
@@ -36,7 +38,6 @@ def chat(**fields: Any) -> ChatCompletionRequest:
 def runner() -> Iterator[Runner]:
     path = find()
     selected = Which.GGUF(
-        tok_model_id="not/needed",
         quantized_model_id=str(path.parent),
         quantized_filename=path.name,
     )
@@ -198,8 +199,6 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Runner(Which.GGML("none", "m.bin", gqa=8))
     with pytest.raises(squall.ModelNotFound, match="'none'"):
         Runner(Which.Plain("none", squall.Architecture.Phi3_5MoE))
-    with pytest.raises(InvalidRequest, match="topology"):
-        Runner(Which.GGUF(str(tmp_path), names, topology="t.yml"))
 
 
 KINDS = {
@@ -283,6 +282,33 @@ def test_selections_are_arguments_of_open() -> None:
         others, path="a/b:c.bin", gqa=8
     )
     assert plain.opening(others) == replace(opening, context=7, topology="t.yml")
+    lent = Which.GGUF("a/b", "c.gguf", "d/e", "t.yml", squall.ModelDType.F32).opening()
+    assert lent == Opening("a/b:c.gguf", tokenizer_from="d/e", topology="t.yml", dtype="f32")
+
+
+def test_a_file_with_the_tokenizer_and_template_of_another_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, bare = write_folder(tmp_path / "whole", vocab_size=258), tmp_path / "bare"
+    shutil.copytree(whole, bare)
+    (bare / "chat_template.jinja").unlink()
+    write_gguf(tmp_path / "whole.gguf", whole)
+    write_gguf(tmp_path / "bare.gguf", bare)
+
+    def answer(name: str, tok_model_id: str | None = None) -> Any:
+        with Runner(Which.GGUF(str(tmp_path), name, tok_model_id)) as runner:
+            asked = chat(temperature=0, logprobs=True)
+            return runner.send_chat_completion_request(asked).choices
+
+    right = answer("whole.gguf")
+    with pytest.raises(squall.TemplateError):
+        answer("bare.gguf")
+    assert answer("bare.gguf", str(whole)) == right
+    (bare / "tokenizer.json").unlink()
+    assert answer("whole.gguf", str(bare)) == right
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert answer("whole.gguf", "not/here") == right
+    assert "the model's own tokenizer is used: not/here" in caplog.text
 
 
 def test_what_the_model_cannot_do(runner: Runner) -> None:

@@ -90,6 +90,16 @@ def test_a_model_that_embeds_comes_with_what_follows_it(server: Server) -> None:
     assert names(Hub(offline=True).fetch("o/embeds")) == needed
 
 
+@pytest.mark.usefixtures("server")
+def test_a_tokenizer_comes_with_what_says_how_it_is_used() -> None:
+    file = Hub().fetch("o/folder:tokenizer.json")
+    assert file.name == "tokenizer.json"
+    assert names(file.parent) == {n for n in NEEDED if n.endswith((".json", ".jinja"))} - {
+        "model.safetensors.index.json"
+    }
+    assert Hub(offline=True).fetch("o/folder:tokenizer.json") == file
+
+
 def test_a_second_time_nothing_is_downloaded(server: Server) -> None:
     first = Hub().fetch("o/folder")
     server.requests.clear()

@@ -58,6 +58,7 @@ SERVERS = [
     f"gguf {GGUF} -t {PHI3}",
     f"gguf {GGUF}",
     "gguf -m path/to/files -f Phi-3.5-mini-instruct-Q4_K_M.gguf",
+    "gguf -m path/to/files -f Phi-3.5-mini-instruct-Q4_K_M.gguf --topology topologies/devices.yml",
     "--chat-template ../../../templates/own.json gguf -m . -f Phi-3.5-mini-instruct-Q4_K_M.gguf",
     f"--port 1234 plain -m {PHI_MOE} -a phi3.5moe",
     "--port 1234 toml -f toml-selectors/gguf.toml",
@@ -124,6 +125,7 @@ FILES = {
         expert_type = { lora_adapter = { rank = 4, alpha = 16, target_modules = ["up_proj"] } }
         """,
     "topologies/isq.yml": "0-1:\n  isq: Q3K\n1-2:\n  isq: Q8_0\n",
+    "topologies/devices.yml": "0-2:\n  device: cpu\n",
     "templates/own.json": f'{{"chat_template": {TEMPLATE.strip()!r}}}'.replace("'", '"'),
 }
 
@@ -140,6 +142,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw("text", 80, 60).save(root / "picture.png")
     zephyr = write_folder(root / ZEPHYR, "MistralForCausalLM")
     (root / "here").symlink_to(zephyr)
+    (root / "mistralai").mkdir()
+    (root / "mistralai/Mistral-7B-Instruct-v0.1").symlink_to(zephyr)
     name = "Phi-3.5-mini-instruct-Q4_K_M.gguf"
     file = write_gguf(root / "bartowski/Phi-3.5-mini-instruct-GGUF" / name, phi3)
     (root / "path/to/files").mkdir(parents=True)

@@ -54,6 +54,46 @@ def test_names_of_tensors(tmp_path: Path) -> None:
         assert np.array_equal(embedder.embed(TEXTS).vectors, wanted)
 
 
+@pytest.mark.parametrize(("kind", "before", "gone", "said"), [
+    ("ModernBertModel", "model.", ("rope_parameters", "layer_types"), {
+        "global_rope_theta": 9000.0, "local_rope_theta": 700.0, "global_attn_every_n_layers": 2,
+        "position_embedding_type": "absolute", "layer_norm_eps": 1e-5, "reference_compile": True,
+    }),
+    ("NomicBertModel", "", ("rope_parameters", "hidden_size", "num_attention_heads",
+        "num_hidden_layers", "intermediate_size", "layer_norm_eps", "max_position_embeddings",
+        "hidden_act"), {
+        "n_embd": 48, "n_head": 4, "n_layer": 3, "n_inner": 80, "layer_norm_epsilon": 0.01,
+        "rotary_emb_base": 700, "n_positions": 8192, "max_trained_positions": 130,
+        "activation_function": "swiglu", "qkv_proj_bias": False, "rotary_emb_fraction": 1.0,
+        "rotary_scaling_factor": None, "prenorm": False, "pad_vocab_size_multiple": 64,
+    }),
+])  # fmt: skip
+def test_configurations_as_their_authors_write_them(
+    tmp_path: Path, kind: str, before: str, gone: tuple[str, ...], said: dict[str, Any]
+) -> None:
+    turns = {"full_attention": 9000.0, "sliding_attention": 700.0}
+    rope = {name: {"rope_type": "default", "rope_theta": theta} for name, theta in turns.items()}
+    changes: dict[str, Any] = {"rope_parameters": rope["sliding_attention"]}
+    if kind == "ModernBertModel":
+        changes = {"rope_parameters": rope, "layer_types": [*turns] * 2}
+    model = write(tmp_path, kind, **changes)
+    path = tmp_path / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in gone}
+    path.write_text(json.dumps(config | said))
+    renamed(tmp_path, lambda name: before + name)
+    with Embedder.open(tmp_path) as embedder:
+        assert embedder.context == 130
+        found = embedder.embed([ids(60)], normalize=False).vectors[0]
+    assert distance(found, rows(model, ids(60)).mean(0)) < CLOSE
+
+
+def test_a_nomic_bert_that_turns_otherwise(tmp_path: Path) -> None:
+    write(tmp_path, "NomicBertModel")
+    reconfigured(tmp_path, rotary_emb_interleaved=True)
+    with pytest.raises(UnsupportedModel, match="rotary_emb_interleaved"):
+        Embedder.open(tmp_path)
+
+
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_names_of_a_decoder_without_its_head(tmp_path: Path, prefix: str) -> None:
     model = write(tmp_path, "Qwen3Model")
@@ -215,3 +255,10 @@ def test_sizes(tmp_path: Path) -> None:
         assert embedder.context == BERT["max_position_embeddings"]
         assert embedder.path == tmp_path
         assert embedder.name == tmp_path.name
+
+
+def test_a_model_of_the_hub_is_called_as_its_repository(tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--name-1.5" / "snapshots" / ("a" * 40)
+    write(folder, "BertModel")
+    with Embedder.open(folder) as embedder:
+        assert embedder.name == "owner/name-1.5"

@@ -107,7 +107,17 @@ def test_on_pytorch(tmp_path: Path) -> None:
 # ---- mutations ----
 
 
-@pytest.mark.parametrize("kind", ["BertModel", "XLMRobertaModel", "MPNetModel", "ModernBertModel", "NomicBertModel", "Gemma3TextModel"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "BertModel",
+        "XLMRobertaModel",
+        "MPNetModel",
+        "ModernBertModel",
+        "NomicBertModel",
+        "Gemma3TextModel",
+    ],
+)
 def test_no_field_goes_unnoticed(tmp_path: Path, kind: str) -> None:
     write(tmp_path, kind)
     recipe = embedders.load(open_checkpoint(tmp_path))
@@ -125,11 +135,15 @@ def states(recipe: Recipe) -> NDArray[np.float32]:
 
 
 def _is_equivalent(name: str, kind: str) -> bool:
-    """What only logits have; norms without one to scope; a window of all, in both directions."""
+    """What only logits have; norms without one to scope; a window of all, in both directions.
+
+    And the first of positions that are not learned.
+    """
     of_logits = ("vocab", "tied", "head_bias", "logit_", "sees", "more_ids", "context")
     decoder = kind == "Gemma3TextModel"
     scope = "qk_norm_scope" in name and (not decoder or name.endswith("=each_head"))
-    return scope or (decoder and name.startswith(of_logits))
+    turns = kind in ("ModernBertModel", "NomicBertModel") and name.startswith("first")
+    return scope or turns or (decoder and name.startswith(of_logits))
 
 
 def _effect(recipe: Recipe, changed: Any, wanted: NDArray[np.float32]) -> float:

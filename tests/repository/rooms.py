@@ -69,8 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 ABOVE: dict[str, set[str]] = {
     "assembly": set(MAY_IMPORT) - {"measure"},
     "tuning": {
-        "errors", "assembly", "decoder", "engine", "executors", "measure", "opening", "program",
-        "quant", "weights",
+        "errors", "assembly", "decoder", "engine", "executors", "machine", "measure", "opening",
+        "program", "quant", "weights",
     },
     "needs": {
         "errors", "assembly", "checkpoints", "decoder", "diffusion", "engine", "executors",
@@ -90,8 +90,9 @@ ABOVE: dict[str, set[str]] = {
     },
     "mcp": {"errors", "closing", "text"},
     "server": {
-        "__version__", "errors", "about", "adapters", "api", "diffusion", "embeddings", "engine",
-        "executors", "machine", "mcp", "model", "needs", "opening", "quant", "text", "vision",
+        "__version__", "errors", "about", "adapters", "api", "checkpoints", "diffusion",
+        "embeddings", "engine", "executors", "machine", "mcp", "model", "needs", "opening",
+        "quant", "text", "vision",
     },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api", "mcp"},

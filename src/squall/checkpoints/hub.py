@@ -37,11 +37,9 @@ _CONFIGURATION = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
     r"|chat_template|processor_config|preprocessor_config|modules|config_sentence_transformers"
     r"|sentence_(bert|roberta)_config)\.json|chat_template\.jinja"
-    r"|\d_[A-Za-z]{1,30}/(config\.json|model\.safetensors)"  # what follows a model that embeds
     r"|additional_chat_templates/[A-Za-z0-9_-]+\.jinja"
-    # Of models that embed: their modules after the transformer, and BERT's vocabulary.
-    r"|(modules|config_sentence_transformers|sentence_bert_config)\.json|vocab\.txt"
-    r"|\d{1,2}_[A-Za-z]{1,20}/(config\.json|model\.safetensors)"
+    # Of models that embed: BERT's vocabulary, and what follows the transformer.
+    r"|vocab\.txt|\d{1,2}_[A-Za-z]{1,30}/(config\.json|model\.safetensors)"
 )
 # Of models that make pictures: the parts of a pipeline, and what is FLUX.1's own layout.
 _PICTURES = re.compile(
@@ -144,6 +142,18 @@ def _folder_of(cache: Path, id: str) -> Path:
     return cache / f"models--{id.replace('/', '--')}"
 
 
+def id_of(repository: Path) -> str:
+    return repository.name.removeprefix("models--").replace("--", "/")
+
+
+def name_of(path: Path) -> str:
+    """What a model is called: by its file or folder, or as its repository of the cache."""
+    path = path.absolute()
+    if path.is_file():
+        return path.stem
+    return id_of(path.parents[1]) if path.parent.name == "snapshots" else path.name
+
+
 def snapshot(repository: Path, revision: str) -> Path | None:
     """The folder of a repository of the cache at a revision."""
     try:
@@ -238,7 +248,8 @@ def choose(
     if not file and (pictures := _pictures(names)):
         return pictures, None
     if file in names and _LONE.fullmatch(file) and ".." not in file:
-        return [file], file
+        beside = filter(_CONFIGURATION.fullmatch, names) if file == "tokenizer.json" else [file]
+        return sorted(beside), file
     if not file and (weights := folder_weights(names)):
         return sorted(filter(_CONFIGURATION.fullmatch, names)) + weights, None
     ggufs = sorted(name for name in names if _GGUF.fullmatch(name) and ".." not in name)

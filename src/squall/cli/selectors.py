@@ -21,7 +21,7 @@ _FLAGS: dict[str, tuple[str, str]] = {
     "model_id": ("m", "A folder, or owner/name."),
     "quantized_model_id": ("m", "A folder, or owner/name."),
     "quantized_filename": ("f", "Its file; of a split one any part."),
-    "tok_model_id": ("t", "Accepted; the file has its tokenizer."),
+    "tok_model_id": ("t", "Whose tokenizer and chat template to use."),
     "tokenizer_json": ("t", "In place of the model's own."),
     "adapters_model_id": ("a", "A folder with adapters, or owner/name."),
     "xlora_model_id": ("x", "A folder with an X-LoRA model, or owner/name."),
@@ -57,10 +57,8 @@ def _selector(
         letter, help = _FLAGS[name]
         flags = [f"-{letter}"] * bool(letter and letter not in letters)
         letters.add(letter)
-        option = typer.Option(
-            *flags, f"--{name.replace('_', '-')}", help=help, min=NUMBERS.get(name),
-            hidden=as_stored and name == "topology",
-        )  # fmt: skip
+        flags.append(f"--{name.replace('_', '-')}")
+        option = typer.Option(*flags, help=help, min=NUMBERS.get(name))
         needed = names[name].default is MISSING and name not in optional
         text: Any = int if name in NUMBERS else str
         hint: Any = Annotated[text if needed else text | None, option]

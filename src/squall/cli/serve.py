@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from squall.checkpoints.hub import name_of
 from squall.cli.flags import command
 from squall.cli.opening import PictureFlags, check_one, torchrun
 from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option
@@ -366,11 +367,6 @@ def _opened(
             name = name_of(painter.path)
             found[name if name not in found else f"{name}-images"] = painter
         yield found
-
-
-def name_of(path: Path) -> str:
-    path = path.absolute()
-    return path.name if path.is_dir() else path.stem
 
 
 def _about(model: Model | ImageModel | Lazy) -> str:

@@ -134,7 +134,7 @@ def _shared(flags: ServeFlags) -> dict[str, Any]:
 
 
 def _name(said: str, opening: Opening) -> str:
-    from squall.cli.serve import name_of
+    from squall.checkpoints.hub import name_of
 
     path = Path(opening.path or said)
     return name_of(path) if os.path.exists(said) else said.removesuffix(":latest")

@@ -176,8 +176,8 @@ def _linears(hidden: int, linears: Sequence[Linear]) -> tuple[Part, dict[str, Ch
         source = linear.folder.name
         files[source] = file = open_file(linear.folder / "model.safetensors")
         weight, stem = file.tensors.get("linear.weight"), f"dense{number}"
-        activation = "tanh" if linear.tanh else None
-        dense = Dense(weight.rows if weight else 0, "linear.bias" in file.tensors, activation)
+        bias = "linear.bias" in file.tensors
+        dense = Dense(weight.rows if weight else 0, bias, "tanh" if linear.tanh else None)
         own = Part("head", Head(width, (dense,)), Naming({"dense0": "linear"}, ""))
         (placed,) = place([own], file.tensors, read=set(), source=source)
         names |= {role.replace("dense0", stem): found for role, found in placed.names.items()}

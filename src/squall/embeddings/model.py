@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from squall.checkpoints.hub import name_of
 from squall.closing import Closing
 from squall.embeddings.assembly import Parts, assemble
 from squall.embeddings.tokens import Text
@@ -71,7 +72,7 @@ class Embedder(Closing):
 
     @property
     def name(self) -> str:
-        return self.path.stem if self.path.is_file() else self.path.name
+        return name_of(self.path)
 
     @property
     def formats(self) -> tuple[FormatTotal, ...]:

@@ -20,7 +20,8 @@ from squall.quant import FormatTotal
 from squall.recipes.embedders import Pooling, Recipe
 from squall.weights import Progress, WeightStore
 
-Floats, Doubles = NDArray[np.float32], NDArray[np.float64]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 # Rows and texts of a run; a text that is longer has a run of its own.
 ROWS, TEXTS = 1024, 256

@@ -108,7 +108,7 @@ def open_tokens(
     if checkpoint.kind == "gguf" and tokenizer_json is None:
         make = _GGUF.get(str(checkpoint.metadata.get("tokenizer.ggml.model")))
         if make is None:
-            return _of_gguf(checkpoint.metadata)
+            return _of_gguf(checkpoint.metadata, around)
         return _of_library(make(checkpoint.metadata), lower=lower)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     config = read_json(folder / "tokenizer_config.json") or {}
@@ -224,14 +224,21 @@ _GGUF: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 }  # fmt: skip
 
 
-def _of_gguf(metadata: Mapping[str, Any]) -> Tokens:
-    """Of decoders, whose files say whether a text ends with a token."""
+def _of_gguf(metadata: Mapping[str, Any], around: tuple[str, str] | None) -> Tokens:
+    """Of files that say with which tokens a text ends, and a pair's first."""
     tokenizer = Tokenizer.from_gguf(metadata)
-    ends = metadata.get("tokenizer.ggml.add_eos_token") is True
-    before = tuple(tokenizer.encode(""))
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [tokenizer.encode(text, add_bos=False) for text in texts]
 
-    after = (tokenizer.eos,) if ends and tokenizer.eos is not None else ()
-    return Tokens(encode, tokenizer.controls.get, Frame(before, after))
+    def added(name: str, token: object) -> tuple[int, ...]:
+        wanted = metadata.get(f"tokenizer.ggml.add_{name}_token") is True
+        return (token,) if wanted and isinstance(token, int) else ()
+
+    end = added("eos", tokenizer.eos)
+    apart = added("sep", metadata.get("tokenizer.ggml.seperator_token_id", tokenizer.eos))
+    frame = Frame(tuple(tokenizer.encode("")), end, (*end, *apart), end)
+    if around is not None:
+        first, last = (tokenizer.encode(t, add_bos=False, specials=True) for t in around)
+        frame = Frame(tuple(first), tuple(last))
+    return Tokens(encode, tokenizer.controls.get, frame)

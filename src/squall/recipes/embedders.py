@@ -222,7 +222,10 @@ FAMILIES = {
             "n_layer": "num_hidden_layers", "n_inner": "intermediate_size",
             "layer_norm_epsilon": "layer_norm_eps", "rotary_emb_base": "rope_theta",
             "max_trained_positions": "max_position_embeddings",
+            "rotary_emb_fraction": "partial_rotary_factor",
         },
+        more=dict.fromkeys(("rotary_emb_interleaved", "prenorm", "use_rms_norm"), False)
+        | {"partial_rotary_factor": 1.0},
     ),
     "modernbert": Family(
         _modern, Naming(MODERN_STEMS, "layers.{}.", fused=_FUSED, harmless=_BESIDE),
@@ -234,7 +237,8 @@ FAMILIES = {
 
 
 def _encoder(checkpoint: Checkpoint, kind: str) -> Recipe:
-    family, said = FAMILIES[kind], checkpoint.metadata
+    family = FAMILIES[kind]
+    said: Mapping[str, Any] = checkpoint.metadata
     keys = part_keys({"camembert": "roberta"}.get(kind, kind))
     assert keys is not None
     keys = {
@@ -258,7 +262,11 @@ def _encoder(checkpoint: Checkpoint, kind: str) -> Recipe:
         check_relative(spec, tensors[family.naming.name("relative.weight")])
     pooling: Pooling = "mean" if said.get("classifier_pooling") == "mean" else "cls"
     own = replace(checkpoint, tensors=tensors)
-    return Recipe(own, text, False, context, *head, judges=pooling if heads else None)
+    return Recipe(own, text, False, context, _first(head), pooling if heads else None)
+
+
+def _first(parts: Sequence[Part]) -> Part | None:
+    return parts[0] if parts else None
 
 
 def _types(c: ConfigFields) -> int:
@@ -297,13 +305,17 @@ def _classifier(
     """The head of a model that gives a pair one number. bias: of its first linear, with a norm."""
     weight, norm = f"{family.dense[1]}.weight", spec.norm if family.head_norm else None
     labels = tensors[weight].shape[0] if weight in tensors else 0
-    if labels != 1:
-        raise UnsupportedModel(
-            f"the classifier has {labels} labels; those of models that judge pairs have 1"
-        )
+    _check_labels(labels)
     first = Dense(spec.hidden, bias or norm is None, family.activation, norm)
     stems = dict(zip(("dense0", "dense1"), family.dense, strict=True)) | {"norm0": family.head_norm}
     return Part("head", Head(spec.hidden, (first, Dense(labels, True))), Naming(stems, ""))
+
+
+def _check_labels(labels: int, right: int = 1) -> None:
+    if labels != right:
+        raise UnsupportedModel(
+            f"the classifier has {labels} labels; those of models that judge pairs have {right}"
+        )
 
 
 def _decoder(checkpoint: Checkpoint) -> Recipe:
@@ -348,32 +360,41 @@ def headless(spec: Decoder, *, causal: bool) -> Decoder:
 def _of_gguf(checkpoint: Checkpoint) -> Recipe:
     architecture = str(checkpoint.metadata.get("general.architecture"))
     tensors = checkpoint.tensors
-    name = {EMBEDDING_GEMMA: "gemma3"}.get(architecture, architecture)
     c = GgufFields(architecture, checkpoint.metadata, tensors)
-    c.skip(
-        "context_length",
-        "classifier.output_labels",
-        *(f"dense_{n}_feat_{end}" for n in (2, 3) for end in ("in", "out")),
-    )
+    c.skip("context_length", "pooling_type", "classifier.output_labels")
+    c.skip(*(f"dense_{n}_feat_{end}" for n in (2, 3) for end in ("in", "out")))
     causal = c.flag("attention.causal", architecture not in GGUF_ENCODERS)
+    part, context = _gguf_part(c, architecture, causal=causal)
+    c.check_all_read()
+    unsaid = RANKS if architecture in _GGUF and _classifier_rows(c) else 0  # as older files are
+    ranks = checkpoint.metadata.get(f"{architecture}.pooling_type", unsaid) == RANKS
+    judges = _gguf_judges(architecture) if ranks else None
+    heads = [] if ranks else _gguf_linears(tensors)
+    if ranks and isinstance(part.spec, Encoder):
+        heads = [_gguf_classifier(c, part.spec)]
+    text, *head = place([part, *heads], tensors, read=c.tensors_read)
+    recipe = Recipe(checkpoint, text, causal, context, _first(head), judges)
+    if judges != "last":
+        return recipe
+    _check_labels(_rows(c, "cls.output"), 2)
+    return judging(recipe, (1, 0), "cls.output.weight")  # which has yes first
+
+
+def _gguf_part(c: GgufFields, architecture: str, *, causal: bool) -> tuple[Part, int]:
+    """Its encoder or decoder, and the tokens of a text that it was trained for."""
+    name = {EMBEDDING_GEMMA: "gemma3"}.get(architecture, architecture)
     naming = replace(GGUF_NAMING, harmless=_GGUF_HEADS)
     if make := _GGUF.get(architecture):
         spec = make(c)
         part = Part("encoder", spec, replace(naming, stems=GGUF_STEMS))
-        context = spec.positions or parts.context(c)
-    elif name in gguf.RECIPES:
+        return part, spec.positions or parts.context(c)
+    if name in gguf.RECIPES:
         decoder = headless(gguf.RECIPES[name](c), causal=causal)
-        part, context = Part("decoder", decoder, naming), decoder.context
-    else:
-        known = ", ".join([*_GGUF, EMBEDDING_GEMMA, *sorted(gguf.RECIPES)])
-        raise UnsupportedModel(
-            f"unknown architecture {quote(architecture)} of a model that embeds; known: {known}"
-        )
-    judges = _gguf_judges(architecture) if c.number("pooling_type", 0, low=-1) == RANKS else None
-    c.check_all_read()
-    heads = _gguf_classifier(c, part) if judges else _gguf_linears(tensors)
-    text, *head = place([part, *heads], tensors, read=c.tensors_read)
-    return Recipe(checkpoint, text, causal, context, *head, judges=judges)
+        return Part("decoder", decoder, naming), decoder.context
+    known = ", ".join([*_GGUF, EMBEDDING_GEMMA, *sorted(gguf.RECIPES)])
+    raise UnsupportedModel(
+        f"unknown architecture {quote(architecture)} of a model that embeds; known: {known}"
+    )
 
 
 def _rows(c: Fields, name: str) -> int:
@@ -409,23 +430,23 @@ def _gguf_judges(architecture: str) -> Pooling:
     raise UnsupportedModel(f"{quote(architecture)} is no architecture of models that judge pairs")
 
 
-def _gguf_classifier(c: Fields, part: Part) -> list[Part]:
-    """One number, of one or two linears; of a language model two: of yes and of no."""
-    asked, spec, layers, stems = part.kind == "decoder", part.spec, [], dict[str, str]()
-    assert isinstance(spec, Encoder | Decoder)
-    for name in ("cls", "cls.output"):
-        if rows := _rows(c, name):
-            norm = spec.norm if name == "cls" and "cls.norm.weight" in c.tensors else None
-            how: Any = {"cls.output": None}.get(name, "gelu" if norm else "tanh")
-            stems |= {f"dense{len(layers)}": name, f"norm{len(layers)}": "cls.norm"}
-            layers.append(Dense(rows, f"{name}.bias" in c.tensors, how, norm))
-    labels = layers[-1].width if layers else 0
-    if labels != 1 + asked:
-        raise UnsupportedModel(
-            f"the classifier has {labels} labels; those of models that judge pairs have 1, and "
-            "those of language models 2, yes and no"
-        )
-    return [Part("head", Head(spec.hidden, tuple(layers)), Naming(stems, ""))]
+def _classifier_rows(c: Fields) -> dict[str, int]:
+    """Of the linears of a classifier that the file has."""
+    return {name: rows for name in ("cls", "cls.output") if (rows := _rows(c, name))}
+
+
+def _gguf_classifier(c: Fields, spec: Encoder) -> Part:
+    """Of one linear or two: files of those whose first BERT calls its pooler lack it."""
+    rows, norm = _classifier_rows(c), spec.norm if "cls.norm.weight" in c.tensors else None
+    layers = tuple(
+        Dense(width, f"{name}.bias" in c.tensors, "tanh" if norm is None else "gelu", norm)
+        if name == "cls"
+        else Dense(width, f"{name}.bias" in c.tensors)
+        for name, width in rows.items()
+    )
+    _check_labels(layers[-1].width if layers else 0)
+    stems = {f"dense{index}": name for index, name in enumerate(rows)} | {"norm0": "cls.norm"}
+    return Part("head", Head(spec.hidden, layers), Naming(stems, ""))
 
 
 def _gguf_linears(tensors: Mapping[str, Tensor]) -> list[Part]:
@@ -439,12 +460,12 @@ def _gguf_linears(tensors: Mapping[str, Tensor]) -> list[Part]:
     return [Part("head", head, Naming(stems, ""))]
 
 
-def judging(recipe: Recipe, ids: tuple[int, int]) -> Recipe:
+def judging(recipe: Recipe, ids: tuple[int, int], head: str = "lm_head.weight") -> Recipe:
     """A language model whose answer is one of two tokens: their rows of its head are a head."""
     (table,) = recipe.text.names["embed.weight"]
-    own = "lm_head.weight" in recipe.checkpoint.tensors
-    table = replace(table, tensor="lm_head.weight") if own else table
+    own = head in recipe.checkpoint.tensors
+    table = replace(table, tensor=head) if own else table
     slices = tuple(replace(table, start=one, stop=one + 1) for one in ids)
     spec = Head(recipe.spec.hidden, (Dense(len(ids), False),))
-    head = Part("head", spec, recipe.text.naming, {"head.dense0.weight": slices})
-    return replace(recipe, head=head, judges="last")
+    made = Part("head", spec, recipe.text.naming, {"head.dense0.weight": slices})
+    return replace(recipe, head=made, judges="last")
