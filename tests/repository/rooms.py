@@ -81,8 +81,8 @@ ABOVE: dict[str, set[str]] = {
         "quant", "spec", "text", "vision", "weights",
     },
     "about": {
-        "errors", "assembly", "checkpoints", "embeddings", "locate", "model", "needs", "opening",
-        "quant", "recipes", "spec", "text",
+        "errors", "assembly", "checkpoints", "embeddings", "engine", "locate", "model", "needs",
+        "opening", "quant", "recipes", "spec", "text",
     },
     "api": {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",

@@ -241,7 +241,7 @@ class Residence:
         self.stop()
         for task in [*self._tasks]:
             task.cancel()
-        for standing in self._standings:
+        for standing in self.standings:
             _stop_timer(standing)
             # A step that never ends cannot be waited for.
             if standing.lazy is not None and standing.state == "loaded" and not standing.failed:
