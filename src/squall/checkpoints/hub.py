@@ -360,7 +360,9 @@ class _Download:
             stat = file.stat()
             if file.name.count(".") == 1:
                 begun += stat.st_size
-            elif stat.st_mtime < time.time() - STALE_S:  # named at random, so nothing goes on with it
+            elif (
+                stat.st_mtime < time.time() - STALE_S
+            ):  # named at random, so nothing goes on with it
                 file.unlink(missing_ok=True)
         free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
         if missing - begun > free:
