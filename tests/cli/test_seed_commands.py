@@ -66,6 +66,7 @@ SERVERS = [
     "-m TheBloke/zephyr-7B-beta-GGUF -f zephyr-7b-beta.Q5_0.gguf",
     f"--port 1234 --throughput --max-seqs 2 --no-kv-cache --prefix-cache-n 0 plain -m {PHI3}",
     f"--port 1234 --pa-ctxt-len 512 --pa-blk-size 32 --no-paged-attn -n 0 plain -m {PHI3}",
+    f"--port 1234 --pa-gpu-mem 8 --pa-blk-size 8 plain -m {PHI3}",
     f"--port 1234 vision-plain -m {PHI3V} -a phi3v",
     f"--port 1234 vision-plain -e 300 -m {QWEN} -a qwen2vl",
     f"--port 1234 x-lora -o {ORDER} -x lamm-mit/x-lora",
