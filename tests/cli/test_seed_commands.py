@@ -6,6 +6,7 @@ What is a model of the hub there is a folder of that name here, with a tiny mode
 from __future__ import annotations
 
 import shlex
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tiny_models import TEMPLATE, write_adapter, write_folder, write_gguf, write
 from tiny_seers import write_seer
 from typer.testing import CliRunner, Result
 
+from squall import ChatCompletionRequest, Runner, TemplateError, Which
 from squall.cli.serve import server
 from squall.diffusion.model import ImageModel
 from squall.server import run
@@ -251,6 +253,29 @@ def test_pictures(
     else:
         ((picture,),) = (answer["data"] for answer in seen)
         assert picture["b64_json"]
+
+
+def test_a_file_with_tokenizer_and_template_of_another_model(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = shutil.copytree(models / ZEPHYR, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    file = write_gguf(tmp_path / "bare.gguf", bare)
+    whole = models / "TheBloke/zephyr-7B-beta-GGUF/zephyr-7b-beta.Q5_0.gguf"
+
+    def answer(file: Path, lender: object = None) -> Any:
+        asked = ChatCompletionRequest("Hi", "m", True, max_tokens=5, temperature=0)
+        which = Which.GGUF(str(file.parent), file.name, None if lender is None else str(lender))
+        with Runner(which) as runner:
+            return runner.send_chat_completion_request(asked).choices
+
+    with pytest.raises(TemplateError):
+        answer(file)
+    assert answer(file, models / ZEPHYR) == answer(whole, models / ZEPHYR)
+    (bare / "tokenizer.json").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert answer(whole, bare) == answer(whole, "not/here") == answer(whole)
+    assert "the model's own tokenizer is used: not/here" in caplog.text
 
 
 def test_help_names_the_kinds() -> None:
