@@ -274,7 +274,8 @@ def test_selections_are_arguments_of_open() -> None:
     assert opening == Opening(
         "a/b", architecture="phi3.5moe", tokenizer_json="t.json", experts_only=True, dtype="bf16"
     )
-    assert Which.GGUF("a/b", ["2.gguf", "1.gguf"]).opening().path == "a/b:1.gguf"
+    for names in (["2.gguf", "1.gguf"], "2.gguf 1.gguf"):
+        assert Which.GGUF("a/b", names).opening().path == "a/b:1.gguf"
     others = Opening(context=7, topology="t.yml")
     assert Which.GGML("a/b", "c.bin", gqa=8).opening(others) == replace(
         others, path="a/b:c.bin", gqa=8

@@ -61,6 +61,7 @@ SERVERS = [
     f"gguf {GGUF}",
     "gguf -m path/to/files -f Phi-3.5-mini-instruct-Q4_K_M.gguf",
     "gguf -m path/to/files -f Phi-3.5-mini-instruct-Q4_K_M.gguf --topology topologies/devices.yml",
+    "gguf -m path/to/files -f 'a file.gguf'",
     "--chat-template ../../../templates/own.json gguf -m . -f Phi-3.5-mini-instruct-Q4_K_M.gguf",
     f"--port 1234 plain -m {PHI_MOE} -a phi3.5moe",
     "--port 1234 toml -f toml-selectors/gguf.toml",
@@ -150,7 +151,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     name = "Phi-3.5-mini-instruct-Q4_K_M.gguf"
     file = write_gguf(root / "bartowski/Phi-3.5-mini-instruct-GGUF" / name, phi3)
     (root / "path/to/files").mkdir(parents=True)
-    (root / "path/to/files" / name).symlink_to(file)
+    for known in (name, "a file.gguf"):
+        (root / "path/to/files" / known).symlink_to(file)
     write_gguf(root / "TheBloke/zephyr-7B-beta-GGUF/zephyr-7b-beta.Q5_0.gguf", zephyr)
     write_xlora(root / "lamm-mit/x-lora", zephyr, ["adapter_1", "adapter_2"], ZEPHYR)
     write_adapter(root / "typeof/zephyr-7b-beta-lora", zephyr, target_modules=["up_proj"])
