@@ -268,6 +268,8 @@ def test_load_and_unload(opens: Opens, path: Path) -> None:
         refused = http.post("/v1/models/stays/unload")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_pinned")
         assert http.post("/v1/models/c/load").status_code == 404
+        wrong = http.post("/v1/models/a/b/unload", params={"wait": "soon"})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "wait")
 
 
 def test_what_is_in_use_is_not_unloaded(opens: Opens) -> None:
@@ -398,6 +400,12 @@ def test_adapters_are_there_again(tmp_path: Path) -> None:
             return [found.json()["choices"][0]["message"]["content"] for found in asked]
 
         assert names() == {"mine", "gone"}
+        for other in ("one", "two"):
+            http.post(f"/v1/models/{other}/unload")
+            http.post("/v1/models/two/load")
+            refused = http.delete("/v1/adapters/gone")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (409, "not_loaded")
+        assert http.delete("/v1/adapters/nobody").status_code == 404
         http.post("/v1/adapters", json={"model": "one", "name": "yours", "path": "yours"})
         http.delete("/v1/adapters/gone")
         http.post("/activate_adapters", json={"model": "one", "adapter_names": ["yours"]})
