@@ -32,13 +32,15 @@ Progress = Callable[[int, int], None]
 
 
 class Store(Protocol):
-    """Where models come from that clients name; any thread may ask."""
+    """Where models come from that clients name; any thread may ask.
 
-    def pull(self, name: str, progress: Progress) -> Lazy:
-        """Download what is not here of a model; raises what is wrong, also what `progress` does."""
+    pull: download what is not here; raises what is wrong, also what `progress` does. remove: the
+    files of what was got so.
+    """
 
-    def remove(self, name: str) -> None:
-        """Remove the files of a model that `pull` has got."""
+    def pull(self, name: str, progress: Progress) -> Lazy: ...
+
+    def remove(self, name: str) -> None: ...
 
 
 def add_pulls(router: APIRouter, service: Service) -> None:
