@@ -105,7 +105,8 @@ def lazies(flags: ServeFlags, entries: Sequence[Entry]) -> dict[str, Lazy]:
 
 
 def _lazy(flags: ServeFlags, entry: Entry, kind: Kind, opening: Opening) -> Lazy:
-    from squall.server.residence import Lazy, duration_s
+    from squall.server.options import duration_s
+    from squall.server.residence import Lazy
 
     kept = flags.keep_alive if entry.keep_alive is None else entry.keep_alive
     return Lazy(kind, opening, entry.pinned, duration_s(kept), flags.preload)

@@ -27,7 +27,8 @@ from squall.server.asking import find, respond, takes
 from squall.server.dialect import AnyJob, Dialect, Event
 from squall.server.embeddings import TextsJob, answer_texts, as_numbers, find_texts
 from squall.server.errors import OLLAMA, ApiError
-from squall.server.residence import AnyStanding, duration_s
+from squall.server.options import duration_s
+from squall.server.residence import AnyStanding
 from squall.server.schemas import WRONG, Body, Chosen, Message, Text, Texts, shape
 
 if TYPE_CHECKING:
@@ -391,11 +392,12 @@ def add_ollama(router: APIRouter, service: Service) -> None:
 async def _loaded(
     service: Service, served: AnyStanding, body: OllamaChatBody | GenerateBody
 ) -> Event:
-    unload = body.keep_alive is not None and duration_s(body.keep_alive) == 0
+    kept_s = served.keep_alive_s if body.keep_alive is None else duration_s(body.keep_alive)
+    unload = body.keep_alive is not None and kept_s == 0
     if unload:
         await service.unload(served.name, wait=True)
     else:
-        _keep(served, body.keep_alive)
+        service.residence.keep(served, kept_s)
         await service.load(served.name)
     chat = isinstance(body, OllamaChatBody)
     said = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
