@@ -108,7 +108,9 @@ def _of_embedder(opening: Opening) -> About:
     found = _vectors(
         context or recipe.context, recipe.spec.hidden, reranks=asked or recipe.judges is not None
     )
-    return replace(found, path=checkpoint.path, formats=describe(checkpoint).formats)
+    said, formats = checkpoint.metadata, describe(checkpoint).formats
+    family = str(said.get("general.architecture", said.get("model_type")))
+    return replace(found, path=checkpoint.path, formats=formats, family=family)
 
 
 def _vectors(context: int, width: int, *, reranks: bool) -> About:

@@ -237,6 +237,19 @@ def test_tools_and_their_results_reach_the_model() -> None:
     assert [tool.name for tool in asked.offer().callable] == ["f"]
 
 
+@pytest.mark.parametrize(("ids", "wanted"), [
+    (("b", "a"), ["b", "a"]), (("a", "b"), ["a", "b"]), ((None, None), ["b", "a"]),
+    (("x", "y"), ["b", "a"]),
+])  # fmt: skip
+def test_results_find_their_calls(ids: tuple[str | None, ...], wanted: list[str]) -> None:
+    """By ids where both have them; others send ids of which the calls know nothing."""
+    calls = [{"id": id, "function": {"name": "f", "arguments": {}}} for id in ("b", "a")]
+    results = [{"role": "tool", "content": "1", "tool_call_id": id} for id in ids]
+    messages = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+    asked = OllamaChatBody.model_validate({"model": "m", "messages": messages}).request(model="m")
+    assert [dict(said)["tool_call_id"] for said in asked.messages[2:]] == wanted
+
+
 def test_images_reach_the_model() -> None:
     said = {"role": "user", "content": "What is it?", "images": ["aGk=", "eW91"]}
     chat = OllamaChatBody.model_validate({"model": "m", "messages": [said]}).request(model="m")
@@ -388,7 +401,9 @@ def test_embeddings(several: tuple[ollama.Client, MadeUpEmbedder, Any]) -> None:
     ("/api/chat", {"messages": QUESTION, "options": {"temperature": -1}}, "temperature"),
     ("/api/chat", {"messages": QUESTION, "options": {"stop": 5}}, "stop"),
     ("/api/chat", {"messages": QUESTION, "options": 5}, "options"),
-    ("/api/chat", {"messages": QUESTION, "format": "xml"}, "format"),
+    ("/api/chat", {"messages": QUESTION, "format": "xml"}, "format is 'xml'; it must be \"json\""),
+    ("/api/chat", {"messages": QUESTION, "keep_alive": True}, "keep_alive: has the wrong type"),
+    ("/api/chat", {"messages": QUESTION, "think": 1}, "think: has the wrong type"),
     ("/api/chat", {"messages": QUESTION, "format": {"type": "nothing"}}, "nothing"),
     ("/api/chat", {"messages": QUESTION, "keep_alive": "soon"}, "keep_alive"),
     ("/api/chat", {"messages": QUESTION, "think": "hard"}, "reasoning_effort"),

@@ -68,21 +68,16 @@ def of_header(found: Inspection, obstacle: str | None = None) -> Verdict:
 
 def of_embedder(path: Path, found: Inspection) -> Verdict:
     """Of a model that embeds, or judges pairs."""
-    from squall.checkpoints import open_checkpoint
-    from squall.embeddings.files import setup
+    from squall.about import of_headers
     from squall.machine import available_bytes
-    from squall.recipes import embedders
 
     try:
-        checkpoint = open_checkpoint(path)
-        recipe = embedders.load(checkpoint)
-        context = setup(checkpoint).context or recipe.context
+        about = of_headers("embeddings", Opening(path))
     except SquallError as error:
         return of_header(found, str(error))
-    said = checkpoint.metadata
     return replace(
-        of_header(found), can=("embeds" if recipe.head is None else "reranks",), context=context,
-        architecture=str(said.get("general.architecture", said.get("model_type"))),
+        of_header(found), can=("reranks" if "rerank" in about.capabilities else "embeds",),
+        context=about.sizes["context_length"], architecture=about.family,
         memory=found.size_bytes, usual="its weights", free=available_bytes(),
     )  # fmt: skip
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from squall.api.chats import check_characters
 from squall.api.jobs import start_completion
 from squall.api.requests import CompletionRequest
-from squall.api.responses import Usage
 from squall.model import Model
 from squall.server.asking import find, respond, takes
 from squall.server.dialect import AnyJob, Dialect, Event
@@ -30,18 +29,10 @@ MOST_FILES, MOST_FIELDS = 1024, 64
 ROOM = 128  # tokens kept for an answer of which nobody says how long it may be
 
 
-class File(BaseModel):
-    """Another file of the project, or a part of one."""
-
-    model_config = ConfigDict(strict=True)
-
-    text: str
-    filename: str = "file"
-
-
 class InfillBody(GenerationBody, frozen=True):
     """POST /infill. `prompt` is the end of the prefix: the beginning of the cursor's line.
 
+    input_extra: other files, or parts of them, by `filename` and `text`.
     t_max_predict_ms: the answer ends after so long, once it has a line.
     response_fields: of the answer only these, such as timings/prompt_ms.
     """
@@ -49,7 +40,7 @@ class InfillBody(GenerationBody, frozen=True):
     n: Literal[1] | None = None
     input_prefix: str
     input_suffix: str
-    input_extra: Annotated[list[File], Field(max_length=MOST_FILES)] = Field(default_factory=list)
+    input_extra: Annotated[list[dict[str, Any]], Field(max_length=MOST_FILES)] | None = None
     prompt: str = ""
     n_predict: int | None = None
     repeat_penalty: float | None = None
@@ -66,32 +57,15 @@ class InfillBody(GenerationBody, frozen=True):
         return CompletionRequest(**{**defaults, **own}, prompt=prompt, suffix=self.input_suffix)
 
 
-@dataclass(eq=False)
-class _Timed:
-    """A job that ends early where it takes long."""
-
-    job: AnyJob
-    most_s: float
-
-    @property
-    def usage(self) -> Usage:
-        return self.job.usage
-
-    @property
-    def stopped(self) -> str:
-        return self.job.stopped
-
-    async def chunks_async(self) -> AsyncIterator[Any]:
-        lines, since_s = 0, 0.0
-        async for chunk in self.job.chunks_async():
-            yield chunk
-            since_s = since_s or time.perf_counter()
-            lines += any("\n" in choice.text for choice in chunk.choices)
-            if lines and time.perf_counter() - since_s > self.most_s:
-                return
-
-    def close(self) -> None:
-        self.job.close()
+async def _within(chunks: AsyncIterator[Any], most_s: float) -> AsyncIterator[Any]:
+    """Chunks until so long after the first one, and until there is a line."""
+    lines, since_s = 0, 0.0
+    async for chunk in chunks:
+        yield chunk
+        since_s = since_s or time.perf_counter()
+        lines += any("\n" in choice.text for choice in chunk.choices)
+        if lines and time.perf_counter() - since_s > most_s:
+            return
 
 
 class Infill(Dialect):
@@ -145,14 +119,18 @@ def add_infill(router: APIRouter, service: Service) -> None:
         return await respond(service, request, found, partial(_start, found[0]), Infill)
 
 
-def _start(body: InfillBody, model: Model, asked: CompletionRequest, **of: Any) -> AnyJob | _Timed:
+def _start(body: InfillBody, model: Model, asked: CompletionRequest, **of: Any) -> AnyJob:
     check_characters(model, len(asked.prompt) + len(body.input_suffix))
-    files = [(file.filename, file.text) for file in body.input_extra]
+    files = [
+        (str(f.get("filename", "file")), str(f.get("text", ""))) for f in body.input_extra or ()
+    ]
     most = model.context - (asked.max_tokens or ROOM)
     ids = model.tokenizer.encode_fill(str(asked.prompt), body.input_suffix, files, most)
     job = start_completion(model, replace(asked, prompt=ids, suffix=None), **of)
-    limit_ms = body.t_max_predict_ms
-    return job if limit_ms is None or limit_ms <= 0 else _Timed(job, limit_ms / 1000)
+    if limit_ms := body.t_max_predict_ms:
+        chunks = job.chunks_async()
+        job.chunks_async = lambda: _within(chunks, limit_ms / 1000)  # type: ignore[method-assign]
+    return job
 
 
 def _timing(name: str, count: int, seconds: float) -> Event:

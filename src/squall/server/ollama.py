@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import count
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fastapi import APIRouter
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -25,11 +25,11 @@ from squall.model import Model
 from squall.server.agents import AgentBody, Object, arguments_of
 from squall.server.asking import find, respond, takes
 from squall.server.dialect import AnyJob, Dialect, Event
-from squall.server.embeddings import Text, TextsJob, answer_texts, as_numbers, find_texts
+from squall.server.embeddings import TextsJob, answer_texts, as_numbers, find_texts
 from squall.server.errors import OLLAMA, ApiError
 from squall.server.options import duration_s
 from squall.server.residence import AnyStanding
-from squall.server.schemas import Body, Chosen, Message, Texts
+from squall.server.schemas import WRONG, Body, Chosen, Message, Text, Texts, shape
 
 if TYPE_CHECKING:
     from squall.server.service import Service
@@ -48,7 +48,11 @@ _OPENING = frozenset({
     "embedding_only", "f16_kv", "logits_all", "low_vram", "main_gpu", "num_batch", "num_ctx",
     "num_gpu", "num_keep", "num_thread", "numa", "use_mlock", "use_mmap", "vocab_only",
 })  # fmt: skip
-KeepAlive = str | float | None
+Think = Annotated[Text | Annotated[bool, Tag("~bool")], Discriminator(shape, **WRONG)]
+KeepAlive = Annotated[
+    Text | Annotated[float, Tag("~float")] | Annotated[int, Tag("~int")],
+    Discriminator(shape, **WRONG),
+]
 
 
 class NamedBody(Body, frozen=True):
@@ -78,8 +82,8 @@ class OllamaBody(NamedBody, AgentBody, frozen=True):
     stream: bool = True
     options: Object = Field(default_factory=dict)
     format: Chosen = ""
-    keep_alive: KeepAlive = None
-    think: bool | str | None = None
+    keep_alive: KeepAlive | None = None
+    think: Think | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
 
@@ -100,6 +104,8 @@ class OllamaBody(NamedBody, AgentBody, frozen=True):
                 del found[name]
         if self.format == "json":
             found["response_format"] = {"type": "json_object"}
+        elif isinstance(self.format, str) and self.format:
+            raise InvalidRequest(f'format is {self.format!r:.99}; it must be "json", or a schema')
         elif self.format:
             schema = {"name": "format", "schema": self.format}
             found["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -164,14 +170,14 @@ class EmbedBody(NamedBody, frozen=True):
     input: Texts
     truncate: bool = True
     dimensions: int | None = None
-    keep_alive: KeepAlive = None
+    keep_alive: KeepAlive | None = None
     options: Object | None = None
 
     @property
-    def texts(self) -> list[Text]:
+    def texts(self) -> list[str]:
         return [self.input] if isinstance(self.input, str) else list(self.input)
 
-    def make(self, model: Any, texts: Sequence[Text]) -> tuple[list[str], int]:
+    def make(self, model: Any, texts: Sequence[str]) -> tuple[list[str], int]:
         found = model.embed(
             texts, dimensions=self.dimensions, normalize=self.of == "input", truncate=self.truncate
         )
@@ -215,9 +221,11 @@ def _said(messages: Iterable[Message]) -> Iterator[Object]:
             waiting += [(str(call["id"]), name) for call, name in zip(calls, names, strict=True)]
             said["tool_calls"] = calls
         if said["role"] == "tool" and waiting:
-            name = said.get("tool_name")
-            at = next((i for i, (_, called) in enumerate(waiting) if called == name), 0)
-            said = {"tool_call_id": waiting.pop(at)[0], "name": name, **said}
+            keys = (said.pop("tool_call_id", None), said.get("tool_name"))
+            at = next((i for one, key in enumerate(keys) for i, call in enumerate(waiting)
+                       if call[one] == key is not None), 0)  # fmt: skip
+            id, name = waiting.pop(at)
+            said = {"tool_call_id": id, "name": name, **said}
         yield said
 
 
@@ -315,7 +323,7 @@ class EmbedDialect(Dialect):
         super().__init__(body, model, id)
         self._since_s = time.perf_counter()
 
-    async def whole(self, job: TextsJob[Text, str]) -> str:
+    async def whole(self, job: TextsJob[str, str]) -> str:
         vectors, tokens = await job.all()
         if isinstance(self.body, OldEmbedBody):
             return f'{{"embedding":{vectors[0]}}}'
@@ -403,7 +411,7 @@ async def _loaded(
     }
 
 
-def _keep(standing: AnyStanding, value: KeepAlive) -> None:
+def _keep(standing: AnyStanding, value: str | float | None) -> None:
     """How long it stays when this request is over."""
     if value is not None:
         standing.keep_alive_s = duration_s(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -88,7 +87,7 @@ def _tag(standing: AnyStanding, found: About) -> Event:
             "quantization_level": "" if most is None else most.format.upper(),
         },
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    digest = hashlib.sha256(f"{name} {found.path}".encode()).hexdigest()
     return told | {"digest": digest, "modified_at": time_of(_date(standing.created))}
 
 

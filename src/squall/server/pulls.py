@@ -25,17 +25,22 @@ if TYPE_CHECKING:
     from squall.server.service import Service
 
 POLL_S = 0.3  # how often a client hears of its download, and is looked for
+_ALLOW = (
+    "clients may download models, and remove those, where the server is started with --allow-pull"
+)
 Progress = Callable[[int, int], None]
 
 
 class Store(Protocol):
-    """Where models come from that clients name; any thread may ask."""
+    """Where models come from that clients name; any thread may ask.
 
-    def pull(self, name: str, progress: Progress) -> Lazy:
-        """Download what is not here of a model; raises what is wrong, also what `progress` does."""
+    pull: download what is not here; raises what is wrong, also what `progress` does. remove: the
+    files of what was got so.
+    """
 
-    def remove(self, name: str) -> None:
-        """Remove the files of a model that `pull` has got."""
+    def pull(self, name: str, progress: Progress) -> Lazy: ...
+
+    def remove(self, name: str) -> None: ...
 
 
 def add_pulls(router: APIRouter, service: Service) -> None:
@@ -123,7 +128,7 @@ class _Pulls:
 
     def _begin(self, name: str) -> _Pull:
         if self._store is None:
-            self._refuse(f"there is no model {name!r:.200}, and none is downloaded")
+            self._refuse(f"there is no model {name!r:.200}; {_ALLOW}")
         if self._current is not None and not self._current.work.done():
             raise ApiError(
                 429, f"{self._current.name!r:.200} is being downloaded; ask again when it is here",
@@ -136,7 +141,8 @@ class _Pulls:
         """The model is served no more, and its files are gone. Raises ApiError."""
         name, service = standing.name, self._service
         if self._store is None or name not in self._names:
-            self._refuse(f"{name!r:.200} stays, as no client had it downloaded; squall rm removes")
+            how = "squall rm removes files" if self._store else _ALLOW
+            self._refuse(f"{name!r:.200} is not what a client had downloaded, and stays; {how}")
         path = (await service.learn(standing)).path
         for other in service.all:
             if other is not standing and (await service.learn(other)).path == path:
@@ -150,7 +156,4 @@ class _Pulls:
         await asyncio.wrap_future(removing)
 
     def _refuse(self, why: str) -> NoReturn:
-        raise ApiError(
-            403, f"{why}; clients may download models, and remove those, where the server was "
-            "started with --allow-pull", "pull_not_allowed", param="model",
-        )  # fmt: skip
+        raise ApiError(403, why, "pull_not_allowed", param="model")

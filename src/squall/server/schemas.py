@@ -44,36 +44,36 @@ MOST_ITEMS = 100_000  # of any list, before anything is done with it
 _BodyT = TypeVar("_BodyT", bound="Body")
 
 
-def _shape(value: object) -> str:
+def shape(value: object) -> str:
     """Which member of a union is meant, so that an error is about that one only."""
     return TAG + ("list" if isinstance(value, list) else type(value).__name__)
 
 
 def _prompt_shape(value: object) -> str:
     first = value[0] if isinstance(value, list) and value else 0
-    return _shape(value) + (type(first).__name__ if isinstance(value, list) else "")
+    return shape(value) + (type(first).__name__ if isinstance(value, list) else "")
 
 
-_WRONG = {"custom_error_type": "type", "custom_error_message": "has the wrong type"}
+WRONG = {"custom_error_type": "type", "custom_error_message": "has the wrong type"}
 _FEW = Field(max_length=MOST_ITEMS)
 _MESSAGES = Field(max_length=MOST_MESSAGES)
 Text = Annotated[str, Tag("~str")]
 _Texts = Annotated[list[str], _FEW, Tag("~list")]
-Texts = Annotated[Text | _Texts, Discriminator(_shape, **_WRONG)]
-Chosen = Annotated[Text | Annotated[dict[str, Any], Tag("~dict")], Discriminator(_shape, **_WRONG)]
+Texts = Annotated[Text | _Texts, Discriminator(shape, **WRONG)]
+Chosen = Annotated[Text | Annotated[dict[str, Any], Tag("~dict")], Discriminator(shape, **WRONG)]
 _Weights = Annotated[dict[str, float], _FEW, Tag("~dict")]
-Adapters = Annotated[Text | _Texts | _Weights, Discriminator(_shape, **_WRONG)]
+Adapters = Annotated[Text | _Texts | _Weights, Discriminator(shape, **WRONG)]
 Prompts = Annotated[
     Text
     | Annotated[list[int], Field(max_length=10 * MOST_ITEMS), Tag("~listint")]
     | Annotated[list[str], _FEW, Tag("~liststr")]
     | Annotated[list[list[int]], _FEW, Tag("~listlist")],
-    Discriminator(_prompt_shape, **_WRONG),
+    Discriminator(_prompt_shape, **WRONG),
 ]
 
 Path_ = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 Parts = Annotated[
-    Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")], Discriminator(_shape, **_WRONG)
+    Text | Annotated[list[dict[str, Any]], _FEW, Tag("~list")], Discriminator(shape, **WRONG)
 ]
 
 
@@ -130,7 +130,7 @@ class Message(BaseModel):
 
 
 Conversation = Annotated[
-    Text | Annotated[list[Message], _MESSAGES, Tag("~list")], Discriminator(_shape, **_WRONG)
+    Text | Annotated[list[Message], _MESSAGES, Tag("~list")], Discriminator(shape, **WRONG)
 ]
 
 
