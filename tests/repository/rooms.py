@@ -69,8 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 ABOVE: dict[str, set[str]] = {
     "assembly": set(MAY_IMPORT) - {"measure"},
     "tuning": {
-        "errors", "assembly", "decoder", "engine", "executors", "measure", "opening", "program",
-        "quant", "weights",
+        "errors", "assembly", "decoder", "engine", "executors", "machine", "measure", "opening",
+        "program", "quant", "weights",
     },
     "needs": {
         "errors", "assembly", "checkpoints", "decoder", "diffusion", "engine", "executors",
