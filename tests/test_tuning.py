@@ -160,7 +160,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     ("flags", "status", "message"),
     [
         ("--context 9999", 1, "trained for 1 to 1024 tokens"),
-        ("--for taste", 2, "'quality', 'balanced',"),
+        ("--for taste", 2, "not one of 'quality'"),
         ("-o nowhere/x.toml", 1, "would be in a folder that is not there"),
     ],
 )
