@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields, replace
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from tiny_models import write_folder, write_gguf
 
 import squall
 from squall import ChatCompletionRequest, CompletionRequest, InvalidRequest, Model, Runner, Which
@@ -276,7 +274,8 @@ def test_selections_are_arguments_of_open() -> None:
     assert opening == Opening(
         "a/b", architecture="phi3.5moe", tokenizer_json="t.json", experts_only=True, dtype="bf16"
     )
-    assert Which.GGUF("a/b", ["2.gguf", "1.gguf"]).opening().path == "a/b:1.gguf"
+    for names in (["2.gguf", "1.gguf"], "2.gguf 1.gguf"):
+        assert Which.GGUF("a/b", names).opening().path == "a/b:1.gguf"
     others = Opening(context=7, topology="t.yml")
     assert Which.GGML("a/b", "c.bin", gqa=8).opening(others) == replace(
         others, path="a/b:c.bin", gqa=8
@@ -286,29 +285,14 @@ def test_selections_are_arguments_of_open() -> None:
     assert lent == Opening("a/b:c.gguf", tokenizer_from="d/e", topology="t.yml", dtype="f32")
 
 
-def test_a_file_with_the_tokenizer_and_template_of_another_model(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, bare = write_folder(tmp_path / "whole", vocab_size=258), tmp_path / "bare"
-    shutil.copytree(whole, bare)
-    (bare / "chat_template.jinja").unlink()
-    write_gguf(tmp_path / "whole.gguf", whole)
-    write_gguf(tmp_path / "bare.gguf", bare)
-
-    def answer(name: str, tok_model_id: str | None = None) -> Any:
-        with Runner(Which.GGUF(str(tmp_path), name, tok_model_id)) as runner:
-            asked = chat(temperature=0, logprobs=True)
-            return runner.send_chat_completion_request(asked).choices
-
-    right = answer("whole.gguf")
-    with pytest.raises(squall.TemplateError):
-        answer("bare.gguf")
-    assert answer("bare.gguf", str(whole)) == right
-    (bare / "tokenizer.json").unlink()
-    assert answer("whole.gguf", str(bare)) == right
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert answer("whole.gguf", "not/here") == right
-    assert "the model's own tokenizer is used: not/here" in caplog.text
+def test_what_is_wrong_with_what_was_given_is_a_value_error(runner: Runner, tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(9))
+    with pytest.raises(ValueError, match="no adapter 'law'"):
+        runner.activate_adapters(["law"])
+    with pytest.raises(ValueError, match="does not exist"):
+        Runner(Which.Plain(str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="broken"):
+        Runner(Which.GGUF(str(tmp_path), "broken.gguf"))
 
 
 def test_what_the_model_cannot_do(runner: Runner) -> None:

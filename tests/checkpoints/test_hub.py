@@ -90,7 +90,8 @@ def test_a_model_that_embeds_comes_with_what_follows_it(server: Server) -> None:
     assert names(Hub(offline=True).fetch("o/embeds")) == needed
 
 
-def test_a_tokenizer_comes_with_what_says_how_it_is_used(server: Server) -> None:
+@pytest.mark.usefixtures("server")
+def test_a_tokenizer_comes_with_what_says_how_it_is_used() -> None:
     file = Hub().fetch("o/folder:tokenizer.json")
     assert file.name == "tokenizer.json"
     assert names(file.parent) == {n for n in NEEDED if n.endswith((".json", ".jinja"))} - {

@@ -18,7 +18,7 @@ from tiny_embedders import BERT, TEXTS, WORDS, ids, pooled, rows, vector, write
 from squall import Embedder
 from squall.checkpoints import hub
 from squall.embeddings.files import is_embedding_model
-from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 
 CLOSE = 1e-5
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -123,14 +123,13 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         Embedder.open(tmp_path)
 
 
-@pytest.mark.parametrize("tanh", [True, False])
-def test_linears_after_pooling(tmp_path: Path, tanh: bool) -> None:
+@pytest.mark.parametrize("kind", ["activation.Tanh", "linear.Identity", "activation.GELU"])
+def test_linears_after_pooling(tmp_path: Path, kind: str) -> None:
     """As EmbeddingGemma has them."""
     model = write(tmp_path, "Gemma3TextModel")
     pooled(tmp_path, "mean")
     modules = json.loads((tmp_path / "modules.json").read_text())
     sizes, wanted = (48, 72, 24), vector(rows(model, ids(30)), "mean")
-    kind = "activation.Tanh" if tanh else "linear.Identity"
     for number, (cols, count) in enumerate(pairwise(sizes), start=2):
         folder = tmp_path / f"{number}_Dense"
         folder.mkdir()
@@ -140,8 +139,8 @@ def test_linears_after_pooling(tmp_path: Path, tanh: bool) -> None:
         reconfigured(folder, activation_function=f"torch.nn.modules.{kind}", **given)
         path = {"type": "sentence_transformers.models.Dense", "path": folder.name}
         modules.insert(number, {"idx": number, "name": str(number), **path})
-        wanted = weight.numpy() @ wanted
-        wanted = np.tanh(wanted) if tanh else wanted
+        made = getattr(torch.nn, kind.partition(".")[2])()(weight @ torch.tensor(wanted))
+        wanted = made.numpy()
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with Embedder.open(tmp_path) as embedder:
         assert embedder.width == 24
@@ -160,6 +159,29 @@ def test_poolings_as_they_are_written_now(tmp_path: Path, mode: Any) -> None:
     with Embedder.open(tmp_path) as embedder:
         found = embedder.embed([ids(9)], normalize=False).vectors[0]
     assert distance(found, vector(rows(model, ids(9)), name)) < CLOSE
+
+
+def test_as_sentence_transformers_writes_now(tmp_path: Path) -> None:
+    """The longest text beside the tokenizer, and how wide a vector is."""
+    write(tmp_path, "BertModel")
+    pooled(tmp_path, "mean")
+    with Embedder.open(tmp_path) as embedder:
+        whole = embedder.embed(["the cat"], normalize=False).vectors
+    pooled(tmp_path, "mean", truncate_dim=20)
+    reconfigured(tmp_path, "tokenizer_config.json", model_max_length=9)
+    with Embedder.open(tmp_path) as embedder:
+        assert (embedder.context, embedder.width) == (9, 20)
+        found = embedder.embed(["the cat"], normalize=False).vectors
+        assert np.array_equal(found, whole[:, :20])
+        with pytest.raises(InvalidRequest, match=r"dimensions is 21; it must be in 1\.\.20"):
+            embedder.embed(["a"], dimensions=21)
+    reconfigured(tmp_path, "sentence_bert_config.json", max_seq_length=12)
+    with Embedder.open(tmp_path) as embedder:
+        assert embedder.context == 12
+    (tmp_path / "sentence_bert_config.json").unlink()
+    reconfigured(tmp_path, "tokenizer_config.json", model_max_length=int(1e30))  # no limit
+    with Embedder.open(tmp_path) as embedder:
+        assert embedder.context == BERT["max_position_embeddings"]
 
 
 def test_texts_in_lower_case(tmp_path: Path) -> None:
@@ -189,6 +211,9 @@ def test_texts_in_lower_case(tmp_path: Path) -> None:
     ("1_Pooling/config.json", '{"pooling_mode": "cls", "include_prompt": false}', UnsupportedModel,
      "include_prompt"),
     ("sentence_bert_config.json", '{"max_seq_length": -1}', InvalidCheckpoint, "max_seq_length"),
+    ("tokenizer_config.json", '{"model_max_length": 0}', InvalidCheckpoint, "model_max_length"),
+    ("config_sentence_transformers.json", '{"truncate_dim": "8"}', InvalidCheckpoint, "is '8'"),
+    ("modules.json", '[{"type": "a.LogitScore", "path": "1_L"}]', UnsupportedModel, "'LogitScore'"),
 ])  # fmt: skip
 def test_files_that_say_something_else(
     tmp_path: Path, name: str, text: str, error: type[Exception], message: str

@@ -107,14 +107,15 @@ def test_gguf_files_of_other_classifiers(tmp_path: Path) -> None:
             Embedder.open(tmp_path / f"{name}.gguf")
 
 
-@pytest.mark.parametrize("said", [
-    {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
-    {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+@pytest.mark.parametrize(("name", "said"), [
+    ("config.json", {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}),
+    ("config.json", {"sentence_transformers": {"activation_fn": "torch.nn.Identity"}}),
+    ("config_sentence_transformers.json", {"activation_fn": "torch.nn.modules.linear.Identity"}),
 ])  # fmt: skip
-def test_plain_numbers(tmp_path: Path, said: dict[str, Any]) -> None:
+def test_plain_numbers(tmp_path: Path, name: str, said: dict[str, Any]) -> None:
     model = judge(tmp_path, "BertForSequenceClassification")
-    config = json.loads((tmp_path / "config.json").read_text()) | said
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = tmp_path / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | said))
     with Embedder.open(tmp_path) as embedder:
         found = embedder.rerank(QUERY, DOCUMENTS).scores
     logits = wanted(tmp_path, model, QUERY, DOCUMENTS)
@@ -129,6 +130,17 @@ def test_of_what_is_too_long_the_longer_gives_way(tmp_path: Path, query: str) ->
             embedder.rerank(QUERY, DOCUMENTS[:3])
         found = embedder.rerank(query, DOCUMENTS, truncate=True).scores
     logits = wanted(tmp_path, model, query, DOCUMENTS, 40)
+    assert np.abs(found - 1 / (1 + np.exp(-logits))).max() < CLOSE
+
+
+def test_a_tokenizer_that_gives_no_types(tmp_path: Path) -> None:
+    model = judge(tmp_path, "BertForSequenceClassification")
+    given = {"model_input_names": ["input_ids", "attention_mask"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(given))
+    model.config.type_vocab_size = 1
+    logits = wanted(tmp_path, model, QUERY, DOCUMENTS[:3])
+    with Embedder.open(tmp_path) as embedder:
+        found = embedder.rerank(QUERY, DOCUMENTS[:3]).scores
     assert np.abs(found - 1 / (1 + np.exp(-logits))).max() < CLOSE
 
 
@@ -189,6 +201,11 @@ def test_a_language_model_that_says_yes_or_no(tmp_path: Path, tied: bool, gguf: 
     changes = {"vocab_size": len(words), "tie_word_embeddings": tied}
     model = write(path, "Qwen3ForCausalLM", of="Qwen3Model", max_position_embeddings=900, **changes)
     library.save(str(path / "tokenizer.json"))
+    score = {
+        "type": "sentence_transformers.cross_encoder.modules.LogitScore",
+        "path": "1_LogitScore",
+    }
+    (path / "modules.json").write_text(json.dumps([score]))
     if gguf:
         path = tmp_path / "reranker.gguf"
         rows = model.lm_head.weight.detach()[[library.token_to_id(word) for word in ("yes", "no")]]

@@ -64,7 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 POOLED = {
     "cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken", "max": "max_tokens",
-    "mean_sqrt_len": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens",
 }  # fmt: skip
 TEXTS = (
     "a", "", "the cat sat, thinking of 北京!", "b c d e f g " * 9, "One", "x" * 30, "Éa [SEP] b",
@@ -146,7 +146,7 @@ def vector(states: Floats, pooling: str) -> Floats:
     weights = np.arange(1, len(states) + 1)
     found: dict[str, Any] = {
         "cls": states[0], "mean": states.mean(0), "last": states[-1], "max": states.max(0),
-        "mean_sqrt_len": states.sum(0) / len(states) ** 0.5,
+        "mean_sqrt_len_tokens": states.sum(0) / len(states) ** 0.5,
         "weightedmean": (weights @ states) / weights.sum(),
     }  # fmt: skip
     made: Floats = found[pooling]

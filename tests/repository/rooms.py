@@ -81,8 +81,8 @@ ABOVE: dict[str, set[str]] = {
         "quant", "spec", "text", "vision", "weights",
     },
     "about": {
-        "errors", "assembly", "checkpoints", "embeddings", "locate", "model", "needs", "opening",
-        "quant", "recipes", "spec", "text",
+        "errors", "assembly", "checkpoints", "embeddings", "engine", "locate", "model", "needs",
+        "opening", "quant", "recipes", "spec", "text",
     },
     "api": {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
@@ -90,8 +90,9 @@ ABOVE: dict[str, set[str]] = {
     },
     "mcp": {"errors", "closing", "text"},
     "server": {
-        "__version__", "errors", "about", "adapters", "api", "checkpoints", "diffusion", "embeddings",
-        "engine", "executors", "machine", "mcp", "model", "needs", "opening", "quant", "text", "vision",
+        "__version__", "errors", "about", "adapters", "api", "checkpoints", "diffusion",
+        "embeddings", "engine", "executors", "machine", "mcp", "model", "needs", "opening",
+        "quant", "text", "vision",
     },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api", "mcp"},

@@ -178,7 +178,7 @@ class Which:
         """A GGUF file, or a split one.
 
         quantized_model_id: a folder, or a model of the hub. quantized_filename: a file in it, or
-        all parts of one.
+        all parts of one, as a list or with spaces between.
         tok_model_id: where tokenizer and chat template are, if not the file's own.
         """
 
@@ -191,7 +191,10 @@ class Which:
         def opening(self, others: Opening = DEFAULTS) -> Opening:
             """See `Selection`; of a split file the first part."""
             given = self.quantized_filename
-            names = [given] if isinstance(given, str) else sorted(given)
+            if isinstance(given, str):
+                alone = Path(self.quantized_model_id, given).is_file()
+                given = [given] if alone else given.split()
+            names = sorted(given)
             if not names:
                 raise ModelNotFound("quantized_filename is empty; name a file")
             return _of_file(self, others, _file_of(self.quantized_model_id, names))

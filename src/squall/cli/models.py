@@ -65,13 +65,13 @@ def pull(
             typer.echo(f"{name}: {names.find(name).path}")
             return
         with progress(name, sizes=True) as shown:
-            path = names.pull(name, hub, shown, _judge)
+            path = names.pull(name, hub, shown, judge)
         typer.echo(f"{name}: {path}")
 
     _each(models, get)
 
 
-def _judge(metadata: Mapping[str, object]) -> None:
+def judge(metadata: Mapping[str, object]) -> None:
     """Raises UnsupportedModel for what is neither a model that Squall runs nor a part of one."""
     from squall import recipes
     from squall.embeddings.files import embeds

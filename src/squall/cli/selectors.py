@@ -44,7 +44,8 @@ def _selector(
     """A function from the fields of a kind, as flags, to the selection."""
 
     def select(**given: Any) -> Selected:
-        found = {name: _value(name, value) for name, value in given.items() if value is not None}
+        said = {name: value for name, value in given.items() if value is not None}
+        found = {name: chosen(name, value, f"--{name}") for name, value in said.items()}
         if optional and "quantized_filename" not in found:
             return found.get("quantized_model_id")
         return kind(**dict.fromkeys(optional, ".") | found)  # type: ignore[no-any-return]
@@ -65,12 +66,6 @@ def _selector(
         listed.append(keyword(name, hint, inspect.Parameter.empty if needed else None))
     select.__doc__ = doc
     return taking(listed, select)
-
-
-def _value(name: str, given: Any) -> Any:
-    if name == "quantized_filename":
-        return given.split(" ")[0]  # the parts of a split file know of each other
-    return chosen(name, given, f"--{name}")
 
 
 def toml(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squall.cli import options
+from squall.cli.models import judge
 from squall.cli.opening import SHARED, makes_pictures
 from squall.cli.toml_selector import check_keys, read_root
 from squall.errors import InvalidRequest, ModelNotFound
@@ -104,7 +105,8 @@ def lazies(flags: ServeFlags, entries: Sequence[Entry]) -> dict[str, Lazy]:
 
 
 def _lazy(flags: ServeFlags, entry: Entry, kind: Kind, opening: Opening) -> Lazy:
-    from squall.server.residence import Lazy, duration_s
+    from squall.server.options import duration_s
+    from squall.server.residence import Lazy
 
     kept = flags.keep_alive if entry.keep_alive is None else entry.keep_alive
     return Lazy(kind, opening, entry.pinned, duration_s(kept), flags.preload)
@@ -135,7 +137,8 @@ def _shared(flags: ServeFlags) -> dict[str, Any]:
 def _name(said: str, opening: Opening) -> str:
     from squall.checkpoints.hub import name_of
 
-    return name_of(Path(opening.path or said)) if os.path.exists(said) else said
+    path = Path(opening.path or said)
+    return name_of(path) if os.path.exists(said) else said.removesuffix(":latest")
 
 
 class Store:
@@ -148,19 +151,14 @@ class Store:
 
     def pull(self, name: str, progress: Progress) -> Lazy:
         """See `squall.server.pulls.Store`."""
-        entry = Entry(str(pull(_plain(name), _shared(self._flags)["hub"], progress)))
+        entry = Entry(str(pull(name, _shared(self._flags)["hub"], progress, judge)))
         kind, opening = _opening(self._flags, entry)
         needs(kind, opening, sys.maxsize)
         return _lazy(self._flags, entry, kind, opening)
 
     def remove(self, name: str) -> None:
         """See `squall.server.pulls.Store`."""
-        remove(find(_plain(name)))
-
-
-def _plain(name: str) -> str:
-    """The name of a model of the hub as Ollama has it, without the hub's."""
-    return name.removeprefix("hf.co/").removeprefix("huggingface.co/")
+        remove(find(name))
 
 
 def embeds(path: str | Path) -> bool:

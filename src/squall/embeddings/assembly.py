@@ -104,7 +104,7 @@ def assemble(opening: Opening, pool: ThreadPool | None) -> Parts:
     checkpoint = open_checkpoint(locate(opening.path, opening.hub, opening.progress, mmproj=False))
     recipe, said = embedders.load(checkpoint), setup(checkpoint)
     unsaid = checkpoint.kind == "folder" and judges(checkpoint.path, checkpoint.metadata)
-    asked = unsaid or (recipe.judges is not None and isinstance(recipe.spec, Decoder))
+    asked = unsaid or (recipe.judges and isinstance(recipe.spec, Decoder))
     named = None if opening.tokenizer_json is None else Path(opening.tokenizer_json)
     around = _AROUND if asked else None
     tokens = open_tokens(checkpoint, named, lower=said.lower, around=around)
@@ -116,10 +116,11 @@ def assemble(opening: Opening, pool: ThreadPool | None) -> Parts:
     store = WeightStore(recipe.checkpoint, plan=plan, exact=exact)
     reader = Reader(recipe, store, at, _pooling(opening, recipe, said), context)
     reader.load(opening.progress)
-    head, width = _head(recipe, said, at, exact=exact)
+    head, made = _head(recipe, said, at, exact=exact)
+    width = min(said.width or made, made)
     return Parts(
-        checkpoint.path, width, context, recipe.spec.vocab, recipe.judges is not None, asked,
-        tokens, said, reader, head,
+        checkpoint.path, width, context, recipe.spec.vocab, recipe.judges, asked, tokens, said,
+        reader, head,
     )  # fmt: skip
 
 
@@ -131,8 +132,8 @@ def _asked(recipe: Recipe, tokens: Tokens) -> Recipe:
 
 
 def _pooling(opening: Opening, recipe: Recipe, said: Setup) -> Pooling:
-    if recipe.judges is not None:
-        return recipe.judges
+    if recipe.pooling is not None:
+        return recipe.pooling
     if opening.pooling is not None:
         return pooling_named(opening.pooling)
     return said.pooling or ("last" if isinstance(recipe.spec, Decoder) else "mean")
@@ -177,7 +178,7 @@ def _linears(hidden: int, linears: Sequence[Linear]) -> tuple[Part, dict[str, Ch
         files[source] = file = open_file(linear.folder / "model.safetensors")
         weight, stem = file.tensors.get("linear.weight"), f"dense{number}"
         bias = "linear.bias" in file.tensors
-        dense = Dense(weight.rows if weight else 0, bias, "tanh" if linear.tanh else None)
+        dense = Dense(weight.rows if weight else 0, bias, linear.activation)
         own = Part("head", Head(width, (dense,)), Naming({"dense0": "linear"}, ""))
         (placed,) = place([own], file.tensors, read=set(), source=source)
         names |= {role.replace("dense0", stem): found for role, found in placed.names.items()}

@@ -38,7 +38,7 @@ def _weighted(rows: Doubles) -> Doubles:
 _OF_ALL: Mapping[Pooling, Callable[[Doubles], Doubles]] = {
     "mean": lambda rows: rows.mean(0),
     "max": lambda rows: rows.max(0),
-    "mean_sqrt_len": lambda rows: rows.sum(0) / math.sqrt(len(rows)),
+    "mean_sqrt_len_tokens": lambda rows: rows.sum(0) / math.sqrt(len(rows)),
     "weightedmean": _weighted,
 }
 

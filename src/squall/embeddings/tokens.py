@@ -6,7 +6,7 @@ Names of special tokens in a text are plain text, so that no text can end before
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +114,10 @@ def open_tokens(
     config = read_json(folder / "tokenizer_config.json") or {}
     text = read_text(tokenizer_json or folder / "tokenizer.json")
     if text is not None:
-        return _of_library(library_of(text), lower=lower, around=around)
+        found = _of_library(library_of(text), lower=lower, around=around)
+        given = config.get("model_input_names")
+        plain = isinstance(given, list) and "token_type_ids" not in given
+        return replace(found, frame=replace(found.frame, marks=0)) if plain else found
     words = read_text(folder / "vocab.txt", MAX_VOCABULARY_BYTES)
     if words is None:
         raise InvalidCheckpoint(f"{str(folder)!r} has neither tokenizer.json nor vocab.txt")

@@ -20,7 +20,7 @@ from squall.recipes.names import Naming, Part, check_applied, place
 from squall.spec import Activation, Decoder, Dense, Encoder, Head, Layer, Relative, Rope
 
 CLASSIFIER = "ForSequenceClassification"
-Pooling = Literal["cls", "mean", "max", "mean_sqrt_len", "weightedmean", "last"]
+Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "last"]
 # What models have beside their encoder: other heads than those that are used, and tables.
 _BESIDE = re.compile(
     r"(pooler|cls|lm_head|classifier|pre_classifier|head|decoder|vocab_\w+|\w+_predictions)\..*"
@@ -92,8 +92,8 @@ class Recipe:
 
     checkpoint: with tensors by the names that `text` and `head` use.
     text: its encoder, or decoder. causal: a token sees those before it. context: tokens of a text
-    that it was trained for. head: linears after pooling. judges: it judges pairs of texts by the
-    head, of rows so pooled.
+    that it was trained for. head: linears after pooling. pooling: the one whose rows the head needs
+    to judge pairs of texts, if that is what it does.
     """
 
     checkpoint: Checkpoint
@@ -101,7 +101,11 @@ class Recipe:
     causal: bool
     context: int
     head: Part | None = None
-    judges: Pooling | None = None
+    pooling: Pooling | None = None
+
+    @property
+    def judges(self) -> bool:
+        return self.pooling is not None
 
     @property
     def spec(self) -> Encoder | Decoder:
@@ -368,13 +372,13 @@ def _of_gguf(checkpoint: Checkpoint) -> Recipe:
     c.check_all_read()
     unsaid = RANKS if architecture in _GGUF and _classifier_rows(c) else 0  # as older files are
     ranks = checkpoint.metadata.get(f"{architecture}.pooling_type", unsaid) == RANKS
-    judges = _gguf_judges(architecture) if ranks else None
+    pooling = _judges_by(architecture) if ranks else None
     heads = [] if ranks else _gguf_linears(tensors)
     if ranks and isinstance(part.spec, Encoder):
         heads = [_gguf_classifier(c, part.spec)]
     text, *head = place([part, *heads], tensors, read=c.tensors_read)
-    recipe = Recipe(checkpoint, text, causal, context, _first(head), judges)
-    if judges != "last":
+    recipe = Recipe(checkpoint, text, causal, context, _first(head), pooling)
+    if pooling != "last":
         return recipe
     _check_labels(_rows(c, "cls.output"), 2)
     return judging(recipe, (1, 0), "cls.output.weight")  # which has yes first
@@ -422,7 +426,7 @@ _GGUF: Mapping[str, Callable[[Fields], Encoder]] = {
 }  # fmt: skip
 
 
-def _gguf_judges(architecture: str) -> Pooling:
+def _judges_by(architecture: str) -> Pooling:
     if architecture in _GGUF:
         return "mean" if architecture == MODERN_BERT else "cls"
     if architecture in ASKED:
@@ -468,4 +472,4 @@ def judging(recipe: Recipe, ids: tuple[int, int], head: str = "lm_head.weight") 
     slices = tuple(replace(table, start=one, stop=one + 1) for one in ids)
     spec = Head(recipe.spec.hidden, (Dense(len(ids), False),))
     made = Part("head", spec, recipe.text.naming, {"head.dense0.weight": slices})
-    return replace(recipe, head=made, judges="last")
+    return replace(recipe, head=made, pooling="last")

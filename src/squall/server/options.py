@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,27 @@ def keep_alive_s() -> float:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**7):
         raise InvalidRequest(f"KEEP_ALIVE_INTERVAL is {text!r}; it must be milliseconds, above 0")
     return int(text) / 1000
+
+
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
+_PART = _NUMBER + "(h|ms|m|s|us|ns)"
+_TIME = re.compile(f"-?(?:{_PART})+")
+_UNITS_S = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_MOST_S = 1e9
+
+
+def duration_s(given: str | float) -> float | None:
+    """Seconds of "10m", "1h30m", 300 or "300"; None, for ever, of what is negative, or vast."""
+    if isinstance(given, float):
+        given = f"{max(min(given, 2 * _MOST_S), -1.0):f}"
+    text = str(given).strip()
+    text += "s" * bool(re.fullmatch("-?" + _NUMBER, text))
+    if not _TIME.fullmatch(text):
+        raise InvalidRequest(
+            f"keep_alive: {given!r:.99} is no time; such are 30s, 10m, 1h30m, 0; -1: for ever"
+        )
+    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in re.findall(_PART, text))
+    return None if text.startswith("-") or seconds > _MOST_S else seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

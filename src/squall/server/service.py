@@ -201,10 +201,6 @@ class Service:
         await self.residence.unload(standing, wait=wait)
         return standing
 
-    def keep(self, name: str, seconds: float | None) -> None:
-        """Unload the model when it was not used for so long; None or negative: not for that."""
-        self.residence.keep(self.standing(name), seconds)
-
     def standing(self, name: str) -> AnyStanding:
         """The model of this name, or that of an adapter. Raises ApiError."""
         card = self.card(name)
