@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SLOW_S = 5.0  # from which on a test should say why
 NIGHTLY = os.environ.get("SQUALL_NIGHTLY") == "1"
 DEVICE = os.environ.get("SQUALL_TEST_DEVICE")
+_FREEZE = gc.freeze, gc.unfreeze
 
 
 def _take_one_cpu() -> None:
@@ -80,6 +81,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze, gc.unfreeze = _FREEZE
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

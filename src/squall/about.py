@@ -13,6 +13,7 @@ from squall.checkpoints import describe, open_checkpoint
 from squall.checkpoints.hub import Hub
 from squall.checkpoints.inspect import FormatTotal as Stored
 from squall.embeddings.files import judges, setup
+from squall.engine.memory import DEFAULT_CONTEXT
 from squall.errors import InvalidRequest
 from squall.locate import locate
 from squall.model import Model
@@ -30,8 +31,10 @@ _TOOL = Tool("f", "", {"type": "object", "properties": {}})
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """sizes: by GGUF's names. capabilities: "completion", "tools", "thinking", "vision", "insert";
-    "embedding", "rerank"; "image", for pictures that it makes.
+    """sizes: by GGUF's names, and the context that requests have.
+
+    capabilities: "completion", "tools", "thinking", "vision", "insert"; "embedding", "rerank"; of
+    models that make pictures "image".
     """
 
     capabilities: tuple[str, ...]
@@ -54,8 +57,10 @@ def of_model(kind: Kind, model: Any) -> About:
     if isinstance(model, Model):
         sees = model.sight is not None
         found = _text(model.chat_template, model.tokenizer, model.spec, sees=sees)
-        path, formats = model.checkpoint.path, model.weight_formats
-        return replace(found, path=path, formats=formats, family=model.architecture)
+        return replace(
+            found, path=model.checkpoint.path, formats=model.weight_formats,
+            family=model.architecture, sizes={**found.sizes, "context_length": model.context},
+        )  # fmt: skip
     found = UNKNOWN[kind] if kind == "pictures" else _vectors(
         model.context, model.width, reranks=model.reranks
     )  # fmt: skip
@@ -74,8 +79,11 @@ def _of_text(opening: Opening) -> About:
     if opening.chat_template:
         template = template.replaced(opening.chat_template)
     found = _text(template, tokenizer, recipe.decoder, sees=recipe.sees)
-    formats = describe(checkpoint).formats
-    return replace(found, path=checkpoint.path, formats=formats, family=recipe.architecture)
+    context = opening.context or min(recipe.decoder.context, DEFAULT_CONTEXT)
+    return replace(
+        found, path=checkpoint.path, formats=describe(checkpoint).formats,
+        family=recipe.architecture, sizes={**found.sizes, "context_length": context},
+    )  # fmt: skip
 
 
 def _text(template: ChatTemplate, tokenizer: Tokenizer, spec: Decoder, *, sees: bool) -> About:
@@ -86,9 +94,10 @@ def _text(template: ChatTemplate, tokenizer: Tokenizer, spec: Decoder, *, sees: 
         does += ["tools"] * bool(prompt.format) + ["thinking"] * bool(prompt.reasoning)
     does += ["vision"] * sees + ["insert"] * bool(tokenizer.filling)
     sizes = {
-        "context_length": spec.context, "embedding_length": spec.hidden,
-        "block_count": len(spec.layers), "vocab_size": spec.vocab,
-    }  # fmt: skip
+        "embedding_length": spec.hidden,
+        "block_count": len(spec.layers),
+        "vocab_size": spec.vocab,
+    }
     return About(tuple(does), sizes=sizes, template=source)
 
 
@@ -96,7 +105,9 @@ def _of_embedder(opening: Opening) -> About:
     checkpoint = open_checkpoint(locate(opening.path, opening.hub, mmproj=False))
     recipe, context = embedders.load(checkpoint), setup(checkpoint).context
     asked = checkpoint.kind == "folder" and judges(checkpoint.path, checkpoint.metadata)
-    found = _vectors(context or recipe.context, recipe.spec.hidden, reranks=asked or recipe.judges)
+    found = _vectors(
+        context or recipe.context, recipe.spec.hidden, reranks=asked or recipe.judges is not None
+    )
     return replace(found, path=checkpoint.path, formats=describe(checkpoint).formats)
 
 
@@ -105,6 +116,10 @@ def _vectors(context: int, width: int, *, reranks: bool) -> About:
     return About(("rerank" if reranks else "embedding",), family="encoder", sizes=sizes)
 
 
+def _of_pictures(opening: Opening) -> About:
+    return replace(UNKNOWN["pictures"], path=Path(opening.path or ""))
+
+
 _KINDS: dict[Kind, Callable[[Opening], About]] = {
-    "text": _of_text, "embeddings": _of_embedder, "pictures": lambda _: UNKNOWN["pictures"],
+    "text": _of_text, "embeddings": _of_embedder, "pictures": _of_pictures,
 }  # fmt: skip

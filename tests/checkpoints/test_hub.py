@@ -90,6 +90,16 @@ def test_a_model_that_embeds_comes_with_what_follows_it(server: Server) -> None:
     assert names(Hub(offline=True).fetch("o/embeds")) == needed
 
 
+@pytest.mark.usefixtures("server")
+def test_a_tokenizer_comes_with_what_says_how_it_is_used() -> None:
+    file = Hub().fetch("o/folder:tokenizer.json")
+    assert file.name == "tokenizer.json"
+    assert names(file.parent) == {n for n in NEEDED if n.endswith((".json", ".jinja"))} - {
+        "model.safetensors.index.json"
+    }
+    assert Hub(offline=True).fetch("o/folder:tokenizer.json") == file
+
+
 def test_a_second_time_nothing_is_downloaded(server: Server) -> None:
     first = Hub().fetch("o/folder")
     server.requests.clear()
@@ -227,8 +237,10 @@ def test_ctrl_c_ends_a_download_at_once(server: Server) -> None:
     asked, over = threading.Event(), threading.Event()
 
     def held() -> None:
+        if asked.is_set():  # it tries again, at once
+            return
         asked.set()
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         over.wait(5)
         over.set()
 
@@ -240,7 +252,8 @@ def test_ctrl_c_ends_a_download_at_once(server: Server) -> None:
     over.set()
 
 
-def test_what_nothing_goes_on_with_is_removed(server: Server) -> None:
+@pytest.mark.usefixtures("server")
+def test_what_nothing_goes_on_with_is_removed() -> None:
     blobs = Hub().fetch("o/folder").parents[1] / "blobs"
     old = [blobs / name for name in ("a.incomplete", "a.12345678.incomplete")]
     for file in (*old, new := blobs / "b.12345678.incomplete"):

@@ -229,9 +229,7 @@ def test_a_place_that_no_file_can_have_is_no_end(talk: Talk) -> None:
         assert (notes.count("error: "), notes.count("max_tokens")) == (2, 1)
 
 
-def test_an_answer_does_not_steer_a_terminal(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_does_not_steer_a_terminal(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     said, _ = talk("Hi", regex="\x1b\\[2J\ta\x9b\x7f\nb", max_tokens=40)
     assert said == "\x1b[2J\ta\x9b\x7f\nb\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

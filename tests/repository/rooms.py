@@ -69,8 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 ABOVE: dict[str, set[str]] = {
     "assembly": set(MAY_IMPORT) - {"measure"},
     "tuning": {
-        "errors", "assembly", "decoder", "engine", "executors", "measure", "opening", "program",
-        "quant", "weights",
+        "errors", "assembly", "decoder", "engine", "executors", "machine", "measure", "opening",
+        "program", "quant", "weights",
     },
     "needs": {
         "errors", "assembly", "checkpoints", "decoder", "diffusion", "engine", "executors",
@@ -81,8 +81,8 @@ ABOVE: dict[str, set[str]] = {
         "quant", "spec", "text", "vision", "weights",
     },
     "about": {
-        "errors", "assembly", "checkpoints", "embeddings", "locate", "model", "needs", "opening",
-        "quant", "recipes", "spec", "text",
+        "errors", "assembly", "checkpoints", "embeddings", "engine", "locate", "model", "needs",
+        "opening", "quant", "recipes", "spec", "text",
     },
     "api": {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from squall.errors import InvalidRequest, ModelNotFound
+from squall.files import read_json
 
 Progress = Callable[[int, int], None]
 Judge = Callable[[Mapping[str, object]], None]
@@ -36,11 +37,9 @@ _CONFIGURATION = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
     r"|chat_template|processor_config|preprocessor_config|modules|config_sentence_transformers"
     r"|sentence_(bert|roberta)_config)\.json|chat_template\.jinja"
-    r"|\d_[A-Za-z]{1,30}/(config\.json|model\.safetensors)"  # what follows a model that embeds
     r"|additional_chat_templates/[A-Za-z0-9_-]+\.jinja"
-    # Of models that embed: their modules after the transformer, and BERT's vocabulary.
-    r"|(modules|config_sentence_transformers|sentence_bert_config)\.json|vocab\.txt"
-    r"|\d{1,2}_[A-Za-z]{1,20}/(config\.json|model\.safetensors)"
+    # Of models that embed: BERT's vocabulary, and what follows the transformer.
+    r"|vocab\.txt|\d{1,2}_[A-Za-z]{1,30}/(config\.json|model\.safetensors)"
 )
 # Of models that make pictures: the parts of a pipeline, and what is FLUX.1's own layout.
 _PICTURES = re.compile(
@@ -249,7 +248,8 @@ def choose(
     if not file and (pictures := _pictures(names)):
         return pictures, None
     if file in names and _LONE.fullmatch(file) and ".." not in file:
-        return [file], file
+        beside = filter(_CONFIGURATION.fullmatch, names) if file == "tokenizer.json" else [file]
+        return sorted(beside), file
     if not file and (weights := folder_weights(names)):
         return sorted(filter(_CONFIGURATION.fullmatch, names)) + weights, None
     ggufs = sorted(name for name in names if _GGUF.fullmatch(name) and ".." not in name)
@@ -331,7 +331,7 @@ class _Download:
         except ModelNotFound as error:
             raise ModelNotFound(f"cannot open {self._id} of the hub: {error}") from None
         if judge is not None:
-            judge(_known(info, main))
+            judge(_known(info, main) or self._configuration(names))
         whole, stopped = sum(sizes[name] for name in names), threading.Event()
         self._check_space(sizes, names, str(info.sha))
 
@@ -348,6 +348,14 @@ class _Download:
         self._progress(whole, whole)
         return folder / main if main else folder
 
+    def _configuration(self, names: list[str]) -> Mapping[str, object]:
+        from huggingface_hub import hf_hub_download
+
+        if "config.json" not in names:
+            return {}
+        fetch = partial(hf_hub_download, self._id, "config.json", **self._options)
+        return read_json(Path(self._attempt(fetch))) or {}
+
     def _check_space(self, sizes: Mapping[str, int], names: list[str], commit: str) -> None:
         """Raises ModelNotFound if what is to come does not fit the disk of the cache."""
         from huggingface_hub import constants
@@ -360,9 +368,8 @@ class _Download:
             stat = file.stat()
             if file.name.count(".") == 1:
                 begun += stat.st_size
-            elif (
-                stat.st_mtime < time.time() - STALE_S
-            ):  # named at random, so nothing goes on with it
+            # Named at random, so that nothing goes on with it.
+            elif stat.st_mtime < time.time() - STALE_S:
                 file.unlink(missing_ok=True)
         free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
         if missing - begun > free:

@@ -77,6 +77,9 @@ class ServeFlags(PictureFlags):
     adapter_folder: list[Path] | None = option(
         None, metavar="FOLDER", help="Clients may load adapters from here, and remove some."
     )
+    allow_pull: bool = option(
+        False, "--allow-pull", help="Clients may download models by name, and remove those."
+    )
     image_model: str | None = option(
         None, metavar="DIR_OR_ID", help="A model that makes pictures, beside one of text."
     )
@@ -191,6 +194,7 @@ class ServeFlags(PictureFlags):
 
     def options(self) -> ServerOptions:
         """What the server allows."""
+        from squall.cli.several import Store
         from squall.server.options import LOOPBACK, ServerOptions, keep_alive_s
         from squall.vision.images import Media
 
@@ -213,6 +217,7 @@ class ServeFlags(PictureFlags):
             keep_alive_s=keep_alive_s(),
             drain_s=self.drain_timeout,
             stall_s=self.stall_timeout,
+            store=Store(self) if self.allow_pull else None,
             image_folder=self.image_folder,
             image_age_s=self.image_age,
         )

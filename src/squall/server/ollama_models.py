@@ -17,7 +17,7 @@ from squall import __version__
 from squall.about import About
 from squall.server.asking import parse, read_body, takes
 from squall.server.dialect import Event
-from squall.server.ollama import LATEST, MEDIA_TYPE, NamedBody, line, time_of
+from squall.server.ollama import LATEST, NamedBody, time_of
 
 if TYPE_CHECKING:
     from squall.server.residence import AnyStanding
@@ -29,7 +29,7 @@ _FOREVER = timedelta(days=36500)
 
 
 class ModelBody(NamedBody, frozen=True):
-    """POST /api/show, and /api/pull, which has a stream."""
+    """POST /api/show, /api/pull, which has a stream, and DELETE /api/delete."""
 
     stream: bool = True
     verbose: bool = False
@@ -51,17 +51,14 @@ def add_ollama_models(router: APIRouter, service: Service) -> None:
     @router.get("/api/ps")
     async def running() -> Response:
         """Ollama's list of the models that are loaded."""
-        ready = [one for one in models() if one.ready]
-        return JSONResponse({"models": [await tag(one) | _process(one) for one in ready]})
-
-    async def named(request: Request) -> tuple[ModelBody, AnyStanding]:
-        body = await read_body(service, request, partial(parse, ModelBody, service.context))
-        return body, service.standing(body.model)
+        ready = [(one, _process(one)) for one in models() if one.ready]
+        return JSONResponse({"models": [await tag(one) | told for one, told in ready]})
 
     @router.post("/api/show", openapi_extra=takes(ModelBody))
     async def show(request: Request) -> Response:
         """What a model is, as Ollama tells it."""
-        _, standing = await named(request)
+        body = await read_body(service, request, partial(parse, ModelBody, service.context))
+        standing = service.standing(body.model)
         found = await service.learn(standing)
         told = _tag(standing, found)
         sizes = {f"{found.family}.{name}": size for name, size in found.sizes.items()}
@@ -72,15 +69,6 @@ def add_ollama_models(router: APIRouter, service: Service) -> None:
             "model_info": info | sizes, "capabilities": found.capabilities,
             "modified_at": told["modified_at"],
         })  # fmt: skip
-
-    @router.post("/api/pull", openapi_extra=takes(ModelBody))
-    async def pull(request: Request) -> Response:
-        """Ollama's download; of models that are served nothing is missing, others are not got."""
-        body, _ = await named(request)
-        steps = [{"status": "pulling manifest"}, {"status": "success"}]
-        if body.stream:
-            return Response(b"".join(map(line, steps)), media_type=MEDIA_TYPE)
-        return JSONResponse(steps[-1])
 
     @router.get("/api/version")
     async def version() -> Response:
@@ -111,7 +99,9 @@ def _count(found: About) -> int:
 def _process(standing: AnyStanding) -> Event:
     kept_s = standing.keep_alive_s
     stays = standing.pinned or kept_s is None or kept_s < 0
-    until = _date(time.time()) + (_FOREVER if stays else timedelta(seconds=kept_s or 0))
+    idle_s = 0.0 if standing.users else time.monotonic() - standing.used_s
+    left = _FOREVER if stays else timedelta(seconds=(kept_s or 0) - idle_s)
+    until = _date(time.time()) + left
     more = {"size_vram": 0, "context_length": standing.model.context}
     return {"expires_at": time_of(until), **more}
 

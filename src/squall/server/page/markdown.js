@@ -148,6 +148,13 @@ function paragraph(lines, start) {
   return [{ kind: "paragraph", start, lines: lines.slice(start, at) }, at];
 }
 
+/** A block of the text itself, which has a direction of its own. @param {Block} block */
+function whole(block) {
+  const element = build(block, 0);
+  if (block.kind !== "code") element.dir = "auto";
+  return element;
+}
+
 /** @param {Block} block @param {number} depth @returns {HTMLElement} */
 function build(block, depth) {
   const text = block.lines.map((line) => line.trim()).join("\n");
@@ -241,7 +248,7 @@ export class Markdown {
     const lines = text.slice(this.from).split("\n");
     const found = blocks(lines);
     const before = this.live;
-    this.live = found.map((block, i) => ({ block, element: (i === 0 && before[0] && prolong(before[0], block)) || build(block, 0) }));
+    this.live = found.map((block, i) => ({ block, element: (i === 0 && before[0] && prolong(before[0], block)) || whole(block) }));
     for (const { element } of before) if (element !== this.live[0]?.element) element.remove();
     for (const { element } of this.live) if (element.parentNode !== this.root) this.root.append(element);
     // The last line, and whether the one before it begins a table, may turn out to belong to the block before.
