@@ -232,7 +232,7 @@ def test_names_of_special_tokens_are_text(embedder: Embedder) -> None:
 def test_names_of_special_tokens_are_text_where_they_are_pieces(tmp_path: Path) -> None:
     """As in vocabularies of XLM-RoBERTa."""
     write(tmp_path, "XLMRobertaModel")
-    pieces = [*"<s>|<pad>|</s>|<unk>|▁|a|b|<|>|s|/|<mask>".split("|")]
+    pieces = [*["<s>", "<pad>", "</s>", "<unk>", "▁", "a", "b", "<", ">", "s", "/", "<mask>"]]
     theirs = XLMRobertaTokenizer([(piece, -2.0) for piece in pieces])
     theirs.save_pretrained(tmp_path)
     with Embedder.open(tmp_path) as embedder:
