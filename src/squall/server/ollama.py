@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from squall.api.chats import check_characters
-from squall.api.jobs import start_chat, start_completion
+from squall.api.jobs import start_completion
 from squall.api.messages import MOST_MESSAGES, MOST_PARTS
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.api.responses import ChunkChoice, CompletionChoice
@@ -27,9 +27,10 @@ from squall.model import Model
 from squall.server.agents import AgentBody, Object, arguments_of
 from squall.server.answer import Answer
 from squall.server.asking import find, parse, read_body, respond, takes, visit_of
-from squall.server.dialect import AnyJob, Dialect, Event
+from squall.server.dialect import AnyJob, Dialect, Event, Running
 from squall.server.embeddings import Text, TextsJob, as_numbers, checked
 from squall.server.errors import OLLAMA, ApiError
+from squall.server.mcp import start_with_tools
 from squall.server.schemas import Body, Chosen, Message, Texts
 
 if TYPE_CHECKING:
@@ -330,10 +331,12 @@ class EmbedDialect(Dialect):
         return f'{{"embeddings":[{",".join(vectors)}],{rest[1:]}'
 
 
-def _start(model: Model, asked: ChatCompletionRequest | CompletionRequest, **of: Any) -> AnyJob:
+def _start(
+    service: Service, model: Model, asked: ChatCompletionRequest | CompletionRequest, **of: Any
+) -> Running:
     """A chat; or a completion, whose prompt may have the model's control tokens."""
     if isinstance(asked, ChatCompletionRequest):
-        return start_chat(model, asked, **of)
+        return start_with_tools(service, model, asked, **of)
     if asked.suffix is None and isinstance(asked.prompt, str):
         check_characters(model, len(asked.prompt))
         asked = replace(asked, prompt=model.tokenizer.encode(asked.prompt, specials=True))
@@ -358,7 +361,8 @@ def add_ollama(router: APIRouter, service: Service) -> None:
         if body.loads:
             return JSONResponse(await _loaded(service, served, body))
         _keep(served, body.keep_alive)
-        return await respond(service, request, (body, served), _start, OllamaDialect)
+        begin = partial(_start, service)
+        return await respond(service, request, (body, served), begin, OllamaDialect)
 
     @router.post("/api/chat", openapi_extra=takes(OllamaChatBody))
     async def chat(request: Request) -> Response:
