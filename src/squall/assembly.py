@@ -13,13 +13,14 @@ from squall import convert, decoder, executors, recipes
 from squall.adapters.edits import adaptable
 from squall.adapters.shelf import Shelf
 from squall.checkpoints import UQFF, Checkpoint, open_checkpoint, open_gguf
+from squall.checkpoints.hub import Hub
 from squall.embeddings.files import embeds
 from squall.engine.draft import Draft
 from squall.engine.engine import Engine, EngineConfig
 from squall.engine.memory import DEFAULT_CONTEXT, KvSize, choose_context, choose_kv_tokens
 from squall.engine.request import Request
 from squall.engine.speculation import MOST_GUESSES, Speculation
-from squall.errors import InvalidRequest, SquallError, UnsupportedModel
+from squall.errors import InvalidRequest, ModelNotFound, SquallError, UnsupportedModel
 from squall.executors import Executor, Limits, Placement, ThreadPool, devices
 from squall.executors.memory import Load, Sizes, by_memory
 from squall.executors.sharding import shard
@@ -75,12 +76,16 @@ def assemble(opening: Opening) -> Assembly:
         checkpoint = _written(*model, opening)
         model = checkpoint, recipes.load(checkpoint, opening.architecture), Plan()
     checkpoint, recipe, _ = model
-    tokenizer = open_tokenizer(checkpoint, opening.tokenizer_json)
+    lent = _lent(opening)
+    tokenizer = open_tokenizer(checkpoint, opening.tokenizer_json, lent)
     small = opening.of_draft
     models = [model] if small is None else [model, _prepared_draft(small, tokenizer)]
     engine = opening.engine or EngineConfig()
     room = _room(models, opening, engine.max_seqs)
-    template = opening.chat_template and template_of(checkpoint).replaced(opening.chat_template)
+    template = None if lent is None else ChatTemplate.from_folder(lent)
+    template = template if template and template.sources else None
+    if opening.chat_template:
+        template = (template or template_of(checkpoint)).replaced(opening.chat_template)
 
     def encode(text: str) -> list[int]:
         chat = [{"role": "user", "content": text}]
@@ -98,16 +103,33 @@ def assemble(opening: Opening) -> Assembly:
         draft = Draft(_executor(models[1], small, beside, encode, own), executor.vocab)
     speculation = None if opening.draft is None else Speculation(most, draft)
     answering = _engine(executor, engine, tokenizer, speculation)
-    return Assembly(checkpoint, recipe, tokenizer, template or None, answering, adapters, sight)
+    return Assembly(checkpoint, recipe, tokenizer, template, answering, adapters, sight)
+
+
+def _lent(opening: Opening) -> Path | None:
+    """The folder of `tokenizer_from`; None, which is told, where it cannot be had."""
+    if (name := opening.tokenizer_from) is None:
+        return None
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    try:
+        return (opening.hub or Hub()).fetch(f"{name}:tokenizer.json", opening.progress).parent
+    except ModelNotFound as error:
+        LOG.warning("the model's own tokenizer is used: %s", error)
+        return None
 
 
 def open_tokenizer(
-    checkpoint: Checkpoint, tokenizer_json: str | os.PathLike[str] | None = None
+    checkpoint: Checkpoint,
+    tokenizer_json: str | os.PathLike[str] | None = None,
+    lent: Path | None = None,
 ) -> Tokenizer:
-    """The tokenizer of a checkpoint, from where its kind has it, or from a file."""
-    if checkpoint.kind == "gguf" and tokenizer_json is None:
-        return Tokenizer.from_gguf(checkpoint.metadata)
+    """The tokenizer of a checkpoint, from where its kind has it, from a file, or of a folder."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if lent is not None and (lent / "tokenizer.json").is_file():
+        folder = lent
+    elif checkpoint.kind == "gguf" and tokenizer_json is None:
+        return Tokenizer.from_gguf(checkpoint.metadata)
     return HfTokenizer.from_folder(folder, tokenizer_json=tokenizer_json)
 
 
@@ -172,7 +194,7 @@ def _with_tower(recipe: Recipe, path: Path, *, must: bool) -> tuple[Checkpoint, 
 def _prepared_draft(opening: Opening, tokenizer: Tokenizer) -> Prepared:
     """What opening a draft model begins with; raises InvalidRequest for another vocabulary."""
     prepared = prepare(replace(opening, mmproj=NO_MMPROJ))
-    found = open_tokenizer(prepared[0], opening.tokenizer_json)
+    found = open_tokenizer(prepared[0], opening.tokenizer_json, _lent(opening))
     if (id_ := tokenizer.differs(found)) is not None:
         raise InvalidRequest(
             f"the draft model {prepared[0].path} has another vocabulary, from token {id_} on; "

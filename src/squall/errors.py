@@ -1,4 +1,4 @@
-"""Every error Squall raises on purpose.
+"""Every error Squall raises on purpose; down to InvalidRequest they are ValueErrors too.
 
 SquallError
 ├── ModelNotFound        no such file, folder or embedded model
@@ -19,7 +19,7 @@ class SquallError(Exception):
     """Base of all errors raised by Squall."""
 
 
-class ModelNotFound(SquallError):
+class ModelNotFound(SquallError, ValueError):
     """No such file, folder or embedded model."""
 
 
@@ -27,11 +27,11 @@ class UnknownAdapter(ModelNotFound):
     """No adapter has this name."""
 
 
-class InvalidCheckpoint(SquallError):
+class InvalidCheckpoint(SquallError, ValueError):
     """A model file is malformed, truncated or inconsistent."""
 
 
-class UnsupportedModel(SquallError):
+class UnsupportedModel(SquallError, ValueError):
     """A well-formed checkpoint that Squall cannot run: architecture, field or number format."""
 
 

@@ -33,7 +33,8 @@ _KINDS = {
     "image_bytes tensor_parallel memory_bytes",
     (str, "text"): "architecture chat_template device pooling",
     (int | str | list | tuple, "20 or '0:16;1:12'"): "device_layers",
-    (str | os.PathLike, "a path"): "path mmproj tokenizer_json write_uqff from_uqff t5 clip vae",
+    (str | os.PathLike, "a path"): "path mmproj tokenizer_json tokenizer_from write_uqff "
+    "from_uqff t5 clip vae",
 }
 _LEAST = {"draft_tokens": 1, "max_edge": 1, "image_bytes": 0, "tensor_parallel": 1}
 # Named, as their modules are slow to import; who has such an object has its module too.
@@ -94,6 +95,8 @@ class Opening:
         make pictures "flux", or "flux-offloaded": weights are read when their layer runs.
     hub: revision and token for a `path` such as "owner/name:file", or that it must be offline.
     tokenizer_json: a file to use in place of the model's own tokenizer.
+    tokenizer_from: a folder, or a model of the hub, whose tokenizer and chat template are used as
+        far as it has them.
     mmproj: the GGUF file of the tower that a GGUF model sees with; by default the one beside it
         that fits it. "none": it is to see nothing.
     chat_template: in place of the model's own: a name, a .jinja or .json file, or Jinja.
@@ -141,6 +144,7 @@ class Opening:
     architecture: str | None = None
     hub: Hub | None = None
     tokenizer_json: Path | None = None
+    tokenizer_from: Path | None = None
     mmproj: Path | None = None
     chat_template: str | None = None
     gqa: int = 1

@@ -149,6 +149,35 @@ def test_names_of_both_apis() -> None:
     assert chat(tool_choice=ToolChoice.NoTools, tools=[], adapters=[]).tool_choice
 
 
+def test_the_order_is_mistral_rs_s() -> None:
+    shape, dry = {"type": "regex", "value": "a+"}, (0.5, 1.5, 3, ("\n",))
+    sampled: dict[str, Any] = {
+        "presence_penalty": 0.1, "frequency_penalty": 0.2, "logit_bias": {1: 2.0}, "max_tokens": 9,
+        "temperature": 0.3, "top_p": 0.4, "top_k": 5, "min_p": 0.1, "grammar": shape,
+        "dry_multiplier": 0.5, "dry_base": 1.5, "dry_allowed_length": 3,
+        "dry_sequence_breakers": ("\n",),
+    }  # fmt: skip
+    given: Any = (
+        [HI], "m", True, 2, {1: 2.0}, 3, 9, 0.1, 0.2, ["x"], 0.3, 0.4, 5, True, shape, None, ["a"],
+        0.1, None, ToolChoice.Auto, *dry,
+    )  # fmt: skip
+    assert ChatCompletionRequest(*given) == chat(
+        model="m", logprobs=True, n=2, top_logprobs=3, stop=["x"], stream=True, adapters=["a"],
+        tool_choice=ToolChoice.Auto, **sampled,
+    )  # fmt: skip
+    given = (
+        "Hi", "m", 2, True, 0.1, 0.2, {1: 2.0}, 9, 2, ["x"], 0.3, 0.4, None, 5, shape, None, None,
+        0.1, None, None, *dry,
+    )  # fmt: skip
+    assert CompletionRequest(*given) == completion(
+        model="m", best_of=2, echo=True, n=2, stop=["x"], **sampled
+    )
+    with pytest.raises(TypeError, match="at most 24 arguments without names"):
+        CompletionRequest(*given, None)
+    with pytest.raises(TypeError, match="model"):
+        CompletionRequest("Hi", "m", model="n")
+
+
 def test_messages_are_read() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     given = [{"role": "developer", "content": "Be."}, {"role": "user", "content": parts}]

@@ -36,7 +36,6 @@ def chat(**fields: Any) -> ChatCompletionRequest:
 def runner() -> Iterator[Runner]:
     path = find()
     selected = Which.GGUF(
-        tok_model_id="not/needed",
         quantized_model_id=str(path.parent),
         quantized_filename=path.name,
     )
@@ -198,8 +197,6 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Runner(Which.GGML("none", "m.bin", gqa=8))
     with pytest.raises(squall.ModelNotFound, match="'none'"):
         Runner(Which.Plain("none", squall.Architecture.Phi3_5MoE))
-    with pytest.raises(InvalidRequest, match="topology"):
-        Runner(Which.GGUF(str(tmp_path), names, topology="t.yml"))
 
 
 KINDS = {
@@ -277,12 +274,25 @@ def test_selections_are_arguments_of_open() -> None:
     assert opening == Opening(
         "a/b", architecture="phi3.5moe", tokenizer_json="t.json", experts_only=True, dtype="bf16"
     )
-    assert Which.GGUF("a/b", ["2.gguf", "1.gguf"]).opening().path == "a/b:1.gguf"
+    for names in (["2.gguf", "1.gguf"], "2.gguf 1.gguf"):
+        assert Which.GGUF("a/b", names).opening().path == "a/b:1.gguf"
     others = Opening(context=7, topology="t.yml")
     assert Which.GGML("a/b", "c.bin", gqa=8).opening(others) == replace(
         others, path="a/b:c.bin", gqa=8
     )
     assert plain.opening(others) == replace(opening, context=7, topology="t.yml")
+    lent = Which.GGUF("a/b", "c.gguf", "d/e", "t.yml", squall.ModelDType.F32).opening()
+    assert lent == Opening("a/b:c.gguf", tokenizer_from="d/e", topology="t.yml", dtype="f32")
+
+
+def test_what_is_wrong_with_what_was_given_is_a_value_error(runner: Runner, tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(9))
+    with pytest.raises(ValueError, match="no adapter 'law'"):
+        runner.activate_adapters(["law"])
+    with pytest.raises(ValueError, match="does not exist"):
+        Runner(Which.Plain(str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="broken"):
+        Runner(Which.GGUF(str(tmp_path), "broken.gguf"))
 
 
 def test_what_the_model_cannot_do(runner: Runner) -> None:

@@ -6,6 +6,7 @@ What is a model of the hub there is a folder of that name here, with a tiny mode
 from __future__ import annotations
 
 import shlex
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tiny_models import TEMPLATE, write_adapter, write_folder, write_gguf, write
 from tiny_seers import write_seer
 from typer.testing import CliRunner, Result
 
+from squall import ChatCompletionRequest, Runner, TemplateError, Which
 from squall.cli.serve import server
 from squall.diffusion.model import ImageModel
 from squall.server import run
@@ -58,6 +60,8 @@ SERVERS = [
     f"gguf {GGUF} -t {PHI3}",
     f"gguf {GGUF}",
     "gguf -m path/to/files -f Phi-3.5-mini-instruct-Q4_K_M.gguf",
+    "gguf -m path/to/files -f Phi-3.5-mini-instruct-Q4_K_M.gguf --topology topologies/devices.yml",
+    "gguf -m path/to/files -f 'a file.gguf'",
     "--chat-template ../../../templates/own.json gguf -m . -f Phi-3.5-mini-instruct-Q4_K_M.gguf",
     f"--port 1234 plain -m {PHI_MOE} -a phi3.5moe",
     "--port 1234 toml -f toml-selectors/gguf.toml",
@@ -65,6 +69,7 @@ SERVERS = [
     "-m TheBloke/zephyr-7B-beta-GGUF -f zephyr-7b-beta.Q5_0.gguf",
     f"--port 1234 --throughput --max-seqs 2 --no-kv-cache --prefix-cache-n 0 plain -m {PHI3}",
     f"--port 1234 --pa-ctxt-len 512 --pa-blk-size 32 --no-paged-attn -n 0 plain -m {PHI3}",
+    f"--port 1234 --pa-gpu-mem 8 --pa-blk-size 8 plain -m {PHI3}",
     f"--port 1234 vision-plain -m {PHI3V} -a phi3v",
     f"--port 1234 vision-plain -e 300 -m {QWEN} -a qwen2vl",
     f"--port 1234 x-lora -o {ORDER} -x lamm-mit/x-lora",
@@ -124,6 +129,7 @@ FILES = {
         expert_type = { lora_adapter = { rank = 4, alpha = 16, target_modules = ["up_proj"] } }
         """,
     "topologies/isq.yml": "0-1:\n  isq: Q3K\n1-2:\n  isq: Q8_0\n",
+    "topologies/devices.yml": "0-2:\n  device: cpu\n",
     "templates/own.json": f'{{"chat_template": {TEMPLATE.strip()!r}}}'.replace("'", '"'),
 }
 
@@ -140,10 +146,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw("text", 80, 60).save(root / "picture.png")
     zephyr = write_folder(root / ZEPHYR, "MistralForCausalLM")
     (root / "here").symlink_to(zephyr)
+    (root / "mistralai").mkdir()
+    (root / "mistralai/Mistral-7B-Instruct-v0.1").symlink_to(zephyr)
     name = "Phi-3.5-mini-instruct-Q4_K_M.gguf"
     file = write_gguf(root / "bartowski/Phi-3.5-mini-instruct-GGUF" / name, phi3)
     (root / "path/to/files").mkdir(parents=True)
-    (root / "path/to/files" / name).symlink_to(file)
+    for known in (name, "a file.gguf"):
+        (root / "path/to/files" / known).symlink_to(file)
     write_gguf(root / "TheBloke/zephyr-7B-beta-GGUF/zephyr-7b-beta.Q5_0.gguf", zephyr)
     write_xlora(root / "lamm-mit/x-lora", zephyr, ["adapter_1", "adapter_2"], ZEPHYR)
     write_adapter(root / "typeof/zephyr-7b-beta-lora", zephyr, target_modules=["up_proj"])
@@ -246,6 +255,29 @@ def test_pictures(
     else:
         ((picture,),) = (answer["data"] for answer in seen)
         assert picture["b64_json"]
+
+
+def test_a_file_with_tokenizer_and_template_of_another_model(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = shutil.copytree(models / ZEPHYR, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    file = write_gguf(tmp_path / "bare.gguf", bare)
+    whole = models / "TheBloke/zephyr-7B-beta-GGUF/zephyr-7b-beta.Q5_0.gguf"
+
+    def answer(file: Path, lender: object = None) -> Any:
+        asked = ChatCompletionRequest("Hi", "m", True, max_tokens=5, temperature=0)
+        which = Which.GGUF(str(file.parent), file.name, None if lender is None else str(lender))
+        with Runner(which) as runner:
+            return runner.send_chat_completion_request(asked).choices
+
+    with pytest.raises(TemplateError):
+        answer(file)
+    assert answer(file, models / ZEPHYR) == answer(whole, models / ZEPHYR)
+    (bare / "tokenizer.json").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert answer(whole, bare) == answer(whole, "not/here") == answer(whole)
+    assert "the model's own tokenizer is used: not/here" in caplog.text
 
 
 def test_help_names_the_kinds() -> None:

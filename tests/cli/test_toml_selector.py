@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[str, Selection]] = {
         ),
     ),
     "gguf": (f'{FILE}"f.gguf"\ntok_model_id = "t"', Which.GGUF("d", "f.gguf", "t")),
-    "gguf in parts": (f'{FILE}"a.gguf b.gguf"', Which.GGUF("d", ("a.gguf", "b.gguf"))),
+    "gguf in parts": (f'{FILE}"a.gguf b.gguf"', Which.GGUF("d", "a.gguf b.gguf")),
     "ggml": (f'{FILE}"f.bin"\ngqa = 8', Which.GGML("d", "f.bin", gqa=8)),
     "ggml by its name": (f'{FILE}"f.bin"', Which.GGML("d", "f.bin")),
     "x-lora": (f'model_id = "m"{XLORA}', Which.XLora("x", "o", model_id="m")),

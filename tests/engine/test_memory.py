@@ -101,6 +101,10 @@ def test_size_of_the_kv_cache(wanted: dict[str, Any], tokens: int) -> None:
     assert kv(KvSize(**wanted), holding(20000, 1000)) == tokens
 
 
+def test_the_smallest_block_of_mistral_rs() -> None:
+    assert KvSize(block_size=8) == KvSize(block_size=16)
+
+
 @pytest.mark.parametrize("wanted", [{"tokens": 20001}, {"bytes": 20001 * MIB}, {"bytes": 5}])
 def test_a_kv_cache_that_does_not_fit(wanted: dict[str, int]) -> None:
     with pytest.raises(OutOfMemory, match="memory"):
@@ -111,7 +115,7 @@ def test_a_kv_cache_that_does_not_fit(wanted: dict[str, int]) -> None:
     "wanted",
     [
         {"tokens": 0}, {"bytes": -1}, {"fraction": 0.0}, {"fraction": 1.1},
-        {"fraction": float("nan")}, {"block_size": 8}, {"block_size": 24}, {"block_size": 0},
+        {"fraction": float("nan")}, {"block_size": 4}, {"block_size": 24}, {"block_size": 0},
         {"block_size": 2048},
     ],
 )  # fmt: skip

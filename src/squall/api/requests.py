@@ -6,9 +6,10 @@ What needs a model, such as token ids and the ranges of sampling, is checked whe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Any, ClassVar
+from functools import wraps
+from typing import Any, ClassVar, TypeVar
 
 from squall.adapters.shelf import Adapters, weights_of
 from squall.api.messages import Messages, check_short, conversation
@@ -31,6 +32,32 @@ Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # (field, a value that others allow, what it means): a top_p of 0 leaves the likeliest token.
 OFF = (("top_p", 0, 1e-9), ("top_k", -1, 0))
+# The last arguments of both kinds, in mistral.rs's order.
+_LAST = (
+    "grammar grammar_type adapters min_p tool_schemas tool_choice dry_multiplier dry_base "
+    "dry_allowed_length dry_sequence_breakers"
+)
+
+_Kind = TypeVar("_Kind")
+
+
+def _ordered(names: str) -> Callable[[type[_Kind]], type[_Kind]]:
+    """Arguments may come without names too, in this order."""
+    order = names.split()
+
+    def decorate(kind: type[_Kind]) -> type[_Kind]:
+        init = kind.__init__
+
+        @wraps(init)
+        def ordered(self: _Kind, *values: object, **named: object) -> None:
+            if len(values) > len(order):
+                raise TypeError(f"{kind.__name__}: at most {len(order)} arguments without names")
+            init(self, **dict(zip(order, values, strict=False)), **named)
+
+        kind.__init__ = ordered  # type: ignore[assignment,method-assign]
+        return kind
+
+    return decorate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +146,10 @@ class _Request(StructureFields, SamplingFields):
         object.__setattr__(self, name, value)
 
 
+@_ordered(
+    "messages model logprobs n_choices logit_bias top_logprobs max_tokens presence_penalty "
+    f"frequency_penalty stop_seqs temperature top_p top_k stream {_LAST}"
+)
 @dataclass(frozen=True, kw_only=True)
 class ChatCompletionRequest(_Request):
     """The next message of a conversation.
@@ -168,6 +199,10 @@ class ChatCompletionRequest(_Request):
             _check_template_kwargs(given)
 
 
+@_ordered(
+    "prompt model best_of echo_prompt presence_penalty frequency_penalty logit_bias max_tokens "
+    f"n_choices stop_seqs temperature top_p suffix top_k {_LAST}"
+)
 @dataclass(frozen=True, kw_only=True)
 class CompletionRequest(_Request):
     """What comes after a text, or after each of several; token ids are as good as a text.

@@ -65,11 +65,6 @@ def vision_name(of: Enum | str) -> str:
 Files = str | Sequence[str]
 
 
-def _check_as_stored(topology: str | None, dtype: ModelDType) -> None:
-    if topology is not None or dtype is not ModelDType.Auto:
-        raise InvalidRequest("the file has its number formats; leave topology and dtype out")
-
-
 def _file_of(model: str, names: Sequence[str]) -> str | Path:
     """The first of the files of a folder, or of a model of the hub."""
     if not Path(model).is_dir() and is_id(model):
@@ -78,6 +73,16 @@ def _file_of(model: str, names: Sequence[str]) -> str | Path:
     if missing:
         raise ModelNotFound(f"{', '.join(missing)} is not in {model!r}")
     return Path(model, names[0])
+
+
+def _of_file(kind: Which.GGUF | Which.GGML, others: Opening, path: str | Path) -> Opening:
+    return replace(
+        others,
+        path=path,
+        tokenizer_from=kind.tok_model_id,
+        topology=kind.topology or others.topology,
+        dtype=cast(Dtype, _name(kind.dtype)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +178,8 @@ class Which:
         """A GGUF file, or a split one.
 
         quantized_model_id: a folder, or a model of the hub. quantized_filename: a file in it, or
-        all parts of one.
-        tok_model_id: not needed, the file's own tokenizer and chat template are used.
+        all parts of one, as a list or with spaces between.
+        tok_model_id: where tokenizer and chat template are, if not the file's own.
         """
 
         quantized_model_id: str
@@ -185,12 +190,14 @@ class Which:
 
         def opening(self, others: Opening = DEFAULTS) -> Opening:
             """See `Selection`; of a split file the first part."""
-            _check_as_stored(self.topology, self.dtype)
             given = self.quantized_filename
-            names = [given] if isinstance(given, str) else sorted(given)
+            if isinstance(given, str):
+                alone = Path(self.quantized_model_id, given).is_file()
+                given = [given] if alone else given.split()
+            names = sorted(given)
             if not names:
                 raise ModelNotFound("quantized_filename is empty; name a file")
-            return replace(others, path=_file_of(self.quantized_model_id, names))
+            return _of_file(self, others, _file_of(self.quantized_model_id, names))
 
     @dataclass(frozen=True)
     class GGML(Selection):
@@ -206,9 +213,9 @@ class Which:
 
         def opening(self, others: Opening = DEFAULTS) -> Opening:
             """See `Selection`. Without a tokenizer_json, the file's own tokenizer is used."""
-            _check_as_stored(self.topology, self.dtype)
             path = _file_of(self.quantized_model_id, [self.quantized_filename])
-            return replace(others, path=path, gqa=self.gqa, tokenizer_json=self.tokenizer_json)
+            opening = _of_file(self, others, path)
+            return replace(opening, gqa=self.gqa, tokenizer_json=self.tokenizer_json)
 
     Lora = _adapted(
         Plain, "Lora",

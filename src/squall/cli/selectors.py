@@ -21,7 +21,7 @@ _FLAGS: dict[str, tuple[str, str]] = {
     "model_id": ("m", "A folder, or owner/name."),
     "quantized_model_id": ("m", "A folder, or owner/name."),
     "quantized_filename": ("f", "Its file; of a split one any part."),
-    "tok_model_id": ("t", "Accepted; the file has its tokenizer."),
+    "tok_model_id": ("t", "Whose tokenizer and chat template to use."),
     "tokenizer_json": ("t", "In place of the model's own."),
     "adapters_model_id": ("a", "A folder with adapters, or owner/name."),
     "xlora_model_id": ("x", "A folder with an X-LoRA model, or owner/name."),
@@ -44,7 +44,8 @@ def _selector(
     """A function from the fields of a kind, as flags, to the selection."""
 
     def select(**given: Any) -> Selected:
-        found = {name: _value(name, value) for name, value in given.items() if value is not None}
+        said = {name: value for name, value in given.items() if value is not None}
+        found = {name: chosen(name, value, f"--{name}") for name, value in said.items()}
         if optional and "quantized_filename" not in found:
             return found.get("quantized_model_id")
         return kind(**dict.fromkeys(optional, ".") | found)  # type: ignore[no-any-return]
@@ -57,22 +58,14 @@ def _selector(
         letter, help = _FLAGS[name]
         flags = [f"-{letter}"] * bool(letter and letter not in letters)
         letters.add(letter)
-        option = typer.Option(
-            *flags, f"--{name.replace('_', '-')}", help=help, min=NUMBERS.get(name),
-            hidden=as_stored and name == "topology",
-        )  # fmt: skip
+        flags.append(f"--{name.replace('_', '-')}")
+        option = typer.Option(*flags, help=help, min=NUMBERS.get(name))
         needed = names[name].default is MISSING and name not in optional
         text: Any = int if name in NUMBERS else str
         hint: Any = Annotated[text if needed else text | None, option]
         listed.append(keyword(name, hint, inspect.Parameter.empty if needed else None))
     select.__doc__ = doc
     return taking(listed, select)
-
-
-def _value(name: str, given: Any) -> Any:
-    if name == "quantized_filename":
-        return given.split(" ")[0]  # the parts of a split file know of each other
-    return chosen(name, given, f"--{name}")
 
 
 def toml(

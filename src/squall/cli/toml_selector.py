@@ -132,8 +132,6 @@ def _value(section: str, key: str, value: object) -> object:
     kind, what = (int, "a number") if key in NUMBERS else (str, "a text")
     if type(value) is not kind:
         raise InvalidRequest(f"{key} in {section} is {value!r}; it must be {what}")
-    if key == "quantized_filename" and " " in str(value).strip():
-        return tuple(str(value).split())
     return value
 
 

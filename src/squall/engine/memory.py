@@ -33,6 +33,8 @@ class KvSize:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.block_size == 8:  # mistral.rs's smallest; 16 are no worse for anybody
+            object.__setattr__(self, "block_size", 16)
         if self.block_size % 16 or not self.block_size:
             raise InvalidRequest(
                 f"block_size is {self.block_size}; it must be a multiple of 16, "
