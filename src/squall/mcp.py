@@ -8,13 +8,13 @@ import logging
 import os
 import re
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
 from anyio import CancelScope, Event, Lock, create_task_group, move_on_after, sleep_forever
 from anyio.from_thread import start_blocking_portal
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import mcp
     import mcp_types
     from anyio.abc import TaskGroup, TaskStatus
+
+    _Run = Callable[[dict[str, Any]], Awaitable[mcp_types.CallToolResult]]
 
 CONNECT_S = 30.0
 CALL_S = 60.0
@@ -63,15 +65,6 @@ class Server(BaseModel):
 
 class _File(BaseModel):
     servers: dict[str, Server] = Field(validation_alias=AliasChoices("mcpServers", "servers"))
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A tool that may be run: what models are told, where it is, and its name there."""
-
-    told: dict[str, Any]
-    at: _Connection
-    name: str
 
 
 class McpTools(Closing):
@@ -109,7 +102,7 @@ class McpTools(Closing):
     @property
     def tools(self) -> list[dict[str, Any]]:
         """In OpenAI's shape; the names are "server__tool"."""
-        return [known.told for known in self._known.values()]
+        return [told for told, _ in self._known.values()]
 
     def call(self, name: str, arguments: str) -> str:
         """The result of a tool for arguments in JSON; what goes wrong is told in it."""
@@ -119,7 +112,7 @@ class McpTools(Closing):
         """`call` beside this thread; most: characters of the result."""
         if name not in self._known:
             raise InvalidRequest(f"there is no tool {name!r}; there are {', '.join(self._known)}")
-        return self._portal.start_task_soon(_call, self._known[name], arguments, most)
+        return self._portal.start_task_soon(_call, self._known[name][1], arguments, most)
 
     def close(self) -> None:
         """End the servers' programs."""
@@ -132,9 +125,9 @@ async def _group(*, task_status: TaskStatus[TaskGroup]) -> None:
         await sleep_forever()
 
 
-async def _call(known: _Known, arguments: str, most: int) -> str:
+async def _call(run: _Run, arguments: str, most: int) -> str:
     try:
-        result = await known.at.call(known.name, json.loads(arguments or "{}"))
+        result = await run(json.loads(arguments or "{}"))
     except Exception as error:
         return f"error: {_why(error)}"
     text = ("error: " if result.is_error else "") + _text(result)
@@ -238,21 +231,15 @@ class _Connection:
         from mcp.client.stdio import StdioServerParameters, stdio_client
 
         given = server.model_dump(include={"command", "args", "env", "cwd"})
-        with self._listening() as errors:
-            form = StdioServerParameters(**given, encoding_error_handler="replace")
+        form = StdioServerParameters(**given, encoding_error_handler="replace")
+        read, write = os.pipe()
+        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
+        with os.fdopen(write, "w") as errors:
             yield stdio_client(form, errlog=errors)
 
     async def _heed(self, response: httpx2.Response) -> None:
         told = f"HTTP {response.status_code} {response.reason_phrase}"
         self._words = told.encode() if response.is_error else b""
-
-    @contextmanager
-    def _listening(self) -> Iterator[TextIO]:
-        """What a program's stderr may be."""
-        read, write = os.pipe()
-        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
-        with os.fdopen(write, "w") as errors:
-            yield errors
 
     def _listen(self, read: int) -> None:
         with os.fdopen(read, "rb", buffering=0) as pipe:
@@ -299,15 +286,15 @@ def _read(given: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Server
 
 def _allowed(
     listed: list[tuple[_Connection, mcp_types.Tool]], patterns: list[str]
-) -> dict[str, _Known]:
-    """The tools that the patterns allow, by the names that models are told."""
+) -> dict[str, tuple[dict[str, Any], _Run]]:
+    """By its name what models are told of each tool that the patterns allow, and what calls it."""
     there = {f"{at.name}.{tool.name}": (at, tool) for at, tool in reversed(listed)}
     names = ", ".join(map(ascii, reversed(there)))[:MOST_DESCRIPTION] or "none"
     idle = [p for p in patterns if not any(fnmatchcase(name, p) for name in there)]
     if idle or not patterns:
         what = f"{idle[0]!r} allows no tool" if idle else "no tool is allowed"
         raise InvalidRequest(f"MCP: {what}; those there are, as SERVER.TOOL: {names}")
-    found: dict[str, _Known] = {}
+    found: dict[str, tuple[dict[str, Any], _Run]] = {}
     for place, (at, tool) in reversed(there.items()):
         if not any(fnmatchcase(place, pattern) for pattern in patterns):
             continue
@@ -316,7 +303,7 @@ def _allowed(
             digest = hashlib.blake2b(place.encode(errors="replace"), digest_size=6).hexdigest()
             name = f"{name[: MOST_NAME - 13]}_{digest}"
         told = Tool(name, (tool.description or "")[:MOST_DESCRIPTION], tool.input_schema).shown()
-        found[name] = _Known(told, at, tool.name)
+        found[name] = told, partial(at.call, tool.name)
     if len(found) > MOST_TOOLS:
         raise InvalidRequest(f"MCP: {len(found)} tools are allowed; at most {MOST_TOOLS} may be")
     return found

@@ -111,7 +111,7 @@ def test_what_goes_wrong_is_told(found: McpTools, name: str, arguments: str, tol
 
 
 def test_a_tool_that_hangs(found: McpTools, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(found._known["two__hang"].at, "_call_s", 0.2)
+    monkeypatch.setattr(found._known["two__hang"][1].func.__self__, "_call_s", 0.2)
     assert found.call("two__hang", "{}") == "error: hang took more than 0.2 s"
     monkeypatch.undo()
     assert found.call("two__where", "{}") == "there, server"
@@ -240,6 +240,7 @@ def test_a_tool_that_is_not_there(found: McpTools) -> None:
 def test_tools_as_nobody_should_name_them() -> None:
     class At:
         name = "my server"
+        call = print
 
     def allowed(*listed: Tool) -> Any:
         return ours._allowed([(At(), tool) for tool in listed], ["*"])  # type: ignore[misc, list-item]
@@ -251,9 +252,9 @@ def test_tools_as_nobody_should_name_them() -> None:
     assert len(same) == 3
     assert all(len(name) <= 64 for name in same)
     assert next(iter(same)) == "my_server__a_b"
-    assert same["my_server__a_b"].told["function"]["description"] == ""
+    assert same["my_server__a_b"][0]["function"]["description"] == ""
     (long,) = allowed(tool("a", description="x" * 10_000)).values()
-    assert len(long.told["function"]["description"]) == 2000
+    assert len(long[0]["function"]["description"]) == 2000
     with pytest.raises(InvalidRequest, match="at most 100000"):
         allowed(Tool(name="a", input_schema={"type": "object", "x": "y" * 200_000}))
     with pytest.raises(InvalidRequest, match="at most 128"):

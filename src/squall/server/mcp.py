@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from squall.api.responses import (
 )
 from squall.mcp import MOST_RESULT, McpTools
 from squall.model import Model
-from squall.server.answer import cancel_job
+from squall.server.answer import begun
 from squall.server.service import Service
 
 MOST_ROUNDS = 8  # answers with calls; the next one has to be without
@@ -140,17 +139,8 @@ class Rounds:
             messages=[*self._asked.messages, message, *told],
             tool_choice=None if self._rounds else "none",
         )
-        self._job = await self._next()
+        self._job = await begun(self._service.submit(partial(self._start, self._asked)))
         gap = "\n\n" if message["content"] else ""
         self._texts.append((gap, ""))
         choice = ChunkChoice(None, 0, Delta(content=gap), None)
         return replace(last, choices=(choice,), usage=None, squall_tools=tuple(new))
-
-    async def _next(self) -> ChatJob:
-        starting: Future[Any] = self._service.submit(partial(self._start, self._asked))
-        try:
-            job: ChatJob = await asyncio.wrap_future(starting)
-        except asyncio.CancelledError:
-            starting.add_done_callback(cancel_job)
-            raise
-        return job

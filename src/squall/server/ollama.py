@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -351,12 +352,13 @@ def time_of(at: datetime | None = None) -> str:
 
 
 def add_ollama(router: APIRouter, service: Service) -> None:
+    begin = partial(_start, service)
+
     async def answer(request: Request, kind: type[OllamaChatBody | GenerateBody]) -> Response:
         body, served = await find(service, request, kind, generates=True)
         if body.loads:
             return JSONResponse(await _loaded(service, served, body))
         _keep(served, body.keep_alive)
-        begin = partial(_start, service)
         return await respond(service, request, (body, served), begin, OllamaDialect)
 
     @router.post("/api/chat", openapi_extra=takes(OllamaChatBody))
