@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
+import logging
 import os
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from anyio import CancelScope, Event, Lock, create_task_group, move_on_after, sleep_forever
+from anyio.from_thread import start_blocking_portal
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from squall.closing import Closing
 from squall.errors import InvalidRequest
 from squall.text.tools import Tool
 
 if TYPE_CHECKING:
+    import httpx2
     import mcp
     import mcp_types
-    from anyio import CancelScope
+    from anyio.abc import TaskGroup, TaskStatus
+
+    _Run = Callable[[dict[str, Any]], Awaitable[mcp_types.CallToolResult]]
 
 CONNECT_S = 30.0
 CALL_S = 60.0
-END_S = 10.0  # for programs to end by themselves
 MOST_TOOLS = 128  # as of a request
 MOST_LISTED = 1000  # of one server
 MOST_RESULT = 20_000  # characters
 MOST_DESCRIPTION = 2_000
 MOST_WORDS = 1_000  # of what a program writes to stderr
 MOST_NAME = 64
-
-_Value = TypeVar("_Value")
+# What the package says then, with codes that servers use as well.
+ENDED = {"Connection closed", "Session terminated"}
 
 
 class Server(BaseModel):
@@ -61,16 +64,7 @@ class Server(BaseModel):
 
 
 class _File(BaseModel):
-    servers: dict[str, Server] = Field(alias="mcpServers")
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A tool that may be run: what models are told, where it is, and its name there."""
-
-    told: dict[str, Any]
-    at: _Connection
-    name: str
+    servers: dict[str, Server] = Field(validation_alias=AliasChoices("mcpServers", "servers"))
 
 
 class McpTools(Closing):
@@ -91,23 +85,24 @@ class McpTools(Closing):
     ) -> None:  # fmt: skip
         _check_package()
         found = _read(servers)
-        self._connections = [_Connection(name, s, call_s) for name, s in found.items()]
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="squall-mcp")
-        self._thread.daemon = True  # a program that does not end must not hold up this one
-        self._thread.start()
-        try:
-            listed = self._soon(self._list()).result()
+        with ExitStack() as stack:
+            self._portal = stack.enter_context(start_blocking_portal(name="squall-mcp"))
+            work, group = self._portal.start_task(_group)
+            stack.callback(work.cancel)
+            connections = [_Connection(name, s, call_s, group) for name, s in found.items()]
+            asked = [self._portal.start_task_soon(at.tools) for at in connections]
+            wait(asked)  # a program that has half begun could not be ended
+            listed = [
+                (at, t) for at, one in zip(connections, asked, strict=True) for t in one.result()
+            ]
             own = (f"{name}.{tool}" for name, s in found.items() for tool in s.allow)
             self._known = _allowed(listed, [*allow, *own])
-        except BaseException:
-            self.close()
-            raise
+            self._stack = stack.pop_all()
 
     @property
     def tools(self) -> list[dict[str, Any]]:
         """In OpenAI's shape; the names are "server__tool"."""
-        return [known.told for known in self._known.values()]
+        return [told for told, _ in self._known.values()]
 
     def call(self, name: str, arguments: str) -> str:
         """The result of a tool for arguments in JSON; what goes wrong is told in it."""
@@ -115,72 +110,58 @@ class McpTools(Closing):
 
     def submit(self, name: str, arguments: str, most: int = MOST_RESULT) -> Future[str]:
         """`call` beside this thread; most: characters of the result."""
-        return self._soon(self._call(self._known[name], arguments, most))
-
-    @property
-    def calls(self) -> dict[str, tuple[dict[str, Any], Callable[[str], str]]]:
-        """By name what models are told of a tool, and what calls it with arguments in JSON."""
-        known = self._known.items()
-        return {name: (tool.told["function"], partial(self.call, name)) for name, tool in known}
+        if name not in self._known:
+            raise InvalidRequest(f"there is no tool {name!r}; there are {', '.join(self._known)}")
+        return self._portal.start_task_soon(_call, self._known[name][1], arguments, most)
 
     def close(self) -> None:
         """End the servers' programs."""
-        if not self._loop.is_closed():
-            self._soon(self._end()).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        self._stack.close()
 
-    def _soon(self, work: Coroutine[Any, Any, _Value]) -> Future[_Value]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _list(self) -> list[tuple[_Connection, mcp_types.Tool]]:
-        asked = (at.tools() for at in self._connections)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        found: list[tuple[_Connection, mcp_types.Tool]] = []
-        for at, tools in zip(self._connections, answers, strict=True):
-            if isinstance(tools, BaseException):
-                raise tools
-            found += [(at, tool) for tool in tools]
-        return found
+async def _group(*, task_status: TaskStatus[TaskGroup]) -> None:
+    async with create_task_group() as group:
+        task_status.started(group)
+        await sleep_forever()
 
-    async def _call(self, known: _Known, arguments: str, most: int) -> str:
-        try:
-            result = await known.at.call(known.name, json.loads(arguments or "{}"))
-        except Exception as error:
-            return f"error: {_why(error)}"
-        text = ("error: " if result.is_error else "") + _text(result)
-        text = text.encode(errors="replace").decode()
-        return text if len(text) <= most else f"{text[:most]} ... ({len(text) - most} more are cut)"
 
-    async def _end(self) -> None:
-        await asyncio.gather(*(c.end() for c in self._connections))
+async def _call(run: _Run, arguments: str, most: int) -> str:
+    try:
+        result = await run(json.loads(arguments or "{}"))
+    except Exception as error:
+        return f"error: {_why(error)}"
+    text = ("error: " if result.is_error else "") + _text(result)
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= most else f"{text[:most]} ... ({len(text) - most} more are cut)"
 
 
 class _Connection:
-    """To one server; begun anew with the next call if it ended. Lives in the loop's thread.
+    """To one server; begun anew with the next call if it ended.
 
-    A task holds it, as who enters the package's client has to leave it.
+    A task of the group holds it, as who enters the package's client has to leave it.
     """
 
-    def __init__(self, name: str, server: Server, call_s: float) -> None:
+    def __init__(self, name: str, server: Server, call_s: float, group: TaskGroup) -> None:
         self.name = name
         self._server = server
         self._call_s = call_s
-        self._words = b""  # the last ones on stderr
-        self._holding: asyncio.Task[None] | None = None
+        self._group = group
+        self._words = b""  # the last ones on stderr, or how HTTP answered
+        self._lock = Lock()
+        self._client: mcp.Client | None = None
 
     async def tools(self) -> list[mcp_types.Tool]:
         """All that there are."""
         found: list[mcp_types.Tool] = []
         cursor = None
         try:
-            client = await self._client()
-            while len(found) < MOST_LISTED:
-                page = await asyncio.wait_for(client.list_tools(cursor=cursor), CONNECT_S)
-                found += page.tools
-                if (cursor := page.next_cursor) is None:
-                    break
+            client = await self._opened()
+            with _within(CONNECT_S, "no answer in"):
+                while len(found) < MOST_LISTED:
+                    page = await client.list_tools(cursor=cursor)
+                    found += page.tools
+                    if (cursor := page.next_cursor) is None:
+                        break
         except Exception as error:
             raise InvalidRequest(
                 f"the MCP server {self.name!r} did not start: {_why(error)}"
@@ -189,53 +170,48 @@ class _Connection:
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> mcp_types.CallToolResult:
         from mcp import MCPError
-        from mcp_types import CONNECTION_CLOSED
 
-        client = await self._client()
+        client = await self._opened()
         try:
-            return await asyncio.wait_for(client.call_tool(tool, arguments), self._call_s)
-        except asyncio.TimeoutError:
-            raise TimeoutError(f"{tool} took more than {self._call_s:g} s") from None
+            with _within(self._call_s, f"{tool} took more than"):
+                return await client.call_tool(tool, arguments)
         except MCPError as error:
-            if error.code != CONNECTION_CLOSED:
+            if str(error) not in ENDED:
                 raise
-            await self.end()
-            raise ConnectionError(f"the MCP server ended{self._last_words}") from None
-
-    async def end(self) -> None:
-        if self._holding is not None:
+        if self._client is client:
             self._scope.cancel()
-            await asyncio.wait({self._holding}, timeout=END_S)
+            await self._over.wait()
+        raise ConnectionError(f"the MCP server ended{self._last_words}")
 
     @property
     def _last_words(self) -> str:
         words = self._words.decode(errors="replace").strip()
         return f"; its last words: {words}" if words else ""
 
-    async def _client(self) -> mcp.Client:
-        from anyio import CancelScope
+    async def _opened(self) -> mcp.Client:
+        async with self._lock:
+            try:
+                with _within(CONNECT_S, "no answer in"):
+                    return self._client or await self._group.start(self._hold)
+            except Exception as error:
+                raise ConnectionError(f"{_why(error)}{self._last_words}") from None
 
-        if self._holding is None or self._holding.done():
-            self._ready: asyncio.Future[mcp.Client] = asyncio.Future()
-            self._scope = CancelScope()  # unlike a task's cancel it lets programs end in order
-            self._holding = asyncio.create_task(self._hold(self._scope))
-        try:
-            return await asyncio.wait_for(asyncio.shield(self._ready), CONNECT_S)
-        except asyncio.TimeoutError:
-            self._scope.cancel()
-            raise TimeoutError(f"no answer in {CONNECT_S:g} s{self._last_words}") from None
-
-    async def _hold(self, scope: CancelScope) -> None:
+    async def _hold(self, *, task_status: TaskStatus[mcp.Client]) -> None:
         import mcp
 
+        self._over = Event()
         try:
-            with scope:
+            with CancelScope() as self._scope:
                 async with self._transport() as transport, mcp.Client(transport) as client:
-                    self._ready.set_result(client)
-                    await asyncio.Event().wait()
-        except Exception as error:
-            if not self._ready.done():
-                self._ready.set_exception(ConnectionError(f"{_why(error)}{self._last_words}"))
+                    self._client = client
+                    task_status.started(client)
+                    await sleep_forever()
+        except Exception:
+            if self._client is None:
+                raise
+        finally:
+            self._client = None
+            self._over.set()
 
     @asynccontextmanager
     async def _transport(self) -> AsyncIterator[Any]:
@@ -244,28 +220,39 @@ class _Connection:
             import httpx2
             from mcp.client.streamable_http import streamable_http_client
 
-            limit = httpx2.Timeout(CONNECT_S, read=self._call_s)
-            async with httpx2.AsyncClient(headers=server.headers, timeout=limit) as http:
+            # Who waits longer for an answer than for a call loses the call, not the connection.
+            limit = httpx2.Timeout(CONNECT_S, read=self._call_s + CONNECT_S)
+            hooks = {"response": [self._heed]}
+            async with httpx2.AsyncClient(
+                headers=server.headers, timeout=limit, event_hooks=hooks
+            ) as http:
                 yield streamable_http_client(server.url, http_client=http)
             return
         from mcp.client.stdio import StdioServerParameters, stdio_client
 
         given = server.model_dump(include={"command", "args", "env", "cwd"})
-        with self._listening() as errors:
-            yield stdio_client(StdioServerParameters(**given), errlog=errors)
-
-    @contextmanager
-    def _listening(self) -> Iterator[TextIO]:
-        """What a program's stderr may be."""
+        form = StdioServerParameters(**given, encoding_error_handler="replace")
         read, write = os.pipe()
         threading.Thread(target=self._listen, args=(read,), daemon=True).start()
         with os.fdopen(write, "w") as errors:
-            yield errors
+            yield stdio_client(form, errlog=errors)
+
+    async def _heed(self, response: httpx2.Response) -> None:
+        told = f"HTTP {response.status_code} {response.reason_phrase}"
+        self._words = told.encode() if response.is_error else b""
 
     def _listen(self, read: int) -> None:
         with os.fdopen(read, "rb", buffering=0) as pipe:
             while words := pipe.read(65536):
                 self._words = (self._words + words)[-MOST_WORDS:]
+
+
+@contextmanager
+def _within(seconds: float, what: str) -> Iterator[None]:
+    with move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise TimeoutError(f"{what} {seconds:g} s")
 
 
 def _check_package() -> None:
@@ -274,6 +261,8 @@ def _check_package() -> None:
     except ImportError:
         text = "tools of MCP servers need the package mcp, 2 or later: pip install 'squall[mcp]'"
         raise InvalidRequest(text) from None
+    # Or each line of a program that is no message would be a traceback on stderr.
+    logging.getLogger("mcp").addHandler(logging.NullHandler())
 
 
 def _read(given: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Server]:
@@ -297,15 +286,15 @@ def _read(given: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Server
 
 def _allowed(
     listed: list[tuple[_Connection, mcp_types.Tool]], patterns: list[str]
-) -> dict[str, _Known]:
-    """The tools that the patterns allow, by the names that models are told."""
+) -> dict[str, tuple[dict[str, Any], _Run]]:
+    """By its name what models are told of each tool that the patterns allow, and what calls it."""
     there = {f"{at.name}.{tool.name}": (at, tool) for at, tool in reversed(listed)}
     names = ", ".join(map(ascii, reversed(there)))[:MOST_DESCRIPTION] or "none"
     idle = [p for p in patterns if not any(fnmatchcase(name, p) for name in there)]
     if idle or not patterns:
         what = f"{idle[0]!r} allows no tool" if idle else "no tool is allowed"
         raise InvalidRequest(f"MCP: {what}; those there are, as SERVER.TOOL: {names}")
-    found: dict[str, _Known] = {}
+    found: dict[str, tuple[dict[str, Any], _Run]] = {}
     for place, (at, tool) in reversed(there.items()):
         if not any(fnmatchcase(place, pattern) for pattern in patterns):
             continue
@@ -314,7 +303,7 @@ def _allowed(
             digest = hashlib.blake2b(place.encode(errors="replace"), digest_size=6).hexdigest()
             name = f"{name[: MOST_NAME - 13]}_{digest}"
         told = Tool(name, (tool.description or "")[:MOST_DESCRIPTION], tool.input_schema).shown()
-        found[name] = _Known(told, at, tool.name)
+        found[name] = told, partial(at.call, tool.name)
     if len(found) > MOST_TOOLS:
         raise InvalidRequest(f"MCP: {len(found)} tools are allowed; at most {MOST_TOOLS} may be")
     return found
@@ -328,8 +317,9 @@ def _text(result: mcp_types.CallToolResult) -> str:
 
 
 def _text_of(block: mcp_types.ContentBlock) -> str:
-    text = block.model_dump().get("text") or block.model_dump().get("resource", {}).get("text")
-    return f"[{block.type}]" if text is None else str(text)
+    said = block.model_dump()
+    said = said.get("resource", said)
+    return str(said.get("text", f"[{block.type} {said.get('uri', '')}]".replace(" ]", "]")))
 
 
 def _why(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter
@@ -75,11 +76,11 @@ def _known(functions: Functions) -> dict[str, tuple[dict[str, Any], Callable[[st
         return {name: _tool(name, given) for name, given in functions.items()}
     found: dict[str, tuple[dict[str, Any], Callable[[str], Any]]] = {}
     for each in functions:
-        found |= (
-            each.calls
-            if isinstance(each, McpTools)
-            else {each.__name__: _tool(each.__name__, each)}
-        )
+        if isinstance(each, McpTools):
+            told = (tool["function"] for tool in each.tools)
+            found |= {one["name"]: (one, partial(each.call, one["name"])) for one in told}
+        else:
+            found[each.__name__] = _tool(each.__name__, each)
     return found
 
 

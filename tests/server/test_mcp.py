@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from squall.mcp import McpTools
 
 HERE = Path(__file__).parent
 PROGRAM = {"command": sys.executable, "args": [str(HERE / "mcp_server.py")], "cwd": str(HERE)}
+ODD = {"command": sys.executable, "args": [str(HERE / "mcp_odd.py")]}
 SERVERS = {
     "mcpServers": {
         "one": {**PROGRAM, "env": {"PLACE": "here"}, "allow": ["add", "where"]},
@@ -46,6 +48,8 @@ SCRIPT = {
     '{"n": 9}': "Never.",
     "Slowly": call("two__hang"),
     "Forever": call("one__add", a=1, b=1),
+    "... (99": "Long.",
+    "Much": "\n".join([call("two__much")] * 8),
     "there, server": "Both know.",
     "here, server": f"One knows. {call('two__where')}",
     "Where": call("one__where"),
@@ -107,7 +111,7 @@ def test_what_goes_wrong_is_told(found: McpTools, name: str, arguments: str, tol
 
 
 def test_a_tool_that_hangs(found: McpTools, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(found._connections[1], "_call_s", 0.2)
+    monkeypatch.setattr(found._known["two__hang"][1].func.__self__, "_call_s", 0.2)
     assert found.call("two__hang", "{}") == "error: hang took more than 0.2 s"
     monkeypatch.undo()
     assert found.call("two__where", "{}") == "there, server"
@@ -141,8 +145,12 @@ def test_a_server_at_a_url() -> None:
         try:
             until(lambda: is_open(port))
             at = {"url": f"http://127.0.0.1:{port}/mcp", "headers": {"X-Key": "k"}, "type": "http"}
-            with McpTools({"mcpServers": {"far": at}}, ["*"]) as found:
+            with McpTools({"mcpServers": {"far": at}}, ["*"], call_s=1) as found:
                 assert found.call("far__add", '{"a": 1, "b": 2}') == "3"
+                assert found.call("far__hang", "{}") == "error: hang took more than 1 s"
+                assert found.call("far__add", '{"a": 1, "b": 3}') == "4"
+            with pytest.raises(InvalidRequest, match="HTTP 404 Not Found"):
+                McpTools({"mcpServers": {"far": at | {"url": f"{at['url']}/none"}}}, ["*"])
         finally:
             process.kill()
 
@@ -161,7 +169,7 @@ def test_a_server_at_a_url() -> None:
             [],
             "no luck",
         ),
-        ({"mcpServers": {"a": {"command": "/none"}, "b": PROGRAM}}, [], "'a' did not start"),
+        ({"mcpServers": {"a": {"command": "/none"}, "b": ODD}}, [], "'a' did not start"),
         ({"mcpServers": {"a": {"url": "http://127.0.0.1:9/mcp"}}}, [], "'a' did not start"),
         ({"mcpServers": {}}, [], "no tool is allowed"),
         ({"mcpServers": {}}, ["a.b"], "'a.b' allows no tool"),
@@ -173,10 +181,8 @@ def test_servers_that_cannot_be_used(servers: Any, allow: list[str], told: str) 
 
 
 def test_the_tools_that_could_be_allowed_are_told() -> None:
-    with pytest.raises(
-        InvalidRequest, match=r"those there are, as SERVER.TOOL: 'a.add', 'a.where'"
-    ):
-        McpTools({"mcpServers": {"a": PROGRAM}})
+    with pytest.raises(InvalidRequest, match=r"those there are, as SERVER.TOOL: 'a.do', 'b.do'$"):
+        McpTools({"mcpServers": {"a": ODD, "b": ODD}})
 
 
 def test_files(tmp_path: Path) -> None:
@@ -187,6 +193,18 @@ def test_files(tmp_path: Path) -> None:
         McpTools(tmp_path / "a.json")
 
 
+def odd(way: str, **options: Any) -> McpTools:
+    servers = {"a": {**ODD, "args": [*ODD["args"], way]}}
+    return McpTools({"servers": servers}, ["*"], **options)  # as VS Code calls them
+
+
+@pytest.mark.parametrize("way", ["pages", "silent"])
+def test_a_server_whose_tools_never_end(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "CONNECT_S", 2.0)
+    with pytest.raises(InvalidRequest, match=r"'a' did not start: no answer in 2 s"):
+        odd(way)
+
+
 def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "CONNECT_S", 0.2)
     since_s = time.monotonic()
@@ -195,9 +213,34 @@ def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - since_s < 10
 
 
+def test_a_server_that_prints_what_is_no_message() -> None:
+    with odd("noise") as found:
+        assert found.call("a__do", "{}") == "done"
+    assert logging.getLogger("mcp").handlers  # or it would print a traceback for each line
+
+
+def test_an_error_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code is also the package's for a connection that is closed."""
+    with odd("error") as found:
+        monkeypatch.setattr(ours._Connection, "_hold", None)  # does not begin anew
+        assert [found.call("a__do", "{}") for _ in range(2)] == ["error: not today"] * 2
+
+
+def test_results_that_are_no_text() -> None:
+    with odd("kinds") as found:
+        told = found.call("a__do", "{}")
+    assert told == "\nin the file\n[resource file:///a.bin]\n[resource_link file:///b.txt]"
+
+
+def test_a_tool_that_is_not_there(found: McpTools) -> None:
+    with pytest.raises(InvalidRequest, match=r"no tool 'one\.add'; there are one__add"):
+        found.call("one.add", "{}")
+
+
 def test_tools_as_nobody_should_name_them() -> None:
     class At:
         name = "my server"
+        call = print
 
     def allowed(*listed: Tool) -> Any:
         return ours._allowed([(At(), tool) for tool in listed], ["*"])  # type: ignore[misc, list-item]
@@ -209,9 +252,9 @@ def test_tools_as_nobody_should_name_them() -> None:
     assert len(same) == 3
     assert all(len(name) <= 64 for name in same)
     assert next(iter(same)) == "my_server__a_b"
-    assert same["my_server__a_b"].told["function"]["description"] == ""
+    assert same["my_server__a_b"][0]["function"]["description"] == ""
     (long,) = allowed(tool("a", description="x" * 10_000)).values()
-    assert len(long.told["function"]["description"]) == 2000
+    assert len(long[0]["function"]["description"]) == 2000
     with pytest.raises(InvalidRequest, match="at most 100000"):
         allowed(Tool(name="a", input_schema={"type": "object", "x": "y" * 200_000}))
     with pytest.raises(InvalidRequest, match="at most 128"):
@@ -284,6 +327,28 @@ def test_who_calls_for_ever_has_to_answer(http: httpx.Client) -> None:
     answer = http.post(CHAT, json=body("Forever!")).json()
     assert len(answer["squall_tools"]) == 8
     assert "one__add" in answer["choices"][0]["message"]["content"]  # as text
+
+
+def test_results_together_fit_the_context(http: httpx.Client) -> None:
+    answer = http.post(CHAT, json=body("Much!")).json()
+    assert len(answer["squall_tools"]) == 8
+    assert answer["choices"][0]["message"]["content"] == "Long."
+
+
+def test_a_call_that_is_cut_is_not_told(http: httpx.Client) -> None:
+    (choice,) = http.post(CHAT, json=body("Forever!", max_tokens=26)).json()["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"] == {"role": "assistant", "content": ""}
+
+
+def test_chats_of_ollama(http: httpx.Client) -> None:
+    asked = body("How much?", model="small", stream=False)
+    assert http.post("/api/chat", json=asked).json()["message"]["content"] == "It is 42."
+
+
+def test_tools_whose_schema_is_too_deep_for_a_grammar(model: Model) -> None:
+    with scripted(model, SCRIPT), odd("deep") as deep:
+        assert tools.run(model, "Hello", [deep]).answer == "Hello to you."
 
 
 def test_a_client_that_leaves_while_a_tool_runs(running: Running) -> None:

@@ -23,6 +23,7 @@ STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")
 LAST_WORD_S = 1.0
 
 _Value = TypeVar("_Value")
+_Job = TypeVar("_Job", bound=Running)
 
 
 class Answer(Response):
@@ -77,12 +78,8 @@ class Answer(Response):
         except Exception as error:
             await writer.error(error)
             return
-        starting = self._service.submit(start, reads=self._reads)
         try:
-            job = await asyncio.wrap_future(starting)
-        except asyncio.CancelledError:
-            starting.add_done_callback(cancel_job)
-            raise
+            job = await begun(self._service.submit(start, reads=self._reads))
         except Exception as error:
             await writer.error(error)
             return
@@ -188,7 +185,15 @@ async def _next(chunks: AsyncIterator[Any]) -> Any:
     return await anext(chunks, None)
 
 
-def cancel_job(starting: Future[Running]) -> None:
-    """The client left before its job was there."""
+async def begun(starting: Future[_Job]) -> _Job:
+    """A job; if the client leaves before it is there, it is closed when it is."""
+    try:
+        return await asyncio.wrap_future(starting)
+    except asyncio.CancelledError:
+        starting.add_done_callback(_close)
+        raise
+
+
+def _close(starting: Future[_Job]) -> None:
     if not starting.cancelled() and starting.exception() is None:
         starting.result().close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from squall.api.responses import (
 )
 from squall.mcp import MOST_RESULT, McpTools
 from squall.model import Model
-from squall.server.answer import cancel_job
+from squall.server.answer import begun
 from squall.server.service import Service
 
 MOST_ROUNDS = 8  # answers with calls; the next one has to be without
@@ -40,13 +39,14 @@ def start_with_tools(
     other = asked.n > 1 or asked.continue_final_message or asked.structure() is not None
     if tools is None or own or other:
         return start(asked)
-    # What a result may take of the context: about a quarter.
-    most = min(MOST_RESULT, model.context)
-    return Rounds(service, start, replace(asked, tools=tools.tools), partial(_make, tools, most))
+    make = partial(_make, tools, model.context)
+    return Rounds(service, start, replace(asked, tools=tools.tools), make)
 
 
-async def _make(tools: McpTools, most: int, calls: tuple[ToolCall, ...]) -> list[str]:
-    """The results of calls, of which too many at a time are not made."""
+async def _make(tools: McpTools, context: int, calls: tuple[ToolCall, ...], used: int) -> list[str]:
+    """The results of calls, of which too many at a time are not made; used: tokens so far."""
+    # All together may take about a quarter of what is left of the context.
+    most = min(MOST_RESULT, (context - used) // len(calls))
     asked = [(call.function.name, call.function.arguments) for call in calls]
     made = (asyncio.wrap_future(tools.submit(*one, most)) for one in asked[:MOST_CALLS])
     late = f"error: at most {MOST_CALLS} calls at a time are made; call again"
@@ -58,7 +58,7 @@ class Rounds:
 
     def __init__(
         self, service: Service, start: Start, asked: ChatCompletionRequest,
-        make: Callable[[tuple[ToolCall, ...]], Any],
+        make: Callable[[tuple[ToolCall, ...], int], Any],
     ) -> None:  # fmt: skip
         self._service = service
         self._start = start
@@ -87,7 +87,9 @@ class Rounds:
         found = await self._job.response_async()
         (choice,) = found.choices
         content, reasoning = ("".join(texts) for texts in zip(*self._texts, strict=True))
-        message = replace(choice.message, content=content, reasoning_content=reasoning)
+        message = replace(
+            choice.message, content=content, reasoning_content=reasoning, tool_calls=()
+        )
         choices = (replace(choice, message=message),)
         trail = tuple(self._trail)
         return replace(found, choices=choices, usage=self.usage, squall_tools=trail)
@@ -123,7 +125,7 @@ class Rounds:
         last: ChatCompletionChunkResponse,
     ) -> ChatCompletionChunkResponse:
         """Make the calls, and begin with the next answer; the chunk that tells of them."""
-        results = await self._make(calls)
+        results = await self._make(calls, self._job.usage.total_tokens)
         pairs = list(zip(calls, results, strict=True))
         told = [
             {"role": "tool", "tool_call_id": call.id, "content": result} for call, result in pairs
@@ -137,17 +139,8 @@ class Rounds:
             messages=[*self._asked.messages, message, *told],
             tool_choice=None if self._rounds else "none",
         )
-        self._job = await self._next()
+        self._job = await begun(self._service.submit(partial(self._start, self._asked)))
         gap = "\n\n" if message["content"] else ""
         self._texts.append((gap, ""))
         choice = ChunkChoice(None, 0, Delta(content=gap), None)
         return replace(last, choices=(choice,), usage=None, squall_tools=tuple(new))
-
-    async def _next(self) -> ChatJob:
-        starting: Future[Any] = self._service.submit(partial(self._start, self._asked))
-        try:
-            job: ChatJob = await asyncio.wrap_future(starting)
-        except asyncio.CancelledError:
-            starting.add_done_callback(cancel_job)
-            raise
-        return job

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from squall.api.chats import check_characters
-from squall.api.jobs import start_chat, start_completion
+from squall.api.jobs import start_completion
 from squall.api.messages import MOST_MESSAGES, MOST_PARTS
 from squall.api.requests import ChatCompletionRequest, CompletionRequest
 from squall.api.responses import ChunkChoice, CompletionChoice
@@ -24,9 +25,10 @@ from squall.errors import InvalidRequest
 from squall.model import Model
 from squall.server.agents import AgentBody, Object, arguments_of
 from squall.server.asking import find, respond, takes
-from squall.server.dialect import AnyJob, Dialect, Event
+from squall.server.dialect import AnyJob, Dialect, Event, Running
 from squall.server.embeddings import TextsJob, answer_texts, as_numbers, find_texts
 from squall.server.errors import OLLAMA, ApiError
+from squall.server.mcp import start_with_tools
 from squall.server.options import duration_s
 from squall.server.residence import AnyStanding
 from squall.server.schemas import WRONG, Body, Chosen, Message, Text, Texts, shape
@@ -333,10 +335,12 @@ class EmbedDialect(Dialect):
         return f'{{"embeddings":[{",".join(vectors)}],{rest[1:]}'
 
 
-def _start(model: Model, asked: ChatCompletionRequest | CompletionRequest, **of: Any) -> AnyJob:
+def _start(
+    service: Service, model: Model, asked: ChatCompletionRequest | CompletionRequest, **of: Any
+) -> Running:
     """A chat; or a completion, whose prompt may have the model's control tokens."""
     if isinstance(asked, ChatCompletionRequest):
-        return start_chat(model, asked, **of)
+        return start_with_tools(service, model, asked, **of)
     if asked.suffix is None and isinstance(asked.prompt, str):
         check_characters(model, len(asked.prompt))
         asked = replace(asked, prompt=model.tokenizer.encode(asked.prompt, specials=True))
@@ -356,12 +360,14 @@ def time_of(at: datetime | None = None) -> str:
 
 
 def add_ollama(router: APIRouter, service: Service) -> None:
+    begin = partial(_start, service)
+
     async def answer(request: Request, kind: type[OllamaChatBody | GenerateBody]) -> Response:
         body, served = await find(service, request, kind, generates=True)
         if body.loads:
             return JSONResponse(await _loaded(service, served, body))
         _keep(served, body.keep_alive)
-        return await respond(service, request, (body, served), _start, OllamaDialect)
+        return await respond(service, request, (body, served), begin, OllamaDialect)
 
     @router.post("/api/chat", openapi_extra=takes(OllamaChatBody))
     async def chat(request: Request) -> Response:

@@ -74,7 +74,8 @@ class Tool:
         while error := _unsupported(json.dumps(schema)):
             if self.strict:
                 raise self._wrong(f"{error}; leave it out, or set strict to false")
-            fewer = without(schema, re.findall(r'"([$\w]+)"', error))
+            keywords = re.findall(r'"([$\w]+)"', error)
+            fewer = without(schema, keywords) if keywords else schema  # it may be too deep to walk
             schema = {"type": "object"} if fewer == schema else fewer
         return schema
 
