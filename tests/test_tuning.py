@@ -69,6 +69,19 @@ def test_every_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (choice.prompt or 0) > (choice.answer or 0) > 0
 
 
+def test_a_vocabulary_that_stays_as_it_is_hides_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(
+        vocab_size=20_000, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(tuning, "_rates", lambda *_: (2.0, 1.0))
+    losses = [choice.loss for choice in choices(Opening(tmp_path))]
+    assert losses == [0.0, *tuning.LOSS.values()]
+
+
 def test_too_little_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     q4 = next(c for c in choices(Opening(folder)) if c.isq == "Q4K")
     # For half of the context with f16, and so for a little less than all of it with q8_0.
@@ -102,6 +115,8 @@ def test_goals() -> None:
     ]
     assert best([way(None, 0.0, None), *ways[1:]], "quality").isq == "Q5K"
     assert best([way(None, None, 3.0)]).isq is None
+    unknown = [way(None, 0.0, None), way("Q8_0", 0.0009, 3.0), way("Q6K", None, 9.0)]
+    assert best(unknown, "quality").isq == "Q8_0"
     with pytest.raises(InvalidRequest, match="quality, balanced, speed"):
         best(ways, "taste")
 
@@ -139,6 +154,23 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(app, args)
     assert again.exit_code == 1
     assert "exists" in str(again.exception) + again.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ("--context 9999", 1, "trained for 1 to 1024 tokens"),
+        ("--for taste", 2, "not one of 'quality'"),
+        ("-o nowhere/x.toml", 1, "would be in a folder that is not there"),
+    ],
+)
+def test_what_is_told_before_anything_is_measured(
+    flags: str, status: int, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_choice", None)
+    done = CliRunner().invoke(app, ["tune", str(folder), *flags.split()])
+    assert done.exit_code == status
+    assert message in str(done.exception) + done.output
 
 
 def test_as_json(folder: Path) -> None:

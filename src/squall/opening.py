@@ -36,7 +36,7 @@ _KINDS = {
     (str | os.PathLike, "a path"): "path mmproj tokenizer_json tokenizer_from write_uqff "
     "from_uqff t5 clip vae",
 }
-_LEAST = {"draft_tokens": 1, "max_edge": 1, "image_bytes": 0, "tensor_parallel": 1}
+_LEAST = {"threads": 1, "draft_tokens": 1, "max_edge": 1, "image_bytes": 0, "tensor_parallel": 1}
 # Named, as their modules are slow to import; who has such an object has its module too.
 _CLASSES = {
     "kv": "squall.engine.memory:KvSize",

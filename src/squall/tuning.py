@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Literal, get_args
 
 from squall import decoder, program
 from squall.assembly import Prepared, place, prepare
-from squall.engine.memory import DEFAULT_CONTEXT, SMALLEST_CONTEXT
+from squall.engine.memory import DEFAULT_CONTEXT, SMALLEST_CONTEXT, choose_context
 from squall.errors import InvalidRequest, OutOfMemory
 from squall.executors.memory import by_memory
 from squall.machine import largest_cache_bytes
@@ -36,7 +37,7 @@ _LEAST_BYTES, _STEPS, _ROUNDS = 128 << 20, 8, 3
 class Choice:
     """One way to open a model.
 
-    isq: what its weights are quantized to; None: they stay as they are. format: of most of them.
+    isq: what its weights are quantized to; None: they stay as they are. format: of most of the layers.
     loss: see `LOSS`; None: nobody knows.
     context: tokens, with whose KV cache it takes `bytes`; 0: it does not fit. longest: the most
         tokens that would fit.
@@ -63,7 +64,9 @@ def choices(opening: Opening, progress: Progress | None = None) -> list[Choice]:
     with (ways done, all).
     """
     found: list[Choice] = []
-    ways = [*_ways(prepare(opening), opening)]
+    stored = prepare(opening)
+    choose_context(opening.context, trained=stored[1].decoder.context, loads=())
+    ways = [*_ways(stored, opening)]
     for prepared, own in ways:
         if progress is not None:
             progress(len(found), len(ways))
@@ -83,7 +86,7 @@ def best(found: list[Choice], goal: str = "balanced") -> Choice:
             "beside them; choose a smaller model, a shorter context, or free memory"
         )
     good = [c for c in fitting if c.loss is not None and c.loss <= MOST_LOSS[goal]]
-    least_lossy = min(fitting, key=lambda choice: choice.loss or 0.0)
+    least_lossy = min(fitting, key=lambda c: math.inf if c.loss is None else c.loss)
     return max(good, key=lambda choice: choice.answer or 0.0, default=least_lossy)
 
 
@@ -115,8 +118,9 @@ def _choice(prepared: Prepared, opening: Opening) -> Choice:
     )
     sizes: Counter[str] = Counter()
     for weight in compiled.weights():
-        if isinstance(weight, program.Matrix):
-            sizes[store.format(weight)] += store.becomes(weight)
+        # Embeddings are many values that may stay as they are, and lose nothing.
+        if isinstance(weight, program.Matrix) and weight.role.startswith("layers."):
+            sizes[store.format(weight)] += weight.experts * weight.rows * weight.cols
     format, weights = max(sizes, key=sizes.__getitem__), sum(load.weights for load in loads)
     taken = weights + context * sum(load.kv for load in loads)
     isq = None if opening.isq is None else str(opening.isq)

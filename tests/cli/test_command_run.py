@@ -267,3 +267,11 @@ def test_reasoning_is_for_terminals(
         run.show(pieces, prompt, said)  # type: ignore[arg-type]
         assert capsys.readouterr().out == wanted
         assert "".join(said) == "Yes."
+
+
+def test_a_wrong_flag_behind_a_model_tells_of_the_command() -> None:
+    done = squall("run", "model.gguf", "--temprature", "1")
+    assert done.returncode == 2
+    assert "Usage: squall run [OPTIONS] [MODEL] [PROMPT]" in done.stderr
+    assert "Try 'squall run -h'" in done.stderr
+    assert "--temperature" in done.stderr

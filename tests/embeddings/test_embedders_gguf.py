@@ -14,7 +14,18 @@ import transformers
 from convert import convert
 from gguf_embedders import write_bert
 from harness import distance
-from tiny_embedders import DECODER, MODELS, TEXTS, ids, random, rows, vector, word_pieces, write
+from tiny_embedders import (
+    DECODER,
+    LETTERS,
+    MODELS,
+    TEXTS,
+    ids,
+    random,
+    rows,
+    vector,
+    word_pieces,
+    write,
+)
 from tokenizers import normalizers
 
 from squall import Embedder, Model
@@ -60,6 +71,56 @@ def test_word_pieces(tmp_path: Path) -> None:
             assert found.count(text) == len(library.encode(text).ids), text
             wanted = found.embed([library.encode(text).ids]).vectors
             assert np.array_equal(found.embed([text]).vectors, wanted), text
+
+
+def test_pieces_of_xlm_roberta(tmp_path: Path) -> None:
+    path = tmp_path / "xlm.gguf"
+    words = ["▁", "▁the", "▁cat", "at", "in", "ing", *LETTERS, *"▁.,!北京é", "<mask>"]
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *dict.fromkeys(words)]
+    scores = [0.0] * 4 + [-float(i % 7) - 2 for i in range(len(pieces) - 4)]
+    model = random("XLMRobertaModel", transformers.XLMRobertaConfig(
+        **MODELS["XLMRobertaModel"][1] | {"vocab_size": len(pieces) + 3}
+    ))  # fmt: skip
+    write_bert(model, path, "mean", extra={
+        "tokenizer.ggml.model": "t5", "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [*pieces, "[PAD1]", "[PAD2]", "[PAD3]"],
+        "tokenizer.ggml.scores": [*scores, -1e4, -1e4, -1e4],
+        "tokenizer.ggml.token_type": [3, 3, 3, 2, *[1] * (len(pieces) - 5), 3, 5, 5, 5],
+        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 2,
+    })  # fmt: skip
+    theirs = transformers.XLMRobertaTokenizer(list(zip(pieces, scores, strict=True)))
+    with Embedder.open(path) as found:
+        for text in ("the cat, 北京é", "", " thinking  going\n", "[PAD1] x", "\u3000京\t!"):
+            wanted = theirs(text).input_ids
+            assert found.count(text) == len(wanted), text
+            vectors = found.embed([text]).vectors
+            assert np.array_equal(vectors, found.embed([wanted]).vectors), text
+        spelled = [0, *map(pieces.index, ["▁", "<unk>", "<unk>", "s", "<unk>"]), 2]
+        vectors = found.embed(["</s>"]).vectors  # though the vocabulary holds it as a piece
+        assert np.array_equal(vectors, found.embed([spelled]).vectors)
+
+
+def test_tokens_of_modern_bert(tmp_path: Path) -> None:
+    """Bytes, in special tokens that the file says are put around a text and between two."""
+    path = tmp_path / "modern.gguf"
+    words = [*sorted(BYTE_OF), "[CLS]", "[SEP]", "ab"]
+    special = {"bos": 256, "eos": 257, "seperator": 257, "cls": 256}
+    extra = TOKENIZER | {
+        "tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": [1] * 256 + [3, 3, 1],
+        "tokenizer.ggml.pre": "modern-bert", "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_sep_token": False,
+        **{f"tokenizer.ggml.{name}_token_id": i for name, i in special.items()},
+    }  # fmt: skip
+    values = MODELS["ModernBertModel"][1] | {"vocab_size": len(words), "num_labels": 1}
+    config = transformers.ModernBertConfig(**values, classifier_pooling="mean")
+    model = random("ModernBertForSequenceClassification", config)
+    write_bert(model, path, "rank", extra=extra)
+    query, text = ([words.index(letter) for letter in letters] for letters in ("xy", "xz"))
+    with Embedder.open(path) as found, torch.no_grad():
+        assert found.count("[CLS]") == 2 + 5
+        score = found.rerank("xy", ["xzab"]).scores[0]
+        pair = torch.tensor([[256, *query, 257, *text, 258, 257]])
+        assert abs(score - model(pair).logits.sigmoid().item()) < CLOSE
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])

@@ -13,6 +13,7 @@ from harness import distance
 from mutate import mutations
 from numpy.typing import NDArray
 from tiny_embedders import MODELS, POOLED, TEXTS, VOCAB, ids, pooled, rows, vector, write
+from transformers import XLMRobertaTokenizer
 
 from squall import Embedder, Model, executors
 from squall.checkpoints import open_checkpoint
@@ -226,6 +227,19 @@ def test_nothing_is_nothing(embedder: Embedder) -> None:
 
 def test_names_of_special_tokens_are_text(embedder: Embedder) -> None:
     assert embedder.count("[SEP]") == 2 + 5
+
+
+def test_names_of_special_tokens_are_text_where_they_are_pieces(tmp_path: Path) -> None:
+    """As in vocabularies of XLM-RoBERTa."""
+    write(tmp_path, "XLMRobertaModel")
+    pieces = [*["<s>", "<pad>", "</s>", "<unk>", "▁", "a", "b", "<", ">", "s", "/", "<mask>"]]
+    theirs = XLMRobertaTokenizer([(piece, -2.0) for piece in pieces])
+    theirs.save_pretrained(tmp_path)
+    with Embedder.open(tmp_path) as embedder:
+        for text, body in (("a</s>b", "▁ a < / s > b"), ("ac", "▁ a <unk>")):
+            ids = [0, *map(pieces.index, body.split()), 2]
+            wanted = embedder.embed([ids]).vectors
+            assert np.array_equal(embedder.embed([text]).vectors, wanted), text
 
 
 def test_a_closed_model(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from servers import Process, chat, connect, post_bytes, read_until
+from random_models import write_random
+from servers import Process, chat, connect, in_process, post_bytes, read_until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 COMMON: dict[str, float] = {
@@ -19,6 +20,16 @@ COMMON: dict[str, float] = {
 }  # fmt: skip
 NEVER_A_NUMBER = ('"1"', "NaN", "Infinity", "-Infinity", "1e999", "[1]", "{}", "true")
 NUMBERS = ("-1", "0", "1.5", str(2**31), str(2**63), "-" + str(2**63), "9" * 400)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    folder = tmp_path_factory.mktemp("server")
+    model = write_random(folder / "small.gguf")
+    with in_process(folder / "stderr", str(model)) as found:
+        yield found
+        assert found.stop() == 0
+        assert '"level": "error"' not in found.stderr()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+import servers
 from adapter_files import write_adapter, write_base
+from embedders import MadeUpEmbedder
 from painters import GENERATIONS, Brush
 from random_models import write_random
 from servers import WAIT_S, chat, connect, events, post_bytes, read_until, until
@@ -22,9 +23,9 @@ from servers import WAIT_S, chat, connect, events, post_bytes, read_until, until
 from squall import EngineConfig, ImageModel, InvalidRequest, Model
 from squall.opening import Opening
 from squall.server.errors import ApiError
-from squall.server.options import ServerOptions, duration_s
+from squall.server.options import duration_s
 from squall.server.residence import Lazy, Standing
-from squall.server.run import Server, listen, make_server
+from squall.server.run import Server
 
 CHAT = "/v1/chat/completions"
 SHORT: dict[str, Any] = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -60,7 +61,6 @@ class Running:
     http: httpx.Client
     port: int
     server: Server
-    loops: list[asyncio.AbstractEventLoop]
 
     def standing(self, name: str) -> Standing[Any]:
         return self.server.service.standing(name)
@@ -74,32 +74,16 @@ class Running:
 
     def call(self, function: Callable[[], Any]) -> None:
         """On the event loop."""
-        (loop,) = self.loops
-        loop.call_soon_threadsafe(function)
+        self.server.servers[0].get_loop().call_soon_threadsafe(function)
 
 
 @contextmanager
 def serving(models: dict[str, Any], **options: Any) -> Iterator[Running]:
-    started = threading.Event()
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    def start() -> None:
-        loops.append(asyncio.get_running_loop())
-        started.set()
-
-    server = make_server(models, ServerOptions(**options), start)
-    listener = listen("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        assert started.wait(WAIT_S)
-        port = listener.getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as http:
-            yield Running(http, port, server, loops)
-    finally:
-        server.should_exit = True
-        thread.join(WAIT_S)
-        assert not thread.is_alive()
+    with (
+        servers.serving(models, **options) as found,
+        httpx.Client(base_url=found.url, timeout=WAIT_S) as http,
+    ):
+        yield Running(http, found.port, found.server)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +203,57 @@ def test_the_keep_alive_can_be_changed(opens: Opens) -> None:
         until(lambda: running.standing("one").state == "unloaded")
 
 
+def test_ollamas_keep_alive_holds_for_a_model_that_is_idle(opens: Opens) -> None:
+    models = {"one": Lazy("text", opens, keep_alive_s=60), "two": Lazy("text", opens)}
+    with serving(models) as running:
+        generate = {"model": "one", "keep_alive": "1h"}
+        for keep, seconds in (("1h", 3600), (-1, None), ("0.05s", 0.05)):
+            running.http.post("/api/generate", json=generate | {"keep_alive": keep})
+            timer, now_s = running.standing("one").timer, time.monotonic()
+            if seconds is None:
+                assert timer is None
+            elif seconds > 1:
+                assert timer is not None
+                assert timer.when() - now_s == pytest.approx(seconds, abs=9)
+        until(lambda: running.standing("one").state == "unloaded")
+        assert opens.count == 1
+
+
+def test_what_is_used_while_its_unloading_waits_stays(opens: Opens, path: Path) -> None:
+    """Its time was over while another model was loaded, and then somebody used it."""
+    other = Opens(path)
+    models = {"one": Lazy("text", opens, keep_alive_s=0.3), "two": Lazy("text", other)}
+    with serving(models) as running, ThreadPoolExecutor() as pool:
+        running.chat(model="one")
+        other.go.clear()
+        asked = pool.submit(running.chat, model="two")
+        until(lambda: other.count == 1)
+        time.sleep(0.5)
+        running.standing("one").keep_alive_s = 60
+        running.chat(model="one")
+        other.go.set()
+        assert asked.result().status_code == 200
+        running.http.post("/v1/models/two/unload")
+        assert (running.state("one"), opens.count) == ("loaded", 1)
+
+
+def test_what_nobody_waits_for_any_more_is_not_loaded(opens: Opens, path: Path) -> None:
+    other = Opens(path)
+    other.go.clear()
+    models = {"one": Lazy("text", opens), "two": Lazy("text", other)}
+    with serving(models) as running, ThreadPoolExecutor() as pool:
+        asked = pool.submit(running.chat, model="two")
+        until(lambda: other.count == 1)
+        leaving = connect(running.port, post_bytes(CHAT, chat(model="one", **SHORT)))
+        until(lambda: len(running.standing("one").waiting) == 1)
+        leaving.close()
+        until(lambda: not running.standing("one").waiting)
+        other.go.set()
+        assert asked.result().status_code == 200
+        running.http.post("/v1/models/two/unload")
+        assert (running.state("one"), opens.count) == ("unloaded", 0)
+
+
 def test_load_and_unload(opens: Opens, path: Path) -> None:
     stays = Opening(path)
     models = {"a/b": Lazy("text", opens), "stays": Lazy("text", stays, pinned=True)}
@@ -233,6 +268,8 @@ def test_load_and_unload(opens: Opens, path: Path) -> None:
         refused = http.post("/v1/models/stays/unload")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_pinned")
         assert http.post("/v1/models/c/load").status_code == 404
+        wrong = http.post("/v1/models/a/b/unload", params={"wait": "soon"})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "wait")
 
 
 def test_what_is_in_use_is_not_unloaded(opens: Opens) -> None:
@@ -261,6 +298,38 @@ def test_an_end_while_it_loads(opens: Opens) -> None:
         assert "shutting down" in whole.result().json()["error"]["message"]
         assert "shutting down" in stream.result().text
         opens.go.set()
+
+
+def test_an_end_while_it_is_to_make_room(opens: Opens) -> None:
+    """What runs may end; who waits until it is loaded again is told."""
+    opens.options = {"context": 2048}
+    with serving({"one": Lazy("text", opens)}) as running, ThreadPoolExecutor() as pool:
+        asked = pool.submit(running.chat, model="one", max_tokens=1000)
+        until(lambda: running.standing("one").state == "loaded")
+        pool.submit(running.http.post, "/v1/models/one/unload", params={"wait": True})
+        until(lambda: running.standing("one").leaving)
+        late = pool.submit(running.chat, model="one")
+        until(lambda: bool(running.standing("one").waiting))
+        assert running.standing("one").users
+        running.server.service.draining = True
+        assert asked.result().json()["usage"]["completion_tokens"] == 1000
+        assert late.result().status_code == 503
+        assert opens.count == 1
+
+
+def test_an_end_while_texts_are_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("squall.server.run.LAST_BYTES_S", 0.0)
+    embedder = MadeUpEmbedder()
+    embedder.go.clear()
+    with serving({"words": embedder}) as running, ThreadPoolExecutor() as pool:
+        asked = pool.submit(running.http.post, "/v1/embeddings", json={"input": "Hi"})
+        running.server.config.timeout_graceful_shutdown = 0
+        until(lambda: bool(running.standing("words").users))
+        time.sleep(0.1)
+        running.server.service.draining = True
+        time.sleep(0.3)
+        embedder.go.set()
+        assert asked.result().status_code == 200
 
 
 def test_a_model_that_makes_pictures(path: Path) -> None:
@@ -331,6 +400,12 @@ def test_adapters_are_there_again(tmp_path: Path) -> None:
             return [found.json()["choices"][0]["message"]["content"] for found in asked]
 
         assert names() == {"mine", "gone"}
+        for other in ("one", "two"):
+            http.post(f"/v1/models/{other}/unload")
+            http.post("/v1/models/two/load")
+            refused = http.delete("/v1/adapters/gone")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (409, "not_loaded")
+        assert http.delete("/v1/adapters/nobody").status_code == 404
         http.post("/v1/adapters", json={"model": "one", "name": "yours", "path": "yours"})
         http.delete("/v1/adapters/gone")
         http.post("/activate_adapters", json={"model": "one", "adapter_names": ["yours"]})

@@ -98,7 +98,7 @@ def test_requests_that_run_are_waited_for(files: dict[str, Path]) -> None:
 def test_what_can_never_fit_unloads_nothing(files: dict[str, Path], tmp_path: Path) -> None:
     large = write_random(tmp_path / "large.gguf", hidden=512)
     models = lazy(files) | {"large": Lazy("text", opening(large))}
-    limit = size(files["one"]) + size(files["two"])
+    limit = size(files["one"]) + size(files["two"]) + MIB  # for KV caches of two contexts each
     with serving(models, memory_bytes=limit) as running:
         texts(running, 1)
         refused = running.chat(model="large")
@@ -107,6 +107,18 @@ def test_what_can_never_fit_unloads_nothing(files: dict[str, Path], tmp_path: Pa
         assert error["message"].startswith("the model 'large' could not be loaded: it takes about")
         assert "--memory-limit" in error["message"]
         assert [running.state(name) for name in models] == ["loaded", "loaded", "failed"]
+
+
+def test_a_draft_model_is_counted_too(files: dict[str, Path], tmp_path: Path) -> None:
+    """Beside a KV cache that is larger than it must be."""
+    draft = write_random(tmp_path / "draft.gguf", hidden=256)
+    pair = opening(files["one"], draft=Opening(draft))
+    with serving({"one": Lazy("text", pair), "two": Lazy("text", pair)}) as running:
+        running.http.post("/v1/models/one/load")
+        one = running.standing("one")
+        cache = one.model.executor.kv_bytes
+        assert one.nbytes >= needs("text", pair, 1 << 40).weights + cache
+        assert one.nbytes > size(files["one"]) + draft.stat().st_size
 
 
 def test_pinned_ones_stay(files: dict[str, Path]) -> None:

@@ -72,9 +72,6 @@ class Screen:
         found = self.page.locator("article.assistant")
         return found.nth(number) if number >= 0 else found.last
 
-    def answer_so_far(self) -> Locator:
-        return self.page.locator("article.assistant .answer").last
-
     def set(self, **settings: str) -> None:
         """Fill in settings, and close them."""
         self.page.get_by_role("button", name="Settings", exact=True).click()

@@ -15,7 +15,7 @@ from dataclasses import MISSING, fields, replace
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo
 
 from squall.cli.completion import complete_known
@@ -64,6 +64,18 @@ class _Kinds(TyperGroup):
         return [item for item in found if item.value not in (MODEL, TEXT)] + models
 
 
+class _Rest(TyperCommand):
+    """What follows where no kind is named: what is wrong there is wrong with the whole command."""
+
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        try:
+            return super().make_context(*args, **settings)
+        except Exception as error:
+            if getattr(error, "ctx", None) is not None:
+                error.ctx = settings.get("parent")  # type: ignore[attr-defined]
+            raise
+
+
 def plain(flags: type[Flags], act: Callable[[Flags], None]) -> Command:
     """What calls `act` with an object of the dataclass `flags`, as typer reads it."""
 
@@ -101,7 +113,8 @@ def command(
     app.callback()(_taking([p for p in own if not _is_argument(p)], begin))
     for name in (MODEL, TEXT) if takes_text else (MODEL,):
         going_on = _words(own, act, HELP_OF[name], several=several)
-        app.command(name, rich_help_panel="Arguments", context_settings=HELP)(going_on)
+        how = {"cls": _Rest, "rich_help_panel": "Arguments", "context_settings": HELP}
+        app.command(name, **how)(going_on)
     for word, selector in SELECTORS.items():
         more = [p for p in own if p.name not in _NAMES]
         going_on = _after(more, selector, act, selector.__doc__)

@@ -43,6 +43,11 @@ _FLAGS = frozenset((
     "max_queue", "queue_timeout", "no_kv_cache", "prefix_cache_n", "prompt_batchsize", "revision",
 ))  # fmt: skip
 _NOT = frozenset(("hub", "engine", "kv", "command", "progress", "memory_bytes", "xlora", "anymoe"))
+_TYPES: dict[str, type] = {
+    "path": str, "name": str, "kind": str, "pinned": bool, "revision": str, "adapter": list,
+    "image_memory": int, "adapter_memory": int, "kv_memory": int,
+}  # fmt: skip
+_MUST = {str: "a text", bool: "true or false", list: "a list of texts", int: "a whole number"}
 _KNOWN = _OWN | _FLAGS | ({item.name for item in fields(Opening)} - _NOT)
 
 
@@ -72,11 +77,11 @@ def _entry(table: object, what: str, kept: Any) -> Entry:
     if not isinstance(table, dict):
         raise InvalidRequest(f"{what} is {table!r:.99}; it must be a table")
     check_keys(table, what, _KNOWN, {"path"})
-    checked = {"path": str, "name": str, "kind": str, "pinned": bool}
-    for key, kind in checked.items():
-        if not isinstance(table.get(key, kind()), kind):
-            must = "true or false" if kind is bool else "a text"
-            raise InvalidRequest(f"{key} of {what} is {table[key]!r:.99}; it must be {must}")
+    for key, kind in _TYPES.items():
+        value = table.get(key, kind())
+        texts = not isinstance(value, list) or all(isinstance(text, str) for text in value)
+        if type(value) is not kind or not texts:
+            raise InvalidRequest(f"{key} of {what} is {value!r:.99}; it must be {_MUST[kind]}")
     if table.get("kind", "text") not in KINDS:
         known = ", ".join(KINDS)
         raise InvalidRequest(f"kind of {what} is {table['kind']!r:.99}; known: {known}")

@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -27,8 +27,8 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class TuneFlags(ModelFlags):
-    goal: str = option(
-        "balanced", "--for", metavar="quality|balanced|speed",
+    goal: Literal["quality", "balanced", "speed"] = option(
+        "balanced", "--for",
         help="What the choice is to be best at; balanced: the fastest that loses little.",
     )  # fmt: skip
     context: ContextSize = None
@@ -58,8 +58,9 @@ def tune(flags: TuneFlags, selected: Selected) -> None:
     """
     from squall.tuning import best, choices
 
-    if flags.output is not None and flags.output.exists():
-        raise InvalidRequest(f"{flags.output} exists; choose another name, or remove it")
+    if flags.output is not None and (flags.output.exists() or not flags.output.parent.is_dir()):
+        why = "exists" if flags.output.exists() else "would be in a folder that is not there"
+        raise InvalidRequest(f"{flags.output} {why}; choose another name")
     with progress("measuring") as shown:
         opening = flags.opening(selected)
         if opening.adapters or opening.xlora or opening.anymoe or opening.write_uqff:

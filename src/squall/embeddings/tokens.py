@@ -6,6 +6,7 @@ Names of special tokens in a text are plain text, so that no text can end before
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from squall.text.vocabulary import CONTROL, UNKNOWN, Vocabulary
 Int32 = NDArray[np.int32]
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 MAX_VOCABULARY_BYTES = 16 << 20
-_SPACE = "▁"
+_SPACE, _NO_PIECE = "▁", "\U000f1234"
 
 
 class Text(NamedTuple):
@@ -132,12 +133,34 @@ def _of_library(library: Any, *, lower: bool, around: tuple[str, str] | None = N
         before, after = (library.encode(t, add_special_tokens=False).ids for t in around)
         frame = Frame(tuple(before), tuple(after))
     library.encode_special_tokens = True
+    spelled = _spelled(library)
+
+    def plain(ids: list[int]) -> list[int]:
+        if spelled.keys().isdisjoint(ids):
+            return ids
+        return [own for i in ids for own in spelled.get(i, (i,))]
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         found = library.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        return [plain(encoding.ids) for encoding in found]
 
     return Tokens(encode, library.token_to_id, frame, lower)
+
+
+def _spelled(library: Any) -> dict[int, tuple[int, ...]]:
+    """Special tokens, which a vocabulary may hold as words, too -> the letters of their names."""
+
+    def pieces(text: str) -> list[int]:
+        with suppress(Exception):  # where nothing stands for what is unknown
+            return [token.id for token in library.model.tokenize(text)]
+        return []
+
+    unknown, added = pieces(_NO_PIECE), library.get_added_tokens_decoder()
+    named = {i: t.content for i, t in added.items() if t.special and i not in unknown}
+    return {
+        i: tuple(id for letter in name for id in pieces(letter) if id not in named)
+        for i, name in named.items()
+    }
 
 
 def _frame(library: Any) -> Frame:

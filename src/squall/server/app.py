@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -54,6 +55,7 @@ def create_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
     )
     app.state.service = service
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _bad_query)
     add_routes(app, service)
     app.add_middleware(Gate, service=service)
     if service.options.origins:
@@ -70,6 +72,14 @@ def create_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
 def service_of(app: FastAPI) -> Service:
     service: Service = app.state.service
     return service
+
+
+async def _bad_query(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    found = ApiError(400, f"{name}: {first['msg']}", "invalid_value", INVALID, param=name)
+    return found.response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

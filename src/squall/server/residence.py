@@ -305,15 +305,15 @@ class Residence:
     async def _bring(self, standing: AnyStanding) -> None:
         """Make room for a model, and open it; the lock is held."""
         assert standing.lazy is not None
-        kind, how, least = standing.lazy.kind, standing.lazy.open, 0
+        kind, how, least = standing.lazy.kind, standing.lazy.open, (0, 0)
         if isinstance(how, Opening):
             found = await self._work(partial(needs, kind, how, self._most(standing)))
             await self._make_room(standing, found)
-            least, how = found.bytes, partial(_OPENERS[kind], self._within(kind, found))
+            least, how = (found.weights, found.cache), partial(_OPENERS[kind], self._within(kind, found))
         while (model := await self._work(partial(self._opened, standing, how))) is None:
             for other in self._others(standing)[:1]:
                 await self._give_back(other)
-        standing.nbytes = max(least, sum(standing.sizes(model)))
+        standing.nbytes = sum(map(max, least, standing.sizes(model)))
         standing.take(model)
         self._begin(self._work(_tidy))  # of what loading left
 

@@ -332,10 +332,11 @@ async def _put(
 def _remove(service: Service, name: str) -> None:
     if not service.options.adapter_folders:
         raise service.not_allowed
-    models = [served.model for served in service.models.values() if served.ready]
-    if not models:
-        raise ApiError(409, "no model of text is loaded; load the adapter's first", "not_loaded")
-    next((m for m in models if name in m.adapters), models[0]).adapters.remove(name)
+    models = sorted(service.models.values(), key=lambda served: served.ready, reverse=True)
+    served = next((s for s in models if any(info.name == name for info in s.infos)), models[0])
+    if not served.ready:
+        raise ApiError(409, f"the model {served.name!r:.200} is not loaded; do so", "not_loaded")
+    served.model.adapters.remove(name)
 
 
 def _told(served: Served, adapter: Info) -> dict[str, Any]:

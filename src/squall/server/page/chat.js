@@ -42,7 +42,6 @@ export class Chat {
       byId("to-end").hidden = this.follows;
     });
     byId("to-end").addEventListener("click", () => this.toEnd());
-    addEventListener("pagehide", () => this.jobs.forEach((job) => store.save(job.conversation)));
   }
 
   /** The job whose answer is shown. */

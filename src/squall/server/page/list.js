@@ -89,7 +89,8 @@ export class List {
       const count = await this.store.import(input.files[0]);
       toast(`${count} ${count === 1 ? "conversation" : "conversations"} imported.`);
     } catch (error) {
-      toast(`Nothing was imported: ${/** @type {Error} */ (error).message}`);
+      const isOther = error instanceof TypeError || error instanceof SyntaxError; // of what it is made of
+      toast(`Nothing was imported: ${isOther ? "The file is no export of conversations." : /** @type {Error} */ (error).message}`);
     }
     input.value = "";
     this.show();
