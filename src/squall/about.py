@@ -106,7 +106,7 @@ def _of_embedder(opening: Opening) -> About:
     recipe, context = embedders.load(checkpoint), setup(checkpoint).context
     asked = checkpoint.kind == "folder" and judges(checkpoint.path, checkpoint.metadata)
     found = _vectors(
-        context or recipe.context, recipe.spec.hidden, reranks=asked or recipe.judges is not None
+        context or recipe.context, recipe.spec.hidden, reranks=asked or bool(recipe.judges)
     )
     said, formats = checkpoint.metadata, describe(checkpoint).formats
     family = str(said.get("general.architecture", said.get("model_type")))
