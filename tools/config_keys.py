@@ -34,8 +34,16 @@ WITHOUT_EFFECT = {
     "pretraining_tp", "resid_pdrop", "residual_dropout", "router_aux_loss_coef", "token_type_ids",
     "use_cache",
 }  # fmt: skip
-# Of parts that see: of other heads than those that language models have.
-UNUSED = {"initializer_factor", "projection_dim", "vision_use_head", "torch_dtype"}
+# Of parts of models, and of encoders: of training, and of other heads than those that are read.
+UNUSED = {
+    "attention_probs_dropout_prob", "classifier_activation", "classifier_bias",
+    "classifier_dropout", "classifier_pooling", "cls_token_id", "decoder_bias",
+    "deterministic_flash_attn", "dropout", "embedding_size", "hidden_dropout_prob",
+    "initializer_cutoff_factor", "initializer_factor", "mlp_dropout", "projection_dim",
+    "qa_dropout", "sep_token_id", "seq_classif_dropout", "sinusoidal_pos_embds",
+    "sparse_pred_ignore_index", "sparse_prediction", "summary_activation",
+    "summary_last_dropout", "summary_type", "summary_use_proj", "torch_dtype", "vision_use_head",
+}  # fmt: skip
 # Of the text's keys without effect: what an image is.
 OF_IMAGES = {"mm_tokens_per_image"}
 # Whose parts are described, and the parts that models may have beside those.

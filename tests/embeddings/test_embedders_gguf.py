@@ -100,7 +100,8 @@ def test_pieces_of_xlm_roberta(tmp_path: Path) -> None:
         assert np.array_equal(vectors, found.embed([spelled]).vectors)
 
 
-def test_tokens_of_modern_bert(tmp_path: Path) -> None:
+@pytest.mark.parametrize("twice", [False, True])  # as ModernBERT, and RoBERTa
+def test_tokens_of_modern_bert(tmp_path: Path, twice: bool) -> None:
     """Bytes, in special tokens that the file says are put around a text and between two."""
     path = tmp_path / "modern.gguf"
     words = [*sorted(BYTE_OF), "[CLS]", "[SEP]", "ab"]
@@ -108,7 +109,7 @@ def test_tokens_of_modern_bert(tmp_path: Path) -> None:
     extra = TOKENIZER | {
         "tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": [1] * 256 + [3, 3, 1],
         "tokenizer.ggml.pre": "modern-bert", "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_sep_token": False,
+        "tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_sep_token": twice,
         **{f"tokenizer.ggml.{name}_token_id": i for name, i in special.items()},
     }  # fmt: skip
     values = MODELS["ModernBertModel"][1] | {"vocab_size": len(words), "num_labels": 1}
@@ -119,7 +120,7 @@ def test_tokens_of_modern_bert(tmp_path: Path) -> None:
     with Embedder.open(path) as found, torch.no_grad():
         assert found.count("[CLS]") == 2 + 5
         score = found.rerank("xy", ["xzab"]).scores[0]
-        pair = torch.tensor([[256, *query, 257, *text, 258, 257]])
+        pair = torch.tensor([[256, *query, 257, *[257] * twice, *text, 258, 257]])
         assert abs(score - model(pair).logits.sigmoid().item()) < CLOSE
 
 

@@ -26,14 +26,6 @@ _BESIDE = re.compile(
     r"(pooler|cls|lm_head|classifier|pre_classifier|head|decoder|vocab_\w+|\w+_predictions)\..*"
     r"|embeddings\.(position|token_type)_ids"
 )
-# Of training, of other heads, and of how the same numbers are computed.
-_NO_EFFECT = """
-hidden_dropout_prob attention_probs_dropout_prob classifier_dropout tie_word_embeddings dropout
-qa_dropout seq_classif_dropout sinusoidal_pos_embds embedding_size summary_activation
-summary_last_dropout summary_type summary_use_proj classifier_activation classifier_bias
-classifier_pooling cls_token_id sep_token_id decoder_bias deterministic_flash_attn
-initializer_cutoff_factor mlp_dropout sparse_pred_ignore_index sparse_prediction
-"""
 _QKV = "attention.self."
 STEMS: Mapping[str, str] = {
     "embed": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings",
@@ -250,7 +242,7 @@ def _encoder(checkpoint: Checkpoint, kind: str) -> Recipe:
     }  # fmt: skip
     tensors = _plainly_named(checkpoint.tensors, f"{family.naming.stems['embed']}.weight")
     c = ConfigFields(said, tensors, keys, family.naming)
-    c.skip(*_NO_EFFECT.split())
+    c.skip("tie_word_embeddings")  # with a head that is not used
     c.ignored.clear()  # of tasks and trainers
     if (how := said.get("position_embedding_type", "absolute")) != "absolute":
         raise UnsupportedModel(f"position_embedding_type is {how!r:.99}; known: absolute")
@@ -266,11 +258,7 @@ def _encoder(checkpoint: Checkpoint, kind: str) -> Recipe:
         check_relative(spec, tensors[family.naming.name("relative.weight")])
     pooling: Pooling = "mean" if said.get("classifier_pooling") == "mean" else "cls"
     own = replace(checkpoint, tensors=tensors)
-    return Recipe(own, text, False, context, _first(head), pooling if heads else None)
-
-
-def _first(parts: Sequence[Part]) -> Part | None:
-    return parts[0] if parts else None
+    return Recipe(own, text, False, context, head[0] if head else None, pooling if heads else None)
 
 
 def _types(c: ConfigFields) -> int:
@@ -377,7 +365,7 @@ def _of_gguf(checkpoint: Checkpoint) -> Recipe:
     if ranks and isinstance(part.spec, Encoder):
         heads = [_gguf_classifier(c, part.spec)]
     text, *head = place([part, *heads], tensors, read=c.tensors_read)
-    recipe = Recipe(checkpoint, text, causal, context, _first(head), pooling)
+    recipe = Recipe(checkpoint, text, causal, context, head[0] if head else None, pooling)
     if pooling != "last":
         return recipe
     _check_labels(_rows(c, "cls.output"), 2)
