@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from random_models import write_random
 from servers import (
     Process,
     Running,
@@ -76,6 +77,11 @@ main()
 """
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_random(tmp_path_factory.mktemp("models") / "tiny.gguf"))
+
+
 def ask(server: Process, tokens: int, *, stream: bool = True) -> tuple[threading.Thread, list[str]]:
     """A thread that asks, and the response's text once it is there."""
     found: list[str] = []
@@ -97,11 +103,11 @@ def busy(server: Process, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_row_39_running_answers_end(tmp_path: Path, number: signal.Signals) -> None:
-    with in_process(tmp_path / "stderr", "--context", "1024", "--kv-tokens", "4096") as server:
+def test_row_39_running_answers_end(tmp_path: Path, tiny: str, number: signal.Signals) -> None:
+    with in_process(tmp_path / "stderr", tiny) as server:
         # A connection that was open before is served as long as the process lives.
         with httpx.Client(base_url=server.url) as before:
-            asked = [ask(server, 150, stream=i % 2 == 0) for i in range(4)]
+            asked = [ask(server, 1500, stream=i % 2 == 0) for i in range(4)]
             busy(server, 4)
             server.process.send_signal(number)
             until(lambda: before.get("/health").status_code == 503)
@@ -116,7 +122,7 @@ def test_row_39_running_answers_end(tmp_path: Path, number: signal.Signals) -> N
     assert "leaked" not in (tmp_path / "stderr").read_text()
     for i, (_, (text,)) in enumerate(asked):
         if i % 2:
-            assert json.loads(text)["usage"]["completion_tokens"] == 150
+            assert json.loads(text)["usage"]["completion_tokens"] == 1500
         else:
             *_, last, done = events(text)
             assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
@@ -165,9 +171,10 @@ def test_row_39_a_signal_while_loading(tmp_path: Path) -> None:
         ("threading.Event().wait()", ("--stall-timeout", "1")),
     ],
 )
-def test_row_3_a_dead_engine(tmp_path: Path, what: str, flags: tuple[str, ...]) -> None:
+def test_row_3_a_dead_engine(tmp_path: Path, tiny: str, what: str, flags: tuple[str, ...]) -> None:
     command = ("-c", BROKEN.format(what=what), "serve")
-    with in_process(tmp_path / "stderr", "--max-seqs", "2", *flags, command=command) as server:
+    flags = (tiny, "--max-seqs", "2", *flags)
+    with in_process(tmp_path / "stderr", *flags, command=command) as server:
         asked = [ask(server, 200, stream=i % 2 == 0) for i in range(6)]
         until(lambda: httpx.get(f"{server.url}/health").status_code == 503, 6)
         refused = httpx.post(server.url + PATH, json=chat(max_tokens=1))

@@ -309,7 +309,7 @@ class Residence:
         if isinstance(how, Opening):
             found = await self._work(partial(needs, kind, how, self._most(standing)))
             await self._make_room(standing, found)
-            least = (found.weights, found.cache)
+            least = found.weights, found.cache
             how = partial(_OPENERS[kind], self._within(kind, found))
         while (model := await self._work(partial(self._opened, standing, how))) is None:
             for other in self._others(standing)[:1]:
