@@ -5,6 +5,7 @@ docs/testing.md says how the tests are run.
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 from collections import defaultdict
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SLOW_S = 5.0  # from which on a test should say why
 NIGHTLY = os.environ.get("SQUALL_NIGHTLY") == "1"
 DEVICE = os.environ.get("SQUALL_TEST_DEVICE")
+_FREEZE = gc.freeze, gc.unfreeze
 
 
 def _take_one_cpu() -> None:
@@ -67,6 +69,23 @@ if DEVICE is not None:
 hypothesis.settings.register_profile("check", deadline=None)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=3000)
 hypothesis.settings.load_profile("nightly" if NIGHTLY else "check")
+
+
+def pytest_sessionstart() -> None:
+    """No garbage is looked for while modules are imported and tests collected."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """A million objects stay to the end: neither the collector nor servers look at them again."""
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze, gc.unfreeze = _FREEZE
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -57,12 +57,24 @@ def test_every_name_means_a_model_of_the_hub() -> None:
         ("qwen2.5-coder:7b-q8_0",
          "Qwen/Qwen2.5-Coder-7B-Instruct-GGUF:qwen2.5-coder-7b-instruct-q8_0.gguf"),
         ("flux-schnell", "black-forest-labs/FLUX.1-schnell"),
+        ("hf.co/owner/name", "owner/name"), ("hf.co/owner/name:Q8_0", "owner/name:Q8_0"),
+        ("https://huggingface.co/owner/name/", "owner/name"),
+        ("https://huggingface.co/owner/name/tree/main", "owner/name"),
+        ("https://huggingface.co/o/n/blob/main/n-Q8_0.gguf?download=1", "o/n:n-Q8_0.gguf"),
+        ("hf.co/owner", "hf.co/owner"), ("https://hf.co/a/b/c/d", "https://hf.co/a/b/c/d"),
         ("hello", "hello"), ("owner/name:Q4", "owner/name:Q4"), ("qwen3:5b", "qwen3:5b"),
         ("a" * 9999, "a" * 9999), ("half\0", "half\0"), ("", ""),
     ],
 )  # fmt: skip
 def test_what_words_mean(word: str, meant: str) -> None:
     assert resolve(word) == meant
+
+
+def test_addresses_of_the_hub_are_models(server: Server) -> None:
+    for word in ("hf.co/Qwen/Qwen3-4B-GGUF:Q8_0", "https://huggingface.co/Qwen/Qwen3-4B-GGUF"):
+        assert looks_like_model(word)
+    assert locate("hf.co/Qwen/Qwen3-4B-GGUF:Q8_0") == pull("qwen3:4b-q8_0")
+    assert server.downloads() == ["Qwen3-4B-Q8_0.gguf"]
 
 
 def test_a_word_that_is_near_a_name() -> None:

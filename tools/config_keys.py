@@ -45,7 +45,7 @@ SEEING = (
 )  # fmt: skip
 MORE_PARTS = (
     "CLIPVision", "SiglipVision", "PixtralVision", "CLIPText", "T5", "Bert", "Roberta",
-    "XLMRoberta", "MPNet",
+    "XLMRoberta", "MPNet", "DistilBert", "Electra", "NomicBert", "ModernBert",
 )  # fmt: skip
 # Read by training alone, except in this architecture.
 JITTER, WITH_JITTER = "router_jitter_noise", "phimoe"
@@ -110,7 +110,10 @@ def describe_part(config: Any) -> dict[str, Any]:
     reads = {name: getattr(config, name) for name in fields - known}
     if rope := reads.get("rope_parameters"):
         none = dict.fromkeys(("head_dim", "rope_parameters", "rope_scaling"))
-        reads |= none | {"rope_theta": rope["rope_theta"]}
+        near = rope.get("sliding_attention")
+        reads |= none | {"rope_theta": rope.get("full_attention", rope)["rope_theta"]}
+        if near:
+            reads |= {"layer_types": None, "rope_local_base_freq": near["rope_theta"]}
     return {
         "reads": {name: reads[name] for name in sorted(reads)},
         "known": sorted(known | {"tie_word_embeddings"}),

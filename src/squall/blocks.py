@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from squall import program as p
-from squall.roles import ATTENTION, HAS_POST_NORM, HAS_PRE_NORM, Shapes
+from squall.roles import ATTENTION, HAS_MIDDLE_NORM, HAS_POST_NORM, HAS_PRE_NORM, Shapes
 from squall.spec import Activation, Attention, Layer, Mlp, Moe, Norm, Rope
 
 
@@ -56,9 +56,9 @@ class Blocks:
         """One block; see `spec.Layer` for the wirings. chosen: rows that go on after attention."""
         recalls, norm = layer.attention.recalls, layer.norm
         first, second = f"{name}.{ATTENTION[recalls]}", f"{name}.feed_forward"
-        pre, post = HAS_PRE_NORM[layer.wiring], HAS_POST_NORM[layer.wiring]
+        post = layer.wiring in HAS_POST_NORM
         scales = [self.residual_scale * gate for gate in layer.gates]
-        h = self.norm(x, f"{first}.norm", norm) if pre else x
+        h = self.norm(x, f"{first}.norm", norm) if layer.wiring in HAS_PRE_NORM else x
         heads, bias = self.attention(h, first, layer.attention, reach), layer.attention.out_bias
         heads, x = chosen(heads), chosen(x)
         h = chosen(h) if layer.wiring == "parallel" else h
@@ -74,7 +74,7 @@ class Blocks:
         else:
             x = self.linear(heads, f"{first}.out", first, bias=bias, residual=x, scale=scales[0])
         if layer.wiring != "parallel":  # whose branches share h
-            h = self.norm(x, f"{second}.norm", norm) if pre else x
+            h = self.norm(x, f"{second}.norm", norm) if layer.wiring in HAS_MIDDLE_NORM else x
         if post:
             out = self.feed_forward(h, second, second, layer.feed_forward)
             return self.add_normed(x, out, second, norm, name, scales[1])

@@ -74,10 +74,13 @@ def compile_head(head: Head, names: p.Names) -> p.Program:
     b = Blocks(names, roles(head), ROTARY, prefix="head.")
     x = given = b.builder.value(POOLED, head.width, OUTPUTS.rows)
     for index, dense in enumerate(head.layers):
-        x = b.linear(x, f"dense{index}", f"dense{index}", bias=dense.bias)
-        if dense.tanh:
+        name = f"dense{index}"
+        own = None if dense.activation == "tanh" else dense.activation
+        x = b.linear(x, name, name, bias=dense.bias, activation=own)
+        if dense.activation == "tanh":
             out = b.builder.value(f"tanh{index}", x.width, x.rows)
             x = b.builder.emit(p.Softcap(out, x, 1.0))
+        x = b.norm(x, f"norm{index}", dense.norm) if dense.norm is not None else x
     return b.builder.build(x, inputs=[given])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,17 @@ MAX_JSON_BYTES = 64 << 20
 # Objects, lists and items: what a parsed text costs in memory, not in bytes.
 MAX_JSON_BRACKETS = 1 << 20
 MAX_JSON_COMMAS = 1 << 22
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def quote(name: str) -> str:
     """A name from a file, safe to print and of bounded length."""
     return repr(name if len(name) <= 80 else name[:80] + "...")
+
+
+def printable(text: str) -> str:
+    """A text that steers no terminal: it shows control characters but for line ends and tabs."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str | None:

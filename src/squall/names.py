@@ -18,9 +18,11 @@ from pathlib import Path
 from squall import embedded
 from squall.checkpoints.hub import (
     Hub,
+    Judge,
     Progress,
     choose,
     files_in,
+    id_of,
     is_id,
     is_mmproj,
     parts_of,
@@ -46,6 +48,11 @@ _WEIGHTS = (*_FORMATS, ".bin")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(:[a-z0-9][a-z0-9._-]{0,63})?")
 # As in smollm2:1.7b-instruct-q8_0: another file of the same repository.
 _TAGGED = re.compile(r"(.+:.+?)(?:-instruct)?(?:-((?:i?q\d|b?f16|f32)\w*))?")
+# As web pages and Ollama name models of the hub, and files of them.
+_ADDRESS = re.compile(
+    r"(?:https://)?(?:hf|huggingface)\.co/([^/]+/[^/]+?)(?:/(?:blob|resolve)/main/([^?]+)|/tree/main)?"
+    r"/?(?:\?.*)?"
+)
 _WEIGHED = re.compile(r"i?q\d\w*", re.IGNORECASE)
 
 
@@ -108,7 +115,8 @@ def resolve(word: str) -> str:
     """What a word means: a short name's path or `owner/name:file`; other words as they are."""
     found = _found(word)
     if found is None:
-        return word
+        address = _ADDRESS.fullmatch(word)
+        return ":".join(filter(None, address.groups())) if address else word
     name, kind, names = *found, known()
     for _ in range(MOST_HOPS):
         if name not in names:
@@ -118,9 +126,10 @@ def resolve(word: str) -> str:
 
 
 def is_name(word: str) -> bool:
-    """Whether a word is a short name, or one of a known family, mistyped."""
+    """Whether a word is a short name, one of a known family, mistyped, or an address of the hub."""
     family, colon, _ = word.lower().partition(":")
-    return word == DEFAULT or _found(word) is not None or (colon != "" and family in known())
+    named = word == DEFAULT or _ADDRESS.fullmatch(word) or _found(word)
+    return bool(named) or (colon != "" and family in known())
 
 
 def near(word: str) -> str:
@@ -149,12 +158,14 @@ def _weighed(value: str, kind: str) -> str:
     return f"{id}:{_WEIGHED.sub(kind, file)}"
 
 
-def pull(name: str, hub: Hub | None = None, progress: Progress | None = None) -> Path:
-    """Download what is not here of a model of the hub; its file or folder."""
+def pull(
+    name: str, hub: Hub | None = None, progress: Progress | None = None, judge: Judge | None = None
+) -> Path:
+    """Download what is not here of a model of the hub, as `Hub.fetch` does; its file or folder."""
     id = resolve(name)
     if not is_id(id):
         raise ModelNotFound(f"{quote(name)} is no model of the hub. {near(name)}{HOW}")
-    return (hub or Hub()).fetch(id, progress, mmproj=True)
+    return (hub or Hub()).fetch(id, progress, judge, mmproj=True)
 
 
 def installed() -> list[Installed]:
@@ -191,7 +202,7 @@ def _of_hub() -> Iterator[Installed]:
     from huggingface_hub import constants
 
     for repository in Path(constants.HF_HUB_CACHE).glob("models--*--*"):
-        id = repository.name.removeprefix("models--").replace("--", "/")
+        id = id_of(repository)
         folder = snapshot(repository, "main")
         if not is_id(id) or folder is None:
             continue
@@ -247,6 +258,8 @@ def remove(model: Installed) -> int:
     folder = root / model.path.relative_to(root).parts[0]
     scanned = scan_cache_dir(root)
     repository = next(found for found in scanned.repos if found.repo_path.name == folder.name)
+    # Of it alone: copies of a repository have its commits.
+    scanned = replace(scanned, repos=frozenset((repository,)))
     files = {
         file: file.file_path.relative_to(revision.snapshot_path).as_posix()
         for revision in repository.revisions

@@ -28,8 +28,10 @@ Network = Decoder | Tower | Connector | Perceiver | Encoder | Head | AutoEncoder
 
 Shapes = dict[str, tuple[int, ...]]
 
-HAS_PRE_NORM = {"pre": True, "sandwich": True, "post": False, "sum": False, "parallel": True}
-HAS_POST_NORM = {"pre": False, "sandwich": True, "post": True, "sum": True, "parallel": False}
+# Wirings with norms before attention, between it and the feed-forward, and after each.
+HAS_PRE_NORM = frozenset(("pre", "sandwich", "parallel"))
+HAS_MIDDLE_NORM = frozenset(("pre", "late", "sandwich"))
+HAS_POST_NORM = frozenset(("sandwich", "post", "sum"))
 # By whether it recalls.
 ATTENTION = {False: "attention", True: "recall"}
 
@@ -127,6 +129,7 @@ def _head(head: Head) -> Shapes:
     for index, dense in enumerate(head.layers):
         shapes |= _linear(f"dense{index}", dense.width, width, bias=dense.bias)
         width = dense.width
+        shapes |= _norm(f"norm{index}", dense.norm, width) if dense.norm is not None else {}
     return shapes
 
 
@@ -232,15 +235,15 @@ def _norm(role: str, norm: Norm, size: int) -> Shapes:
 def _layer(layer: Layer, hidden: int) -> Shapes:
     shapes: Shapes = {}
     kind = ATTENTION[layer.attention.recalls]
-    if HAS_PRE_NORM[layer.wiring]:
+    if layer.wiring in HAS_PRE_NORM:
         shapes |= _norm(f"{kind}.norm", layer.norm, hidden)
     shapes |= _attention(kind, layer.attention, hidden)
-    if HAS_POST_NORM[layer.wiring]:
+    if layer.wiring in HAS_POST_NORM:
         shapes |= _norm(f"{kind}.post_norm", layer.norm, hidden)
-    if HAS_PRE_NORM[layer.wiring] and layer.wiring != "parallel":
+    if layer.wiring in HAS_MIDDLE_NORM:
         shapes |= _norm("feed_forward.norm", layer.norm, hidden)
     shapes |= _feed_forward(layer.feed_forward, hidden)
-    if HAS_POST_NORM[layer.wiring]:
+    if layer.wiring in HAS_POST_NORM:
         shapes |= _norm("feed_forward.post_norm", layer.norm, hidden)
     return shapes
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
-Wiring = Literal["pre", "sandwich", "post", "sum", "parallel"]
+Wiring = Literal["pre", "late", "sandwich", "post", "sum", "parallel"]
 NormScope = Literal["head", "each_head", "row"]
 
 
@@ -207,6 +207,7 @@ class Layer:
     """One block.
 
     pre:      x += attn(norm(x)); x += ffn(norm(x))
+    late:     x += attn(x); x += ffn(norm(x))
     sandwich: x += norm(attn(norm(x))); x += norm(ffn(norm(x)))
     post:     x += norm(attn(x)); x += norm(ffn(x))
     sum:      x = norm(x + attn(x)); x = norm(x + ffn(x))
@@ -367,11 +368,12 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """One linear of a `Head`: how wide its rows are, and whether their tanh is taken."""
+    """One linear of a `Head`: how wide its rows are, and what is made of them."""
 
     width: int
     bias: bool
-    tanh: bool
+    activation: Activation | Literal["tanh"] | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)

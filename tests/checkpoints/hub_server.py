@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +36,7 @@ class Server:
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     fail_after: int | None = None
+    held: Callable[[], object] = bool
 
     def downloads(self) -> list[str]:
         return [path.split("/", 5)[5] for method, path, _ in self.requests if method == "GET"
@@ -95,6 +96,8 @@ class Handler(BaseHTTPRequestHandler):
         content = content.upper() if commit == OTHER else content
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
         cut = self.server_state.fail_after
+        if body and len(content) == 1000:
+            self.server_state.held()
         self.send(200, content, headers, body=body, cut=cut if len(content) == 1000 else None)
 
     def send(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -228,6 +231,37 @@ def test_an_interrupted_download_goes_on(server: Server) -> None:
         Hub(offline=True).fetch("o/folder")
     server.fail_after = None
     assert names(Hub().fetch("o/folder")) == NEEDED
+
+
+def test_ctrl_c_ends_a_download_at_once(server: Server) -> None:
+    asked, over = threading.Event(), threading.Event()
+
+    def held() -> None:
+        if asked.is_set():  # it tries again, at once
+            return
+        asked.set()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        over.wait(5)
+        over.set()
+
+    server.held = held
+    with pytest.raises(KeyboardInterrupt):
+        Hub().fetch("o/folder")
+    assert asked.is_set()
+    assert not over.is_set()
+    over.set()
+
+
+@pytest.mark.usefixtures("server")
+def test_what_nothing_goes_on_with_is_removed() -> None:
+    blobs = Hub().fetch("o/folder").parents[1] / "blobs"
+    old = [blobs / name for name in ("a.incomplete", "a.12345678.incomplete")]
+    for file in (*old, new := blobs / "b.12345678.incomplete"):
+        file.write_bytes(b"1")
+    for file in old:
+        os.utime(file, (0, 0))
+    Hub().fetch("o/folder")
+    assert [file.exists() for file in (*old, new)] == [True, False, True]
 
 
 def test_names_in_the_listing_never_lead_out(server: Server, tmp_path: Path) -> None:

@@ -223,6 +223,22 @@ def test_an_answer_is_made_anew(talk: Talk, tmp_path: Path) -> None:
     assert first != second
 
 
+def test_a_place_that_no_file_can_have_is_no_end(talk: Talk) -> None:
+    for place in ("~nobody-here/x", "a\0b", "/", "missing/x"):
+        _, notes = talk(f"\\save {place}", f"\\load {place}", "\\set")
+        assert (notes.count("error: "), notes.count("max_tokens")) == (2, 1)
+
+
+def test_an_answer_does_not_steer_a_terminal(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, _ = talk("Hi", regex="\x1b\\[2J\ta\x9b\x7f\nb", max_tokens=40)
+    assert said == "\x1b[2J\ta\x9b\x7f\nb\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    said, _ = talk("Hi", regex="\x1b\\[2J\ta\x9b\x7f\nb", max_tokens=40)
+    assert said == "\\x1b[2J\ta\\x9b\\x7f\nb\n"
+    _, notes = talk("\\load \x1b]0;mine\x07")
+    assert "\x1b" not in notes
+
+
 # What the line editor sends when it begins to wait for a line, and when it has one.
 PROMPT, ANSWER = "\x1b[?2004h", "\x1b[?2004l"
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from checkpoints import gguf_builder
-from checkpoints.hub_server import Repository, Server, playing
+from checkpoints.hub_server import TOKEN, Repository, Server, playing
 from squall import Model, embedded
 from squall.checkpoints.hub import Hub
 from squall.cli.app import app
@@ -138,3 +138,42 @@ def test_a_model_that_embeds_is_known_by_its_name(server: Server) -> None:
 def test_a_name_that_is_nearly_right() -> None:
     done = squall("run", "smollm2:137m", "Hi")
     assert "Did you mean smollm2:135m" in str(done.exception)
+
+
+def test_rm_of_a_copy_leaves_the_original(server: Server) -> None:
+    """Copies of repositories have the same commits."""
+    server.repositories["o/copy"] = Repository({"new.gguf": UNKNOWN})
+    squall("pull", "o/new", "o/copy")
+    assert squall("rm", "--yes", "o/copy").exit_code == 0
+    assert {*listed()} == {"o/new:new.gguf"}
+    assert squall("rm", "--yes", "o/new").exit_code == 0
+    assert not listed()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_cannot_run_is_not_pulled(listed: bool, server: Server) -> None:
+    config = {"model_type": "brand-new", "architectures": ["BrandNewForCausalLM"]}
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": b"w"}
+    known = {"config": config} if listed else {}
+    server.repositories["o/newer"] = Repository(files, known=known)
+    done = squall("pull", "o/newer")
+    assert done.exit_code == 1
+    assert "BrandNewForCausalLM" in done.stderr
+    assert server.downloads() == ["config.json"] * (not listed)
+    gguf = Repository({"t5.gguf": UNKNOWN}, known={"gguf": {"architecture": "brand-new"}})
+    server.repositories["o/t5"] = gguf
+    assert "unknown architecture" in squall("pull", "o/t5").stderr
+    gguf.known = {"gguf": {"architecture": "t5encoder"}}  # for a model that makes pictures
+    assert squall("pull", "o/t5").exit_code == 0
+
+
+def test_inspect_and_quantize_use_the_hub_as_told(server: Server) -> None:
+    server.repositories["o/gated"] = Repository({"new.gguf": UNKNOWN}, gated=True)
+    for command in (("inspect", "o/gated"), ("quantize", "o/gated", "-o", "x.gguf", "--isq", "8")):
+        assert "is gated" in str(squall(*command).exception)
+        assert "--offline" in str(squall(*command, "--offline").exception)
+    told = squall("inspect", "o/gated", "--token-source", f"literal:{TOKEN}", "--json")
+    assert "a" * 40 in json.loads(told.stdout)["path"]
+    assert json.loads(squall("inspect", "o/gated", "--offline", "--json").stdout)["kind"] == "gguf"
+    told = squall("inspect", "o/new", "--revision", "v9")
+    assert str(told.exception) == "the model o/new has no revision 'v9'"

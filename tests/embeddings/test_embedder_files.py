@@ -18,7 +18,7 @@ from tiny_embedders import BERT, TEXTS, WORDS, ids, pooled, rows, vector, write
 from squall import Embedder
 from squall.checkpoints import hub
 from squall.embeddings.files import is_embedding_model
-from squall.errors import InvalidCheckpoint, UnsupportedModel
+from squall.errors import InvalidCheckpoint, InvalidRequest, UnsupportedModel
 
 CLOSE = 1e-5
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -54,6 +54,46 @@ def test_names_of_tensors(tmp_path: Path) -> None:
         assert np.array_equal(embedder.embed(TEXTS).vectors, wanted)
 
 
+@pytest.mark.parametrize(("kind", "before", "gone", "said"), [
+    ("ModernBertModel", "model.", ("rope_parameters", "layer_types"), {
+        "global_rope_theta": 9000.0, "local_rope_theta": 700.0, "global_attn_every_n_layers": 2,
+        "position_embedding_type": "absolute", "layer_norm_eps": 1e-5, "reference_compile": True,
+    }),
+    ("NomicBertModel", "", ("rope_parameters", "hidden_size", "num_attention_heads",
+        "num_hidden_layers", "intermediate_size", "layer_norm_eps", "max_position_embeddings",
+        "hidden_act"), {
+        "n_embd": 48, "n_head": 4, "n_layer": 3, "n_inner": 80, "layer_norm_epsilon": 0.01,
+        "rotary_emb_base": 700, "n_positions": 8192, "max_trained_positions": 130,
+        "activation_function": "swiglu", "qkv_proj_bias": False, "rotary_emb_fraction": 1.0,
+        "rotary_scaling_factor": None, "prenorm": False, "pad_vocab_size_multiple": 64,
+    }),
+])  # fmt: skip
+def test_configurations_as_their_authors_write_them(
+    tmp_path: Path, kind: str, before: str, gone: tuple[str, ...], said: dict[str, Any]
+) -> None:
+    turns = {"full_attention": 9000.0, "sliding_attention": 700.0}
+    rope = {name: {"rope_type": "default", "rope_theta": theta} for name, theta in turns.items()}
+    changes: dict[str, Any] = {"rope_parameters": rope["sliding_attention"]}
+    if kind == "ModernBertModel":
+        changes = {"rope_parameters": rope, "layer_types": [*turns] * 2}
+    model = write(tmp_path, kind, **changes)
+    path = tmp_path / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in gone}
+    path.write_text(json.dumps(config | said))
+    renamed(tmp_path, lambda name: before + name)
+    with Embedder.open(tmp_path) as embedder:
+        assert embedder.context == 130
+        found = embedder.embed([ids(60)], normalize=False).vectors[0]
+    assert distance(found, rows(model, ids(60)).mean(0)) < CLOSE
+
+
+def test_a_nomic_bert_that_turns_otherwise(tmp_path: Path) -> None:
+    write(tmp_path, "NomicBertModel")
+    reconfigured(tmp_path, rotary_emb_interleaved=True)
+    with pytest.raises(UnsupportedModel, match="rotary_emb_interleaved"):
+        Embedder.open(tmp_path)
+
+
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_names_of_a_decoder_without_its_head(tmp_path: Path, prefix: str) -> None:
     model = write(tmp_path, "Qwen3Model")
@@ -83,14 +123,13 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         Embedder.open(tmp_path)
 
 
-@pytest.mark.parametrize("tanh", [True, False])
-def test_linears_after_pooling(tmp_path: Path, tanh: bool) -> None:
+@pytest.mark.parametrize("kind", ["activation.Tanh", "linear.Identity", "activation.GELU"])
+def test_linears_after_pooling(tmp_path: Path, kind: str) -> None:
     """As EmbeddingGemma has them."""
     model = write(tmp_path, "Gemma3TextModel")
     pooled(tmp_path, "mean")
     modules = json.loads((tmp_path / "modules.json").read_text())
     sizes, wanted = (48, 72, 24), vector(rows(model, ids(30)), "mean")
-    kind = "activation.Tanh" if tanh else "linear.Identity"
     for number, (cols, count) in enumerate(pairwise(sizes), start=2):
         folder = tmp_path / f"{number}_Dense"
         folder.mkdir()
@@ -100,8 +139,8 @@ def test_linears_after_pooling(tmp_path: Path, tanh: bool) -> None:
         reconfigured(folder, activation_function=f"torch.nn.modules.{kind}", **given)
         path = {"type": "sentence_transformers.models.Dense", "path": folder.name}
         modules.insert(number, {"idx": number, "name": str(number), **path})
-        wanted = weight.numpy() @ wanted
-        wanted = np.tanh(wanted) if tanh else wanted
+        made = getattr(torch.nn, kind.partition(".")[2])()(weight @ torch.tensor(wanted))
+        wanted = made.numpy()
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with Embedder.open(tmp_path) as embedder:
         assert embedder.width == 24
@@ -120,6 +159,29 @@ def test_poolings_as_they_are_written_now(tmp_path: Path, mode: Any) -> None:
     with Embedder.open(tmp_path) as embedder:
         found = embedder.embed([ids(9)], normalize=False).vectors[0]
     assert distance(found, vector(rows(model, ids(9)), name)) < CLOSE
+
+
+def test_as_sentence_transformers_writes_now(tmp_path: Path) -> None:
+    """The longest text beside the tokenizer, and how wide a vector is."""
+    write(tmp_path, "BertModel")
+    pooled(tmp_path, "mean")
+    with Embedder.open(tmp_path) as embedder:
+        whole = embedder.embed(["the cat"], normalize=False).vectors
+    pooled(tmp_path, "mean", truncate_dim=20)
+    reconfigured(tmp_path, "tokenizer_config.json", model_max_length=9)
+    with Embedder.open(tmp_path) as embedder:
+        assert (embedder.context, embedder.width) == (9, 20)
+        found = embedder.embed(["the cat"], normalize=False).vectors
+        assert np.array_equal(found, whole[:, :20])
+        with pytest.raises(InvalidRequest, match=r"dimensions is 21; it must be in 1\.\.20"):
+            embedder.embed(["a"], dimensions=21)
+    reconfigured(tmp_path, "sentence_bert_config.json", max_seq_length=12)
+    with Embedder.open(tmp_path) as embedder:
+        assert embedder.context == 12
+    (tmp_path / "sentence_bert_config.json").unlink()
+    reconfigured(tmp_path, "tokenizer_config.json", model_max_length=int(1e30))  # no limit
+    with Embedder.open(tmp_path) as embedder:
+        assert embedder.context == BERT["max_position_embeddings"]
 
 
 def test_texts_in_lower_case(tmp_path: Path) -> None:
@@ -142,13 +204,16 @@ def test_texts_in_lower_case(tmp_path: Path) -> None:
     ("modules.json", "[1]", InvalidCheckpoint, "no list of modules"),
     ("modules.json", '[{"type": "a.Pooling", "path": "../x"}]', InvalidCheckpoint, "a folder in"),
     ("modules.json", '[{"type": "a.CNN", "path": "1_CNN"}]', UnsupportedModel, "'CNN'; known: Tr"),
-    ("1_Pooling/config.json", '{"pooling_mode": "max"}', UnsupportedModel, "'max'; known: cls"),
+    ("1_Pooling/config.json", '{"pooling_mode": "min"}', UnsupportedModel, "'min'; known: cls"),
     ("1_Pooling/config.json", "{}", UnsupportedModel, "rows are pooled by"),
     ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}',
      UnsupportedModel, "pooled by"),
     ("1_Pooling/config.json", '{"pooling_mode": "cls", "include_prompt": false}', UnsupportedModel,
      "include_prompt"),
     ("sentence_bert_config.json", '{"max_seq_length": -1}', InvalidCheckpoint, "max_seq_length"),
+    ("tokenizer_config.json", '{"model_max_length": 0}', InvalidCheckpoint, "model_max_length"),
+    ("config_sentence_transformers.json", '{"truncate_dim": "8"}', InvalidCheckpoint, "is '8'"),
+    ("modules.json", '[{"type": "a.LogitScore", "path": "1_L"}]', UnsupportedModel, "'LogitScore'"),
 ])  # fmt: skip
 def test_files_that_say_something_else(
     tmp_path: Path, name: str, text: str, error: type[Exception], message: str
@@ -215,3 +280,10 @@ def test_sizes(tmp_path: Path) -> None:
         assert embedder.context == BERT["max_position_embeddings"]
         assert embedder.path == tmp_path
         assert embedder.name == tmp_path.name
+
+
+def test_a_model_of_the_hub_is_called_as_its_repository(tmp_path: Path) -> None:
+    folder = tmp_path / "models--owner--name-1.5" / "snapshots" / ("a" * 40)
+    write(folder, "BertModel")
+    with Embedder.open(folder) as embedder:
+        assert embedder.name == "owner/name-1.5"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_embedders import BERT, DECODER, MODELS, VOCAB, pooled, word_pieces, write
+from convert import convert
+from gguf_embedders import write_bert
+from tiny_embedders import BERT, DECODER, VOCAB, pooled, word_pieces, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from squall import Embedder
@@ -24,6 +27,10 @@ JUDGES = {
     "BertForSequenceClassification": "BertModel",
     "RobertaForSequenceClassification": "RobertaModel",
     "XLMRobertaForSequenceClassification": "XLMRobertaModel",
+    "MPNetForSequenceClassification": "MPNetModel",
+    "DistilBertForSequenceClassification": "DistilBertModel",
+    "ElectraForSequenceClassification": "ElectraModel",
+    "ModernBertForSequenceClassification": "ModernBertModel",
 }
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -39,9 +46,11 @@ def wanted(folder: Path, model: Any, query: str, documents: list[str], limit: in
     found = []
     for document in documents:
         pair = library.encode(query, document)
-        types = torch.tensor([pair.type_ids]) if model.config.type_vocab_size > 1 else None
+        given = {"input_ids": torch.tensor([pair.ids])}
+        if getattr(model.config, "type_vocab_size", 1) > 1:
+            given["token_type_ids"] = torch.tensor([pair.type_ids])
         with torch.no_grad():
-            logits = model(torch.tensor([pair.ids]), token_type_ids=types).logits
+            logits = model(**given).logits
         found.append(logits[0, 0].item())
     return np.array(found)
 
@@ -61,14 +70,52 @@ def test_pairs(tmp_path: Path, kind: str) -> None:
     assert np.abs(found.scores - 1 / (1 + np.exp(-logits))).max() < CLOSE
 
 
-@pytest.mark.parametrize("said", [
-    {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
-    {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+def test_pairs_whose_rows_are_averaged(tmp_path: Path) -> None:
+    kind = "ModernBertForSequenceClassification"
+    model = judge(tmp_path, kind, classifier_pooling="mean", classifier_bias=True)
+    logits = wanted(tmp_path, model, QUERY, DOCUMENTS)
+    with Embedder.open(tmp_path) as embedder:
+        found = embedder.rerank(QUERY, DOCUMENTS).scores
+    assert np.abs(found - 1 / (1 + np.exp(-logits))).max() < CLOSE
+
+
+@pytest.mark.parametrize("pooling", ["rank", None])  # early converters left it out
+@pytest.mark.parametrize("kind", [
+    "BertForSequenceClassification", "XLMRobertaForSequenceClassification",
+    "ModernBertForSequenceClassification",
 ])  # fmt: skip
-def test_plain_numbers(tmp_path: Path, said: dict[str, Any]) -> None:
+def test_pairs_of_gguf_files(tmp_path: Path, kind: str, pooling: str | None) -> None:
+    changes = {"classifier_pooling": "mean"} if kind.startswith("Modern") else {}
+    model = judge(tmp_path, kind, **changes)
+    path = tmp_path / "judge.gguf"
+    write_bert(model, path, pooling)
+    if kind.startswith("Bert"):  # whose pooler is not in the file
+        model.bert.pooler.forward = lambda states: states[:, 0]
+    logits = wanted(tmp_path, model, QUERY, DOCUMENTS)
+    with Embedder.open(path) as embedder:
+        assert embedder.reranks
+        found = embedder.rerank(QUERY, DOCUMENTS).scores
+    assert np.abs(found - 1 / (1 + np.exp(-logits))).max() < CLOSE
+
+
+def test_gguf_files_of_other_classifiers(tmp_path: Path) -> None:
+    model = write(tmp_path, "BertForSequenceClassification", of="BertModel", num_labels=3)
+    write_bert(model, tmp_path / "three.gguf", "rank")
+    write_bert(model.bert, tmp_path / "none.gguf", "rank")
+    for name, labels in (("three", 3), ("none", 0)):
+        with pytest.raises(UnsupportedModel, match=f"the classifier has {labels} labels"):
+            Embedder.open(tmp_path / f"{name}.gguf")
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("config.json", {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}),
+    ("config.json", {"sentence_transformers": {"activation_fn": "torch.nn.Identity"}}),
+    ("config_sentence_transformers.json", {"activation_fn": "torch.nn.modules.linear.Identity"}),
+])  # fmt: skip
+def test_plain_numbers(tmp_path: Path, name: str, said: dict[str, Any]) -> None:
     model = judge(tmp_path, "BertForSequenceClassification")
-    config = json.loads((tmp_path / "config.json").read_text()) | said
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = tmp_path / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | said))
     with Embedder.open(tmp_path) as embedder:
         found = embedder.rerank(QUERY, DOCUMENTS).scores
     logits = wanted(tmp_path, model, QUERY, DOCUMENTS)
@@ -83,6 +130,17 @@ def test_of_what_is_too_long_the_longer_gives_way(tmp_path: Path, query: str) ->
             embedder.rerank(QUERY, DOCUMENTS[:3])
         found = embedder.rerank(query, DOCUMENTS, truncate=True).scores
     logits = wanted(tmp_path, model, query, DOCUMENTS, 40)
+    assert np.abs(found - 1 / (1 + np.exp(-logits))).max() < CLOSE
+
+
+def test_a_tokenizer_that_gives_no_types(tmp_path: Path) -> None:
+    model = judge(tmp_path, "BertForSequenceClassification")
+    given = {"model_input_names": ["input_ids", "attention_mask"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(given))
+    model.config.type_vocab_size = 1
+    logits = wanted(tmp_path, model, QUERY, DOCUMENTS[:3])
+    with Embedder.open(tmp_path) as embedder:
+        found = embedder.rerank(QUERY, DOCUMENTS[:3]).scores
     assert np.abs(found - 1 / (1 + np.exp(-logits))).max() < CLOSE
 
 
@@ -101,34 +159,27 @@ def test_other_activations(tmp_path: Path) -> None:
         Embedder.open(tmp_path)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_language_model_that_says_yes_or_no(tmp_path: Path, tied: bool) -> None:
-    folder = tmp_path / "Tiny-Qwen3-Reranker"
+def byte_pairs() -> tuple[list[str], Tokenizer]:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*letters, "ye", "yes", "no", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     ids = {word: at for at, word in enumerate(words)}
     library = Tokenizer(models.BPE(ids, [("y", "e"), ("ye", "s"), ("n", "o")]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.add_special_tokens(words[-4:-2])
-    values = MODELS["Qwen3Model"][1] | {"vocab_size": len(words), "tie_word_embeddings": tied}
-    changes = {key: values[key] for key in ("vocab_size", "tie_word_embeddings")}
-    model = write(
-        folder, "Qwen3ForCausalLM", of="Qwen3Model", max_position_embeddings=900, **changes
-    )
-    library.save(str(folder / "tokenizer.json"))
-    assert is_embedding_model(folder)
-    documents = ["the cat", "<|im_end|> yes", "a dog " * 7]
-    with Embedder.open(folder) as embedder:
-        assert embedder.reranks
-        found = embedder.rerank(QUERY, documents).scores
+    return words, library
+
+
+def answers(model: Any, library: Tokenizer, documents: list[str]) -> Any:
+    """The probability of yes against no, asked as the model card says."""
     system = (
         "Judge whether the Document meets the requirements based on the Query and the Instruct "
         'provided. Note that the answer can only be "yes" or "no".'
     )
     task = "Given a web search query, retrieve relevant passages that answer the query"
-    for document, score in zip(documents, found, strict=True):
-        plain = Tokenizer.from_str(library.to_str())
-        plain.encode_special_tokens = True
+    plain = Tokenizer.from_str(library.to_str())
+    plain.encode_special_tokens = True
+    found = []
+    for document in documents:
         text = f"<Instruct>: {task}\n<Query>: {QUERY}\n<Document>: {document}"
         asked = [
             *library.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n").ids,
@@ -137,8 +188,46 @@ def test_a_language_model_that_says_yes_or_no(tmp_path: Path, tied: bool) -> Non
         ]
         with torch.no_grad():
             logits = model(torch.tensor([asked])).logits[0, -1]
-        yes, no = logits[ids["yes"]].item(), logits[ids["no"]].item()
-        assert abs(score - 1 / (1 + math.exp(no - yes))) < CLOSE
+        yes, no = (logits[library.token_to_id(word)].item() for word in ("yes", "no"))
+        found.append(1 / (1 + math.exp(no - yes)))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("gguf", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_that_says_yes_or_no(tmp_path: Path, tied: bool, gguf: bool) -> None:
+    path = tmp_path / "Tiny-Qwen3-Reranker"
+    words, library = byte_pairs()
+    changes = {"vocab_size": len(words), "tie_word_embeddings": tied}
+    model = write(path, "Qwen3ForCausalLM", of="Qwen3Model", max_position_embeddings=900, **changes)
+    library.save(str(path / "tokenizer.json"))
+    score = {
+        "type": "sentence_transformers.cross_encoder.modules.LogitScore",
+        "path": "1_LogitScore",
+    }
+    (path / "modules.json").write_text(json.dumps([score]))
+    if gguf:
+        path = tmp_path / "reranker.gguf"
+        rows = model.lm_head.weight.detach()[[library.token_to_id(word) for word in ("yes", "no")]]
+        weights = model.model.state_dict()
+        weights = {f"model.{name}": weight for name, weight in weights.items()}
+        text = SimpleNamespace(
+            config=model.config, state_dict=lambda: weights | {"cls.output.weight": rows}
+        )
+        extra = {
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2",
+            "tokenizer.ggml.tokens": words, "tokenizer.ggml.merges": ["y e", "ye s", "n o"],
+            "tokenizer.ggml.eos_token_id": words.index("<|im_end|>"), "pooling_type": 4,
+            "tokenizer.ggml.token_type": [1] * (len(words) - 4) + [3, 3, 1, 1],
+            "classifier.output_labels": ["yes", "no"],
+        }  # fmt: skip
+        convert(text, "qwen3", path, extra=extra)  # type: ignore[arg-type]
+    assert is_embedding_model(path)
+    documents = ["the cat", "<|im_end|> yes", "a dog " * 7]
+    with Embedder.open(path) as embedder:
+        assert embedder.reranks
+        found = embedder.rerank(QUERY, documents).scores
+    assert np.abs(found - answers(model, library, documents)).max() < CLOSE
 
 
 def test_cosines_of_a_model_that_embeds(tmp_path: Path) -> None:

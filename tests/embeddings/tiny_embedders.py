@@ -39,6 +39,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {key: value for key, value in BERT.items() if key != "type_vocab_size"}
         | {"relative_attention_num_buckets": 32, "pad_token_id": 1},
     ),
+    "DistilBertModel": ("DistilBertConfig", {
+        "vocab_size": VOCAB, "dim": 48, "hidden_dim": 80, "n_layers": 3, "n_heads": 4,
+        "max_position_embeddings": 130,
+    }),
+    "ElectraModel": ("ElectraConfig", BERT | {"embedding_size": 48}),
+    "NomicBertModel": ("NomicBertConfig", BERT),
+    "ModernBertModel": ("ModernBertConfig", {
+        "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "max_position_embeddings": 130, "norm_eps": 0.01,
+        "local_attention": 14, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
+        "cls_token_id": 2, "sep_token_id": 3,
+    }),
     "Qwen3Model": ("Qwen3Config", DECODER),
     "LlamaModel": ("LlamaConfig", DECODER),
     "Gemma3TextModel": (
@@ -50,7 +62,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-POOLED = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+POOLED = {
+    "cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken", "max": "max_tokens",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens",
+}  # fmt: skip
 TEXTS = (
     "a", "", "the cat sat, thinking of 北京!", "b c d e f g " * 9, "One", "x" * 30, "Éa [SEP] b",
     *(f"{word} and so on, {'going ' * (number % 7)}" for number, word in enumerate(LETTERS)),
@@ -128,7 +143,14 @@ def rows(model: Any, ids: list[int]) -> Floats:
 
 
 def vector(states: Floats, pooling: str) -> Floats:
-    return {"cls": states[0], "mean": states.mean(0), "last": states[-1]}[pooling]
+    weights = np.arange(1, len(states) + 1)
+    found: dict[str, Any] = {
+        "cls": states[0], "mean": states.mean(0), "last": states[-1], "max": states.max(0),
+        "mean_sqrt_len_tokens": states.sum(0) / len(states) ** 0.5,
+        "weightedmean": (weights @ states) / weights.sum(),
+    }  # fmt: skip
+    made: Floats = found[pooling]
+    return made
 
 
 def ids(length: int, seed: int = 0) -> list[int]:

@@ -17,6 +17,7 @@ NAMES = [
     (r"model\.(norm|final_layernorm)", "output_norm"),
     (r"lm_head", "output"),
     (r"dense_([23])", r"dense_\1"),  # of EmbeddingGemma, after pooling
+    (r"cls\.output", "cls.output"),  # of rerankers
     (r"model\.layers\.(\d+)\.input_layernorm", r"blk.\1.attn_norm"),
     (r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj", r"blk.\1.attn_\2"),
     (r"model\.layers\.(\d+)\.self_attn\.([qk])_norm", r"blk.\1.attn_\2_norm"),

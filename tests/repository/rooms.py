@@ -69,8 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 ABOVE: dict[str, set[str]] = {
     "assembly": set(MAY_IMPORT) - {"measure"},
     "tuning": {
-        "errors", "assembly", "decoder", "engine", "executors", "measure", "opening", "program",
-        "quant", "weights",
+        "errors", "assembly", "decoder", "engine", "executors", "machine", "measure", "opening",
+        "program", "quant", "weights",
     },
     "needs": {
         "errors", "assembly", "checkpoints", "decoder", "diffusion", "engine", "executors",
@@ -80,15 +80,19 @@ ABOVE: dict[str, set[str]] = {
         "errors", "closing", "adapters", "assembly", "engine", "executors", "opening", "program",
         "quant", "spec", "text", "vision", "weights",
     },
+    "about": {
+        "errors", "assembly", "checkpoints", "embeddings", "engine", "locate", "model", "needs",
+        "opening", "quant", "recipes", "spec", "text",
+    },
     "api": {
         "errors", "closing", "checkpoints", "adapters", "engine", "quant", "text", "opening",
         "model", "diffusion",
     },
     "mcp": {"errors", "closing", "text"},
     "server": {
-        "__version__", "errors", "adapters", "engine", "model", "api", "vision", "diffusion",
-        "embeddings", "executors", "machine", "mcp", "needs", "opening", "quant",
-        "text",
+        "__version__", "errors", "about", "adapters", "api", "checkpoints", "diffusion",
+        "embeddings", "engine", "executors", "machine", "mcp", "model", "needs", "opening",
+        "quant", "text", "vision",
     },
     "load": {"errors", "engine", "model"},
     "tools": {"errors", "model", "api", "mcp"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,106 @@ def test_a_model_without_tokens_says_so(model: Model) -> None:
     runner = Runner(model)
     with pytest.raises(ValueError, match="suffix is not for this model"):
         runner.send_completion_request(CompletionRequest(prompt="x", suffix="y"))
+
+
+def infill(running: Running, **fields: Any) -> Any:
+    body = {"input_prefix": BEFORE, "input_suffix": AFTER, "temperature": 0, **fields}
+    found = httpx.post(f"{running.url}/infill", json=body, timeout=60)
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+def test_infill_is_a_completion_with_a_suffix(
+    client: openai.OpenAI, tiny: tuple[Running, list[int]]
+) -> None:
+    """As llama.cpp's server answers; the prompt is the end of the prefix."""
+    running, ids = tiny
+    fields: dict[str, Any] = {"model": "m", "temperature": 0, "max_tokens": 20}
+    wanted = client.completions.create(prompt=BEFORE, suffix=AFTER, **fields).choices[0]
+    found = infill(running, n_predict=20)
+    assert found["content"] == wanted.text
+    assert found["stop_type"] == ("limit" if wanted.finish_reason == "length" else "eos")
+    assert (found["stop"], found["truncated"], found["tokens_evaluated"]) == (True, False, len(ids))
+    assert found["tokens_cached"] == len(ids) + found["tokens_predicted"]
+    timings = found["timings"]
+    assert timings["predicted_n"] == found["tokens_predicted"]
+    assert timings["prompt_n"] + timings["cache_n"] == len(ids)
+    cut = infill(running, input_prefix=BEFORE[:9], prompt=BEFORE[9:], n_predict=20)
+    assert cut["content"] == wanted.text
+    word = infill(running, n_predict=20, stop=[wanted.text[3:6]])
+    assert (word["stop_type"], word["stopping_word"]) == ("word", wanted.text[3:6])
+    assert word["content"] == wanted.text[: wanted.text.index(wanted.text[3:6])]
+
+
+def test_what_editors_send_to_infill(tiny: tuple[Running, list[int]]) -> None:
+    """llama.vim's requests: one that warms the cache up, and one that names what it reads."""
+    running, _ = tiny
+    chunks = [{"text": "y = 1\n", "time": [5, 7], "filename": "a.py"}]
+    common = {"input_extra": chunks, "cache_prompt": True, "t_max_prompt_ms": 500, "stream": False}
+    warm = infill(
+        running, input_prefix="", input_suffix="", prompt="", n_predict=0, samplers=[],
+        t_max_predict_ms=1, response_fields=[""], **common,
+    )  # fmt: skip
+    assert warm == {}
+    fields = ["content", "timings/prompt_n", "timings/predicted_per_second", "tokens_cached"]
+    found = infill(
+        running, n_predict=8, n_indent=4, top_k=40, top_p=0.99, t_max_predict_ms=10_000,
+        samplers=["top_k", "top_p", "infill"], response_fields=fields, **common,
+    )  # fmt: skip
+    assert found.keys() == {*fields}
+    assert found["timings/prompt_n"] > 0
+
+
+def test_infill_streams(tiny: tuple[Running, list[int]]) -> None:
+    running, _ = tiny
+    whole = infill(running, n_predict=12)
+    body = {"input_prefix": BEFORE, "input_suffix": AFTER, "temperature": 0, "n_predict": 12}
+    text = httpx.post(f"{running.url}/infill", json=body | {"stream": True}, timeout=60).text
+    *parts, last = (json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line)
+    assert "".join(part["content"] for part in parts) == whole["content"]
+    assert not any(part["stop"] for part in parts)
+    assert (last["stop"], last["content"], last["stop_type"]) == (True, "", whole["stop_type"])
+    assert last["tokens_predicted"] == whole["tokens_predicted"]
+
+
+def test_infill_ends_when_its_time_is_over(tiny: tuple[Running, list[int]]) -> None:
+    """But not before it has a line."""
+    running, _ = tiny
+    fields: dict[str, Any] = {"n_predict": 100, "t_max_predict_ms": 1e-3}
+    newline = running.model.encode("\n")[-1]
+    one = infill(running, logit_bias={str(newline): 100}, **fields)
+    assert (one["content"], one["stop_type"]) == ("\n", "limit")
+    letter = running.model.encode("a")[-1]
+    assert infill(running, logit_bias={str(letter): 100}, **fields)["content"] == "a" * 100
+
+
+def test_other_files_have_the_room_that_is_left(tiny: tuple[Running, list[int]]) -> None:
+    """They come before; of what has no room the beginning is left out."""
+    running, ids = tiny
+    tokenizer = running.model.tokenizer
+    files = [("a.py", "y = 1\n"), ("b.py", "z = 2\n")]
+    shown = [*b"y = 1\nz = 2\n"]
+    found = tokenizer.encode_fill(BEFORE, AFTER, files, 500)
+    assert tokenizer.decode(found[: -len(ids)]).encode() == bytes(shown)
+    assert found[-len(ids) :] == ids
+    for most, kept in ((len(ids) + 3, 3), (len(ids), 0), (0, 0)):
+        cut = tokenizer.encode_fill(BEFORE, AFTER, files, most)
+        assert tokenizer.decode(cut[: len(cut) - len(ids)]).encode() == bytes(shown[12 - kept :])
+        assert cut[len(cut) - len(ids) :] == ids
+    large = infill(running, input_extra=[{"text": "x" * 10**6}] * 3, n_predict=4)
+    assert large["tokens_evaluated"] == 512 - 4
+
+
+def test_infill_refuses(tiny: tuple[Running, list[int]]) -> None:
+    url = tiny[0].url
+    for fields, code in (
+        ({"input_prefix": "x" * 600, "input_suffix": ""}, "context_length_exceeded"),
+        ({"input_prefix": "x" * 10**7, "input_suffix": ""}, "context_length_exceeded"),
+        ({"input_prefix": "x"}, "missing_required_parameter"),
+        ({"input_prefix": "x", "input_suffix": 5}, "invalid_value"),
+        ({"input_prefix": "x", "input_suffix": "", "input_extra": [5]}, "invalid_value"),
+        ({"input_prefix": "x", "input_suffix": "", "n_predict": 1.5}, "invalid_value"),
+        ({"input_prefix": "x", "input_suffix": "", "n": 2}, "invalid_value"),
+    ):
+        found = httpx.post(f"{url}/infill", json=fields, timeout=60)
+        assert (found.status_code, found.json()["error"]["code"]) == (400, code), fields

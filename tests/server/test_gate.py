@@ -35,10 +35,11 @@ ROUTES = {
     ("POST", "/v1/adapters"), ("DELETE", "/v1/adapters/x"), ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"), ("POST", "/v1/images/edits"), ("GET", "/images/x"),
     ("GET", "/ui"), ("GET", "/ui/x"), ("POST", "/v1/embeddings"), ("POST", "/v1/rerank"),
-    ("POST", "/rerank"), ("POST", "/v2/rerank"), ("POST", "/v1/models/x/load"),
+    ("POST", "/rerank"), ("POST", "/infill"), ("POST", "/v2/rerank"), ("POST", "/v1/models/x/load"),
     ("POST", "/v1/models/x/unload"), ("POST", "/api/chat"), ("POST", "/api/generate"),
     ("POST", "/api/embed"), ("POST", "/api/embeddings"), ("GET", "/api/tags"), ("GET", "/api/ps"),
-    ("POST", "/api/show"), ("POST", "/api/pull"), ("GET", "/api/version"),
+    ("POST", "/api/show"), ("POST", "/api/pull"), ("DELETE", "/api/delete"),
+    ("GET", "/api/version"),
 }  # fmt: skip
 
 

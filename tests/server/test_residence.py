@@ -22,8 +22,8 @@ from servers import WAIT_S, chat, connect, events, post_bytes, read_until, until
 from squall import EngineConfig, ImageModel, InvalidRequest, Model
 from squall.opening import Opening
 from squall.server.errors import ApiError
-from squall.server.options import ServerOptions
-from squall.server.residence import Lazy, Standing, duration_s
+from squall.server.options import ServerOptions, duration_s
+from squall.server.residence import Lazy, Standing
 from squall.server.run import Server, listen, make_server
 
 CHAT = "/v1/chat/completions"
@@ -210,12 +210,12 @@ def test_it_is_unloaded_when_it_was_idle(opens: Opens, keep_s: float) -> None:
 def test_the_keep_alive_can_be_changed(opens: Opens) -> None:
     with serving({"one": Lazy("text", opens)}) as running:
         running.chat(model="one")
-        service = running.server.service
-        running.call(lambda: service.keep("one", 3600))
-        running.call(lambda: service.keep("one", -1))
+        residence, one = running.server.service.residence, running.standing("one")
+        running.call(lambda: residence.keep(one, 3600))
+        running.call(lambda: residence.keep(one, None))
         time.sleep(0.1)
         assert running.state("one") == "loaded"
-        running.call(lambda: service.keep("one", 0))
+        running.call(lambda: residence.keep(one, 0))
         until(lambda: running.standing("one").state == "unloaded")
 
 
@@ -283,7 +283,7 @@ def test_a_model_that_makes_pictures(path: Path) -> None:
 
 def test_a_model_of_embeddings(path: Path) -> None:
     class Embedder:
-        formats = ()
+        formats, path, context, width, reranks = (), Path("words"), 8, 8, False
 
         def close(self) -> None:
             pass
@@ -360,14 +360,18 @@ def test_weights_that_were_quantized_are_so_again(tmp_path: Path) -> None:
     ("given", "seconds"),
     [
         ("5m", 300), ("1h30m", 5400), ("1.5s", 1.5), ("100ms", 0.1), (300, 300), ("300", 300),
-        (0, 0), ("0", 0), (-1, None), ("-1", None), ("-1m", None),
+        (0, 0), ("0", 0), (-1, None), ("-1", None), ("-1m", None), (2.5, 2.5), ("0s", 0),
+        ("99999999h", None), (1e300, None), (-1e300, None), (1e-5, 1e-5),
     ],
 )  # fmt: skip
-def test_times(given: str | int, seconds: float | None) -> None:
-    assert duration_s(given) == seconds
+def test_times(given: str | float, seconds: float | None) -> None:
+    assert duration_s(given) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("given", ["", "5 minutes", "m", "5d", "1e3", "-", "5m-", True, "\u0665m"])
-def test_what_is_no_time(given: str) -> None:
+@pytest.mark.parametrize("given", [
+    "", "5 minutes", "m", "5 m", "5d", "1e3", "-", "5m-", "1m5", True, "\u0665m", "9" * 400,
+    "1" * 999 + "s", "nan", float("nan"),
+])  # fmt: skip
+def test_what_is_no_time(given: str | float) -> None:
     with pytest.raises(InvalidRequest, match="is no time"):
         duration_s(given)

@@ -77,6 +77,22 @@ def test_prefix_suffix_middle(
         assert not set(ids) & {*ours.encode(BEFORE), *ours.encode(" ".join(texts))}
 
 
+def test_other_files_have_their_names(strings: list[str]) -> None:
+    """The repository, and each file after its name, as Qwen2.5-Coder's authors have it."""
+    made = library(strings)
+    shown = [made.encode(text).ids for text in ("project\n", "a.py\n", "y = 1\n", "file\n")]
+    before, after = made.encode(BEFORE).ids, made.encode(AFTER).ids
+    texts = (*SPELLINGS[0], "<|repo_name|>", "<|file_sep|>")
+    made.add_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    first, second, between, repository, file = (made.token_to_id(text) for text in texts)
+    ours = Ours.from_gguf(gguf(made, dict.fromkeys(texts, 3)))
+    fill = [first, *before, second, *after, between]
+    assert ours.encode_fill(BEFORE, AFTER, [("a.py", "y = 1\n")], 1000) == [
+        repository, *shown[0], file, *shown[1], *shown[2], file, *shown[3], *fill
+    ]  # fmt: skip
+    assert ours.encode_fill(BEFORE, AFTER, [], 1000) == fill
+
+
 def test_files_name_them(strings: list[str]) -> None:
     made = library(strings)
     before, after = made.encode(BEFORE).ids, made.encode(AFTER).ids

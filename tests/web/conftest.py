@@ -1,5 +1,5 @@
 """Fixtures of every test in a browser."""
 
-from browsers import browser, screens, shots
+from browsers import screens, shots, tab
 
-__all__ = ["browser", "screens", "shots"]
+__all__ = ["screens", "shots", "tab"]

@@ -12,16 +12,21 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from squall.errors import InvalidRequest, ModelNotFound
+from squall.files import read_json
 
 Progress = Callable[[int, int], None]
 Judge = Callable[[Mapping[str, object]], None]
 
+STALE_S = 3600.0  # since something was written to what is downloaded
 TOKEN_SOURCES = "literal:TOKEN, env:VARIABLE, path:FILE, cache, none"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
 _ID = re.compile(rf"{_PART}/{_PART}")
@@ -135,6 +140,18 @@ class Hub:
 
 def _folder_of(cache: Path, id: str) -> Path:
     return cache / f"models--{id.replace('/', '--')}"
+
+
+def id_of(repository: Path) -> str:
+    return repository.name.removeprefix("models--").replace("--", "/")
+
+
+def name_of(path: Path) -> str:
+    """What a model is called: by its file or folder, or as its repository of the cache."""
+    path = path.absolute()
+    if path.is_file():
+        return path.stem
+    return id_of(path.parents[1]) if path.parent.name == "snapshots" else path.name
 
 
 def snapshot(repository: Path, revision: str) -> Path | None:
@@ -314,16 +331,30 @@ class _Download:
         except ModelNotFound as error:
             raise ModelNotFound(f"cannot open {self._id} of the hub: {error}") from None
         if judge is not None:
-            judge(_known(info, main))
-        whole = sum(sizes[name] for name in names)
+            judge(_known(info, main) or self._configuration(names))
+        whole, stopped = sum(sizes[name] for name in names), threading.Event()
         self._check_space(sizes, names, str(info.sha))
-        bar = _bar(lambda count: self._progress(min(count, whole), whole))
-        options |= {"allow_patterns": names, "tqdm_class": bar}
-        folder = Path(self._attempt(lambda: snapshot_download(id, **options)))
+
+        def count(done: int) -> None:
+            if stopped.is_set():
+                raise InterruptedError
+            self._progress(min(done, whole), whole)
+
+        options |= {"allow_patterns": names, "tqdm_class": _bar(count)}
+        fetch = partial(_apart, partial(snapshot_download, id, **options), stopped)
+        folder = Path(self._attempt(fetch))
         if folder.name != info.sha or not all((folder / name).is_file() for name in names):
             raise ConnectionError(f"{self._id} changed while it was downloaded, or came in part")
         self._progress(whole, whole)
         return folder / main if main else folder
+
+    def _configuration(self, names: list[str]) -> Mapping[str, object]:
+        from huggingface_hub import hf_hub_download
+
+        if "config.json" not in names:
+            return {}
+        fetch = partial(hf_hub_download, self._id, "config.json", **self._options)
+        return read_json(Path(self._attempt(fetch))) or {}
 
     def _check_space(self, sizes: Mapping[str, int], names: list[str], commit: str) -> None:
         """Raises ModelNotFound if what is to come does not fit the disk of the cache."""
@@ -332,7 +363,14 @@ class _Download:
         cache = Path(constants.HF_HUB_CACHE)
         root = _folder_of(cache, self._id)
         missing = sum(sizes[n] for n in names if not (root / "snapshots" / commit / n).is_file())
-        begun = sum(file.stat().st_size for file in root.glob("blobs/*.incomplete"))
+        begun = 0
+        for file in root.glob("blobs/*.incomplete"):
+            stat = file.stat()
+            if file.name.count(".") == 1:
+                begun += stat.st_size
+            # Named at random, so that nothing goes on with it.
+            elif stat.st_mtime < time.time() - STALE_S:
+                file.unlink(missing_ok=True)
         free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
         if missing - begun > free:
             raise ModelNotFound(
@@ -371,6 +409,24 @@ class _Download:
                 f"with --token-source ({TOKEN_SOURCES})"
             )
         raise ModelNotFound(problem)
+
+
+def _apart(action: Callable[[], Any], stopped: threading.Event) -> Any:
+    """Do it in a thread of its own, as the library, interrupted, waits for what it downloads."""
+    done: Future[Any] = Future()
+
+    def act() -> None:
+        try:
+            done.set_result(action())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=act, daemon=True).start()
+    try:
+        return done.result()
+    except KeyboardInterrupt:
+        stopped.set()
+        raise
 
 
 def _known(info: Any, gguf: str | None) -> Mapping[str, object]:

@@ -8,6 +8,9 @@ from contextlib import suppress
 from pkgutil import resolve_name
 
 from squall.errors import SquallError
+from squall.files import printable
+
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -27,7 +30,11 @@ def _run(app: str, name: str) -> None:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:  # before a command began, which ends as it sees fit
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:  # now: downloads in threads would be waited for
+            os._exit(INTERRUPTED)
+        raise
     except Exception as error:
         if os.environ.get("SQUALL_DEBUG"):
             raise
@@ -35,7 +42,7 @@ def _run(app: str, name: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # the reader has left, which is no error
             with suppress(OSError):
-                sys.stderr.write(f"error: {_reason(error)}\n")
+                sys.stderr.write(f"error: {printable(_reason(error))}\n")
         sys.exit(1)
 
 

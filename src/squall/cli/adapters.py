@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from squall.cli import tables
 from squall.cli.inspect import inspect
 from squall.cli.opening import named_adapters
 from squall.cli.options import HELP, Json, Threads, progress
@@ -45,16 +46,11 @@ def show(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from squall.checkpoints.inspect import escape
 
-    table = Table("adapter", "kind", "rank", "alpha", "base model", "bytes")
-    for item in found:
-        table.add_row(*(Text(escape(str(value))) for value in item.values()))
-    Console().print(table)
+    headings = ("adapter", "kind", "rank", "alpha", "base model", "bytes")
+    rows = ([escape(str(value)) for value in item.values()] for item in found)
+    tables.show(tables.table(headings, rows))
 
 
 app.command(name="inspect")(inspect)

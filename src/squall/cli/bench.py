@@ -12,6 +12,7 @@ from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
 from squall.cli.options import DraftModel, Json, option, progress
 from squall.cli.selectors import Selected
+from squall.cli.tables import show, table
 from squall.errors import InvalidRequest
 from squall.opening import Opening
 
@@ -71,8 +72,7 @@ def bench(flags: BenchFlags, selected: Selected) -> None:
     if flags.as_json:
         typer.echo(json.dumps(_report(opened, results, profiles, roofline)))
         return
-    _print([_rates_table(opened, results)])
-    _print([_profile_table(found, roofline) for found in profiles])
+    show(_rates_table(opened, results), *(_profile_table(found, roofline) for found in profiles))
 
 
 app = command("bench", BenchFlags, bench)
@@ -117,7 +117,7 @@ def _bench_load(flags: BenchFlags, selected: Selected) -> None:
     if flags.as_json:
         typer.echo(json.dumps({"results": [asdict(report) for report in reports]}))
     else:
-        _print([_load_table(reports)])
+        show(_load_table(reports))
     if all(report.errors == report.requests for report in reports):
         raise typer.Exit(1)
 
@@ -141,23 +141,19 @@ def _ask_model(flags: BenchFlags, selected: Selected, loads: list[Load]) -> list
 
 def _load_table(reports: list[Report]) -> Table:
     latencies = [f"{what} p{p}" for what in ("first", "next") for p in (50, 95, 99)]
-    table = _table((), ("at a time", "requests", "errors", "tokens/s", *latencies))
+    headings = ("at a time", "requests", "errors", "tokens/s", *latencies)
     guessed = [(report.accepted_tokens, report.guessed_tokens) for report in reports]
+    title, caption = None, "milliseconds to a request's first text, and between texts"
     if any(all_ for _, all_ in guessed):
-        table.title = f"guesses right: {', '.join(f'{a} of {all_}' for a, all_ in guessed)}"
-    table.caption = "milliseconds to a request's first text, and between texts"
+        title = f"guesses right: {', '.join(f'{a} of {all_}' for a, all_ in guessed)}"
+    rows = []
     for report in reports:
-        found = [*report.first_s.values(), *report.gap_s.values()]
-        table.add_row(
-            str(report.concurrency),
-            str(report.requests),
-            str(report.errors),
-            f"{report.answer_tokens_per_second:.1f}",
-            *(f"{1e3 * seconds:.1f}" for seconds in found),
-        )
+        found = [1e3 * seconds for seconds in (*report.first_s.values(), *report.gap_s.values())]
+        rates = (f"{rate:.1f}" for rate in (report.answer_tokens_per_second, *found))
+        rows.append((report.concurrency, report.requests, report.errors, *rates))
         if report.first_error is not None:
-            table.caption = f"an error: {report.first_error}"
-    return table
+            caption = f"an error: {report.first_error}"
+    return table(headings, rows, headings, title=title, caption=caption)
 
 
 def _report(
@@ -190,63 +186,49 @@ def _report(
 
 def _rates_table(opened: Bench, results: list[Result]) -> Table:
     executor = opened.executor
-    table = _table(("model", "test"), ("MiB", "tokens/s", "ms/token"))
-    table.caption = f"{executor.threads} threads, {executor.isa}"
-    for result in results:
-        table.add_row(
+    numbers = ("MiB", "tokens/s", "ms/token")
+    rows = [
+        (
             opened.checkpoint.path.name,
             result.test,
             f"{executor.weight_bytes / 2**20:.0f}",
             f"{result.mean:.1f} ± {result.deviation:.1f}",
             f"{1000 / result.mean:.2f}",
         )
-    return table
+        for result in results
+    ]
+    caption = f"{executor.threads} threads, {executor.isa}"
+    return table(("model", "test", *numbers), rows, numbers, caption=caption)
 
 
 def _profile_table(found: Profile, roofline: Roofline | None) -> Table:
-    table = _table((found.test,), ("ms", "share", "waiting", "MB", "GB/s", "GMAC/s", "of limit"))
-    table.caption = f"one step of {found.steps}: {1e3 * found.elapsed_s / found.steps:.2f} ms."
+    numbers = ("ms", "share", "waiting", "MB", "GB/s", "GMAC/s", "of limit")
+    caption = f"one step of {found.steps}: {1e3 * found.elapsed_s / found.steps:.2f} ms."
     if roofline is not None:
-        table.caption += (
+        caption += (
             f" Limits: {roofline.bytes / 1e9:.1f} GB/s, {roofline.dots / 1e9:.0f} GMAC/s of int8, "
             f"{roofline.fmas / 1e9:.0f} of float32"
         )
+    rows = []
     for phase in found.phases:
         if phase.elapsed_s == 0:
             continue
         products = phase.dots + phase.fmas
         limit = 0.0 if roofline is None else roofline.limit_s(phase)
-        table.add_row(
-            phase.name,
-            f"{1e3 * phase.elapsed_s / found.steps:.3f}",
-            f"{phase.elapsed_s / found.elapsed_s:.1%}",
-            f"{phase.waiting_s / phase.elapsed_s:.0%}",
-            _number(phase.bytes / found.steps / 1e6),
-            _number(phase.bytes / phase.elapsed_s / 1e9),
-            _number(products / phase.elapsed_s / 1e9),
-            f"{limit / phase.elapsed_s:.0%}" if limit else "",
+        rows.append(
+            (
+                phase.name,
+                f"{1e3 * phase.elapsed_s / found.steps:.3f}",
+                f"{phase.elapsed_s / found.elapsed_s:.1%}",
+                f"{phase.waiting_s / phase.elapsed_s:.0%}",
+                _number(phase.bytes / found.steps / 1e6),
+                _number(phase.bytes / phase.elapsed_s / 1e9),
+                _number(products / phase.elapsed_s / 1e9),
+                f"{limit / phase.elapsed_s:.0%}" if limit else "",
+            )
         )
-    return table
+    return table((found.test, *numbers), rows, numbers, caption=caption)
 
 
 def _number(x: float) -> str:
     return f"{x:.1f}" if x else ""
-
-
-def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    from rich.table import Table
-
-    table = Table()
-    for heading in left + right:
-        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
-    return table
-
-
-def _print(tables: list[Table]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    for table in tables:
-        console.print(table)

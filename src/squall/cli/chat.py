@@ -16,7 +16,7 @@ from squall.cli.run import Settings, show, summary
 from squall.embedded import user_folder
 from squall.engine.fields import help_of
 from squall.errors import InvalidRequest, SquallError
-from squall.files import quote
+from squall.files import printable, quote
 from squall.text.images import BLIND
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Chat:
 
     def _on_file(self, act: Callable[[Path], None], text: str) -> None:
         """Save or load, with a file's name or that of the last time."""
-        path = Path(text).expanduser() if text else self._file
+        path = Path(os.path.expanduser(text)) if text else self._file
         try:
             if path is None:
                 raise InvalidRequest("name a file")
@@ -203,6 +203,7 @@ def converse(commands: Mapping[str, Callable[[str], None]], say: Callable[[str],
 
 def note(text: str) -> None:
     """On stderr, as stdout has the model's words alone."""
+    text = printable(text)
     sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if sys.stderr.isatty() else f"{text}\n")
     sys.stderr.flush()
 

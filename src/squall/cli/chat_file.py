@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from squall.checkpoints.writing import replacing
 from squall.cli.run import Settings
 from squall.engine.fields import Number, check_texts, complaint, described
 from squall.engine.sampling import DRY, SamplingFields
@@ -68,12 +68,10 @@ def values(settings: Settings) -> dict[str, Any]:
 def save(path: Path, messages: Messages, settings: Settings) -> None:
     """Write a conversation as OpenAI's API has it, with its settings; whole or not at all."""
     kept = {"messages": [*map(_sent, messages)], "settings": values(settings)}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(json.dumps(kept, indent=1, ensure_ascii=False), encoding="utf-8")
-        partial.replace(path)
-    except (OSError, ValueError) as error:
-        partial.unlink(missing_ok=True)
+        with replacing(path, force=True) as file:
+            file.write(json.dumps(kept, indent=1, ensure_ascii=False).encode())
+    except ValueError as error:
         raise InvalidRequest(f"cannot write {path}: {error}") from None
 
 

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
@@ -62,6 +62,16 @@ class _Kinds(TyperGroup):
         words = next(p for p in self.commands[MODEL].params if p.name == "words")
         models = words.shell_complete(ctx, incomplete)
         return [item for item in found if item.value not in (MODEL, TEXT)] + models
+
+
+def plain(flags: type[Flags], act: Callable[[Flags], None]) -> Command:
+    """What calls `act` with an object of the dataclass `flags`, as typer reads it."""
+
+    def begin(**given: Any) -> None:
+        act(flags(**given))
+
+    begin.__doc__ = act.__doc__
+    return taking(sorted(_fields(flags), key=lambda p: p.name not in flags.__annotations__), begin)
 
 
 def command(
@@ -194,7 +204,9 @@ def _fields(flags: type[Any]) -> list[inspect.Parameter]:
     own = {f.name: f.metadata["option"] for f in fields(flags) if "option" in f.metadata}
     hints |= {name: Annotated[hints[name], option] for name, option in own.items()}
     hints |= _described(flags)
-    return [keyword(f.name, hints[f.name], f.default) for f in fields(flags)]
+    needed = {f.name for f in fields(flags) if f.default is MISSING}
+    found = [keyword(f.name, hints[f.name], f.default) for f in fields(flags)]
+    return [p.replace(default=p.empty) if p.name in needed else p for p in found]
 
 
 def _described(flags: type[Any]) -> dict[str, Any]:

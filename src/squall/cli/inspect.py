@@ -6,17 +6,20 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from squall.checkpoints.hub import Hub
+from squall.cli import tables
 from squall.cli.completion import complete_known
+from squall.cli.flags import plain
 from squall.cli.getting import get_default
-from squall.cli.opening import check_one, makes_pictures
-from squall.cli.options import T5, Clip, DeviceLayers, File, Folder, Json, Vae, Yes
+from squall.cli.opening import HubFlags, PartFlags, check_one, makes_pictures
+from squall.cli.options import DeviceLayers, File, Folder, Json, Yes, option
 from squall.cli.verdict import Verdict, mib, of_header, of_model
 from squall.names import DEFAULT
 from squall.opening import Opening
@@ -29,27 +32,26 @@ SIZES = ((512, 512), (1024, 1024), (1280, 720))  # of pictures
 _LORA = re.compile(r"(.+?)\.lora_(?:embedding_)?([aAbB])(?:\..*)?")
 
 
-def inspect(
+@dataclass(frozen=True, kw_only=True)
+class InspectFlags(PartFlags, HubFlags):
     model: Annotated[
         str | None,
         typer.Argument(
             help="A GGUF file, the folder of a model or adapter, a short name; or the default.",
             autocompletion=complete_known,
         ),
-    ] = None,
-    file: File = None,
-    folder: Folder = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|auto", help="Show what would go where, as --device of run."),
-    ] = None,
-    layers: DeviceLayers = None,
-    t5: T5 = None,
-    clip: Clip = None,
-    vae: Vae = None,
-    yes: Yes = False,
-    as_json: Json = False,
-) -> None:
+    ] = None
+    file: File = None
+    folder: Folder = None
+    device: str | None = option(
+        None, metavar="NAME|auto", help="Show what would go where, as --device of run."
+    )
+    layers: DeviceLayers = None
+    yes: Yes = False
+    as_json: Json = False
+
+
+def _inspect(flags: InspectFlags) -> None:
     """Tell whether Squall can run a model, and show metadata, tensors and types of its file.
 
     With --device or -n: how many layers run where, what they take, and what is free. Of an
@@ -62,19 +64,20 @@ def inspect(
 
     squall inspect model.gguf
     """
-    check_one(model, file, folder)
-    name = model or file or folder
+    check_one(flags.model, flags.file, flags.folder)
+    name = flags.model or flags.file or flags.folder
     if name is not None and makes_pictures(name):
-        _show_pictures(of_pictures(Opening(name, t5=t5, clip=clip, vae=vae)), as_json=as_json)
+        opening = Opening(name, t5=flags.t5, clip=flags.clip, vae=flags.vae, hub=flags.hub)
+        _show_pictures(of_pictures(opening), as_json=flags.as_json)
         return
     if name in (None, DEFAULT):
-        get_default(yes)
-    found, verdict, modules = examined(name)
+        get_default(flags.yes)
+    found, verdict, modules = examined(name, flags.hub)
     loads = []
-    if verdict.obstacle is None and (device, layers) != (None, None):
-        named = "cpu" if device is None else device
-        loads = _loads(Opening(found.path, device=named, device_layers=layers))
-    if as_json:
+    if verdict.obstacle is None and (flags.device, flags.layers) != (None, None):
+        opening = Opening(found.path, device=flags.device or "cpu", device_layers=flags.layers)
+        loads = _loads(opening)
+    if flags.as_json:
         report = asdict(found) | {"runs": verdict.obstacle is None, "obstacle": verdict.obstacle}
         report |= {"verdict": verdict.report(), "sees": verdict.sees}
         report |= {"modules": [m._asdict() for m in modules]}
@@ -84,13 +87,18 @@ def inspect(
         _print(found, verdict, modules, loads)
 
 
-def examined(name: str | None) -> tuple[Inspection, Verdict, list[_Adapted]]:
+inspect = plain(InspectFlags, _inspect)
+
+
+def examined(
+    name: str | None, hub: Hub | None = None
+) -> tuple[Inspection, Verdict, list[_Adapted]]:
     """What is in a model of text or an adapter, whether Squall can run it, and what it adapts."""
     from squall.checkpoints import describe, read_header
     from squall.locate import locate
 
     adapter = None if name is None else _adapter(Path(os.path.expanduser(name)))
-    path = adapter.path if adapter else locate(name)
+    path = adapter.path if adapter else locate(name, hub)
     header = adapter or read_header(path)
     found = describe(header)
     if adapter or header.metadata.get("general.type") == "adapter":
@@ -148,16 +156,12 @@ def _show_pictures(found: Pictures, *, as_json: bool) -> None:
         report = {"path": str(path), "runs": True, "verdict": verdict.report()}
         typer.echo(json.dumps(report | {"parts": parts, "sizes": sizes}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    typer.echo(f"{verdict}\n{path}")
-    table = Table("part", "parameters", "types", "MiB", "as flux-offloaded, MiB")
-    for part in parts:
-        table.add_row(part["part"], str(part["parameters"]), ", ".join(part["types"]), *_mib(part))
-    for size, told in sizes.items():
-        table.add_row(f"with a picture of {size}, about", "", "", *_mib(told))
-    Console().print(table)
+    headings = ("part", "parameters", "types", "MiB", "as flux-offloaded, MiB")
+    rows = [(p["part"], p["parameters"], ", ".join(p["types"]), *_mib(p)) for p in parts]
+    rows += [
+        (f"with a picture of {size}, about", "", "", *_mib(told)) for size, told in sizes.items()
+    ]
+    tables.show(str(verdict), str(path), tables.table(headings, rows, headings[3:]))
 
 
 def _mib(told: Mapping[str, Any]) -> list[str]:
@@ -219,38 +223,31 @@ def _loads(opening: Opening) -> list[Load]:
 
 
 def _print(found: Inspection, verdict: Verdict, modules: list[_Adapted], loads: list[Load]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
     form = f"GGUF {found.version}" if found.kind == "gguf" else found.kind
     form += f" ({found.quantization})" if found.quantization else ""
     size = f"{found.parameters / 1e6:.1f} million parameters, {mib(found.size_bytes)} MiB"
-    console.print(Text(f"{verdict}\n{found.path}: {form}, {size}"))
+    lines = [str(verdict), f"{found.path}: {form}, {size}"]
     if verdict.sees:
-        console.print(Text(f"It sees images: {verdict.sees}"))
-    metadata = Table("key", "value", title="metadata", title_justify="left")
-    metadata.columns[0].overflow = "fold"
-    for field in found.metadata:
-        metadata.add_row(Text(field.key), Text(str(field)))
+        lines.append(f"It sees images: {verdict.sees}")
+    metadata = ((field.key, field) for field in found.metadata)
+    parts = [tables.table(("key", "value"), metadata, title="metadata")]
     if modules:  # in place of hundreds of tensors; --json has them
-        content = Table("adapts", "rank", "layers", title="modules", title_justify="left")
-        for module, rank, layers in modules:
-            content.add_row(Text(module), str(rank or "whole"), _ranges(layers))
+        adapted = ((m.module, m.rank or "whole", _ranges(m.layers)) for m in modules)
+        parts.append(tables.table(("adapts", "rank", "layers"), adapted, title="modules"))
     else:
-        content = Table("tensor", "type", "shape", "bytes", title="tensors", title_justify="left")
-        for tensor in found.tensors:
-            shape = " x ".join(map(str, tensor.shape))
-            content.add_row(Text(tensor.name), Text(tensor.format), shape, str(tensor.nbytes))
-    content.columns[0].overflow = "fold"
-    totals = Table("type", "tensors", "parameters", "MiB", title="types", title_justify="left")
-    for total in found.formats:
-        size = f"{total.nbytes / 2**20:.1f}"
-        totals.add_row(Text(total.format), str(total.tensors), str(total.parameters), size)
-    placed = Table("device", "layers", "weights, MiB", "KV of 1,000 tokens, MiB", "free, MiB")
-    for load in loads:
-        sizes = (load.weights, 1000 * load.kv, load.free)
-        placed.add_row(load.device, str(load.layers), *map(mib, sizes))
-    for table in (metadata, content, totals, *([placed] * bool(loads))):
-        console.print(table)
+        headings = ("tensor", "type", "shape", "bytes")
+        tensors = (
+            (t.name, t.format, " x ".join(map(str, t.shape)), t.nbytes) for t in found.tensors
+        )
+        parts.append(tables.table(headings, tensors, ("bytes",), title="tensors"))
+    numbers = ("tensors", "parameters", "MiB")
+    totals = ((t.format, t.tensors, t.parameters, mib(t.nbytes)) for t in found.formats)
+    parts.append(tables.table(("type", *numbers), totals, numbers, title="types"))
+    if loads:
+        sizes = ("layers", "weights, MiB", "KV of 1,000 tokens, MiB", "free, MiB")
+        placed = (
+            (load.device, load.layers, *map(mib, (load.weights, 1000 * load.kv, load.free)))
+            for load in loads
+        )
+        parts.append(tables.table(("device", *sizes), placed, sizes))
+    tables.show(*lines, *parts)

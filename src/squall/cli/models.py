@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from squall import names
-from squall.checkpoints.hub import TOKEN_SOURCES, Hub
+from squall.checkpoints.hub import Hub
+from squall.cli import tables
 from squall.cli.completion import complete_known, complete_local
 from squall.cli.getting import get_default
 from squall.cli.inspect import examined, of_pictures
 from squall.cli.opening import makes_pictures
-from squall.cli.options import Json, progress
+from squall.cli.options import Json, Revision, TokenSource, progress
 from squall.cli.verdict import mib
 from squall.errors import InvalidRequest, SquallError
 from squall.names import DEFAULT, Installed
 from squall.opening import Opening
 
+# Architectures of parts of models that make pictures.
+_PARTS = ("clip", "clip_text_model", "flux", "t5", "t5encoder")
 Known = Annotated[
     list[str],
     typer.Argument(
@@ -41,10 +46,8 @@ Local = Annotated[
 
 def pull(
     models: Known,
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
-    token_source: Annotated[
-        str, typer.Option(metavar="SOURCE", help=f"The hub's token: {TOKEN_SOURCES}.")
-    ] = "cache",
+    revision: Revision = "main",
+    token_source: TokenSource = "cache",
 ) -> None:
     """Download models, or what is missing of them, and tell where they are.
 
@@ -62,10 +65,20 @@ def pull(
             typer.echo(f"{name}: {names.find(name).path}")
             return
         with progress(name, sizes=True) as shown:
-            path = names.pull(name, hub, shown)
+            path = names.pull(name, hub, shown, judge)
         typer.echo(f"{name}: {path}")
 
     _each(models, get)
+
+
+def judge(metadata: Mapping[str, object]) -> None:
+    """Raises UnsupportedModel for what is neither a model that Squall runs nor a part of one."""
+    from squall import recipes
+    from squall.embeddings.files import embeds
+
+    kind = metadata.get("general.architecture", metadata.get("model_type"))
+    if kind not in _PARTS and not embeds(Path(os.devnull), metadata):
+        recipes.judge(metadata)
 
 
 def list_(as_json: Json = False) -> None:
@@ -82,19 +95,12 @@ def list_(as_json: Json = False) -> None:
             "no models are here; get one with squall pull NAME, such as smollm2:1.7b\n"
         )
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("name", "MiB", "modified", "format", box=None, pad_edge=False)
-    table.columns[0].overflow = "fold"
-    table.columns[1].justify = "right"
+    rows = []
     for model in models:
         modified = datetime.fromtimestamp(model.modified).strftime("%Y-%m-%d %H:%M")
-        table.add_row(model.name, mib(model.bytes), modified, model.format)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+        rows.append((model.name, mib(model.bytes), modified, model.format))
+    headings = ("name", "MiB", "modified", "format")
+    tables.show(tables.table(headings, rows, ("MiB",), box=None, pad_edge=False))
 
 
 def rm(
@@ -148,14 +154,8 @@ def show(
         "template": ", ".join(verdict.can),
         "images": verdict.sees,
     }
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console()
-    console.print(Text(str(verdict)))
-    for name, text in rows.items():
-        if text:
-            console.print(Text(f"{name + ':':15}{text}"), soft_wrap=True)
+    lines = [f"{name + ':':15}{text}" for name, text in rows.items() if text]
+    tables.show(str(verdict), *lines)
 
 
 def _on_terminal() -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squall.api.which import Which
-from squall.checkpoints.hub import TOKEN_SOURCES, Hub, is_id
+from squall.checkpoints.hub import Hub, is_id
 from squall.cli import options
 from squall.cli.getting import get_default
 from squall.cli.options import option
@@ -43,7 +43,29 @@ SHARED = ("threads", "device", "exact", "hub", "t5", "clip", "vae")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags:
+class HubFlags:
+    """How the hub is used."""
+
+    revision: options.Revision = "main"
+    token_source: options.TokenSource = "cache"
+    offline: bool = option(False, "--offline", help="Use the hub's cache; no connection.")
+
+    @property
+    def hub(self) -> Hub:
+        return Hub(self.revision, self.token_source, self.offline)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFlags:
+    """Where parts of models that make pictures are, if not with the model."""
+
+    t5: options.T5 = None
+    clip: options.Clip = None
+    vae: options.Vae = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(HubFlags):
     """Which model, and what becomes of its weights.
 
     A flag of these and of the commands that has the name of an option of `Opening` sets it.
@@ -66,9 +88,6 @@ class ModelFlags:
     tensor_parallel: options.TensorParallel = None
     weights: Weights = option("packed", help="f32: the file's exact values, for comparisons; slow.")
     kv_dtype: KvDtype = option("f16", help="KV cache; q8_0 takes half the memory, costs little.")
-    revision: str = option("main", help="Branch, tag or commit of a model of the hub.")
-    token_source: str = option("cache", help=f"The hub's token: {TOKEN_SOURCES}.", metavar="SOURCE")
-    offline: bool = option(False, "--offline", help="Use the hub's cache; no connection.")
     adapter: list[str] | None = option(
         None, metavar="[NAME=]PATH[@WEIGHT]",
         help="A LoRA adapter: a folder, owner/name, or a GGUF file; several may be given.",
@@ -121,7 +140,7 @@ class ModelFlags:
         """The options that flags of their names set, and the hub."""
         named = {item.name: vars(self).get(item.name) for item in fields(Opening)}
         given = {name: value for name, value in named.items() if value is not None}
-        return given | {"hub": Hub(self.revision, self.token_source, self.offline)}
+        return given | {"hub": self.hub}
 
     def makes_pictures(self, selected: Selected) -> bool:
         """Whether the model is one of pictures."""
@@ -168,12 +187,8 @@ class ModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFlags(ModelFlags):
-    """And where parts of models that make pictures are, if not with the model."""
-
-    t5: options.T5 = None
-    clip: options.Clip = None
-    vae: options.Vae = None
+class PictureFlags(PartFlags, ModelFlags):
+    """For models of both kinds."""
 
 
 def makes_pictures(path: str) -> bool:

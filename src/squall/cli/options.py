@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from squall.checkpoints.hub import TOKEN_SOURCES
 from squall.cli.completion import complete_known
 from squall.errors import InvalidRequest
 
@@ -64,6 +65,10 @@ T5 = Annotated[
 Clip = Annotated[str | None, typer.Option("--clip", metavar="PATH_OR_ID", help="The second one.")]
 Vae = Annotated[
     str | None, typer.Option("--vae", metavar="PATH_OR_ID", help="What decodes its pictures.")
+]
+Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a model of the hub.")]
+TokenSource = Annotated[
+    str, typer.Option(metavar="SOURCE", help=f"The hub's token: {TOKEN_SOURCES}.")
 ]
 ContextSize = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens of prompt and answer together.")

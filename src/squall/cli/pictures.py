@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from squall.checkpoints.writing import replacing
-from squall.cli import screen
+from squall.cli import INTERRUPTED, screen
 from squall.cli.chat import converse, note
 from squall.cli.options import progress
 from squall.diffusion.request import Picture, PictureRequest, Pixels, size_of
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from squall.cli.selectors import Selected
     from squall.diffusion.model import ImageModel
 
-INTERRUPTED = 130
 # What a picture's file may be.
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MOST_NAME = 40  # characters of the prompt

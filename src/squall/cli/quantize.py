@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from squall.cli.opening import check_one, makes_pictures
-from squall.cli.options import T5, Clip, File, Folder, Json, Threads, Vae, progress
+from squall.cli import tables
+from squall.cli.completion import complete_known
+from squall.cli.flags import plain
+from squall.cli.opening import HubFlags, PartFlags, check_one, makes_pictures
+from squall.cli.options import File, Folder, Json, Threads, option, progress
 from squall.errors import InvalidRequest
 from squall.opening import NO_MMPROJ, Opening
 
@@ -27,37 +30,36 @@ _OF_PICTURES = (
 )
 
 
-def quantize(
+@dataclass(frozen=True, kw_only=True)
+class QuantizeFlags(PartFlags, HubFlags):
     model: Annotated[
         str | None,
-        typer.Argument(help="The folder of a model, a GGUF file, or a model of the hub."),
-    ] = None,
-    *,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="To write: NAME.uqff, NAME.gguf, or a folder.")
-    ],
-    isq: Annotated[
-        str | None,
-        typer.Option(help="Q4K, Q8_0, HQQ4, FP8... or bits; of several, with commas, a file each."),
-    ] = None,
-    topology: Annotated[
-        Path | None, typer.Option(help="YAML that gives layers types of their own.")
-    ] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option(help="An importance matrix (imatrix), for types such as Q4K.")
-    ] = None,
-    experts_only: Annotated[
-        bool, typer.Option("--experts-only", help="Only the experts of a mixture, and the head.")
-    ] = False,
-    t5: T5 = None,
-    clip: Clip = None,
-    vae: Vae = None,
-    file: File = None,
-    folder: Folder = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
+        typer.Argument(
+            help="The folder of a model, a GGUF file, or a model of the hub.",
+            autocompletion=complete_known,
+        ),
+    ] = None
+    output: Path = option(
+        MISSING, "-o", "--output", help="To write: NAME.uqff, NAME.gguf, or a folder."
+    )
+    isq: str | None = option(
+        None, help="Q4K, Q8_0, HQQ4, FP8... or bits; of several, with commas, a file each."
+    )
+    topology: Path | None = option(None, help="YAML that gives layers types of their own.")
+    imatrix: Path | None = option(
+        None, help="An importance matrix (imatrix), for types such as Q4K."
+    )
+    experts_only: bool = option(
+        False, "--experts-only", help="Only the experts of a mixture, and the head."
+    )
+    file: File = None
+    folder: Folder = None
+    force: bool = option(False, "--force", help="Overwrite files.")
+    threads: Threads = None
+    as_json: Json = False
+
+
+def _quantize(flags: QuantizeFlags) -> None:
     """Quantize a model's weights once, and write them to a UQFF or GGUF file, or a folder.
 
     Beside a UQFF file lie residual.safetensors, which has what is not quantized, and JSON files.
@@ -71,46 +73,44 @@ def quantize(
 
     squall quantize FLUX --isq Q4K -o flux-q4k
     """
-    check_one(model, file, folder)
-    path = model or file or folder
+    check_one(flags.model, flags.file, flags.folder)
+    path, output, isq = flags.model or flags.file or flags.folder, flags.output, flags.isq
+    opening = Opening(path, topology=flags.topology, hub=flags.hub)
     if path is not None and makes_pictures(path):
-        given = Opening(path, isq=isq, topology=topology, t5=t5, clip=clip, vae=vae)
-        odd = imatrix or experts_only or force or output.suffix in _ENDINGS
-        if odd or (isq or topology) is None:
+        opening = replace(opening, isq=isq, t5=flags.t5, clip=flags.clip, vae=flags.vae)
+        odd = flags.imatrix or flags.experts_only or flags.force or output.suffix in _ENDINGS
+        if odd or (isq or flags.topology) is None:
             raise InvalidRequest(_OF_PICTURES)
-        _report(output, _pictures(given, output, threads), as_json=as_json)
+        _report(output, _pictures(opening, output, flags.threads), as_json=flags.as_json)
         return
-    _check(output, path, topology if isq is None else isq)
-    opening = Opening(path, topology=topology, experts_only=experts_only, mmproj=NO_MMPROJ)
-    for out, written in _texts(opening, _outputs(output, isq), imatrix, threads, force=force):
-        _report(out, written, as_json=as_json)
+    _check(output, path, flags.topology if isq is None else isq)
+    opening = replace(opening, experts_only=flags.experts_only, mmproj=NO_MMPROJ)
+    for out, written in _texts(opening, flags):
+        _report(out, written, as_json=flags.as_json)
 
 
-def _texts(
-    opening: Opening,
-    outputs: Mapping[Path, str | None],
-    imatrix: Path | None,
-    threads: int | None,
-    *,
-    force: bool,
-) -> Iterator[tuple[Path, tuple[Written, ...]]]:
+quantize = plain(QuantizeFlags, _quantize)
+
+
+def _texts(opening: Opening, flags: QuantizeFlags) -> Iterator[tuple[Path, tuple[Written, ...]]]:
     """Quantize a model of text, to a file of each type."""
     from squall import convert
     from squall.assembly import prepare
     from squall.executors import default_threads
     from squall.quant import Plan
 
-    formats = {out: Plan.of(name).isq for out, name in outputs.items()}
+    named = _outputs(flags.output, flags.isq)
+    formats = {out: Plan.of(name).isq for out, name in named.items()}
     with progress("fetching") as shown:
         checkpoint, recipe, plan = prepare(replace(opening, progress=shown))
     _warn_of_loss(checkpoint)
-    importance = None if imatrix is None else convert.read_imatrix(imatrix)
+    importance = None if flags.imatrix is None else convert.read_imatrix(flags.imatrix)
+    threads = flags.threads or default_threads()
     for out, format in formats.items():
         with progress(f"quantizing {out.name}") as shown:
             written = convert.write(
                 checkpoint, recipe, replace(plan, isq=format), out,
-                force=force, importance=importance, threads=threads or default_threads(),
-                progress=shown,
+                force=flags.force, importance=importance, threads=threads, progress=shown,
             )  # fmt: skip
         yield out, written
 
@@ -186,18 +186,14 @@ def _report(path: Path, written: tuple[Written, ...], *, as_json: bool) -> None:
         matrices = [asdict(item) for item in written]
         typer.echo(json.dumps({"file": str(path), "matrices": matrices}))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("tensor", "from", "to", "shape", "bytes", "RMSE", title=str(path))
-    table.columns[0].overflow = "fold"
-    for item in written:
-        shape, rmse = " x ".join(map(str, item.shape)), f"{100 * item.rmse:.2f} %"
-        table.add_row(Text(item.name), item.source, item.format, shape, str(item.nbytes), rmse)
-    Console().print(table)
+    rows = [
+        (item.name, item.source, item.format, " x ".join(map(str, item.shape)), item.nbytes,
+         f"{100 * item.rmse:.2f} %") for item in written
+    ]  # fmt: skip
     files = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
     size = sum(file.stat().st_size for file in files)
     values = sum(item.shape[0] * item.shape[1] for item in written)
     bits = 8 * sum(item.nbytes for item in written) / max(values, 1)
-    typer.echo(f"{path}: {size / 2**20:.1f} MiB, {bits:.2f} bits a quantized weight")
+    headings = ("tensor", "from", "to", "shape", "bytes", "RMSE")
+    told = f"{path}: {size / 2**20:.1f} MiB, {bits:.2f} bits a quantized weight"
+    tables.show(tables.table(headings, rows, headings[4:]), told)

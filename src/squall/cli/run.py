@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from squall.cli import INTERRUPTED
 from squall.cli.flags import HELP_OF, TEXT, command
 from squall.cli.opening import PictureFlags
 from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option, read_text
 from squall.cli.selectors import Selected
 from squall.engine.sampling import SamplingFields
 from squall.errors import InvalidRequest
+from squall.files import printable
 
 if TYPE_CHECKING:
     from squall.engine.generation import Generation
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from squall.text.chat import ChatPrompt
     from squall.text.grammar import Grammar
 
-INTERRUPTED = 130
 MOST_STDIN = 16 << 20
 
 
@@ -198,15 +199,15 @@ def show(generation: Generation, prompt: str | ChatPrompt, said: list[str]) -> N
     from squall.text.answer import AnswerParser, Reasoned, Said
 
     parser = AnswerParser() if isinstance(prompt, str) else prompt.parser()
-    gap = ""
+    gap, terminal = "", sys.stdout.isatty()
     for piece in generation:
         for event in parser.push(piece.text, final=piece.finish_reason is not None):
             if isinstance(event, Said):
                 said.append(event.text)
-                sys.stdout.write(gap + event.text)
+                sys.stdout.write(gap + (printable(event.text) if terminal else event.text))
                 gap = ""
-            elif isinstance(event, Reasoned) and sys.stdout.isatty():
-                sys.stdout.write(f"\x1b[2m{event.text}\x1b[0m")
+            elif isinstance(event, Reasoned) and terminal:
+                sys.stdout.write(f"\x1b[2m{printable(event.text)}\x1b[0m")
                 gap = "\n\n"
         sys.stdout.flush()
 

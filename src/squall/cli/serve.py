@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from squall.checkpoints.hub import name_of
 from squall.cli.flags import command
 from squall.cli.opening import PictureFlags, check_one, torchrun
 from squall.cli.options import ChatTemplate, ContextSize, DraftModel, option
@@ -75,6 +76,9 @@ class ServeFlags(PictureFlags):
     )
     adapter_folder: list[Path] | None = option(
         None, metavar="FOLDER", help="Clients may load adapters from here, and remove some."
+    )
+    allow_pull: bool = option(
+        False, "--allow-pull", help="Clients may download models by name, and remove those."
     )
     image_model: str | None = option(
         None, metavar="DIR_OR_ID", help="A model that makes pictures, beside one of text."
@@ -190,6 +194,7 @@ class ServeFlags(PictureFlags):
 
     def options(self) -> ServerOptions:
         """What the server allows."""
+        from squall.cli.several import Store
         from squall.server.options import LOOPBACK, ServerOptions, keep_alive_s
         from squall.vision.images import Media
 
@@ -212,6 +217,7 @@ class ServeFlags(PictureFlags):
             keep_alive_s=keep_alive_s(),
             drain_s=self.drain_timeout,
             stall_s=self.stall_timeout,
+            store=Store(self) if self.allow_pull else None,
             image_folder=self.image_folder,
             image_age_s=self.image_age,
         )
@@ -361,11 +367,6 @@ def _opened(
             name = name_of(painter.path)
             found[name if name not in found else f"{name}-images"] = painter
         yield found
-
-
-def name_of(path: Path) -> str:
-    path = path.absolute()
-    return path.name if path.is_dir() else path.stem
 
 
 def _about(model: Model | ImageModel | Lazy) -> str:

@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squall.cli import options
+from squall.cli.models import judge
 from squall.cli.opening import SHARED, makes_pictures
 from squall.cli.toml_selector import check_keys, read_root
 from squall.errors import InvalidRequest, ModelNotFound
 from squall.locate import locate
-from squall.names import find
+from squall.names import find, pull, remove
 from squall.needs import Kind, needs
 from squall.opening import Opening
 
 if TYPE_CHECKING:
+    from squall.checkpoints.hub import Progress
     from squall.cli.serve import ServeFlags
     from squall.server.residence import Lazy
 
@@ -103,7 +105,8 @@ def lazies(flags: ServeFlags, entries: Sequence[Entry]) -> dict[str, Lazy]:
 
 
 def _lazy(flags: ServeFlags, entry: Entry, kind: Kind, opening: Opening) -> Lazy:
-    from squall.server.residence import Lazy, duration_s
+    from squall.server.options import duration_s
+    from squall.server.residence import Lazy
 
     kept = flags.keep_alive if entry.keep_alive is None else entry.keep_alive
     return Lazy(kind, opening, entry.pinned, duration_s(kept), flags.preload)
@@ -132,9 +135,30 @@ def _shared(flags: ServeFlags) -> dict[str, Any]:
 
 
 def _name(said: str, opening: Opening) -> str:
-    from squall.cli.serve import name_of
+    from squall.checkpoints.hub import name_of
 
-    return name_of(Path(opening.path or said)) if os.path.exists(said) else said
+    path = Path(opening.path or said)
+    return name_of(path) if os.path.exists(said) else said.removesuffix(":latest")
+
+
+class Store:
+    """Models of the hub for clients; opened as the command says of all models, not of its own."""
+
+    def __init__(self, flags: ServeFlags) -> None:
+        kept = ("threads", "device", "exact", "token_source", "offline", "keep_alive", "max_seqs",
+                "max_queue", "queue_timeout", "kv_dtype", "kv_fraction")  # fmt: skip
+        self._flags = type(flags)(**{name: getattr(flags, name) for name in kept})
+
+    def pull(self, name: str, progress: Progress) -> Lazy:
+        """See `squall.server.pulls.Store`."""
+        entry = Entry(str(pull(name, _shared(self._flags)["hub"], progress, judge)))
+        kind, opening = _opening(self._flags, entry)
+        needs(kind, opening, sys.maxsize)
+        return _lazy(self._flags, entry, kind, opening)
+
+    def remove(self, name: str) -> None:
+        """See `squall.server.pulls.Store`."""
+        remove(find(name))
 
 
 def embeds(path: str | Path) -> bool:

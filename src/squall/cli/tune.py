@@ -15,6 +15,7 @@ from squall.cli.flags import command
 from squall.cli.opening import ModelFlags
 from squall.cli.options import ContextSize, Json, option, progress
 from squall.cli.selectors import Selected
+from squall.cli.tables import show, table
 from squall.errors import InvalidRequest
 from squall.opening import Opening
 
@@ -81,9 +82,6 @@ app = command("tune", TuneFlags, tune)
 
 
 def _print(found: list[Choice], goal: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from squall.errors import OutOfMemory
     from squall.machine import available_bytes
     from squall.tuning import best
@@ -92,30 +90,27 @@ def _print(found: list[Choice], goal: str) -> None:
         chosen = best(found, goal)
     except OutOfMemory:
         chosen = None
-    right = ("loss", "weights, MiB", "KV", "context", "all, MiB", "longest", "prompt", "answer")
-    table = Table("", "weights")
-    for heading in right:
-        table.add_column(heading, justify="right", no_wrap=True)
+    numbers = ("loss", "weights, MiB", "KV", "context", "all, MiB", "longest", "prompt", "answer")
+    rows = []
     for choice in found:
         rates = ("" if rate is None else f"{rate:.1f}" for rate in (choice.prompt, choice.answer))
-        table.add_row(
-            "*" * (choice is chosen),
-            choice.isq or f"as they are: {choice.format}",
-            "unknown" if choice.loss is None else f"{choice.loss:.1%}",
-            f"{choice.weight_bytes / MIB:.0f}",
-            choice.kv_dtype,
-            str(choice.context or "does not fit"),
-            f"{choice.bytes / MIB:.0f}" if choice.context else "",
-            str(choice.longest),
-            *rates,
+        rows.append(
+            (
+                "*" * (choice is chosen),
+                choice.isq or f"as they are: {choice.format}",
+                "unknown" if choice.loss is None else f"{choice.loss:.1%}",
+                f"{choice.weight_bytes / MIB:.0f}",
+                choice.kv_dtype,
+                choice.context or "does not fit",
+                f"{choice.bytes / MIB:.0f}" if choice.context else "",
+                choice.longest,
+                *rates,
+            )
         )
     free = available_bytes()
-    table.caption = "loss: of perplexity, as Llama 3 8B's. Rates: tokens a second, expected."
-    table.caption += "" if free is None else f" Free memory: {free / MIB:.0f} MiB"
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
+    caption = "loss: of perplexity, as Llama 3 8B's. Rates: tokens a second, expected."
+    caption += "" if free is None else f" Free memory: {free / MIB:.0f} MiB"
+    show(table(("", "weights", *numbers), rows, numbers, caption=caption))
 
 
 def _settings(opening: Opening, chosen: Choice) -> dict[str, str | int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from squall import encoder, executors
 from squall.checkpoints import Checkpoint, open_checkpoint, open_file
-from squall.embeddings.files import Linear, Pooling, Setup, judges, pooling_named, setup
+from squall.embeddings.files import Linear, Setup, judges, pooling_named, setup
 from squall.embeddings.reading import TEXTS, Place, Reader
 from squall.embeddings.tokens import Text, Tokens, open_tokens
 from squall.errors import InvalidCheckpoint, InvalidRequest
@@ -23,7 +23,7 @@ from squall.opening import Opening
 from squall.program import Slice
 from squall.quant import FormatTotal, Plan
 from squall.recipes import embedders
-from squall.recipes.embedders import Recipe
+from squall.recipes.embedders import Pooling, Recipe
 from squall.recipes.names import Naming, Part, place
 from squall.spec import Decoder, Dense, Head
 from squall.weights import WeightStore
@@ -103,19 +103,21 @@ def assemble(opening: Opening, pool: ThreadPool | None) -> Parts:
         raise InvalidRequest("name a model that embeds: a folder, a GGUF file, or one of the hub")
     checkpoint = open_checkpoint(locate(opening.path, opening.hub, opening.progress, mmproj=False))
     recipe, said = embedders.load(checkpoint), setup(checkpoint)
-    asked = checkpoint.kind == "folder" and judges(checkpoint.path, checkpoint.metadata)
+    unsaid = checkpoint.kind == "folder" and judges(checkpoint.path, checkpoint.metadata)
+    asked = unsaid or (recipe.judges and isinstance(recipe.spec, Decoder))
     named = None if opening.tokenizer_json is None else Path(opening.tokenizer_json)
     around = _AROUND if asked else None
     tokens = open_tokens(checkpoint, named, lower=said.lower, around=around)
-    recipe = _asked(recipe, tokens) if asked else recipe
+    recipe = _asked(recipe, tokens) if unsaid else recipe
     plan = Plan.of(opening.isq, opening.topology, dtype=opening.dtype)
     plan.topology.check(len(recipe.spec.layers))
     at = Place(_placement(opening), pool or executors.thread_pool(opening.threads))
     exact, context = opening.weights == "f32", _context(opening, recipe, said)
     store = WeightStore(recipe.checkpoint, plan=plan, exact=exact)
-    reader = Reader(recipe, store, at, _pooling(opening, recipe, said, asked=asked), context)
+    reader = Reader(recipe, store, at, _pooling(opening, recipe, said), context)
     reader.load(opening.progress)
-    head, width = _head(recipe, said, at, exact=exact)
+    head, made = _head(recipe, said, at, exact=exact)
+    width = min(said.width or made, made)
     return Parts(
         checkpoint.path, width, context, recipe.spec.vocab, recipe.judges, asked, tokens, said,
         reader, head,
@@ -129,9 +131,9 @@ def _asked(recipe: Recipe, tokens: Tokens) -> Recipe:
     return embedders.judging(recipe, (no, yes))
 
 
-def _pooling(opening: Opening, recipe: Recipe, said: Setup, *, asked: bool) -> Pooling:
-    if recipe.judges:
-        return "last" if asked else "cls"
+def _pooling(opening: Opening, recipe: Recipe, said: Setup) -> Pooling:
+    if recipe.pooling is not None:
+        return recipe.pooling
     if opening.pooling is not None:
         return pooling_named(opening.pooling)
     return said.pooling or ("last" if isinstance(recipe.spec, Decoder) else "mean")
@@ -175,7 +177,8 @@ def _linears(hidden: int, linears: Sequence[Linear]) -> tuple[Part, dict[str, Ch
         source = linear.folder.name
         files[source] = file = open_file(linear.folder / "model.safetensors")
         weight, stem = file.tensors.get("linear.weight"), f"dense{number}"
-        dense = Dense(weight.rows if weight else 0, "linear.bias" in file.tensors, linear.tanh)
+        bias = "linear.bias" in file.tensors
+        dense = Dense(weight.rows if weight else 0, bias, linear.activation)
         own = Part("head", Head(width, (dense,)), Naming({"dense0": "linear"}, ""))
         (placed,) = place([own], file.tensors, read=set(), source=source)
         names |= {role.replace("dense0", stem): found for role, found in placed.names.items()}

@@ -18,23 +18,34 @@ from squall.errors import InvalidCheckpoint, InvalidRequest, SquallError, Unsupp
 from squall.files import quote, read_json, read_text
 from squall.recipes.config import RECIPES
 from squall.recipes.config_fields import by_model_type
-from squall.recipes.embedders import ASKED, CLASSIFIER, FAMILIES, GGUF_ENCODERS
+from squall.recipes.embedders import (
+    ASKED,
+    CLASSIFIER,
+    FAMILIES,
+    GGUF_ENCODERS,
+    RANKS,
+    Pooling,
+)
+from squall.spec import Activation
 
-Pooling = Literal["cls", "mean", "last"]
 MODULES = "modules.json"
-_POOLED = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_LAST = "lasttoken"  # as they call it
 _FLAGS = {
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean", "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean", "pooling_mode_lasttoken": "lasttoken",
 }  # fmt: skip
 _GGUF_POOLED: tuple[Pooling | None, ...] = (None, "mean", "cls", "last")
-_RANKS = 4  # a pooling_type of GGUF
 # Classes of transformers without a head.
 _HEADLESS = re.compile(r"[A-Za-z0-9]+(?<!LMHead)Model")
 _FOLDER = re.compile(r"[A-Za-z0-9_]{1,60}")
 _SETTINGS = ("sentence_bert_config.json", "sentence_roberta_config.json")
-_TANH, _IDENTITY, _SIGMOID = "Tanh", "Identity", "Sigmoid"
+_ACTIVATIONS: Mapping[str, Activation | Literal["tanh"] | None] = {
+    "Tanh": "tanh", "Identity": None, "GELU": "gelu", "ReLU": "relu", "SiLU": "silu",
+}  # fmt: skip
+_IDENTITY, _SIGMOID = "Identity", "Sigmoid"
+_LONGEST = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,7 @@ class Linear:
     """A linear after pooling, in a folder of its own."""
 
     folder: Path
-    tanh: bool
+    activation: Activation | Literal["tanh"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +61,13 @@ class Setup:
     """How a model's rows become vectors, or scores.
 
     pooling: None: the files do not say. context: tokens of a text; None: all that it was trained
-    for. prompts: texts to put before others, by name. prompt: the one by default.
-    lower: texts become lower case. sigmoid: of a score.
+    for. width: so many first values; None: all. prompts: texts to put before others, by name.
+    prompt: the one by default. lower: texts become lower case. sigmoid: of a score.
     """
 
     pooling: Pooling | None = None
     context: int | None = None
+    width: int | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     prompt: str = ""
     linears: tuple[Linear, ...] = ()
@@ -97,49 +109,58 @@ def setup(checkpoint: Checkpoint) -> Setup:
     """What the files beside a checkpoint's weights say."""
     if checkpoint.kind == "gguf":
         return _of_gguf(checkpoint.metadata)
-    folder = checkpoint.path
+    folder, config = checkpoint.path, checkpoint.metadata
     said = next((found for name in _SETTINGS if (found := read_json(folder / name))), {})
     texts = read_json(folder / "config_sentence_transformers.json") or {}
-    given = texts.get("prompts")
+    given, older = texts.get("prompts"), config.get("sentence_transformers")
     prompts = {str(k): str(v) for k, v in given.items()} if isinstance(given, dict) else {}
-    pooling, linears = _modules(folder)
+    activations = (  # as three generations of sentence-transformers write it
+        texts.get("activation_fn"),
+        older.get("activation_fn") if isinstance(older, dict) else None,
+        config.get("sbert_ce_default_activation_function"),
+    )
+    pooling, linears = _modules(folder, asked=judges(folder, config))
     return Setup(
-        pooling, _context(said), prompts, prompts.get(str(texts.get("default_prompt_name")), ""),
-        linears, said.get("do_lower_case") is True, _sigmoid(checkpoint.metadata),
+        pooling, _context(said, folder), _count(texts, "truncate_dim"), prompts,
+        prompts.get(str(texts.get("default_prompt_name")), ""), linears,
+        said.get("do_lower_case") is True, _sigmoid(*activations),
     )  # fmt: skip
 
 
 def _of_gguf(metadata: Mapping[str, Any]) -> Setup:
     key = f"{metadata.get('general.architecture')}.pooling_type"
     value = metadata.get(key, 0)
-    if value == _RANKS:
-        raise UnsupportedModel("GGUF files that judge pairs are not read; open the model's folder")
-    if value not in range(len(_GGUF_POOLED)):
-        raise InvalidCheckpoint(f"metadata key {key} is {value!r:.99}; it must be in 0..4")
-    return Setup(_GGUF_POOLED[value])
+    if value not in range(RANKS + 1):
+        raise InvalidCheckpoint(f"metadata key {key} is {value!r:.99}; it must be in 0..{RANKS}")
+    return Setup(None if value == RANKS else _GGUF_POOLED[value])
 
 
-def _context(said: Mapping[str, Any]) -> int | None:
-    value = said.get("max_seq_length")
+def _context(said: Mapping[str, Any], folder: Path) -> int | None:
+    """What sentence-transformers wrote, or writes now, to the tokenizer's."""
+    key = "model_max_length"
+    longest = (read_json(folder / "tokenizer_config.json") or {}).get(key)
+    huge = not isinstance(longest, int) or longest > _LONGEST  # which stands for no limit
+    return _count(said, "max_seq_length") or (None if huge else _count({key: longest}, key))
+
+
+def _count(said: Mapping[str, Any], key: str) -> int | None:
+    value = said.get(key)
     if value is None:
         return None
-    if type(value) is not int or not 1 <= value <= 1 << 30:
-        raise InvalidCheckpoint(f"max_seq_length is {value!r:.99}; it must be a positive integer")
+    if type(value) is not int or not 1 <= value <= _LONGEST:
+        raise InvalidCheckpoint(f"{key} is {value!r:.99}; it must be a positive integer")
     return value
 
 
-def _sigmoid(config: Mapping[str, Any]) -> bool:
-    """Whether scores are made numbers from 0 to 1, as sentence-transformers would."""
-    newer = config.get("sentence_transformers")
-    said = newer.get("activation_fn") if isinstance(newer, dict) else None
-    said = said or config.get("sbert_ce_default_activation_function") or _SIGMOID
-    name = str(said).rpartition(".")[2]
+def _sigmoid(*said: object) -> bool:
+    """Whether scores are made numbers from 0 to 1: by the first that says it, or by default."""
+    name = str(next(filter(None, said), _SIGMOID)).rpartition(".")[2]
     if name not in (_SIGMOID, _IDENTITY):
         raise UnsupportedModel(f"scores are made by {name!r:.99}; known: {_SIGMOID}, {_IDENTITY}")
     return name == _SIGMOID
 
 
-def _modules(folder: Path) -> tuple[Pooling | None, tuple[Linear, ...]]:
+def _modules(folder: Path, *, asked: bool) -> tuple[Pooling | None, tuple[Linear, ...]]:
     """How rows are pooled, and the linears after that, by modules.json."""
     pooling, linears = None, []
     for kind, path in _listed(folder):
@@ -149,6 +170,8 @@ def _modules(folder: Path) -> tuple[Pooling | None, tuple[Linear, ...]]:
             case "Dense":
                 linears.append(_linear(path))
             case "Transformer" | "Normalize":
+                pass
+            case "LogitScore" if asked:  # yes less no
                 pass
             case _:
                 raise UnsupportedModel(
@@ -180,10 +203,12 @@ def _pooling(config: Mapping[str, Any]) -> Pooling:
         raise UnsupportedModel(
             "the prompt's rows are not pooled (include_prompt); that is not supported"
         )
-    if mode not in tuple(_POOLED):
-        known = ", ".join(_POOLED)
-        raise UnsupportedModel(f"rows are pooled by {mode!r:.99}; known: {known}")
-    return pooling_named(_POOLED[str(mode)])
+    for known in get_args(Pooling):
+        if mode == (_LAST if known == "last" else known):
+            found: Pooling = known
+            return found
+    names = ", ".join((*get_args(Pooling)[:-1], _LAST))
+    raise UnsupportedModel(f"rows are pooled by {mode!r:.99}; known: {names}")
 
 
 def pooling_named(name: str) -> Pooling:
@@ -196,9 +221,8 @@ def pooling_named(name: str) -> Pooling:
 
 def _linear(folder: Path) -> Linear:
     config = read_json(folder / "config.json") or {}
-    name = str(config.get("activation_function", _TANH)).rpartition(".")[2]
-    if name not in (_TANH, _IDENTITY):
-        raise UnsupportedModel(
-            f"{folder.name} has the activation {quote(name)}; known: {_TANH}, {_IDENTITY}"
-        )
-    return Linear(folder, name == _TANH)
+    name = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
+    if name not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise UnsupportedModel(f"{folder.name} has the activation {quote(name)}; known: {known}")
+    return Linear(folder, _ACTIVATIONS[name])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from squall.checkpoints.hub import name_of
 from squall.closing import Closing
 from squall.embeddings.assembly import Parts, assemble
 from squall.embeddings.tokens import Text
@@ -71,7 +72,7 @@ class Embedder(Closing):
 
     @property
     def name(self) -> str:
-        return self.path.stem if self.path.is_file() else self.path.name
+        return name_of(self.path)
 
     @property
     def formats(self) -> tuple[FormatTotal, ...]:
@@ -107,9 +108,10 @@ class Embedder(Closing):
         read = [self._ids(t, i, truncate) if _is_ids(t) else next(bodies)
                 for i, t in enumerate(given)]  # fmt: skip
         self._check(read, "text")
-        vectors = np.empty((len(read), dimensions or self.width), np.float32)
+        width = dimensions or self.width
+        vectors = np.empty((len(read), width), np.float32)
         for at, vector in enumerate(parts.vectors(read)):
-            vectors[at] = _normal(vector[:dimensions]) if normalize else vector[:dimensions]
+            vectors[at] = _normal(vector[:width]) if normalize else vector[:width]
         return Embeddings(vectors, sum(len(text.ids) for text in read))
 
     def rerank(self, query: str, documents: Sequence[str], *, truncate: bool = False) -> Scores:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,19 +13,34 @@ from numpy.typing import NDArray
 
 from squall import encoder, executors
 from squall.batch import Sequences
-from squall.embeddings.files import Pooling
 from squall.embeddings.tokens import Text
 from squall.executors import Executor, Limits, Placement, ThreadPool
 from squall.program import Program
 from squall.quant import FormatTotal
-from squall.recipes.embedders import Recipe
+from squall.recipes.embedders import Pooling, Recipe
 from squall.weights import Progress, WeightStore
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 # Rows and texts of a run; a text that is longer has a run of its own.
 ROWS, TEXTS = 1024, 256
 _BLOCK = 16
+
+
+def _weighted(rows: Doubles) -> Doubles:
+    weights = np.arange(1, len(rows) + 1)[:, None]
+    made: Doubles = (rows * weights).sum(0) / weights.sum()
+    return made
+
+
+# Of a text's rows, where all become the vector.
+_OF_ALL: Mapping[Pooling, Callable[[Doubles], Doubles]] = {
+    "mean": lambda rows: rows.mean(0),
+    "max": lambda rows: rows.max(0),
+    "mean_sqrt_len_tokens": lambda rows: rows.sum(0) / math.sqrt(len(rows)),
+    "weightedmean": _weighted,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +67,7 @@ class Reader:
         self._spec, self._causal, self._pooling = recipe.spec, recipe.causal, pooling
         self._program = encoder.compile_texts(
             recipe.spec, recipe.text.names, context=context, causal=recipe.causal,
-            some=pooling != "mean",
+            some=pooling not in _OF_ALL,
         )  # fmt: skip
         self._indices = {index.name for index in self._program.indices}
         self._windows = {name for name in self._indices if name.startswith("spans.")}
@@ -90,10 +106,10 @@ class Reader:
             alone = not self._program.caches
             given = None if alone else sequences
             (states,) = executor.run(inputs, given, patient=True).values()
-        if self._pooling != "mean":
+        if (pool := _OF_ALL.get(self._pooling)) is None:
             return list(states)
         spans = pairwise(bounds.tolist())
-        return [states[a:b].mean(axis=0, dtype=np.float64).astype(np.float32) for a, b in spans]
+        return [pool(states[a:b].astype(np.float64)).astype(np.float32) for a, b in spans]
 
     def _given(
         self, texts: Sequence[Text], lengths: Int32, bounds: Int32

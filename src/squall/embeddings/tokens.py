@@ -6,7 +6,7 @@ Names of special tokens in a text are plain text, so that no text can end before
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,13 +108,16 @@ def open_tokens(
     if checkpoint.kind == "gguf" and tokenizer_json is None:
         make = _GGUF.get(str(checkpoint.metadata.get("tokenizer.ggml.model")))
         if make is None:
-            return _of_gguf(checkpoint.metadata)
+            return _of_gguf(checkpoint.metadata, around)
         return _of_library(make(checkpoint.metadata), lower=lower)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     config = read_json(folder / "tokenizer_config.json") or {}
     text = read_text(tokenizer_json or folder / "tokenizer.json")
     if text is not None:
-        return _of_library(library_of(text), lower=lower, around=around)
+        found = _of_library(library_of(text), lower=lower, around=around)
+        given = config.get("model_input_names")
+        plain = isinstance(given, list) and "token_type_ids" not in given
+        return replace(found, frame=replace(found.frame, marks=0)) if plain else found
     words = read_text(folder / "vocab.txt", MAX_VOCABULARY_BYTES)
     if words is None:
         raise InvalidCheckpoint(f"{str(folder)!r} has neither tokenizer.json nor vocab.txt")
@@ -224,14 +227,21 @@ _GGUF: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 }  # fmt: skip
 
 
-def _of_gguf(metadata: Mapping[str, Any]) -> Tokens:
-    """Of decoders, whose files say whether a text ends with a token."""
+def _of_gguf(metadata: Mapping[str, Any], around: tuple[str, str] | None) -> Tokens:
+    """Of files that say with which tokens a text ends, and a pair's first."""
     tokenizer = Tokenizer.from_gguf(metadata)
-    ends = metadata.get("tokenizer.ggml.add_eos_token") is True
-    before = tuple(tokenizer.encode(""))
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [tokenizer.encode(text, add_bos=False) for text in texts]
 
-    after = (tokenizer.eos,) if ends and tokenizer.eos is not None else ()
-    return Tokens(encode, tokenizer.controls.get, Frame(before, after))
+    def added(name: str, token: object) -> tuple[int, ...]:
+        wanted = metadata.get(f"tokenizer.ggml.add_{name}_token") is True
+        return (token,) if wanted and isinstance(token, int) else ()
+
+    end = added("eos", tokenizer.eos)
+    apart = added("sep", metadata.get("tokenizer.ggml.seperator_token_id", tokenizer.eos))
+    frame = Frame(tuple(tokenizer.encode("")), end, (*end, *apart), end)
+    if around is not None:
+        first, last = (tokenizer.encode(t, add_bos=False, specials=True) for t in around)
+        frame = Frame(tuple(first), tuple(last))
+    return Tokens(encode, tokenizer.controls.get, frame)

@@ -17,18 +17,19 @@ from squall.recipes.names import Naming
 
 # The key of GGUF files, by which the shared parts ask -> those of config.json; the first there is.
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "attention.head_count": ("num_attention_heads", "num_heads", "attention_heads"),
+    "attention.head_count": ("num_attention_heads", "num_heads", "attention_heads", "n_heads"),
     "attention.head_count_kv": ("num_key_value_heads",),
     "attention.key_length": ("head_dim", "d_kv"),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "norm_eps"),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "layer_norm_epsilon"),
-    "block_count": ("num_hidden_layers", "depth", "num_layers"),
+    "block_count": ("num_hidden_layers", "depth", "num_layers", "n_layers"),
     "context_length": ("max_position_embeddings",),
-    "embedding_length": ("embed_dim", "hidden_size", "d_model"),
+    "embedding_length": ("embed_dim", "hidden_size", "d_model", "dim"),
     "expert_count": ("num_local_experts",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_used_count": ("num_experts_per_tok",),
-    "feed_forward_length": ("intermediate_size", "d_ff"),
+    "feed_forward_length": ("intermediate_size", "d_ff", "hidden_dim"),
+    "hidden_act": ("hidden_act", "activation", "hidden_activation"),
 }
 # Leftovers of savers and trainers that are in so many files that naming them would tell nothing.
 USUAL = frozenset(

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from squall import __version__
+from squall.checkpoints.hub import name_of
 from squall.model import Model
 from squall.server.errors import INVALID, ApiError, to_api
 from squall.server.gate import IGNORED, Gate
@@ -32,7 +33,7 @@ def create_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
     options = options or ServerOptions()
     if not isinstance(models, Mapping):
         path = models.checkpoint.path if isinstance(models, Model) else models.path
-        models = {options.model_id or path.stem: models}
+        models = {options.model_id or name_of(path): models}
     service = Service(models, options)
 
     @asynccontextmanager

@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -23,6 +23,7 @@ from squall.server.gate import Visit
 from squall.server.schemas import Body, Chosen, Prompts
 
 if TYPE_CHECKING:
+    from squall.server.served import Encoder
     from squall.server.service import Service
 
 MOST_TEXTS = 2048  # of a request
@@ -32,6 +33,7 @@ _BATCH, _BATCH_CHARACTERS = 64, 1 << 16
 Text = str | Sequence[int]
 _Text = TypeVar("_Text", bound=Text)
 _Made = TypeVar("_Made")
+_BodyT = TypeVar("_BodyT", bound=Body)
 
 
 class EmbeddingsBody(Body, frozen=True):
@@ -40,6 +42,8 @@ class EmbeddingsBody(Body, frozen=True):
     prompt: a text to put before each, or the name of one of the model's. truncate: cut texts that
     are too long.
     """
+
+    of: ClassVar[str] = "input"
 
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
@@ -53,9 +57,18 @@ class EmbeddingsBody(Body, frozen=True):
         alone = isinstance(given, str) or (len(given) and isinstance(given[0], int))
         return [given] if alone else list(given)
 
+    def make(self, model: Any, texts: Sequence[Text]) -> tuple[list[str], int]:
+        write = _as_base64 if self.encoding_format == "base64" else as_numbers
+        found = model.embed(
+            texts, prompt=self.prompt, dimensions=self.dimensions, truncate=self.truncate
+        )
+        return [write(vector) for vector in found.vectors], found.tokens
+
 
 class RerankBody(Body, frozen=True):
     """POST /v1/rerank. Documents are texts, or objects with a `text`."""
+
+    of: ClassVar[str] = "documents"
 
     query: str
     documents: Annotated[list[Chosen], Field(max_length=MOST_TEXTS)]
@@ -69,7 +82,14 @@ class RerankBody(Body, frozen=True):
         for i, text in enumerate(found):
             if not isinstance(text, str):
                 raise InvalidRequest(f"documents[{i}] must be a text, or an object with a text")
+        checked([self.query], "query")
+        if self.top_n is not None and self.top_n < 1:
+            raise InvalidRequest(f"top_n is {self.top_n}; it must be at least 1")
         return [str(text) for text in found]
+
+    def make(self, model: Any, texts: Sequence[str]) -> tuple[list[float], int]:
+        found = model.rerank(self.query, texts, truncate=self.truncate)
+        return found.scores.tolist(), found.tokens
 
 
 @dataclass(eq=False)
@@ -134,41 +154,38 @@ class RerankDialect(Dialect):
         return json.dumps({"object": "list", **found})
 
 
+async def find_texts(
+    service: Service, request: Request, kind: type[_BodyT]
+) -> tuple[_BodyT, Encoder]:
+    """A body with `texts`, which are in its field `of`, and the model that it is for."""
+    body = await read_body(service, request, partial(parse, kind, service.context))
+    return body, service.embedder(body.model)
+
+
+def answer_texts(
+    service: Service, request: Request, found: tuple[Any, Encoder], tell: Callable[..., Dialect]
+) -> Response:
+    """What the model makes of the texts, as the body's `make` says."""
+    (body, standing), visit = found, visit_of(request)
+    texts = checked(body.texts, body.of)
+    job: TextsJob[Any, Any] = TextsJob(
+        service, visit, standing.name, texts, lambda some: body.make(standing.model, some)
+    )
+    told = tell(body, standing.name, visit.id)
+    return Answer(service, standing, lambda: job, told, stream=False, reads=False)
+
+
 def add_embeddings(router: APIRouter, service: Service) -> None:
     @router.post("/v1/embeddings", openapi_extra=takes(EmbeddingsBody))
     async def embeddings(request: Request) -> Response:
         """A vector for each text."""
-        body = await read_body(service, request, partial(parse, EmbeddingsBody, service.context))
-        texts = checked(body.texts, "input")
-        standing = service.embedder(body.model)
-        write = _as_base64 if body.encoding_format == "base64" else as_numbers
-
-        def make(some: Sequence[Text]) -> tuple[list[str], int]:
-            found = standing.model.embed(
-                some, prompt=body.prompt, dimensions=body.dimensions, truncate=body.truncate
-            )
-            return [write(vector) for vector in found.vectors], found.tokens
-
-        told = EmbeddingsDialect(body, standing.name, visit_of(request).id)
-        job = TextsJob(service, visit_of(request), standing.name, texts, make)
-        return Answer(service, standing, lambda: job, told, stream=False, reads=False)
+        found = await find_texts(service, request, EmbeddingsBody)
+        return answer_texts(service, request, found, EmbeddingsDialect)
 
     async def rerank(request: Request) -> Response:
         """How well each document answers the query, the best first."""
-        body = await read_body(service, request, partial(parse, RerankBody, service.context))
-        texts = checked(body.texts, "documents")
-        checked([body.query], "query")
-        if body.top_n is not None and body.top_n < 1:
-            raise InvalidRequest(f"top_n is {body.top_n}; it must be at least 1")
-        standing = service.embedder(body.model)
-
-        def make(some: Sequence[str]) -> tuple[list[float], int]:
-            found = standing.model.rerank(body.query, some, truncate=body.truncate)
-            return found.scores.tolist(), found.tokens
-
-        told = RerankDialect(body, standing.name, visit_of(request).id)
-        job = TextsJob(service, visit_of(request), standing.name, texts, make)
-        return Answer(service, standing, lambda: job, told, stream=False, reads=False)
+        found = await find_texts(service, request, RerankBody)
+        return answer_texts(service, request, found, RerankDialect)
 
     for path in ("/v1/rerank", "/rerank", "/v2/rerank"):
         shown = path.startswith("/v1")

@@ -117,10 +117,10 @@ class Metrics:
 
     def __init__(
         self, models: Mapping[str, Served], painters: Mapping[str, Painter],
-        standings: Mapping[str, AnyStanding],
+        standings: Callable[[], Sequence[AnyStanding]],
     ) -> None:  # fmt: skip
         self._registry = registry = CollectorRegistry()
-        registry.register(_Collector(lambda: standings, _standing_rows))
+        registry.register(_Collector(lambda: {s.name: s for s in standings()}, _standing_rows))
         registry.register(_Collector(partial(_loaded, models), _rows))
         registry.register(_Collector(partial(_loaded, painters), _painting_rows))
         self.responses = Counter(

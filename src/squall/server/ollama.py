@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi import APIRouter
 from pydantic import Field, model_validator
@@ -25,15 +23,15 @@ from squall.api.responses import ChunkChoice, CompletionChoice
 from squall.errors import InvalidRequest
 from squall.model import Model
 from squall.server.agents import AgentBody, Object, arguments_of
-from squall.server.answer import Answer
-from squall.server.asking import find, parse, read_body, respond, takes, visit_of
+from squall.server.asking import find, respond, takes
 from squall.server.dialect import AnyJob, Dialect, Event
-from squall.server.embeddings import Text, TextsJob, as_numbers, checked
+from squall.server.embeddings import Text, TextsJob, answer_texts, as_numbers, find_texts
 from squall.server.errors import OLLAMA, ApiError
+from squall.server.options import duration_s
+from squall.server.residence import AnyStanding
 from squall.server.schemas import Body, Chosen, Message, Texts
 
 if TYPE_CHECKING:
-    from squall.server.residence import AnyStanding
     from squall.server.service import Service
 
 LATEST = ":latest"  # what clients put after names, and may leave out
@@ -50,11 +48,6 @@ _OPENING = frozenset({
     "embedding_only", "f16_kv", "logits_all", "low_vram", "main_gpu", "num_batch", "num_ctx",
     "num_gpu", "num_keep", "num_thread", "numa", "use_mlock", "use_mmap", "vocab_only",
 })  # fmt: skip
-_UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "": 1.0}
-_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
-_PART = re.compile(_NUMBER + "(h|ms|m|s|us|ns|$)")
-_DURATION = re.compile(f"-?(?:{_NUMBER}|(?:{_NUMBER}(?:h|ms|m|s|us|ns)){{1,7}})")
-_MOST_S = 1e9  # more is forever
 KeepAlive = str | float | None
 
 
@@ -94,7 +87,8 @@ class OllamaBody(NamedBody, AgentBody, frozen=True):
     def ignored(self) -> list[str]:
         """Also options that are not there."""
         known = _SAMPLING.keys() | _OPENING
-        return [*super().ignored, *(f"options.{name}" for name in self.options.keys() - known)]
+        given = {name for name, value in self.options.items() if value is not None}
+        return [*super().ignored, *(f"options.{name}" for name in sorted(given - known))]
 
     def fields(self, defaults: Object) -> Object:
         """What a request has of it, beside what it is about."""
@@ -165,6 +159,8 @@ class GenerateBody(OllamaBody, frozen=True):
 class EmbedBody(NamedBody, frozen=True):
     """POST /api/embed."""
 
+    of: ClassVar[str] = "input"
+
     input: Texts
     truncate: bool = True
     dimensions: int | None = None
@@ -175,9 +171,17 @@ class EmbedBody(NamedBody, frozen=True):
     def texts(self) -> list[Text]:
         return [self.input] if isinstance(self.input, str) else list(self.input)
 
+    def make(self, model: Any, texts: Sequence[Text]) -> tuple[list[str], int]:
+        found = model.embed(
+            texts, dimensions=self.dimensions, normalize=self.of == "input", truncate=self.truncate
+        )
+        return [as_numbers(vector) for vector in found.vectors], found.tokens
+
 
 class OldEmbedBody(EmbedBody, frozen=True):
     """POST /api/embeddings: one text, whose vector is not normalized."""
+
+    of: ClassVar[str] = "prompt"
 
     input: str = Field(alias="prompt")
 
@@ -217,16 +221,6 @@ def _said(messages: Iterable[Message]) -> Iterator[Object]:
         yield said
 
 
-def seconds_of(value: KeepAlive) -> float | None:
-    """How long a model stays after a request; None: as long as there is room for it."""
-    if isinstance(value, str):
-        if not _DURATION.fullmatch(value):
-            raise InvalidRequest(f"keep_alive is {value!r:.99}; it must be like 5m, 1h30m or 0")
-        parts = [float(amount) * _UNITS_S[unit] for amount, unit in _PART.findall(value)]
-        value = -sum(parts) if value.startswith("-") else sum(parts)
-    return float(value) if value is not None and 0 <= value <= _MOST_S else None
-
-
 class OllamaDialect(Dialect):
     """Lines of JSON; the last one, and a whole answer, tell tokens and nanoseconds."""
 
@@ -237,7 +231,7 @@ class OllamaDialect(Dialect):
         super().__init__(body, model, id)
         self._since_s = time.perf_counter()
         self._reason: str | None = None
-        self._calls: list[tuple[str, str]] = []  # of which the last may go on
+        self._calls: list[tuple[str, str, str]] = []  # of which the last may go on
 
     async def whole(self, job: AnyJob) -> str:
         said: dict[str, Any] = {"content": "", "thinking": "", "tool_calls": [], "logprobs": []}
@@ -284,9 +278,9 @@ class OllamaDialect(Dialect):
         for call in delta.tool_calls:
             if call.id is not None:
                 done += self._called()
-                self._calls = [(call.function.name, "")]
-            name, text = self._calls[-1]
-            self._calls[-1] = (name, text + call.function.arguments)
+                self._calls = [(call.id, call.function.name, "")]
+            id, name, text = self._calls[-1]
+            self._calls[-1] = (id, name, text + call.function.arguments)
         said = {"content": delta.content, "thinking": delta.reasoning_content, "tool_calls": done}
         tokens = choice.logprobs.content if choice.logprobs else ()
         return {**said, "logprobs": [token.to_dict() for token in tokens]}
@@ -295,7 +289,8 @@ class OllamaDialect(Dialect):
         """The call that is complete by now."""
         calls, self._calls = self._calls, []
         return [
-            {"function": {"name": name, "arguments": arguments_of(text)}} for name, text in calls
+            {"id": id, "function": {"name": name, "arguments": arguments_of(text)}}
+            for id, name, text in calls
         ]
 
     def _end(self, job: AnyJob) -> Event:
@@ -371,21 +366,9 @@ def add_ollama(router: APIRouter, service: Service) -> None:
         return await answer(request, GenerateBody)
 
     async def embedded(request: Request, kind: type[EmbedBody]) -> Response:
-        body = await read_body(service, request, partial(parse, kind, service.context))
-        visit, standing = visit_of(request), service.embedder(body.model)
+        body, standing = await find_texts(service, request, kind)
         _keep(standing, body.keep_alive)
-        old = isinstance(body, OldEmbedBody)
-        texts = checked(body.texts, "prompt" if old else "input")
-
-        def make(some: Sequence[Text]) -> tuple[list[str], int]:
-            found = standing.model.embed(
-                some, dimensions=body.dimensions, normalize=not old, truncate=body.truncate
-            )
-            return [as_numbers(vector) for vector in found.vectors], found.tokens
-
-        job = TextsJob(service, visit, standing.name, texts, make)
-        told = EmbedDialect(body, standing.name, visit.id)
-        return Answer(service, standing, lambda: job, told, stream=False, reads=False)
+        return answer_texts(service, request, (body, standing), EmbedDialect)
 
     @router.post("/api/embed", openapi_extra=takes(EmbedBody))
     async def embed(request: Request) -> Response:
@@ -401,11 +384,12 @@ def add_ollama(router: APIRouter, service: Service) -> None:
 async def _loaded(
     service: Service, served: AnyStanding, body: OllamaChatBody | GenerateBody
 ) -> Event:
-    unload = seconds_of(body.keep_alive) == 0
+    kept_s = served.keep_alive_s if body.keep_alive is None else duration_s(body.keep_alive)
+    unload = body.keep_alive is not None and kept_s == 0
     if unload:
         await service.unload(served.name, wait=True)
     else:
-        _keep(served, body.keep_alive)
+        service.residence.keep(served, kept_s)
         await service.load(served.name)
     chat = isinstance(body, OllamaChatBody)
     said = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
@@ -422,4 +406,4 @@ async def _loaded(
 def _keep(standing: AnyStanding, value: KeepAlive) -> None:
     """How long it stays when this request is over."""
     if value is not None:
-        standing.keep_alive_s = seconds_of(value)
+        standing.keep_alive_s = duration_s(value)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from squall.errors import InvalidRequest
 from squall.mcp import McpTools
 from squall.vision.images import Media
+
+if TYPE_CHECKING:
+    from squall.server.pulls import Store
 
 MIB = 2**20
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -20,6 +25,27 @@ def keep_alive_s() -> float:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**7):
         raise InvalidRequest(f"KEEP_ALIVE_INTERVAL is {text!r}; it must be milliseconds, above 0")
     return int(text) / 1000
+
+
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
+_PART = _NUMBER + "(h|ms|m|s|us|ns)"
+_TIME = re.compile(f"-?(?:{_PART})+")
+_UNITS_S = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_MOST_S = 1e9
+
+
+def duration_s(given: str | float) -> float | None:
+    """Seconds of "10m", "1h30m", 300 or "300"; None, for ever, of what is negative, or vast."""
+    if isinstance(given, float):
+        given = f"{max(min(given, 2 * _MOST_S), -1.0):f}"
+    text = str(given).strip()
+    text += "s" * bool(re.fullmatch("-?" + _NUMBER, text))
+    if not _TIME.fullmatch(text):
+        raise InvalidRequest(
+            f"keep_alive: {given!r:.99} is no time; such are 30s, 10m, 1h30m, 0; -1: for ever"
+        )
+    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in re.findall(_PART, text))
+    return None if text.startswith("-") or seconds > _MOST_S else seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +75,7 @@ class ServerOptions:
     drain_s: what running answers get to end after a first signal to stop.
     kept_responses, kept_bytes: of /v1/responses, for clients that go on with them.
     stall_s: the engine is dead if no step ends for so long.
+    store: where models come from that clients may download, and remove again; None: they may not.
     mcp: tools that the server runs itself for chats that have none of their own.
     image_folder: of pictures that clients get as URLs; None: a new one. They are removed after
         image_age_s, or when they take more than image_bytes.
@@ -78,6 +105,7 @@ class ServerOptions:
     keep_alive_s: float = 1.0
     drain_s: float = 30.0
     stall_s: float = 300.0
+    store: Store | None = None
     mcp: McpTools | None = None
     image_folder: Path | None = None
     image_age_s: float = 3600.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -15,8 +14,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from squall.about import UNKNOWN, About, of_headers, of_model
 from squall.diffusion.model import ImageModel
-from squall.errors import EngineStopped, InvalidRequest, OutOfMemory
+from squall.errors import OutOfMemory
 from squall.machine import available_bytes, give_back
 from squall.model import Model
 from squall.needs import Kind, Needs, needs
@@ -31,29 +31,14 @@ _Model = TypeVar("_Model")
 _Value = TypeVar("_Value")
 
 
-_PART = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)"
-_TIME = re.compile(rf"-?(?:{_PART})+")
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
-
-
-def duration_s(given: str | float) -> float | None:
-    """Seconds of "10m", "1h30m", 300 or "300"; None, for ever, of what is negative."""
-    text = str(given).strip()
-    text += "s" * text[-1:].isdigit()
-    if isinstance(given, bool) or not _TIME.fullmatch(text):
-        raise InvalidRequest(f"{given!r:.99} is no time; such are 30s, 10m, 1h30m, 0; -1: for ever")
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, text))
-    return None if text.startswith("-") else seconds
-
-
 @dataclass(frozen=True, slots=True)
 class Lazy:
     """A model that is opened when it is asked for.
 
     open: how, and what it takes of memory is known before; or a function that does it.
     pinned: it is loaded when the server starts, and stays; preload: only the former.
-    keep_alive_s: it is unloaded when nobody has used it for so long; None or negative: only where
-        another one needs its memory.
+    keep_alive_s: it is unloaded when nobody has used it for so long; None: only where another one
+        needs its memory.
     """
 
     kind: Kind
@@ -70,6 +55,7 @@ class Standing(ABC, Generic[_Model]):
     users: the requests that have it; waiting: those that get it as soon as it is loaded.
     leaving: it is about to be unloaded, and who comes now waits until it is loaded again.
     nbytes: what it is counted as having of memory, with a KV cache that is full.
+    about: what it is, once somebody has asked.
     """
 
     kind: ClassVar[Kind]
@@ -95,6 +81,7 @@ class Standing(ABC, Generic[_Model]):
         self.leaving = False
         self.loading: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.about: About | None = None
         self._model = model
         self.nbytes = 0 if model is None else sum(self.sizes(model))
 
@@ -120,7 +107,7 @@ class Standing(ABC, Generic[_Model]):
         card = {
             "id": self.name, "object": "model", "created": self.created, "owned_by": "local",
             "root": self.name, "parent": None, "kind": self.kind, "state": self.state,
-            "pinned": self.pinned,
+            "pinned": self.pinned, "capabilities": (self.about or UNKNOWN[self.kind]).capabilities,
         }  # fmt: skip
         return card | {"error": self.problem} if self.state == "failed" else card
 
@@ -128,6 +115,13 @@ class Standing(ABC, Generic[_Model]):
     def cards(self) -> dict[str, dict[str, Any]]:
         """It, and what else is called by names of its own."""
         return {self.name: self.card}
+
+    def look(self) -> About:
+        """What it is; beside the event loop. Raises what opening it may."""
+        if self._model is not None:
+            return of_model(self.kind, self._model)
+        how = None if self.lazy is None else self.lazy.open
+        return of_headers(self.kind, how) if isinstance(how, Opening) else UNKNOWN[self.kind]
 
     def sizes(self, model: Any) -> tuple[int, int]:
         """Bytes of weights, and of the KV cache."""
@@ -144,7 +138,7 @@ class Standing(ABC, Generic[_Model]):
 
     def take(self, model: _Model) -> None:
         """From now on it is loaded, and who waited has it."""
-        self._model, self.state, self.problem = model, "loaded", ""
+        self._model, self.state, self.problem, self.about = model, "loaded", "", None
         self.loads += 1
         self.admit()
 
@@ -160,10 +154,6 @@ class Standing(ABC, Generic[_Model]):
         model, self._model, self.state, self.nbytes = self.model, None, "unloaded", 0
         return model
 
-    def drain(self, timeout_s: float) -> bool:  # noqa: ARG002
-        """Take nothing new, and wait for what there is; whether all of it ended in time."""
-        return True
-
 
 AnyStanding = Standing[Any]
 
@@ -175,7 +165,7 @@ class Residence:
     """
 
     def __init__(self, standings: Sequence[AnyStanding], limit_bytes: int | None = None) -> None:
-        self._standings = standings
+        self.standings = [*standings]
         self._limit = limit_bytes
         if limit_bytes is None and (free := available_bytes()) is not None:
             held = (standing.sizes(standing.model)[0] for standing in standings if standing.ready)
@@ -188,16 +178,14 @@ class Residence:
 
     async def use(self, standing: AnyStanding, user: object) -> None:
         """`user` has the model until `leave`, and it is loaded first. Raises ApiError."""
-        if standing.timer is not None:
-            standing.timer.cancel()
-            standing.timer = None
-        if standing.ready:
-            standing.users.add(user)
-            standing.idle.clear()
-            return
+        self._check_closing()
+        _stop_timer(standing)
         standing.waiting.add(user)
+        if standing.ready:
+            standing.admit()
+            return
         try:
-            await self.load(standing)
+            await self._loaded(standing)
         finally:
             standing.waiting.discard(user)
 
@@ -210,15 +198,21 @@ class Residence:
             self._rest(standing)
 
     def keep(self, standing: AnyStanding, seconds: float | None) -> None:
-        """Unload it when nobody has used it for so long; None or negative: never for that."""
+        """Unload it when nobody has used it for so long; None: never for that."""
         standing.keep_alive_s = seconds
         if not standing.users:
             self._rest(standing)
 
     async def load(self, standing: AnyStanding) -> None:
-        """Load a model if it is not, once for all who ask. Raises ApiError."""
-        if standing.ready:
-            return
+        """Load a model if it is not. Raises ApiError."""
+        user = object()
+        try:
+            await self.use(standing, user)
+        finally:
+            self.leave(standing, user)
+
+    async def _loaded(self, standing: AnyStanding) -> None:
+        """Load a model, once for all who ask. Raises ApiError."""
         if standing.loading is None:
             standing.loading = self._begin(self._load(standing))
         loading = standing.loading
@@ -238,14 +232,17 @@ class Residence:
             raise ApiError(409, why, "model_pinned")
         await asyncio.shield(self._begin(self._unload(standing, wait=wait)))
 
-    async def close(self) -> None:
-        """Close what was opened here; what is being opened is closed when it is."""
+    def stop(self) -> None:
+        """From now on nothing is loaded; what is being opened is closed when it is."""
         self._closing = True
+
+    async def close(self) -> None:
+        """Close what was opened here."""
+        self.stop()
         for task in [*self._tasks]:
             task.cancel()
-        for standing in self._standings:
-            if standing.timer is not None:
-                standing.timer.cancel()
+        for standing in self.standings:
+            _stop_timer(standing)
             # A step that never ends cannot be waited for.
             if standing.lazy is not None and standing.state == "loaded" and not standing.failed:
                 await asyncio.to_thread(standing.give().close)
@@ -265,25 +262,22 @@ class Residence:
     def _rest(self, standing: AnyStanding) -> None:
         """Nobody uses it now."""
         standing.used_s = time.monotonic()
-        if standing.timer is not None:
-            standing.timer.cancel()
-            standing.timer = None
+        _stop_timer(standing)
         kept_s = standing.keep_alive_s
-        if standing.ready and not standing.pinned and kept_s is not None and kept_s >= 0:
+        if standing.ready and not standing.pinned and kept_s is not None:
             loop = asyncio.get_running_loop()
             standing.timer = loop.call_later(kept_s, self._expire, standing)
 
     def _expire(self, standing: AnyStanding) -> None:
-        standing.timer = None
         if not self._closing:
-            self._begin(self._unload(standing))
+            self._begin(self._unload(standing, expired=standing.timer))
 
     async def _load(self, standing: AnyStanding) -> None:
         failure = None
         try:
             async with self._lock:
-                if standing.ready:  # as it has stayed after all
-                    return standing.admit()
+                if not standing.waiting:  # all have left before it was its turn
+                    return
                 self._check_open(standing)
                 standing.state = "loading"
                 try:
@@ -300,10 +294,13 @@ class Residence:
             standing.loading = None
 
     def _check_open(self, standing: AnyStanding) -> None:
-        if self._closing:
-            raise stopped("the server is shutting down; ask another one")
+        self._check_closing()
         if standing.why_dead is not None:
             raise standing.why_dead
+
+    def _check_closing(self) -> None:
+        if self._closing:
+            raise stopped("the server is shutting down; ask another one")
 
     async def _bring(self, standing: AnyStanding) -> None:
         """Make room for a model, and open it; the lock is held."""
@@ -327,11 +324,10 @@ class Residence:
             model = how()
             try:
                 standing.prepare(model)
+                self._check_closing()
             except BaseException:
                 model.close()
                 raise
-            if self._closing:
-                model.close()
             return model
         except (OutOfMemory, MemoryError):
             if not self._others(standing):
@@ -345,8 +341,7 @@ class Residence:
         told = found.opening.progress
 
         def progress(done: int, whole: int) -> None:
-            if self._closing:
-                raise EngineStopped("the server is shutting down")
+            self._check_closing()
             if told is not None:
                 told(done, whole)
 
@@ -361,13 +356,13 @@ class Residence:
         """Bytes that no model has, also if all KV caches were full; None: nobody knows."""
         if self._limit is None:
             return None
-        left = self._limit - sum(standing.nbytes for standing in self._standings)
+        left = self._limit - sum(standing.nbytes for standing in self.standings)
         available = available_bytes()
         return left if available is None else min(left, available)
 
     def _others(self, standing: AnyStanding) -> list[AnyStanding]:
         """Those that can make room: idle ones first, and those that were not used for longest."""
-        found = [s for s in self._standings if s.state == "loaded" and s is not standing]
+        found = [s for s in self.standings if s.state == "loaded" and s is not standing]
         found = [s for s in found if not s.pinned and not s.dead.is_set()]
         return sorted(found, key=lambda s: (bool(s.users), s.used_s))
 
@@ -387,7 +382,7 @@ class Residence:
             await self._give_back(others[0])
 
     def _short(self, standing: AnyStanding, found: Needs) -> str:
-        stay = [s for s in self._standings if s.pinned and s.nbytes]
+        stay = [s for s in self.standings if s.pinned and s.nbytes]
         pinned = "".join(f", and {s.name!r:.99} stays with {_mib(s.nbytes)}" for s in stay)
         return (
             f"it takes about {_mib(found.bytes)} ({_mib(found.cache)} of that KV cache), and there "
@@ -395,30 +390,39 @@ class Residence:
             "or less KV cache, quantize it, or allow more: --memory-limit"
         )
 
-    async def _unload(self, standing: AnyStanding, *, wait: bool = False) -> None:
+    async def _unload(
+        self, standing: AnyStanding, *, wait: bool = False, expired: object = None
+    ) -> None:
         _check_idle(standing, wait)  # at once, and again when others are loaded or unloaded
         async with self._lock:
             _check_idle(standing, wait)
-            await self._give_back(standing)
+            if expired is None or expired is standing.timer:  # not used meanwhile
+                await self._give_back(standing)
 
     async def _give_back(self, standing: AnyStanding) -> None:
         """Close a model when its last request has ended; the lock is held."""
         if standing.state != "loaded" or standing.pinned or standing.failed:
             return
         standing.leaving = True
+        if standing.lazy is not None:  # what a request said of it is over
+            standing.keep_alive_s = standing.lazy.keep_alive_s
         try:
             await standing.idle.wait()
             if standing.dead.is_set():  # its step may never end
                 return
             await self._work(standing.give().close)
             await self._work(_tidy)
-            if standing.lazy is not None:  # what a request said of it is over
-                standing.keep_alive_s = standing.lazy.keep_alive_s
         finally:
             standing.leaving = False
 
     async def _work(self, function: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._loader, function)
+
+
+def _stop_timer(standing: AnyStanding) -> None:
+    if standing.timer is not None:
+        standing.timer.cancel()
+        standing.timer = None
 
 
 def _check_idle(standing: AnyStanding, wait: bool) -> None:

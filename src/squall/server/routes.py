@@ -37,6 +37,7 @@ from squall.server.asking import (
 from squall.server.dialect import Completions, Dialect
 from squall.server.embeddings import EmbeddingsBody, RerankBody, add_embeddings
 from squall.server.errors import MESSAGES, ApiError
+from squall.server.infill import InfillBody, add_infill
 from squall.server.mcp import start_with_tools
 from squall.server.metrics import CONTENT_TYPE
 from squall.server.ollama import EmbedBody, GenerateBody, OldEmbedBody, OllamaChatBody, add_ollama
@@ -44,13 +45,14 @@ from squall.server.ollama_models import ModelBody, add_ollama_models
 from squall.server.openai_responses import Responses, ResponsesBody
 from squall.server.page import add_page
 from squall.server.pictures import FOLDER, EditBody, PictureBody, Pictures, parse_form
+from squall.server.pulls import add_pulls
 from squall.server.served import Served
 from squall.server.service import Service
 
 BODIES: tuple[type[schemas.Body], ...] = (
     schemas.ChatBody, schemas.CompletionBody, ResponsesBody, MessagesBody, CountBody, PictureBody,
     EditBody, EmbeddingsBody, RerankBody, OllamaChatBody, GenerateBody, EmbedBody, OldEmbedBody,
-    ModelBody,
+    ModelBody, InfillBody,
     schemas.TokenizeBody, schemas.DetokenizeBody, schemas.ReIsqBody, schemas.ActivateBody,
     schemas.AdapterBody, schemas.LoadBody, schemas.UnloadBody,
 )  # fmt: skip
@@ -63,8 +65,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
         _add_generation,
         _add_pictures,
         add_embeddings,
+        add_infill,
         add_ollama,
         add_ollama_models,
+        add_pulls,
         _add_kept,
         _add_tokens,
         _add_models,
@@ -244,23 +248,26 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models")
     async def models() -> Response:
         """The models that are served."""
-        return JSONResponse({"object": "list", "data": [*service.cards.values()]})
+        return JSONResponse({"object": "list", "data": [*(await service.learned()).values()]})
 
     @router.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         """One model."""
+        await service.learn(service.standing(model_id))
         return JSONResponse(service.card(model_id))
 
     @router.post("/v1/models/{model_id:path}/load")
     async def load(model_id: str) -> Response:
         """Load a model before it is asked for; the answer comes when it is."""
         standing = await service.load(model_id)
+        await service.learn(standing)
         return JSONResponse(standing.card)
 
     @router.post("/v1/models/{model_id:path}/unload")
     async def unload(model_id: str, wait: bool = False) -> Response:
         """Unload a model, if nothing is under way for it; or wait until that has ended."""
         standing = await service.unload(model_id, wait=wait)
+        await service.learn(standing)
         return JSONResponse(standing.card)
 
 

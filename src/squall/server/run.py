@@ -156,24 +156,25 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         dead = self.service.why_dead is not None
+        self.service.residence.stop()
         alive = [s for s in self.service.all if not s.dead.is_set()]
         for standing in alive:
-            if not standing.ready:  # who waits until it is loaded has got nothing yet
+            if not (standing.ready or standing.users):  # who waits has got nothing yet
                 standing.die("the server is shutting down; ask another one", failed=False)
         await asyncio.gather(*map(self._drain, alive))
         if dead:
             await asyncio.sleep(LINGER_S)
         await self._last_bytes()
 
-    async def _drain(self, served: AnyStanding) -> None:
+    async def _drain(self, standing: AnyStanding) -> None:
         """Let answers end; cancel what is left then."""
-        waiting = asyncio.to_thread(served.drain, self.service.options.drain_s)
-        dead = asyncio.ensure_future(served.dead.wait())
-        drained = asyncio.ensure_future(waiting)
-        await asyncio.wait({drained, dead}, return_when=asyncio.FIRST_COMPLETED)
-        if not drained.done() or not drained.result():
-            served.die("the server is shutting down and waits no longer", failed=False)
-        dead.cancel()
+        ends = {asyncio.ensure_future(end.wait()) for end in (standing.idle, standing.dead)}
+        drain_s = self.service.options.drain_s
+        await asyncio.wait(ends, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        if not standing.idle.is_set():
+            standing.die("the server is shutting down and waits no longer", failed=False)
+        for end in ends:
+            end.cancel()
 
     async def _last_bytes(self) -> None:
         for _ in range(int(LAST_BYTES_S / 0.05)):

@@ -14,10 +14,10 @@ from squall.api.structure import StructureFields
 from squall.engine.sampling import SamplingFields
 from squall.server.errors import TAG, ApiError
 
-# Fields of OpenAI's that change nothing here.
+# Fields of OpenAI's and llama.cpp's that change nothing here.
 HARMLESS = frozenset({
-    "metadata", "prediction", "prompt_cache_key", "prompt_cache_retention",
-    "safety_identifier", "service_tier", "store", "user",
+    "cache_prompt", "id_slot", "metadata", "prediction", "prompt_cache_key",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
 # Fields that would change the answer, with the values that do not. Others are passed on if the
 # Python API knows the field, and refused if it does not: never silently without effect.

@@ -39,9 +39,6 @@ class Painter(Standing[ImageModel]):
     def most(self) -> int:
         return 1 + (self.model.max_queue if self.ready else MOST_PICTURES)
 
-    def drain(self, timeout_s: float) -> bool:
-        return self._model is None or self.model.drain(timeout_s)
-
 
 class Encoder(Standing[Any]):
     """A model that makes embeddings, being served: an `Embedder`, whose calls queue."""
@@ -174,7 +171,7 @@ class Served(Standing[Model]):
     def re_isq(self, isq: str | int | None) -> None:
         """Quantize the weights again, and those that are loaded later."""
         self.model.re_isq(isq)
-        self._left.isq = (isq,)
+        self._left.isq, self.about = (isq,), None
 
     def take(self, model: Model) -> None:
         super().take(model)
@@ -194,9 +191,6 @@ class Served(Standing[Model]):
         shelf = self.model.adapters
         self._left = replace(self._left, adapters=shelf.list(), active=shelf.weights)
         return super().give()
-
-    def drain(self, timeout_s: float) -> bool:
-        return self._model is None or self.model.engine.drain(timeout_s)
 
     async def _watch(self, engine: Engine) -> None:
         loop = asyncio.get_running_loop()

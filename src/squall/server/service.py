@@ -6,12 +6,14 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from squall.about import UNKNOWN, About
 from squall.diffusion.model import ImageModel
-from squall.errors import InvalidRequest, ModelNotFound, QueueFull
+from squall.errors import InvalidRequest, ModelNotFound, QueueFull, SquallError
 from squall.model import Model
 from squall.server.errors import ApiError, stopped
 from squall.server.kept import Kept
@@ -64,20 +66,37 @@ class Service:
         self.encoders: dict[str, Encoder] = {}
         for name, given in models.items():
             self._add(name, given)
-        for served in self.models.values():
-            served.reserved = tuple(models)
-            if served.ready:
-                served.introduce(served.model)
+        self._introduce()
         self.residence = Residence(self.all, options.memory_bytes)
         self.album = Album(options)
         self.log = Log(options.log)
-        self.metrics = Metrics(self.models, self.painters, {s.name: s for s in self.all})
+        self.metrics = Metrics(self.models, self.painters, lambda: self.all)
         self.bodies = Bodies(options)
         self.kept = Kept(options.kept_responses, options.kept_bytes)
         self.active = 0
         self.draining = False
         self._workers = ThreadPoolExecutor(WORKERS, "squall-request")
         self._readers = ThreadPoolExecutor(READERS, "squall-reader")
+
+    def add(self, name: str, lazy: Lazy) -> None:
+        """Serve one more, if nothing has its name."""
+        if name not in self.cards:
+            self._add(name, lazy)
+            self._introduce()
+            self.residence.standings[:] = self.all
+
+    def forget(self, standing: AnyStanding) -> None:
+        """Serve a model no more that is not loaded."""
+        for models in (self.models, self.painters, self.encoders):
+            models.pop(standing.name, None)
+        self.residence.standings[:] = self.all
+
+    def _introduce(self) -> None:
+        names = tuple(standing.name for standing in self.all)
+        for served in self.models.values():
+            served.reserved = names
+            if served.ready:
+                served.introduce(served.model)
 
     def _add(self, name: str, given: Any) -> None:
         lazy = given if isinstance(given, Lazy) else None
@@ -182,15 +201,26 @@ class Service:
         await self.residence.unload(standing, wait=wait)
         return standing
 
-    def keep(self, name: str, seconds: float | None) -> None:
-        """Unload the model when it was not used for so long; None or negative: not for that."""
-        self.residence.keep(self.standing(name), seconds)
-
     def standing(self, name: str) -> AnyStanding:
         """The model of this name, or that of an adapter. Raises ApiError."""
         card = self.card(name)
         named = card["parent"] or name
         return next(standing for standing in self.all if standing.name == named)
+
+    async def learn(self, standing: AnyStanding) -> About:
+        """What a model is; of one that is not loaded, what headers say."""
+        if standing.about is None:
+            found, loads = self.submit(standing.look, reads=True), standing.loads
+            with suppress(SquallError, OSError):
+                about = await asyncio.wrap_future(found)
+                standing.about = about if standing.loads == loads else None
+        return standing.about or UNKNOWN[standing.kind]
+
+    async def learned(self) -> dict[str, dict[str, Any]]:
+        """`cards`, with what all of them are."""
+        for standing in self.all:
+            await self.learn(standing)
+        return self.cards
 
     @property
     def cards(self) -> dict[str, dict[str, Any]]:

@@ -37,6 +37,7 @@ class Codec(Protocol):
         """What a token stands for; `first`: as the first of a text."""
 
 
+_MOST_CHARACTERS = 32  # of a token, where only so many tokens are wanted
 _RARE = "\N{WHITE SMILING FACE}"  # no piece has it together with others
 CODECS: dict[str, type[ByteLevel] | type[SentencePiece]] = {
     "gpt2": ByteLevel,
@@ -105,8 +106,13 @@ class Tokenizer:
         """
         return self.encode_pieces([Piece(text, content=not specials)], add_bos=add_bos)
 
-    def encode_fill(self, prefix: str, suffix: str) -> list[int]:
-        """Ids that ask for what is between two texts, in which no control token is read."""
+    def encode_fill(
+        self, prefix: str, suffix: str, files: Sequence[tuple[str, str]] = (), most: int = 0
+    ) -> list[int]:
+        """Ids that ask for what is between two texts, in which no control token is read.
+
+        files: names and texts that come before, as far as there is room in `most` ids.
+        """
         if self.filling is None:
             raise InvalidRequest(
                 "suffix is not for this model, which has no tokens to fill in with; leave it out"
@@ -116,7 +122,22 @@ class Tokenizer:
             after = self._encode_run([_RARE, suffix], [])[mark:]
         else:
             after = self._encode_run([suffix], [-1])
-        return self._prefix + self.filling.prompt(self._encode_run([prefix], []), after)
+        ids = self.filling.prompt(self._encode_run([prefix], []), after)
+        room = most - len(ids) - len(self._prefix)
+        return self._prefix + (self._encode_files(files, room) if files else []) + ids
+
+    def _encode_files(self, files: Sequence[tuple[str, str]], most: int) -> list[int]:
+        """At most so many ids that show files; the last ones, where not all have room."""
+        repository, file = (self.filling.files if self.filling else ()) or (None, None)
+        ids: list[int] = []
+        for name, text in reversed([*files, ("file", "")] if file else files):
+            if len(ids) < most:
+                text = text[-_MOST_CHARACTERS * most :]
+                mark = [] if file is None else [file, *self._encode_run([f"{name}\n"], [-1])]
+                ids = [*mark, *self._encode_run([text], [-1]), *ids]
+        if repository is not None:
+            ids = [repository, *self._encode_run(["project\n"], [-1]), *ids]
+        return ids[max(0, len(ids) - most) :]
 
     def asks_to_fill(self, text: str) -> bool:
         """Whether a text has the tokens to fill in with, each once, as clients write them."""

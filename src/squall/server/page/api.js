@@ -19,6 +19,7 @@ let askKey = async () => null;
 let asking = null;
 let refused = 0; // when; other requests do not ask again at once
 const AGAIN_MS = 2000;
+export const LIMIT_MS = 20000; // for what a server knows at once
 
 /** @param {typeof askKey} ask */
 export function whenKeyIsNeeded(ask) {
@@ -39,10 +40,11 @@ async function newKey(used) {
 
 /**
  * The response, if it is a good one. Throws ApiError, and AbortError.
- * @param {string} path @param {{body?: unknown, method?: string, signal?: AbortSignal}} [options]
+ * @param {string} path @param {{body?: unknown, method?: string, signal?: AbortSignal, limit?: number}} [options] limit: milliseconds
  * @returns {Promise<Response>}
  */
-export async function call(path, { body, method, signal } = {}) {
+export async function call(path, options = {}) {
+  const { body, method, limit, signal = limit && AbortSignal.timeout(limit) } = options;
   const key = sessionStorage.getItem(KEY);
   /** @type {Record<string, string>} */
   const headers = body === undefined ? {} : { "Content-Type": "application/json" };
@@ -52,13 +54,14 @@ export async function call(path, { body, method, signal } = {}) {
   try {
     response = await fetch(new URL(path, ROOT), { method: method ?? (data ? "POST" : "GET"), headers, body: data, signal, cache: "no-store" });
   } catch (error) {
+    if (limit && signal.aborted) throw new ApiError("The server does not answer in time.");
     if (signal?.aborted) throw error;
     throw new ApiError("The server cannot be reached. Check that it runs, and try again.");
   }
   if (response.ok) return response;
   if (response.status === 401) {
     const next = await newKey(key);
-    if (next !== null) return call(path, { body, method, signal });
+    if (next !== null) return call(path, options);
   }
   throw await toError(response);
 }
@@ -69,7 +72,9 @@ async function toError(response) {
   try {
     return fromBody(JSON.parse(text), response.status);
   } catch {
-    return new ApiError(text.slice(0, 500) || `The server answered with ${response.status}.`, response.status);
+    // Proxies have pages for it.
+    const shown = /^\s*</.test(text) ? "" : text.slice(0, 500);
+    return new ApiError(shown || `The server answered with ${response.status} ${response.statusText}`.trim() + ".", response.status);
   }
 }
 
@@ -77,11 +82,6 @@ async function toError(response) {
 function fromBody(body, status) {
   const { message, code } = body.error;
   return new ApiError(String(message), status, String(code ?? ""));
-}
-
-/** @param {string} path */
-export async function json(path) {
-  return (await call(path)).json();
 }
 
 /**
@@ -93,11 +93,23 @@ export async function* stream(path, body, signal) {
   const response = await call(path, { body, signal });
   for await (const data of events(response, signal)) {
     if (data === "[DONE]") return;
-    const event = JSON.parse(data);
+    const event = parsed(data);
     if (event.error) throw fromBody(event, 500);
     yield event;
   }
+  throw broken();
 }
+
+/** @param {string} data */
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    throw broken();
+  }
+}
+
+const broken = () => new ApiError("The connection to the server broke off; this is what came until then.");
 
 /** @param {Response} response @param {AbortSignal} signal @returns {AsyncGenerator<string>} */
 async function* events(response, signal) {
@@ -121,22 +133,23 @@ async function* events(response, signal) {
     }
   } catch (error) {
     if (signal.aborted || error instanceof ApiError) throw error;
-    throw new ApiError("The connection to the server broke off; this is what came until then.");
+    throw broken();
   } finally {
     reader.cancel().catch(() => {});
   }
 }
 
-/** @typedef {{id: string, kind: string, state: string, pinned: boolean, context: number|null, parent: string|null, error: string}} ModelCard */
+/** @typedef {{id: string, kind: string, state: string, pinned: boolean, sees: boolean, context: number|null, parent: string|null, error: string}} ModelCard */
 
 /** @returns {Promise<ModelCard[]>} */
 export async function models() {
-  const { data } = await json("v1/models");
+  const { data } = await (await call("v1/models", { limit: LIMIT_MS })).json();
   return data.map((/** @type {any} */ card) => ({
     id: String(card.id),
     kind: card.kind ?? ("max_model_len" in card ? "text" : "pictures"),
     state: card.state ?? "loaded",
     pinned: Boolean(card.pinned),
+    sees: card.kind === "pictures" || (card.capabilities?.includes("vision") ?? true),
     context: card.max_model_len ?? null,
     parent: card.parent ?? null,
     error: String(card.error ?? ""),

@@ -23,7 +23,7 @@ const panel = new Panel((settings) => {
 const models = new Models(() => {
   const paints = models.current?.kind === "pictures";
   panel.showKind(paints);
-  composer.area.placeholder = paints ? "Describe a picture" : "Ask anything";
+  composer.showKind(models.current?.sees ?? true, paints);
   chat.redraw();
   metrics.showStates();
 });
@@ -67,6 +67,7 @@ function route() {
     else byId(`${name}-tab`).removeAttribute("aria-current");
   }
   metrics.run(!isChat);
+  byId("settings-toggle").hidden = !isChat;
   if (!isChat) return;
   const known = store.all.get(id ?? "");
   if (known && known === chat.conversation) return;
@@ -120,7 +121,7 @@ function askKey(wrong) {
 function shortcut(event) {
   if (event.key === "/" && event.ctrlKey) byId("shortcuts").showModal();
   else if (event.altKey && event.code === "KeyN") open(null);
-  else if (event.altKey && event.code === "KeyS") settings(byId("settings").hidden);
+  else if (event.altKey && event.code === "KeyS" && !byId("chat").hidden) settings(byId("settings").hidden);
   else if (event.key === "Escape") return escape(event);
   else if (event.key === "ArrowUp" && event.target === composer.area && !composer.area.value) editLast();
   else return;

@@ -2,22 +2,23 @@
 /** A conversation: asking, showing what comes, stopping, and going on from anywhere. */
 
 import { ApiError, stream } from "./api.js";
-import { announce, byId } from "./dom.js";
+import { announce, byId, el } from "./dom.js";
 import { View } from "./message.js";
 import { chatFields, pictureFields } from "./settings.js";
 import { hide } from "./tokens.js";
-import { add, goTo, path, versions } from "./store.js";
+import { add, goTo, isWhole, path, versions } from "./store.js";
 
 /** @typedef {import("./store.js").Message} Message */
 /** @typedef {import("./store.js").Conversation} Conversation */
 /**
- * An answer on its way. draws: the frame it is shown in next; told, heard: what was announced of it, and when.
+ * An answer on its way. draws: the frame it is shown in next, rests: and not before; told, heard: what was announced of it, and when.
  * @typedef {{message: Message, conversation: Conversation, control: AbortController, started: number, model: string,
- *   draws: number, view: View|null, told: number, heard: number}} Job
+ *   draws: number, rests: number, view: View|null, told: number, heard: number}} Job
  */
 
 const SAVE_MS = 1000; // how often what came is kept
 const NEAR = 80; // pixels from the end that still are the end
+const MOST = 60; // messages that are shown at once
 
 export class Chat {
   /**
@@ -34,12 +35,14 @@ export class Chat {
     this.conversation = store.create({});
     this.root = byId("messages");
     this.scroller = byId("conversation");
+    this.most = MOST;
     this.follows = true;
     this.scroller.addEventListener("scroll", () => {
       this.follows = this.scroller.scrollHeight - this.scroller.scrollTop - this.scroller.clientHeight < NEAR;
       byId("to-end").hidden = this.follows;
     });
     byId("to-end").addEventListener("click", () => this.toEnd());
+    addEventListener("pagehide", () => this.jobs.forEach((job) => store.save(job.conversation)));
   }
 
   /** The job whose answer is shown. */
@@ -51,6 +54,7 @@ export class Chat {
   /** @param {Conversation} conversation */
   open(conversation) {
     this.conversation = conversation;
+    this.most = MOST;
     this.show();
     this.toEnd();
   }
@@ -58,7 +62,8 @@ export class Chat {
   show() {
     hide();
     for (const job of this.jobs.values()) job.view = null;
-    const views = path(this.conversation).map((message) => {
+    const whole = path(this.conversation);
+    const views = whole.slice(-this.most).map((message) => {
       const view = new View(message, this.actions);
       const job = this.jobs.get(message);
       if (job) {
@@ -67,9 +72,19 @@ export class Chat {
       }
       return view.root;
     });
-    this.root.replaceChildren(...views);
+    const earlier = el("button", { type: "button", class: "earlier", click: () => this.showEarlier(), hidden: whole.length <= this.most }, "Earlier messages");
+    this.root.replaceChildren(earlier, ...views);
     byId("empty").hidden = views.length > 0;
     this.showRunning();
+  }
+
+  /** More of the beginning; what is read stays where it is. */
+  showEarlier() {
+    const { scrollHeight, scrollTop } = this.scroller;
+    this.most += MOST;
+    this.show();
+    this.scroller.scrollTop = scrollTop + this.scroller.scrollHeight - scrollHeight;
+    this.scroller.focus({ preventScroll: true });
   }
 
   showRunning() {
@@ -131,7 +146,7 @@ export class Chat {
 
   /** @param {Message} message */
   giveResults(message) {
-    for (const { id, name, result = "" } of message.calls ?? []) add(this.conversation, { role: "tool", text: result, callId: id, name });
+    for (const { id, name, result = "" } of (message.calls ?? []).filter(isWhole)) add(this.conversation, { role: "tool", text: result, callId: id, name });
     this.answer();
   }
 
@@ -143,11 +158,11 @@ export class Chat {
     const sent = path(conversation);
     const message = more ?? add(conversation, { role: "assistant", text: "" });
     delete message.error;
-    delete message.finish;
+    message.finish = "stopped"; // until its end is known; the page may be closed before
     /** @type {Job} */
     const job = {
       message, conversation, control: new AbortController(), started: performance.now(), model: model?.id ?? "",
-      draws: 0, view: null, told: message.text.length, heard: 0,
+      draws: 0, rests: 0, view: null, told: message.text.length, heard: 0,
     };
     this.jobs.set(message, job);
     this.show();
@@ -190,6 +205,7 @@ export class Chat {
     message.stats = { model: model ?? "" };
     for await (const event of stream("v1/chat/completions", body, job.control.signal)) {
       if (event.usage) take(message, event.usage);
+      if (event.squall_tools) (message.ran ??= []).push(...event.squall_tools);
       for (const choice of event.choices ?? []) {
         grow(job, choice);
         this.drawSoon(job);
@@ -227,10 +243,14 @@ export class Chat {
   /** @param {Job} job */
   drawSoon(job) {
     if (job.draws) return;
-    job.draws = requestAnimationFrame(() => {
-      job.draws = 0;
+    const frame = (/** @type {number} */ now) => {
+      job.draws = now < job.rests ? requestAnimationFrame(frame) : 0;
+      if (job.draws) return;
+      const from = performance.now();
       this.draw(job);
-    });
+      job.rests = from + 4 * (performance.now() - from); // what is long leaves time to read and type
+    };
+    job.draws = requestAnimationFrame(frame);
   }
 
   /** @param {Job} job */
@@ -279,7 +299,7 @@ export class Chat {
 function told(messages) {
   const found = /** @type {ReturnType<typeof toApi>[]} */ ([]);
   for (const message of messages) {
-    if (message.role === "assistant" && !message.text && !message.calls?.length && !message.images?.length) continue;
+    if (message.role === "assistant" && !message.text && !message.calls?.some(isWhole) && !message.images?.length) continue;
     const next = toApi(message);
     const last = found.at(-1);
     // Many templates want users and assistants by turns.
@@ -301,8 +321,9 @@ function toApi({ role, text, images, calls, callId, reasoning }) {
     const shown = images.map((url) => ({ type: "image_url", image_url: { url } }));
     return { role, content: [...shown, ...(text ? [{ type: "text", text }] : [])] };
   }
-  if (!calls?.length) return { role, content: text };
-  const made = calls.map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }));
+  const whole = calls?.filter(isWhole) ?? [];
+  if (!whole.length) return { role, content: text };
+  const made = whole.map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }));
   return { role, content: text, tool_calls: made, ...(reasoning ? { reasoning_content: reasoning } : {}) };
 }
 
@@ -335,10 +356,7 @@ function take(message, usage) {
 
 /** @param {Job} job @param {any} error */
 function fail({ message, control }, error) {
-  if (control.signal.aborted) {
-    message.finish = "stopped";
-    return;
-  }
+  if (control.signal.aborted) return;
   message.error = String(error?.message ?? error);
   if (error instanceof ApiError && error.code === "context_length_exceeded") {
     message.error = `The conversation is too long for the model: ${error.message}. Edit an earlier message, or begin a new chat.`;

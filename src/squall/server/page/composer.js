@@ -16,6 +16,7 @@ export class Composer {
     /** @type {string[]} */
     this.images = [];
     this.others = new Map(); // images of other conversations' drafts
+    this.sees = true; // whether the model takes images
     this.area = byId("prompt");
     this.area.addEventListener("input", () => this.changed());
     this.area.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
@@ -34,15 +35,16 @@ export class Composer {
       file.value = "";
     });
     this.area.addEventListener("paste", (/** @type {ClipboardEvent} */ event) => this.take(event, event.clipboardData));
-    const chat = byId("chat");
-    chat.addEventListener("dragover", (/** @type {DragEvent} */ event) => {
-      event.preventDefault();
-      chat.classList.add("drop");
+    // Anywhere, since a browser would leave the page for a file that nobody takes.
+    document.addEventListener("dragover", (event) => {
+      if (event.target !== this.area) event.preventDefault();
+      document.body.classList.toggle("drop", Boolean(event.dataTransfer?.types.includes("Files")));
     });
-    chat.addEventListener("dragleave", () => chat.classList.remove("drop"));
-    chat.addEventListener("drop", (/** @type {DragEvent} */ event) => {
-      chat.classList.remove("drop");
-      this.take(event, event.dataTransfer);
+    document.addEventListener("dragleave", () => document.body.classList.remove("drop"));
+    document.addEventListener("drop", (event) => {
+      document.body.classList.remove("drop");
+      if (event.target !== this.area) event.preventDefault();
+      if (!byId("chat").hidden) this.take(event, event.dataTransfer);
     });
   }
 
@@ -60,6 +62,7 @@ export class Composer {
     this.id = id;
     this.area.value = small.get(`draft.${id}`) ?? "";
     this.images = this.others.get(id) ?? [];
+    this.others.delete(id);
     this.showImages();
     this.problem("");
     this.grow();
@@ -94,23 +97,32 @@ export class Composer {
 
   /** @param {File[]} files */
   async attach(files) {
-    const { id } = this;
+    const { images } = this;
+    const problems = [];
     for (const file of files) {
       const wrong = [
+        !this.sees && "cannot be attached: the model takes no images",
         !TYPES.includes(file.type) && "is no PNG, JPEG, WebP, GIF or BMP image",
         file.size > MOST_BYTES && "is larger than 20 MiB",
-        this.images.length >= MOST_IMAGES && `is more than the ${MOST_IMAGES} images of a message`,
+        images.length >= MOST_IMAGES && `is more than the ${MOST_IMAGES} images of a message`,
       ].find(Boolean);
-      if (wrong) {
-        this.problem(`${file.name} ${wrong}.`);
-        continue;
+      try {
+        if (wrong) throw wrong;
+        images.push(await read(file));
+        announce(`${file.name} attached`);
+      } catch (error) {
+        problems.push(`${file.name} ${wrong || "cannot be read as an image"}.`);
       }
-      const url = await read(file);
-      if (id !== this.id) return; // another conversation is open by now
-      this.images.push(url);
-      announce(`${file.name} attached`);
     }
+    this.problem(problems.join(" "));
     this.showImages();
+  }
+
+  /** What the model is for. @param {boolean} sees @param {boolean} paints */
+  showKind(sees, paints) {
+    this.sees = sees;
+    byId("attach").hidden = !sees;
+    this.area.placeholder = paints ? "Describe a picture" : "Ask anything";
   }
 
   showImages() {
@@ -125,12 +137,15 @@ export class Composer {
   }
 }
 
-/** @param {File} file @returns {Promise<string>} */
-function read(file) {
-  return new Promise((resolve, reject) => {
+/** Its URL; throws where it is no image. @param {File} file @returns {Promise<string>} */
+async function read(file) {
+  const image = new Image();
+  image.src = await new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(String(reader.result));
     reader.onerror = () => reject(reader.error);
     reader.readAsDataURL(file);
   });
+  await image.decode();
+  return image.src;
 }

@@ -12,8 +12,9 @@ const WORDS = new Set(
 );
 const HASH = new Set(["python", "py", "sh", "bash", "shell", "yaml", "yml", "toml", "ruby", "rb", "r", "perl", "make", "makefile", "dockerfile"]);
 const DASH = new Set(["sql", "lua", "haskell", "hs"]);
-const REST = /("""[^]*?"""|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`(?:[^`\\]|\\.)*`)|(\b\d[\w.]*)|([A-Za-z_]\w*)/.source;
-const COMMENT = { hash: "(#[^\\n]*)", dash: "(--[^\\n]*)", slash: "(\\/\\/[^\\n]*|\\/\\*[^]*?\\*\\/)" };
+// What nothing ends is text of at most so many characters, or all of the rest: none is read over and over.
+const REST = /("""[^]*?(?:"""|$)|"(?:[^"\\\n]|\\.){0,1000}"|'(?:[^'\\\n]|\\.){0,1000}'|`(?:[^`\\]|\\.){0,1000}`)|(\b\d[\w.]*)|([A-Za-z_]\w*)/.source;
+const COMMENT = { hash: "(#[^\\n]*)", dash: "(--[^\\n]*)", slash: "(\\/\\/[^\\n]*|\\/\\*[^]*?(?:\\*\\/|$))" };
 
 /** @param {string} text @param {string} language @returns {(Node|string)[]} */
 export function highlight(text, language) {

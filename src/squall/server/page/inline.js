@@ -8,14 +8,17 @@ const SAFE = /^(?:https?:\/\/|mailto:)/i;
 const TARGET = /^\(\s*<?([^\s<>()]{0,2000}(?:\([^\s<>()]{0,500}\)[^\s<>()]{0,500})?)>?(?:\s+(?:"[^"]{0,500}"|'[^']{0,500}'))?\s*\)/;
 const ESCAPED = /[!-/:-@[-`{-~]/;
 // Each alternative begins with another character, and runs over no other's end.
-const FORMULA = /\\\([^\n]{0,1000}?\\\)|\\\[[^]{0,2000}?\\\]|\$\$[^$]+\$\$|\$(?=\S)[^$\n]*[^\s$\\]\$(?!\d)/.source;
-const MARK = /`+|\\.|[*_]+|~~+|!?\[|\]/.source;
+const FORMULA = /\\\((?:[^\\\n]|\\[^()\n]){0,1000}\\\)|\\\[(?:[^\\]|\\[^[\]]){0,2000}\\\]|\$\$[^$]+\$\$|\$(?=\S)[^$\n]*[^\s$\\]\$(?!\d)/.source;
+const MARK = /`+|\\.|\*+|_+|~~+|!?\[|\]/.source;
 const ADDRESS = /<[a-z][a-z+.-]*:[^\s<>]{1,2000}>|https?:\/\/[^\s<>"'`\]]{1,2000}/.source;
 const PIECES = new RegExp(`${FORMULA}|${MARK}|${ADDRESS}|\\n|[^\\\\$\`*_~![<h\\]\\n]+|.`, "gsu");
+// What waits for its end; more is text, so that nothing takes long or is nested deep.
+const MOST_OPEN = 32;
+const LONGEST_RUN = 16; // of backquotes or delimiters
 
-/** @typedef {{node: Node, plain?: boolean, mark?: string, count?: number, opens?: boolean, closes?: boolean}} Piece */
+/** A node or a text. @typedef {{node?: Node, text?: string, mark?: string, count?: number, opens?: boolean, closes?: boolean}} Piece */
 
-/** The nodes of a text. @param {string} text @returns {Node[]} */
+/** What a text is made of, for `el`. @param {string} text @returns {(Node|string)[]} */
 export function inline(text) {
   const pieces = /** @type {Piece[]} */ ([]);
   const brackets = /** @type {number[]} */ ([]);
@@ -26,44 +29,52 @@ export function inline(text) {
     const at = match.index;
     const first = piece[0];
     const add = (/** @type {Node} */ node) => pieces.push({ node });
-    const addText = (/** @type {string} */ more) => {
-      const last = pieces[pieces.length - 1];
-      if (last?.plain) /** @type {Text} */ (last.node).appendData(more);
-      else pieces.push({ node: new Text(more), plain: true });
-    };
-    if (first === "`") PIECES.lastIndex = code(text, at, piece, noEnd, add);
+    const addText = (/** @type {string} */ more) => pieces.push({ text: more });
+    if (first === "`") PIECES.lastIndex = code(text, at, piece, noEnd, pieces);
     else if (first === "\\" && piece.length === 2) {
       if (piece[1] === "\n") add(el("br"));
       else addText(ESCAPED.test(piece[1]) ? piece[1] : piece);
     } else if (first === "*" || first === "_" || piece.startsWith("~~")) pieces.push(delimiter(text, at, piece));
     else if (piece === "[" || piece === "![") {
       brackets.push(pieces.length);
-      add(new Text(piece));
+      if (brackets.length > MOST_OPEN) brackets.shift();
+      addText(piece);
     } else if (first === "]") PIECES.lastIndex = close(text, at, pieces, brackets);
-    else if (first === "<" && SAFE.test(piece.slice(1))) add(link(piece.slice(1, -1), [new Text(piece.slice(1, -1))]));
+    else if (first === "<" && SAFE.test(piece.slice(1))) add(link(piece.slice(1, -1)));
     else if (/^https?:\/\/./.test(piece)) PIECES.lastIndex = bare(at, piece, add);
     else if (first === "\n") add(el("br"));
     else addText(piece);
   }
-  return emphasize(pieces).map((piece) => piece.node);
+  return joined(emphasize(pieces));
+}
+
+/** Nodes, and the texts between them. @param {Piece[]} pieces */
+function joined(pieces) {
+  const found = /** @type {(Node|string)[]} */ ([""]);
+  for (const { node, text = "" } of pieces) {
+    if (node) found.push(node, "");
+    else found[found.length - 1] += text;
+  }
+  return found.filter((part) => part !== "");
 }
 
 /** Code goes to as many backquotes as began it. @param {string} text @param {number} at @param {string} mark
- * @param {Set<number>} noEnd @param {(node: Node) => void} add */
-function code(text, at, mark, noEnd, add) {
+ * @param {Set<number>} noEnd @param {Piece[]} pieces */
+function code(text, at, mark, noEnd, pieces) {
   const from = at + mark.length;
-  for (let end = noEnd.has(mark.length) ? -1 : text.indexOf(mark, from); end >= 0; ) {
+  for (let end = noEnd.has(mark.length) || mark.length > LONGEST_RUN ? -1 : text.indexOf(mark, from); end >= 0; ) {
     let stop = end;
     while (text[stop] === "`") stop++;
     if (stop - end === mark.length) {
       const inner = text.slice(from, end).replaceAll("\n", " ");
-      add(el("code", {}, /^ .*[^ ].* $/.test(inner) ? inner.slice(1, -1) : inner));
+      const isPadded = inner.startsWith(" ") && inner.endsWith(" ") && inner.trim();
+      pieces.push({ node: el("code", {}, isPadded ? inner.slice(1, -1) : inner) });
       return stop;
     }
     end = text.indexOf(mark, stop);
   }
   noEnd.add(mark.length);
-  add(new Text(mark));
+  pieces.push({ text: mark });
   return from;
 }
 
@@ -76,8 +87,9 @@ function delimiter(text, at, run) {
   const left = !space.test(after) && (!sign.test(after) || space.test(before) || sign.test(before));
   const right = !space.test(before) && (!sign.test(before) || space.test(after) || sign.test(after));
   const inWord = run[0] === "_";
+  if (run.length > LONGEST_RUN) return { text: run };
   return {
-    node: new Text(run), mark: run[0], count: run.length,
+    text: run, mark: run[0], count: run.length,
     opens: left && (!inWord || !right || sign.test(before)),
     closes: right && (!inWord || !left || sign.test(after)),
   };
@@ -89,15 +101,14 @@ function close(text, at, pieces, brackets) {
   const open = brackets.pop();
   const target = open === undefined ? null : TARGET.exec(text.slice(at + 1, at + 4100));
   if (open === undefined || !target || !SAFE.test(target[1])) {
-    pieces.push({ node: new Text("]") });
+    pieces.push({ text: "]" });
     return at + 1;
   }
-  const image = pieces[open].node.textContent === "![";
-  const inner = emphasize(pieces.splice(open).slice(1)).map((piece) => piece.node);
-  if (!inner.length) inner.push(new Text(target[1]));
+  const image = pieces[open].text === "![";
+  const inner = joined(emphasize(pieces.splice(open).slice(1)));
   // Links do not hold links.
-  const flat = inner.map((node) => (node instanceof HTMLAnchorElement ? new Text(node.textContent ?? "") : node));
-  pieces.push({ node: link(target[1], image ? [new Text("Image: "), ...flat] : flat) });
+  const flat = inner.map((node) => (node instanceof HTMLAnchorElement ? (node.textContent ?? "") : node));
+  pieces.push({ node: link(target[1], [image ? "Image: " : "", ...(flat.length ? flat : [target[1]])]) });
   if (!image) brackets.length = 0;
   return at + 1 + target[0].length;
 }
@@ -106,12 +117,12 @@ function close(text, at, pieces, brackets) {
 function bare(at, url, add) {
   let end = url.replace(/[.,:;!?*_~]+$/, "");
   if (end.endsWith(")") && !end.includes("(")) end = end.slice(0, -1);
-  add(link(end, [new Text(end)]));
+  add(link(end));
   return at + end.length;
 }
 
-/** @param {string} url @param {Node[]} inner */
-function link(url, inner) {
+/** @param {string} url @param {(Node|string)[]} inner */
+function link(url, inner = [url]) {
   return el("a", { href: url, target: "_blank", rel: "noopener noreferrer nofollow" }, inner);
 }
 
@@ -130,7 +141,7 @@ function emphasize(pieces) {
     if (!piece.mark || piece.count) done.push(piece);
     if (piece.opens && piece.count) {
       open.push(piece);
-      if (open.length > 64) open.shift(); // so that no text takes long
+      if (open.length > MOST_OPEN) open.shift();
     }
   }
   return done;
@@ -153,11 +164,11 @@ function wrap(open, at, to, done) {
   open.length = at + 1;
   for (const one of [from, to]) {
     one.count = (one.count ?? 0) - used;
-    one.node.textContent = (one.mark ?? "").repeat(one.count);
+    one.text = (one.mark ?? "").repeat(one.count);
   }
   if (!from.count) {
     open.pop();
     done.pop();
   }
-  done.push({ node: el(tag, {}, inner.map((piece) => piece.node)) });
+  done.push({ node: el(tag, {}, joined(inner)) });
 }

@@ -40,7 +40,7 @@ export class List {
 
   /** @param {Conversation} one */
   row(one) {
-    const title = el("button", { type: "button", class: "title", click: () => this.open(one.id), "aria-current": one.id === this.current ? "true" : null }, one.title);
+    const title = el("button", { type: "button", class: "title", dir: "auto", click: () => this.open(one.id), "aria-current": one.id === this.current ? "true" : null }, one.title);
     const row = el("li", { "data-id": one.id }, title,
       button("edit", `Rename ${one.title}`, () => this.rename(one, row)),
       button("save", `Export ${one.title}`, () => download(`${fileName(one.title)}.json`, "application/json", this.store.toJson([one]))),

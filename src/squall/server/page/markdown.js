@@ -9,13 +9,13 @@ import { highlight } from "./highlight.js";
 import { inline } from "./inline.js";
 
 const DEEPEST = 16; // lists and quotes within each other; what is deeper is text
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$/;
+const FENCE = /^ {0,3}(`{3,}(?=[^`]*$)|~{3,})[ \t]*(\S*)/;
+const HEADING = /^ {0,3}(#{1,6})(?:[ \t](.*))?$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const UNDERLINE = /^ {0,3}(=+|-+)[ \t]*$/;
 const QUOTE = /^ {0,3}>[ ]?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( {1,4}(?=\S)| *$| (?= ))/;
-const DIVIDER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const DIVIDER = /^ {0,3}[|:-][|: \t-]*$/;
 const BLANK = /^[ \t]*$/;
 const indentOf = (/** @type {string} */ line) => line.length - line.trimStart().length;
 
@@ -61,7 +61,12 @@ function simple(lines, start) {
   const line = lines[start];
   if (RULE.test(line)) return [{ kind: "rule", start, lines: [] }, start + 1];
   const match = HEADING.exec(line);
-  return match && [{ kind: "heading", start, lines: [match[2] ?? ""], level: match[1].length }, start + 1];
+  if (!match) return null;
+  const text = (match[2] ?? "").trim();
+  let end = text.length;
+  while (text[end - 1] === "#") end--;
+  const isClosed = /^\s?$/.test(text[end - 1] ?? "");
+  return [{ kind: "heading", start, lines: [isClosed ? text.slice(0, end) : text], level: match[1].length }, start + 1];
 }
 
 /** Whether a line begins something other than the text before it. @param {string} line */
@@ -125,7 +130,8 @@ function cells(line) {
 function table(lines, start) {
   const divider = lines[start + 1];
   if (!lines[start].includes("|") || divider === undefined || !DIVIDER.test(divider)) return null;
-  if (cells(lines[start]).length !== cells(divider).length) return null;
+  const sides = cells(divider);
+  if (cells(lines[start]).length !== sides.length || !sides.every((side) => /^:?-+:?$/.test(side))) return null;
   let at = start + 2;
   while (at < lines.length && lines[at].includes("|") && !interrupts(lines[at])) at++;
   return [{ kind: "table", start, lines: lines.slice(start, at) }, at];
@@ -140,6 +146,13 @@ function paragraph(lines, start) {
     if (interrupts(lines[at]) || table(lines, at)) break;
   }
   return [{ kind: "paragraph", start, lines: lines.slice(start, at) }, at];
+}
+
+/** A block of the text itself, which has a direction of its own. @param {Block} block */
+function whole(block) {
+  const element = build(block, 0);
+  if (block.kind !== "code") element.dir = "auto";
+  return element;
 }
 
 /** @param {Block} block @param {number} depth @returns {HTMLElement} */
@@ -185,9 +198,10 @@ function items({ items = [], loose }, depth, from) {
 
 /** @param {string[]} lines */
 function rows([head, divider, ...rest]) {
-  const sides = cells(divider).map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : "left"));
+  const sides = cells(divider).map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : null));
+  // Cells that a line lacks are not made: few lines could ask for millions.
   const row = (/** @type {string} */ line, /** @type {string} */ tag) =>
-    el("tr", {}, ...sides.map((side, i) => el(tag, { class: side, ...(tag === "th" ? { scope: "col" } : {}) }, inline(cells(line)[i] ?? ""))));
+    el("tr", {}, cells(line).slice(0, sides.length).map((cell, i) => el(tag, { class: sides[i], scope: tag === "th" ? "col" : null }, inline(cell))));
   return el("div", { class: "wide", tabindex: 0, role: "group", "aria-label": "Table" },
     el("table", {}, el("thead", {}, row(head, "th")), el("tbody", {}, rest.map((line) => row(line, "td")))));
 }
@@ -234,7 +248,7 @@ export class Markdown {
     const lines = text.slice(this.from).split("\n");
     const found = blocks(lines);
     const before = this.live;
-    this.live = found.map((block, i) => ({ block, element: (i === 0 && before[0] && prolong(before[0], block)) || build(block, 0) }));
+    this.live = found.map((block, i) => ({ block, element: (i === 0 && before[0] && prolong(before[0], block)) || whole(block) }));
     for (const { element } of before) if (element !== this.live[0]?.element) element.remove();
     for (const { element } of this.live) if (element.parentNode !== this.root) this.root.append(element);
     // The last line, and whether the one before it begins a table, may turn out to belong to the block before.

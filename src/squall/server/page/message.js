@@ -3,7 +3,7 @@
 
 import { button, copy, el } from "./dom.js";
 import { Markdown } from "./markdown.js";
-import { small } from "./store.js";
+import { isWhole, small } from "./store.js";
 import { Tokens } from "./tokens.js";
 
 /** @typedef {import("./store.js").Message} Message */
@@ -44,22 +44,23 @@ export class View {
     const { role, name, text, images } = this.message;
     const title = role === "tool" ? el("p", { class: "label" }, `Result of ${name}`) : null;
     const shown = images?.length ? el("div", { class: "pictures" }, ...images.map((url, i) => picture(url, i))) : null;
-    this.body.replaceChildren(...[title, shown, text ? el("div", { class: "plain" }, text) : null].filter((part) => part !== null));
+    this.body.replaceChildren(...[title, shown, text ? el("div", { class: "plain", dir: "auto" }, text) : null].filter((part) => part !== null));
   }
 
   prepare() {
     const thought = el("div", { class: "markdown" });
     this.thoughts = new Markdown(thought);
     this.reasoning = el("details", { class: "reasoning", hidden: true }, el("summary", {}, "Reasoning"), thought);
+    this.ran = el("div", {});
     this.text = el("div", { class: "markdown answer" });
     this.markdown = new Markdown(this.text);
-    this.tokenBox = el("div", { class: "tokens", hidden: true });
+    this.tokenBox = el("div", { class: "tokens", dir: "auto", hidden: true });
     this.tokens = new Tokens(this.tokenBox);
     this.calls = el("div", { class: "calls" });
     this.images = el("div", { class: "pictures" });
     this.state = el("p", { class: "state", hidden: true });
     this.error = el("div", { class: "error", role: "alert", hidden: true });
-    this.body.append(this.reasoning, this.text, this.tokenBox, this.calls, this.images, this.state, this.error);
+    this.body.append(this.reasoning, this.ran, this.text, this.tokenBox, this.calls, this.images, this.state, this.error);
     this.asTokens = false;
     this.prefer();
   }
@@ -88,7 +89,8 @@ export class View {
     if (this.asTokens) this.tokens?.update(tokens);
     else this.markdown?.update(this.busy ? text : asCode(text));
     this.showCalls();
-    const { images = [], seeds } = this.message;
+    const { images = [], seeds, ran = [] } = this.message;
+    for (const call of ran.slice(this.ran.childElementCount)) this.ran.append(ranCall(call));
     for (let i = this.images.childElementCount; i < images.length; i++) this.images.append(picture(images[i], i, seeds?.[i]));
     this.state.hidden = !this.busy;
     this.showState();
@@ -111,10 +113,10 @@ export class View {
       const card = this.calls.children[i];
       card.querySelector(".name").textContent = call.name;
       card.querySelector("code").textContent = this.busy ? call.arguments : pretty(call.arguments, call.arguments);
-      card.querySelector("label").hidden = Boolean(this.busy) || !this.actions.isLast(this.message);
+      card.querySelector("label").hidden = Boolean(this.busy) || !isWhole(call) || !this.actions.isLast(this.message);
     });
     this.calls.querySelector(".give")?.remove();
-    if (calls.length && !this.busy && this.actions.isLast(this.message)) {
+    if (calls.some(isWhole) && !this.busy && this.actions.isLast(this.message)) {
       const give = () => this.actions.giveResults(this.message);
       const label = calls.length > 1 ? "Send results" : "Send result";
       this.calls.append(el("button", { type: "button", class: "give primary", click: give }, label));
@@ -129,8 +131,7 @@ export class View {
       this.actions.save();
     });
     const head = el("p", { class: "label" }, "Call of ", el("strong", { class: "name" }, call.name));
-    const given = el("pre", { tabindex: 0, role: "group", "aria-label": "Arguments" }, el("code"));
-    return el("div", { class: "call" }, head, given, el("label", { class: "field" }, el("span", {}, `Result of ${call.name}`), input));
+    return el("div", { class: "call" }, head, box("Arguments", ""), el("label", { class: "field" }, el("span", {}, `Result of ${call.name}`), input));
   }
 
   showFoot() {
@@ -184,7 +185,7 @@ export class View {
       actions.edit(message, area.value);
     };
     const rows = Math.min(12, text.split("\n").length + 1);
-    const area = el("textarea", { value: text, rows, "aria-label": "Edit message", input: () => small.set(draft, area.value) });
+    const area = el("textarea", { value: text, rows, dir: "auto", "aria-label": "Edit message", input: () => small.set(draft, area.value) });
     area.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       if (event.key === "Escape") close();
       else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send();
@@ -199,6 +200,14 @@ export class View {
     area.focus();
   }
 }
+
+/** @param {string} label @param {string} text */
+const box = (label, text) => el("pre", { tabindex: 0, role: "group", "aria-label": label }, el("code", {}, text));
+
+/** A call that the server made itself. @param {import("./store.js").Call} call */
+const ranCall = ({ name, arguments: given, result = "" }) =>
+  el("details", { class: "call" }, el("summary", { class: "label" }, "Called ", el("strong", {}, name)), box("Arguments", pretty(given, given)),
+    el("p", { class: "label" }, "Result"), box("Result", pretty(result, result)));
 
 /** @param {string} url @param {number} i @param {number} [seed] */
 function picture(url, i, seed) {
@@ -223,9 +232,9 @@ function pretty(json, otherwise) {
 }
 
 /** What an answer took, in words. @param {Message} message */
-function told({ stats, finish }) {
+function told({ stats, finish, error }) {
   const parts = [];
-  if (finish === "stopped") parts.push("stopped");
+  if (finish === "stopped" && !error) parts.push("stopped");
   if (finish === "length") parts.push("cut at its longest");
   if (stats?.tokens !== undefined) parts.push(`${stats.tokens} tokens`);
   if (stats?.rate) parts.push(`${stats.rate.toFixed(1)} tokens/s`);

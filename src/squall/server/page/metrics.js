@@ -1,7 +1,7 @@
 // @ts-check
 /** The server's metrics as they are now, and how they were in the last minutes. */
 
-import { ApiError, call } from "./api.js";
+import { ApiError, call, LIMIT_MS } from "./api.js";
 import { byId, el, svg, toast } from "./dom.js";
 
 const EVERY_MS = 2000;
@@ -112,6 +112,7 @@ export class Metrics {
     /** @type {{at: number, samples: ReturnType<typeof parse>}|null} */
     this.last = null;
     this.timer = 0;
+    this.looks = false;
   }
 
   /** @param {boolean} visible */
@@ -122,10 +123,18 @@ export class Metrics {
     this.timer = setInterval(() => document.hidden || this.look(), EVERY_MS);
   }
 
+  /** One look at a time, also where the server takes long. */
   async look() {
+    if (this.looks) return;
+    this.looks = true;
+    await this.update();
+    this.looks = false;
+  }
+
+  async update() {
     let samples;
     try {
-      samples = parse(await (await call("metrics")).text());
+      samples = parse(await (await call("metrics", { limit: LIMIT_MS })).text());
     } catch (error) {
       if (error instanceof ApiError && error.status === 401) clearInterval(this.timer); // and do not ask again
       byId("metrics-problem").textContent = /** @type {Error} */ (error).message;

@@ -57,6 +57,7 @@ export class Models {
       this.select.replaceChildren(...options.map(({ id, label }) => el("option", { value: id }, label)));
     }
     if (this.current) this.select.value = this.current.id;
+    else this.select.replaceChildren(el("option", {}, "no model for chats"));
     byId("model-state").className = `light ${this.current?.state ?? "unloaded"}`;
     this.changed();
   }

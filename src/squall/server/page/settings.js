@@ -76,7 +76,7 @@ function shaped(shape, value) {
 /** Tools as OpenAI has them, or only their functions. @param {string} value */
 function functions(value) {
   const found = parse(value, "The tools");
-  if (!Array.isArray(found)) throw new Error("The tools are no list: write [{\"name\": ..., \"description\": ..., \"parameters\": {...}}].");
+  if (!Array.isArray(found) || !found.every((tool) => typeof tool === "object" && tool)) throw new Error("The tools are no list of functions: write [{\"name\": ..., \"description\": ..., \"parameters\": {...}}].");
   return found.map((tool) => ("function" in tool ? tool : { type: "function", function: tool }));
 }
 

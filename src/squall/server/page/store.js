@@ -7,7 +7,7 @@
  * @typedef {Likely & {top_logprobs: Likely[]}} Token
  * @typedef {{model: string, tokens?: number, rate?: number, first?: number, seconds?: number, prompt?: number, cached?: number}} Stats
  * @typedef {{id: string, parent: string|null, role: "user"|"assistant"|"tool", text: string, images?: string[], reasoning?: string,
- *   calls?: Call[], callId?: string, name?: string, tokens?: Token[], stats?: Stats, error?: string, finish?: string, seeds?: number[]}} Message
+ *   calls?: Call[], ran?: Call[], callId?: string, name?: string, tokens?: Token[], stats?: Stats, error?: string, finish?: string, seeds?: number[]}} Message
  * @typedef {{id: string, title: string, named: boolean, created: number, updated: number, at: string|null, messages: Message[],
  *   settings: import("./settings.js").Settings}} Conversation
  */
@@ -54,6 +54,7 @@ export class Store {
     /** @type {IDBDatabase|null} */
     this.database = null;
     this.removed = new Set(); // answers may come for them yet
+    this.kept = new Set(); // what the database has, so that what it has no more was removed elsewhere
   }
 
   /** Whether they can be kept. */
@@ -62,7 +63,7 @@ export class Store {
       const request = indexedDB.open(NAME, 1);
       request.onupgradeneeded = () => request.result.createObjectStore(TABLE, { keyPath: "id" });
       this.database = await done(request);
-      for (const one of await done(this.table("readonly").getAll())) this.all.set(one.id, one);
+      await this.catchUp(() => false);
       return true;
     } catch {
       return false;
@@ -73,7 +74,11 @@ export class Store {
   async catchUp(busy) {
     const changed = new Set();
     if (!this.database) return changed;
-    for (const one of await done(this.table("readonly").getAll())) {
+    const found = await done(this.table("readonly").getAll());
+    const gone = this.kept;
+    this.kept = new Set(found.map((one) => one.id));
+    for (const id of gone) if (!this.kept.has(id) && !busy(id) && this.all.delete(id)) changed.add(id);
+    for (const one of found) {
       const known = this.all.get(one.id);
       if (this.removed.has(one.id) || (known && (known.updated >= one.updated || busy(one.id)))) continue;
       if (known) Object.assign(known, one);
@@ -106,6 +111,7 @@ export class Store {
     if (!this.database) return false;
     try {
       await done(this.table("readwrite").put(conversation));
+      this.kept.add(conversation.id);
       return true;
     } catch {
       return false;
@@ -175,7 +181,9 @@ function checkedMessage(given) {
   for (const name of /** @type {const} */ (["reasoning", "callId", "name", "error", "finish"])) if (given[name]) message[name] = text(given[name]);
   if (given.images) message.images = list(given.images).filter(isImage);
   if (given.seeds) message.seeds = list(given.seeds).filter((seed) => number(seed) !== undefined);
-  if (given.calls) message.calls = list(given.calls).map((call) => texts(call, ["id", "name", "arguments", "result"]));
+  for (const name of /** @type {const} */ (["calls", "ran"])) {
+    if (given[name]) message[name] = list(given[name]).map((call) => texts(call, ["id", "name", "arguments", "result"]));
+  }
   if (given.tokens) {
     message.tokens = list(given.tokens).map((token) => ({ ...checkedToken(token), top_logprobs: list(token.top_logprobs).map(checkedToken) }));
   }
@@ -188,6 +196,15 @@ function checkedMessage(given) {
 
 /** @param {any} token */
 const checkedToken = (token) => ({ token: text(token.token), logprob: number(token.logprob) ?? 0, bytes: list(token.bytes).map((byte) => number(byte) ?? 0) });
+
+/** Whether a call came to its end. @param {Call} call */
+export function isWhole(call) {
+  try {
+    return Boolean(JSON.parse(call.arguments));
+  } catch {
+    return false;
+  }
+}
 
 /** The messages from the first to where the conversation is. @param {Conversation} conversation */
 export function path({ messages, at }) {
