@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import pytest
 
@@ -274,6 +274,9 @@ def test_selections_are_arguments_of_open() -> None:
     assert opening == Opening(
         "a/b", architecture="phi3.5moe", tokenizer_json="t.json", experts_only=True, dtype="bf16"
     )
+    assert replace(plain, organization=cast("Any", "MoQE")).opening() == opening
+    with pytest.raises(InvalidRequest, match="organization is 'bla'; it must be one of default"):
+        replace(plain, organization=cast("Any", "bla")).opening()
     for names in (["2.gguf", "1.gguf"], "2.gguf 1.gguf"):
         assert Which.GGUF("a/b", names).opening().path == "a/b:1.gguf"
     others = Opening(context=7, topology="t.yml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -237,6 +238,15 @@ def test_a_port_that_is_taken(server: Process, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: cannot listen on 127.0.0.1 port")
+
+
+def test_row_s4_nothing_else_is_listened_at(server: Process) -> None:
+    process = Path("/proc", str(server.process.pid))
+    own = {os.readlink(opened) for opened in (process / "fd").iterdir()}
+    tables = [(process / "net" / name).read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [line.split() for lines in tables for line in lines]
+    listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
+    assert listening == [f"0100007F:{server.port:04X}"]
 
 
 def test_row_25_one_cpu_one_thread(tmp_path: Path) -> None:

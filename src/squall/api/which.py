@@ -161,13 +161,14 @@ class Which:
         dtype: ModelDType = ModelDType.Auto
 
         def opening(self, others: Opening = DEFAULTS) -> Opening:
+            named = _name(self.organization or IsqOrganization.Default)
             return replace(
                 others,
                 path=self.model_id,
                 architecture=None if self.arch is None else _name(self.arch),
                 tokenizer_json=self.tokenizer_json,
                 topology=self.topology or others.topology,
-                experts_only=self.organization is IsqOrganization.MoQE,
+                experts_only=chosen("organization", named, "organization") is IsqOrganization.MoQE,
                 write_uqff=self.write_uqff,
                 from_uqff=self.from_uqff,
                 dtype=cast(Dtype, _name(self.dtype)),
