@@ -48,7 +48,8 @@ def _nursery() -> socket.socket:
     with there:
         command = [sys.executable, str(NURSERY), str(there.fileno())]
         process = subprocess.Popen(command, pass_fds=[there.fileno()], env=_BASE)
-    atexit.register(lambda: (here.close(), process.wait()))
+    atexit.register(process.wait)
+    atexit.register(here.close)
     here.settimeout(TIMEOUT_S)
     return here
 
