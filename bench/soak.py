@@ -166,7 +166,7 @@ def idle_server() -> Iterator[int]:
 
 def soak(seconds: float) -> dict[str, Any]:
     """What came of it; `problems` is empty if all was well."""
-    rounds = 15 if seconds >= LONG * 60 else 3
+    rounds = 15 if seconds >= LONG * 60 else 1
     with idle_server() as idle_port, served() as (model, service, port):
         seen = Counter[str]()
         # What is allocated once is not a leak.

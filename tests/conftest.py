@@ -66,7 +66,7 @@ _take_one_cpu()
 _interpret_triton()
 if DEVICE is not None:
     _take_device(DEVICE)
-hypothesis.settings.register_profile("check", deadline=None)
+hypothesis.settings.register_profile("check", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=3000)
 hypothesis.settings.load_profile("nightly" if NIGHTLY else "check")
 

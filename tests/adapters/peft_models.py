@@ -97,6 +97,7 @@ def save_adapter(model: Any, folder: Path, tokens: list[int], **config: Any) -> 
                 elif weight.requires_grad or "modules_to_save" in name:
                     weight.add_(torch.randn_like(weight) * 0.1)
             logits = adapted(torch.tensor([tokens])).logits[0].numpy()
+        adapted.create_or_update_model_card = lambda _: None  # which takes as long as weights
         adapted.save_pretrained(folder)
     return Adapted(folder, folder, tokens, logits, logits)
 

@@ -81,8 +81,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["folder", "gguf"])
-@pytest.mark.parametrize("name", ["llama-biased-tied", "phi2", "gemma", "qwen2"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llama-biased-tied", "gguf"), ("phi2", "folder"), ("gemma", "folder"), ("qwen2", "gguf")],
+)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option: str, name: str, kind: str, tmp_path: Path) -> None:
     check(CASES[name], tmp_path, kind, **EVERYTHING | OPTIONS[option])

@@ -51,7 +51,7 @@ def other(request: pytest.FixtureRequest, adapter: Path) -> Iterator[Model]:
         yield opened
 
 
-def asked(pair: tuple[str, str], most: int = 24) -> ChatCompletionRequest:
+def asked(pair: tuple[str, str], most: int = 16) -> ChatCompletionRequest:
     fields = {name: value for feature in pair for name, value in FEATURES[feature].items()}
     return ChatCompletionRequest(messages=TEXT, max_tokens=most, **({"temperature": 0} | fields))
 

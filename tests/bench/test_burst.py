@@ -12,7 +12,7 @@ SIZED = "import burst; burst.RUNNING, burst.WAITING = {}, {}; burst.main()"
 
 
 def test_row_34_four_times_too_many(nightly: bool) -> None:
-    running, waiting = (16, 48) if nightly else (8, 12)
+    running, waiting = (16, 48) if nightly else (6, 6)
     command = [sys.executable, "-c", SIZED.format(running, waiting)]
     done = subprocess.run(
         command, cwd=BENCH, capture_output=True, text=True, timeout=300, check=True

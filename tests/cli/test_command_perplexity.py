@@ -18,8 +18,9 @@ TEXT = "The sea is wide and the ship is small, but the wind is fair and the crew
 
 def test_against_the_formula() -> None:
     with Model.open(context=128) as model:
-        score = measure(model, TEXT, window=32, stride=8)
-        ids = model.encode(TEXT)
+        text = TEXT[: len(TEXT) // 2]
+        score = measure(model, text, window=32, stride=8)
+        ids = model.encode(text)
         found = []
         for target in range(1, len(ids)):
             # The window that scores a token ends where its stride does.

@@ -23,7 +23,7 @@ SHORT = ("--context", "512", "--max-tokens", "12")
 
 
 def test_one_answer() -> None:
-    done = squall("run", QUESTION, "--temperature", "0", *SHORT)
+    done = squall("run", QUESTION, "--temperature", "0", *SHORT, fresh=True)
     assert done.returncode == 0
     assert "Paris" in done.stdout
     assert re.search(r"\d+ answer tokens, [\d.]+ tokens/s", done.stderr)
@@ -193,12 +193,12 @@ def test_a_broken_file(tmp_path: Path) -> None:
 
 
 def test_wrong_usage() -> None:
-    assert squall("run", "--no-such-option").returncode == 2
+    assert squall("run", "--no-such-option", fresh=True).returncode == 2
     assert squall("no-such-command").returncode == 2
 
 
 def test_version_and_help() -> None:
-    assert squall("--version").stdout.startswith("squall 0.")
+    assert squall("--version", fresh=True).stdout.startswith("squall 0.")
     text = squall("run", "--help").stdout
     assert "squall run model.gguf" in text
     assert "--temperature" in text

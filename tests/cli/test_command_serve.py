@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 from command import squall
@@ -13,14 +12,7 @@ from squall.api.which import IsqOrganization, ModelDType, Which
 from squall.cli.selectors import SELECTORS
 from squall.load import percentiles
 
-SERVER = "from squall.cli import server; server()"
-
-
-def server(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", SERVER, *arguments],
-        input=stdin, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+server = partial(squall, entry="server")
 
 
 @pytest.mark.parametrize(

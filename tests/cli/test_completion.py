@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-
-SQUALL = (sys.executable, "-m", "squall")
+from command import squall
 
 
 def asked(variables: Mapping[str, str], folder: Path, *command: str) -> str:
     folders = {"XDG_CONFIG_HOME": str(folder / "config"), "HF_HOME": str(folder / "hf")}
+    if not command:
+        return squall(env={**folders, **variables}, cwd=folder).stdout
     done = subprocess.run(
-        command or SQUALL, capture_output=True, text=True, cwd=folder, check=False,
+        command, capture_output=True, text=True, cwd=folder, check=False,
         env=os.environ | folders | variables,
     )  # fmt: skip
     return done.stdout

@@ -67,7 +67,9 @@ def test_got_with_yes(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("command", ["run --yes Hi", "bench -y", "inspect --yes", "serve -y"])
+@pytest.mark.parametrize(
+    "command", ["run --yes Hi", "bench -y", "inspect --yes", "serve -y --port 0"]
+)
 def test_commands_take_yes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(getting, "_install", lambda: asked.append(True))

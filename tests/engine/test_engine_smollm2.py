@@ -20,19 +20,17 @@ from squall.engine.sampling import Sampling
 TEXT = "The tide is high when the moon is near, because the water follows it around the earth. "
 WORDS = ("tide", "moon", "water", "earth", "high", "near", "stone", "river")
 
-REQUESTS = 32
-
 Found = list[tuple[tuple[int, float | None], ...]]
 
 
 @pytest.fixture(scope="module")
-def requests() -> list[Request]:
+def requests(nightly: bool) -> list[Request]:
     """Greedy and seeded ones, with prompts of 1 to 150 tokens, some of which begin alike."""
     chosen = random.Random(7)
     with Model.open(context=512) as model:
         stem = model.encode(TEXT * 10)
         made = []
-        for i in range(REQUESTS):
+        for i in range(32 if nightly else 12):
             own = model.encode(" ".join(chosen.choices(WORDS, k=chosen.randint(1, 30))))
             begin = stem[: chosen.choice([0, 0, 0, 20, 100])]
             sampling = Sampling(temperature=0 if i % 2 else 0.9, top_p=0.95, seed=i)
@@ -62,8 +60,14 @@ def alone(requests: list[Request]) -> Found:
     return found
 
 
-@pytest.mark.parametrize("chunk", [16, 512])
-@pytest.mark.parametrize("kv_tokens", [4096, 272])
+@pytest.mark.parametrize(
+    ("chunk", "kv_tokens"),
+    [
+        (16, 272), (512, 4096),
+        pytest.param(512, 272, marks=pytest.mark.nightly("as long as the others")),
+        pytest.param(16, 4096, marks=pytest.mark.nightly("as long as the others")),
+    ],
+)  # fmt: skip
 def test_rows_10_13_together_is_as_alone(
     requests: list[Request],
     alone: Found,

@@ -149,7 +149,7 @@ def test_a_row_has_the_same_bytes_whatever_the_others_and_the_threads(
     store = WeightStore(shape.checkpoint(format, rng))
     inputs = shape.inputs(rng, 512)
     wanted = None
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         pool = executors.thread_pool(threads)
         executor = executors.open(shape.program, store, Limits(rows=SPACES), pool=pool)
         found = [executor.run(inputs, patient=patient)["out"] for patient in (False, True)]

@@ -144,7 +144,7 @@ def test_an_output_does_not_depend_on_its_neighbours(
 @isas
 @formats([*FORMATS.values()])
 def test_threads_do_not_change_a_bit(format: Format, isa: str, rng: np.random.Generator) -> None:
-    for rows, outputs in product((1, 3, 23, 512), (5, 33, 100)):
+    for rows, outputs in ((1, 5), (1, 100), (3, 33), (23, 5), (23, 100), (512, 33)):
         c = case(format, rng, rows=rows, outputs=outputs, cols=widths(format)[-1])
         expected = c.linear(isa).tobytes()
         for threads in (2, 3):

@@ -206,8 +206,9 @@ def queries(rng: np.random.Generator, dim: int, rows: int, keys: int) -> dict[st
 @pytest.mark.usefixtures("on")
 @isas
 @pytest.mark.parametrize("dim", [1, 17, 64])
-@pytest.mark.parametrize("reach", [0, 1, 20, 128, 700])
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("reach", "softcap"), [(0, 5.0), (1, None), (20, 5.0), (20, None), (128, 5.0), (700, None)]
+)
 def test_what_rows_see_depends_on_how_far_away_it_is(
     dim: int, reach: int, softcap: float | None, rng: np.random.Generator
 ) -> None:

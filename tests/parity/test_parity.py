@@ -14,7 +14,7 @@ from squall.program import Program
 from squall.recipes.gguf import RECIPES
 
 TOLERANCE = 1e-5
-STEPS = {"at once": [40], "in chunks": [13, 1, 5, 21], "token by token": [1] * 40}
+STEPS = {"at once": [40], "in chunks": [13, 1, 5, 21], "token by token": [20, *[1] * 20]}
 BY_NAME = {case.name: case for case in CASES}
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -77,7 +77,7 @@ def _sample(random_: random.Random) -> str:
 def strings(nightly: bool) -> list[str]:
     """Strings in 20 scripts, code, emoji, runs of space, and names of control tokens."""
     random_ = random.Random(7)
-    return [*SCRIPTS, *SPECIAL, *(_sample(random_) for _ in range(12_000 if nightly else 3000))]
+    return [*SCRIPTS, *SPECIAL, *(_sample(random_) for _ in range(12_000 if nightly else 1500))]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -85,9 +87,28 @@ def draw(kind: str, width: int, height: int, mode: str = "RGB") -> Image.Image:
     return made.convert("RGB")
 
 
-PICTURES: dict[str, Image.Image] = {
-    f"{kind}-{mode}-{width}x{height}": draw(kind, width, height, mode)
-    for kind, mode, sizes in _KINDS
-    for width, height in sizes
-}
+class _Pictures(Mapping[str, Image.Image]):
+    """By name; each is drawn when it is first looked at, since that takes seconds for all."""
+
+    def __init__(self) -> None:
+        self._asked = {
+            f"{kind}-{mode}-{width}x{height}": (kind, width, height, mode)
+            for kind, mode, sizes in _KINDS
+            for width, height in sizes
+        }
+        self._drawn: dict[str, Image.Image] = {}
+
+    def __getitem__(self, name: str) -> Image.Image:
+        if name not in self._drawn:
+            self._drawn[name] = draw(*self._asked[name])
+        return self._drawn[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._asked)
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+
+PICTURES = _Pictures()
 assert len(PICTURES) == 40
