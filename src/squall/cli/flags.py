@@ -113,7 +113,11 @@ def command(
     app.callback()(_taking([p for p in own if not _is_argument(p)], begin))
     for name in (MODEL, TEXT) if takes_text else (MODEL,):
         going_on = _words(own, act, HELP_OF[name], several=several)
-        how = {"cls": _Rest, "rich_help_panel": "Arguments", "context_settings": HELP}
+        how: dict[str, Any] = {
+            "cls": _Rest,
+            "rich_help_panel": "Arguments",
+            "context_settings": HELP,
+        }
         app.command(name, **how)(going_on)
     for word, selector in SELECTORS.items():
         more = [p for p in own if p.name not in _NAMES]

@@ -9,17 +9,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
 from squall.checkpoints.hub import Hub
 from squall.cli import tables
-from squall.cli.completion import complete_known
 from squall.cli.flags import plain
 from squall.cli.getting import get_default
-from squall.cli.opening import HubFlags, PartFlags, check_one, makes_pictures
-from squall.cli.options import DeviceLayers, File, Folder, Json, Yes, option
+from squall.cli.opening import FileFlags, makes_pictures
+from squall.cli.options import DeviceLayers, Yes, option
 from squall.cli.verdict import Verdict, mib, of_header, of_model
 from squall.names import DEFAULT
 from squall.opening import Opening
@@ -33,22 +32,12 @@ _LORA = re.compile(r"(.+?)\.lora_(?:embedding_)?([aAbB])(?:\..*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectFlags(PartFlags, HubFlags):
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A GGUF file, the folder of a model or adapter, a short name; or the default.",
-            autocompletion=complete_known,
-        ),
-    ] = None
-    file: File = None
-    folder: Folder = None
+class InspectFlags(FileFlags):
     device: str | None = option(
         None, metavar="NAME|auto", help="Show what would go where, as --device of run."
     )
     layers: DeviceLayers = None
     yes: Yes = False
-    as_json: Json = False
 
 
 def _inspect(flags: InspectFlags) -> None:
@@ -64,10 +53,9 @@ def _inspect(flags: InspectFlags) -> None:
 
     squall inspect model.gguf
     """
-    check_one(flags.model, flags.file, flags.folder)
-    name = flags.model or flags.file or flags.folder
+    opening = flags.opening
+    name = None if opening.path is None else str(opening.path)
     if name is not None and makes_pictures(name):
-        opening = Opening(name, t5=flags.t5, clip=flags.clip, vae=flags.vae, hub=flags.hub)
         _show_pictures(of_pictures(opening), as_json=flags.as_json)
         return
     if name in (None, DEFAULT):
@@ -75,8 +63,8 @@ def _inspect(flags: InspectFlags) -> None:
     found, verdict, modules = examined(name, flags.hub)
     loads = []
     if verdict.obstacle is None and (flags.device, flags.layers) != (None, None):
-        opening = Opening(found.path, device=flags.device or "cpu", device_layers=flags.layers)
-        loads = _loads(opening)
+        placed = Opening(found.path, device=flags.device or "cpu", device_layers=flags.layers)
+        loads = _loads(placed)
     if flags.as_json:
         report = asdict(found) | {"runs": verdict.obstacle is None, "obstacle": verdict.obstacle}
         report |= {"verdict": verdict.report(), "sees": verdict.sees}

@@ -59,9 +59,29 @@ class HubFlags:
 class PartFlags:
     """Where parts of models that make pictures are, if not with the model."""
 
-    t5: options.T5 = None
-    clip: options.Clip = None
-    vae: options.Vae = None
+    t5: str | None = option(
+        None, metavar="PATH_OR_ID",
+        help="The first encoder of texts of a model that makes pictures.",
+    )  # fmt: skip
+    clip: str | None = option(None, metavar="PATH_OR_ID", help="The second one.")
+    vae: str | None = option(None, metavar="PATH_OR_ID", help="What decodes its pictures.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFlags(PartFlags, HubFlags):
+    """Which model, of whichever kind, whose files are looked at."""
+
+    words: options.Model = None
+    file: options.File = None
+    model: options.Folder = None
+    as_json: options.Json = False
+
+    @property
+    def opening(self) -> Opening:
+        """How the files are found."""
+        check_one(self.words, self.model, self.file)
+        name = self.words or self.file or self.model
+        return Opening(name, t5=self.t5, clip=self.clip, vae=self.vae, hub=self.hub)
 
 
 @dataclass(frozen=True, kw_only=True)

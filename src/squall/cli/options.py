@@ -24,6 +24,14 @@ HELP = {"help_option_names": ["-h", "--help"]}
 PROGRESS_S = 0.5
 AVERAGED_S = 3600.0  # for the time left, as a step may take minutes
 
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file, the folder of a model or adapter, a model of the hub, or a short name.",
+        autocompletion=complete_known,
+    ),
+]
 File = Annotated[
     str | None, typer.Option("-f", "--file", help="A GGUF file; of a split one any part.")
 ]
@@ -53,18 +61,6 @@ Exact = Annotated[
 TensorParallel = Annotated[
     int | None,
     typer.Option("--tensor-parallel", min=1, help="Processes that share every layer, a GPU each."),
-]
-T5 = Annotated[
-    str | None,
-    typer.Option(
-        "--t5",
-        metavar="PATH_OR_ID",
-        help="The first encoder of texts of a model that makes pictures.",
-    ),
-]
-Clip = Annotated[str | None, typer.Option("--clip", metavar="PATH_OR_ID", help="The second one.")]
-Vae = Annotated[
-    str | None, typer.Option("--vae", metavar="PATH_OR_ID", help="What decodes its pictures.")
 ]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a model of the hub.")]
 TokenSource = Annotated[

@@ -7,15 +7,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from squall.cli import tables
-from squall.cli.completion import complete_known
 from squall.cli.flags import plain
-from squall.cli.opening import HubFlags, PartFlags, check_one, makes_pictures
-from squall.cli.options import File, Folder, Json, Threads, option, progress
+from squall.cli.opening import FileFlags, makes_pictures
+from squall.cli.options import Threads, option, progress
 from squall.errors import InvalidRequest
 from squall.opening import NO_MMPROJ, Opening
 
@@ -31,14 +30,7 @@ _OF_PICTURES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeFlags(PartFlags, HubFlags):
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="The folder of a model, a GGUF file, or a model of the hub.",
-            autocompletion=complete_known,
-        ),
-    ] = None
+class QuantizeFlags(FileFlags):
     output: Path = option(
         MISSING, "-o", "--output", help="To write: NAME.uqff, NAME.gguf, or a folder."
     )
@@ -52,11 +44,8 @@ class QuantizeFlags(PartFlags, HubFlags):
     experts_only: bool = option(
         False, "--experts-only", help="Only the experts of a mixture, and the head."
     )
-    file: File = None
-    folder: Folder = None
     force: bool = option(False, "--force", help="Overwrite files.")
     threads: Threads = None
-    as_json: Json = False
 
 
 def _quantize(flags: QuantizeFlags) -> None:
@@ -73,17 +62,16 @@ def _quantize(flags: QuantizeFlags) -> None:
 
     squall quantize FLUX --isq Q4K -o flux-q4k
     """
-    check_one(flags.model, flags.file, flags.folder)
-    path, output, isq = flags.model or flags.file or flags.folder, flags.output, flags.isq
-    opening = Opening(path, topology=flags.topology, hub=flags.hub)
-    if path is not None and makes_pictures(path):
-        opening = replace(opening, isq=isq, t5=flags.t5, clip=flags.clip, vae=flags.vae)
+    output, isq = flags.output, flags.isq
+    opening = replace(flags.opening, topology=flags.topology)
+    if opening.path is not None and makes_pictures(str(opening.path)):
+        opening = replace(opening, isq=isq)
         odd = flags.imatrix or flags.experts_only or flags.force or output.suffix in _ENDINGS
         if odd or (isq or flags.topology) is None:
             raise InvalidRequest(_OF_PICTURES)
         _report(output, _pictures(opening, output, flags.threads), as_json=flags.as_json)
         return
-    _check(output, path, flags.topology if isq is None else isq)
+    _check(output, opening.path, flags.topology if isq is None else isq)
     opening = replace(opening, experts_only=flags.experts_only, mmproj=NO_MMPROJ)
     for out, written in _texts(opening, flags):
         _report(out, written, as_json=flags.as_json)

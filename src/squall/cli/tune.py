@@ -83,14 +83,10 @@ app = command("tune", TuneFlags, tune)
 
 
 def _print(found: list[Choice], goal: str) -> None:
-    from squall.errors import OutOfMemory
     from squall.machine import available_bytes
     from squall.tuning import best
 
-    try:
-        chosen = best(found, goal)
-    except OutOfMemory:
-        chosen = None
+    chosen = best(found, goal) if any(choice.context for choice in found) else None
     numbers = ("loss", "weights, MiB", "KV", "context", "all, MiB", "longest", "prompt", "answer")
     rows = []
     for choice in found:
