@@ -37,7 +37,7 @@ _LEAST_BYTES, _STEPS, _ROUNDS = 128 << 20, 8, 3
 class Choice:
     """One way to open a model.
 
-    isq: what its weights are quantized to; None: they stay as they are. format: of most of the layers.
+    isq: what its weights become; None: they stay as they are. format: of most of the layers.
     loss: see `LOSS`; None: nobody knows.
     context: tokens, with whose KV cache it takes `bytes`; 0: it does not fit. longest: the most
         tokens that would fit.
