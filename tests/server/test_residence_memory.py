@@ -54,15 +54,16 @@ def texts(running: Running, rounds: int) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow("loads a model fifty times")
 def test_they_take_turns_and_answer_as_fresh_ones(files: dict[str, Path]) -> None:
     limit = size(files["one"]) + size(files["two"]) // 2
     with serving(lazy(files), memory_bytes=limit) as running:
-        found = texts(running, 5)
+        found = texts(running, 25)
         loads = [running.standing(name).loads for name in files]
-        assert loads == [5, 5]
+        assert loads == [25, 25]
         assert [running.state(name) for name in files] == ["unloaded", "loaded"]
     for which, (name, path) in enumerate(files.items()):
-        for number in (0, 4):
+        for number in (0, 24):
             with Model.open_with(opening(path)) as model, serving({name: model}) as fresh:
                 answer = fresh.chat(f"Story {number}", **ASKED).json()
             text = answer["choices"][0]["message"]["content"]
