@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 from command import squall
@@ -25,8 +27,9 @@ def test_what_would_have_no_effect(flags: tuple[str, ...]) -> None:
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_options_of_the_seed_and_a_chat() -> None:
+def test_options_of_the_seed_and_a_chat(tmp_path: Path) -> None:
     flags = (
+        "--log", str(tmp_path / "log"),
         "-i", "-s", "5", "--max-seqs", "2", "--prefix-cache-n", "4", "--prompt-batchsize", "64",
         "-n", "0", "--pa-gpu-mem", "500", "--pa-gpu-mem-usage", "0.5", "--pa-blk-size", "32",
         "--pa-ctxt-len", "900", "--no-paged-attn", "--token-source", "none", "--context", "800",
@@ -35,6 +38,9 @@ def test_options_of_the_seed_and_a_chat() -> None:
     done = server(*flags, "gguf", stdin="What is the capital of France?\n\\exit\n")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
+    asked, said = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    assert json.loads(asked["request"])["content"] == "What is the capital of France?"
+    assert "Paris" in json.loads(said["response"])["content"]
 
 
 def test_a_wrong_word_or_flag() -> None:

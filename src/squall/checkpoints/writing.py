@@ -75,7 +75,9 @@ def copy_of(tensor: Tensor) -> Part:
 
 
 def exists(path: Path) -> InvalidRequest:
-    return InvalidRequest(f"{path} exists; give another name, or overwrite it with --force")
+    return InvalidRequest(
+        f"{path} exists; give another name, remove it, or overwrite it with squall quantize --force"
+    )
 
 
 def write_parts(file: IO[bytes], parts: Iterable[Part]) -> None:

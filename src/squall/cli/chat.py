@@ -2,6 +2,7 @@ r"""The interactive chat: history and a few commands; Ctrl-C stops the answer, n
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
     from squall.model import Model
+    from squall.server.log import Log
 
 HELP = r"""\help              this text
 \system TEXT       set the system message, from here on
@@ -41,8 +43,12 @@ ROOM = 4
 
 
 class Chat:
-    def __init__(self, model: Model, settings: Settings, system: str | None) -> None:
+    def __init__(
+        self, model: Model, settings: Settings, system: str | None, log: Log | None = None
+    ) -> None:
+        """log: where what is said is appended, too."""
         self._model = model
+        self._log = log
         self._settings = settings
         self._system = system
         self._history: list[dict[str, Any]] = []
@@ -169,7 +175,14 @@ class Chat:
         sys.stdout.flush()
         note(summary(generation))
         self._history.append({"role": "assistant", "content": "".join(said)})
+        self._write_log()
         return True
+
+    def _write_log(self) -> None:
+        if self._log is not None:
+            for kind, message in zip(("request", "response"), self._history[-2:], strict=True):
+                said = json.dumps(message, default=str, ensure_ascii=False)  # images by their kind
+                self._log.body(kind, "chat", said.encode())
 
     def _make_room(self) -> None:
         """Forget the oldest turns while an answer of some length would not fit the context."""

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -297,10 +297,11 @@ def _chat(flags: ServeFlags, selected: Selected) -> None:
         return
     from squall.cli.chat import Chat
     from squall.cli.run import Settings
+    from squall.server.log import Log
 
     settings = Settings(CHAT | {"seed": flags.seed}, {"multiplier": 0.0})
-    with flags.served(selected) as model:
-        Chat(model, settings, None).loop()
+    with flags.served(selected) as model, closing(Log(flags.log)) as log:
+        Chat(model, settings, None, log).loop()
 
 
 def _serve(flags: ServeFlags, selected: Selected, entries: list[Entry] | None) -> None:
