@@ -83,6 +83,40 @@ def test_row_s8_every_route_asks_for_a_key(
     assert http.request(method, path, headers=bearer(KEYS[0]), content=b"{}").status_code != 401
 
 
+CHANGES = {
+    "/re_isq", "/activate_adapters", "/v1/adapters", "/v1/adapters/x", "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter", "/v1/models/x/load", "/v1/models/x/unload", "/api/pull",
+    "/api/delete",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [KEYS, ()])
+def test_row_s8_what_changes_models_has_a_key_of_its_own(
+    model: Model, keys: tuple[str, ...]
+) -> None:
+    with (
+        in_thread(model, api_keys=keys, admin_key="admin") as found,
+        httpx.Client(base_url=found.url) as http,
+    ):
+        for method, path in sorted(ROUTES):
+            changes = method != "GET" and path in CHANGES
+            for key, may in (
+                ("admin", True),
+                (KEYS[0], not changes),
+                ("wrong", not (changes or keys)),
+            ):
+                given = http.request(method, path, headers=bearer(key), content=b"{}").status_code
+                free = path in {"/", "/health", "/docs", "/ui", "/ui/x", "/images/x"}
+                assert (given != 401) == (may or free), (method, path, key, given)
+
+
+@pytest.mark.parametrize("key", ["", "two\nlines", " a", "\u00e4"])
+def test_what_is_no_key(key: str) -> None:
+    for fields in ({"api_keys": (key,)}, {"admin_key": key}):
+        with pytest.raises(InvalidRequest, match="printable ASCII"):
+            ServerOptions(**fields)  # type: ignore[arg-type]
+
+
 def test_row_s8_no_route_is_forgotten(running: Running) -> None:
     def paths(routes: Any) -> Iterator[str]:
         for route in routes:

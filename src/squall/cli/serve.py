@@ -51,6 +51,10 @@ class ServeFlags(PictureFlags):
     api_key: list[str] | None = option(
         None, envvar="SQUALL_API_KEY", help="Ask for this key; several: each has its own cache."
     )
+    admin_key: str | None = option(
+        None, envvar="SQUALL_ADMIN_KEY",
+        help="Ask for this key where models are loaded, changed or removed.",
+    )  # fmt: skip
     cors: list[str] | None = option(
         None, metavar="ORIGIN", help="Web pages from here may use the server; *: all."
     )
@@ -205,6 +209,7 @@ class ServeFlags(PictureFlags):
             strict_fields=self.strict_fields,
             adapter_folders=tuple(self.adapter_folder or ()),
             api_keys=tuple(self.api_key or ()),
+            admin_key=self.admin_key,
             origins=tuple(self.cors or ()),
             hosts=None if hosts is None else frozenset(hosts),
             media=Media(hosts=tuple(self.allow_media_url or ()), folder=self.allow_media_path),

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 # Who only asks whether the server is there needs no key, nor do files that are the same for all.
 OPEN_PATHS = frozenset({"/", "/health", "/docs", PAGE})
 _OPEN_BELOW = (FOLDER, f"{PAGE}/")
+# What changes the models, or which there are, for everybody.
+_CHANGES = re.compile(
+    r"/re_isq|/activate_adapters|/v1/adapters(/.*)?|/v1/(un)?load_lora_adapter"
+    r"|/v1/models/.*/(un)?load|/api/(pull|delete)"
+)
 GONE = 499  # what the log says of a client that went away
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _MOST_PATH = 200
@@ -84,30 +89,35 @@ class Gate:
                 "origin_not_allowed",
             )  # fmt: skip
         is_open = path in OPEN_PATHS or path.startswith(_OPEN_BELOW) or visit.method == "OPTIONS"
-        if options.api_keys and not is_open:
-            visit.tenant = self._tenant(headers)
+        keys = options.api_keys
+        if (admin := options.admin_key) is not None:
+            changes = visit.method not in ("GET", "HEAD") and _CHANGES.fullmatch(path)
+            keys = (admin,) if changes else (*keys, admin) if keys else ()
+        if keys and not is_open:
+            visit.tenant = _tenant(keys, headers)
 
     def _may_come_from(self, origin: str, headers: Headers) -> bool:
         origins = self._service.options.origins
         own = origin.partition("://")[2] == headers.get("host")
         return own or "*" in origins or origin in origins
 
-    def _tenant(self, headers: Headers) -> str:
-        """Which of the keys was given, as a name that does not tell the key."""
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            given = headers.get("x-api-key", "")
-        found = ""
-        for key in self._service.options.api_keys:
-            # No early end: the time must not tell which key is nearly right.
-            if hmac.compare_digest(key.encode(), given.strip().encode()):
-                found = hashlib.sha256(key.encode()).hexdigest()
-        if not found:
-            raise ApiError(
-                401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key",
-                "authentication_error", headers={"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
-        return found
+
+def _tenant(keys: tuple[str, ...], headers: Headers) -> str:
+    """Which of the keys was given, as a name that does not tell the key."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = headers.get("x-api-key", "")
+    found = ""
+    for key in keys:
+        # No early end: the time must not tell which key is nearly right.
+        if hmac.compare_digest(key.encode(), given.strip().encode()):
+            found = hashlib.sha256(key.encode()).hexdigest()
+    if not found:
+        raise ApiError(
+            401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key",
+            "authentication_error", headers={"WWW-Authenticate": "Bearer"},
+        )  # fmt: skip
+    return found
 
 
 class Visit:

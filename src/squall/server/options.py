@@ -58,6 +58,7 @@ class ServerOptions:
     adapter_folders: clients may have adapters loaded from here, and removed; none: they may not.
     strict_fields: fields that nobody knows are errors; otherwise they are ignored, and told.
     api_keys: one of them is asked for, unless there are none. Each has its own prefix cache.
+    admin_key: asked for by what changes the models for everybody, and good for the rest.
     origins: web pages of these origins may use the server; "*" is all of them.
     hosts: names the server may be called by; None: any. What keeps web pages that point a name of
         their own at this machine from reading answers.
@@ -86,6 +87,7 @@ class ServerOptions:
     adapter_folders: tuple[Path, ...] = ()
     strict_fields: bool = False
     api_keys: tuple[str, ...] = ()
+    admin_key: str | None = None
     origins: tuple[str, ...] = ()
     hosts: frozenset[str] | None = None
     truncate: bool = False
@@ -112,7 +114,7 @@ class ServerOptions:
     image_bytes: int = 1024 * MIB
 
     def __post_init__(self) -> None:
-        for key in self.api_keys:
+        for key in (*self.api_keys, *(() if self.admin_key is None else (self.admin_key,))):
             if not (key.isascii() and key.isprintable() and key.strip() == key and key):
                 raise InvalidRequest("an API key must be printable ASCII, and not empty")
         folder = self.image_folder
