@@ -55,7 +55,7 @@ def test_gguf_files() -> None:
     assert gguf() is None
     assert gguf(quantized_model_id="folder", quantized_filename=None) == "folder"
     assert gguf(quantized_model_id="folder", quantized_filename="a.gguf b.gguf") == Which.GGUF(
-        "folder", "a.gguf"
+        "folder", "a.gguf b.gguf"
     )
     assert gguf(quantized_filename="a.gguf") == Which.GGUF(".", "a.gguf")
 

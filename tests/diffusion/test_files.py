@@ -137,12 +137,13 @@ def test_the_seeds_repositories_of_texts_are_fetched():
     assert files.T5_TOKENS.partition(":")[0].count("/") == 1
 
 
-def test_parts_in_lone_files_are_fetched_alone():
+def test_parts_in_lone_files_are_fetched_alone_and_tokenizers_with_what_is_said_of_them():
     parts = ["ae.safetensors", "flux1-dev-fp8-e4m3fn.safetensors", "t5xxl_fp8_e4m3fn.safetensors"]
     parts += ["clip_l.safetensors", files.CLIP_TOKENS.partition(":")[2]]
     repository = [*parts, "model.safetensors", "config.json", "flux.safetensors/../x.safetensors"]
     for part in parts:
-        assert choose(repository, part) == ([part], part)
+        beside = ["config.json"] if part == "tokenizer.json" else []
+        assert choose(repository, part) == ([*beside, part], part)
     for other in ("model.safetensors", "config.json", repository[-1]):
         with pytest.raises(ModelNotFound):
             choose(repository, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ def loops_of_clients(request: pytest.FixtureRequest) -> Iterator[None]:
     if "client" in request.module.__name__:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
+            asyncio.set_event_loop(None)
             gc.collect()
 
 

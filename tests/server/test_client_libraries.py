@@ -237,16 +237,6 @@ def test_instructor_asks_again(at: Place) -> None:
 # pydantic-ai
 
 
-@pytest.fixture
-def loop() -> Iterator[None]:
-    """Where `run_sync` runs, which otherwise makes a loop that nobody closes."""
-    made = asyncio.new_event_loop()
-    asyncio.set_event_loop(made)
-    yield
-    asyncio.set_event_loop(None)
-    made.close()
-
-
 def agent(at: Place, **options: Any) -> Any:
     from pydantic_ai import Agent
     from pydantic_ai.models.openai import OpenAIChatModel
@@ -256,14 +246,12 @@ def agent(at: Place, **options: Any) -> Any:
     return Agent(OpenAIChatModel("small", provider=provider), **options)
 
 
-@pytest.mark.usefixtures("loop")
 def test_pydantic_ai(at: Place) -> None:
     found = agent(at, tools=[weather]).run_sync("How warm is it?")
     assert (found.output, asked) == ("21 degrees in Rome.", ["Rome"])
     assert found.usage.output_tokens > 1
 
 
-@pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("output", ["ToolOutput", "NativeOutput", "PromptedOutput"])
 def test_pydantic_ai_classes(at: Place, output: str) -> None:
     import pydantic_ai

@@ -73,10 +73,10 @@ def test_fields_without_effect(http: httpx.Client, fields: dict[str, Any]) -> No
 def test_fields_nobody_knows_are_ignored_and_told(
     http: httpx.Client, server: Process, stream: bool
 ) -> None:
-    strange = {"max_token": 5, "cache_prompt": True, "tokenize": False, "a\r\nSet-Cookie: é": 1}
+    strange = {"max_token": 5, "dynatemp_range": 1, "tokenize": False, "a\r\nSet-Cookie: é": 1}
     found = http.post(CHAT, json=chat(stream=stream, **FEW) | strange)
     assert found.status_code == 200
-    told = "max_token, cache_prompt, tokenize, a??Set-Cookie???"
+    told = "max_token, dynatemp_range, tokenize, a??Set-Cookie???"
     assert found.headers["x-squall-ignored"] == told
     until(lambda: found.headers["x-request-id"] in server.stderr())
     (line,) = (x for x in server.stderr().splitlines() if found.headers["x-request-id"] in x)

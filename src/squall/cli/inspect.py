@@ -63,7 +63,8 @@ def _inspect(flags: InspectFlags) -> None:
     found, verdict, modules = examined(name, flags.hub)
     loads = []
     if verdict.obstacle is None and (flags.device, flags.layers) != (None, None):
-        placed = Opening(found.path, device=flags.device or "cpu", device_layers=flags.layers)
+        device = "cpu" if flags.device is None else flags.device
+        placed = Opening(found.path, device=device, device_layers=flags.layers)
         loads = _loads(placed)
     if flags.as_json:
         report = asdict(found) | {"runs": verdict.obstacle is None, "obstacle": verdict.obstacle}
