@@ -308,6 +308,7 @@ def test_settings_are_sent_and_stay(screen: Screen) -> None:
 
 def given(screen: Screen, *cards: dict[str, Any]) -> None:
     """From now on the server has these models."""
+    expect(screen.page.locator("#model option")).not_to_have_count(0)  # its scripts run
     fulfil = json.dumps({"data": cards})
     screen.page.route("**/v1/models", lambda route: route.fulfill(body=fulfil))
     screen.page.evaluate("dispatchEvent(new Event('focus'))")

@@ -16,7 +16,7 @@ export class Models {
     this.all = [];
     this.select = byId("model");
     this.wanted = small.get("model");
-    this.timer = 0;
+    this.timer = this.looks = 0;
     this.select.addEventListener("change", () => {
       small.set("model", (this.wanted = this.select.value));
       this.show();
@@ -35,8 +35,11 @@ export class Models {
 
   /** Look again; the error, if there was one. */
   async refresh() {
+    const look = ++this.looks;
     try {
-      this.all = await api.models();
+      const all = await api.models();
+      if (look !== this.looks) return null; // a later look knows better
+      this.all = all;
     } catch (error) {
       return /** @type {Error} */ (error);
     }
