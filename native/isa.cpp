@@ -14,7 +14,7 @@ struct Isa {
   std::optional<Cpu> needs;
 };
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SQUALL_SCALAR)
 
 constexpr Isa kIsas[] = {
 #ifndef SQUALL_SANITIZE  // which the checks' instrumentation would make too slow to build
@@ -25,7 +25,7 @@ constexpr Isa kIsas[] = {
     {kAvx2, kAvx2, Cpu::kAvx2},
     {kScalar, kScalar, {}}};
 
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(SQUALL_SCALAR)
 
 constexpr Isa kIsas[] = {
     {&kDotprod, kNeon, Cpu::kDotprod}, {kNeon, kNeon, {}}, {kScalar, kScalar, {}}};

@@ -222,15 +222,16 @@ def test_ollamas_keep_alive_holds_for_a_model_that_is_idle(opens: Opens) -> None
 def test_what_is_used_while_its_unloading_waits_stays(opens: Opens, path: Path) -> None:
     """Its time was over while another model was loaded, and then somebody used it."""
     other = Opens(path)
-    models = {"one": Lazy("text", opens, keep_alive_s=0.3), "two": Lazy("text", other)}
+    models = {"one": Lazy("text", opens), "two": Lazy("text", other)}
     with serving(models) as running, ThreadPoolExecutor() as pool:
         running.chat(model="one")
         other.go.clear()
         asked = pool.submit(running.chat, model="two")
         until(lambda: other.count == 1)
-        time.sleep(0.5)
-        running.standing("one").keep_alive_s = 60
-        running.chat(model="one")
+        for keep_alive_s in (0.05, 60):
+            running.standing("one").keep_alive_s = keep_alive_s
+            running.chat(model="one")
+            time.sleep(0.3)
         other.go.set()
         assert asked.result().status_code == 200
         running.http.post("/v1/models/two/unload")
